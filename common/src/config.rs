@@ -1,0 +1,1 @@
+//! The configuration file: one schema for router and worker.

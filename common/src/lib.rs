@@ -1,0 +1,7 @@
+//! What router and worker share, and what neither of them may own: configuration, the description of a
+//! model, the tokenizer, the encoding of conversations, block hashes and the registry of groups.
+#![forbid(unsafe_code)]
+
+pub mod blocks;
+pub mod config;
+pub mod registry;

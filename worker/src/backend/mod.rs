@@ -1,0 +1,192 @@
+//! What a device must be able to do to run the models: the border between `model/` (what is computed)
+//! and `backend/{cpu,cuda}` (how).
+//!
+//! A backend belongs to one rank and one thread. It is given this rank's shard of every weight, the
+//! group's [`Collective`](crate::parallel::Collective) where there are several ranks, and then runs
+//! batches. The operations are as coarse as the fused kernels of a GPU: `norm` takes the all-reduce and
+//! the residual addition before it, and whatever feeds a linear is told which linear, so that it can
+//! write its output in the form that this linear reads (FP8 with its static activation scale).
+//!
+//! Shapes: T = tokens of the batch, h = hidden size, d = head_dim, H and K = query and KV heads **of this
+//! rank**. All activations are row-major [T, ...].
+
+use crate::engine::step::{BlockId, Drawn, SequenceFault, Slot};
+
+pub mod cpu;
+pub mod cuda;
+
+/// One step's work, flattened over its sequences in the order of `Step::work`.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// [T] ids; `None` where the id is the one sampled last for that slot.
+    pub token_ids: Vec<Option<u32>>,
+    /// [T] absolute positions.
+    pub positions: Vec<u32>,
+    /// One entry a sequence.
+    pub sequences: Vec<BatchSequence>,
+    /// Rows (indices into T) whose logits are wanted, ascending.
+    pub logit_rows: Vec<u32>,
+}
+
+/// One sequence of a batch.
+#[derive(Clone, Debug)]
+pub struct BatchSequence {
+    /// Its slot.
+    pub slot: Slot,
+    /// First row and number of rows in [T].
+    pub first_row: u32,
+    /// Number of rows.
+    pub rows: u32,
+    /// Tokens in the KV cache once this step has stored its own: attention for row r (position p) reads
+    /// positions 0..=p.
+    pub context: u32,
+    /// Its whole block table.
+    pub blocks: Vec<BlockId>,
+}
+
+/// A backend failed; the rank can't go on.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// The device said no.
+    #[error("{0}")]
+    Device(String),
+    /// Not enough memory; says what was asked for and what would fit.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// Another rank failed or is gone.
+    #[error("collective: {0}")]
+    Collective(#[from] crate::parallel::CollectiveError),
+    /// Weights that this backend can't hold.
+    #[error("weights: {0}")]
+    Weights(String),
+}
+
+/// Shorthand of this module.
+pub type Result<T, E = BackendError> = std::result::Result<T, E>;
+
+/// A device that runs a model's operations, for one rank.
+pub trait Backend: Send + Sized + 'static {
+    /// Activations on the device.
+    type Tensor;
+    /// The weights of one or several linears that read the same input (q/k/v; gate/up), stacked along the
+    /// output, each part with its own scales.
+    type Linear: Send;
+    /// A norm's gain.
+    type Gain: Send;
+    /// Token embedding (this rank's vocabulary rows).
+    type Embedding: Send;
+    /// Logits of the wanted rows, over the whole vocabulary, on every rank.
+    type Logits;
+
+    // ---- loading -------------------------------------------------------------------------------------
+
+    /// Takes this rank's slices of linears that share an input.
+    fn load_linear(&mut self, parts: &[crate::weights::LinearShard<'_>]) -> Result<Self::Linear>;
+    /// Takes a gain vector [h].
+    fn load_gain(&mut self, gain: &crate::weights::Slice<'_>) -> Result<Self::Gain>;
+    /// Takes this rank's rows of the embedding.
+    fn load_embedding(&mut self, rows: &crate::weights::VocabularyShard<'_>) -> Result<Self::Embedding>;
+    /// Takes this rank's rows of the language-model head.
+    fn load_head(&mut self, rows: &crate::weights::VocabularyShard<'_>) -> Result<Self::Linear>;
+    /// Blocks of KV cache that fit in the memory left (or in the configured amount).
+    fn kv_capacity(&mut self, shape: &crate::model::KvShape) -> Result<usize>;
+    /// Allocates the KV cache: `blocks` blocks of 64 tokens for every layer.
+    fn allocate_kv(&mut self, shape: &crate::model::KvShape, blocks: usize) -> Result<()>;
+
+    // ---- one step ------------------------------------------------------------------------------------
+
+    /// Runs `forward` over the batch. A backend may record what `forward` does and replay it the next time
+    /// for a batch of the same shape (CUDA graphs): everything that varies is read from the batch's
+    /// buffers on the device, never from host values inside `forward`.
+    fn execute(
+        &mut self,
+        batch: &Batch,
+        forward: impl FnOnce(&mut Self) -> Result<Self::Logits>,
+    ) -> Result<Self::Logits>;
+
+    /// Rows of the embedding for the batch's ids: the residual stream [T, h]. With vocabulary-parallel
+    /// rows the ranks' parts are summed.
+    fn embed(&mut self, table: &Self::Embedding) -> Result<Self::Tensor>;
+
+    /// `residual += all_reduce(partial)` (where there is a partial sum), then `rms(residual) * gain` in the
+    /// form that `next` reads. `rms` as in models.md: mean and division in float32.
+    fn norm(
+        &mut self,
+        residual: &mut Self::Tensor,
+        partial: Option<Self::Tensor>,
+        gain: &Self::Gain,
+        next: &Self::Linear,
+    ) -> Result<Self::Tensor>;
+
+    /// `x W^T` with the scales of each part: [T, sum of the parts' outputs].
+    fn linear(&mut self, input: &Self::Tensor, weights: &Self::Linear) -> Result<Self::Tensor>;
+
+    /// Splits [T, (H + 2K) d] into q, k, v; rotates q and k by the positions (q also times s(p)); stores k
+    /// and v in the cache blocks of `layer`; returns q [T, H d].
+    fn rotate_and_store(&mut self, qkv: Self::Tensor, layer: usize) -> Result<Self::Tensor>;
+
+    /// Causal attention of q over the cache of `layer`: [T, H d], in the form that `next` reads.
+    fn attend(&mut self, q: Self::Tensor, layer: usize, next: &Self::Linear) -> Result<Self::Tensor>;
+
+    /// `silu(gate) * up` of [T, 2 i] stacked as gate | up: [T, i], in the form that `next` reads.
+    fn gate(&mut self, gate_up: Self::Tensor, next: &Self::Linear) -> Result<Self::Tensor>;
+
+    /// The wanted rows only: final norm and head, gathered over the ranks' vocabulary shards.
+    fn head(
+        &mut self,
+        residual: Self::Tensor,
+        partial: Option<Self::Tensor>,
+        gain: &Self::Gain,
+        head: &Self::Linear,
+    ) -> Result<Self::Logits>;
+
+    // ---- sampling ------------------------------------------------------------------------------------
+
+    /// A sequence begins in `slot`: the sampler's state for it.
+    fn admit(&mut self, admission: &crate::engine::step::Admission) -> Result<()>;
+    /// The sequence in `slot` ended.
+    fn release(&mut self, slot: Slot);
+    /// Draws the next id of each request and remembers it as the slot's last one. May return before the
+    /// device is done; results come from [`collect`](Self::collect), in order.
+    fn sample(&mut self, logits: Self::Logits, requests: &[SampleRequest]) -> Result<()>;
+    /// Waits for the oldest `sample`.
+    fn collect(&mut self) -> Result<SampleResults>;
+    /// `sample` calls that may be outstanding.
+    fn pipeline_depth(&self) -> usize {
+        1
+    }
+}
+
+/// What to read from one row of the logits.
+#[derive(Clone, Debug)]
+pub enum SampleRequest {
+    /// Draw the next id of a sequence.
+    Next {
+        /// Index among the wanted rows.
+        row: u32,
+        /// The sequence.
+        slot: Slot,
+        /// The position that the drawn id will have (counts the random stream).
+        position: u32,
+    },
+    /// Report the logprob of a known id (a prompt position).
+    Score {
+        /// Index among the wanted rows.
+        row: u32,
+        /// The sequence.
+        slot: Slot,
+        /// The id that follows.
+        target: u32,
+        /// Alternatives listed.
+        top: u32,
+    },
+}
+
+/// Answers to the requests of one `sample` call, each kind in the order of its requests.
+#[derive(Debug, Default)]
+pub struct SampleResults {
+    /// For each `Next`.
+    pub drawn: Vec<(Slot, std::result::Result<Drawn, SequenceFault>)>,
+    /// For each `Score`.
+    pub scored: Vec<crate::engine::step::PositionLogprobs>,
+}

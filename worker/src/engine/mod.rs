@@ -1,0 +1,3 @@
+//! The engine: one loop per group on its leader, and what a step is.
+
+pub mod step;

@@ -1,0 +1,208 @@
+//! What one step is: the only thing that the leader's scheduler says to the ranks.
+//!
+//! The leader makes a [`Step`]; every rank runs it and rank 0 reads a [`StepOutput`]. All ranks sample
+//! (their gathered logits are equal bit for bit), so a step never waits for the ids of the one before it:
+//! [`Tokens::Sampled`] names the id that is still on the device.
+
+use serde::{Deserialize, Serialize};
+
+/// A running sequence's place in every rank's tables. Reused once the sequence is released.
+pub type Slot = u32;
+
+/// A block of the KV cache, numbered the same on every rank.
+pub type BlockId = u32;
+
+/// One pass through the model over a batch of sequences.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// Counts up from 1; a rank that sees a gap stops.
+    pub id: u64,
+    /// Sequences that ended: their slots and device state may be reused by `admit` of this very step.
+    pub release: Vec<Slot>,
+    /// Sequences that run for the first time.
+    pub admit: Vec<Admission>,
+    /// What to compute, at most one entry a slot.
+    pub work: Vec<Work>,
+}
+
+/// A sequence that begins to run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Admission {
+    /// Its slot until it is released.
+    pub slot: Slot,
+    /// How its ids are drawn.
+    pub sampling: crate::sample::SamplingParams,
+    /// Prompt ids, as far as the sampler needs them (repetition penalty); empty otherwise.
+    pub prompt_ids: Vec<u32>,
+    /// Ids generated before by another group (failover): penalties count them.
+    pub generated_ids: Vec<u32>,
+}
+
+/// What one sequence does in a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Work {
+    /// Which sequence.
+    pub slot: Slot,
+    /// Position of the first token computed; everything before it is in the KV cache.
+    pub start: u32,
+    /// The tokens computed.
+    pub tokens: Tokens,
+    /// Blocks appended to the sequence's block table by this step (the first time: those found in the
+    /// prefix cache as well). Block `p / 64` of the table holds position `p`.
+    pub new_blocks: Vec<BlockId>,
+    /// Sample the id that follows the last token of this work.
+    pub sample: bool,
+    /// Report logprobs of what follows each token of this work (a prompt with `prompt_logprobs`).
+    pub prompt_logprobs: Option<PromptLogprobs>,
+}
+
+/// The tokens of a piece of work.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Tokens {
+    /// Known ids: a chunk of a prompt, or a resumed id.
+    Ids(Vec<u32>),
+    /// The one id that the step before sampled for this slot.
+    Sampled,
+}
+
+impl Tokens {
+    /// How many positions the work computes.
+    pub fn count(&self) -> usize {
+        match self {
+            Tokens::Ids(ids) => ids.len(),
+            Tokens::Sampled => 1,
+        }
+    }
+}
+
+/// Logprobs wanted over a chunk of a prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PromptLogprobs {
+    /// Alternatives listed for each position.
+    pub top: u32,
+    /// `targets[i]` is the id that follows token `i` of the work; one fewer than the tokens where the
+    /// prompt ends with this chunk.
+    pub targets: Vec<u32>,
+}
+
+/// What rank 0 learned from a step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepOutput {
+    /// The step's id.
+    pub id: u64,
+    /// One entry for each work with `sample`, in the order of the works.
+    pub sampled: Vec<Sampled>,
+    /// One entry for each work with `prompt_logprobs`, in the order of the works.
+    pub prompt_logprobs: Vec<PromptOutput>,
+    /// From the step's start to its end on the device.
+    pub seconds: f64,
+}
+
+/// The id drawn for a sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// Which sequence.
+    pub slot: Slot,
+    /// The id, or what went wrong with this sequence alone (a NaN in its logits).
+    pub result: Result<Drawn, SequenceFault>,
+}
+
+/// An id and, where asked for, how likely it was.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drawn {
+    /// The id.
+    pub token_id: u32,
+    /// Present where the sequence asked for logprobs.
+    pub logprobs: Option<PositionLogprobs>,
+}
+
+/// Logprobs at one position (natural logarithm of the softmax of the raw logits, before any penalty,
+/// temperature or filter, as in vLLM).
+#[derive(Clone, Debug, PartialEq)]
+pub struct PositionLogprobs {
+    /// The token that stands there.
+    pub chosen: TokenLogprob,
+    /// The most likely ones, best first; as many as were asked for.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token's probability.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token_id: u32,
+    /// Its natural logarithm.
+    pub logprob: f32,
+    /// 1 = the most likely token of its position.
+    pub rank: u32,
+}
+
+/// Logprobs over a chunk of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PromptOutput {
+    /// Which sequence.
+    pub slot: Slot,
+    /// Position in the sequence of the first entry (the first work position + 1).
+    pub start: u32,
+    /// One entry for each target.
+    pub positions: Vec<PositionLogprobs>,
+}
+
+/// Why one sequence of a step failed while the others live.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SequenceFault {
+    /// Its logits hold a NaN or an infinity where a number is needed.
+    #[error("the model produced logits that are not numbers at position {position}")]
+    NotANumber {
+        /// Where.
+        position: u32,
+    },
+}
+
+/// Runs steps on one rank, or on a whole group as seen from its leader.
+///
+/// Steps run in the order they were submitted. Up to [`pipeline_depth`](Self::pipeline_depth) of them may
+/// be submitted before the first is collected, so that the CPU prepares one while the device runs another.
+pub trait StepRunner: Send {
+    /// Steps that may be in flight at once; 1 = submit, collect, submit, ...
+    fn pipeline_depth(&self) -> usize;
+
+    /// Hands in a step. May return before it ran.
+    fn submit(&mut self, step: Step) -> Result<(), RunError>;
+
+    /// Waits for the oldest submitted step.
+    fn collect(&mut self) -> Result<StepOutput, RunError>;
+}
+
+/// The group can't go on: every sequence of it has to be placed elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RunError {
+    /// A device error, on this rank.
+    #[error("rank {rank}, step {step}: {reason}")]
+    Device {
+        /// The rank that failed.
+        rank: u32,
+        /// The step that it ran.
+        step: u64,
+        /// In the device's words.
+        reason: String,
+    },
+    /// A rank died, stopped or can't be reached.
+    #[error("rank {rank} ({host}) is gone: {reason}")]
+    RankLost {
+        /// The rank.
+        rank: u32,
+        /// Where it ran.
+        host: String,
+        /// How the leader noticed.
+        reason: String,
+    },
+    /// The steps themselves are wrong: a bug.
+    #[error("step {step} is not valid: {reason}")]
+    Invalid {
+        /// The step.
+        step: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+}

@@ -1,0 +1,5 @@
+//! How the next id is drawn from logits.
+
+mod params;
+
+pub use params::SamplingParams;
