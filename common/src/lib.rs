@@ -4,4 +4,6 @@
 
 pub mod blocks;
 pub mod config;
+pub mod conversation;
 pub mod registry;
+pub mod tokenizer;
