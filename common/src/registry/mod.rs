@@ -1,90 +1,149 @@
 //! Which groups live, and where: etcd, a fixed list or this process's own memory, behind one trait.
+//!
+//! The registry is never on the road of a request. When it is away, watchers keep what they saw last and
+//! announcements are made again once it is back.
 
-use serde::{Deserialize, Serialize};
+mod etcd;
+mod fixed;
+mod memory;
+mod record;
 
-/// A group as it is announced: one copy of a model on N ranks. The JSON form stands in etcd under
-/// `/bora/v1/{cluster}/groups/{model}/{group}` and is meant to be read by people with `etcdctl`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct GroupRecord {
-    /// Unique within the cluster.
-    pub group: String,
-    /// Changes with every start of the group (milliseconds since 1970 of the start, so that it grows).
-    pub epoch: u64,
-    /// `host:port` of the leader's gRPC service.
-    pub endpoint: String,
-    /// The name it is served under.
-    pub model: String,
-    /// Other names for it.
-    #[serde(default)]
-    pub aliases: Vec<String>,
-    /// `cpu`, `cuda` or `fake`: a fake group only pretends, and says so here.
-    pub device: Device,
-    /// Equal for equal weights: groups of one model must agree.
-    pub weight_fingerprint: String,
-    /// Where each rank runs, rank 0 first.
-    pub ranks: Vec<RankRecord>,
-    /// Tokens in a block.
-    pub block_tokens: u32,
-    /// Blocks of KV cache.
-    pub kv_blocks: u32,
-    /// Longest prompt plus output, tokens.
-    pub max_model_len: u32,
-    /// Ids of the model: 0..vocabulary_size.
-    pub vocabulary_size: u32,
-    /// Sequences that run at once.
-    pub max_sequences: u32,
-    /// Whether it takes images.
-    pub images: bool,
-    /// How fast it is, as measured at its start.
-    pub speed: Speed,
-    /// Whether it takes requests.
-    pub state: GroupState,
-    /// Version of the worker.
-    pub version: String,
+use async_trait::async_trait;
+use tokio::sync::{mpsc, watch};
+
+pub use etcd::{EtcdOptions, EtcdRegistry};
+pub use fixed::FixedRegistry;
+pub use memory::MemoryRegistry;
+pub use record::{Device, GroupRecord, GroupState, RankRecord, RendezvousRecord, Speed};
+
+/// What a watcher is told.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GroupChange {
+    /// A group is new or its record changed.
+    Put(Box<GroupRecord>),
+    /// A group is no longer announced. It may still answer: whoever has a live connection to it decides.
+    Gone {
+        /// Its model.
+        model: String,
+        /// Its name.
+        group: String,
+    },
 }
 
-/// What a group runs on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// The reference backend.
-    Cpu,
-    /// NVIDIA GPUs.
-    Cuda,
-    /// Scripted ids and a timing model, for tests and benchmarks of router and fleet: no model at all.
-    Fake,
+/// The registry can't do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// The store can't be reached or refuses.
+    #[error("registry at {endpoints}: {reason}")]
+    Unavailable {
+        /// Where it should be.
+        endpoints: String,
+        /// In its words.
+        reason: String,
+    },
+    /// This kind of registry can't do it.
+    #[error("a {kind} registry can't {what}")]
+    Unsupported {
+        /// `static` or `memory`.
+        kind: &'static str,
+        /// What was asked.
+        what: &'static str,
+    },
 }
 
-/// One rank of a group.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RankRecord {
-    /// 0..N
-    pub rank: u32,
-    /// Host name of its process.
-    pub host: String,
-    /// Process id on that host.
-    pub pid: u32,
+/// Which groups live.
+#[async_trait]
+pub trait Registry: Send + Sync {
+    /// Announces a group and keeps it announced, also over an absence of the store, until the
+    /// [`Announcement`] is withdrawn or dropped. Fails only where the first attempt is refused for good.
+    async fn announce(&self, record: GroupRecord) -> Result<Announcement, RegistryError>;
+
+    /// All groups announced now, as [`GroupChange::Put`], then every change. The stream never ends while it
+    /// is read; it is silent while the store is away, and tells the difference once it is back.
+    fn watch(&self) -> mpsc::Receiver<GroupChange>;
+
+    /// Says where the ranks of a group meet, until the announcement is withdrawn or dropped.
+    async fn offer_rendezvous(
+        &self,
+        record: RendezvousRecord,
+    ) -> Result<RendezvousOffer, RegistryError>;
+
+    /// The newest offer for a group.
+    async fn find_rendezvous(&self, group: &str)
+    -> Result<Option<RendezvousRecord>, RegistryError>;
 }
 
-/// Measured rates of a group; the inputs of the cost model.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Speed {
-    /// Prompt tokens computed per second at short context.
-    pub prefill_tokens_per_second: f64,
-    /// Seconds that attention adds for each (token x context token) pair.
-    pub prefill_seconds_per_token_pair: f64,
-    /// Seconds of a decode step at batch 1.
-    pub decode_step_seconds: f64,
+/// A group that stays announced as long as this lives.
+#[derive(Debug)]
+pub struct Announcement {
+    record: watch::Sender<Option<GroupRecord>>,
+    withdrawn: watch::Receiver<bool>,
 }
 
-/// A group's life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum GroupState {
-    /// Weights are being read.
-    Loading,
-    /// Takes requests.
-    Ready,
-    /// Finishes what it has and takes nothing new.
-    Draining,
+impl Announcement {
+    /// The two ends of an announcement: the caller's handle, and what a registry's task follows. The task
+    /// publishes every `Some`, removes the key on `None` or when the sender is gone, and then sets `withdrawn`.
+    fn new(
+        record: GroupRecord,
+    ) -> (
+        Self,
+        watch::Receiver<Option<GroupRecord>>,
+        watch::Sender<bool>,
+    ) {
+        let (record, records) = watch::channel(Some(record));
+        let (done, withdrawn) = watch::channel(false);
+        (Self { record, withdrawn }, records, done)
+    }
+
+    /// Publishes a changed record (another state, other measured rates).
+    pub fn update(&self, change: impl FnOnce(&mut GroupRecord)) {
+        self.record.send_modify(|record| {
+            if let Some(record) = record {
+                change(record);
+            }
+        });
+    }
+
+    /// The record as last published.
+    pub fn record(&self) -> Option<GroupRecord> {
+        self.record.borrow().clone()
+    }
+
+    /// Removes the group and waits until that is done (or the store can't be reached: its lease ends by itself).
+    pub async fn withdraw(mut self) {
+        self.record.send_replace(None);
+        // an error means that the registry's task is gone, and the lease with it
+        let _ = self.withdrawn.wait_for(|done| *done).await;
+    }
+}
+
+/// An offer that stands as long as this lives.
+#[derive(Debug)]
+pub struct RendezvousOffer {
+    _alive: mpsc::Sender<()>,
+}
+
+/// Changes a watcher may lag behind before the registry waits for it.
+const WATCH_BUFFER: usize = 1024;
+
+/// The difference between two views of the store, as changes.
+fn difference<'a>(
+    before: &std::collections::BTreeMap<String, GroupRecord>,
+    after: impl Iterator<Item = (&'a String, &'a GroupRecord)> + Clone,
+) -> Vec<GroupChange> {
+    let mut changes: Vec<GroupChange> = after
+        .clone()
+        .filter(|(key, record)| before.get(*key) != Some(record))
+        .map(|(_, record)| GroupChange::Put(Box::new(record.clone())))
+        .collect();
+    let now: std::collections::BTreeSet<&String> = after.map(|(key, _)| key).collect();
+    for (key, record) in before {
+        if !now.contains(key) {
+            changes.push(GroupChange::Gone {
+                model: record.model.clone(),
+                group: record.group.clone(),
+            });
+        }
+    }
+    changes
 }
