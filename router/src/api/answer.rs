@@ -99,7 +99,12 @@ impl Answer {
         context: RequestContext,
         id_prefix: &str,
     ) -> Result<Self, ApiError> {
-        let Prepared { model, served_model, params, prompts } = prepared;
+        let Prepared {
+            model,
+            served_model,
+            params,
+            prompts,
+        } = prepared;
         let deadline = context.arrived + service.options().request_timeout();
         let mut answer = Self {
             id: format!("{id_prefix}-{}", context.request_id),
@@ -125,7 +130,12 @@ impl Answer {
         Ok(answer)
     }
 
-    fn place(&mut self, prompt: PreparedPrompt, model: &str, deadline: Instant) -> Result<(), ApiError> {
+    fn place(
+        &mut self,
+        prompt: PreparedPrompt,
+        model: &str,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
         let params = &self.params;
         let task = Arc::new(Task {
             request_id: self.context.request_id.clone(),
@@ -153,13 +163,20 @@ impl Answer {
                 _ => format!("{}-{index}", task.request_id),
             };
             let mut prompt_logprobs = params.logprobs;
-            if choice > 0 && let Some(logprobs) = &mut prompt_logprobs {
+            if choice > 0
+                && let Some(logprobs) = &mut prompt_logprobs
+            {
                 logprobs.prompt_top = None; // they are the same for all
             }
             let seed = seed_of(params.seed, choice);
-            let sequence =
-                Sequence::place(self.service.relay(), Arc::clone(&task), stream_id, seed, prompt_logprobs)
-                    .map_err(|error| self.sequence_failed(error))?;
+            let sequence = Sequence::place(
+                self.service.relay(),
+                Arc::clone(&task),
+                stream_id,
+                seed,
+                prompt_logprobs,
+            )
+            .map_err(|error| self.sequence_failed(error))?;
             self.choices.push(Choice {
                 sequence: Some(sequence),
                 emitter: Emitter::new(Arc::clone(&params.emit)),
@@ -182,7 +199,9 @@ impl Answer {
         let mut all = true;
         let mut failed = None;
         for choice in &mut self.choices {
-            let Some(sequence) = &mut choice.sequence else { continue };
+            let Some(sequence) = &mut choice.sequence else {
+                continue;
+            };
             match sequence.poll_accepted(cx) {
                 Poll::Ready(None) => {}
                 Poll::Ready(Some(error)) => {
@@ -208,8 +227,12 @@ impl Answer {
         let count = self.choices.len();
         for turn in 0..count {
             let number = (self.next + turn) % count;
-            let Some(sequence) = &mut self.choices[number].sequence else { continue };
-            let Poll::Ready(event) = sequence.poll_event(cx) else { continue };
+            let Some(sequence) = &mut self.choices[number].sequence else {
+                continue;
+            };
+            let Poll::Ready(event) = sequence.poll_event(cx) else {
+                continue;
+            };
             self.next = (number + 1) % count;
             let outcome = match event {
                 Some(Ok(event)) => {
@@ -246,7 +269,9 @@ impl Answer {
             Event::PromptLogprobs(mut part) => choice.prompt_logprobs.append(&mut part.positions),
             Event::Tokens(tokens) => {
                 if !std::mem::replace(&mut self.first_token, true) {
-                    self.service.metrics().first_token(self.context.arrived.elapsed().as_secs_f64());
+                    self.service
+                        .metrics()
+                        .first_token(self.context.arrived.elapsed().as_secs_f64());
                 }
                 if self.params.echo_only {
                     return;
@@ -298,10 +323,22 @@ impl Answer {
 
     /// Tokens so far.
     pub fn usage(&self) -> Usage {
-        let prompt_tokens = self.tasks.iter().map(|task| task.token_ids.len() as u32).sum();
-        let completion_tokens = self.choices.iter().map(|choice| choice.emitter.completion_tokens()).sum();
-        let cached_tokens =
-            self.choices.iter().step_by(self.params.n as usize).map(|choice| choice.cached_tokens).sum();
+        let prompt_tokens = self
+            .tasks
+            .iter()
+            .map(|task| task.token_ids.len() as u32)
+            .sum();
+        let completion_tokens = self
+            .choices
+            .iter()
+            .map(|choice| choice.emitter.completion_tokens())
+            .sum();
+        let cached_tokens = self
+            .choices
+            .iter()
+            .step_by(self.params.n as usize)
+            .map(|choice| choice.cached_tokens)
+            .sum();
         Usage {
             prompt_tokens,
             completion_tokens,
@@ -312,13 +349,20 @@ impl Answer {
 
     /// How logprobs name tokens.
     pub fn names(&self) -> TokenNames<'_> {
-        TokenNames { tokenizer: self.params.emit.tokenizer.as_deref(), as_ids: self.params.tokens_as_ids }
+        TokenNames {
+            tokenizer: self.params.emit.tokenizer.as_deref(),
+            as_ids: self.params.tokens_as_ids,
+        }
     }
 
     /// The groups that serve it, each once.
     pub fn served_by(&self) -> String {
         let mut groups: Vec<&str> = self.served_by.iter().map(String::as_str).collect();
-        for sequence in self.choices.iter().filter_map(|choice| choice.sequence.as_ref()) {
+        for sequence in self
+            .choices
+            .iter()
+            .filter_map(|choice| choice.sequence.as_ref())
+        {
             groups.extend(sequence.served_by().iter().map(String::as_str));
         }
         groups.sort_unstable();
@@ -363,15 +407,20 @@ impl Answer {
             }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
             SequenceError::Failed { failure, attempts } => match failure {
-                Failure::Full(_) => {
-                    ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())
-                }
+                Failure::Full(_) => ApiError::overloaded(
+                    "All groups of this model are full. Please retry later.",
+                    retry_after(),
+                ),
                 Failure::Refused(reason) => ApiError::unavailable(
-                    format!("The group that served the request stopped ({reason}), and no other could take it over."),
+                    format!(
+                        "The group that served the request stopped ({reason}), and no other could take it over."
+                    ),
                     2,
                 ),
                 Failure::Lost(_) => ApiError::unavailable(
-                    format!("The group that served the request was lost, and no other could take it over (attempts: {attempts})."),
+                    format!(
+                        "The group that served the request was lost, and no other could take it over (attempts: {attempts})."
+                    ),
                     2,
                 ),
                 Failure::TimedOut => ApiError::timed_out(),

@@ -40,7 +40,14 @@ struct Fields<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None }
+        Self {
+            status,
+            kind,
+            code: None,
+            param: None,
+            message: message.into(),
+            retry_after: None,
+        }
     }
 
     /// 400 for one field of the request.
@@ -78,8 +85,11 @@ impl ApiError {
     /// 404 for a path that has no route.
     pub fn no_route(method: &str, path: &str) -> Self {
         let shown: String = path.chars().take(200).collect();
-        let mut error =
-            Self::new(StatusCode::NOT_FOUND, "invalid_request_error", format!("Unknown request URL: {method} {shown}."));
+        let mut error = Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            format!("Unknown request URL: {method} {shown}."),
+        );
         error.code = Some("unknown_url");
         error
     }
@@ -153,7 +163,8 @@ impl ApiError {
                 code: self.code,
             },
         };
-        serde_json::to_vec(&envelope).unwrap_or_else(|_| br#"{"error":{"message":"unprintable error"}}"#.to_vec())
+        serde_json::to_vec(&envelope)
+            .unwrap_or_else(|_| br#"{"error":{"message":"unprintable error"}}"#.to_vec())
     }
 }
 
@@ -162,7 +173,10 @@ impl IntoResponse for ApiError {
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

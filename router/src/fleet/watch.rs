@@ -34,9 +34,13 @@ enum Broken {
 pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
     let mut pause = FIRST_PAUSE;
     loop {
-        let (Some(strong_fleet), Some(strong_link)) = (fleet.upgrade(), link.upgrade()) else { return };
+        let (Some(strong_fleet), Some(strong_link)) = (fleet.upgrade(), link.upgrade()) else {
+            return;
+        };
         let (broken, began) = watch_once(&strong_fleet, strong_link).await;
-        let Some(strong_link) = link.upgrade() else { return };
+        let Some(strong_link) = link.upgrade() else {
+            return;
+        };
         strong_link.set_watched(false);
         if began {
             pause = FIRST_PAUSE;
@@ -62,7 +66,9 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
     let mut client = link.channels.client();
     let opened = tokio::time::timeout(
         OPEN_PATIENCE,
-        client.watch(WatchRequest { watcher: format!("router-{}", std::process::id()) }),
+        client.watch(WatchRequest {
+            watcher: format!("router-{}", std::process::id()),
+        }),
     );
     let mut events = match opened.await {
         Ok(Ok(response)) => response.into_inner(),
@@ -79,13 +85,27 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
             Ok(None) => return (Broken::Ended, last.is_some()),
             Err(status) => return (status.into(), last.is_some()),
         };
-        let Some(link) = weak.upgrade() else { return (Broken::Ended, true) };
+        let Some(link) = weak.upgrade() else {
+            return (Broken::Ended, true);
+        };
         if let Some((epoch, sequence)) = last {
             if event.epoch != epoch {
-                return (Broken::Epoch { from: epoch, to: event.epoch }, true);
+                return (
+                    Broken::Epoch {
+                        from: epoch,
+                        to: event.epoch,
+                    },
+                    true,
+                );
             }
             if event.sequence != sequence + 1 {
-                return (Broken::Gap { expected: sequence + 1, got: event.sequence }, true);
+                return (
+                    Broken::Gap {
+                        expected: sequence + 1,
+                        got: event.sequence,
+                    },
+                    true,
+                );
             }
         } else {
             link.set_watched(true);
@@ -98,10 +118,18 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
 
 fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
     match event.event {
-        Some(Event::Snapshot(snapshot)) => fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
-        Some(Event::Blocks(blocks)) => fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
+        Some(Event::Snapshot(snapshot)) => {
+            fleet.index.apply(link.slot, &snapshot.block_hashes, &[])
+        }
+        Some(Event::Blocks(blocks)) => {
+            fleet
+                .index
+                .apply(link.slot, &blocks.stored, &blocks.evicted)
+        }
         Some(Event::Load(load)) => link.ledger.report(load),
-        Some(Event::State(state)) => link.tell_state(State::try_from(state).unwrap_or(State::Unspecified)),
+        Some(Event::State(state)) => {
+            link.tell_state(State::try_from(state).unwrap_or(State::Unspecified))
+        }
         None => {} // a kind of event that a newer worker sends
     }
 }

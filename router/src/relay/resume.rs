@@ -15,8 +15,8 @@ use std::{
 
 use bora_common::blocks::{BlockChain, BlockHash, ImageSpan};
 use bora_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, PromptLogprobs, Sampling, Stopping, Tokens,
-    generate_event::Event as Sent,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, PromptLogprobs,
+    Sampling, Stopping, Tokens, generate_event::Event as Sent,
 };
 use bytes::Bytes;
 use futures::Stream as _;
@@ -120,9 +120,20 @@ pub enum SequenceError {
 }
 
 enum Phase {
-    Opening { booking: Booking, opening: Pin<Box<dyn Future<Output = Result<Streaming<GenerateEvent>, Status>> + Send>> },
-    Streaming { booking: Booking, events: Streaming<GenerateEvent>, answered: bool },
-    Waiting { look_again: Pin<Box<Sleep>>, until: Instant, failure: Failure },
+    Opening {
+        booking: Booking,
+        opening: Pin<Box<dyn Future<Output = Result<Streaming<GenerateEvent>, Status>> + Send>>,
+    },
+    Streaming {
+        booking: Booking,
+        events: Box<Streaming<GenerateEvent>>,
+        answered: bool,
+    },
+    Waiting {
+        look_again: Pin<Box<Sleep>>,
+        until: Instant,
+        failure: Failure,
+    },
     /// Everything was generated, only the last word was lost.
     Ended(Finished),
     Done,
@@ -198,7 +209,9 @@ impl Sequence {
     pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Option<SequenceError>> {
         loop {
             match &mut self.phase {
-                Phase::Streaming { .. } | Phase::Ended(_) | Phase::Done => return Poll::Ready(None),
+                Phase::Streaming { .. } | Phase::Ended(_) | Phase::Done => {
+                    return Poll::Ready(None);
+                }
                 Phase::Opening { .. } | Phase::Waiting { .. } => {
                     if let Err(error) = ready!(self.poll_phase(cx)) {
                         return Poll::Ready(Some(error));
@@ -209,12 +222,17 @@ impl Sequence {
     }
 
     /// The next event; `None` after the end.
-    pub fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, SequenceError>>> {
+    pub fn poll_event(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Event, SequenceError>>> {
         loop {
             let Phase::Streaming { events, .. } = &mut self.phase else {
                 match std::mem::replace(&mut self.phase, Phase::Done) {
                     Phase::Done => return Poll::Ready(None),
-                    Phase::Ended(finished) => return Poll::Ready(Some(Ok(Event::Finished(finished)))),
+                    Phase::Ended(finished) => {
+                        return Poll::Ready(Some(Ok(Event::Finished(finished))));
+                    }
                     other => self.phase = other,
                 }
                 if let Err(error) = ready!(self.poll_phase(cx)) {
@@ -222,10 +240,14 @@ impl Sequence {
                 }
                 continue;
             };
-            let outcome = match ready!(Pin::new(events).poll_next(cx)) {
+            let outcome = match ready!(Pin::new(&mut **events).poll_next(cx)) {
                 Some(Ok(event)) => self.receive(event),
                 Some(Err(status)) => self.failed(Failure::from(&status)).map(|()| None),
-                None => self.failed(Failure::Lost("its stream ended before the sequence did".into())).map(|()| None),
+                None => self
+                    .failed(Failure::Lost(
+                        "its stream ended before the sequence did".into(),
+                    ))
+                    .map(|()| None),
             };
             match outcome {
                 Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
@@ -238,13 +260,20 @@ impl Sequence {
     /// Goes on with opening, or with looking for a group.
     fn poll_phase(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SequenceError>> {
         match std::mem::replace(&mut self.phase, Phase::Done) {
-            Phase::Opening { booking, mut opening } => match opening.as_mut().poll(cx) {
+            Phase::Opening {
+                booking,
+                mut opening,
+            } => match opening.as_mut().poll(cx) {
                 Poll::Pending => {
                     self.phase = Phase::Opening { booking, opening };
                     Poll::Pending
                 }
                 Poll::Ready(Ok(events)) => {
-                    self.phase = Phase::Streaming { booking, events, answered: false };
+                    self.phase = Phase::Streaming {
+                        booking,
+                        events: Box::new(events),
+                        answered: false,
+                    };
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(status)) => {
@@ -253,9 +282,17 @@ impl Sequence {
                     Poll::Ready(self.go_on_elsewhere(Failure::from(&status)))
                 }
             },
-            Phase::Waiting { mut look_again, until, failure } => {
+            Phase::Waiting {
+                mut look_again,
+                until,
+                failure,
+            } => {
                 if look_again.as_mut().poll(cx).is_pending() {
-                    self.phase = Phase::Waiting { look_again, until, failure };
+                    self.phase = Phase::Waiting {
+                        look_again,
+                        until,
+                        failure,
+                    };
                     return Poll::Pending;
                 }
                 let last_look = Instant::now() >= until;
@@ -274,7 +311,12 @@ impl Sequence {
     }
 
     fn receive(&mut self, event: GenerateEvent) -> Result<Option<Event>, SequenceError> {
-        let Phase::Streaming { booking, answered, .. } = &mut self.phase else { return Ok(None) };
+        let Phase::Streaming {
+            booking, answered, ..
+        } = &mut self.phase
+        else {
+            return Ok(None);
+        };
         if !*answered {
             *answered = true;
             booking.link().breaker.succeeded();
@@ -282,7 +324,9 @@ impl Sequence {
         match event.event {
             Some(Sent::Started(started)) => {
                 let first = !std::mem::replace(&mut self.started, true);
-                Ok(first.then_some(Event::Started { cached_tokens: started.cached_tokens }))
+                Ok(first.then_some(Event::Started {
+                    cached_tokens: started.cached_tokens,
+                }))
             }
             Some(Sent::PromptLogprobs(mut part)) => {
                 // a second group begins them anew
@@ -303,7 +347,9 @@ impl Sequence {
             }
             Some(Sent::Finished(finished)) => {
                 if finished.reason() == FinishReason::Aborted {
-                    return self.failed(Failure::Refused("it aborted the sequence".into())).map(|()| None);
+                    return self
+                        .failed(Failure::Refused("it aborted the sequence".into()))
+                        .map(|()| None);
                 }
                 self.phase = Phase::Done;
                 Ok(Some(Event::Finished(finished)))
@@ -337,13 +383,22 @@ impl Sequence {
     }
 
     fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), SequenceError> {
-        if matches!(failure, Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)) {
-            return Err(SequenceError::Failed { failure, attempts: self.attempts });
+        if matches!(
+            failure,
+            Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)
+        ) {
+            return Err(SequenceError::Failed {
+                failure,
+                attempts: self.attempts,
+            });
         }
-        if self.attempts >= self.relay.options.max_attempts || Instant::now() >= self.task.deadline {
+        if self.attempts >= self.relay.options.max_attempts || Instant::now() >= self.task.deadline
+        {
             return Err(self.given_up(failure));
         }
-        self.relay.metrics.sequence_moved(!self.generated.is_empty());
+        self.relay
+            .metrics
+            .sequence_moved(!self.generated.is_empty());
         if let Some(finished) = self.already_finished() {
             self.phase = finished;
             return Ok(());
@@ -360,7 +415,10 @@ impl Sequence {
     }
 
     fn given_up(&self, failure: Failure) -> SequenceError {
-        SequenceError::Failed { failure, attempts: self.attempts }
+        SequenceError::Failed {
+            failure,
+            attempts: self.attempts,
+        }
     }
 
     /// The group died between the last id and the word that it was the last.
@@ -386,13 +444,21 @@ impl Sequence {
 
     fn wait(&mut self, until: Instant, failure: Failure) {
         let look_again = Box::pin(tokio::time::sleep(LOOK_AGAIN));
-        self.phase = Phase::Waiting { look_again, until: until.min(self.task.deadline), failure };
+        self.phase = Phase::Waiting {
+            look_again,
+            until: until.min(self.task.deadline),
+            failure,
+        };
     }
 
     fn find_group(&self, avoid_tried: bool) -> Result<Placement, NoGroup> {
         let view = self.relay.fleet.view();
         let model = view.model(&self.task.model).ok_or(NoGroup::NoneReady)?;
-        let avoid: Vec<Slot> = if avoid_tried { self.tried.iter().map(|link| link.slot).collect() } else { Vec::new() };
+        let avoid: Vec<Slot> = if avoid_tried {
+            self.tried.iter().map(|link| link.slot).collect()
+        } else {
+            Vec::new()
+        };
         let wanted = Wanted {
             hashes: &self.task.hashes,
             tokens: self.task.token_ids.len() + self.generated.len(),
@@ -403,7 +469,11 @@ impl Sequence {
     }
 
     fn open(&mut self, placement: Placement) {
-        let Placement { group, booking, explanation } = placement;
+        let Placement {
+            group,
+            booking,
+            explanation,
+        } = placement;
         self.attempts += 1;
         self.served_by.push(group.record.group.clone());
         self.tried.push(Arc::clone(&group.link));
@@ -417,7 +487,10 @@ impl Sequence {
             time_left,
             self.task.traceparent.clone(),
         );
-        self.phase = Phase::Opening { booking, opening: Box::pin(opening) };
+        self.phase = Phase::Opening {
+            booking,
+            opening: Box::pin(opening),
+        };
     }
 
     fn message(&self) -> GenerateRequest {
@@ -435,7 +508,10 @@ impl Sequence {
             token_ids,
             generated_len: self.generated.len() as u32,
             images: self.task.images.clone(),
-            sampling: Some(Sampling { seed: self.seed, ..self.task.sampling.clone() }),
+            sampling: Some(Sampling {
+                seed: self.seed,
+                ..self.task.sampling.clone()
+            }),
             stopping: Some(self.task.stopping.clone()),
             logprobs,
             cache_salt: self.task.cache_salt.to_vec(),
