@@ -63,7 +63,6 @@ pub fn routes(service: Arc<Service>) -> Router {
         .route("/health", get(status::health))
         .route("/ping", get(status::health).post(status::health))
         .route("/ready", get(status::ready))
-        .route("/groups", get(status::groups))
         .route("/metrics", get(status::metrics))
         .route("/version", get(status::version))
         .fallback(no_route)
@@ -96,11 +95,8 @@ async fn with_request_id(mut request: Request, next: Next) -> Response<Body> {
     response
 }
 
-/// Makes a response of what a handler panicked with.
-type PanicHandler = fn(Box<dyn Any + Send + 'static>) -> Response<Body>;
-
 /// Turns the panic of a handler into a 500; the connection and all others live on.
-pub fn catch_panics() -> CatchPanicLayer<PanicHandler> {
+pub fn catch_panics() -> CatchPanicLayer<fn(Box<dyn Any + Send + 'static>) -> Response<Body>> {
     CatchPanicLayer::custom(panicked)
 }
 

@@ -1,7 +1,7 @@
 //! A router over scripted groups: real gRPC over loopback, token ids as the test writes them, failures on
 //! command. A group lives on a runtime of its own, so that it can die like a process does.
 
-#![allow(missing_docs, unreachable_pub)] // of tests
+#![allow(dead_code, missing_docs, unreachable_pub)]
 
 use std::{
     collections::HashMap,
@@ -105,9 +105,7 @@ struct Scripted {
     cancelled: Arc<AtomicUsize>,
     running: Arc<AtomicUsize>,
     died: mpsc::UnboundedSender<()>,
-    /// What is told, and how many numbers are left out before it.
-    events: broadcast::Sender<(u64, Told)>,
-    watches: Arc<AtomicUsize>,
+    events: broadcast::Sender<Told>,
 }
 
 struct Running {
@@ -235,7 +233,6 @@ impl Inference for Scripted {
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        self.watches.fetch_add(1, Ordering::SeqCst);
         let first = [
             Told::Snapshot(Snapshot {
                 block_hashes: Default::default(),
@@ -246,18 +243,16 @@ impl Inference for Scripted {
                 blocks_total: 1000,
                 ..Load::default()
             }),
-        ]
-        .map(|told| (0, told));
+        ];
         let later = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
             .filter_map(|told| async move { told.ok() });
-        let mut sequence = 0;
         let events = futures::stream::iter(first)
             .chain(later)
-            .map(move |(gap, told)| {
-                sequence += 1 + gap;
+            .enumerate()
+            .map(|(number, told)| {
                 Ok(GroupEvent {
                     epoch: 1,
-                    sequence,
+                    sequence: number as u64,
                     event: Some(told),
                 })
             });
@@ -298,7 +293,6 @@ impl Group {
             running: Arc::default(),
             died,
             events: broadcast::channel(64).0,
-            watches: Arc::default(),
         };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         listener.set_nonblocking(true).expect("nonblocking");
@@ -350,17 +344,7 @@ impl Group {
 
     /// Tells its watchers.
     pub fn tell(&self, told: Told) {
-        let _ = self.scripted.events.send((0, told));
-    }
-
-    /// Tells its watchers as if an event had been lost on the way.
-    pub fn tell_after_a_gap(&self, told: Told) {
-        let _ = self.scripted.events.send((1, told));
-    }
-
-    /// How often it was asked for its events.
-    pub fn watches(&self) -> usize {
-        self.scripted.watches.load(Ordering::SeqCst)
+        let _ = self.scripted.events.send(told);
     }
 
     /// Tells its watchers that it holds the blocks of a prompt.

@@ -1,7 +1,0 @@
-//! The router over scripted groups: real gRPC, everything else in this process.
-
-mod api;
-mod faults;
-mod goldens;
-mod malformed;
-mod support;
