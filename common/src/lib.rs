@@ -4,4 +4,7 @@
 
 pub mod blocks;
 pub mod config;
+pub mod conversation;
+pub mod model;
 pub mod registry;
+pub mod tokenizer;

@@ -1,5 +1,9 @@
 //! One worker process: the ranks of a tensor-parallel group that it holds, and, where it holds rank 0,
 //! the scheduler, the block table and the gRPC service of the group.
 
+pub mod backend;
 pub mod engine;
+pub mod model;
+pub mod parallel;
 pub mod sample;
+pub mod weights;
