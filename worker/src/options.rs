@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bora_common::config::{ByteSize, ConfigError, HostPort, seconds};
+use clap::ValueEnum;
 use serde::Deserialize;
 
 /// One worker process and the group it belongs to. Every process of a group is given the same section but
@@ -74,7 +75,7 @@ impl Default for WorkerOptions {
 }
 
 /// What a worker is asked to run on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
     /// CUDA where there is a GPU, else the CPU.
@@ -89,7 +90,7 @@ pub enum DeviceChoice {
 }
 
 /// Where weights come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LoadFormat {
     /// The checkpoint's safetensors.
@@ -100,7 +101,7 @@ pub enum LoadFormat {
 }
 
 /// How FP8 weights are multiplied on the CPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum CpuFp8 {
     /// Weights are widened to float32 (what transformers does on a CPU).
@@ -123,7 +124,7 @@ pub struct KvCacheOptions {
 }
 
 /// Type of the numbers in the KV cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum KvDtype {
     /// bf16 on a GPU, float32 on a CPU.
