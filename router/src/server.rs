@@ -68,7 +68,7 @@ pub fn routes(service: Arc<Service>) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(middleware::from_fn(with_request_id))
-        .layer(CatchPanicLayer::custom(panicked))
+        .layer(catch_panics())
         .with_state(service)
 }
 
@@ -93,6 +93,11 @@ async fn with_request_id(mut request: Request, next: Next) -> Response<Body> {
         response.headers_mut().insert(REQUEST_ID, header);
     }
     response
+}
+
+/// Turns the panic of a handler into a 500; the connection and all others live on.
+pub fn catch_panics() -> CatchPanicLayer<fn(Box<dyn Any + Send + 'static>) -> Response<Body>> {
+    CatchPanicLayer::custom(panicked)
 }
 
 fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response<Body> {
