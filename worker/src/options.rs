@@ -6,6 +6,9 @@ use bora_common::config::{ByteSize, ConfigError, HostPort, seconds};
 use clap::ValueEnum;
 use serde::Deserialize;
 
+use crate::backend::fake::FakeOptions;
+use crate::engine::EngineOptions;
+
 /// One worker process and the group it belongs to. Every process of a group is given the same section but
 /// for `ranks`, `listen` and `advertise`.
 #[derive(Clone, Debug, Deserialize)]
@@ -21,18 +24,25 @@ pub struct WorkerOptions {
     pub tensor_parallel_size: u32,
     /// The ranks that this process holds, each on a thread and a device of its own; all where it is absent.
     pub ranks: Option<Vec<u32>>,
-    /// Where the gRPC services listen: `Inference` and `Admin` on the leader, `Peers` for the other ranks.
+    /// Where the leader's `Inference` and `Admin` services listen.
     pub listen: HostPort,
-    /// How others reach `listen`; the listening address where it is absent.
+    /// Where the leader waits for the processes that hold the other ranks.
+    pub peers: HostPort,
+    /// How routers reach `listen`; the listening address where it is absent.
     pub advertise: Option<HostPort>,
-    /// `host:port` of the process that holds rank 0, where no registry says it.
+    /// Name or address under which the group's other processes reach this one; the listening host where it is absent.
+    pub host: Option<String>,
+    /// `host:port` of the leader's `peers`, where no registry says it.
     pub leader: Option<HostPort>,
     /// How long the ranks wait for each other at the start.
     #[serde(deserialize_with = "seconds")]
     pub rendezvous_seconds: Duration,
-    /// A rank that is silent for so long is dead.
+    /// A process of the group that is silent for so long is dead.
     #[serde(deserialize_with = "seconds")]
     pub heartbeat_seconds: Duration,
+    /// A rank that keeps the others waiting for so long within a step is dead.
+    #[serde(deserialize_with = "seconds")]
+    pub collective_seconds: Duration,
     /// How long a draining worker lets its sequences run.
     #[serde(deserialize_with = "seconds")]
     pub drain_seconds: Duration,
@@ -45,9 +55,9 @@ pub struct WorkerOptions {
     /// The KV cache.
     pub kv_cache: KvCacheOptions,
     /// The scheduler.
-    pub schedule: ScheduleOptions,
+    pub schedule: EngineOptions,
     /// The timing model and the scripts of a fake group.
-    pub fake: crate::backend::fake::FakeOptions,
+    pub fake: FakeOptions,
 }
 
 impl Default for WorkerOptions {
@@ -59,17 +69,20 @@ impl Default for WorkerOptions {
             tensor_parallel_size: 1,
             ranks: None,
             listen: HostPort { host: "127.0.0.1".into(), port: 0 },
+            peers: HostPort { host: "127.0.0.1".into(), port: 0 },
             advertise: None,
+            host: None,
             leader: None,
             rendezvous_seconds: Duration::from_secs(300),
             heartbeat_seconds: Duration::from_secs(5),
+            collective_seconds: Duration::from_secs(30),
             drain_seconds: Duration::from_secs(120),
             max_model_len: None,
             load_format: LoadFormat::Auto,
             cpu_fp8: CpuFp8::Dequantized,
             kv_cache: KvCacheOptions::default(),
-            schedule: ScheduleOptions::default(),
-            fake: Default::default(),
+            schedule: EngineOptions::default(),
+            fake: FakeOptions::default(),
         }
     }
 }
@@ -138,32 +151,6 @@ pub enum KvDtype {
     Fp8,
 }
 
-/// Limits of the scheduler.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ScheduleOptions {
-    /// Sequences that run at once.
-    pub max_num_seqs: u32,
-    /// Tokens in one step.
-    pub max_num_batched_tokens: u32,
-    /// Sequences that may wait; one more is refused.
-    pub max_waiting: u32,
-    /// A step that carries running streams is cut to last at most so long.
-    #[serde(deserialize_with = "seconds")]
-    pub step_seconds: Duration,
-}
-
-impl Default for ScheduleOptions {
-    fn default() -> Self {
-        Self {
-            max_num_seqs: 256,
-            max_num_batched_tokens: 8192,
-            max_waiting: 4096,
-            step_seconds: Duration::from_millis(50),
-        }
-    }
-}
-
 impl WorkerOptions {
     /// The ranks of this process, ascending.
     pub fn local_ranks(&self) -> Vec<u32> {
@@ -187,6 +174,9 @@ impl WorkerOptions {
                 "worker.ranks: rank {rank} is not below worker.tensor_parallel_size = {}",
                 self.tensor_parallel_size
             ));
+        }
+        if ranks.windows(2).any(|pair| pair[1] != pair[0] + 1) {
+            return conflict(format!("worker.ranks: expected neighbours, found {ranks:?}"));
         }
         let schedule = &self.schedule;
         if schedule.max_num_seqs == 0 || schedule.max_num_batched_tokens == 0 || schedule.max_waiting == 0 {
