@@ -4,4 +4,5 @@
 
 pub mod blocks;
 pub mod config;
+pub mod cost;
 pub mod registry;
