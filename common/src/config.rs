@@ -1,1 +1,397 @@
-//! The configuration file: one schema for router and worker.
+//! The configuration file's vocabulary: what a YAML file may say of cluster, registry, models and logs, and
+//! how a file is read so that whatever is wrong in it is named with its line.
+//!
+//! The whole file is put together in the `bora` command (its `router` and `worker` sections belong to those
+//! crates). Every value is checked while it is read: past that, types say what holds.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// A configuration that can't be used; the message is what the operator sees.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("{path}: {error}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// A wrong key or value; the reason says what was expected.
+    #[error("{path}:{line}:{column}: {reason}", path = path.display())]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1; 0 where the whole file is meant.
+        line: usize,
+        /// Counted from 1.
+        column: usize,
+        /// Which key, what is wrong with it, and what was expected.
+        reason: String,
+    },
+    /// Values that are right alone and wrong together.
+    #[error("{0}")]
+    Conflict(String),
+}
+
+/// Reads a YAML file into `T`; an empty file is `T` with all its defaults, where it has them.
+pub fn read_file<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read {
+        path: path.into(),
+        error,
+    })?;
+    parse(path, &text)
+}
+
+fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
+    serde_yaml::from_str(text).map_err(|error| {
+        let (line, column) = error
+            .location()
+            .map_or((0, 0), |at| (at.line(), at.column()));
+        let mut reason = error.to_string();
+        if let Some(at) = reason.rfind(" at line ") {
+            reason.truncate(at);
+        }
+        ConfigError::Wrong {
+            path: path.into(),
+            line,
+            column,
+            reason,
+        }
+    })
+}
+
+/// `host:port`; an IPv6 host stands in brackets.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HostPort {
+    /// A name or an address, without brackets.
+    pub host: String,
+    /// 0 = any free port, where one listens.
+    pub port: u16,
+}
+
+impl std::str::FromStr for HostPort {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let expected =
+            || format!("`{text}` is no address: expected host:port, for example 127.0.0.1:8000");
+        let (host, port) = text.rsplit_once(':').ok_or_else(expected)?;
+        let host = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+            .unwrap_or(host);
+        if host.is_empty() {
+            return Err(expected());
+        }
+        let port = port.parse().map_err(|_| expected())?;
+        Ok(Self {
+            host: host.into(),
+            port,
+        })
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for HostPort {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(D::Error::custom)
+    }
+}
+
+impl Serialize for HostPort {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// An amount of memory: `512MiB`, `40GiB`, `1.5GB` or a number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+impl std::str::FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let expected = || {
+            format!(
+                "`{text}` is no amount of memory: expected for example 512MiB, 40GiB or a number of bytes"
+            )
+        };
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len());
+        let number: f64 = text[..digits].parse().map_err(|_| expected())?;
+        let unit: u64 = match text[digits..].trim() {
+            "" | "B" => 1,
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            "GiB" => 1 << 30,
+            "TiB" => 1 << 40,
+            "KB" | "kB" => 1_000,
+            "MB" => 1_000_000,
+            "GB" => 1_000_000_000,
+            "TB" => 1_000_000_000_000,
+            _ => return Err(expected()),
+        };
+        Ok(Self((number * unit as f64) as u64))
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(
+            untagged,
+            expecting = "an amount of memory such as 512MiB, 40GiB or a number of bytes"
+        )]
+        enum Form {
+            Bytes(u64),
+            Text(String),
+        }
+        match Form::deserialize(deserializer)? {
+            Form::Bytes(bytes) => Ok(Self(bytes)),
+            Form::Text(text) => text.parse().map_err(D::Error::custom),
+        }
+    }
+}
+
+/// Reads a positive number of seconds (fractions allowed).
+pub fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let value = f64::deserialize(deserializer)?;
+    Duration::try_from_secs_f64(value)
+        .ok()
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| D::Error::custom(format!("`{value}`: expected a number of seconds above 0")))
+}
+
+/// Where groups are announced and found.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegistryOptions {
+    /// The kind.
+    pub kind: RegistryKind,
+    /// `etcd`: its members. `static`: `host:port` of each group's leader. `memory`: none.
+    pub endpoints: Vec<HostPort>,
+    /// `etcd`: how long a group that died may still be listed.
+    #[serde(deserialize_with = "seconds")]
+    pub lease_seconds: Duration,
+    /// `etcd`: user name, where it asks for one.
+    pub username: Option<String>,
+    /// `etcd`: file that holds the user's password.
+    pub password_file: Option<PathBuf>,
+}
+
+impl Default for RegistryOptions {
+    fn default() -> Self {
+        Self {
+            kind: RegistryKind::Memory,
+            endpoints: Vec::new(),
+            lease_seconds: Duration::from_secs(10),
+            username: None,
+            password_file: None,
+        }
+    }
+}
+
+/// Kinds of registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RegistryKind {
+    /// A fixed list of endpoints.
+    Static,
+    /// etcd v3.
+    Etcd,
+    /// One process.
+    Memory,
+}
+
+impl RegistryOptions {
+    /// Values that don't go together.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.kind != RegistryKind::Memory && self.endpoints.is_empty() {
+            return Err(ConfigError::Conflict(format!(
+                "registry.endpoints: a registry of kind {:?} needs at least one host:port",
+                self.kind
+            )));
+        }
+        if self.username.is_some() != self.password_file.is_some() {
+            return Err(ConfigError::Conflict(
+                "registry.username and registry.password_file: set both or neither".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Opens the registry. Nothing is connected yet.
+    pub fn open(
+        &self,
+        cluster: &str,
+    ) -> Result<std::sync::Arc<dyn crate::registry::Registry>, ConfigError> {
+        use crate::registry::{EtcdOptions, EtcdRegistry, FixedRegistry, MemoryRegistry};
+        self.check()?;
+        let endpoints = self.endpoints.iter().map(ToString::to_string).collect();
+        Ok(match self.kind {
+            RegistryKind::Memory => std::sync::Arc::new(MemoryRegistry::new()),
+            RegistryKind::Static => std::sync::Arc::new(FixedRegistry::new(endpoints)),
+            RegistryKind::Etcd => {
+                let credentials = match (&self.username, &self.password_file) {
+                    (Some(user), Some(file)) => {
+                        let password =
+                            std::fs::read_to_string(file).map_err(|error| ConfigError::Read {
+                                path: file.clone(),
+                                error,
+                            })?;
+                        Some((user.clone(), password.trim_end().to_owned()))
+                    }
+                    _ => None,
+                };
+                std::sync::Arc::new(EtcdRegistry::new(EtcdOptions {
+                    endpoints,
+                    cluster: cluster.to_owned(),
+                    credentials,
+                    lease_ttl: self.lease_seconds,
+                }))
+            }
+        })
+    }
+}
+
+/// A model that is served: the router reads its tokenizer, a worker its weights as well.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelOptions {
+    /// The name that requests use.
+    pub name: String,
+    /// Other names for it.
+    #[serde(default)]
+    pub aliases: Vec<String>,
+    /// Directory of the checkpoint: `config.json` or `params.json`, `*.safetensors`, and the tokenizer.
+    pub path: PathBuf,
+    /// Directory or file of the tokenizer (`tekken.json`, `tokenizer.json`) where it is not in `path`.
+    #[serde(default)]
+    pub tokenizer: Option<PathBuf>,
+    /// Serve token ids only: the checkpoint has no tokenizer.
+    #[serde(default)]
+    pub skip_tokenizer_init: bool,
+}
+
+impl ModelOptions {
+    /// Where the tokenizer is; `None` where there is none.
+    pub fn tokenizer_path(&self) -> Option<&Path> {
+        (!self.skip_tokenizer_init).then(|| self.tokenizer.as_deref().unwrap_or(&self.path))
+    }
+}
+
+/// Log output (to standard error).
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogOptions {
+    /// A filter as in `info` or `bora_router=debug,warn`; `info` where it is absent.
+    pub level: Option<String>,
+    /// Lines for people or for machines.
+    pub format: LogFormat,
+}
+
+/// Forms of a log line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct File {
+        registry: RegistryOptions,
+        #[serde(default)]
+        models: Vec<ModelOptions>,
+    }
+
+    fn wrong(text: &str) -> String {
+        parse::<File>(Path::new("bora.yaml"), text)
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn a_wrong_key_or_value_is_named_with_its_line_and_what_was_expected() {
+        let unknown = wrong("registry:\n  kind: etcd\n  endpoint: [a:1]\n");
+        assert!(unknown.starts_with("bora.yaml:3:3: registry: unknown field `endpoint`, expected one of `kind`, `endpoints`"), "{unknown}");
+        let kind = wrong("registry:\n  kind: zookeeper\n");
+        assert!(
+            kind.starts_with("bora.yaml:2:")
+                && kind.contains("expected one of `static`, `etcd`, `memory`"),
+            "{kind}"
+        );
+        let address = wrong("registry:\n  kind: etcd\n  endpoints:\n    - localhost\n");
+        assert!(
+            address.starts_with("bora.yaml:4:") && address.contains("expected host:port"),
+            "{address}"
+        );
+        let lease = wrong("registry:\n  lease_seconds: -1\n");
+        assert!(
+            lease.starts_with("bora.yaml:2:") && lease.contains("seconds above 0"),
+            "{lease}"
+        );
+        let missing = wrong("registry: {}\nmodels:\n  - name: x\n");
+        assert!(missing.contains("missing field `path`"), "{missing}");
+        assert!(wrong("registry: [").starts_with("bora.yaml:"));
+    }
+
+    #[test]
+    fn values_have_their_forms() {
+        assert_eq!(
+            "[::1]:80".parse(),
+            Ok(HostPort {
+                host: "::1".into(),
+                port: 80
+            })
+        );
+        assert_eq!(
+            HostPort {
+                host: "::1".into(),
+                port: 80
+            }
+            .to_string(),
+            "[::1]:80"
+        );
+        assert_eq!("1.5GiB".parse(), Ok(ByteSize(3 << 29)));
+        assert!("4 bananas".parse::<ByteSize>().is_err());
+        let file: File = parse(
+            Path::new("f"),
+            "registry: {kind: static, endpoints: ['h:1']}",
+        )
+        .unwrap();
+        assert!(file.registry.check().is_ok() && file.models.is_empty());
+        let empty = RegistryOptions {
+            kind: RegistryKind::Etcd,
+            ..Default::default()
+        };
+        assert!(empty.check().is_err());
+    }
+}

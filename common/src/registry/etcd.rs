@@ -18,8 +18,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord,
-    WATCH_BUFFER, difference,
+    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer,
+    RendezvousRecord, WATCH_BUFFER, difference,
 };
 
 /// How etcd is reached.
@@ -59,11 +59,20 @@ impl EtcdRegistry {
     }
 
     fn group_key(&self, record: &GroupRecord) -> String {
-        format!("{}{}/{}", self.groups_prefix(), encode_segment(&record.model), encode_segment(&record.group))
+        format!(
+            "{}{}/{}",
+            self.groups_prefix(),
+            encode_segment(&record.model),
+            encode_segment(&record.group)
+        )
     }
 
     fn rendezvous_prefix(&self, group: &str) -> String {
-        format!("/bora/v1/{}/rendezvous/{}/", encode_segment(&self.options.cluster), encode_segment(group))
+        format!(
+            "/bora/v1/{}/rendezvous/{}/",
+            encode_segment(&self.options.cluster),
+            encode_segment(group)
+        )
     }
 
     async fn connect(&self) -> StoreResult<Client> {
@@ -79,7 +88,10 @@ impl EtcdRegistry {
     }
 
     fn unavailable(&self, reason: String) -> RegistryError {
-        RegistryError::Unavailable { endpoints: self.options.endpoints.join(","), reason }
+        RegistryError::Unavailable {
+            endpoints: self.options.endpoints.join(","),
+            reason,
+        }
     }
 
     /// Keeps `value` under `key` until the channel says `None` or its sender is gone.
@@ -153,7 +165,12 @@ impl EtcdRegistry {
         let now: BTreeMap<String, GroupRecord> = all
             .kvs()
             .iter()
-            .filter_map(|kv| Some((String::from_utf8_lossy(kv.key()).into_owned(), parse(kv.key(), kv.value())?)))
+            .filter_map(|kv| {
+                Some((
+                    String::from_utf8_lossy(kv.key()).into_owned(),
+                    parse(kv.key(), kv.value())?,
+                ))
+            })
             .collect();
         for change in difference(seen, now.iter()) {
             if sender.send(change).await.is_err() {
@@ -162,29 +179,43 @@ impl EtcdRegistry {
         }
         *seen = now;
         backoff.reset();
-        let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
+        let options = WatchOptions::new()
+            .with_prefix()
+            .with_start_revision(revision + 1);
         let mut events = within(client.watch(prefix, Some(options))).await?;
         loop {
             let response = tokio::select! {
                 response = events.message() => response.map_err(|error| error.to_string())?,
                 () = sender.closed() => return Ok(()),
             };
-            let Some(response) = response else { return Err("the watch ended".into()) };
+            let Some(response) = response else {
+                return Err("the watch ended".into());
+            };
             if response.canceled() {
-                return Err(format!("the watch was cancelled: {}", response.cancel_reason()));
+                return Err(format!(
+                    "the watch was cancelled: {}",
+                    response.cancel_reason()
+                ));
             }
             for event in response.events() {
                 let Some(kv) = event.kv() else { continue };
                 let key = String::from_utf8_lossy(kv.key()).into_owned();
                 let change = match event.event_type() {
                     EventType::Put => {
-                        let Some(record) = parse(kv.key(), kv.value()) else { continue };
+                        let Some(record) = parse(kv.key(), kv.value()) else {
+                            continue;
+                        };
                         seen.insert(key, record.clone());
                         GroupChange::Put(Box::new(record))
                     }
                     EventType::Delete => {
-                        let Some(record) = seen.remove(&key) else { continue };
-                        GroupChange::Gone { model: record.model, group: record.group }
+                        let Some(record) = seen.remove(&key) else {
+                            continue;
+                        };
+                        GroupChange::Gone {
+                            model: record.model,
+                            group: record.group,
+                        }
                     }
                 };
                 if sender.send(change).await.is_err() {
@@ -229,7 +260,11 @@ impl Registry for EtcdRegistry {
                 match registry.watch_once(&mut seen, &sender, &mut backoff).await {
                     Ok(()) => return,
                     Err(reason) => {
-                        tracing::warn!(reason, groups = seen.len(), "etcd lost, keeping the groups last seen");
+                        tracing::warn!(
+                            reason,
+                            groups = seen.len(),
+                            "etcd lost, keeping the groups last seen"
+                        );
                     }
                 }
                 tokio::select! {
@@ -241,9 +276,17 @@ impl Registry for EtcdRegistry {
         receiver
     }
 
-    async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError> {
-        let key = format!("{}{:020}", self.rendezvous_prefix(&record.group), record.epoch);
-        let bytes = serde_json::to_vec(&record).map_err(|error| self.unavailable(error.to_string()))?;
+    async fn offer_rendezvous(
+        &self,
+        record: RendezvousRecord,
+    ) -> Result<RendezvousOffer, RegistryError> {
+        let key = format!(
+            "{}{:020}",
+            self.rendezvous_prefix(&record.group),
+            record.epoch
+        );
+        let bytes =
+            serde_json::to_vec(&record).map_err(|error| self.unavailable(error.to_string()))?;
         let (alive, mut gone) = mpsc::channel::<()>(1);
         let registry = self.clone();
         tokio::spawn(async move {
@@ -257,7 +300,10 @@ impl Registry for EtcdRegistry {
         Ok(RendezvousOffer { _alive: alive })
     }
 
-    async fn find_rendezvous(&self, group: &str) -> Result<Option<RendezvousRecord>, RegistryError> {
+    async fn find_rendezvous(
+        &self,
+        group: &str,
+    ) -> Result<Option<RendezvousRecord>, RegistryError> {
         let find = async {
             let mut client = self.connect().await?;
             let newest = GetOptions::new()
@@ -266,8 +312,13 @@ impl Registry for EtcdRegistry {
                 .with_limit(1);
             within(client.get(self.rendezvous_prefix(group), Some(newest))).await
         };
-        let found = find.await.map_err(|reason: String| self.unavailable(reason))?;
-        Ok(found.kvs().first().and_then(|kv| serde_json::from_slice(kv.value()).ok()))
+        let found = find
+            .await
+            .map_err(|reason: String| self.unavailable(reason))?;
+        Ok(found
+            .kvs()
+            .first()
+            .and_then(|kv| serde_json::from_slice(kv.value()).ok()))
     }
 }
 
@@ -308,7 +359,9 @@ struct Backoff {
 
 impl Backoff {
     fn new() -> Self {
-        Self { next: FIRST_BACKOFF }
+        Self {
+            next: FIRST_BACKOFF,
+        }
     }
 
     fn reset(&mut self) {

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord,
-    WATCH_BUFFER, difference,
+    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer,
+    RendezvousRecord, WATCH_BUFFER, difference,
 };
 
 /// Groups of this process. Clones share their groups.
@@ -25,7 +25,9 @@ impl MemoryRegistry {
     }
 
     fn rendezvous(&self) -> MutexGuard<'_, BTreeMap<String, RendezvousRecord>> {
-        self.rendezvous.lock().unwrap_or_else(PoisonError::into_inner)
+        self.rendezvous
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -40,7 +42,9 @@ impl Registry for MemoryRegistry {
         let groups = self.groups.clone();
         tokio::spawn(async move {
             while records.changed().await.is_ok() {
-                let Some(record) = records.borrow_and_update().clone() else { break };
+                let Some(record) = records.borrow_and_update().clone() else {
+                    break;
+                };
                 groups.send_modify(|groups| {
                     groups.insert(key.clone(), record);
                 });
@@ -75,9 +79,13 @@ impl Registry for MemoryRegistry {
         receiver
     }
 
-    async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError> {
+    async fn offer_rendezvous(
+        &self,
+        record: RendezvousRecord,
+    ) -> Result<RendezvousOffer, RegistryError> {
         let (alive, mut gone) = mpsc::channel(1);
-        self.rendezvous().insert(record.group.clone(), record.clone());
+        self.rendezvous()
+            .insert(record.group.clone(), record.clone());
         let registry = self.clone();
         tokio::spawn(async move {
             let _ = gone.recv().await;
@@ -89,7 +97,10 @@ impl Registry for MemoryRegistry {
         Ok(RendezvousOffer { _alive: alive })
     }
 
-    async fn find_rendezvous(&self, group: &str) -> Result<Option<RendezvousRecord>, RegistryError> {
+    async fn find_rendezvous(
+        &self,
+        group: &str,
+    ) -> Result<Option<RendezvousRecord>, RegistryError> {
         Ok(self.rendezvous().get(group).cloned())
     }
 }
@@ -104,7 +115,10 @@ mod tests {
         let registry = MemoryRegistry::new();
         let first = registry.announce(example("one")).await.unwrap();
         let mut changes = registry.watch();
-        assert_eq!(changes.recv().await, Some(GroupChange::Put(Box::new(example("one")))));
+        assert_eq!(
+            changes.recv().await,
+            Some(GroupChange::Put(Box::new(example("one"))))
+        );
         first.update(|record| record.state = GroupState::Draining);
         match changes.recv().await {
             Some(GroupChange::Put(record)) => assert_eq!(record.state, GroupState::Draining),
@@ -113,7 +127,10 @@ mod tests {
         first.withdraw().await;
         assert_eq!(
             changes.recv().await,
-            Some(GroupChange::Gone { model: example("one").model, group: "one".into() })
+            Some(GroupChange::Gone {
+                model: example("one").model,
+                group: "one".into()
+            })
         );
     }
 

@@ -113,7 +113,11 @@ pub(crate) fn example(group: &str) -> GroupRecord {
         aliases: vec![],
         device: Device::Fake,
         weight_fingerprint: "0".into(),
-        ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
+        ranks: vec![RankRecord {
+            rank: 0,
+            host: "here".into(),
+            pid: 1,
+        }],
         block_tokens: 64,
         kv_blocks: 10,
         max_model_len: 640,
