@@ -15,7 +15,7 @@ enum Change {
 /// not matter. At most one entry for each block of the pool and each change: bounded by what one step can
 /// do.
 #[derive(Debug, Default)]
-pub struct Changes {
+pub(super) struct Changes {
     net: HashMap<BlockHash, Change>,
 }
 
@@ -37,21 +37,21 @@ impl Delta {
 
 impl Changes {
     /// A block can be found.
-    pub fn stored(&mut self, hash: BlockHash) {
+    pub(super) fn stored(&mut self, hash: BlockHash) {
         if self.net.remove(&hash) != Some(Change::Evicted) {
             self.net.insert(hash, Change::Stored);
         }
     }
 
     /// A block was given up.
-    pub fn evicted(&mut self, hash: BlockHash) {
+    pub(super) fn evicted(&mut self, hash: BlockHash) {
         if self.net.remove(&hash) != Some(Change::Stored) {
             self.net.insert(hash, Change::Evicted);
         }
     }
 
     /// The net changes; starts over.
-    pub fn drain(&mut self) -> Delta {
+    pub(super) fn drain(&mut self) -> Delta {
         let mut delta = Delta::default();
         for (hash, change) in self.net.drain() {
             match change {

@@ -25,7 +25,7 @@ struct Entry {
 
 /// A fixed number of blocks.
 #[derive(Debug)]
-pub struct BlockPool {
+pub(super) struct BlockPool {
     entries: Vec<Entry>,
     free: Vec<BlockId>,
     oldest: BlockId,
@@ -35,7 +35,7 @@ pub struct BlockPool {
 
 impl BlockPool {
     /// `blocks` free blocks.
-    pub fn new(blocks: u32) -> Self {
+    pub(super) fn new(blocks: u32) -> Self {
         Self {
             entries: vec![Entry { place: Place::Free, older: NONE, newer: NONE }; blocks as usize],
             // taken from the end: low numbers first
@@ -47,22 +47,22 @@ impl BlockPool {
     }
 
     /// All blocks.
-    pub fn total(&self) -> usize {
+    pub(super) fn total(&self) -> usize {
         self.entries.len()
     }
 
     /// Blocks that nobody refers to: those that hold nothing and those that can be given up.
-    pub fn available(&self) -> usize {
+    pub(super) fn available(&self) -> usize {
         self.free.len() + self.idle
     }
 
     /// Unreferenced blocks whose content is kept.
-    pub fn idle(&self) -> usize {
+    pub(super) fn idle(&self) -> usize {
         self.idle
     }
 
     /// References to a block.
-    pub fn references(&self, block: BlockId) -> u32 {
+    pub(super) fn references(&self, block: BlockId) -> u32 {
         match self.entries[block as usize].place {
             Place::Used(count) => count,
             Place::Free | Place::Idle => 0,
@@ -70,14 +70,14 @@ impl BlockPool {
     }
 
     /// A free block, now with one reference.
-    pub fn take_free(&mut self) -> Option<BlockId> {
+    pub(super) fn take_free(&mut self) -> Option<BlockId> {
         let block = self.free.pop()?;
         self.entries[block as usize].place = Place::Used(1);
         Some(block)
     }
 
     /// The idle block that was used longest ago, now with one reference: its content is lost.
-    pub fn take_oldest(&mut self) -> Option<BlockId> {
+    pub(super) fn take_oldest(&mut self) -> Option<BlockId> {
         if self.oldest == NONE {
             return None;
         }
@@ -88,7 +88,7 @@ impl BlockPool {
     }
 
     /// One more reference to a block that is used or idle.
-    pub fn refer(&mut self, block: BlockId) {
+    pub(super) fn refer(&mut self, block: BlockId) {
         match self.entries[block as usize].place {
             Place::Used(count) => self.entries[block as usize].place = Place::Used(count + 1),
             Place::Idle => {
@@ -100,7 +100,7 @@ impl BlockPool {
     }
 
     /// One reference less. The last one makes the block idle where `keep`, else free.
-    pub fn release(&mut self, block: BlockId, keep: bool) {
+    pub(super) fn release(&mut self, block: BlockId, keep: bool) {
         match self.entries[block as usize].place {
             Place::Used(1) if keep => self.append(block),
             Place::Used(1) => {
@@ -113,7 +113,7 @@ impl BlockPool {
     }
 
     /// The content of a block is no longer wanted: frees it if it is idle.
-    pub fn discard(&mut self, block: BlockId) {
+    pub(super) fn discard(&mut self, block: BlockId) {
         if self.entries[block as usize].place == Place::Idle {
             self.unlink(block);
             self.entries[block as usize].place = Place::Free;
@@ -122,7 +122,7 @@ impl BlockPool {
     }
 
     /// Idle blocks, oldest first.
-    pub fn idle_blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
+    pub(super) fn idle_blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         let first = (self.oldest != NONE).then_some(self.oldest);
         std::iter::successors(first, |block| {
             let newer = self.entries[*block as usize].newer;
@@ -155,7 +155,7 @@ impl BlockPool {
 
     /// Checks that every block is in exactly one place; for tests.
     #[cfg(test)]
-    pub(crate) fn check(&self) {
+    pub(super) fn check(&self) {
         let idle: Vec<BlockId> = self.idle_blocks().collect();
         let used = self.entries.iter().filter(|e| matches!(e.place, Place::Used(_))).count();
         assert_eq!(idle.len(), self.idle);
