@@ -1,6 +1,12 @@
 //! One worker process: the ranks of a tensor-parallel group that it holds, and, where it holds rank 0,
 //! the scheduler, the block table and the gRPC service of the group.
 
+pub mod backend;
 pub mod cache;
 pub mod engine;
+pub mod model;
+pub mod parallel;
 pub mod sample;
+mod schedule;
+pub mod service;
+pub mod weights;

@@ -10,10 +10,54 @@
 //! Shapes: T = tokens of the batch, h = hidden size, d = head_dim, H and K = query and KV heads **of this
 //! rank**. All activations are row-major [T, ...].
 
+//!
+//! Images enter with a later issue: `embed` will then be given the rows that features replace.
+
+use bora_common::model::ModelConfig;
+
 use crate::engine::step::{BlockId, Drawn, SequenceFault, Slot};
+use crate::parallel::Collective;
+use crate::weights::ShardPlan;
 
 pub mod cpu;
-pub mod cuda;
+pub mod fake;
+
+/// What a backend is built from; the constructor itself is each backend's own.
+pub struct RankSetup {
+    /// The model.
+    pub config: ModelConfig,
+    /// This rank's part of it.
+    pub plan: ShardPlan,
+    /// The largest step that will come.
+    pub limits: Limits,
+    /// Ties the ranks together in host memory. A backend with a transport of its own (NCCL, peer memory)
+    /// sets it up through [`Collective::exchange`] and keeps this one for what is small.
+    pub collective: Box<dyn Collective>,
+}
+
+/// Bounds that buffers can be sized by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of a step (T).
+    pub step_tokens: usize,
+    /// Sequences of a step, and slots: a slot is below it.
+    pub sequences: usize,
+    /// Positions of a sequence.
+    pub model_len: usize,
+    /// Rows of a step whose logits are wanted.
+    pub logit_rows: usize,
+}
+
+/// How much KV cache to make.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum KvBudget {
+    /// So many blocks.
+    Blocks(usize),
+    /// What fits in so many bytes of this rank's device.
+    Bytes(u64),
+    /// What fits when the whole process uses this share of the device's memory.
+    DeviceShare(f32),
+}
 
 /// One step's work, flattened over its sequences in the order of `Step::work`.
 #[derive(Clone, Debug, Default)]
@@ -56,9 +100,17 @@ pub enum BackendError {
     /// Another rank failed or is gone.
     #[error("collective: {0}")]
     Collective(#[from] crate::parallel::CollectiveError),
-    /// Weights that this backend can't hold.
-    #[error("weights: {0}")]
-    Weights(String),
+    /// The checkpoint is wrong.
+    #[error(transparent)]
+    Weights(#[from] crate::weights::WeightError),
+    /// Weights that this backend can't hold, with the tensor's name and the reason.
+    #[error("tensor `{tensor}`: {reason}")]
+    Unsupported {
+        /// The tensor.
+        tensor: String,
+        /// Why not.
+        reason: String,
+    },
 }
 
 /// Shorthand of this module.
@@ -80,17 +132,19 @@ pub trait Backend: Send + Sized + 'static {
 
     // ---- loading -------------------------------------------------------------------------------------
 
-    /// Takes this rank's slices of linears that share an input.
+    /// Takes this rank's slices of linears that share an input. FP8 parts keep their own weight scales; their
+    /// input scales are equal in every known checkpoint, but need not be.
     fn load_linear(&mut self, parts: &[crate::weights::LinearShard<'_>]) -> Result<Self::Linear>;
-    /// Takes a gain vector [h].
+    /// Takes a gain vector, one row of h numbers.
     fn load_gain(&mut self, gain: &crate::weights::Slice<'_>) -> Result<Self::Gain>;
     /// Takes this rank's rows of the embedding.
     fn load_embedding(&mut self, rows: &crate::weights::VocabularyShard<'_>) -> Result<Self::Embedding>;
     /// Takes this rank's rows of the language-model head.
     fn load_head(&mut self, rows: &crate::weights::VocabularyShard<'_>) -> Result<Self::Linear>;
-    /// Blocks of KV cache that fit in the memory left (or in the configured amount).
-    fn kv_capacity(&mut self, shape: &crate::model::KvShape) -> Result<usize>;
-    /// Allocates the KV cache: `blocks` blocks of 64 tokens for every layer.
+    /// Blocks of KV cache that the budget gives, once the weights are loaded.
+    fn kv_capacity(&mut self, shape: &crate::model::KvShape, budget: KvBudget) -> Result<usize>;
+    /// Allocates the KV cache: `blocks` blocks of 64 tokens for every layer. Called once, after the weights
+    /// and before the first step: the moment to time kernels and to record graphs.
     fn allocate_kv(&mut self, shape: &crate::model::KvShape, blocks: usize) -> Result<()>;
 
     // ---- one step ------------------------------------------------------------------------------------
@@ -131,7 +185,8 @@ pub trait Backend: Send + Sized + 'static {
     /// `silu(gate) * up` of [T, 2 i] stacked as gate | up: [T, i], in the form that `next` reads.
     fn gate(&mut self, gate_up: Self::Tensor, next: &Self::Linear) -> Result<Self::Tensor>;
 
-    /// The wanted rows only: final norm and head, gathered over the ranks' vocabulary shards.
+    /// The wanted rows only (`Batch::logit_rows`): adds the partial sums, final norm, head, and gathers the
+    /// ranks' vocabulary shards. Every rank gets the same numbers bit for bit, since every rank samples.
     fn head(
         &mut self,
         residual: Self::Tensor,
@@ -189,4 +244,6 @@ pub struct SampleResults {
     pub drawn: Vec<(Slot, std::result::Result<Drawn, SequenceFault>)>,
     /// For each `Score`.
     pub scored: Vec<crate::engine::step::PositionLogprobs>,
+    /// From the start of the step's `execute` to the end of its `sample`, on the device.
+    pub seconds: f64,
 }

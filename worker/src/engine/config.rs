@@ -40,6 +40,13 @@ impl Default for EngineOptions {
     }
 }
 
+impl EngineOptions {
+    /// Rows of a step whose logits are wanted, at most: backends size their buffers by it.
+    pub fn max_logit_rows(&self) -> usize {
+        self.max_num_seqs as usize + crate::schedule::MAX_SCORED_POSITIONS
+    }
+}
+
 /// Everything the engine has to know of its group.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineConfig {

@@ -41,6 +41,7 @@ pub(crate) mod places;
 mod progress;
 pub(crate) mod request;
 mod run;
+pub mod runner;
 pub(crate) mod sequence;
 pub mod step;
 pub(crate) mod stream;

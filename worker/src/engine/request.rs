@@ -8,23 +8,23 @@ use super::error::EngineError;
 use crate::sample::SamplingParams;
 
 /// Bytes of a request id.
-pub const MAX_REQUEST_ID: usize = 256;
+pub(crate) const MAX_REQUEST_ID: usize = 256;
 /// Bytes of a cache salt.
-pub const MAX_CACHE_SALT: usize = 256;
+pub(crate) const MAX_CACHE_SALT: usize = 256;
 /// Stop ids of a request.
-pub const MAX_STOP_IDS: usize = 256;
+pub(crate) const MAX_STOP_IDS: usize = 256;
 /// Pairs of a logit bias.
-pub const MAX_LOGIT_BIAS: usize = 1_024;
+pub(crate) const MAX_LOGIT_BIAS: usize = 1_024;
 /// Alternatives listed at a position.
-pub const MAX_LOGPROBS: u32 = 20;
+pub(crate) const MAX_LOGPROBS: u32 = 20;
 /// Images of a request.
-pub const MAX_IMAGES: usize = 256;
+pub(crate) const MAX_IMAGES: usize = 256;
 /// Bytes of an encoded image.
-pub const MAX_IMAGE_BYTES: usize = 20 * 1024 * 1024;
+pub(crate) const MAX_IMAGE_BYTES: usize = 20 * 1024 * 1024;
 
 /// Which queue a sequence waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Class {
+pub(crate) enum Class {
     /// Somebody is waiting for it.
     Interactive,
     /// It gets what interactive sequences leave.
@@ -33,7 +33,7 @@ pub enum Class {
 
 /// A request as the scheduler needs it.
 #[derive(Clone, Debug)]
-pub struct Request {
+pub(crate) struct Request {
     /// For the logs.
     pub request_id: String,
     /// The prompt, then what was generated elsewhere.
@@ -51,14 +51,14 @@ pub struct Request {
     /// Images within the prompt.
     pub images: Vec<ImageSpan>,
     /// Separates tenants.
-    pub salt: bytes::Bytes,
+    pub salt: Vec<u8>,
     /// Which queue it waits in.
     pub class: Class,
 }
 
 impl Request {
     /// Checks everything; the error names the field and the limit.
-    pub fn check(request: v1::GenerateRequest, config: &EngineConfig) -> Result<Self, EngineError> {
+    pub(crate) fn check(request: v1::GenerateRequest, config: &EngineConfig) -> Result<Self, EngineError> {
         let class = match request.priority() {
             v1::Priority::Batch => Class::Batch,
             v1::Priority::Interactive | v1::Priority::Unspecified => Class::Interactive,

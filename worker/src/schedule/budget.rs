@@ -14,7 +14,7 @@ use crate::engine::step::Slot;
 /// A prompt always gets this many tokens a step, however slow the step already is: it has to end.
 const LEAST_CHUNK: usize = BLOCK_TOKENS;
 /// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
-const MAX_SCORED_POSITIONS: usize = 256;
+pub(crate) const MAX_SCORED_POSITIONS: usize = 256;
 /// Weight of the newest step in the running corrections.
 const LEARNING_RATE: f64 = 0.1;
 /// What is believed of one step's deviation from the prediction.
@@ -112,12 +112,8 @@ impl StepBudget {
                     grants.push((*candidate, tokens));
                 }
             }
-            let left = Candidate {
-                context: oldest.context + granted,
-                remaining: oldest.remaining - granted,
-                ..*oldest
-            };
-            grants.push((*oldest, granted + self.chunk(&left, rest)));
+            let own = self.refunded(rest, oldest, granted);
+            grants.push((*oldest, self.chunk(oldest, own).max(granted)));
         }
         let prefill = grants
             .iter()
@@ -151,6 +147,15 @@ impl StepBudget {
         rest.tokens = rest.tokens.saturating_sub(tokens);
         if candidate.scored {
             rest.scored = rest.scored.saturating_sub(tokens);
+        }
+    }
+
+    fn refunded(&self, rest: Rest, candidate: &Candidate, tokens: usize) -> Rest {
+        let seconds = self.cost.prefill_seconds(candidate.context as u64, tokens as u64);
+        Rest {
+            seconds: rest.seconds + seconds * self.prefill_correction,
+            tokens: rest.tokens + tokens,
+            scored: rest.scored + if candidate.scored { tokens } else { 0 },
         }
     }
 

@@ -21,9 +21,10 @@ fn granted(grants: &[(Slot, usize)], slot: Slot) -> usize {
 fn chunks_keep_the_pace_of_running_streams_at_any_context() {
     for context in [0, 10_000, 200_000] {
         let (grants, prediction) = budget().share(8, 8_000, vec![prompt(0, context, 50_000)]);
-        assert!(prediction.seconds <= 0.050, "{context}: {prediction:?}");
+        assert!(prediction.seconds <= 0.050 + 1e-9, "{context}: {prediction:?}");
         let tokens = granted(&grants, 0);
-        assert!(tokens >= 64 && (context + tokens) % 64 == 0, "{context}: {tokens}");
+        assert!(tokens >= 64, "{context}: {tokens}");
+        assert_eq!((context + tokens) % 64, 0, "{context}: {tokens} tokens end a block");
     }
     let (near, _) = budget().share(8, 8_000, vec![prompt(0, 0, 50_000)]);
     let (far, _) = budget().share(8, 8_000, vec![prompt(0, 200_000, 50_000)]);

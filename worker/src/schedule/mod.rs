@@ -25,6 +25,7 @@ use crate::cache::{Delta, KvCache};
 use crate::engine::EngineConfig;
 use crate::engine::sequence::Sequence;
 use crate::engine::step::Slot;
+pub(crate) use budget::MAX_SCORED_POSITIONS;
 use budget::{Prediction, StepBudget};
 
 /// A step that was submitted and not collected.
@@ -149,5 +150,9 @@ impl Scheduler {
     }
 }
 
+#[cfg(test)]
+mod harness;
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;

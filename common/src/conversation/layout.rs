@@ -1,0 +1,286 @@
+//! Messages, tools and pictures in the order and between the markers that the model was trained on
+//! (mistral-common's tokenizer version 13).
+//!
+//! ```text
+//! <s> [SYSTEM_PROMPT]text[/SYSTEM_PROMPT]* [AVAILABLE_TOOLS]json[/AVAILABLE_TOOLS] [INST]user[/INST] answer</s> ...
+//! assistant:     text [TOOL_CALLS]name[ARGS]json [TOOL_CALLS]name[ARGS]json </s>
+//! tool results:  [TOOL_RESULTS]text[/TOOL_RESULTS] for each call, in the order of the calls
+//! ```
+//!
+//! Each bracketed name is one id; nothing is added between them. Every text between two of them is
+//! tokenised on its own, so the ids of a text do not depend on its neighbours and may be cached by text.
+
+use super::error::{At, ConversationError, Rule};
+use super::message::{Chunk, Message, ToolCall};
+use super::tool::{Tool, dump_tools};
+
+/// A marker of the layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "each is the marker that `name` gives")]
+pub enum Special {
+    Begin,
+    End,
+    BeginSystem,
+    EndSystem,
+    BeginTools,
+    EndTools,
+    BeginInstruction,
+    EndInstruction,
+    ToolCall,
+    Arguments,
+    BeginToolResult,
+    EndToolResult,
+    Image,
+    ImageBreak,
+    ImageEnd,
+    BeginThinking,
+    EndThinking,
+}
+
+impl Special {
+    /// All markers.
+    pub const ALL: [Self; 17] = [
+        Self::Begin,
+        Self::End,
+        Self::BeginSystem,
+        Self::EndSystem,
+        Self::BeginTools,
+        Self::EndTools,
+        Self::BeginInstruction,
+        Self::EndInstruction,
+        Self::ToolCall,
+        Self::Arguments,
+        Self::BeginToolResult,
+        Self::EndToolResult,
+        Self::Image,
+        Self::ImageBreak,
+        Self::ImageEnd,
+        Self::BeginThinking,
+        Self::EndThinking,
+    ];
+
+    /// The special token's name in the tokenizer file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Begin => "<s>",
+            Self::End => "</s>",
+            Self::BeginSystem => "[SYSTEM_PROMPT]",
+            Self::EndSystem => "[/SYSTEM_PROMPT]",
+            Self::BeginTools => "[AVAILABLE_TOOLS]",
+            Self::EndTools => "[/AVAILABLE_TOOLS]",
+            Self::BeginInstruction => "[INST]",
+            Self::EndInstruction => "[/INST]",
+            Self::ToolCall => "[TOOL_CALLS]",
+            Self::Arguments => "[ARGS]",
+            Self::BeginToolResult => "[TOOL_RESULTS]",
+            Self::EndToolResult => "[/TOOL_RESULTS]",
+            Self::Image => "[IMG]",
+            Self::ImageBreak => "[IMG_BREAK]",
+            Self::ImageEnd => "[IMG_END]",
+            Self::BeginThinking => "[THINK]",
+            Self::EndThinking => "[/THINK]",
+        }
+    }
+}
+
+/// A piece of a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Segment {
+    /// One marker.
+    Special(Special),
+    /// Text, tokenised on its own.
+    Text(String),
+    /// A picture's placeholders; an index into the conversation's pictures.
+    Image(usize),
+}
+
+/// A message as the prompt shows it, after merging and sorting: a prompt is a list of these.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its pieces in order. The first part of a prompt starts with `<s>`; the tools stand in front of the
+    /// first user message, in its part.
+    pub segments: Vec<Segment>,
+}
+
+/// Lays out valid messages.
+pub(super) fn lay_out(
+    messages: Vec<Message>,
+    tools: &[Tool],
+) -> Result<Vec<Part>, ConversationError> {
+    let mut parts: Vec<Part> = Vec::new();
+    let mut tools = (!tools.is_empty()).then_some(tools);
+    let mut call_ids: Vec<String> = Vec::new();
+    let mut messages = messages.into_iter().enumerate().peekable();
+    while let Some((index, message)) = messages.next() {
+        match message {
+            Message::System { content } => parts.push(system(content)),
+            Message::User { content } => {
+                let mut contents = vec![content];
+                while let Some((_, Message::User { content })) =
+                    messages.next_if(|(_, next)| matches!(next, Message::User { .. }))
+                {
+                    contents.push(content);
+                }
+                parts.push(user(contents, tools.take()));
+            }
+            Message::Assistant {
+                content,
+                tool_calls,
+                prefix,
+            } => {
+                let mut merged = Assistant {
+                    contents: vec![content],
+                    tool_calls,
+                    prefix,
+                };
+                while let Some((
+                    _,
+                    Message::Assistant {
+                        content,
+                        tool_calls,
+                        prefix,
+                    },
+                )) = messages.next_if(|(_, next)| matches!(next, Message::Assistant { .. }))
+                {
+                    merged.contents.push(content);
+                    merged.tool_calls.extend(tool_calls);
+                    merged.prefix |= prefix;
+                }
+                call_ids.extend(merged.tool_calls.iter().map(|call| call.id.clone()));
+                parts.push(assistant(merged, &At::root("messages").index(index))?);
+            }
+            Message::Tool { call_id, content } => {
+                let mut results = vec![(call_id, content)];
+                while let Some((_, Message::Tool { call_id, content })) =
+                    messages.next_if(|(_, next)| matches!(next, Message::Tool { .. }))
+                {
+                    results.push((call_id, content));
+                }
+                // A call's place is its last one in the list: ids of earlier, unanswered calls may repeat.
+                results.sort_by_key(|(id, _)| {
+                    call_ids
+                        .iter()
+                        .rposition(|call| call == id)
+                        .unwrap_or(usize::MAX)
+                });
+                call_ids.clear();
+                parts.extend(results.into_iter().map(|(_, content)| tool_result(content)));
+            }
+        }
+    }
+    if let Some(first) = parts.first_mut() {
+        first.segments.insert(0, Segment::Special(Special::Begin));
+    }
+    Ok(parts)
+}
+
+/// The contents of messages that become one: empty text vanishes, adjacent text is joined with a blank
+/// line, other chunks stay apart.
+fn join(contents: Vec<Vec<Chunk>>) -> Vec<Chunk> {
+    let mut joined: Vec<Chunk> = Vec::new();
+    for chunk in contents.into_iter().flatten() {
+        match (chunk, joined.last_mut()) {
+            (Chunk::Text(text), _) if text.is_empty() => {}
+            (Chunk::Text(text), Some(Chunk::Text(before))) => {
+                before.push_str("\n\n");
+                before.push_str(&text);
+            }
+            (chunk, _) => joined.push(chunk),
+        }
+    }
+    joined
+}
+
+fn push_chunk(chunk: Chunk, segments: &mut Vec<Segment>) {
+    match chunk {
+        Chunk::Text(text) => segments.push(Segment::Text(text)),
+        Chunk::Image(image) => segments.push(Segment::Image(image)),
+        Chunk::Thinking { text, closed } => {
+            segments.push(Segment::Special(Special::BeginThinking));
+            segments.push(Segment::Text(text));
+            if closed {
+                segments.push(Segment::Special(Special::EndThinking));
+            }
+        }
+    }
+}
+
+fn enclosed(begin: Special, content: Vec<Chunk>, end: Special) -> Vec<Segment> {
+    let mut segments = vec![Segment::Special(begin)];
+    content
+        .into_iter()
+        .for_each(|chunk| push_chunk(chunk, &mut segments));
+    segments.push(Segment::Special(end));
+    segments
+}
+
+fn system(content: Vec<Chunk>) -> Part {
+    Part {
+        segments: enclosed(
+            Special::BeginSystem,
+            join(vec![content]),
+            Special::EndSystem,
+        ),
+    }
+}
+
+fn tool_result(content: Vec<Chunk>) -> Part {
+    Part {
+        segments: enclosed(
+            Special::BeginToolResult,
+            join(vec![content]),
+            Special::EndToolResult,
+        ),
+    }
+}
+
+fn user(contents: Vec<Vec<Chunk>>, tools: Option<&[Tool]>) -> Part {
+    let mut content = join(contents);
+    // Text followed by the only picture: the model saw the picture first.
+    if matches!(content.as_slice(), [Chunk::Text(_), Chunk::Image(_)]) {
+        content.reverse();
+    }
+    let mut segments = Vec::new();
+    if let Some(tools) = tools {
+        segments.push(Segment::Special(Special::BeginTools));
+        segments.push(Segment::Text(dump_tools(tools)));
+        segments.push(Segment::Special(Special::EndTools));
+    }
+    segments.extend(enclosed(
+        Special::BeginInstruction,
+        content,
+        Special::EndInstruction,
+    ));
+    Part { segments }
+}
+
+struct Assistant {
+    contents: Vec<Vec<Chunk>>,
+    tool_calls: Vec<ToolCall>,
+    prefix: bool,
+}
+
+fn assistant(message: Assistant, at: &At<'_>) -> Result<Part, ConversationError> {
+    let mut content = join(message.contents);
+    if content.is_empty() && message.tool_calls.is_empty() {
+        let text = "an assistant message must have content or tool calls";
+        return Err(at.key("content").error(Rule::EmptyAssistant, text));
+    }
+    if let [Chunk::Text(text)] = content.as_mut_slice() {
+        text.truncate(text.trim_end_matches(' ').len());
+    }
+    let mut segments = Vec::new();
+    content
+        .into_iter()
+        .for_each(|chunk| push_chunk(chunk, &mut segments));
+    for call in message.tool_calls {
+        segments.push(Segment::Special(Special::ToolCall));
+        segments.push(Segment::Text(call.name));
+        segments.push(Segment::Special(Special::Arguments));
+        segments.push(Segment::Text(call.arguments));
+    }
+    if !message.prefix {
+        segments.push(Segment::Special(Special::End));
+    }
+    Ok(Part { segments })
+}

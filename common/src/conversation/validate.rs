@@ -1,0 +1,167 @@
+//! What makes a conversation one that the model was trained on: the order of roles, the pairing of calls
+//! and results, names and ids. The rules are those of mistral-common 1.13 for version 13 when serving.
+
+use std::collections::HashSet;
+
+use super::error::{At, ConversationError, Rule};
+use super::message::Message;
+
+/// A function name is 1 to 64 of these characters.
+pub(super) fn function_name(name: &str, at: &At<'_>) -> Result<(), ConversationError> {
+    let good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
+    if (1..=64).contains(&name.len()) && name.bytes().all(good) {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(80).collect();
+    let message =
+        format!("function name '{shown}' must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash");
+    Err(at.error(Rule::FunctionName, message))
+}
+
+/// A tool call id is any string but the empty one and `null`.
+pub(super) fn call_id(id: &str, at: &At<'_>) -> Result<(), ConversationError> {
+    if !id.is_empty() && id != "null" {
+        return Ok(());
+    }
+    Err(at.error(
+        Rule::ToolCallId,
+        "a tool call id must be a non-empty string other than 'null'",
+    ))
+}
+
+/// A function's parameters must be a JSON Schema of draft 7.
+pub(super) fn schema(schema: &serde_json::Value, at: &At<'_>) -> Result<(), ConversationError> {
+    match jsonschema::draft7::meta::validate(schema) {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            let message = format!(
+                "invalid JSON Schema (draft 7) at '{}': {error}",
+                error.instance_path()
+            );
+            Err(at.error(Rule::ToolSchema, message))
+        }
+    }
+}
+
+/// Checks everything that depends on more than one message.
+pub(super) fn messages(messages: &[Message]) -> Result<(), ConversationError> {
+    let at = At::root("messages");
+    let Some(last) = messages.last() else {
+        return Err(at.error(
+            Rule::NoMessages,
+            "a conversation must have at least one message",
+        ));
+    };
+    let last_at = at.index(messages.len() - 1);
+    if messages.len() == 1 && matches!(last, Message::Assistant { .. } | Message::Tool { .. }) {
+        let message = "a conversation must start with a user message or a system message";
+        return Err(at.index(0).key("role").error(Rule::RoleOrder, message));
+    }
+    if matches!(last, Message::Assistant { prefix: false, .. }) {
+        let message =
+            "the last message must be from the user or a tool, or an assistant message to continue";
+        return Err(last_at.key("role").error(Rule::RoleOrder, message));
+    }
+    role_order(messages, &at)?;
+    tool_pairing(messages, &at)?;
+    for (index, message) in messages[..messages.len() - 1].iter().enumerate() {
+        if matches!(message, Message::Assistant { prefix: true, .. }) {
+            let message = "only the last message can be a prefix to continue";
+            return Err(at.index(index).key("prefix").error(Rule::Prefix, message));
+        }
+    }
+    Ok(())
+}
+
+fn role_order(messages: &[Message], at: &At<'_>) -> Result<(), ConversationError> {
+    for (index, pair) in messages.windows(2).enumerate() {
+        let allowed = matches!(
+            (&pair[0], &pair[1]),
+            (
+                Message::System { .. },
+                Message::User { .. } | Message::Assistant { .. } | Message::System { .. }
+            ) | (
+                Message::User { .. },
+                Message::Assistant { .. } | Message::System { .. } | Message::User { .. }
+            ) | (
+                Message::Assistant { .. },
+                Message::Assistant { .. } | Message::User { .. } | Message::Tool { .. }
+            ) | (
+                Message::Tool { .. },
+                Message::Assistant { .. } | Message::Tool { .. } | Message::User { .. }
+            )
+        );
+        if !allowed {
+            let message = format!(
+                "unexpected role '{}' after role '{}'",
+                pair[1].role(),
+                pair[0].role()
+            );
+            return Err(at
+                .index(index + 1)
+                .key("role")
+                .error(Rule::RoleOrder, message));
+        }
+    }
+    Ok(())
+}
+
+/// Each assistant message's calls must be answered exactly once each before the next assistant message and
+/// before the end. As in the reference, the first message's own calls are not counted.
+fn tool_pairing(messages: &[Message], at: &At<'_>) -> Result<(), ConversationError> {
+    let mut expected: HashSet<&str> = HashSet::new();
+    let mut observed: HashSet<&str> = HashSet::new();
+    let mut caller = 0;
+    let unanswered = |caller: usize| {
+        let message = "not every tool call of this message is answered by a tool message";
+        Err(at
+            .index(caller)
+            .key("tool_calls")
+            .error(Rule::ToolPairing, message))
+    };
+    for (index, message) in messages.iter().enumerate().skip(1) {
+        match message {
+            Message::Tool { call_id, .. } => {
+                let here = at.index(index);
+                let here = here.key("tool_call_id");
+                if !expected.contains(call_id.as_str()) {
+                    return Err(here.error(
+                        Rule::ToolPairing,
+                        format!("unexpected tool call id '{call_id}' in tool results"),
+                    ));
+                }
+                if !observed.insert(call_id) {
+                    return Err(here.error(
+                        Rule::ToolPairing,
+                        format!("duplicate tool call id '{call_id}' in tool results"),
+                    ));
+                }
+            }
+            Message::Assistant { tool_calls, .. } => {
+                if expected.len() != observed.len() {
+                    return unanswered(caller);
+                }
+                expected.clear();
+                observed.clear();
+                caller = index;
+                for (call_index, call) in tool_calls.iter().enumerate() {
+                    if !expected.insert(&call.id) {
+                        let message =
+                            format!("duplicate tool call id '{}' in assistant message", call.id);
+                        let calls = at.index(index);
+                        let calls = calls.key("tool_calls");
+                        return Err(calls
+                            .index(call_index)
+                            .key("id")
+                            .error(Rule::ToolPairing, message));
+                    }
+                }
+            }
+            Message::System { .. } | Message::User { .. } => {}
+        }
+    }
+    if expected.len() != observed.len() {
+        return unanswered(caller);
+    }
+    Ok(())
+}

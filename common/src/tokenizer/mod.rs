@@ -1,0 +1,208 @@
+//! The tokenizer of a model: text to token ids, ids to bytes, and nothing about roles or layout.
+//!
+//! [`Tokenizer`] reads Mistral's `tekken.json` ([`tekken`](self)) or a Hugging Face `tokenizer.json`, and
+//! looks the same for both. Text is always ordinary text: a special token's name inside it is encoded as
+//! the characters it is made of, so nobody can write control ids into a prompt. The ids of special tokens
+//! are looked up by name and placed by `conversation`.
+
+mod decode;
+mod encode;
+mod huggingface;
+mod tekken;
+mod vocabulary;
+
+use std::path::{Path, PathBuf};
+
+pub use decode::IncrementalDecoder;
+
+use encode::Encoder;
+use vocabulary::Vocabulary;
+
+/// The file name of Mistral's tokenizer in a model directory.
+pub const TEKKEN_FILE: &str = "tekken.json";
+/// The file name of Hugging Face's tokenizer in a model directory.
+pub const HUGGING_FACE_FILE: &str = "tokenizer.json";
+
+/// Why a tokenizer could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// The file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The directory holds no tokenizer file.
+    #[error("{0} has neither tekken.json nor tokenizer.json")]
+    Missing(PathBuf),
+    /// The file is JSON, but of neither format, or it is not JSON.
+    #[error("{path} is not a tokenizer file: {reason}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// Which file format a tokenizer came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenizerFormat {
+    /// Mistral's `tekken.json`.
+    Tekken,
+    /// Hugging Face's `tokenizer.json`.
+    HuggingFace,
+}
+
+/// How pictures become placeholder ids, as the tokenizer file says (absent for models that read no pictures).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImageGeometry {
+    /// Side of a square patch in pixels.
+    pub patch_size: u32,
+    /// A picture's longer side is shrunk to this many pixels at most.
+    pub max_image_size: u32,
+    /// Patches merged into one placeholder along each side.
+    pub spatial_merge_size: u32,
+}
+
+/// A loaded tokenizer. Immutable and shared by `Arc`; every method may be called from any thread.
+pub struct Tokenizer {
+    format: TokenizerFormat,
+    version: Option<String>,
+    vocabulary: Vocabulary,
+    encoder: Encoder,
+    bos_id: Option<u32>,
+    eos_id: u32,
+    image: Option<ImageGeometry>,
+}
+
+impl Tokenizer {
+    /// Loads `tekken.json` or `tokenizer.json`; the content decides, not the name.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(|source| TokenizerError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let invalid = |reason: String| TokenizerError::Invalid {
+            path: path.to_owned(),
+            reason,
+        };
+        #[derive(serde::Deserialize)]
+        struct Probe {
+            config: Option<serde::de::IgnoredAny>,
+            model: Option<serde::de::IgnoredAny>,
+        }
+        let probe: Probe =
+            serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+        if probe.config.is_some() {
+            return tekken::load(&text).map_err(invalid);
+        }
+        if probe.model.is_some() {
+            return huggingface::load(&text, path).map_err(invalid);
+        }
+        Err(invalid(
+            "it has neither `config` (tekken.json) nor `model` (tokenizer.json)".to_owned(),
+        ))
+    }
+
+    /// Loads the tokenizer of a model directory: `tekken.json` if there is one, else `tokenizer.json`.
+    pub fn from_dir(directory: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let directory = directory.as_ref();
+        for name in [TEKKEN_FILE, HUGGING_FACE_FILE] {
+            let path = directory.join(name);
+            match path.try_exists() {
+                Ok(true) => return Self::from_file(path),
+                Ok(false) => {}
+                Err(source) => return Err(TokenizerError::Read { path, source }),
+            }
+        }
+        Err(TokenizerError::Missing(directory.to_owned()))
+    }
+
+    /// The ids of a text; special-token names in it are plain text.
+    pub fn encode(&self, text: &str) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        self.encode_into(text, &mut ids);
+        ids
+    }
+
+    /// Appends the ids of a text to `ids`.
+    pub fn encode_into(&self, text: &str, ids: &mut Vec<u32>) {
+        self.encoder.encode_into(text, ids);
+    }
+
+    /// Number of ids, special ones included; every id is below it.
+    pub fn vocabulary_size(&self) -> usize {
+        self.vocabulary.len()
+    }
+
+    /// The id that begins a prompt, if the tokenizer has one (Tekken always does).
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// The id that ends an answer.
+    pub fn eos_id(&self) -> u32 {
+        self.eos_id
+    }
+
+    /// The bytes of an ordinary id, which need not be whole characters; `None` for special and unknown ids.
+    pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.vocabulary.ordinary(id)
+    }
+
+    /// The name of a special id, such as `[INST]`; `None` for ordinary and unknown ids.
+    pub fn special_name(&self, id: u32) -> Option<&str> {
+        self.vocabulary.special_name(id)
+    }
+
+    /// The id of a special token.
+    pub fn special_id(&self, name: &str) -> Option<u32> {
+        self.vocabulary.special_id(name)
+    }
+
+    /// Whether the id is a special one.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.vocabulary.special_name(id).is_some()
+    }
+
+    /// The file format that this tokenizer came from.
+    pub fn format(&self) -> TokenizerFormat {
+        self.format
+    }
+
+    /// The version that `tekken.json` states, such as `v13`.
+    pub fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
+    /// How pictures become placeholder ids, if the tokenizer file says so.
+    pub fn image_geometry(&self) -> Option<ImageGeometry> {
+        self.image
+    }
+
+    /// The text of ids. Bytes that are not UTF-8 become U+FFFD, as in Python's `decode(errors="replace")`;
+    /// special ids are dropped or print their names; unknown ids are dropped.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
+        let mut text = String::with_capacity(ids.len() * 4);
+        let mut pending = decode::PendingBytes::default();
+        for id in ids {
+            decode::push(self, *id, skip_special, &mut pending, &mut text);
+        }
+        pending.finish(&mut text);
+        text
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("format", &self.format)
+            .field("version", &self.version)
+            .field("vocabulary_size", &self.vocabulary_size())
+            .finish_non_exhaustive()
+    }
+}

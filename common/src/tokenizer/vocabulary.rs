@@ -1,0 +1,78 @@
+//! What each id stands for: bytes for ordinary ids, a name for special ones.
+
+use std::collections::HashMap;
+
+/// All ids of a tokenizer in one flat buffer.
+pub(super) struct Vocabulary {
+    bytes: Vec<u8>,
+    /// Where the bytes of id `i` begin; one entry more than there are ids.
+    starts: Vec<u32>,
+    special: Vec<bool>,
+    special_ids: HashMap<String, u32>,
+}
+
+/// One id when a vocabulary is built.
+pub(super) enum Entry {
+    /// An ordinary token and its bytes.
+    Ordinary(Vec<u8>),
+    /// A special token and its name.
+    Special(String),
+    /// No token has this id.
+    Unused,
+}
+
+impl Vocabulary {
+    /// `entries[i]` is id `i`. Fails when the bytes of all tokens pass 4 GiB.
+    pub(super) fn new(entries: impl IntoIterator<Item = Entry>) -> Result<Self, String> {
+        let mut vocabulary = Self {
+            bytes: Vec::new(),
+            starts: vec![0],
+            special: Vec::new(),
+            special_ids: HashMap::new(),
+        };
+        for entry in entries {
+            let id = vocabulary.special.len() as u32;
+            vocabulary.special.push(matches!(entry, Entry::Special(_)));
+            match entry {
+                Entry::Ordinary(bytes) => vocabulary.bytes.extend_from_slice(&bytes),
+                Entry::Special(name) => {
+                    vocabulary.bytes.extend_from_slice(name.as_bytes());
+                    vocabulary.special_ids.insert(name, id);
+                }
+                Entry::Unused => {}
+            }
+            let end = u32::try_from(vocabulary.bytes.len())
+                .map_err(|_| "the vocabulary is larger than 4 GiB".to_owned())?;
+            vocabulary.starts.push(end);
+        }
+        Ok(vocabulary)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.special.len()
+    }
+
+    fn entry(&self, id: u32) -> Option<(&[u8], bool)> {
+        let index = id as usize;
+        let special = *self.special.get(index)?;
+        let range = *self.starts.get(index)? as usize..*self.starts.get(index + 1)? as usize;
+        Some((self.bytes.get(range)?, special))
+    }
+
+    pub(super) fn ordinary(&self, id: u32) -> Option<&[u8]> {
+        let (bytes, special) = self.entry(id)?;
+        (!special && !bytes.is_empty()).then_some(bytes)
+    }
+
+    pub(super) fn special_name(&self, id: u32) -> Option<&str> {
+        let (bytes, special) = self.entry(id)?;
+        if !special {
+            return None;
+        }
+        std::str::from_utf8(bytes).ok()
+    }
+
+    pub(super) fn special_id(&self, name: &str) -> Option<u32> {
+        self.special_ids.get(name).copied()
+    }
+}

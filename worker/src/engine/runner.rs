@@ -1,0 +1,249 @@
+//! Runs steps on one rank: keeps each slot's block table, checks the step, makes the batch, and hands it to
+//! the backend.
+//!
+//! A step that does not fit what this rank knows is a bug of whoever made it, and ends the group with
+//! [`RunError::Invalid`]; it never reaches the backend.
+
+use std::collections::VecDeque;
+
+use bora_common::blocks::BLOCK_TOKENS;
+
+use super::step::{BlockId, PromptOutput, RunError, Sampled, Slot, Step, StepOutput, StepRunner, Tokens, Work};
+use crate::backend::{Backend, BackendError, Batch, BatchSequence, Limits, SampleRequest};
+use crate::model::Ministral3;
+use crate::parallel::CollectiveError;
+
+/// One rank: a backend, the model on it, and the tables of its sequences.
+pub struct ModelRunner<B: Backend> {
+    backend: B,
+    model: Ministral3<B>,
+    rank: u32,
+    bounds: Bounds,
+    slots: Vec<Option<Sequence>>,
+    last_step: u64,
+    pending: VecDeque<Pending>,
+}
+
+/// What steps are checked against.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Sizes that the backend was built for.
+    pub limits: Limits,
+    /// Blocks of the KV cache.
+    pub kv_blocks: usize,
+    /// Ids 0..vocabulary_size.
+    pub vocabulary_size: usize,
+}
+
+#[derive(Default)]
+struct Sequence {
+    blocks: Vec<BlockId>,
+    /// Positions in the KV cache; unknown until the first work, which may begin behind cached blocks.
+    computed: Option<u32>,
+    has_sampled: bool,
+}
+
+/// A submitted step whose results are awaited.
+struct Pending {
+    id: u64,
+    /// Whether the backend was given anything.
+    ran: bool,
+    /// Slot, first position and number of entries of each prompt's logprobs.
+    prompts: Vec<(Slot, u32, usize)>,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// A rank whose weights are loaded and whose cache is allocated.
+    pub fn new(backend: B, model: Ministral3<B>, rank: u32, bounds: Bounds) -> Self {
+        let slots = (0..bounds.limits.sequences).map(|_| None).collect();
+        Self { backend, model, rank, bounds, slots, last_step: 0, pending: VecDeque::new() }
+    }
+
+    /// Checks a step against the tables and changes them; returns what the backend shall do.
+    fn prepare(&mut self, step: &Step) -> Result<(Batch, Vec<SampleRequest>, Pending), String> {
+        if step.id != self.last_step + 1 {
+            return Err(format!("its id follows {}: a step was lost or came twice", self.last_step));
+        }
+        self.last_step = step.id;
+        for slot in &step.release {
+            if self.slots.get_mut(*slot as usize).and_then(Option::take).is_none() {
+                return Err(format!("it releases slot {slot}, which is not in use"));
+            }
+            self.backend.release(*slot);
+        }
+        for admission in &step.admit {
+            let slots = self.slots.len();
+            match self.slots.get_mut(admission.slot as usize) {
+                None => return Err(format!("it admits slot {}, there are {slots}", admission.slot)),
+                Some(Some(_)) => return Err(format!("it admits slot {}, which is in use", admission.slot)),
+                Some(free) => *free = Some(Sequence::default()),
+            }
+        }
+        let mut batch = Batch::default();
+        let mut requests = Vec::new();
+        let mut prompts = Vec::new();
+        let mut worked = vec![false; self.slots.len()];
+        for work in &step.work {
+            self.accept(work, &mut worked).map_err(|reason| format!("slot {}: {reason}", work.slot))?;
+            self.append(work, &mut batch, &mut requests, &mut prompts);
+        }
+        let limits = &self.bounds.limits;
+        if batch.token_ids.len() > limits.step_tokens {
+            return Err(format!("it has {} tokens, at most {} fit", batch.token_ids.len(), limits.step_tokens));
+        }
+        if batch.logit_rows.len() > limits.logit_rows {
+            return Err(format!("it wants {} rows of logits, at most {} fit", batch.logit_rows.len(), limits.logit_rows));
+        }
+        Ok((batch, requests, Pending { id: step.id, ran: !step.work.is_empty(), prompts }))
+    }
+
+    /// Checks a piece of work and changes its sequence's table.
+    fn accept(&mut self, work: &Work, worked: &mut [bool]) -> Result<(), String> {
+        let bounds = self.bounds;
+        let vocabulary = bounds.vocabulary_size;
+        let Some(sequence) = self.slots.get_mut(work.slot as usize).and_then(Option::as_mut) else {
+            return Err("it was not admitted".to_owned());
+        };
+        if std::mem::replace(&mut worked[work.slot as usize], true) {
+            return Err("it has work twice".to_owned());
+        }
+        let count = work.tokens.count();
+        if count == 0 {
+            return Err("its work has no tokens".to_owned());
+        }
+        if let Some(block) = work.new_blocks.iter().find(|block| **block as usize >= bounds.kv_blocks) {
+            return Err(format!("block {block} does not exist, there are {}", bounds.kv_blocks));
+        }
+        sequence.blocks.extend_from_slice(&work.new_blocks);
+        if let Some(computed) = sequence.computed
+            && work.start > computed
+        {
+            return Err(format!("it starts at {}, but only {computed} positions are computed", work.start));
+        }
+        let end = work.start as usize + count;
+        if end > bounds.limits.model_len {
+            return Err(format!("it ends at {end}, past the longest sequence of {}", bounds.limits.model_len));
+        }
+        if sequence.blocks.len() * BLOCK_TOKENS < end {
+            return Err(format!("its {} blocks do not cover {end} positions", sequence.blocks.len()));
+        }
+        match &work.tokens {
+            Tokens::Ids(ids) => {
+                if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
+                    return Err(format!("id {id} is not in the vocabulary of {vocabulary}"));
+                }
+            }
+            Tokens::Sampled if !sequence.has_sampled => {
+                return Err("it continues a sampled id, but nothing was sampled".to_owned());
+            }
+            Tokens::Sampled => {}
+        }
+        if let Some(prompt) = &work.prompt_logprobs {
+            if prompt.targets.len() != count && prompt.targets.len() + 1 != count {
+                return Err(format!("{} targets for {count} tokens", prompt.targets.len()));
+            }
+            if let Some(id) = prompt.targets.iter().find(|id| **id as usize >= vocabulary) {
+                return Err(format!("target {id} is not in the vocabulary of {vocabulary}"));
+            }
+        }
+        sequence.computed = Some(end as u32);
+        sequence.has_sampled |= work.sample;
+        Ok(())
+    }
+
+    /// Adds an accepted piece of work to the batch.
+    fn append(
+        &self,
+        work: &Work,
+        batch: &mut Batch,
+        requests: &mut Vec<SampleRequest>,
+        prompts: &mut Vec<(Slot, u32, usize)>,
+    ) {
+        let first_row = batch.token_ids.len() as u32;
+        let count = work.tokens.count() as u32;
+        match &work.tokens {
+            Tokens::Ids(ids) => batch.token_ids.extend(ids.iter().copied().map(Some)),
+            Tokens::Sampled => batch.token_ids.push(None),
+        }
+        batch.positions.extend(work.start..work.start + count);
+        let context = work.start + count;
+        let blocks = self.slots[work.slot as usize].as_ref().map_or_else(Vec::new, |sequence| sequence.blocks.clone());
+        batch.sequences.push(BatchSequence { slot: work.slot, first_row, rows: count, context, blocks });
+        if let Some(prompt) = &work.prompt_logprobs {
+            for (index, target) in prompt.targets.iter().enumerate() {
+                let row = batch.logit_rows.len() as u32;
+                batch.logit_rows.push(first_row + index as u32);
+                requests.push(SampleRequest::Score { row, slot: work.slot, target: *target, top: prompt.top });
+            }
+            prompts.push((work.slot, work.start + 1, prompt.targets.len()));
+        }
+        if work.sample {
+            let last = first_row + count - 1;
+            if batch.logit_rows.last() != Some(&last) {
+                batch.logit_rows.push(last);
+            }
+            let row = batch.logit_rows.len() as u32 - 1;
+            requests.push(SampleRequest::Next { row, slot: work.slot, position: context });
+        }
+    }
+
+    fn run(&mut self, step: &Step, batch: &Batch, requests: &[SampleRequest]) -> Result<(), BackendError> {
+        for admission in &step.admit {
+            self.backend.admit(admission)?;
+        }
+        if batch.sequences.is_empty() {
+            return Ok(());
+        }
+        let model = &self.model;
+        let logits = self.backend.execute(batch, |backend| model.forward(backend))?;
+        self.backend.sample(logits, requests)
+    }
+
+    fn failed(&self, step: u64, error: BackendError) -> RunError {
+        match error {
+            BackendError::Collective(CollectiveError::Lost { rank, reason }) => {
+                RunError::RankLost { rank: rank as u32, host: "unknown host".to_owned(), reason }
+            }
+            BackendError::Collective(CollectiveError::Timeout { rank, waited }) => RunError::RankLost {
+                rank: rank as u32,
+                host: "unknown host".to_owned(),
+                reason: format!("it did not answer within {waited:?} in step {step}"),
+            },
+            other => RunError::Device { rank: self.rank, step, reason: other.to_string() },
+        }
+    }
+}
+
+impl<B: Backend> StepRunner for ModelRunner<B> {
+    fn pipeline_depth(&self) -> usize {
+        self.backend.pipeline_depth()
+    }
+
+    fn submit(&mut self, step: Step) -> Result<(), RunError> {
+        let (batch, requests, pending) =
+            self.prepare(&step).map_err(|reason| RunError::Invalid { step: step.id, reason })?;
+        self.run(&step, &batch, &requests).map_err(|error| self.failed(step.id, error))?;
+        self.pending.push_back(pending);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, RunError> {
+        let Some(pending) = self.pending.pop_front() else {
+            let reason = "no step was submitted".to_owned();
+            return Err(RunError::Invalid { step: self.last_step, reason });
+        };
+        let mut output = StepOutput { id: pending.id, ..StepOutput::default() };
+        if !pending.ran {
+            return Ok(output);
+        }
+        let results = self.backend.collect().map_err(|error| self.failed(pending.id, error))?;
+        output.seconds = results.seconds;
+        output.sampled = results.drawn.into_iter().map(|(slot, result)| Sampled { slot, result }).collect();
+        let mut scored = results.scored.into_iter();
+        for (slot, start, count) in pending.prompts {
+            let positions = scored.by_ref().take(count).collect();
+            output.prompt_logprobs.push(PromptOutput { slot, start, positions });
+        }
+        Ok(output)
+    }
+}
