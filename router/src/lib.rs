@@ -1,1 +1,80 @@
-//! placeholder
+//! The router: OpenAI's API on one side, groups of workers on the other.
+//!
+//! A request is read and checked (`api`), encoded to token ids (`encode`), placed on the group that would
+//! answer it soonest (`place`, from what `fleet` knows) and relayed as a stream that survives the death of
+//! its group (`relay`). The router keeps nothing that matters: kill it and another answers the same.
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod encode;
+pub mod fleet;
+pub mod metrics;
+pub mod models;
+pub mod options;
+pub mod place;
+pub mod relay;
+pub mod server;
+pub mod service;
+
+use std::{collections::HashMap, future::Future, sync::Arc};
+
+use bora_common::registry::GroupChange;
+use tokio::{net::TcpListener, sync::mpsc};
+
+pub use crate::{
+    models::{DefaultSampling, ModelSpec},
+    options::{OptionsError, RouterOptions},
+    service::Service,
+};
+
+/// A router that follows a registry.
+pub struct Router {
+    service: Arc<Service>,
+    following: tokio::task::JoinHandle<()>,
+}
+
+impl Router {
+    /// A router for these models. It follows `changes` (a registry's watch) from now on; must be called
+    /// within a tokio runtime.
+    pub fn new(
+        options: RouterOptions,
+        models: HashMap<String, ModelSpec>,
+        changes: mpsc::Receiver<GroupChange>,
+    ) -> Result<Self, OptionsError> {
+        options.validate()?;
+        let service = Arc::new(Service::new(options, models));
+        let following = tokio::spawn(Arc::clone(service.fleet()).follow(changes));
+        Ok(Self { service, following })
+    }
+
+    /// What all requests share: the fleet, the counters.
+    pub fn service(&self) -> &Arc<Service> {
+        &self.service
+    }
+
+    /// The HTTP service itself, for tests and for other servers.
+    pub fn routes(&self) -> axum::Router {
+        server::routes(Arc::clone(&self.service))
+    }
+
+    /// Serves until `shutdown` is ready and open requests have ended (or their grace has).
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        shutdown: impl Future<Output = ()>,
+    ) -> std::io::Result<()> {
+        server::serve(
+            listener,
+            self.routes(),
+            self.service.options().shutdown_grace(),
+            shutdown,
+        )
+        .await
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        self.following.abort();
+    }
+}

@@ -71,3 +71,15 @@ pub enum CollectiveError {
         reason: String,
     },
 }
+
+impl CollectiveError {
+    /// The rank that caused it, where it was one.
+    pub fn rank(&self) -> Option<usize> {
+        match self {
+            CollectiveError::Lost { rank, .. }
+            | CollectiveError::Timeout { rank, .. }
+            | CollectiveError::OutOfStep { rank, .. } => Some(*rank),
+            CollectiveError::Aborted(_) => None,
+        }
+    }
+}

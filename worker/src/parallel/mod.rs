@@ -4,7 +4,9 @@
 mod collective;
 mod shared;
 mod single;
+mod tcp;
 
 pub use collective::{Abort, Collective, CollectiveError};
 pub use shared::SharedRank;
 pub use single::SingleRank;
+pub use tcp::{TcpRank, loopback_mesh};

@@ -1,0 +1,437 @@
+//! The answer to one generation request while it comes into being: its sequences, and what each has said
+//! so far. Plain and streamed answers are both made from this.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bora_proto::v1::{PositionLogprobs, Stopping};
+use tokio::time::{Instant, Sleep};
+
+use super::{
+    error::ApiError,
+    params::Params,
+    prepare::{Prepared, PreparedPrompt},
+    response::{TokenNames, Usage},
+};
+use crate::{
+    metrics::OpenRequest,
+    place::choose::NoGroup,
+    relay::{
+        emit::{Delta, Emitter, Finish},
+        resume::{Event, Sequence, SequenceError, Task},
+        stream::Failure,
+    },
+    service::Service,
+};
+
+/// What is known of a request besides its body.
+pub struct RequestContext {
+    /// Its id: the client's own or a new one.
+    pub request_id: String,
+    /// Whom the answer is for.
+    pub client: super::params::Client,
+    /// W3C trace context.
+    pub traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+    /// When it came.
+    pub arrived: Instant,
+    /// Counts it.
+    pub open: OpenRequest,
+}
+
+/// One choice of the answer.
+pub struct Choice {
+    sequence: Option<Sequence>,
+    emitter: Emitter,
+    /// Which prompt it answers.
+    pub prompt: usize,
+    /// What is new (streamed) or everything (plain).
+    pub delta: Delta,
+    /// Set when it is over.
+    pub finish: Option<Finish>,
+    /// Logprobs of its prompt's positions 1.. as they came.
+    pub prompt_logprobs: Vec<PositionLogprobs>,
+    /// Characters named in logprobs so far (completions).
+    pub text_offset: usize,
+    cached_tokens: u32,
+}
+
+impl Choice {
+    /// What stopped it.
+    pub fn stop_reason(&self) -> Option<&crate::relay::emit::StopReason> {
+        self.emitter.stop_reason()
+    }
+}
+
+/// A request that is being answered.
+pub struct Answer {
+    /// Parameters.
+    pub params: Params,
+    /// The name that the client used.
+    pub model: String,
+    /// OpenAI's `id`.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// Choices of all prompts, `n` for each.
+    pub choices: Vec<Choice>,
+    /// Ids of each prompt.
+    pub tasks: Vec<Arc<Task>>,
+    /// Texts of the prompts, where they are echoed.
+    pub prompt_texts: Vec<Option<String>>,
+    service: Arc<Service>,
+    context: RequestContext,
+    served_by: Vec<String>,
+    next: usize,
+    running: usize,
+    first_token: bool,
+    deadline: Pin<Box<Sleep>>,
+}
+
+impl Answer {
+    /// Places every sequence. Nothing has been sent to a group before this is polled.
+    pub fn start(
+        service: Arc<Service>,
+        prepared: Prepared,
+        context: RequestContext,
+        id_prefix: &str,
+    ) -> Result<Self, ApiError> {
+        let Prepared {
+            model,
+            served_model,
+            params,
+            prompts,
+        } = prepared;
+        let deadline = context.arrived + service.options().request_timeout();
+        let mut answer = Self {
+            id: format!("{id_prefix}-{}", context.request_id),
+            created: std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            choices: Vec::with_capacity(prompts.len() * params.n as usize),
+            tasks: Vec::with_capacity(prompts.len()),
+            prompt_texts: Vec::with_capacity(prompts.len()),
+            deadline: Box::pin(tokio::time::sleep_until(deadline)),
+            served_by: Vec::new(),
+            next: 0,
+            running: 0,
+            first_token: false,
+            params,
+            model,
+            service,
+            context,
+        };
+        for prompt in prompts {
+            answer.place(prompt, &served_model, deadline)?;
+        }
+        Ok(answer)
+    }
+
+    fn place(
+        &mut self,
+        prompt: PreparedPrompt,
+        model: &str,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
+        let params = &self.params;
+        let task = Arc::new(Task {
+            request_id: self.context.request_id.clone(),
+            model: model.to_string(),
+            token_ids: prompt.encoded.token_ids,
+            images: prompt.encoded.images,
+            hashes: prompt.hashes,
+            sampling: params.sampling.clone(),
+            stopping: Stopping {
+                max_tokens: prompt.output_bound,
+                min_tokens: params.min_tokens,
+                stop_token_ids: params.emit.end_ids.clone(),
+                ignore_eos: params.ignore_eos,
+            },
+            end_ids: params.emit.end_ids.clone(),
+            cache_salt: params.cache_salt.clone().into_bytes().into(),
+            deadline,
+            traceparent: self.context.traceparent.clone(),
+        });
+        let number = self.tasks.len();
+        for choice in 0..params.n {
+            let index = self.choices.len();
+            let stream_id = match index {
+                0 => task.request_id.clone(),
+                _ => format!("{}-{index}", task.request_id),
+            };
+            let mut prompt_logprobs = params.logprobs;
+            if choice > 0
+                && let Some(logprobs) = &mut prompt_logprobs
+            {
+                logprobs.prompt_top = None; // they are the same for all
+            }
+            let seed = seed_of(params.seed, choice);
+            let sequence = Sequence::place(
+                self.service.relay(),
+                Arc::clone(&task),
+                stream_id,
+                seed,
+                prompt_logprobs,
+            )
+            .map_err(|error| self.sequence_failed(error))?;
+            self.choices.push(Choice {
+                sequence: Some(sequence),
+                emitter: Emitter::new(Arc::clone(&params.emit)),
+                prompt: number,
+                delta: Delta::default(),
+                finish: None,
+                prompt_logprobs: Vec::new(),
+                text_offset: 0,
+                cached_tokens: 0,
+            });
+            self.running += 1;
+        }
+        self.tasks.push(task);
+        self.prompt_texts.push(prompt.text);
+        Ok(())
+    }
+
+    /// Ready when every sequence was accepted by a group, or one failed for good.
+    pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
+        let mut all = true;
+        let mut failed = None;
+        for choice in &mut self.choices {
+            let Some(sequence) = &mut choice.sequence else {
+                continue;
+            };
+            match sequence.poll_accepted(cx) {
+                Poll::Ready(None) => {}
+                Poll::Ready(Some(error)) => {
+                    failed = Some(error);
+                    break;
+                }
+                Poll::Pending => all = false,
+            }
+        }
+        match failed {
+            Some(error) => Poll::Ready(Err(self.sequence_failed(error))),
+            None if all => Poll::Ready(Ok(())),
+            None => Poll::Pending,
+        }
+    }
+
+    /// The number of a choice that has something new; `None` when all are over. After an error the answer
+    /// is over as well.
+    pub fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<usize, ApiError>>> {
+        if self.running == 0 {
+            return Poll::Ready(None);
+        }
+        let count = self.choices.len();
+        for turn in 0..count {
+            let number = (self.next + turn) % count;
+            let Some(sequence) = &mut self.choices[number].sequence else {
+                continue;
+            };
+            let Poll::Ready(event) = sequence.poll_event(cx) else {
+                continue;
+            };
+            self.next = (number + 1) % count;
+            let outcome = match event {
+                Some(Ok(event)) => {
+                    self.receive(number, event);
+                    Ok(number)
+                }
+                Some(Err(error)) => Err(self.sequence_failed(error)),
+                None => Err(ApiError::internal("a sequence ended without an end")),
+            };
+            if outcome.is_err() {
+                self.abort();
+            }
+            return Poll::Ready(Some(outcome));
+        }
+        if self.deadline.as_mut().poll(cx).is_ready() {
+            self.abort();
+            return Poll::Ready(Some(Err(ApiError::timed_out())));
+        }
+        Poll::Pending
+    }
+
+    /// Runs to the end.
+    pub async fn finish(&mut self) -> Result<(), ApiError> {
+        while let Some(step) = std::future::poll_fn(|cx| self.poll_step(cx)).await {
+            step?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, number: usize, event: Event) {
+        let choice = &mut self.choices[number];
+        match event {
+            Event::Started { cached_tokens } => choice.cached_tokens = cached_tokens,
+            Event::PromptLogprobs(mut part) => choice.prompt_logprobs.append(&mut part.positions),
+            Event::Tokens(tokens) => {
+                if !std::mem::replace(&mut self.first_token, true) {
+                    self.service
+                        .metrics()
+                        .first_token(self.context.arrived.elapsed().as_secs_f64());
+                }
+                if self.params.echo_only {
+                    return;
+                }
+                if choice.emitter.push(tokens, &mut choice.delta) {
+                    choice.finish = Some(choice.emitter.finish_at_stop_string(&mut choice.delta));
+                    self.sequence_over(number);
+                }
+            }
+            Event::Finished(finished) => {
+                let reason = finished.reason();
+                choice.finish = Some(choice.emitter.finish(reason, &mut choice.delta));
+                if choice.emitter.unparsed_tool_calls() {
+                    self.service.metrics().unparsed_tool_call();
+                }
+                self.sequence_over(number);
+            }
+        }
+    }
+
+    /// Dropping a sequence that still runs tells its group.
+    fn sequence_over(&mut self, number: usize) {
+        if let Some(sequence) = self.choices[number].sequence.take() {
+            self.served_by.extend_from_slice(sequence.served_by());
+        }
+        self.running -= 1;
+        if self.running == 0 {
+            let usage = self.usage();
+            let cached = usage.prompt_tokens_details.cached_tokens;
+            self.service.metrics().tokens(
+                usage.prompt_tokens.into(),
+                cached.into(),
+                usage.completion_tokens.into(),
+            );
+        }
+    }
+
+    fn abort(&mut self) {
+        for choice in &mut self.choices {
+            choice.sequence = None;
+        }
+        self.running = 0;
+    }
+
+    /// Whether all choices are over.
+    pub fn is_over(&self) -> bool {
+        self.running == 0
+    }
+
+    /// Tokens so far.
+    pub fn usage(&self) -> Usage {
+        let prompt_tokens = self
+            .tasks
+            .iter()
+            .map(|task| task.token_ids.len() as u32)
+            .sum();
+        let completion_tokens = self
+            .choices
+            .iter()
+            .map(|choice| choice.emitter.completion_tokens())
+            .sum();
+        let cached_tokens = self
+            .choices
+            .iter()
+            .step_by(self.params.n as usize)
+            .map(|choice| choice.cached_tokens)
+            .sum();
+        Usage {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: super::response::PromptTokensDetails { cached_tokens },
+        }
+    }
+
+    /// How logprobs name tokens.
+    pub fn names(&self) -> TokenNames<'_> {
+        TokenNames {
+            tokenizer: self.params.emit.tokenizer.as_deref(),
+            as_ids: self.params.tokens_as_ids,
+        }
+    }
+
+    /// The groups that serve it, each once.
+    pub fn served_by(&self) -> String {
+        let mut groups: Vec<&str> = self.served_by.iter().map(String::as_str).collect();
+        for sequence in self
+            .choices
+            .iter()
+            .filter_map(|choice| choice.sequence.as_ref())
+        {
+            groups.extend(sequence.served_by().iter().map(String::as_str));
+        }
+        groups.sort_unstable();
+        groups.dedup();
+        groups.join(",")
+    }
+
+    /// Why the first sequence was placed where it was, in debug mode.
+    pub fn explanation(&self) -> Option<String> {
+        let first = self.choices.first()?.sequence.as_ref()?;
+        first.explanation().map(ToString::to_string)
+    }
+
+    /// It ends in an error response.
+    pub fn refused(&mut self, error: ApiError) -> ApiError {
+        self.abort();
+        self.context.open.answered(error.status.as_u16());
+        error
+    }
+
+    /// What is known of the request besides its body.
+    pub fn context(&mut self) -> &mut RequestContext {
+        &mut self.context
+    }
+
+    /// Whether the answer goes to Mistral's client with no word on how it wants its usage.
+    pub fn mistral_client(&self) -> bool {
+        self.context.client.mistral && !self.params.include_usage
+    }
+
+    /// The router.
+    pub fn service(&self) -> &Arc<Service> {
+        &self.service
+    }
+
+    fn sequence_failed(&self, error: SequenceError) -> ApiError {
+        self.service.metrics().sequence_failed();
+        let retry_after = || self.service.seconds_until_room();
+        match error {
+            SequenceError::NoGroup(NoGroup::NoneReady) => {
+                ApiError::unavailable("No group of this model takes requests now.", 2)
+            }
+            SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
+            SequenceError::Failed { failure, attempts } => match failure {
+                Failure::Full(_) => ApiError::overloaded(
+                    "All groups of this model are full. Please retry later.",
+                    retry_after(),
+                ),
+                Failure::Refused(reason) => ApiError::unavailable(
+                    format!(
+                        "The group that served the request stopped ({reason}), and no other could take it over."
+                    ),
+                    2,
+                ),
+                Failure::Lost(_) => ApiError::unavailable(
+                    format!(
+                        "The group that served the request was lost, and no other could take it over (attempts: {attempts})."
+                    ),
+                    2,
+                ),
+                Failure::TimedOut => ApiError::timed_out(),
+                Failure::Invalid(reason) => ApiError::malformed(reason),
+                Failure::Sequence(reason) => ApiError::internal(reason),
+            },
+        }
+    }
+}
+
+/// The seeds of one request's choices: far apart, and the first one as the client gave it.
+fn seed_of(seed: u64, choice: u32) -> u64 {
+    seed.wrapping_add(u64::from(choice).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}

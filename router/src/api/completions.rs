@@ -1,0 +1,169 @@
+//! `POST /v1/completions`: the answer as one object or as chunks.
+
+use super::{
+    answer::{Answer, Choice},
+    response::{CompletionChoice, CompletionLogprobs, CompletionObject, PromptLogprobList},
+    sse::{EventWriter, write_event},
+};
+use crate::relay::emit::Finish;
+
+const OBJECT: &str = "text_completion";
+
+/// The plain answer, complete. Puts the echoed prompt in front of each text.
+pub fn object(answer: &mut Answer) -> serde_json::Result<Vec<u8>> {
+    for choice in &mut answer.choices {
+        if let Some(echo) = &answer.prompt_texts[choice.prompt] {
+            choice.delta.text.insert_str(0, echo);
+        }
+    }
+    let names = answer.names();
+    let params = &answer.params;
+    let choices: Vec<CompletionChoice<'_>> = answer
+        .choices
+        .iter()
+        .enumerate()
+        .map(|(index, choice)| {
+            let first_of_prompt = &answer.choices[choice.prompt * params.n as usize];
+            let prompt_ids = answer.tasks[choice.prompt].token_ids.as_slice();
+            CompletionChoice {
+                index: index as u32,
+                text: &choice.delta.text,
+                logprobs: params
+                    .top_logprobs
+                    .map(|top| plain_logprobs(answer, choice, first_of_prompt, top)),
+                finish_reason: finish_reason(answer, choice),
+                stop_reason: choice.stop_reason(),
+                prompt_logprobs: params.prompt_logprobs.map(|top| PromptLogprobList {
+                    positions: &first_of_prompt.prompt_logprobs,
+                    top,
+                    names,
+                }),
+                prompt_token_ids: params.return_token_ids.then_some(prompt_ids),
+                token_ids: params
+                    .return_token_ids
+                    .then_some(choice.delta.token_ids.as_slice()),
+            }
+        })
+        .collect();
+    serde_json::to_vec(&CompletionObject {
+        id: &answer.id,
+        object: OBJECT,
+        created: answer.created,
+        model: &answer.model,
+        choices,
+        usage: Some(answer.usage()),
+    })
+}
+
+fn finish_reason(answer: &Answer, choice: &Choice) -> Option<&'static str> {
+    if answer.params.echo_only {
+        return Some(Finish::Length.as_str());
+    }
+    choice.finish.map(Finish::as_str)
+}
+
+fn plain_logprobs<'a>(
+    answer: &'a Answer,
+    choice: &Choice,
+    first_of_prompt: &Choice,
+    top: u32,
+) -> CompletionLogprobs<'a> {
+    let names = answer.names();
+    let mut logprobs = CompletionLogprobs::default();
+    let mut offset = 0;
+    if answer.params.echo {
+        if let Some(first) = answer.tasks[choice.prompt].token_ids.first() {
+            logprobs.push_unknown(*first, &mut offset, names);
+        }
+        for position in &first_of_prompt.prompt_logprobs {
+            logprobs.push(position, top, &mut offset, names);
+        }
+    }
+    for position in &choice.delta.logprobs {
+        logprobs.push(position, top, &mut offset, names);
+    }
+    logprobs
+}
+
+/// Writes the chunks of a streamed answer.
+#[derive(Default)]
+pub struct CompletionWriter {
+    finished: usize,
+    ids_sent: Vec<bool>,
+}
+
+impl EventWriter for CompletionWriter {
+    fn begin(&mut self, answer: &mut Answer, _out: &mut Vec<u8>) {
+        self.ids_sent = vec![!answer.params.return_token_ids; answer.choices.len()];
+        for choice in &mut answer.choices {
+            if let Some(echo) = &answer.prompt_texts[choice.prompt] {
+                choice.delta.text.push_str(echo);
+            }
+        }
+    }
+
+    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
+        let choice = &answer.choices[number];
+        if choice.delta.is_empty() && choice.finish.is_none() {
+            return;
+        }
+        self.finished += usize::from(choice.finish.is_some());
+        let names = answer.names();
+        let mut text_offset = choice.text_offset;
+        let logprobs = answer
+            .params
+            .top_logprobs
+            .filter(|_| !choice.delta.logprobs.is_empty())
+            .map(|top| {
+                let mut logprobs = CompletionLogprobs::default();
+                for position in &choice.delta.logprobs {
+                    logprobs.push(position, top, &mut text_offset, names);
+                }
+                logprobs
+            });
+        let prompt_ids = answer.tasks[choice.prompt].token_ids.as_slice();
+        let send_ids = !std::mem::replace(&mut self.ids_sent[number], true);
+        let chunk_choice = CompletionChoice {
+            index: number as u32,
+            text: &choice.delta.text,
+            logprobs,
+            finish_reason: choice.finish.and_then(|_| finish_reason(answer, choice)),
+            stop_reason: choice.stop_reason(),
+            prompt_logprobs: None,
+            prompt_token_ids: send_ids.then_some(prompt_ids),
+            token_ids: answer
+                .params
+                .return_token_ids
+                .then_some(choice.delta.token_ids.as_slice()),
+        };
+        let mut chunk = chunk(answer, [chunk_choice]);
+        let last_for_mistral =
+            answer.mistral_client() && answer.is_over() && self.finished == answer.choices.len();
+        if answer.params.continuous_usage || last_for_mistral {
+            chunk.usage = Some(answer.usage());
+        }
+        write_event(&chunk, out);
+        let choice = &mut answer.choices[number];
+        choice.text_offset = text_offset;
+        choice.delta.clear();
+    }
+
+    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
+        if answer.params.include_usage {
+            let mut chunk = chunk(answer, [] as [CompletionChoice<'_>; 0]);
+            chunk.usage = Some(answer.usage());
+            write_event(&chunk, out);
+        }
+    }
+}
+
+fn chunk<C>(answer: &Answer, choices: C) -> CompletionObject<'_, C> {
+    CompletionObject {
+        id: &answer.id,
+        object: OBJECT,
+        created: answer.created,
+        model: &answer.model,
+        choices,
+        usage: None,
+    }
+}

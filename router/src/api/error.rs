@@ -1,0 +1,185 @@
+//! Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`.
+//! Every error of every layer becomes a response here and nowhere else.
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, Response, StatusCode, header},
+    response::IntoResponse,
+};
+use serde::Serialize;
+
+/// An error that a client sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    /// HTTP status, where the headers were not sent yet.
+    pub status: StatusCode,
+    /// OpenAI's `type`.
+    pub kind: &'static str,
+    /// OpenAI's `code`.
+    pub code: Option<&'static str>,
+    /// The field of the request that is wrong.
+    pub param: Option<String>,
+    /// For a person.
+    pub message: String,
+    /// Seconds after which a retry may succeed.
+    pub retry_after: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct Envelope<'a> {
+    error: Fields<'a>,
+}
+
+#[derive(Serialize)]
+struct Fields<'a> {
+    message: &'a str,
+    r#type: &'static str,
+    param: Option<&'a str>,
+    code: Option<&'static str>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            kind,
+            code: None,
+            param: None,
+            message: message.into(),
+            retry_after: None,
+        }
+    }
+
+    /// 400 for one field of the request.
+    pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message);
+        error.param = Some(param.into());
+        error
+    }
+
+    /// 400 for a body that can't be read at all.
+    pub fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// 400 for a prompt that leaves no room in the model's window.
+    pub fn context_length(param: &'static str, message: impl Into<String>) -> Self {
+        let mut error = Self::invalid(param, message);
+        error.code = Some("context_length_exceeded");
+        error
+    }
+
+    /// 404 for a model that nobody serves.
+    pub fn model_not_found(model: &str) -> Self {
+        let shown: String = model.chars().take(200).collect();
+        let mut error = Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            format!("The model `{shown}` does not exist."),
+        );
+        error.param = Some("model".into());
+        error.code = Some("model_not_found");
+        error
+    }
+
+    /// 404 for a path that has no route.
+    pub fn no_route(method: &str, path: &str) -> Self {
+        let shown: String = path.chars().take(200).collect();
+        let mut error = Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            format!("Unknown request URL: {method} {shown}."),
+        );
+        error.code = Some("unknown_url");
+        error
+    }
+
+    /// 405 for a path that has other methods.
+    pub fn no_method(method: &str, path: &str) -> Self {
+        let mut error = Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "invalid_request_error",
+            format!("Not allowed to {method} on {path}."),
+        );
+        error.code = Some("method_not_allowed");
+        error
+    }
+
+    /// 413 for a body above the limit.
+    pub fn body_too_large(limit: usize) -> Self {
+        let mut error = Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "invalid_request_error",
+            format!("The request body is larger than the limit of {limit} bytes."),
+        );
+        error.code = Some("request_too_large");
+        error
+    }
+
+    /// 408 for a body that did not arrive.
+    pub fn body_unreadable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// 429: every group that could serve it is full.
+    pub fn overloaded(message: impl Into<String>, retry_after: u32) -> Self {
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
+        error.code = Some("overloaded");
+        error.retry_after = Some(retry_after);
+        error
+    }
+
+    /// 503: no group of the model takes requests now, or the router itself can't.
+    pub fn unavailable(message: impl Into<String>, retry_after: u32) -> Self {
+        let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
+        error.code = Some("unavailable");
+        error.retry_after = Some(retry_after);
+        error
+    }
+
+    /// 504: the request's deadline passed.
+    pub fn timed_out() -> Self {
+        let mut error = Self::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "server_error",
+            "The request did not finish within its time limit.",
+        );
+        error.code = Some("timeout");
+        error
+    }
+
+    /// 500: something of ours broke.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+    }
+
+    /// The JSON body, also sent as the event that ends a broken stream.
+    pub fn to_json(&self) -> Vec<u8> {
+        let envelope = Envelope {
+            error: Fields {
+                message: &self.message,
+                r#type: self.kind,
+                param: self.param.as_deref(),
+                code: self.code,
+            },
+        };
+        serde_json::to_vec(&envelope)
+            .unwrap_or_else(|_| br#"{"error":{"message":"unprintable error"}}"#.to_vec())
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response<Body> {
+        let mut response = Response::new(Body::from(self.to_json()));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        if let Some(seconds) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

@@ -1,0 +1,206 @@
+//! The two generation endpoints: what they do alike, from the body's first byte to the response.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    body::{Body, Bytes},
+    extract::State,
+    http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header},
+    response::IntoResponse as _,
+};
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use tokio::time::Instant;
+
+use super::{
+    answer::{Answer, RequestContext},
+    chat::{self, ChatWriter},
+    completions::{self, CompletionWriter},
+    error::ApiError,
+    params::{Client, Endpoint},
+    prepare::{Prepared, prepare},
+    sse,
+};
+use crate::{encode::pool::PoolError, server::RequestId, service::Service};
+
+/// Names the groups that serve the request.
+pub const GROUP_HEADER: HeaderName = HeaderName::from_static("x-bora-group");
+/// Names the reasons of its placement, in debug mode.
+pub const DECISION_HEADER: HeaderName = HeaderName::from_static("x-bora-decision");
+
+/// How long the headers of a stream wait for a group's word, so that a refusal can still be a status.
+const ACCEPT_PATIENCE: Duration = Duration::from_millis(500);
+
+/// `POST /v1/chat/completions`
+pub async fn chat(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
+    respond(service, Endpoint::Chat, request).await
+}
+
+/// `POST /v1/completions`
+pub async fn completions(
+    State(service): State<Arc<Service>>,
+    request: Request<Body>,
+) -> Response<Body> {
+    respond(service, Endpoint::Completions, request).await
+}
+
+async fn respond(
+    service: Arc<Service>,
+    endpoint: Endpoint,
+    request: Request<Body>,
+) -> Response<Body> {
+    let arrived = Instant::now();
+    let name = match endpoint {
+        Endpoint::Chat => "chat",
+        Endpoint::Completions => "completions",
+    };
+    let (parts, body) = request.into_parts();
+    let request_id = match parts.extensions.get::<RequestId>() {
+        Some(RequestId(id)) => id.clone(),
+        None => RequestId::random().0,
+    };
+    let mut context = RequestContext {
+        request_id,
+        client: client(&parts.headers),
+        traceparent: traceparent(&parts.headers),
+        arrived,
+        open: service.metrics().request(name),
+    };
+    let body = match read_body(body, &parts.headers, service.options().max_body_bytes).await {
+        Ok(body) => body,
+        Err(error) => {
+            context.open.answered(error.status.as_u16());
+            return error.into_response();
+        }
+    };
+    let prepared = prepare_in_pool(&service, endpoint, context.client, body).await;
+    let outcome = match prepared {
+        Ok(prepared) => answer(service, endpoint, prepared, context).await,
+        Err(error) => {
+            context.open.answered(error.status.as_u16());
+            Err(error)
+        }
+    };
+    outcome.unwrap_or_else(ApiError::into_response)
+}
+
+async fn prepare_in_pool(
+    service: &Arc<Service>,
+    endpoint: Endpoint,
+    client: Client,
+    body: Bytes,
+) -> Result<Prepared, ApiError> {
+    let work = {
+        let service = Arc::clone(service);
+        let bytes = body.clone();
+        move || {
+            let begun = std::time::Instant::now();
+            let prepared = prepare(&service, endpoint, client, &bytes);
+            service.metrics().prepared(begun.elapsed().as_secs_f64());
+            prepared
+        }
+    };
+    service.pool().run(body.len(), work).await?
+}
+
+/// Places the request and answers it, plain or streamed.
+async fn answer(
+    service: Arc<Service>,
+    endpoint: Endpoint,
+    prepared: Prepared,
+    context: RequestContext,
+) -> Result<Response<Body>, ApiError> {
+    let id_prefix = match endpoint {
+        Endpoint::Chat => "chatcmpl",
+        Endpoint::Completions => "cmpl",
+    };
+    let stream = prepared.params.stream;
+    let mut answer = Answer::start(service, prepared, context, id_prefix)?;
+    let accepted = tokio::time::timeout(
+        ACCEPT_PATIENCE,
+        std::future::poll_fn(|cx| answer.poll_accepted(cx)),
+    );
+    if let Ok(Err(error)) = accepted.await {
+        return Err(answer.refused(error));
+    }
+    let explanation = answer.explanation();
+    let mut response = if stream {
+        let groups = answer.served_by();
+        let mut response = match endpoint {
+            Endpoint::Chat => sse::respond(answer, ChatWriter::default()),
+            Endpoint::Completions => sse::respond(answer, CompletionWriter::default()),
+        };
+        name_groups(&mut response, &groups);
+        response
+    } else {
+        let finished = answer.finish().await;
+        if let Err(error) = finished {
+            return Err(answer.refused(error));
+        }
+        let json = match endpoint {
+            Endpoint::Chat => chat::object(&answer),
+            Endpoint::Completions => completions::object(&mut answer),
+        };
+        let json = json.map_err(|error| ApiError::internal(error.to_string()))?;
+        answer.context().open.answered(200);
+        let mut response = Response::new(Body::from(json));
+        response.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        name_groups(&mut response, &answer.served_by());
+        response
+    };
+    if let Some(explanation) = explanation.and_then(|text| HeaderValue::from_str(&text).ok()) {
+        response.headers_mut().insert(DECISION_HEADER, explanation);
+    }
+    Ok(response)
+}
+
+fn name_groups(response: &mut Response<Body>, groups: &str) {
+    if let Ok(value) = HeaderValue::from_str(groups) {
+        response.headers_mut().insert(GROUP_HEADER, value);
+    }
+}
+
+/// Reads a body whole, up to a limit.
+pub async fn read_body(body: Body, headers: &HeaderMap, limit: usize) -> Result<Bytes, ApiError> {
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.parse::<usize>().ok());
+    if announced.is_some_and(|length| length > limit) {
+        return Err(ApiError::body_too_large(limit));
+    }
+    match Limited::new(body, limit).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(limit)),
+        Err(_) => Err(ApiError::malformed(
+            "The request body did not arrive whole.",
+        )),
+    }
+}
+
+fn client(headers: &HeaderMap) -> Client {
+    let user_agent = headers
+        .get(header::USER_AGENT)
+        .and_then(|value| value.to_str().ok());
+    Client {
+        mistral: user_agent.is_some_and(|agent| agent.contains("mistral-client-python")),
+    }
+}
+
+fn traceparent(headers: &HeaderMap) -> Option<tonic::metadata::AsciiMetadataValue> {
+    headers.get("traceparent")?.to_str().ok()?.parse().ok()
+}
+
+impl From<PoolError> for ApiError {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Full => ApiError::unavailable(
+                "Too many long requests wait to be encoded. Please retry.",
+                1,
+            ),
+            PoolError::Broken => ApiError::internal("The request could not be encoded."),
+        }
+    }
+}

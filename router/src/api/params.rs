@@ -1,0 +1,570 @@
+//! What a request's parameters may be, and what they become: sampling and stopping for the group, output
+//! rules for the emitter. Every refusal names the field and its limit.
+
+use std::{ops::RangeInclusive, sync::Arc};
+
+use bora_proto::v1::{Logprobs, Sampling};
+use serde_json::Value;
+
+use super::{
+    error::ApiError,
+    request::{Body, Integer, LogprobsField},
+};
+use crate::{
+    fleet::view::ModelGroups, models::ModelSpec, options::RouterOptions, relay::emit::EmitOptions,
+};
+
+/// Longest stop string in bytes; text of this length may be held back.
+const MAX_STOP_BYTES: usize = 1024;
+const MAX_CACHE_SALT_BYTES: usize = 256;
+/// OpenAI's default where a completion names no `max_tokens`.
+const COMPLETION_MAX_TOKENS: u32 = 16;
+
+/// Which API a request came by: they differ in a few defaults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/chat/completions`
+    Chat,
+    /// `/v1/completions`
+    Completions,
+}
+
+/// A request's parameters, checked.
+pub struct Params {
+    /// Answer with events.
+    pub stream: bool,
+    /// Usage in a last chunk of its own.
+    pub include_usage: bool,
+    /// Usage so far in every chunk.
+    pub continuous_usage: bool,
+    /// Sequences for each prompt.
+    pub n: u32,
+    /// For the group; the seed is the first sequence's.
+    pub sampling: Sampling,
+    /// The first sequence's seed; the others' are derived.
+    pub seed: u64,
+    /// As asked for; `None` = the default of the endpoint.
+    pub max_tokens: Option<u32>,
+    /// No end before that many.
+    pub min_tokens: u32,
+    /// Whether the end-of-sequence id is an id like any other.
+    pub ignore_eos: bool,
+    /// Ids that end a sequence besides.
+    pub stop_token_ids: Vec<u32>,
+    /// For the group.
+    pub logprobs: Option<Logprobs>,
+    /// Alternatives that the client sees.
+    pub top_logprobs: Option<u32>,
+    /// Alternatives at prompt positions that the client sees.
+    pub prompt_logprobs: Option<u32>,
+    /// The prompt comes back in front of the answer.
+    pub echo: bool,
+    /// `echo` with `max_tokens: 0`: nothing but the prompt comes back.
+    pub echo_only: bool,
+    /// Ids come back, of prompt and answer.
+    pub return_token_ids: bool,
+    /// Logprobs name tokens as `token_id:7`.
+    pub tokens_as_ids: bool,
+    /// Separates caches.
+    pub cache_salt: String,
+    /// For the emitter.
+    pub emit: Arc<EmitOptions>,
+}
+
+/// Whom the answer is for, as far as the form of the answer depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Client {
+    /// Mistral's Python client asks for no usage and needs it, and can't read a tool call in pieces.
+    pub mistral: bool,
+}
+
+/// Whether tools are part of the prompt and calls are looked for.
+pub fn offers_tools(body: &Body<'_>) -> Result<bool, ApiError> {
+    // what is in it is the conversation's business
+    let tools = body.tools.is_some_and(|tools| !is_empty_array(tools.get()));
+    let choice = match &body.tool_choice {
+        None => return Ok(tools),
+        Some(Value::String(choice)) => choice.as_str(),
+        Some(Value::Object(_)) => "named",
+        Some(_) => {
+            return Err(ApiError::invalid(
+                "tool_choice",
+                "`tool_choice` must be a string or an object.",
+            ));
+        }
+    };
+    match choice {
+        "auto" => Ok(tools),
+        "none" => Ok(false),
+        "required" | "any" | "named" => Err(ApiError::invalid(
+            "tool_choice",
+            "`tool_choice` that forces a call is not supported yet: use \"auto\" or \"none\".",
+        )),
+        _ => Err(ApiError::invalid(
+            "tool_choice",
+            "`tool_choice` must be \"auto\", \"none\", \"required\" or an object.",
+        )),
+    }
+}
+
+fn is_empty_array(json: &str) -> bool {
+    json.strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'))
+        .is_some_and(|inside| inside.trim().is_empty())
+}
+
+/// Refuses what would change the answer and is not served yet.
+pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
+    for (name, value) in &body.refused {
+        let harmless = match *name {
+            "response_format" => value.get("type").and_then(Value::as_str) == Some("text"),
+            "reasoning_effort" => value.as_str() == Some("none"),
+            "modalities" => value
+                .as_array()
+                .is_some_and(|list| list.iter().all(|one| one == "text")),
+            "functions" => value.as_array().is_some_and(Vec::is_empty),
+            "function_call" => value == "none" || value == "auto",
+            _ => false,
+        };
+        if harmless {
+            continue;
+        }
+        let message = match *name {
+            "reasoning_effort" => "`reasoning_effort` is not supported by this model.".to_string(),
+            "functions" | "function_call" => {
+                format!("`{name}` is not supported: use `tools` and `tool_choice`.")
+            }
+            "modalities" | "audio" => format!("`{name}`: only text is generated."),
+            "response_format" => {
+                let known = matches!(
+                    value.get("type").and_then(Value::as_str),
+                    Some("json_object" | "json_schema" | "structural_tag")
+                );
+                if known {
+                    "`response_format` other than {\"type\": \"text\"} is not supported yet."
+                        .to_string()
+                } else {
+                    "`response_format.type` must be \"text\", \"json_object\" or \"json_schema\"."
+                        .to_string()
+                }
+            }
+            _ => format!("`{name}` is not supported yet."),
+        };
+        return Err(ApiError::invalid(*name, message));
+    }
+    if body.use_beam_search == Some(true) {
+        return Err(ApiError::invalid(
+            "use_beam_search",
+            "`use_beam_search` is not supported.",
+        ));
+    }
+    match &body.suffix {
+        None => Ok(()),
+        Some(Value::String(suffix)) if suffix.is_empty() => Ok(()),
+        Some(_) => Err(ApiError::invalid("suffix", "`suffix` is not supported.")),
+    }
+}
+
+/// Checks everything but the prompt.
+pub fn check(
+    body: &Body<'_>,
+    endpoint: Endpoint,
+    client: Client,
+    model: &ModelGroups,
+    spec: &ModelSpec,
+    options: &RouterOptions,
+) -> Result<Params, ApiError> {
+    refuse_unserved(body)?;
+    let tool_calls = endpoint == Endpoint::Chat && offers_tools(body)?;
+    let stream = body.stream.unwrap_or(false);
+    if body.stream_options.is_some() && !stream {
+        return Err(ApiError::invalid(
+            "stream_options",
+            "`stream_options` is only allowed when `stream` is true.",
+        ));
+    }
+    let n = integer("n", body.n, 1..=i64::from(options.max_choices))?.unwrap_or(1) as u32;
+    let best_of = integer("best_of", body.best_of, 1..=i64::from(options.max_choices))?;
+    if best_of.is_some_and(|best_of| best_of != i64::from(n)) {
+        return Err(ApiError::invalid("best_of", "`best_of` is not supported."));
+    }
+    let (max_field, max_tokens) = match body.max_completion_tokens {
+        Some(_) => ("max_completion_tokens", body.max_completion_tokens),
+        None => ("max_tokens", body.max_tokens),
+    };
+    let echo = endpoint == Endpoint::Completions && body.echo.unwrap_or(false);
+    let echo_only = echo && max_tokens == Some(Integer(0));
+    let least = if echo_only { 0 } else { 1 };
+    let max_tokens = integer(max_field, max_tokens, least..=i64::from(u32::MAX))?
+        .map(|value| value.max(1) as u32);
+    let min_tokens =
+        integer("min_tokens", body.min_tokens, 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32;
+    if max_tokens.is_some_and(|max_tokens| min_tokens > max_tokens) {
+        return Err(ApiError::invalid(
+            "min_tokens",
+            format!("`min_tokens` must not be above `{max_field}`."),
+        ));
+    }
+
+    let stops = stop_strings(body, options)?;
+    let stop_token_ids = body.stop_token_ids.clone().unwrap_or_default();
+    if stop_token_ids.len() > options.max_stop_strings {
+        return Err(too_many("stop_token_ids", options.max_stop_strings));
+    }
+    if let Some(id) = stop_token_ids
+        .iter()
+        .find(|id| **id >= model.vocabulary_size)
+    {
+        return Err(no_such_id("stop_token_ids", *id, model.vocabulary_size));
+    }
+    if spec.tokenizer.is_none() && !stops.is_empty() {
+        return Err(ApiError::invalid(
+            "stop",
+            "`stop` needs text, and this model is served without a tokenizer.",
+        ));
+    }
+
+    let top_logprobs = top_logprobs(body, endpoint, options)?;
+    let most = i64::from(options.max_logprobs);
+    let prompt_logprobs =
+        integer("prompt_logprobs", body.prompt_logprobs, 0..=most)?.map(|top| top as u32);
+    if prompt_logprobs.is_some() && stream {
+        return Err(ApiError::invalid(
+            "prompt_logprobs",
+            "`prompt_logprobs` is not available when `stream` is true.",
+        ));
+    }
+    if echo && top_logprobs.is_some() && stream {
+        return Err(ApiError::invalid(
+            "echo",
+            "`echo` with `logprobs` is not available when `stream` is true.",
+        ));
+    }
+    // vLLM gives the echoed prompt logprobs as well
+    let prompt_top = prompt_logprobs.max(top_logprobs.filter(|_| echo));
+    let logprobs = (top_logprobs.is_some() || prompt_top.is_some()).then_some(Logprobs {
+        top: top_logprobs,
+        prompt_top,
+    });
+
+    let cache_salt = body.cache_salt.clone().unwrap_or_default();
+    if body.cache_salt.is_some()
+        && (cache_salt.is_empty() || cache_salt.len() > MAX_CACHE_SALT_BYTES)
+    {
+        return Err(ApiError::invalid(
+            "cache_salt",
+            format!("`cache_salt` must have 1 to {MAX_CACHE_SALT_BYTES} bytes."),
+        ));
+    }
+    let (sampling, seed) = sampling(body, model, spec)?;
+    let ignore_eos = body.ignore_eos.unwrap_or(false);
+    let mut end_ids = stop_token_ids.clone();
+    if !ignore_eos {
+        end_ids.extend(&spec.end_ids);
+    }
+    let stream_options = body.stream_options.unwrap_or_default();
+    let return_token_ids = body.return_token_ids.unwrap_or(false) || spec.tokenizer.is_none();
+    let emit = EmitOptions {
+        tokenizer: spec.tokenizer.clone(),
+        skip_special: body.skip_special_tokens.unwrap_or(true),
+        tool_calls,
+        streamed: stream,
+        whole_calls: client.mistral,
+        only_one_call: body.parallel_tool_calls == Some(false),
+        stops,
+        keep_stop: body.include_stop_str_in_output.unwrap_or(false),
+        min_tokens,
+        end_ids,
+        stop_token_ids: stop_token_ids.clone(),
+        token_ids: return_token_ids,
+    };
+    Ok(Params {
+        stream,
+        include_usage: stream_options.include_usage.unwrap_or(false),
+        continuous_usage: stream_options.continuous_usage_stats.unwrap_or(false),
+        n,
+        sampling,
+        seed,
+        max_tokens,
+        min_tokens,
+        ignore_eos,
+        stop_token_ids,
+        logprobs,
+        top_logprobs,
+        prompt_logprobs,
+        echo,
+        echo_only,
+        return_token_ids,
+        tokens_as_ids: body.return_tokens_as_token_ids.unwrap_or(false),
+        cache_salt,
+        emit: Arc::new(emit),
+    })
+}
+
+/// The bound of a sequence's output, once its prompt's length is known.
+pub fn output_bound(
+    params: &Params,
+    endpoint: Endpoint,
+    prompt_tokens: usize,
+    window: u32,
+) -> Result<u32, ApiError> {
+    let prompt_field = match endpoint {
+        Endpoint::Chat => "messages",
+        Endpoint::Completions => "prompt",
+    };
+    let room = (window as usize).saturating_sub(prompt_tokens) as u32;
+    if room == 0 {
+        return Err(ApiError::context_length(
+            prompt_field,
+            format!(
+                "This model's maximum context length is {window} tokens, of which at least one is generated. \
+                 However, the {prompt_field} resulted in {prompt_tokens} tokens. Please reduce their length."
+            ),
+        ));
+    }
+    let bound = match (endpoint, params.max_tokens) {
+        (Endpoint::Chat, None) => room,
+        (Endpoint::Chat, Some(wanted)) => wanted.min(room),
+        (Endpoint::Completions, None) => COMPLETION_MAX_TOKENS.min(room),
+        (Endpoint::Completions, Some(wanted)) if wanted > room => {
+            return Err(ApiError::context_length(
+                "max_tokens",
+                format!(
+                    "This model's maximum context length is {window} tokens. However, you requested {} tokens \
+                     ({prompt_tokens} in the prompt, {wanted} for the completion). Please reduce one of them.",
+                    prompt_tokens as u64 + u64::from(wanted)
+                ),
+            ));
+        }
+        (Endpoint::Completions, Some(wanted)) => wanted,
+    };
+    if params.min_tokens > bound {
+        return Err(ApiError::invalid(
+            "min_tokens",
+            format!(
+                "`min_tokens` is {}, but there is room for {bound} tokens only.",
+                params.min_tokens
+            ),
+        ));
+    }
+    Ok(bound)
+}
+
+/// Refuses ids that the model does not have.
+pub fn check_ids(field: &str, ids: &[u32], vocabulary_size: u32) -> Result<(), ApiError> {
+    match ids.iter().find(|id| **id >= vocabulary_size) {
+        Some(id) => Err(no_such_id(field, *id, vocabulary_size)),
+        None => Ok(()),
+    }
+}
+
+fn sampling(
+    body: &Body<'_>,
+    model: &ModelGroups,
+    spec: &ModelSpec,
+) -> Result<(Sampling, u64), ApiError> {
+    let defaults = &spec.defaults;
+    let temperature = number("temperature", body.temperature, 0.0..=2.0)?;
+    let top_p = number("top_p", body.top_p, 0.0..=1.0)?;
+    if top_p == Some(0.0) {
+        return Err(ApiError::invalid(
+            "top_p",
+            "`top_p` must be above 0 and at most 1.",
+        ));
+    }
+    let top_k =
+        integer("top_k", body.top_k, -1..=i64::from(u32::MAX))?.map(|top_k| top_k.max(0) as u32);
+    let repetition = number("repetition_penalty", body.repetition_penalty, 0.0..=10.0)?;
+    if repetition == Some(0.0) {
+        return Err(ApiError::invalid(
+            "repetition_penalty",
+            "`repetition_penalty` must be above 0 and at most 10.",
+        ));
+    }
+    // any 64 bits are a seed
+    let seed = body
+        .seed
+        .map_or_else(rand::random, |Integer(seed)| seed as u64);
+    let sampling = Sampling {
+        temperature: Some(temperature.unwrap_or(defaults.temperature.unwrap_or(1.0))),
+        top_p: Some(top_p.unwrap_or(defaults.top_p.unwrap_or(1.0))),
+        top_k: Some(top_k.unwrap_or(defaults.top_k.unwrap_or(0))),
+        min_p: Some(
+            number("min_p", body.min_p, 0.0..=1.0)?.unwrap_or(defaults.min_p.unwrap_or(0.0)),
+        ),
+        presence_penalty: Some(
+            number("presence_penalty", body.presence_penalty, -2.0..=2.0)?.unwrap_or(0.0),
+        ),
+        frequency_penalty: Some(
+            number("frequency_penalty", body.frequency_penalty, -2.0..=2.0)?.unwrap_or(0.0),
+        ),
+        repetition_penalty: Some(repetition.unwrap_or(defaults.repetition_penalty.unwrap_or(1.0))),
+        logit_bias: logit_bias(body, model.vocabulary_size)?,
+        seed,
+    };
+    Ok((sampling, seed))
+}
+
+fn logit_bias(
+    body: &Body<'_>,
+    vocabulary_size: u32,
+) -> Result<std::collections::HashMap<u32, f32>, ApiError> {
+    const MOST: usize = 1024;
+    let Some(biases) = &body.logit_bias else {
+        return Ok(Default::default());
+    };
+    if biases.len() > MOST {
+        return Err(too_many("logit_bias", MOST));
+    }
+    biases
+        .iter()
+        .map(|(key, bias)| {
+            let id: u32 = key.parse().map_err(|_| {
+                let shown: String = key.chars().take(40).collect();
+                ApiError::invalid(
+                    "logit_bias",
+                    format!("`logit_bias`: the key `{shown}` is not a token id."),
+                )
+            })?;
+            if id >= vocabulary_size {
+                return Err(no_such_id("logit_bias", id, vocabulary_size));
+            }
+            if !(-100.0..=100.0).contains(bias) {
+                return Err(ApiError::invalid(
+                    "logit_bias",
+                    "`logit_bias`: a bias must be between -100 and 100.",
+                ));
+            }
+            Ok((id, *bias as f32))
+        })
+        .collect()
+}
+
+fn stop_strings(body: &Body<'_>, options: &RouterOptions) -> Result<Vec<String>, ApiError> {
+    let stops = body.stop.clone().map(|stops| stops.0).unwrap_or_default();
+    if stops.len() > options.max_stop_strings {
+        return Err(too_many("stop", options.max_stop_strings));
+    }
+    if stops
+        .iter()
+        .any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES)
+    {
+        return Err(ApiError::invalid(
+            "stop",
+            format!("`stop`: a stop string must have 1 to {MAX_STOP_BYTES} bytes."),
+        ));
+    }
+    Ok(stops)
+}
+
+fn top_logprobs(
+    body: &Body<'_>,
+    endpoint: Endpoint,
+    options: &RouterOptions,
+) -> Result<Option<u32>, ApiError> {
+    let most = i64::from(options.max_logprobs);
+    let top = integer("top_logprobs", body.top_logprobs, 0..=most)?;
+    match (endpoint, body.logprobs) {
+        (Endpoint::Chat, None | Some(LogprobsField::Flag(false))) => match top {
+            Some(1..) => Err(ApiError::invalid(
+                "top_logprobs",
+                "`top_logprobs` needs `logprobs` to be true.",
+            )),
+            _ => Ok(None),
+        },
+        (Endpoint::Chat, Some(LogprobsField::Flag(true))) => Ok(Some(top.unwrap_or(0) as u32)),
+        (Endpoint::Chat, Some(LogprobsField::Count(_))) => Err(ApiError::invalid(
+            "logprobs",
+            "`logprobs` must be a boolean here; `top_logprobs` is the number.",
+        )),
+        (Endpoint::Completions, None) => Ok(None),
+        (Endpoint::Completions, Some(LogprobsField::Count(count))) => {
+            Ok(integer("logprobs", Some(Integer(count)), 0..=most)?.map(|count| count as u32))
+        }
+        (Endpoint::Completions, Some(LogprobsField::Flag(_))) => Err(ApiError::invalid(
+            "logprobs",
+            format!("`logprobs` must be an integer between 0 and {most} here."),
+        )),
+    }
+}
+
+fn integer(
+    field: &str,
+    value: Option<Integer>,
+    range: RangeInclusive<i64>,
+) -> Result<Option<i64>, ApiError> {
+    match value {
+        Some(Integer(value)) if !range.contains(&value) => {
+            let (least, most) = (range.start(), range.end());
+            let limit = if *most >= i64::from(u32::MAX) {
+                format!("at least {least}")
+            } else {
+                format!("between {least} and {most}")
+            };
+            Err(ApiError::invalid(
+                field,
+                format!("`{field}` must be {limit}, got {value}."),
+            ))
+        }
+        value => Ok(value.map(|Integer(value)| value)),
+    }
+}
+
+fn number(
+    field: &str,
+    value: Option<f64>,
+    range: RangeInclusive<f64>,
+) -> Result<Option<f32>, ApiError> {
+    match value {
+        Some(value) if !range.contains(&value) => Err(ApiError::invalid(
+            field,
+            format!(
+                "`{field}` must be between {} and {}, got {value}.",
+                range.start(),
+                range.end()
+            ),
+        )),
+        value => Ok(value.map(|value| value as f32)),
+    }
+}
+
+fn too_many(field: &str, most: usize) -> ApiError {
+    ApiError::invalid(
+        field,
+        format!("`{field}` must have at most {most} entries."),
+    )
+}
+
+fn no_such_id(field: &str, id: u32, vocabulary_size: u32) -> ApiError {
+    ApiError::invalid(
+        field,
+        format!(
+            "`{field}`: {id} is not a token id of this model (ids are below {vocabulary_size})."
+        ),
+    )
+}
+
+/// What `/tokenize` is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenizeTarget {
+    /// A conversation.
+    Messages,
+    /// A text.
+    Prompt,
+}
+
+/// Exactly one of `messages` and `prompt` must be there.
+pub fn tokenize_target(body: &Body<'_>) -> Result<TokenizeTarget, ApiError> {
+    match (body.messages, &body.prompt) {
+        (Some(_), None) => Ok(TokenizeTarget::Messages),
+        (None, Some(_)) => Ok(TokenizeTarget::Prompt),
+        (Some(_), Some(_)) => Err(ApiError::invalid(
+            "prompt",
+            "`prompt` and `messages` can't both be there.",
+        )),
+        (None, None) => Err(ApiError::invalid(
+            "prompt",
+            "`prompt` or `messages` is required.",
+        )),
+    }
+}

@@ -1,0 +1,269 @@
+//! From a body's bytes to prompts that can be placed: read, check, encode, hash. Runs where the body's size
+//! says (see `encode::pool`), so nothing here waits.
+
+use std::sync::Arc;
+
+use bora_common::blocks::BlockHash;
+use bytes::Bytes;
+use serde_json::value::RawValue;
+
+use super::{
+    error::ApiError,
+    params::{self, Client, Endpoint, Params},
+    request::{Body, Prompt},
+};
+use crate::{
+    encode::{self, EncodeError, EncodedPrompt},
+    fleet::view::ModelGroups,
+    models::ModelSpec,
+    relay::resume::Task,
+    service::Service,
+};
+
+/// A request that is ready to be placed.
+pub struct Prepared {
+    /// The name that the client used; it comes back in the answer.
+    pub model: String,
+    /// The groups' name of it.
+    pub served_model: String,
+    /// Parameters, checked.
+    pub params: Params,
+    /// At least one.
+    pub prompts: Vec<PreparedPrompt>,
+}
+
+/// One prompt.
+pub struct PreparedPrompt {
+    /// Ids and images.
+    pub encoded: EncodedPrompt,
+    /// Its full blocks.
+    pub hashes: Vec<BlockHash>,
+    /// Most ids that it generates.
+    pub output_bound: u32,
+    /// Its text, where it is to be echoed.
+    pub text: Option<String>,
+}
+
+/// A model by the name that a request gives, or the only one there is.
+pub fn resolve(
+    service: &Service,
+    name: Option<&str>,
+) -> Result<(String, Arc<ModelGroups>, Arc<ModelSpec>), ApiError> {
+    let view = service.fleet().view();
+    let Some(name) = name else {
+        let mut models = view.models();
+        return match (models.next(), models.next()) {
+            (Some(only), None) => Ok((
+                only.name.clone(),
+                Arc::clone(only),
+                service.spec(&only.name),
+            )),
+            _ => Err(ApiError::invalid("model", "`model` is required.")),
+        };
+    };
+    if let Some(model) = view.model(name) {
+        return Ok((
+            name.to_string(),
+            Arc::clone(model),
+            service.spec(&model.name),
+        ));
+    }
+    let Some(configured) = service.configured(name) else {
+        return Err(ApiError::model_not_found(name));
+    };
+    match view.model(configured) {
+        Some(model) => Ok((
+            name.to_string(),
+            Arc::clone(model),
+            service.spec(&model.name),
+        )),
+        None => Err(ApiError::unavailable(
+            format!("No group serves the model `{name}` now."),
+            5,
+        )),
+    }
+}
+
+/// Reads, checks, encodes and hashes a generation request.
+pub fn prepare(
+    service: &Service,
+    endpoint: Endpoint,
+    client: Client,
+    bytes: &Bytes,
+) -> Result<Prepared, ApiError> {
+    let body = Body::parse(bytes)?;
+    if body.unknown > 0 {
+        service.metrics().unknown_fields(body.unknown);
+    }
+    let (name, model, spec) = resolve(service, body.model.as_deref())?;
+    let params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
+    let prompts = match endpoint {
+        Endpoint::Chat => {
+            let encoded = chat_prompt(&body, &model, &spec, params.emit.tool_calls)?;
+            vec![(encoded, None)]
+        }
+        Endpoint::Completions => completion_prompts(body, &model, &spec, &params, service)?,
+    };
+    let prompts = prompts
+        .into_iter()
+        .map(|(encoded, text)| {
+            let hashes = Task::hash(
+                &encoded.token_ids,
+                &encoded.images,
+                params.cache_salt.as_bytes(),
+            );
+            let output_bound = params::output_bound(
+                &params,
+                endpoint,
+                encoded.token_ids.len(),
+                model.max_model_len,
+            )?;
+            Ok(PreparedPrompt {
+                encoded,
+                hashes,
+                output_bound,
+                text,
+            })
+        })
+        .collect::<Result<_, ApiError>>()?;
+    Ok(Prepared {
+        model: name,
+        served_model: model.name.clone(),
+        params,
+        prompts,
+    })
+}
+
+/// The prompt of messages and tools.
+pub fn chat_prompt(
+    body: &Body<'_>,
+    model: &ModelGroups,
+    spec: &ModelSpec,
+    offer_tools: bool,
+) -> Result<EncodedPrompt, ApiError> {
+    let messages = body
+        .messages
+        .ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
+    let continue_final_message = body.continue_final_message.unwrap_or(false);
+    if continue_final_message && body.add_generation_prompt == Some(true) {
+        return Err(ApiError::invalid(
+            "continue_final_message",
+            "`continue_final_message` and `add_generation_prompt` can't both be true.",
+        ));
+    }
+    let Some(tokenizer) = &spec.tokenizer else {
+        return Err(ApiError::invalid(
+            "messages",
+            "This model is served without a tokenizer: use /v1/completions with token ids.",
+        ));
+    };
+    let tools: Option<&RawValue> = body.tools.filter(|_| offer_tools);
+    let encoded = encode::conversation(
+        tokenizer,
+        messages,
+        tools,
+        continue_final_message,
+        model.images,
+    )?;
+    Ok(encoded)
+}
+
+fn completion_prompts(
+    body: Body<'_>,
+    model: &ModelGroups,
+    spec: &ModelSpec,
+    params: &Params,
+    service: &Service,
+) -> Result<Vec<(EncodedPrompt, Option<String>)>, ApiError> {
+    let special = body.add_special_tokens.unwrap_or(true);
+    let prompt = body
+        .prompt
+        .ok_or_else(|| ApiError::invalid("prompt", "`prompt` is required."))?;
+    let count = match &prompt {
+        Prompt::Text(_) | Prompt::Ids(_) => 1,
+        Prompt::Texts(texts) => texts.len(),
+        Prompt::IdLists(lists) => lists.len(),
+    };
+    let most = service.options().max_sequences_per_request as usize;
+    if count * params.n as usize > most {
+        return Err(ApiError::invalid(
+            "prompt",
+            format!(
+                "{count} prompts with `n` = {} are more than the limit of {most} sequences.",
+                params.n
+            ),
+        ));
+    }
+    match prompt {
+        Prompt::Text(text) => Ok(vec![text_prompt(text, spec, special, params.echo)?]),
+        Prompt::Texts(texts) => texts
+            .into_iter()
+            .map(|text| text_prompt(text, spec, special, params.echo))
+            .collect(),
+        Prompt::Ids(ids) => Ok(vec![id_prompt(ids, model, spec, params.echo)?]),
+        Prompt::IdLists(lists) => lists
+            .into_iter()
+            .map(|ids| id_prompt(ids, model, spec, params.echo))
+            .collect(),
+    }
+}
+
+/// The prompt of a plain text, and the text if it is to be echoed.
+pub fn text_prompt(
+    text: String,
+    spec: &ModelSpec,
+    special: bool,
+    echo: bool,
+) -> Result<(EncodedPrompt, Option<String>), ApiError> {
+    let Some(tokenizer) = &spec.tokenizer else {
+        return Err(ApiError::invalid(
+            "prompt",
+            "This model is served without a tokenizer: give token ids.",
+        ));
+    };
+    let encoded = encode::text(tokenizer, &text, special);
+    if encoded.token_ids.is_empty() {
+        return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
+    }
+    Ok((encoded, echo.then_some(text)))
+}
+
+fn id_prompt(
+    token_ids: Vec<u32>,
+    model: &ModelGroups,
+    spec: &ModelSpec,
+    echo: bool,
+) -> Result<(EncodedPrompt, Option<String>), ApiError> {
+    if token_ids.is_empty() {
+        return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
+    }
+    params::check_ids("prompt", &token_ids, model.vocabulary_size)?;
+    let text = match &spec.tokenizer {
+        Some(tokenizer) if echo => Some(tokenizer.decode(&token_ids, true)),
+        _ => None,
+    };
+    Ok((
+        EncodedPrompt {
+            token_ids,
+            images: Vec::new(),
+        },
+        text,
+    ))
+}
+
+impl From<EncodeError> for ApiError {
+    fn from(error: EncodeError) -> Self {
+        match error {
+            EncodeError::Json { field, .. } => ApiError::invalid(field, error.to_string()),
+            EncodeError::NoImages { param } => {
+                ApiError::invalid(param, "This model does not take images.")
+            }
+            EncodeError::Conversation(error) => {
+                let code = error.code();
+                let mut answer = ApiError::invalid(error.param, error.message);
+                answer.code = Some(code);
+                answer
+            }
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! What goes over the wire to clients: OpenAI's objects with vLLM's additional fields, borrowed from where
+//! they are made and written straight into the output buffer.
+
+#![allow(missing_docs)] // of fields: they are OpenAI's and vLLM's own
+
+use std::borrow::Cow;
+
+use bora_common::tokenizer::Tokenizer;
+use bora_proto::v1::{PositionLogprobs, TokenLogprob};
+use serde::{Serialize, Serializer, ser::SerializeMap as _};
+
+use crate::relay::emit::{CallDelta, StopReason};
+
+/// JSON has no infinity: OpenAI and vLLM write this.
+const LEAST_LOGPROB: f32 = -9999.0;
+
+/// `usage`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Usage {
+    /// Ids of the prompts, each prompt once.
+    pub prompt_tokens: u32,
+    /// Both.
+    pub total_tokens: u32,
+    /// Generated ids of all choices.
+    pub completion_tokens: u32,
+    /// What of the prompt was found in a cache.
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+/// Part of [`Usage`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PromptTokensDetails {
+    /// Ids found in the group's prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// A chat answer, or a chunk of one.
+#[derive(Serialize)]
+pub struct ChatObject<'a, C> {
+    pub id: &'a str,
+    pub object: &'static str,
+    pub created: u64,
+    pub model: &'a str,
+    pub choices: C,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobList<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<&'a [u32]>,
+}
+
+/// One choice of a plain chat answer.
+#[derive(Serialize)]
+pub struct ChatChoice<'a> {
+    pub index: u32,
+    pub message: ChatMessage<'a>,
+    pub logprobs: Option<ChatLogprobs<'a>>,
+    pub finish_reason: Option<&'static str>,
+    pub stop_reason: Option<&'a StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<&'a [u32]>,
+}
+
+/// The assistant's message.
+#[derive(Serialize)]
+pub struct ChatMessage<'a> {
+    pub role: &'static str,
+    pub content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<ToolCallObject<'a>>>,
+}
+
+/// One choice of a chunk.
+#[derive(Serialize)]
+pub struct ChatChunkChoice<'a> {
+    pub index: u32,
+    pub delta: ChatDelta<'a>,
+    pub logprobs: Option<ChatLogprobs<'a>>,
+    pub finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<&'a StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<&'a [u32]>,
+}
+
+/// What a chunk adds.
+#[derive(Default, Serialize)]
+pub struct ChatDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<ToolCallObject<'a>>>,
+}
+
+/// A tool call, or a piece of one: then it has an index, and a head in its first piece only.
+#[derive(Serialize)]
+pub struct ToolCallObject<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub index: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<&'a str>,
+    pub r#type: &'static str,
+    pub function: FunctionObject<'a>,
+}
+
+/// Part of [`ToolCallObject`].
+#[derive(Serialize)]
+pub struct FunctionObject<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<&'a str>,
+    pub arguments: &'a str,
+}
+
+impl<'a> ToolCallObject<'a> {
+    /// `in_stream`: the call is part of a delta.
+    pub fn new(call: &'a CallDelta, in_stream: bool) -> Self {
+        let start = call.start.as_ref();
+        Self {
+            index: in_stream.then_some(call.index),
+            id: start.map(|start| start.id.as_str()),
+            r#type: "function",
+            function: FunctionObject {
+                name: start.map(|start| start.name.as_str()),
+                arguments: &call.arguments,
+            },
+        }
+    }
+}
+
+/// A completion, or a chunk of one.
+#[derive(Serialize)]
+pub struct CompletionObject<'a, C> {
+    pub id: &'a str,
+    pub object: &'static str,
+    pub created: u64,
+    pub model: &'a str,
+    pub choices: C,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+}
+
+/// One choice of a completion.
+#[derive(Serialize)]
+pub struct CompletionChoice<'a> {
+    pub index: u32,
+    pub text: &'a str,
+    pub logprobs: Option<CompletionLogprobs<'a>>,
+    pub finish_reason: Option<&'static str>,
+    pub stop_reason: Option<&'a StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobList<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<&'a [u32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<&'a [u32]>,
+}
+
+/// How tokens are named in logprobs.
+#[derive(Clone, Copy)]
+pub struct TokenNames<'a> {
+    pub tokenizer: Option<&'a Tokenizer>,
+    pub as_ids: bool,
+}
+
+impl<'a> TokenNames<'a> {
+    /// The token's text (U+FFFD for bytes that are no characters), or `token_id:7`.
+    pub fn name(&self, id: u32) -> Cow<'a, str> {
+        let Some(tokenizer) = self.tokenizer.filter(|_| !self.as_ids) else {
+            return Cow::Owned(format!("token_id:{id}"));
+        };
+        match tokenizer.token_bytes(id) {
+            Some(bytes) => String::from_utf8_lossy(bytes),
+            None => Cow::Borrowed(tokenizer.special_name(id).unwrap_or_default()),
+        }
+    }
+
+    fn bytes(&self, id: u32) -> Option<Cow<'a, [u8]>> {
+        match self.tokenizer?.token_bytes(id) {
+            Some(bytes) => Some(Cow::Borrowed(bytes)),
+            None => Some(Cow::Owned(self.name(id).into_owned().into_bytes())),
+        }
+    }
+}
+
+fn finite(logprob: f32) -> f32 {
+    if logprob.is_nan() {
+        LEAST_LOGPROB
+    } else {
+        logprob.max(LEAST_LOGPROB)
+    }
+}
+
+/// `logprobs` in chat.
+#[derive(Serialize)]
+pub struct ChatLogprobs<'a> {
+    pub content: Vec<ChatLogprob<'a>>,
+}
+
+/// A token of [`ChatLogprobs`].
+#[derive(Serialize)]
+pub struct ChatLogprob<'a> {
+    token: Cow<'a, str>,
+    logprob: f32,
+    bytes: Option<Cow<'a, [u8]>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    top_logprobs: Option<Vec<ChatLogprob<'a>>>,
+}
+
+impl<'a> ChatLogprobs<'a> {
+    /// With at most `top` alternatives at each position.
+    pub fn new(positions: &[PositionLogprobs], top: u32, names: TokenNames<'a>) -> Self {
+        let content = positions
+            .iter()
+            .filter_map(|position| {
+                let alternatives = position
+                    .top
+                    .iter()
+                    .take(top as usize)
+                    .map(|one| ChatLogprob::new(one, names, None))
+                    .collect();
+                Some(ChatLogprob::new(
+                    position.chosen.as_ref()?,
+                    names,
+                    Some(alternatives),
+                ))
+            })
+            .collect();
+        Self { content }
+    }
+}
+
+impl<'a> ChatLogprob<'a> {
+    fn new(
+        token: &TokenLogprob,
+        names: TokenNames<'a>,
+        top_logprobs: Option<Vec<ChatLogprob<'a>>>,
+    ) -> Self {
+        Self {
+            token: names.name(token.token_id),
+            logprob: finite(token.logprob),
+            bytes: names.bytes(token.token_id),
+            top_logprobs,
+        }
+    }
+}
+
+/// `logprobs` in completions: four lists of the same length.
+#[derive(Default, Serialize)]
+pub struct CompletionLogprobs<'a> {
+    text_offset: Vec<usize>,
+    token_logprobs: Vec<Option<f32>>,
+    tokens: Vec<Cow<'a, str>>,
+    top_logprobs: Vec<Option<TopLogprobs<'a>>>,
+}
+
+impl<'a> CompletionLogprobs<'a> {
+    /// A first prompt token: nothing is known of it but itself.
+    pub fn push_unknown(&mut self, id: u32, offset: &mut usize, names: TokenNames<'a>) {
+        self.push_token(names.name(id), offset);
+        self.token_logprobs.push(None);
+        self.top_logprobs.push(None);
+    }
+
+    /// One position; `offset` counts characters and goes on over chunks.
+    pub fn push(
+        &mut self,
+        position: &PositionLogprobs,
+        top: u32,
+        offset: &mut usize,
+        names: TokenNames<'a>,
+    ) {
+        let Some(chosen) = &position.chosen else {
+            return;
+        };
+        self.push_token(names.name(chosen.token_id), offset);
+        self.token_logprobs.push(Some(finite(chosen.logprob)));
+        let mut alternatives: Vec<(Cow<'a, str>, f32)> = position
+            .top
+            .iter()
+            .take(top as usize)
+            .map(|one| (names.name(one.token_id), finite(one.logprob)))
+            .collect();
+        if !position
+            .top
+            .iter()
+            .take(top as usize)
+            .any(|one| one.token_id == chosen.token_id)
+        {
+            alternatives.push((names.name(chosen.token_id), finite(chosen.logprob)));
+        }
+        self.top_logprobs.push(Some(TopLogprobs(alternatives)));
+    }
+
+    fn push_token(&mut self, name: Cow<'a, str>, offset: &mut usize) {
+        self.text_offset.push(*offset);
+        *offset += name.chars().count();
+        self.tokens.push(name);
+    }
+}
+
+/// Alternatives by name. Two ids of one name: the likelier one counts.
+struct TopLogprobs<'a>(Vec<(Cow<'a, str>, f32)>);
+
+impl Serialize for TopLogprobs<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for (at, (name, logprob)) in self.0.iter().enumerate() {
+            if !self.0[..at].iter().any(|(earlier, _)| earlier == name) {
+                map.serialize_entry(name, logprob)?;
+            }
+        }
+        map.end()
+    }
+}
+
+/// vLLM's `prompt_logprobs`: `null` for the first token, then `{id: {logprob, rank, decoded_token}}`.
+pub struct PromptLogprobList<'a> {
+    /// Positions 1.. of the prompt.
+    pub positions: &'a [PositionLogprobs],
+    /// Alternatives asked for.
+    pub top: u32,
+    /// How tokens are named.
+    pub names: TokenNames<'a>,
+}
+
+impl Serialize for PromptLogprobList<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let first = std::iter::once(None);
+        let rest = self.positions.iter().map(|position| {
+            Some(PromptPosition {
+                position,
+                top: self.top,
+                names: self.names,
+            })
+        });
+        serializer.collect_seq(first.chain(rest))
+    }
+}
+
+struct PromptPosition<'a> {
+    position: &'a PositionLogprobs,
+    top: u32,
+    names: TokenNames<'a>,
+}
+
+#[derive(Serialize)]
+struct PromptToken<'a> {
+    logprob: f32,
+    rank: u32,
+    decoded_token: Cow<'a, str>,
+}
+
+impl Serialize for PromptPosition<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        let mut entry = |token: &TokenLogprob| {
+            let value = PromptToken {
+                logprob: finite(token.logprob),
+                rank: token.rank,
+                decoded_token: self.names.name(token.token_id),
+            };
+            map.serialize_entry(&token.token_id, &value)
+        };
+        let chosen = self.position.chosen.as_ref();
+        if let Some(chosen) = chosen {
+            entry(chosen)?;
+        }
+        for other in self.position.top.iter().take(self.top as usize) {
+            if chosen.is_none_or(|chosen| chosen.token_id != other.token_id) {
+                entry(other)?;
+            }
+        }
+        map.end()
+    }
+}

@@ -1,0 +1,224 @@
+//! Answers as server-sent events: chunks as they come, a comment in every long silence, `[DONE]` at a clean
+//! end and an error event without it at any other.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::{
+    body::Body,
+    http::{HeaderValue, Response, header},
+};
+use bytes::Bytes;
+use futures::Stream;
+use serde::Serialize;
+use tokio::time::{Instant, Sleep};
+
+use super::{answer::Answer, error::ApiError};
+
+/// What is ready at once goes out in one write of about this size.
+const WRITE_BYTES: usize = 16 << 10;
+const COMMENT: &[u8] = b": keep-alive\n\n";
+const DONE: &[u8] = b"data: [DONE]\n\n";
+
+/// How one API writes its chunks.
+pub trait EventWriter: Send + Unpin + 'static {
+    /// What can be said before any group said anything.
+    fn begin(&mut self, answer: &mut Answer, out: &mut Vec<u8>);
+    /// Choice `number` has something new.
+    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>);
+    /// All choices are over.
+    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>);
+}
+
+/// Appends one event.
+pub fn write_event(value: &impl Serialize, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.extend_from_slice(b"data: ");
+    if let Err(error) = serde_json::to_writer(&mut *out, value) {
+        // only a map with keys that are no strings could cause it
+        tracing::error!(%error, "a chunk could not be written");
+        out.truncate(start);
+        return;
+    }
+    out.extend_from_slice(b"\n\n");
+}
+
+/// Appends the event that ends a broken stream.
+fn write_error(error: &ApiError, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"data: ");
+    out.extend_from_slice(&error.to_json());
+    out.extend_from_slice(b"\n\n");
+}
+
+#[derive(PartialEq)]
+enum Phase {
+    Begin,
+    Running,
+    Over,
+}
+
+struct Events<W> {
+    answer: Answer,
+    writer: W,
+    out: Vec<u8>,
+    phase: Phase,
+}
+
+impl<W: EventWriter> Stream for Events<W> {
+    type Item = Bytes;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        let Events {
+            answer,
+            writer,
+            out,
+            phase,
+        } = &mut *self;
+        if *phase == Phase::Begin {
+            writer.begin(answer, out);
+            *phase = Phase::Running;
+        }
+        while *phase == Phase::Running && out.len() < WRITE_BYTES {
+            match answer.poll_step(cx) {
+                Poll::Pending => break,
+                Poll::Ready(Some(Ok(number))) => writer.progress(answer, number, out),
+                Poll::Ready(Some(Err(error))) => {
+                    tracing::warn!(
+                        request_id = answer.id,
+                        message = error.message,
+                        "stream ends with an error"
+                    );
+                    answer.context().open.answered(error.status.as_u16());
+                    write_error(&error, out);
+                    *phase = Phase::Over;
+                }
+                Poll::Ready(None) => {
+                    writer.end(answer, out);
+                    out.extend_from_slice(DONE);
+                    answer.context().open.answered(200);
+                    *phase = Phase::Over;
+                }
+            }
+        }
+        if !out.is_empty() {
+            let bytes = Bytes::copy_from_slice(out);
+            out.clear();
+            return Poll::Ready(Some(bytes));
+        }
+        if *phase == Phase::Over {
+            Poll::Ready(None)
+        } else {
+            Poll::Pending
+        }
+    }
+}
+
+/// Adds a comment to a stream whenever it was silent for an interval.
+struct Heartbeat<S> {
+    events: S,
+    interval: Duration,
+    last: Instant,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl<S> Heartbeat<S> {
+    fn new(events: S, interval: Duration) -> Self {
+        let last = Instant::now();
+        Self {
+            events,
+            interval,
+            last,
+            timer: Box::pin(tokio::time::sleep_until(last + interval)),
+        }
+    }
+}
+
+impl<S: Stream<Item = Bytes> + Unpin> Stream for Heartbeat<S> {
+    type Item = Result<Bytes, Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Poll::Ready(event) = Pin::new(&mut self.events).poll_next(cx) {
+            self.last = Instant::now();
+            return Poll::Ready(event.map(Ok));
+        }
+        // the timer is only looked at in silence, and set anew only when it rings
+        while self.timer.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            let due = self.last + self.interval;
+            if now < due {
+                self.timer.as_mut().reset(due);
+                continue;
+            }
+            self.last = now;
+            let next = now + self.interval;
+            self.timer.as_mut().reset(next);
+            return Poll::Ready(Some(Ok(Bytes::from_static(COMMENT))));
+        }
+        Poll::Pending
+    }
+}
+
+/// The streamed response; its headers go out at once.
+pub fn respond<W: EventWriter>(answer: Answer, writer: W) -> Response<Body> {
+    let interval = answer.service().options().heartbeat();
+    let events = Events {
+        answer,
+        writer,
+        out: Vec::with_capacity(1024),
+        phase: Phase::Begin,
+    };
+    let mut response = Response::new(Body::from_stream(Heartbeat::new(events, interval)));
+    let headers = response.headers_mut();
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream; charset=utf-8"),
+    );
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // proxies are not to collect it
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::StreamExt as _;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_broken_by_comments_and_nothing_else_is_changed() {
+        let (sender, receiver) = tokio::sync::mpsc::channel(8);
+        let events = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut stream = Heartbeat::new(events, Duration::from_secs(10));
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            sender
+                .send(Bytes::from_static(b"a"))
+                .await
+                .expect("received");
+            tokio::time::sleep(Duration::from_secs(25)).await;
+            sender
+                .send(Bytes::from_static(b"b"))
+                .await
+                .expect("received");
+        });
+        let start = Instant::now();
+        let mut seen = Vec::new();
+        while let Some(Ok(bytes)) = stream.next().await {
+            seen.push((start.elapsed().as_secs(), bytes));
+        }
+        let comment = Bytes::from_static(COMMENT);
+        let expected = [
+            (6, Bytes::from_static(b"a")),
+            (16, comment.clone()),
+            (26, comment),
+            (31, Bytes::from_static(b"b")),
+        ];
+        assert_eq!(seen, expected);
+    }
+}

@@ -1,0 +1,131 @@
+//! A group's breaker: connections that reset or time out open it, a refusal (full, loading, draining) is
+//! neutral, and what a client did wrong never counts. When it has been open for its time, one request is
+//! let through to try.
+
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A probe that never reports (its client left) stops blocking others after this time.
+const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Default)]
+struct State {
+    open_until: Option<Instant>,
+    pause: Duration,
+    probing_since: Option<Instant>,
+}
+
+/// Whether requests may go to a group.
+#[derive(Default)]
+pub struct Breaker {
+    state: Mutex<State>,
+}
+
+impl Breaker {
+    /// Whether a request may go there now.
+    pub fn allows(&self) -> bool {
+        self.allows_at(Instant::now())
+    }
+
+    fn allows_at(&self, now: Instant) -> bool {
+        let state = self.state.lock();
+        match (state.open_until, state.probing_since) {
+            (None, _) => true,
+            (Some(until), _) if now < until => false,
+            (Some(_), None) => true,
+            (Some(_), Some(since)) => now.duration_since(since) > PROBE_PATIENCE,
+        }
+    }
+
+    /// A request goes there. If the breaker was open, it is the probe.
+    pub fn chosen(&self) {
+        let mut state = self.state.lock();
+        if state.open_until.is_some() {
+            state.probing_since = Some(Instant::now());
+        }
+    }
+
+    /// The group answered.
+    pub fn succeeded(&self) {
+        let mut state = self.state.lock();
+        if state.open_until.is_some() {
+            *state = State::default();
+        }
+    }
+
+    /// It refused: it lives, but a probe learned nothing about whether it serves.
+    pub fn refused(&self) {
+        self.state.lock().probing_since = None;
+    }
+
+    /// The connection failed, was reset or timed out.
+    pub fn failed(&self) {
+        self.failed_at(Instant::now());
+    }
+
+    fn failed_at(&self, now: Instant) {
+        let mut state = self.state.lock();
+        let still_open = state.open_until.is_some_and(|until| now < until);
+        if still_open {
+            return; // the other streams of the same death
+        }
+        state.pause = if state.pause.is_zero() {
+            FIRST_PAUSE
+        } else {
+            (state.pause * 2).min(LONGEST_PAUSE)
+        };
+        state.open_until = Some(now + state.pause);
+        state.probing_since = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn opens_lets_one_probe_through_and_closes_when_it_succeeds() {
+        let breaker = Breaker::default();
+        let start = Instant::now();
+        assert!(breaker.allows_at(start));
+        breaker.failed_at(start);
+        breaker.failed_at(start + Duration::from_millis(1));
+        assert!(!breaker.allows_at(start + Duration::from_millis(400)));
+        let later = start + Duration::from_millis(600);
+        assert!(
+            breaker.allows_at(later),
+            "the pause is over, and many failures of one death count once"
+        );
+        breaker.chosen();
+        assert!(
+            !breaker.allows_at(Instant::now().max(later)),
+            "one probe at a time"
+        );
+        breaker.succeeded();
+        assert!(breaker.allows_at(later));
+    }
+
+    #[test]
+    fn pauses_grow_to_a_bound() {
+        let breaker = Breaker::default();
+        let mut now = Instant::now();
+        for _ in 0..10 {
+            breaker.failed_at(now);
+            now += LONGEST_PAUSE;
+        }
+        assert_eq!(breaker.state.lock().pause, LONGEST_PAUSE);
+    }
+
+    #[test]
+    fn a_refusal_is_neutral() {
+        let breaker = Breaker::default();
+        breaker.refused();
+        assert!(breaker.allows());
+        breaker.failed();
+        breaker.refused();
+        assert!(!breaker.allows(), "a refusal does not close it either");
+    }
+}

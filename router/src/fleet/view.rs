@@ -1,0 +1,344 @@
+//! The groups that are alive, by model and alias.
+//!
+//! The registry announces groups; a group that is no longer announced stays as long as its own event
+//! stream lives, so that an outage of the registry is no outage of the service.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, Ordering},
+    },
+};
+
+use bora_common::registry::{Device, GroupChange, GroupRecord, GroupState};
+use bora_proto::v1::State;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::mpsc;
+
+use super::{health::Breaker, watch};
+use crate::{
+    options::RouterOptions,
+    place::{Slot, index::Index, ledger::Ledger},
+    relay::stream::Channels,
+};
+
+/// A group as announced, and this router's tie to it.
+pub struct Group {
+    /// What the registry says.
+    pub record: GroupRecord,
+    /// What this router knows and holds of it; survives changes of the record.
+    pub link: Arc<Link>,
+}
+
+impl Group {
+    /// Whether it takes requests: its own word is fresher than its record.
+    pub fn is_ready(&self) -> bool {
+        match self.link.told_state() {
+            State::Ready => true,
+            State::Loading | State::Draining => false,
+            State::Unspecified => self.record.state == GroupState::Ready,
+        }
+    }
+}
+
+/// This router's tie to one start of one group.
+pub struct Link {
+    /// The group's name.
+    pub group: String,
+    /// Which start of it.
+    pub epoch: u64,
+    /// Its bit in the index.
+    pub slot: Slot,
+    /// Connections to its leader.
+    pub channels: Channels,
+    /// What is booked there.
+    pub ledger: Ledger,
+    /// Whether it answers.
+    pub breaker: Breaker,
+    index: Arc<Index>,
+    /// `State` as its event stream told it; unspecified while there is no such stream.
+    told_state: AtomicU8,
+    announced: AtomicBool,
+    watched: AtomicBool,
+    watcher: Mutex<Option<tokio::task::AbortHandle>>,
+}
+
+impl Link {
+    fn told_state(&self) -> State {
+        State::try_from(i32::from(self.told_state.load(Ordering::Relaxed)))
+            .unwrap_or(State::Unspecified)
+    }
+
+    /// The group told its state.
+    pub fn tell_state(&self, state: State) {
+        self.told_state.store(state as u8, Ordering::Relaxed);
+    }
+
+    /// Its event stream began or ended.
+    pub fn set_watched(&self, watched: bool) {
+        self.watched.store(watched, Ordering::Relaxed);
+        if !watched {
+            self.tell_state(State::Unspecified);
+        }
+    }
+
+    /// Whether its event stream lives.
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Relaxed)
+    }
+
+    /// Whether the registry knows it.
+    pub fn is_announced(&self) -> bool {
+        self.announced.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if let Some(watcher) = self.watcher.lock().take() {
+            watcher.abort();
+        }
+        self.index.release(self.slot);
+    }
+}
+
+/// The groups of one model.
+pub struct ModelGroups {
+    /// The model's name, whatever alias was asked for.
+    pub name: String,
+    /// Its groups in the order of their names.
+    pub groups: Vec<Arc<Group>>,
+    /// Longest prompt plus output that any of them takes.
+    pub max_model_len: u32,
+    /// Ids are below this.
+    pub vocabulary_size: u32,
+    /// Whether its groups take images.
+    pub images: bool,
+    /// What its groups run on; fake if any of them is.
+    pub device: Device,
+}
+
+impl ModelGroups {
+    fn new(groups: Vec<Arc<Group>>) -> Option<Self> {
+        let first = groups.first()?;
+        let device = match groups
+            .iter()
+            .find(|group| group.record.device == Device::Fake)
+        {
+            Some(fake) => fake.record.device,
+            None => first.record.device,
+        };
+        Some(Self {
+            name: first.record.model.clone(),
+            max_model_len: groups
+                .iter()
+                .map(|group| group.record.max_model_len)
+                .max()
+                .unwrap_or(0),
+            vocabulary_size: groups
+                .iter()
+                .map(|group| group.record.vocabulary_size)
+                .min()
+                .unwrap_or(0),
+            images: groups.iter().all(|group| group.record.images),
+            device,
+            groups,
+        })
+    }
+}
+
+/// All models and groups at one moment.
+#[derive(Default)]
+pub struct View {
+    groups: BTreeMap<String, Arc<Group>>,
+    models: BTreeMap<String, Arc<ModelGroups>>,
+    names: HashMap<String, Arc<ModelGroups>>,
+}
+
+impl View {
+    fn new(groups: BTreeMap<String, Arc<Group>>) -> Self {
+        let mut by_model: BTreeMap<String, Vec<Arc<Group>>> = BTreeMap::new();
+        for group in groups.values() {
+            by_model
+                .entry(group.record.model.clone())
+                .or_default()
+                .push(Arc::clone(group));
+        }
+        let models: BTreeMap<String, Arc<ModelGroups>> = by_model
+            .into_iter()
+            .filter_map(|(name, groups)| Some((name, Arc::new(ModelGroups::new(groups)?))))
+            .collect();
+        let mut names = HashMap::new();
+        for model in models.values() {
+            for alias in model.groups.iter().flat_map(|group| &group.record.aliases) {
+                names.insert(alias.clone(), Arc::clone(model));
+            }
+        }
+        // a name beats another model's alias
+        for (name, model) in &models {
+            names.insert(name.clone(), Arc::clone(model));
+        }
+        Self {
+            groups,
+            models,
+            names,
+        }
+    }
+
+    /// The model of this name or alias.
+    pub fn model(&self, name: &str) -> Option<&Arc<ModelGroups>> {
+        self.names.get(name)
+    }
+
+    /// All models by name.
+    pub fn models(&self) -> impl Iterator<Item = &Arc<ModelGroups>> {
+        self.models.values()
+    }
+
+    /// All groups by name.
+    pub fn groups(&self) -> impl Iterator<Item = &Arc<Group>> {
+        self.groups.values()
+    }
+
+    /// Every name that a request may use, with its model.
+    pub fn names(&self) -> impl Iterator<Item = (&str, &Arc<ModelGroups>)> {
+        self.names
+            .iter()
+            .map(|(name, model)| (name.as_str(), model))
+    }
+}
+
+/// The fleet: the present view, and what all placements share.
+pub struct Fleet {
+    view: RwLock<Arc<View>>,
+    /// Who holds which block.
+    pub index: Arc<Index>,
+    /// Held while one request is placed: the next one sees its booking.
+    pub placing: Mutex<()>,
+    options: RouterOptions,
+}
+
+impl Fleet {
+    /// A fleet without groups.
+    pub fn new(options: RouterOptions) -> Arc<Self> {
+        Arc::new(Self {
+            view: RwLock::default(),
+            index: Arc::new(Index::new()),
+            placing: Mutex::new(()),
+            options,
+        })
+    }
+
+    /// The groups now.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.read())
+    }
+
+    /// Whether any group takes requests.
+    pub fn is_ready(&self) -> bool {
+        self.view.read().groups().any(|group| group.is_ready())
+    }
+
+    /// Follows the registry until its stream ends; the last view stays.
+    pub async fn follow(self: Arc<Self>, mut changes: mpsc::Receiver<GroupChange>) {
+        while let Some(change) = changes.recv().await {
+            match change {
+                GroupChange::Put(record) => self.put(*record),
+                GroupChange::Gone { group, .. } => self.lapse(&group),
+            }
+        }
+        tracing::warn!("the registry's stream ended, going on with the groups known");
+    }
+
+    fn put(self: &Arc<Self>, record: GroupRecord) {
+        let mut view = self.view.write();
+        let known = view.groups.get(&record.group);
+        let link = match known {
+            Some(known) if known.link.epoch > record.epoch => return, // an older start, told late
+            Some(known)
+                if known.link.epoch == record.epoch && known.record.endpoint == record.endpoint =>
+            {
+                Arc::clone(&known.link)
+            }
+            _ => match self.connect(&record) {
+                Ok(link) => link,
+                Err(error) => {
+                    tracing::warn!(group = record.group, endpoint = record.endpoint, %error, "group has no usable endpoint");
+                    return;
+                }
+            },
+        };
+        link.announced.store(true, Ordering::Relaxed);
+        if known.is_none_or(|known| {
+            known.record.state != record.state || known.link.epoch != record.epoch
+        }) {
+            tracing::info!(
+                group = record.group,
+                model = record.model,
+                endpoint = record.endpoint,
+                device = ?record.device,
+                state = ?record.state,
+                epoch = record.epoch,
+                "group announced"
+            );
+        }
+        let mut groups = view.groups.clone();
+        groups.insert(record.group.clone(), Arc::new(Group { record, link }));
+        *view = Arc::new(View::new(groups));
+    }
+
+    fn connect(
+        self: &Arc<Self>,
+        record: &GroupRecord,
+    ) -> Result<Arc<Link>, tonic::transport::Error> {
+        let link = Arc::new(Link {
+            group: record.group.clone(),
+            epoch: record.epoch,
+            slot: self.index.assign(),
+            channels: Channels::new(&record.endpoint, &self.options)?,
+            ledger: Ledger::default(),
+            breaker: Breaker::default(),
+            index: Arc::clone(&self.index),
+            told_state: AtomicU8::new(State::Unspecified as u8),
+            announced: AtomicBool::new(true),
+            watched: AtomicBool::new(false),
+            watcher: Mutex::new(None),
+        });
+        let watching = watch::follow(Arc::downgrade(self), Arc::downgrade(&link));
+        *link.watcher.lock() = Some(tokio::spawn(watching).abort_handle());
+        Ok(link)
+    }
+
+    /// The registry forgot a group. It stays while its event stream lives.
+    fn lapse(&self, group: &str) {
+        let Some(known) = self.view.read().groups.get(group).cloned() else {
+            return;
+        };
+        known.link.announced.store(false, Ordering::Relaxed);
+        if known.link.is_watched() {
+            tracing::warn!(
+                group,
+                "group is no longer announced but still answers, keeping it"
+            );
+        } else {
+            self.remove(&known.link);
+        }
+    }
+
+    /// Takes a group out of the view, if this start of it is still the one there.
+    pub fn remove(&self, link: &Arc<Link>) {
+        let mut view = self.view.write();
+        if !view
+            .groups
+            .get(&link.group)
+            .is_some_and(|known| Arc::ptr_eq(&known.link, link))
+        {
+            return;
+        }
+        tracing::info!(group = link.group, epoch = link.epoch, "group is gone");
+        let mut groups = view.groups.clone();
+        groups.remove(&link.group);
+        *view = Arc::new(View::new(groups));
+    }
+}

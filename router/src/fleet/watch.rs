@@ -1,0 +1,135 @@
+//! Follows one group's events: a snapshot of its blocks, then numbered changes, its load and its state.
+//! A gap in the numbers or another epoch means that the stream is begun again, with an empty index.
+
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use bora_proto::v1::{GroupEvent, State, WatchRequest, group_event::Event};
+
+use super::view::{Fleet, Link};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Longest wait for a watch to begin.
+const OPEN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a stream of events ended.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("the group can't be watched: {0}")]
+    Status(#[from] tonic::Status),
+    #[error("the watch did not begin in time")]
+    Slow,
+    #[error("the stream ended")]
+    Ended,
+    #[error("event {got} came where {expected} was due")]
+    Gap { expected: u64, got: u64 },
+    #[error("the epoch changed from {from} to {to}")]
+    Epoch { from: u64, to: u64 },
+}
+
+/// Watches until the group is gone. Holds neither the fleet nor the link while it waits.
+pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let (Some(strong_fleet), Some(strong_link)) = (fleet.upgrade(), link.upgrade()) else {
+            return;
+        };
+        let (broken, began) = watch_once(&strong_fleet, strong_link).await;
+        let Some(strong_link) = link.upgrade() else {
+            return;
+        };
+        strong_link.set_watched(false);
+        if began {
+            pause = FIRST_PAUSE;
+            tracing::warn!(group = strong_link.group, reason = %broken, "event stream of the group broke");
+        } else {
+            tracing::debug!(group = strong_link.group, reason = %broken, "event stream of the group did not begin");
+        }
+        if matches!(broken, Broken::Status(_) | Broken::Slow | Broken::Ended) {
+            strong_link.breaker.failed();
+            if !strong_link.is_announced() {
+                strong_fleet.remove(&strong_link);
+                return;
+            }
+        }
+        drop((strong_fleet, strong_link));
+        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// One stream of events, to its end; says why it ended and whether it had begun.
+async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
+    let mut client = link.channels.client();
+    let opened = tokio::time::timeout(
+        OPEN_PATIENCE,
+        client.watch(WatchRequest {
+            watcher: format!("router-{}", std::process::id()),
+        }),
+    );
+    let mut events = match opened.await {
+        Ok(Ok(response)) => response.into_inner(),
+        Ok(Err(status)) => return (status.into(), false),
+        Err(_) => return (Broken::Slow, false),
+    };
+    fleet.index.clear(link.slot);
+    let weak = Arc::downgrade(&link);
+    drop(link);
+    let mut last: Option<(u64, u64)> = None;
+    loop {
+        let event = match events.message().await {
+            Ok(Some(event)) => event,
+            Ok(None) => return (Broken::Ended, last.is_some()),
+            Err(status) => return (status.into(), last.is_some()),
+        };
+        let Some(link) = weak.upgrade() else {
+            return (Broken::Ended, true);
+        };
+        if let Some((epoch, sequence)) = last {
+            if event.epoch != epoch {
+                return (
+                    Broken::Epoch {
+                        from: epoch,
+                        to: event.epoch,
+                    },
+                    true,
+                );
+            }
+            if event.sequence != sequence + 1 {
+                return (
+                    Broken::Gap {
+                        expected: sequence + 1,
+                        got: event.sequence,
+                    },
+                    true,
+                );
+            }
+        } else {
+            link.set_watched(true);
+            link.breaker.succeeded();
+        }
+        last = Some((event.epoch, event.sequence));
+        apply(fleet, &link, event);
+    }
+}
+
+fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
+    match event.event {
+        Some(Event::Snapshot(snapshot)) => {
+            fleet.index.apply(link.slot, &snapshot.block_hashes, &[])
+        }
+        Some(Event::Blocks(blocks)) => {
+            fleet
+                .index
+                .apply(link.slot, &blocks.stored, &blocks.evicted)
+        }
+        Some(Event::Load(load)) => link.ledger.report(load),
+        Some(Event::State(state)) => {
+            link.tell_state(State::try_from(state).unwrap_or(State::Unspecified))
+        }
+        None => {} // a kind of event that a newer worker sends
+    }
+}

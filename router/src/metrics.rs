@@ -1,0 +1,227 @@
+//! What the router counts, in Prometheus' text form at `/metrics`.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+/// Labels of a finished HTTP request. Both come from fixed lists.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RequestLabels {
+    endpoint: &'static str,
+    status: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct TokenLabels {
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MoveLabels {
+    when: &'static str,
+}
+
+/// The router's counters.
+pub struct Metrics {
+    registry: Mutex<Registry>,
+    requests: Family<RequestLabels, Counter>,
+    open_requests: Gauge,
+    unknown_fields: Counter,
+    unparsed_tool_calls: Counter,
+    failed_sequences: Counter,
+    moved: [Counter; 2],
+    prompt_tokens: Counter,
+    cached_tokens: Counter,
+    completion_tokens: Counter,
+    first_token_seconds: Histogram,
+    prepare_seconds: Histogram,
+    groups: Gauge,
+    ready_groups: Gauge,
+    indexed_blocks: Gauge,
+}
+
+/// Long prompts take long: the buckets end at ten minutes.
+const WAIT_BUCKETS: [f64; 16] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+];
+const WORK_BUCKETS: [f64; 12] = [
+    2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.2,
+];
+
+impl Metrics {
+    /// All counters at zero.
+    pub fn new() -> Arc<Self> {
+        let mut registry = Registry::with_prefix("bora_router");
+        let requests = Family::<RequestLabels, Counter>::default();
+        let open_requests = Gauge::default();
+        let unknown_fields = Counter::default();
+        let unparsed_tool_calls = Counter::default();
+        let failed_sequences = Counter::default();
+        let moves = Family::<MoveLabels, Counter>::default();
+        let tokens = Family::<TokenLabels, Counter>::default();
+        let first_token_seconds = Histogram::new(WAIT_BUCKETS);
+        let prepare_seconds = Histogram::new(WORK_BUCKETS);
+        let groups = Gauge::default();
+        let ready_groups = Gauge::default();
+        let indexed_blocks = Gauge::default();
+        registry.register("requests", "HTTP requests answered", requests.clone());
+        registry.register(
+            "open_requests",
+            "HTTP requests not finished yet",
+            open_requests.clone(),
+        );
+        registry.register(
+            "unknown_fields",
+            "Request fields that were ignored",
+            unknown_fields.clone(),
+        );
+        registry.register(
+            "unparsed_tool_calls",
+            "Answers whose tool calls could not be parsed",
+            unparsed_tool_calls.clone(),
+        );
+        registry.register(
+            "failed_sequences",
+            "Sequences that ended in an error",
+            failed_sequences.clone(),
+        );
+        registry.register(
+            "moved_sequences",
+            "Sequences placed again on another group",
+            moves.clone(),
+        );
+        registry.register("tokens", "Tokens of finished sequences", tokens.clone());
+        registry.register(
+            "first_token_seconds",
+            "From a request's arrival to its first token",
+            first_token_seconds.clone(),
+        );
+        registry.register(
+            "prepare_seconds",
+            "Parsing, checking, encoding and hashing a request",
+            prepare_seconds.clone(),
+        );
+        registry.register("groups", "Groups known", groups.clone());
+        registry.register(
+            "ready_groups",
+            "Groups that take requests",
+            ready_groups.clone(),
+        );
+        registry.register(
+            "indexed_blocks",
+            "Distinct blocks in the prefix index",
+            indexed_blocks.clone(),
+        );
+        let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
+        let move_counter = |when| moves.get_or_create(&MoveLabels { when }).clone();
+        Arc::new(Self {
+            moved: [
+                move_counter("before_first_token"),
+                move_counter("mid_stream"),
+            ],
+            prompt_tokens: token_counter("prompt"),
+            cached_tokens: token_counter("cached"),
+            completion_tokens: token_counter("completion"),
+            registry: Mutex::new(registry),
+            requests,
+            open_requests,
+            unknown_fields,
+            unparsed_tool_calls,
+            failed_sequences,
+            first_token_seconds,
+            prepare_seconds,
+            groups,
+            ready_groups,
+            indexed_blocks,
+        })
+    }
+
+    /// A request arrived; its end is counted when the guard is dropped.
+    pub fn request(self: &Arc<Self>, endpoint: &'static str) -> OpenRequest {
+        self.open_requests.inc();
+        OpenRequest {
+            metrics: Arc::clone(self),
+            endpoint,
+            status: 499,
+        }
+    }
+
+    pub(crate) fn unknown_fields(&self, count: u32) {
+        self.unknown_fields.inc_by(u64::from(count));
+    }
+
+    pub(crate) fn unparsed_tool_call(&self) {
+        self.unparsed_tool_calls.inc();
+    }
+
+    pub(crate) fn sequence_failed(&self) {
+        self.failed_sequences.inc();
+    }
+
+    pub(crate) fn sequence_moved(&self, mid_stream: bool) {
+        self.moved[usize::from(mid_stream)].inc();
+    }
+
+    pub(crate) fn tokens(&self, prompt: u64, cached: u64, completion: u64) {
+        self.prompt_tokens.inc_by(prompt);
+        self.cached_tokens.inc_by(cached);
+        self.completion_tokens.inc_by(completion);
+    }
+
+    pub(crate) fn first_token(&self, seconds: f64) {
+        self.first_token_seconds.observe(seconds);
+    }
+
+    pub(crate) fn prepared(&self, seconds: f64) {
+        self.prepare_seconds.observe(seconds);
+    }
+
+    pub(crate) fn fleet(&self, groups: usize, ready: usize, indexed_blocks: usize) {
+        self.groups.set(groups as i64);
+        self.ready_groups.set(ready as i64);
+        self.indexed_blocks.set(indexed_blocks as i64);
+    }
+
+    /// Lets other parts of this process add theirs, so that `/metrics` shows them too.
+    pub fn register(&self, add: impl FnOnce(&mut Registry)) {
+        add(&mut self.registry.lock());
+    }
+
+    /// Everything in OpenMetrics' text form.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // writing to a String can't fail
+        let _ = encode(&mut text, &self.registry.lock());
+        text
+    }
+}
+
+/// A request that is being answered.
+pub struct OpenRequest {
+    metrics: Arc<Metrics>,
+    endpoint: &'static str,
+    status: u16,
+}
+
+impl OpenRequest {
+    /// The status it was answered with; without one the client left first (499).
+    pub fn answered(&mut self, status: u16) {
+        self.status = status;
+    }
+}
+
+impl Drop for OpenRequest {
+    fn drop(&mut self) {
+        self.metrics.open_requests.dec();
+        let labels = RequestLabels {
+            endpoint: self.endpoint,
+            status: u32::from(self.status),
+        };
+        self.metrics.requests.get_or_create(&labels).inc();
+    }
+}

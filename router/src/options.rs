@@ -1,0 +1,188 @@
+//! What an operator can set about the router: one plain struct, embedded as `router:` in the
+//! configuration file. Every field has a default that is right for most clusters.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Limits and habits of the router.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RouterOptions {
+    /// Largest request body in bytes; a larger one is answered with 413.
+    pub max_body_bytes: usize,
+    /// Seconds from a request's arrival to its last token; then its streams are aborted.
+    pub request_timeout_seconds: f64,
+    /// Seconds of silence on a stream after which a comment is sent, so that proxies keep it open.
+    pub heartbeat_seconds: f64,
+    /// Largest `n` of a request.
+    pub max_choices: u32,
+    /// Most sequences that one request may start (prompts times `n`).
+    pub max_sequences_per_request: u32,
+    /// Most stop strings (and stop token ids) of a request.
+    pub max_stop_strings: usize,
+    /// Largest `top_logprobs`, `logprobs` and `prompt_logprobs`.
+    pub max_logprobs: u32,
+    /// Groups that a sequence is tried on before its failure is the client's.
+    pub max_attempts: u32,
+    /// Seconds that a broken stream waits for a group that can go on with it.
+    pub failover_wait_seconds: f64,
+    /// HTTP/2 connections to each group.
+    pub connections_per_group: usize,
+    /// Seconds to wait for a connection to a group.
+    pub connect_timeout_seconds: f64,
+    /// Threads that encode long conversations; 0 = one a core.
+    pub encode_threads: usize,
+    /// Requests that may wait for such a thread; more are answered with 503.
+    pub encode_queue: usize,
+    /// Bodies up to this size are parsed and encoded where they arrive; longer ones on an encode thread.
+    pub inline_encode_bytes: usize,
+    /// Seconds that open requests get to finish when the router stops.
+    pub shutdown_grace_seconds: f64,
+    /// Names the reasons of each placement in the header `x-bora-decision`.
+    pub debug: bool,
+}
+
+impl Default for RouterOptions {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 32 << 20,
+            request_timeout_seconds: 3600.0,
+            heartbeat_seconds: 10.0,
+            max_choices: 128,
+            max_sequences_per_request: 256,
+            max_stop_strings: 16,
+            max_logprobs: 20,
+            max_attempts: 3,
+            failover_wait_seconds: 5.0,
+            connections_per_group: 2,
+            connect_timeout_seconds: 2.0,
+            encode_threads: 0,
+            encode_queue: 1024,
+            inline_encode_bytes: 16 << 10,
+            shutdown_grace_seconds: 30.0,
+            debug: false,
+        }
+    }
+}
+
+/// A value of [`RouterOptions`] that can't work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("router.{field}: {expected}")]
+pub struct OptionsError {
+    /// The field.
+    pub field: &'static str,
+    /// What it must be.
+    pub expected: &'static str,
+}
+
+impl RouterOptions {
+    /// Checks every value, so that nothing fails later for a number that makes no sense.
+    pub fn validate(&self) -> Result<(), OptionsError> {
+        let seconds = [
+            ("request_timeout_seconds", self.request_timeout_seconds),
+            ("heartbeat_seconds", self.heartbeat_seconds),
+            ("connect_timeout_seconds", self.connect_timeout_seconds),
+        ];
+        for (field, value) in seconds {
+            if !(value > 0.0 && value <= 1e7) {
+                return Err(OptionsError {
+                    field,
+                    expected: "a number of seconds above 0",
+                });
+            }
+        }
+        let waits = [
+            ("failover_wait_seconds", self.failover_wait_seconds),
+            ("shutdown_grace_seconds", self.shutdown_grace_seconds),
+        ];
+        for (field, value) in waits {
+            if !(0.0..=1e7).contains(&value) {
+                return Err(OptionsError {
+                    field,
+                    expected: "a number of seconds, 0 or more",
+                });
+            }
+        }
+        let counts = [
+            ("max_body_bytes", self.max_body_bytes),
+            ("max_choices", self.max_choices as usize),
+            (
+                "max_sequences_per_request",
+                self.max_sequences_per_request as usize,
+            ),
+            ("max_attempts", self.max_attempts as usize),
+            ("connections_per_group", self.connections_per_group),
+            ("encode_queue", self.encode_queue),
+        ];
+        for (field, value) in counts {
+            if value == 0 {
+                return Err(OptionsError {
+                    field,
+                    expected: "at least 1",
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn request_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.request_timeout_seconds)
+    }
+
+    pub(crate) fn heartbeat(&self) -> Duration {
+        Duration::from_secs_f64(self.heartbeat_seconds)
+    }
+
+    pub(crate) fn failover_wait(&self) -> Duration {
+        Duration::from_secs_f64(self.failover_wait_seconds)
+    }
+
+    pub(crate) fn connect_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.connect_timeout_seconds)
+    }
+
+    pub(crate) fn shutdown_grace(&self) -> Duration {
+        Duration::from_secs_f64(self.shutdown_grace_seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_unknown_keys_are_refused() {
+        assert_eq!(RouterOptions::default().validate(), Ok(()));
+        let read: RouterOptions =
+            serde_json::from_str(r#"{"debug": true}"#).expect("partial options");
+        assert_eq!(
+            read,
+            RouterOptions {
+                debug: true,
+                ..RouterOptions::default()
+            }
+        );
+        assert!(serde_json::from_str::<RouterOptions>(r#"{"debugg": true}"#).is_err());
+    }
+
+    #[test]
+    fn a_number_that_makes_no_sense_is_named() {
+        let options = RouterOptions {
+            heartbeat_seconds: 0.0,
+            ..RouterOptions::default()
+        };
+        assert_eq!(
+            options.validate().map_err(|error| error.field),
+            Err("heartbeat_seconds")
+        );
+        let options = RouterOptions {
+            max_attempts: 0,
+            ..RouterOptions::default()
+        };
+        assert_eq!(
+            options.validate().map_err(|error| error.field),
+            Err("max_attempts")
+        );
+    }
+}

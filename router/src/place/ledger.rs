@@ -1,0 +1,218 @@
+//! The load booked on one group by this router, beside the load that the group reports of itself.
+//!
+//! A placement is booked before the first await, so that the next choice sees it; a [`Booking`] gives it
+//! back on every way out, because it does so when it is dropped.
+
+use std::sync::Arc;
+
+use bora_common::blocks::BlockHash;
+use bora_proto::v1::Load;
+use parking_lot::Mutex;
+
+use super::index::Index;
+use crate::fleet::view::Link;
+
+/// How busy a group is, by its own report and by what was sent to it since.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Busy {
+    /// Prompt tokens that wait to be computed.
+    pub queued_tokens: u64,
+    /// Sequences that run or wait.
+    pub sequences: u32,
+}
+
+#[derive(Default)]
+struct Entry {
+    reported: Load,
+    /// Grows with every report: a booking made before it is (most likely) part of it.
+    report_number: u64,
+    booked_tokens: u64,
+    booked_sequences: u32,
+    /// Of `booked_*`, what was booked after the last report.
+    fresh_tokens: u64,
+    fresh_sequences: u32,
+}
+
+/// What is booked on one group.
+#[derive(Default)]
+pub struct Ledger {
+    entry: Mutex<Entry>,
+}
+
+impl Ledger {
+    /// The group told its load.
+    pub fn report(&self, load: Load) {
+        let mut entry = self.entry.lock();
+        entry.reported = load;
+        entry.report_number += 1;
+        entry.fresh_tokens = 0;
+        entry.fresh_sequences = 0;
+    }
+
+    /// What the group last told.
+    pub fn reported(&self) -> Load {
+        self.entry.lock().reported
+    }
+
+    /// The load to reckon with: never less than what this router itself has there, whatever the report's
+    /// age, and never less than the report plus what was sent since.
+    pub fn busy(&self) -> Busy {
+        let entry = self.entry.lock();
+        let reported_sequences = entry
+            .reported
+            .running
+            .saturating_add(entry.reported.waiting);
+        Busy {
+            queued_tokens: entry
+                .booked_tokens
+                .max(entry.reported.queued_prefill_tokens + entry.fresh_tokens),
+            sequences: entry
+                .booked_sequences
+                .max(reported_sequences.saturating_add(entry.fresh_sequences)),
+        }
+    }
+
+    fn book(&self, tokens: u64) -> u64 {
+        let mut entry = self.entry.lock();
+        entry.booked_tokens += tokens;
+        entry.fresh_tokens += tokens;
+        entry.booked_sequences += 1;
+        entry.fresh_sequences += 1;
+        entry.report_number
+    }
+
+    fn give_back_tokens(&self, tokens: u64, report_number: u64) {
+        let mut entry = self.entry.lock();
+        entry.booked_tokens = entry.booked_tokens.saturating_sub(tokens);
+        if entry.report_number == report_number {
+            entry.fresh_tokens = entry.fresh_tokens.saturating_sub(tokens);
+        }
+    }
+
+    fn give_back_sequence(&self, report_number: u64) {
+        let mut entry = self.entry.lock();
+        entry.booked_sequences = entry.booked_sequences.saturating_sub(1);
+        if entry.report_number == report_number {
+            entry.fresh_sequences = entry.fresh_sequences.saturating_sub(1);
+        }
+    }
+}
+
+/// One placed sequence: its prompt tokens count as queued until its first token, it counts as running and
+/// its blocks as held until this is dropped.
+pub struct Booking {
+    link: Arc<Link>,
+    index: Arc<Index>,
+    queued_tokens: u64,
+    report_number: u64,
+    expected: Vec<BlockHash>,
+}
+
+impl Booking {
+    /// Books `queued_tokens` (those that the group has to compute) and the blocks that it will then hold.
+    pub fn new(
+        link: Arc<Link>,
+        index: Arc<Index>,
+        queued_tokens: u64,
+        expected: Vec<BlockHash>,
+    ) -> Self {
+        let report_number = link.ledger.book(queued_tokens);
+        index.expect(link.slot, &expected);
+        Self {
+            link,
+            index,
+            queued_tokens,
+            report_number,
+            expected,
+        }
+    }
+
+    /// The group this is booked on.
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    /// The prompt is computed: the first token came.
+    pub fn prefilled(&mut self) {
+        if self.queued_tokens > 0 {
+            self.link
+                .ledger
+                .give_back_tokens(self.queued_tokens, self.report_number);
+            self.queued_tokens = 0;
+        }
+    }
+}
+
+impl Drop for Booking {
+    fn drop(&mut self) {
+        self.prefilled();
+        self.link.ledger.give_back_sequence(self.report_number);
+        self.index.forget(self.link.slot, &self.expected);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_booked_counts_at_once_and_is_not_counted_twice_after_a_report() {
+        let ledger = Ledger::default();
+        let number = ledger.book(1000);
+        assert_eq!(
+            ledger.busy(),
+            Busy {
+                queued_tokens: 1000,
+                sequences: 1
+            }
+        );
+        // the report includes the booking
+        ledger.report(Load {
+            running: 3,
+            queued_prefill_tokens: 1500,
+            ..Load::default()
+        });
+        assert_eq!(
+            ledger.busy(),
+            Busy {
+                queued_tokens: 1500,
+                sequences: 3
+            }
+        );
+        let later = ledger.book(200);
+        assert_eq!(
+            ledger.busy(),
+            Busy {
+                queued_tokens: 1700,
+                sequences: 4
+            }
+        );
+        ledger.give_back_tokens(200, later);
+        ledger.give_back_sequence(later);
+        ledger.give_back_tokens(1000, number);
+        ledger.give_back_sequence(number);
+        assert_eq!(
+            ledger.busy(),
+            Busy {
+                queued_tokens: 1500,
+                sequences: 3
+            }
+        );
+        ledger.report(Load::default());
+        assert_eq!(ledger.busy(), Busy::default());
+    }
+
+    #[test]
+    fn an_old_report_never_hides_what_this_router_sent() {
+        let ledger = Ledger::default();
+        let _ = ledger.book(1000);
+        ledger.report(Load::default());
+        assert_eq!(
+            ledger.busy(),
+            Busy {
+                queued_tokens: 1000,
+                sequences: 1
+            }
+        );
+    }
+}

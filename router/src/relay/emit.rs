@@ -1,0 +1,372 @@
+//! What generated ids mean to the client: text without stop strings, tool calls, logprobs, and why it ended.
+//!
+//! An [`Emitter`] turns each batch of ids into an addition to a [`Delta`]. A streamed answer sends and clears
+//! the delta after every batch, a plain one lets it grow to the end: both say the same.
+
+use std::sync::Arc;
+
+use bora_common::{
+    conversation::{Delta as Parsed, ToolCallParser, new_call_id},
+    tokenizer::{IncrementalDecoder, Tokenizer},
+};
+use bora_proto::v1::{FinishReason, PositionLogprobs, Tokens};
+
+use super::stop::StopMatcher;
+
+/// How a request wants its output.
+#[derive(Clone, Default)]
+pub struct EmitOptions {
+    /// None: ids in, ids out, no text at all.
+    pub tokenizer: Option<Arc<Tokenizer>>,
+    /// Special tokens are left out of the text.
+    pub skip_special: bool,
+    /// Tools were offered: calls are looked for.
+    pub tool_calls: bool,
+    /// The delta is sent as it grows, so what is in it can't be taken back.
+    pub streamed: bool,
+    /// The client can't put a call together from pieces: each one comes whole.
+    pub whole_calls: bool,
+    /// `parallel_tool_calls: false`: calls after the first are dropped.
+    pub only_one_call: bool,
+    /// Stop strings.
+    pub stops: Vec<String>,
+    /// The stop string (or token) is part of the output.
+    pub keep_stop: bool,
+    /// No stop string counts before that many ids.
+    pub min_tokens: u32,
+    /// Ids that end a sequence; their own text is not part of it.
+    pub end_ids: Vec<u32>,
+    /// Of those, the ones that the request named.
+    pub stop_token_ids: Vec<u32>,
+    /// The client wants token ids.
+    pub token_ids: bool,
+}
+
+/// What is new since the delta was last cleared.
+#[derive(Debug, Default)]
+pub struct Delta {
+    /// Text.
+    pub text: String,
+    /// Pieces of tool calls, at most one for each call.
+    pub calls: Vec<CallDelta>,
+    /// The ids, if wanted.
+    pub token_ids: Vec<u32>,
+    /// Their logprobs, if wanted.
+    pub logprobs: Vec<PositionLogprobs>,
+}
+
+impl Delta {
+    /// Whether there is nothing that a client could see.
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.calls.is_empty() && self.token_ids.is_empty()
+    }
+
+    /// Forgets what was sent, keeps the memory.
+    pub fn clear(&mut self) {
+        self.text.clear();
+        self.calls.clear();
+        self.token_ids.clear();
+        self.logprobs.clear();
+    }
+}
+
+/// A piece of a tool call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CallDelta {
+    /// Which call of the message.
+    pub index: u32,
+    /// Present in the first piece.
+    pub start: Option<CallStart>,
+    /// More of its JSON.
+    pub arguments: String,
+}
+
+/// The head of a tool call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallStart {
+    /// Nine letters or digits, as in Mistral's own API.
+    pub id: String,
+    /// The function.
+    pub name: String,
+}
+
+/// Why a sequence ended, in OpenAI's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// End of sequence or a stop string.
+    Stop,
+    /// `max_tokens` or the model's window.
+    Length,
+    /// It called tools.
+    ToolCalls,
+}
+
+impl Finish {
+    /// OpenAI's name of it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
+        }
+    }
+}
+
+/// What stopped a sequence, as vLLM's `stop_reason` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    /// One of `stop_token_ids`.
+    Token(u32),
+    /// One of `stop`.
+    Text(String),
+}
+
+enum Decode {
+    IdsOnly,
+    Text(IncrementalDecoder),
+    ToolCalls(ToolCallParser),
+}
+
+/// Turns the ids of one sequence into output.
+pub struct Emitter {
+    options: Arc<EmitOptions>,
+    decode: Decode,
+    stops: StopMatcher,
+    /// An id that may end the sequence: whether it did is known when the next event comes.
+    held_end: Option<u32>,
+    /// With `whole_calls`: the call that is not complete yet.
+    open_call: Option<CallDelta>,
+    called: bool,
+    unparsed: bool,
+    completion_tokens: u32,
+    stop_reason: Option<StopReason>,
+}
+
+impl Emitter {
+    /// For one sequence.
+    pub fn new(options: Arc<EmitOptions>) -> Self {
+        let decode = match &options.tokenizer {
+            None => Decode::IdsOnly,
+            Some(tokenizer) if options.tool_calls => {
+                Decode::ToolCalls(ToolCallParser::new(Arc::clone(tokenizer)))
+            }
+            Some(tokenizer) => Decode::Text(IncrementalDecoder::new(
+                Arc::clone(tokenizer),
+                options.skip_special,
+            )),
+        };
+        Self {
+            decode,
+            stops: StopMatcher::new(options.stops.clone(), options.keep_stop),
+            held_end: None,
+            open_call: None,
+            called: false,
+            unparsed: false,
+            completion_tokens: 0,
+            stop_reason: None,
+            options,
+        }
+    }
+
+    /// Ids generated, up to the one that completed a stop string.
+    pub fn completion_tokens(&self) -> u32 {
+        self.completion_tokens
+    }
+
+    /// Whether its tool calls did not parse.
+    pub fn unparsed_tool_calls(&self) -> bool {
+        self.unparsed
+    }
+
+    /// What stopped it, where that was something the request named.
+    pub fn stop_reason(&self) -> Option<&StopReason> {
+        self.stop_reason.as_ref()
+    }
+
+    /// Adds a batch of ids. Returns true when a stop string was completed: then the sequence is over,
+    /// whatever else its group may still send.
+    pub fn push(&mut self, tokens: Tokens, delta: &mut Delta) -> bool {
+        let mut logprobs = tokens.logprobs.into_iter();
+        for id in tokens.token_ids {
+            self.completion_tokens += 1;
+            if self.options.token_ids {
+                delta.token_ids.push(id);
+            }
+            delta.logprobs.extend(logprobs.next());
+            if let Some(not_the_end) = self.held_end.take()
+                && self.decode(not_the_end, delta)
+            {
+                return true;
+            }
+            if self.options.end_ids.contains(&id) {
+                self.held_end = Some(id);
+                continue;
+            }
+            if self.decode(id, delta) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The group said that the sequence is over: everything held back comes out.
+    pub fn finish(&mut self, reason: FinishReason, delta: &mut Delta) -> Finish {
+        if let Some(id) = self.held_end.take() {
+            if reason != FinishReason::Stop {
+                self.decode(id, delta);
+            } else {
+                if self.options.stop_token_ids.contains(&id) {
+                    self.stop_reason = Some(StopReason::Token(id));
+                }
+                if self.options.keep_stop {
+                    self.decode(id, delta);
+                }
+            }
+        }
+        self.end_of_text(delta);
+        self.how_it_ended(reason)
+    }
+
+    /// A stop string was found: tells how the sequence ended.
+    pub fn finish_at_stop_string(&mut self, delta: &mut Delta) -> Finish {
+        self.close_call(delta);
+        self.how_it_ended(FinishReason::Stop)
+    }
+
+    fn how_it_ended(&self, reason: FinishReason) -> Finish {
+        match reason {
+            FinishReason::Length => Finish::Length,
+            _ if self.called => Finish::ToolCalls,
+            _ => Finish::Stop,
+        }
+    }
+
+    /// Decodes one id; true when it completed a stop string.
+    fn decode(&mut self, id: u32, delta: &mut Delta) -> bool {
+        match &mut self.decode {
+            Decode::IdsOnly => false,
+            Decode::Text(decoder) => {
+                let text = decoder.push(id);
+                self.text(&text, delta)
+            }
+            Decode::ToolCalls(parser) => {
+                let parsed = parser.push(id);
+                self.parsed(parsed, delta)
+            }
+        }
+    }
+
+    fn end_of_text(&mut self, delta: &mut Delta) {
+        match &mut self.decode {
+            Decode::IdsOnly => {}
+            Decode::Text(decoder) => {
+                let rest = decoder.finish();
+                self.text(&rest, delta);
+                self.stops.flush(&mut delta.text);
+            }
+            Decode::ToolCalls(parser) => {
+                let (rest, parse) = parser.finish();
+                self.parsed(rest, delta);
+                self.stops.flush(&mut delta.text);
+                self.close_call(delta);
+                self.unparsed = parse.error.is_some();
+                if self.unparsed && !self.options.streamed {
+                    // nothing was sent yet: what does not parse is content
+                    delta.calls.clear();
+                    delta.text = parse.content.unwrap_or_default();
+                    self.called = false;
+                }
+            }
+        }
+    }
+
+    fn text(&mut self, text: &str, delta: &mut Delta) -> bool {
+        if text.is_empty() {
+            return false;
+        }
+        if self.completion_tokens < self.options.min_tokens {
+            self.stops.pass(text, &mut delta.text);
+            return false;
+        }
+        let stopped = self.stops.push(text, &mut delta.text);
+        if stopped {
+            self.stop_reason = self
+                .stops
+                .found()
+                .map(|stop| StopReason::Text(stop.to_string()));
+        }
+        stopped
+    }
+
+    fn parsed(&mut self, parsed: Vec<Parsed>, delta: &mut Delta) -> bool {
+        for piece in parsed {
+            match piece {
+                Parsed::Content(text) => {
+                    if self.text(&text, delta) {
+                        return true;
+                    }
+                }
+                Parsed::CallStart { index, name } => {
+                    self.stops.flush(&mut delta.text);
+                    self.called = true;
+                    let start = Some(CallStart {
+                        id: new_call_id(),
+                        name,
+                    });
+                    self.call(
+                        CallDelta {
+                            index: index as u32,
+                            start,
+                            arguments: String::new(),
+                        },
+                        delta,
+                    );
+                }
+                Parsed::Arguments { index, text } => {
+                    self.call(
+                        CallDelta {
+                            index: index as u32,
+                            start: None,
+                            arguments: text,
+                        },
+                        delta,
+                    );
+                }
+                Parsed::CallEnd { .. } => self.close_call(delta),
+            }
+        }
+        false
+    }
+
+    fn call(&mut self, piece: CallDelta, delta: &mut Delta) {
+        if self.options.only_one_call && piece.index > 0 {
+            return;
+        }
+        if !self.options.whole_calls {
+            add_piece(&mut delta.calls, piece);
+            return;
+        }
+        match &mut self.open_call {
+            Some(open) if piece.start.is_none() => open.arguments.push_str(&piece.arguments),
+            open => *open = Some(piece),
+        }
+    }
+
+    /// A call that came whole, or the group's last word: nothing is added to it any more.
+    fn close_call(&mut self, delta: &mut Delta) {
+        if let Some(call) = self.open_call.take() {
+            delta.calls.push(call);
+        }
+    }
+}
+
+/// Pieces of the same call that go out together are one piece.
+fn add_piece(calls: &mut Vec<CallDelta>, piece: CallDelta) {
+    match calls.last_mut() {
+        Some(last) if last.index == piece.index && piece.start.is_none() => {
+            last.arguments.push_str(&piece.arguments)
+        }
+        _ => calls.push(piece),
+    }
+}

@@ -1,0 +1,7 @@
+//! The streams between client and group: one upstream call ([`stream`]), the sequence that survives the
+//! death of its group ([`resume`]), and what its token ids mean to the client ([`emit`]).
+
+pub mod emit;
+pub mod resume;
+pub mod stop;
+pub mod stream;

@@ -1,0 +1,521 @@
+//! One sequence, from its placement to its end, whatever happens to the groups under it.
+//!
+//! The ids generated so far are kept. When a group dies, drains or refuses, the sequence is placed again as
+//! prompt + those ids on another group, which goes on where the first one stopped (sampling depends on seed
+//! and position alone): the client sees a pause, never an error and never a token twice. A sequence is
+//! given `max_attempts` groups, so that one which kills groups can't kill them all.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bora_common::blocks::{BlockChain, BlockHash, ImageSpan};
+use bora_proto::v1::{
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, PromptLogprobs,
+    Sampling, Stopping, Tokens, generate_event::Event as Sent,
+};
+use bytes::Bytes;
+use futures::Stream as _;
+use tokio::time::{Instant, Sleep};
+use tonic::{Status, Streaming};
+
+use super::stream::{self, Failure};
+use crate::{
+    fleet::view::{Fleet, Link},
+    metrics::Metrics,
+    options::RouterOptions,
+    place::{
+        Slot,
+        choose::{NoGroup, Placement, Wanted, place},
+        ledger::Booking,
+    },
+};
+
+/// How often a sequence without a group looks for one.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// A prompt and how it goes on: what all `n` sequences of it share.
+pub struct Task {
+    /// Of the HTTP request.
+    pub request_id: String,
+    /// The model's name.
+    pub model: String,
+    /// The prompt.
+    pub token_ids: Vec<u32>,
+    /// Its images, in the order of their offsets.
+    pub images: Vec<Image>,
+    /// The hashes of its full blocks.
+    pub hashes: Vec<BlockHash>,
+    /// How ids are drawn; each sequence has a seed of its own.
+    pub sampling: Sampling,
+    /// When it ends.
+    pub stopping: Stopping,
+    /// Ids that end it: end of sequence (unless ignored) and `stop_token_ids`.
+    pub end_ids: Vec<u32>,
+    /// Separates the caches of tenants.
+    pub cache_salt: Bytes,
+    /// When it is given up.
+    pub deadline: Instant,
+    /// W3C trace context of the client.
+    pub traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+}
+
+impl Task {
+    /// The hashes of the prompt's blocks.
+    pub fn hash(token_ids: &[u32], images: &[Image], cache_salt: &[u8]) -> Vec<BlockHash> {
+        BlockChain::new(cache_salt, image_spans(images)).extend(token_ids)
+    }
+}
+
+fn image_spans(images: &[Image]) -> Vec<ImageSpan> {
+    images
+        .iter()
+        .map(|image| {
+            let mut hash = [0; 16];
+            let length = image.hash.len().min(16);
+            hash[..length].copy_from_slice(&image.hash[..length]);
+            ImageSpan {
+                hash: u128::from_le_bytes(hash),
+                offset: image.offset as usize,
+                length: image.length as usize,
+            }
+        })
+        .collect()
+}
+
+/// What a sequence tells, in this order.
+#[derive(Debug)]
+pub enum Event {
+    /// It left the queue. Once.
+    Started {
+        /// Prompt tokens found in the group's cache.
+        cached_tokens: u32,
+    },
+    /// Logprobs of prompt positions, each once.
+    PromptLogprobs(PromptLogprobs),
+    /// Generated ids.
+    Tokens(Tokens),
+    /// The end.
+    Finished(Finished),
+}
+
+/// Why a sequence failed for good.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SequenceError {
+    /// No group could be found, at first or after the failure of another.
+    #[error("{0}")]
+    NoGroup(NoGroup),
+    /// The last group's failure.
+    #[error("{failure} (after {attempts} attempts)")]
+    Failed {
+        /// What it was.
+        failure: Failure,
+        /// Groups tried.
+        attempts: u32,
+    },
+}
+
+enum Phase {
+    Opening {
+        booking: Booking,
+        opening: Pin<Box<dyn Future<Output = Result<Streaming<GenerateEvent>, Status>> + Send>>,
+    },
+    Streaming {
+        booking: Booking,
+        events: Box<Streaming<GenerateEvent>>,
+        answered: bool,
+    },
+    Waiting {
+        look_again: Pin<Box<Sleep>>,
+        until: Instant,
+        failure: Failure,
+    },
+    /// Everything was generated, only the last word was lost.
+    Ended(Finished),
+    Done,
+}
+
+/// What sequences need of the router.
+pub struct Relay {
+    /// The groups.
+    pub fleet: Arc<Fleet>,
+    /// Limits.
+    pub options: RouterOptions,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+}
+
+/// One sequence of a task.
+pub struct Sequence {
+    relay: Arc<Relay>,
+    task: Arc<Task>,
+    stream_id: String,
+    seed: u64,
+    logprobs: Option<Logprobs>,
+    generated: Vec<u32>,
+    prompt_logprobs_until: u32,
+    started: bool,
+    attempts: u32,
+    tried: Vec<Arc<Link>>,
+    served_by: Vec<String>,
+    explanation: Option<String>,
+    phase: Phase,
+}
+
+impl Sequence {
+    /// Places a sequence. Its load is booked when this returns; nothing is sent before it is polled.
+    pub fn place(
+        relay: Arc<Relay>,
+        task: Arc<Task>,
+        stream_id: String,
+        seed: u64,
+        logprobs: Option<Logprobs>,
+    ) -> Result<Self, SequenceError> {
+        let mut sequence = Self {
+            relay,
+            task,
+            stream_id,
+            seed,
+            logprobs,
+            generated: Vec::new(),
+            prompt_logprobs_until: 0,
+            started: false,
+            attempts: 0,
+            tried: Vec::new(),
+            served_by: Vec::new(),
+            explanation: None,
+            phase: Phase::Done,
+        };
+        let placement = sequence.find_group(true).map_err(SequenceError::NoGroup)?;
+        sequence.open(placement);
+        Ok(sequence)
+    }
+
+    /// The groups that served it, the first one first.
+    pub fn served_by(&self) -> &[String] {
+        &self.served_by
+    }
+
+    /// The reasons of its first placement, in debug mode.
+    pub fn explanation(&self) -> Option<&str> {
+        self.explanation.as_deref()
+    }
+
+    /// Ready when a group accepted it (or it failed: then the next event says so).
+    pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Option<SequenceError>> {
+        loop {
+            match &mut self.phase {
+                Phase::Streaming { .. } | Phase::Ended(_) | Phase::Done => {
+                    return Poll::Ready(None);
+                }
+                Phase::Opening { .. } | Phase::Waiting { .. } => {
+                    if let Err(error) = ready!(self.poll_phase(cx)) {
+                        return Poll::Ready(Some(error));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next event; `None` after the end.
+    pub fn poll_event(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Event, SequenceError>>> {
+        loop {
+            let Phase::Streaming { events, .. } = &mut self.phase else {
+                match std::mem::replace(&mut self.phase, Phase::Done) {
+                    Phase::Done => return Poll::Ready(None),
+                    Phase::Ended(finished) => {
+                        return Poll::Ready(Some(Ok(Event::Finished(finished))));
+                    }
+                    other => self.phase = other,
+                }
+                if let Err(error) = ready!(self.poll_phase(cx)) {
+                    return Poll::Ready(Some(Err(error)));
+                }
+                continue;
+            };
+            let outcome = match ready!(Pin::new(&mut **events).poll_next(cx)) {
+                Some(Ok(event)) => self.receive(event),
+                Some(Err(status)) => self.failed(Failure::from(&status)).map(|()| None),
+                None => self
+                    .failed(Failure::Lost(
+                        "its stream ended before the sequence did".into(),
+                    ))
+                    .map(|()| None),
+            };
+            match outcome {
+                Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
+                Ok(None) => {}
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+    }
+
+    /// Goes on with opening, or with looking for a group.
+    fn poll_phase(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SequenceError>> {
+        match std::mem::replace(&mut self.phase, Phase::Done) {
+            Phase::Opening {
+                booking,
+                mut opening,
+            } => match opening.as_mut().poll(cx) {
+                Poll::Pending => {
+                    self.phase = Phase::Opening { booking, opening };
+                    Poll::Pending
+                }
+                Poll::Ready(Ok(events)) => {
+                    self.phase = Phase::Streaming {
+                        booking,
+                        events: Box::new(events),
+                        answered: false,
+                    };
+                    Poll::Ready(Ok(()))
+                }
+                Poll::Ready(Err(status)) => {
+                    self.note(&booking, &Failure::from(&status));
+                    drop(booking);
+                    Poll::Ready(self.go_on_elsewhere(Failure::from(&status)))
+                }
+            },
+            Phase::Waiting {
+                mut look_again,
+                until,
+                failure,
+            } => {
+                if look_again.as_mut().poll(cx).is_pending() {
+                    self.phase = Phase::Waiting {
+                        look_again,
+                        until,
+                        failure,
+                    };
+                    return Poll::Pending;
+                }
+                let last_look = Instant::now() >= until;
+                match self.find_group(!last_look) {
+                    Ok(placement) => self.open(placement),
+                    Err(_) if last_look => return Poll::Ready(Err(self.given_up(failure))),
+                    Err(_) => self.wait(until, failure),
+                }
+                Poll::Ready(Ok(()))
+            }
+            other => {
+                self.phase = other;
+                Poll::Ready(Ok(()))
+            }
+        }
+    }
+
+    fn receive(&mut self, event: GenerateEvent) -> Result<Option<Event>, SequenceError> {
+        let Phase::Streaming {
+            booking, answered, ..
+        } = &mut self.phase
+        else {
+            return Ok(None);
+        };
+        if !*answered {
+            *answered = true;
+            booking.link().breaker.succeeded();
+        }
+        match event.event {
+            Some(Sent::Started(started)) => {
+                let first = !std::mem::replace(&mut self.started, true);
+                Ok(first.then_some(Event::Started {
+                    cached_tokens: started.cached_tokens,
+                }))
+            }
+            Some(Sent::PromptLogprobs(mut part)) => {
+                // a second group begins them anew
+                let known = self.prompt_logprobs_until.saturating_sub(part.start) as usize;
+                let part_length = part.positions.len();
+                if self.prompt_logprobs_until > 0 && known >= part_length {
+                    return Ok(None);
+                }
+                part.positions.drain(..known);
+                part.start += known as u32;
+                self.prompt_logprobs_until = part.start + part.positions.len() as u32;
+                Ok(Some(Event::PromptLogprobs(part)))
+            }
+            Some(Sent::Tokens(tokens)) => {
+                booking.prefilled();
+                self.generated.extend_from_slice(&tokens.token_ids);
+                Ok(Some(Event::Tokens(tokens)))
+            }
+            Some(Sent::Finished(finished)) => {
+                if finished.reason() == FinishReason::Aborted {
+                    return self
+                        .failed(Failure::Refused("it aborted the sequence".into()))
+                        .map(|()| None);
+                }
+                self.phase = Phase::Done;
+                Ok(Some(Event::Finished(finished)))
+            }
+            None => Ok(None), // a kind of event that a newer worker sends
+        }
+    }
+
+    /// The present group failed: notes it, and goes on elsewhere if that can help.
+    fn failed(&mut self, failure: Failure) -> Result<(), SequenceError> {
+        if let Phase::Streaming { booking, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
+            self.note(&booking, &failure);
+        }
+        self.go_on_elsewhere(failure)
+    }
+
+    fn note(&self, booking: &Booking, failure: &Failure) {
+        match failure {
+            Failure::Lost(_) => booking.link().breaker.failed(),
+            Failure::Full(_) | Failure::Refused(_) => booking.link().breaker.refused(),
+            Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_) => {}
+        }
+        tracing::info!(
+            request_id = self.stream_id,
+            group = booking.link().group,
+            generated = self.generated.len(),
+            attempt = self.attempts,
+            %failure,
+            "sequence failed on a group"
+        );
+    }
+
+    fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), SequenceError> {
+        if matches!(
+            failure,
+            Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)
+        ) {
+            return Err(SequenceError::Failed {
+                failure,
+                attempts: self.attempts,
+            });
+        }
+        if self.attempts >= self.relay.options.max_attempts || Instant::now() >= self.task.deadline
+        {
+            return Err(self.given_up(failure));
+        }
+        self.relay
+            .metrics
+            .sequence_moved(!self.generated.is_empty());
+        if let Some(finished) = self.already_finished() {
+            self.phase = finished;
+            return Ok(());
+        }
+        match self.find_group(true) {
+            Ok(placement) => self.open(placement),
+            // nothing was lost yet and nobody has room: the client is to come back later
+            Err(_) if self.generated.is_empty() && !matches!(failure, Failure::Lost(_)) => {
+                return Err(self.given_up(failure));
+            }
+            Err(_) => self.wait(Instant::now() + self.relay.options.failover_wait(), failure),
+        }
+        Ok(())
+    }
+
+    fn given_up(&self, failure: Failure) -> SequenceError {
+        SequenceError::Failed {
+            failure,
+            attempts: self.attempts,
+        }
+    }
+
+    /// The group died between the last id and the word that it was the last.
+    fn already_finished(&self) -> Option<Phase> {
+        let last = self.generated.last()?;
+        let enough = self.generated.len() as u32 >= self.task.stopping.min_tokens;
+        let reason = if enough && self.task.end_ids.contains(last) {
+            FinishReason::Stop
+        } else if self.generated.len() as u32 >= self.task.stopping.max_tokens {
+            FinishReason::Length
+        } else {
+            return None;
+        };
+        let finished = Finished {
+            reason: reason as i32,
+            prompt_tokens: self.task.token_ids.len() as u32,
+            cached_tokens: 0,
+            completion_tokens: self.generated.len() as u32,
+            timing: None,
+        };
+        Some(Phase::Ended(finished))
+    }
+
+    fn wait(&mut self, until: Instant, failure: Failure) {
+        let look_again = Box::pin(tokio::time::sleep(LOOK_AGAIN));
+        self.phase = Phase::Waiting {
+            look_again,
+            until: until.min(self.task.deadline),
+            failure,
+        };
+    }
+
+    fn find_group(&self, avoid_tried: bool) -> Result<Placement, NoGroup> {
+        let view = self.relay.fleet.view();
+        let model = view.model(&self.task.model).ok_or(NoGroup::NoneReady)?;
+        let avoid: Vec<Slot> = if avoid_tried {
+            self.tried.iter().map(|link| link.slot).collect()
+        } else {
+            Vec::new()
+        };
+        let wanted = Wanted {
+            hashes: &self.task.hashes,
+            tokens: self.task.token_ids.len() + self.generated.len(),
+            avoid: &avoid,
+            explain: self.relay.options.debug,
+        };
+        place(&self.relay.fleet, model, &wanted)
+    }
+
+    fn open(&mut self, placement: Placement) {
+        let Placement {
+            group,
+            booking,
+            explanation,
+        } = placement;
+        self.attempts += 1;
+        self.served_by.push(group.record.group.clone());
+        self.tried.push(Arc::clone(&group.link));
+        if self.explanation.is_none() {
+            self.explanation = explanation;
+        }
+        let time_left = self.task.deadline.saturating_duration_since(Instant::now());
+        let opening = stream::open(
+            group.link.channels.client(),
+            self.message(),
+            time_left,
+            self.task.traceparent.clone(),
+        );
+        self.phase = Phase::Opening {
+            booking,
+            opening: Box::pin(opening),
+        };
+    }
+
+    fn message(&self) -> GenerateRequest {
+        let mut token_ids = Vec::with_capacity(self.task.token_ids.len() + self.generated.len());
+        token_ids.extend_from_slice(&self.task.token_ids);
+        token_ids.extend_from_slice(&self.generated);
+        let mut logprobs = self.logprobs;
+        if !self.generated.is_empty()
+            && let Some(logprobs) = &mut logprobs
+        {
+            logprobs.prompt_top = None; // they came before the first id
+        }
+        GenerateRequest {
+            request_id: self.stream_id.clone(),
+            token_ids,
+            generated_len: self.generated.len() as u32,
+            images: self.task.images.clone(),
+            sampling: Some(Sampling {
+                seed: self.seed,
+                ..self.task.sampling.clone()
+            }),
+            stopping: Some(self.task.stopping.clone()),
+            logprobs,
+            cache_salt: self.task.cache_salt.to_vec(),
+            priority: 0,
+        }
+    }
+}

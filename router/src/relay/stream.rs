@@ -1,0 +1,145 @@
+//! One upstream call: connections to a group, the stream of a sequence, and what a failure of it means.
+//! Dropping the stream resets it, which aborts the sequence on every rank.
+
+use std::{
+    error::Error as _,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+use bora_proto::v1::{GenerateEvent, GenerateRequest, inference_client::InferenceClient};
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+use crate::options::RouterOptions;
+
+/// A reply with logprobs of a whole prompt is large; token ids alone never come near.
+const MAX_EVENT_BYTES: usize = 256 << 20;
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+
+/// Connections to one group's leader, made when first used and made again when they break.
+pub struct Channels {
+    clients: Vec<InferenceClient<Channel>>,
+    next: AtomicUsize,
+}
+
+impl Channels {
+    /// Prepares connections to `host:port`; makes none yet.
+    pub fn new(endpoint: &str, options: &RouterOptions) -> Result<Self, tonic::transport::Error> {
+        let endpoint = Endpoint::from_shared(format!("http://{endpoint}"))?
+            .tcp_nodelay(true)
+            .connect_timeout(options.connect_timeout())
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(5))
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW);
+        let clients = (0..options.connections_per_group)
+            .map(|_| {
+                InferenceClient::new(endpoint.connect_lazy())
+                    .max_decoding_message_size(MAX_EVENT_BYTES)
+            })
+            .collect();
+        Ok(Self {
+            clients,
+            next: AtomicUsize::new(0),
+        })
+    }
+
+    /// A client on one of the connections, in turn.
+    pub fn client(&self) -> InferenceClient<Channel> {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        self.clients[turn % self.clients.len()].clone()
+    }
+}
+
+/// Why an upstream call failed, and with it what may be done about it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Failure {
+    /// Its queue is full: try elsewhere.
+    #[error("the group is full: {0}")]
+    Full(String),
+    /// It loads, drains or lost a rank: try elsewhere.
+    #[error("the group takes no requests: {0}")]
+    Refused(String),
+    /// The connection failed or broke: try elsewhere, and stay away from it for a while.
+    #[error("the group is lost: {0}")]
+    Lost(String),
+    /// The deadline passed.
+    #[error("the deadline passed")]
+    TimedOut,
+    /// The request can never run there: the client's fault, or ours.
+    #[error("{0}")]
+    Invalid(String),
+    /// This sequence alone failed; it would fail elsewhere as well.
+    #[error("{0}")]
+    Sequence(String),
+}
+
+impl From<&Status> for Failure {
+    fn from(status: &Status) -> Self {
+        let message = status.message().to_string();
+        // A status that came over the wire has no source; one that tells of a broken connection has.
+        let of_the_connection = status.source().is_some();
+        match status.code() {
+            Code::ResourceExhausted if !of_the_connection => Failure::Full(message),
+            Code::DeadlineExceeded => Failure::TimedOut,
+            Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition => {
+                Failure::Invalid(message)
+            }
+            _ if of_the_connection => Failure::Lost(message),
+            Code::Unavailable | Code::Aborted | Code::Cancelled => Failure::Refused(message),
+            // a handler that vanished without a status
+            Code::Unknown => Failure::Lost(message),
+            _ => Failure::Sequence(message),
+        }
+    }
+}
+
+/// Starts a sequence. The group's deadline is what is left of the request's.
+pub async fn open(
+    mut client: InferenceClient<Channel>,
+    message: GenerateRequest,
+    time_left: Duration,
+    traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+) -> Result<Streaming<GenerateEvent>, Status> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(time_left);
+    if let Some(traceparent) = traceparent {
+        request.metadata_mut().insert("traceparent", traceparent);
+    }
+    Ok(client.generate(request).await?.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_came_over_the_wire_and_what_broke_it_are_told_apart() {
+        let failure = |status: Status| Failure::from(&status);
+        assert_eq!(
+            failure(Status::resource_exhausted("queue")),
+            Failure::Full("queue".into())
+        );
+        assert_eq!(
+            failure(Status::unavailable("draining")),
+            Failure::Refused("draining".into())
+        );
+        assert_eq!(
+            failure(Status::internal("nan")),
+            Failure::Sequence("nan".into())
+        );
+        assert_eq!(
+            failure(Status::invalid_argument("bad")),
+            Failure::Invalid("bad".into())
+        );
+        let io = std::io::Error::new(std::io::ErrorKind::ConnectionReset, "reset");
+        let mut broken = Status::unavailable("tcp");
+        broken.set_source(std::sync::Arc::new(io));
+        assert_eq!(failure(broken), Failure::Lost("tcp".into()));
+    }
+}

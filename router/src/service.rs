@@ -1,0 +1,118 @@
+//! What all requests share: options, models, fleet, counters.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use crate::{
+    encode::pool::EncodePool, fleet::view::Fleet, metrics::Metrics, models::ModelSpec,
+    options::RouterOptions, relay::resume::Relay,
+};
+
+/// One router's state. None of it must outlive the process.
+pub struct Service {
+    options: RouterOptions,
+    models: HashMap<String, Arc<ModelSpec>>,
+    aliases: HashMap<String, String>,
+    ids_only: Arc<ModelSpec>,
+    relay: Arc<Relay>,
+    pool: EncodePool,
+    started_at: u64,
+}
+
+impl Service {
+    /// A service that knows no group yet.
+    pub fn new(options: RouterOptions, models: HashMap<String, ModelSpec>) -> Self {
+        let aliases = models
+            .iter()
+            .flat_map(|(name, spec)| {
+                spec.aliases
+                    .iter()
+                    .map(|alias| (alias.clone(), name.clone()))
+            })
+            .collect();
+        let relay = Relay {
+            fleet: Fleet::new(options.clone()),
+            options: options.clone(),
+            metrics: Metrics::new(),
+        };
+        Self {
+            pool: EncodePool::new(&options),
+            models: models
+                .into_iter()
+                .map(|(name, spec)| (name, Arc::new(spec)))
+                .collect(),
+            aliases,
+            ids_only: Arc::default(),
+            relay: Arc::new(relay),
+            started_at: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            options,
+        }
+    }
+
+    /// What the operator set.
+    pub fn options(&self) -> &RouterOptions {
+        &self.options
+    }
+
+    /// The groups.
+    pub fn fleet(&self) -> &Arc<Fleet> {
+        &self.relay.fleet
+    }
+
+    /// The counters.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.relay.metrics
+    }
+
+    /// What sequences need.
+    pub fn relay(&self) -> Arc<Relay> {
+        Arc::clone(&self.relay)
+    }
+
+    /// Where long requests are encoded.
+    pub fn pool(&self) -> &EncodePool {
+        &self.pool
+    }
+
+    /// A model's tokenizer and defaults; a model that this router was told nothing of takes and gives ids.
+    pub fn spec(&self, model: &str) -> Arc<ModelSpec> {
+        Arc::clone(self.models.get(model).unwrap_or(&self.ids_only))
+    }
+
+    /// The name of a configured model, by name or alias.
+    pub fn configured(&self, name: &str) -> Option<&str> {
+        let name = self.aliases.get(name).map_or(name, String::as_str);
+        self.models
+            .get_key_value(name)
+            .map(|(name, _)| name.as_str())
+    }
+
+    /// Seconds since 1970 of the start.
+    pub fn started_at(&self) -> u64 {
+        self.started_at
+    }
+
+    /// When a request that found every group full should come again: when the least loaded one has computed
+    /// what waits there.
+    pub fn seconds_until_room(&self) -> u32 {
+        let view = self.fleet().view();
+        let seconds = view
+            .groups()
+            .filter(|group| group.is_ready())
+            .map(|group| {
+                let queued = group.link.ledger.busy().queued_tokens as f64;
+                queued / group.record.speed.prefill_tokens_per_second.max(1.0)
+            })
+            .fold(f64::INFINITY, f64::min);
+        if seconds.is_finite() {
+            seconds.ceil().clamp(1.0, 60.0) as u32
+        } else {
+            2
+        }
+    }
+}

@@ -1,0 +1,559 @@
+//! A router over scripted groups: real gRPC over loopback, token ids as the test writes them, failures on
+//! command. A group lives on a runtime of its own, so that it can die like a process does.
+
+#![allow(dead_code, missing_docs, unreachable_pub)]
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::body::Body;
+use bora_common::{
+    blocks::hash_blocks,
+    registry::{Device, GroupChange, GroupRecord, GroupState, RankRecord, Speed},
+    tokenizer::Tokenizer,
+};
+use bora_proto::v1::{
+    BlocksChanged, DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateEvent,
+    GenerateRequest, GroupEvent, Load, PositionLogprobs, PromptLogprobs, Snapshot, Started, State,
+    TokenLogprob, Tokens, WatchRequest,
+    generate_event::Event,
+    group_event::Event as Told,
+    inference_server::{Inference, InferenceServer},
+};
+use bora_router::{ModelSpec, Router, RouterOptions};
+use futures::{Stream, StreamExt as _};
+use http_body_util::BodyExt as _;
+use parking_lot::Mutex;
+use serde_json::Value;
+use tokio::sync::{broadcast, mpsc};
+use tonic::{Request, Response, Status};
+use tower::ServiceExt as _;
+
+pub const MODEL: &str = "devstral-test";
+pub const ALIAS: &str = "devstral";
+pub const WINDOW: u32 = 4096;
+
+/// The small tokenizer of the fixtures, read once.
+pub fn tokenizer() -> Arc<Tokenizer> {
+    static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
+    Arc::clone(TOKENIZER.get_or_init(|| {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../tests/fixtures/tokenizers/tekken-v13-8k.json"
+        );
+        Arc::new(Tokenizer::from_file(path).expect("the fixture is a tokenizer"))
+    }))
+}
+
+pub const EOS: u32 = 2;
+
+/// One thing that a scripted group does.
+#[derive(Clone, Debug)]
+pub enum Act {
+    Start {
+        cached: u32,
+    },
+    PromptLogprobs,
+    Ids(Vec<u32>),
+    /// Like `Ids`, each with a logprob of -0.5 and one alternative (id 1500 at -1.5).
+    IdsWithLogprobs(Vec<u32>),
+    Pause(Duration),
+    Finish(FinishReason),
+    Fail(Status),
+    /// Never says anything again.
+    Hang,
+    /// The group dies: every connection is reset.
+    Die,
+}
+
+/// Text and then the end of the sequence, a token at a time.
+pub fn say(text: &str) -> Vec<Act> {
+    let mut acts = vec![Act::Start { cached: 0 }];
+    acts.extend(
+        tokenizer()
+            .encode(text)
+            .into_iter()
+            .map(|id| Act::Ids(vec![id])),
+    );
+    acts.push(Act::Ids(vec![EOS]));
+    acts.push(Act::Finish(FinishReason::Stop));
+    acts
+}
+
+/// These ids one at a time, then the end.
+pub fn say_ids(ids: &[u32], reason: FinishReason) -> Vec<Act> {
+    let mut acts = vec![Act::Start { cached: 0 }];
+    acts.extend(ids.iter().map(|id| Act::Ids(vec![*id])));
+    acts.push(Act::Finish(reason));
+    acts
+}
+
+type Script = Arc<dyn Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync>;
+
+#[derive(Clone)]
+struct Scripted {
+    script: Arc<Mutex<Script>>,
+    seen: Arc<Mutex<Vec<GenerateRequest>>>,
+    /// Streams dropped before their script was over.
+    cancelled: Arc<AtomicUsize>,
+    running: Arc<AtomicUsize>,
+    died: mpsc::UnboundedSender<()>,
+    events: broadcast::Sender<Told>,
+}
+
+struct Running {
+    scripted: Scripted,
+    over: bool,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.scripted.running.fetch_sub(1, Ordering::SeqCst);
+        if !self.over {
+            self.scripted.cancelled.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+fn event(event: Event) -> Option<Result<GenerateEvent, Status>> {
+    Some(Ok(GenerateEvent { event: Some(event) }))
+}
+
+fn logprob(token_id: u32, logprob: f32, rank: u32) -> TokenLogprob {
+    TokenLogprob {
+        token_id,
+        logprob,
+        rank,
+    }
+}
+
+fn position(id: u32) -> PositionLogprobs {
+    PositionLogprobs {
+        chosen: Some(logprob(id, -0.5, 1)),
+        top: vec![logprob(id, -0.5, 1), logprob(1500, -1.5, 2)],
+    }
+}
+
+type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Inference for Scripted {
+    type GenerateStream = Boxed<GenerateEvent>;
+    type WatchStream = Boxed<GroupEvent>;
+
+    async fn generate(
+        &self,
+        request: Request<GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let request = request.into_inner();
+        self.seen.lock().push(request.clone());
+        let script = Arc::clone(&self.script.lock());
+        let acts = script(&request)?;
+        self.running.fetch_add(1, Ordering::SeqCst);
+        let running = Running {
+            scripted: self.clone(),
+            over: false,
+        };
+        let prompt_tokens = request.token_ids.len() as u32 - request.generated_len;
+        let state = (acts.into_iter(), running, request, prompt_tokens, 0u32);
+        let stream = futures::stream::unfold(
+            state,
+            move |(mut acts, mut running, request, prompt, generated)| async move {
+                let mut generated = generated;
+                loop {
+                    let item = match acts.next() {
+                        None => return None,
+                        Some(Act::Pause(time)) => {
+                            tokio::time::sleep(time).await;
+                            continue;
+                        }
+                        Some(Act::Hang) => {
+                            futures::future::pending::<()>().await;
+                            continue;
+                        }
+                        Some(Act::Die) => {
+                            let _ = running.scripted.died.send(());
+                            futures::future::pending::<()>().await;
+                            continue;
+                        }
+                        Some(Act::Start { cached }) => event(Event::Started(Started {
+                            prompt_tokens: prompt,
+                            cached_tokens: cached,
+                            queued_seconds: 0.0,
+                        })),
+                        Some(Act::PromptLogprobs) => event(Event::PromptLogprobs(PromptLogprobs {
+                            start: 1,
+                            positions: request.token_ids[1..]
+                                .iter()
+                                .map(|id| position(*id))
+                                .collect(),
+                        })),
+                        Some(Act::Ids(token_ids)) => {
+                            generated += token_ids.len() as u32;
+                            event(Event::Tokens(Tokens {
+                                token_ids,
+                                logprobs: Vec::new(),
+                            }))
+                        }
+                        Some(Act::IdsWithLogprobs(token_ids)) => {
+                            generated += token_ids.len() as u32;
+                            let logprobs = token_ids.iter().map(|id| position(*id)).collect();
+                            event(Event::Tokens(Tokens {
+                                token_ids,
+                                logprobs,
+                            }))
+                        }
+                        Some(Act::Finish(reason)) => {
+                            running.over = true;
+                            event(Event::Finished(Finished {
+                                reason: reason as i32,
+                                prompt_tokens: prompt,
+                                cached_tokens: 0,
+                                completion_tokens: generated + request.generated_len,
+                                timing: None,
+                            }))
+                        }
+                        Some(Act::Fail(status)) => {
+                            running.over = true;
+                            Some(Err(status))
+                        }
+                    };
+                    return item.map(|item| (item, (acts, running, request, prompt, generated)));
+                }
+            },
+        );
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let first = [
+            Told::Snapshot(Snapshot {
+                block_hashes: Default::default(),
+                last: true,
+            }),
+            Told::State(State::Ready as i32),
+            Told::Load(Load {
+                blocks_total: 1000,
+                ..Load::default()
+            }),
+        ];
+        let later = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
+            .filter_map(|told| async move { told.ok() });
+        let events = futures::stream::iter(first)
+            .chain(later)
+            .enumerate()
+            .map(|(number, told)| {
+                Ok(GroupEvent {
+                    epoch: 1,
+                    sequence: number as u64,
+                    event: Some(told),
+                })
+            });
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn describe(
+        &self,
+        _: Request<DescribeRequest>,
+    ) -> Result<Response<DescribeResponse>, Status> {
+        Err(Status::unimplemented("not needed here"))
+    }
+}
+
+/// A scripted group.
+pub struct Group {
+    pub name: String,
+    pub endpoint: String,
+    scripted: Scripted,
+    runtime: Arc<Mutex<Option<tokio::runtime::Runtime>>>,
+}
+
+impl Group {
+    pub fn start(
+        name: &str,
+        script: impl Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync + 'static,
+    ) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let (died, mut deaths) = mpsc::unbounded_channel();
+        let scripted = Scripted {
+            script: Arc::new(Mutex::new(Arc::new(script))),
+            seen: Arc::default(),
+            cancelled: Arc::default(),
+            running: Arc::default(),
+            died,
+            events: broadcast::channel(64).0,
+        };
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        listener.set_nonblocking(true).expect("nonblocking");
+        let endpoint = listener.local_addr().expect("bound").to_string();
+        let service = InferenceServer::new(scripted.clone()).max_decoding_message_size(64 << 20);
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
+            let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+            let _ = tonic::transport::Server::builder()
+                .tcp_nodelay(true)
+                .add_service(service)
+                .serve_with_incoming(incoming)
+                .await;
+        });
+        let runtime = Arc::new(Mutex::new(Some(runtime)));
+        let to_kill = Arc::clone(&runtime);
+        std::thread::spawn(move || {
+            if deaths.blocking_recv().is_some()
+                && let Some(runtime) = to_kill.lock().take()
+            {
+                runtime.shutdown_background();
+            }
+        });
+        Self {
+            name: name.into(),
+            endpoint,
+            scripted,
+            runtime,
+        }
+    }
+
+    pub fn kill(&self) {
+        if let Some(runtime) = self.runtime.lock().take() {
+            runtime.shutdown_background();
+        }
+    }
+
+    pub fn seen(&self) -> Vec<GenerateRequest> {
+        self.scripted.seen.lock().clone()
+    }
+
+    pub fn cancelled(&self) -> usize {
+        self.scripted.cancelled.load(Ordering::SeqCst)
+    }
+
+    pub fn running(&self) -> usize {
+        self.scripted.running.load(Ordering::SeqCst)
+    }
+
+    /// Tells its watchers.
+    pub fn tell(&self, told: Told) {
+        let _ = self.scripted.events.send(told);
+    }
+
+    /// Tells its watchers that it holds the blocks of a prompt.
+    pub fn tell_stored(&self, token_ids: &[u32]) {
+        let stored: Vec<u8> = hash_blocks(b"", &[], token_ids)
+            .iter()
+            .flat_map(|hash| hash.to_bytes())
+            .collect();
+        self.tell(Told::Blocks(BlocksChanged {
+            stored: stored.into(),
+            evicted: Default::default(),
+        }));
+    }
+
+    pub fn record(&self) -> GroupRecord {
+        GroupRecord {
+            group: self.name.clone(),
+            epoch: 1,
+            endpoint: self.endpoint.clone(),
+            model: MODEL.into(),
+            aliases: vec![ALIAS.into()],
+            device: Device::Fake,
+            weight_fingerprint: "none".into(),
+            ranks: vec![RankRecord {
+                rank: 0,
+                host: "test".into(),
+                pid: 1,
+            }],
+            block_tokens: 64,
+            kv_blocks: 1000,
+            max_model_len: WINDOW,
+            vocabulary_size: 9192,
+            max_sequences: 64,
+            images: true,
+            speed: Speed {
+                prefill_tokens_per_second: 10_000.0,
+                prefill_seconds_per_token_pair: 1e-9,
+                decode_step_seconds: 0.01,
+            },
+            state: GroupState::Ready,
+            version: "test".into(),
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A router over groups.
+pub struct Harness {
+    pub router: Router,
+    pub changes: mpsc::Sender<GroupChange>,
+    pub groups: Vec<Group>,
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub struct Answered {
+    pub status: u16,
+    pub headers: axum::http::HeaderMap,
+    pub text: String,
+}
+
+impl Answered {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
+    }
+
+    /// The JSON of every `data:` line but `[DONE]`.
+    pub fn chunks(&self) -> Vec<Value> {
+        self.text
+            .split("\n\n")
+            .filter_map(|event| event.strip_prefix("data: "))
+            .filter(|data| *data != "[DONE]")
+            .map(|data| {
+                serde_json::from_str(data).unwrap_or_else(|error| panic!("{error}: {data}"))
+            })
+            .collect()
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.text.ends_with("data: [DONE]\n\n")
+    }
+
+    /// All content (chat) or text (completions) of one choice.
+    pub fn content(&self, index: u64) -> String {
+        let mut content = String::new();
+        for chunk in self.chunks() {
+            for choice in chunk["choices"].as_array().into_iter().flatten() {
+                if choice["index"] == index {
+                    content.push_str(choice["delta"]["content"].as_str().unwrap_or_default());
+                    content.push_str(choice["text"].as_str().unwrap_or_default());
+                }
+            }
+        }
+        content
+    }
+}
+
+pub fn options() -> RouterOptions {
+    RouterOptions {
+        failover_wait_seconds: 0.5,
+        ..RouterOptions::default()
+    }
+}
+
+impl Harness {
+    pub async fn start(groups: Vec<Group>) -> Self {
+        Self::with(options(), ModelSpec::new(tokenizer()), groups).await
+    }
+
+    pub async fn with(options: RouterOptions, spec: ModelSpec, groups: Vec<Group>) -> Self {
+        let (changes, receiver) = mpsc::channel(16);
+        let router = Router::new(
+            options,
+            HashMap::from([(MODEL.to_string(), spec)]),
+            receiver,
+        )
+        .expect("valid options");
+        for group in &groups {
+            changes
+                .send(GroupChange::Put(Box::new(group.record())))
+                .await
+                .expect("followed");
+        }
+        let harness = Self {
+            router,
+            changes,
+            groups,
+        };
+        let count = harness.groups.len();
+        harness
+            .until("every group is watched", |harness| {
+                let view = harness.router.service().fleet().view();
+                view.groups()
+                    .filter(|group| group.link.is_watched())
+                    .count()
+                    == count
+            })
+            .await;
+        harness
+    }
+
+    /// One group that follows a script.
+    pub async fn scripted(
+        script: impl Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync + 'static,
+    ) -> Self {
+        Self::start(vec![Group::start("only", script)]).await
+    }
+
+    /// One group that says this to everything.
+    pub async fn saying(text: &'static str) -> Self {
+        Self::scripted(move |_| Ok(say(text))).await
+    }
+
+    pub async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        for _ in 0..500 {
+            if holds(self) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("it did not come true that {what}");
+    }
+
+    pub async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Body>,
+    ) -> axum::http::Response<Body> {
+        let mut request = axum::http::Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(body.into()).expect("a request");
+        self.router
+            .routes()
+            .oneshot(request)
+            .await
+            .expect("infallible")
+    }
+
+    pub async fn request(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: impl Into<Body>,
+    ) -> Answered {
+        let response = self.send(method, path, headers, body).await;
+        let (parts, body) = response.into_parts();
+        let bytes = body.collect().await.expect("a body").to_bytes();
+        Answered {
+            status: parts.status.as_u16(),
+            headers: parts.headers,
+            text: String::from_utf8(bytes.to_vec()).expect("text"),
+        }
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> Answered {
+        self.request("POST", path, &[], body.to_string()).await
+    }
+
+    pub async fn get(&self, path: &str) -> Answered {
+        self.request("GET", path, &[], Body::empty()).await
+    }
+}

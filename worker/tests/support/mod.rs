@@ -1,0 +1,194 @@
+//! Runs a checkpoint on the CPU backend, one rank or several, and hands out its logits.
+#![allow(dead_code, unreachable_pub, missing_docs)] // each test file uses a part of it
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bora_common::blocks::BLOCK_TOKENS;
+use bora_common::model::ModelConfig;
+use bora_worker::backend::cpu::{CpuBackend, CpuOptions};
+use bora_worker::backend::{Backend, Batch, BatchSequence, Limits, RankSetup};
+use bora_worker::model::{KvShape, Ministral3};
+use bora_worker::parallel::{Collective, SharedRank, SingleRank};
+use bora_worker::weights::{ShardPlan, Weights};
+use safetensors::SafeTensors;
+
+pub const LIMITS: Limits = Limits { step_tokens: 4096, sequences: 8, model_len: 2048, logit_rows: 4096 };
+pub const KV_BLOCKS: usize = 96;
+
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
+}
+
+/// The goldens of a tiny checkpoint.
+pub struct Goldens(Vec<u8>);
+
+impl Goldens {
+    pub fn of(name: &str) -> Self {
+        Self(std::fs::read(fixture(name).join("goldens.safetensors")).unwrap())
+    }
+
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let tensor = tensors.tensor(name).unwrap();
+        assert_eq!(tensor.dtype(), safetensors::Dtype::F32);
+        tensor.data().as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four)).collect()
+    }
+
+    pub fn ids(&self, name: &str) -> Vec<u32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let tensor = tensors.tensor(name).unwrap();
+        assert_eq!(tensor.dtype(), safetensors::Dtype::I32);
+        tensor.data().as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect()
+    }
+}
+
+/// One piece of a sequence to compute.
+#[derive(Clone)]
+pub struct Piece<'a> {
+    pub slot: u32,
+    pub start: usize,
+    pub ids: &'a [u32],
+    pub blocks: Vec<u32>,
+}
+
+/// One rank with its weights and its cache.
+pub struct Rank {
+    pub backend: CpuBackend,
+    pub model: Ministral3<CpuBackend>,
+    pub config: ModelConfig,
+}
+
+impl Rank {
+    pub fn load(weights: &Weights, plan: ShardPlan, collective: Box<dyn Collective>, options: CpuOptions) -> Self {
+        let config = weights.config().clone();
+        let shape = KvShape::new(&config, &plan);
+        let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: LIMITS, collective };
+        let mut backend = CpuBackend::new(setup, options);
+        let model = Ministral3::load(&mut backend, weights, &plan, |_| {}).unwrap();
+        backend.allocate_kv(&shape, KV_BLOCKS).unwrap();
+        Self { backend, model, config }
+    }
+
+    /// Logits of every token of the pieces, which run as one batch.
+    pub fn run(&mut self, pieces: &[Piece<'_>]) -> Vec<Vec<Vec<f32>>> {
+        let mut batch = Batch::default();
+        for piece in pieces {
+            batch.sequences.push(BatchSequence {
+                slot: piece.slot,
+                first_row: batch.token_ids.len() as u32,
+                rows: piece.ids.len() as u32,
+                context: (piece.start + piece.ids.len()) as u32,
+                blocks: piece.blocks.clone(),
+            });
+            batch.token_ids.extend(piece.ids.iter().copied().map(Some));
+            batch.positions.extend((piece.start..piece.start + piece.ids.len()).map(|position| position as u32));
+        }
+        batch.logit_rows = (0..batch.token_ids.len() as u32).collect();
+        let model = &self.model;
+        let logits = self.backend.execute(&batch, |backend| model.forward(backend)).unwrap();
+        let mut rows = logits.numbers.chunks_exact(logits.columns).map(<[f32]>::to_vec);
+        pieces.iter().map(|piece| rows.by_ref().take(piece.ids.len()).collect()).collect()
+    }
+
+    /// Logits of every token of a sequence, computed in chunks.
+    pub fn run_in_chunks(&mut self, ids: &[u32], blocks: &[u32], chunk: usize) -> Vec<Vec<f32>> {
+        let mut logits = Vec::new();
+        for (index, ids) in ids.chunks(chunk).enumerate() {
+            let piece = Piece { slot: 0, start: index * chunk, ids, blocks: blocks.to_vec() };
+            logits.extend(self.run(&[piece]).remove(0));
+        }
+        logits
+    }
+
+    /// The ids that follow the prompt, each the most likely one.
+    pub fn greedy(&mut self, prompt: &[u32], blocks: &[u32], count: usize) -> Vec<u32> {
+        let mut last = self.run_in_chunks(prompt, blocks, prompt.len()).pop().unwrap();
+        let mut generated = Vec::new();
+        loop {
+            generated.push(argmax(&last));
+            if generated.len() == count {
+                return generated;
+            }
+            let ids = [*generated.last().unwrap()];
+            let start = prompt.len() + generated.len() - 1;
+            last = self.run(&[Piece { slot: 0, start, ids: &ids, blocks: blocks.to_vec() }]).remove(0).remove(0);
+        }
+    }
+}
+
+/// One rank that holds the whole model.
+pub fn single(folder: &Path, options: CpuOptions) -> Rank {
+    let config = ModelConfig::from_dir(folder).unwrap();
+    let weights = Weights::open(folder, &config).unwrap();
+    let plan = ShardPlan::new(&config, 0, 1).unwrap();
+    Rank::load(&weights, plan, Box::new(SingleRank::default()), options)
+}
+
+/// The same work on every rank of a group of threads.
+pub fn threads<R: Send>(folder: &Path, ranks: usize, work: impl Fn(&mut Rank) -> R + Sync) -> Vec<R> {
+    let collectives = SharedRank::group(ranks, Duration::from_secs(60));
+    let collectives = collectives.into_iter().map(|rank| Box::new(rank) as Box<dyn Collective>).collect();
+    over(folder, collectives, work)
+}
+
+/// The same work on every rank of a group that is tied together by `collectives`.
+pub fn over<R: Send>(
+    folder: &Path,
+    collectives: Vec<Box<dyn Collective>>,
+    work: impl Fn(&mut Rank) -> R + Sync,
+) -> Vec<R> {
+    let config = ModelConfig::from_dir(folder).unwrap();
+    let weights = Weights::open(folder, &config).unwrap();
+    let ranks = collectives.len();
+    std::thread::scope(|scope| {
+        let (work, weights, config) = (&work, &weights, &config);
+        let threads: Vec<_> = collectives
+            .into_iter()
+            .enumerate()
+            .map(|(rank, collective)| {
+                scope.spawn(move || {
+                    let plan = ShardPlan::new(config, rank, ranks).unwrap();
+                    work(&mut Rank::load(weights, plan, collective, CpuOptions::default()))
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Blocks for a sequence of `tokens`, from `first` on, in an order that is not the natural one.
+pub fn blocks(first: u32, tokens: usize) -> Vec<u32> {
+    let count = tokens.div_ceil(BLOCK_TOKENS) as u32;
+    (first..first + count).rev().collect()
+}
+
+pub fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = id;
+        }
+    }
+    best as u32
+}
+
+pub fn logsumexp(logits: &[f32]) -> f32 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - largest).exp()).sum();
+    largest + sum.ln() as f32
+}
+
+/// The largest difference between two sets of rows.
+pub fn difference(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    let mut largest: f32 = 0.0;
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        assert_eq!(ours.len(), theirs.len());
+        for (a, b) in ours.iter().zip(theirs) {
+            assert!(a.is_finite() && b.is_finite());
+            largest = largest.max((a - b).abs());
+        }
+    }
+    largest
+}
