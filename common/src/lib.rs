@@ -5,6 +5,7 @@
 pub mod blocks;
 pub mod config;
 pub mod conversation;
+pub mod cost;
 pub mod model;
 pub mod registry;
 pub mod tokenizer;

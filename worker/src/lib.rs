@@ -2,8 +2,11 @@
 //! the scheduler, the block table and the gRPC service of the group.
 
 pub mod backend;
+pub mod cache;
 pub mod engine;
 pub mod model;
 pub mod parallel;
 pub mod sample;
+mod schedule;
+pub mod service;
 pub mod weights;

@@ -1,0 +1,127 @@
+//! How long a group takes: seconds for a prefill and for a decode step, from its measured [`Speed`]. One
+//! model for the scheduler (how large may this chunk be), the router (who answers soonest) and whoever
+//! scales the fleet.
+//!
+//! A token costs its share of the linear layers (the same wherever it stands) and its attention, which
+//! grows with the tokens before it. The token at position p attends to p + 1 tokens, so a chunk of t
+//! tokens after c tokens has `t * c + t * (t + 1) / 2` pairs:
+//!
+//! ```text
+//! prefill(c, t) = t / rate + seconds_per_pair * (t * c + t * (t + 1) / 2)
+//! decode(n, C)  = step_at_batch_1 + (n - 1) / rate + seconds_per_pair * C      (C = sum of the contexts)
+//! ```
+//!
+//! The decode formula has no memory traffic of the KV cache of its own; whoever sees real steps corrects
+//! for that (the scheduler does, with what it observes).
+
+use crate::registry::Speed;
+
+/// Predicts times from measured rates.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CostModel {
+    seconds_per_token: f64,
+    seconds_per_pair: f64,
+    decode_step_seconds: f64,
+}
+
+impl CostModel {
+    /// Rates that are zero, negative or not numbers count as "takes no time".
+    pub fn new(speed: &Speed) -> Self {
+        let positive = |value: f64| if value.is_finite() && value > 0.0 { value } else { 0.0 };
+        let rate = positive(speed.prefill_tokens_per_second);
+        Self {
+            seconds_per_token: if rate > 0.0 { 1.0 / rate } else { 0.0 },
+            seconds_per_pair: positive(speed.prefill_seconds_per_token_pair),
+            decode_step_seconds: positive(speed.decode_step_seconds),
+        }
+    }
+
+    /// Seconds to compute `tokens` tokens of a prompt of which `context` tokens are computed already.
+    pub fn prefill_seconds(&self, context: u64, tokens: u64) -> f64 {
+        let (context, tokens) = (context as f64, tokens as f64);
+        let pairs = tokens * context + tokens * (tokens + 1.0) / 2.0;
+        tokens * self.seconds_per_token + pairs * self.seconds_per_pair
+    }
+
+    /// The most tokens that can be computed within `seconds` after `context` tokens.
+    pub fn prefill_tokens_within(&self, seconds: f64, context: u64) -> u64 {
+        if seconds.is_nan() || seconds <= 0.0 {
+            return 0;
+        }
+        // a t^2 + b t = seconds
+        let a = self.seconds_per_pair / 2.0;
+        let b = self.seconds_per_token + self.seconds_per_pair * (context as f64 + 0.5);
+        if b == 0.0 {
+            return u64::MAX;
+        }
+        // the form of the root that loses no digits for a small `a`
+        let tokens = 2.0 * seconds / (b + (b * b + 4.0 * a * seconds).sqrt());
+        tokens.floor() as u64
+    }
+
+    /// Seconds of a step in which `sequences` sequences decode one token each, their contexts summing to
+    /// `context_sum` tokens. Nothing to decode takes no time.
+    pub fn decode_seconds(&self, sequences: u64, context_sum: u64) -> f64 {
+        if sequences == 0 {
+            return 0.0;
+        }
+        self.decode_step_seconds
+            + (sequences - 1) as f64 * self.seconds_per_token
+            + context_sum as f64 * self.seconds_per_pair
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> CostModel {
+        CostModel::new(&Speed {
+            prefill_tokens_per_second: 20_000.0,
+            prefill_seconds_per_token_pair: 6.6e-10,
+            decode_step_seconds: 0.008,
+        })
+    }
+
+    #[test]
+    fn chunks_add_up_to_the_whole() {
+        let whole = model().prefill_seconds(0, 131_072);
+        let chunks: f64 = (0..16).map(|i| model().prefill_seconds(i * 8_192, 8_192)).sum();
+        assert!((whole - chunks).abs() < 1e-9 * whole);
+        assert!((whole - (131_072.0 / 20_000.0 + 131_072.0 * 131_073.0 / 2.0 * 6.6e-10)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_chunk_cut_by_time_takes_that_time_and_no_more() {
+        for context in [0, 1_000, 250_000] {
+            for seconds in [0.001, 0.05, 3.0] {
+                let tokens = model().prefill_tokens_within(seconds, context);
+                assert!(model().prefill_seconds(context, tokens) <= seconds);
+                assert!(model().prefill_seconds(context, tokens + 1) > seconds, "{context} {seconds}");
+            }
+        }
+        assert!(model().prefill_tokens_within(0.05, 250_000) < model().prefill_tokens_within(0.05, 0));
+        assert_eq!(model().prefill_tokens_within(-1.0, 0), 0);
+        assert_eq!(model().prefill_tokens_within(f64::NAN, 0), 0);
+    }
+
+    #[test]
+    fn decode_grows_with_batch_and_context() {
+        assert_eq!(model().decode_seconds(0, 0), 0.0);
+        assert!((model().decode_seconds(1, 0) - 0.008).abs() < 1e-12);
+        assert!((model().decode_seconds(11, 1_000_000) - (0.008 + 10.0 / 20_000.0 + 6.6e-4)).abs() < 1e-12);
+    }
+
+    #[test]
+    fn unknown_rates_cost_nothing() {
+        let unknown = Speed {
+            prefill_tokens_per_second: 0.0,
+            prefill_seconds_per_token_pair: f64::NAN,
+            decode_step_seconds: -1.0,
+        };
+        let model = CostModel::new(&unknown);
+        assert_eq!(model.prefill_seconds(5, 1_000), 0.0);
+        assert_eq!(model.prefill_tokens_within(0.05, 5), u64::MAX);
+        assert_eq!(model.decode_seconds(3, 9), 0.0);
+    }
+}

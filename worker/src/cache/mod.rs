@@ -1,0 +1,12 @@
+//! The paged KV cache as the leader sees it: which block holds what, who refers to it and what can be
+//! found again. The bytes are the backend's; here are only numbers.
+//!
+//! [`KvCache`] is the front: a sequence is admitted with a [`Lease`] on all blocks that it can ever need,
+//! grows into it, publishes the blocks that it filled and gives the lease back at its end.
+
+mod events;
+mod pool;
+mod prefix;
+
+pub use events::{Delta, to_bytes};
+pub use prefix::{KvCache, Lease, Usage};

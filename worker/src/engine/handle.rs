@@ -1,0 +1,276 @@
+//! What everybody else sees of the engine.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bora_proto::v1;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::config::{EngineConfig, EngineConfigError};
+use super::error::EngineError;
+use super::places::Places;
+use super::progress::{LOST_AFTER, Progress, STALLED_AFTER};
+use super::request::Request;
+use super::run::{Command, EngineLoop};
+use super::sequence::Sequence;
+use super::step::{RunError, StepRunner};
+use super::stream::{self, EventStream};
+use super::watch::Watchers;
+use crate::schedule::Scheduler;
+
+/// Commands besides requests that may be under way.
+const SPARE_COMMANDS: usize = 64;
+/// How often a command is tried again that did not fit.
+const RETRY: Duration = Duration::from_millis(10);
+
+/// What a group's engine is up to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EngineHealth {
+    /// Takes requests.
+    Ready,
+    /// Takes nothing new.
+    Draining,
+    /// A step takes much longer than predicted; not ready until it is done.
+    Stalled {
+        /// The step.
+        step: u64,
+        /// How much longer than predicted.
+        overdue: Duration,
+    },
+    /// The loop ended, or a step takes so long that it will never end.
+    Failed {
+        /// In the ranks' words.
+        reason: String,
+    },
+}
+
+/// Started and running; cheap to clone. The loop ends when the last clone is gone and the last sequence
+/// ended.
+#[derive(Clone)]
+pub struct EngineHandle {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: EngineConfig,
+    commands: SyncSender<Command>,
+    places: Arc<Places>,
+    progress: Arc<Progress>,
+    load: watch::Receiver<v1::Load>,
+    draining: watch::Sender<bool>,
+    failure: Arc<OnceLock<String>>,
+    failed: watch::Receiver<bool>,
+    next_key: AtomicU64,
+}
+
+impl EngineHandle {
+    /// Starts the loop on a thread of its own. The thread ends with the error that ended the group, or
+    /// with `Ok` when the last handle is gone.
+    pub fn start(
+        config: EngineConfig,
+        runner: Box<dyn StepRunner>,
+    ) -> Result<(Self, JoinHandle<Result<(), RunError>>), EngineStartError> {
+        config.check()?;
+        let capacity = 2 * config.options.max_waiting as usize + SPARE_COMMANDS;
+        let (commands, receiver) = sync_channel(capacity);
+        let scheduler = Scheduler::new(config.clone());
+        let (load, load_receiver) = watch::channel(scheduler.load());
+        let progress = Arc::new(Progress::new());
+        let engine = EngineLoop {
+            scheduler,
+            runner,
+            commands: receiver,
+            watchers: Watchers::new(config.epoch),
+            progress: progress.clone(),
+            load,
+        };
+        let failure = Arc::new(OnceLock::new());
+        let (failed_sender, failed) = watch::channel(false);
+        let thread = std::thread::Builder::new().name("engine".into()).spawn({
+            let failure = failure.clone();
+            move || {
+                // says "failed" when dropped, also by a panic
+                let ended = EndOfLoop { failure, failed: failed_sender };
+                let outcome = engine.run();
+                if let Err(error) = &outcome {
+                    let _ = ended.failure.set(error.to_string());
+                }
+                outcome
+            }
+        })?;
+        let inner = Inner {
+            config,
+            commands,
+            places: Arc::default(),
+            progress,
+            load: load_receiver,
+            draining: watch::Sender::new(false),
+            failure,
+            failed,
+            next_key: AtomicU64::new(1),
+        };
+        Ok((Self { inner: Arc::new(inner) }, thread))
+    }
+
+    /// What the engine was started with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.inner.config
+    }
+
+    /// Queues a request; returns at once. The stream begins with `Started`, when the sequence leaves the
+    /// queue, and ends with `Finished` or an error. Dropping it aborts the sequence within a step.
+    pub fn generate(&self, request: v1::GenerateRequest) -> Result<EventStream, EngineError> {
+        let inner = &self.inner;
+        if *inner.draining.borrow() {
+            return Err(EngineError::unavailable("the group is draining"));
+        }
+        if let Some(reason) = self.failure() {
+            return Err(EngineError::unavailable(reason));
+        }
+        let request = Request::check(request, &inner.config)?;
+        let place = inner.places.queue(request.class, inner.config.options.max_waiting)?;
+        let (events, stream) = stream::channel();
+        let key = inner.next_key.fetch_add(1, Ordering::Relaxed);
+        let sequence = Sequence::new(key, request, inner.config.max_model_len, events, place);
+        if let Some(reason) = sequence.ended_elsewhere() {
+            sequence.events.started(v1::Started {
+                prompt_tokens: sequence.request.prompt_len as u32,
+                ..Default::default()
+            });
+            sequence.events.end(Ok(sequence.finished(reason, Instant::now())));
+            return Ok(stream);
+        }
+        match inner.commands.try_send(Command::Generate(Box::new(sequence))) {
+            Ok(()) => Ok(stream),
+            Err(TrySendError::Full(_)) => {
+                Err(EngineError::Exhausted { waiting: inner.config.options.max_waiting })
+            }
+            Err(TrySendError::Disconnected(_)) => Err(self.gone()),
+        }
+    }
+
+    /// How busy the group is, as of its last step.
+    pub fn load(&self) -> v1::Load {
+        *self.inner.load.borrow()
+    }
+
+    /// Everything the group holds, then everything that changes. The stream ends when its reader is too
+    /// slow, and when the engine ends: watch again.
+    pub async fn watch(&self, watcher: String) -> Result<mpsc::Receiver<v1::GroupEvent>, EngineError> {
+        let (events, receiver) = oneshot::channel();
+        self.command(Command::Watch { watcher, events }).await?;
+        receiver.await.map_err(|_| self.gone())
+    }
+
+    /// Forgets every cached block that no running sequence uses; returns how many.
+    pub async fn flush(&self) -> Result<u32, EngineError> {
+        let (blocks, receiver) = oneshot::channel();
+        self.command(Command::Flush { blocks }).await?;
+        receiver.await.map_err(|_| self.gone())
+    }
+
+    /// Takes nothing new, sends what waits elsewhere, lets what runs finish within `timeout` and sends the
+    /// rest elsewhere. Returns how many finished and how many did not.
+    pub async fn drain(&self, timeout: Duration) -> Result<(u32, u32), EngineError> {
+        self.inner.draining.send_replace(true);
+        let deadline = tokio::time::Instant::now() + timeout;
+        let (running, receiver) = oneshot::channel();
+        self.command(Command::Drain { running }).await?;
+        let begun = match tokio::time::timeout_at(deadline, receiver).await {
+            Ok(running) => running.map_err(|_| self.gone())?,
+            // a step takes longer than there is time
+            Err(_) => self.inner.places.active(),
+        };
+        let in_time = tokio::time::timeout_at(deadline, self.inner.places.until_empty()).await.is_ok();
+        if in_time {
+            return Ok((begun, 0));
+        }
+        let unfinished = self.inner.places.active();
+        self.command(Command::EndAll { reason: "the group is draining".into() }).await?;
+        Ok((begun.saturating_sub(unfinished), unfinished))
+    }
+
+    /// Whether the group gets on.
+    pub fn health(&self) -> EngineHealth {
+        if let Some(reason) = self.failure() {
+            return EngineHealth::Failed { reason };
+        }
+        match self.inner.progress.overdue() {
+            Some((step, overdue)) if overdue >= LOST_AFTER => EngineHealth::Failed {
+                reason: format!("step {step} is {} s overdue", overdue.as_secs()),
+            },
+            Some((step, overdue)) if overdue >= STALLED_AFTER => EngineHealth::Stalled { step, overdue },
+            _ if *self.inner.draining.borrow() => EngineHealth::Draining,
+            _ => EngineHealth::Ready,
+        }
+    }
+
+    /// Completes with the reason when the loop ended or a step will never end: then the process should end
+    /// too. Owns no handle, so it does not keep the engine alive.
+    pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
+        let (progress, failure) = (self.inner.progress.clone(), self.inner.failure.clone());
+        let mut failed = self.inner.failed.clone();
+        async move {
+            loop {
+                // an error means that the sender is gone: the loop ended
+                let ended = tokio::time::timeout(Duration::from_secs(1), failed.wait_for(|failed| *failed)).await;
+                if ended.is_ok() {
+                    return failure.get().cloned().unwrap_or_else(|| "the engine ended".into());
+                }
+                if let Some((step, overdue)) = progress.overdue()
+                    && overdue >= LOST_AFTER
+                {
+                    return format!("step {step} is {} s overdue", overdue.as_secs());
+                }
+            }
+        }
+    }
+
+    fn failure(&self) -> Option<String> {
+        if !*self.inner.failed.borrow() {
+            return None;
+        }
+        Some(self.inner.failure.get().cloned().unwrap_or_else(|| "the engine ended".into()))
+    }
+
+    fn gone(&self) -> EngineError {
+        EngineError::unavailable(self.failure().unwrap_or_else(|| "the engine ended".into()))
+    }
+
+    async fn command(&self, mut command: Command) -> Result<(), EngineError> {
+        loop {
+            match self.inner.commands.try_send(command) {
+                Ok(()) => return Ok(()),
+                Err(TrySendError::Disconnected(_)) => return Err(self.gone()),
+                Err(TrySendError::Full(back)) => command = back,
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+}
+
+/// The engine can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineStartError {
+    /// The configuration can't work.
+    #[error(transparent)]
+    Config(#[from] EngineConfigError),
+    /// No thread.
+    #[error("engine thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+struct EndOfLoop {
+    failure: Arc<OnceLock<String>>,
+    failed: watch::Sender<bool>,
+}
+
+impl Drop for EndOfLoop {
+    fn drop(&mut self) {
+        self.failed.send_replace(true);
+    }
+}

@@ -1,0 +1,103 @@
+//! How many sequences wait and run, counted where a request is accepted, so that a full queue answers at
+//! once and not after the step that happens to run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use tokio::sync::Notify;
+
+use super::error::EngineError;
+use super::request::Class;
+
+/// The counters of one engine.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    interactive: AtomicU32,
+    batch: AtomicU32,
+    active: AtomicU32,
+    empty: Notify,
+}
+
+/// A sequence's place: in the queue, then among those that run. Dropping it leaves both.
+#[derive(Debug)]
+pub(crate) struct Place {
+    places: Arc<Places>,
+    class: Class,
+    waiting: bool,
+}
+
+impl Places {
+    /// A place at the end of a queue in which at most `limit` sequences may wait.
+    pub(crate) fn queue(self: &Arc<Self>, class: Class, limit: u32) -> Result<Place, EngineError> {
+        self.queue_of(class)
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| (waiting < limit).then_some(waiting + 1))
+            .map_err(|waiting| EngineError::Exhausted { waiting })?;
+        self.active.fetch_add(1, Ordering::AcqRel);
+        Ok(Place { places: self.clone(), class, waiting: true })
+    }
+
+    /// Sequences that wait or run.
+    pub(crate) fn active(&self) -> u32 {
+        self.active.load(Ordering::Acquire)
+    }
+
+    /// Until no sequence waits or runs.
+    pub(crate) async fn until_empty(&self) {
+        loop {
+            let empty = self.empty.notified();
+            if self.active() == 0 {
+                return;
+            }
+            empty.await;
+        }
+    }
+
+    fn queue_of(&self, class: Class) -> &AtomicU32 {
+        match class {
+            Class::Interactive => &self.interactive,
+            Class::Batch => &self.batch,
+        }
+    }
+}
+
+impl Place {
+    /// The sequence begins to run.
+    pub(crate) fn leave_queue(&mut self) {
+        if std::mem::take(&mut self.waiting) {
+            self.places.queue_of(self.class).fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.leave_queue();
+        if self.places.active.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.places.empty.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_full_queue_refuses_and_an_empty_engine_is_noticed() {
+        let places = Arc::new(Places::default());
+        let mut first = places.queue(Class::Interactive, 1).unwrap();
+        let refused = places.queue(Class::Interactive, 1);
+        assert_eq!(refused.unwrap_err(), EngineError::Exhausted { waiting: 1 });
+        let batch = places.queue(Class::Batch, 1).unwrap();
+        first.leave_queue();
+        let second = places.queue(Class::Interactive, 1).unwrap();
+        assert_eq!(places.active(), 3);
+        let waiter = tokio::spawn({
+            let places = places.clone();
+            async move { places.until_empty().await }
+        });
+        tokio::task::yield_now().await;
+        drop((first, batch, second));
+        waiter.await.unwrap();
+    }
+}

@@ -1,0 +1,230 @@
+//! A request that was checked against everything that could make it impossible to run here.
+
+use bora_common::blocks::ImageSpan;
+use bora_proto::v1;
+
+use super::config::EngineConfig;
+use super::error::EngineError;
+use crate::sample::SamplingParams;
+
+/// Bytes of a request id.
+pub(crate) const MAX_REQUEST_ID: usize = 256;
+/// Bytes of a cache salt.
+pub(crate) const MAX_CACHE_SALT: usize = 256;
+/// Stop ids of a request.
+pub(crate) const MAX_STOP_IDS: usize = 256;
+/// Pairs of a logit bias.
+pub(crate) const MAX_LOGIT_BIAS: usize = 1_024;
+/// Alternatives listed at a position.
+pub(crate) const MAX_LOGPROBS: u32 = 20;
+/// Images of a request.
+pub(crate) const MAX_IMAGES: usize = 256;
+/// Bytes of an encoded image.
+pub(crate) const MAX_IMAGE_BYTES: usize = 20 * 1024 * 1024;
+
+/// Which queue a sequence waits in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Class {
+    /// Somebody is waiting for it.
+    Interactive,
+    /// It gets what interactive sequences leave.
+    Batch,
+}
+
+/// A request as the scheduler needs it.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    /// For the logs.
+    pub request_id: String,
+    /// The prompt, then what was generated elsewhere.
+    pub token_ids: Vec<u32>,
+    /// Length of the prompt alone.
+    pub prompt_len: usize,
+    /// How ids are drawn.
+    pub sampling: SamplingParams,
+    /// Generated ids at most, those of another group included.
+    pub max_tokens: u32,
+    /// Ids that end it, but not before `sampling.min_tokens` were generated.
+    pub end_ids: Vec<u32>,
+    /// Alternatives at each prompt position, where prompt logprobs are wanted.
+    pub prompt_logprobs: Option<u32>,
+    /// Images within the prompt.
+    pub images: Vec<ImageSpan>,
+    /// Separates tenants.
+    pub salt: Vec<u8>,
+    /// Which queue it waits in.
+    pub class: Class,
+}
+
+impl Request {
+    /// Checks everything; the error names the field and the limit.
+    pub(crate) fn check(request: v1::GenerateRequest, config: &EngineConfig) -> Result<Self, EngineError> {
+        let class = match request.priority() {
+            v1::Priority::Batch => Class::Batch,
+            v1::Priority::Interactive | v1::Priority::Unspecified => Class::Interactive,
+        };
+        at_most("request_id", "bytes", request.request_id.len(), MAX_REQUEST_ID)?;
+        at_most("cache_salt", "bytes", request.cache_salt.len(), MAX_CACHE_SALT)?;
+        let prompt_len = check_token_ids(&request, config)?;
+        let images = check_images(&request.images, prompt_len, config)?;
+        let logprobs = request.logprobs.unwrap_or_default();
+        for (field, top) in [("logprobs.top", logprobs.top), ("logprobs.prompt_top", logprobs.prompt_top)] {
+            at_most(field, "alternatives", top.unwrap_or(0) as usize, MAX_LOGPROBS as usize)?;
+        }
+        let stopping = request.stopping.unwrap_or_default();
+        at_most("stopping.stop_token_ids", "ids", stopping.stop_token_ids.len(), MAX_STOP_IDS)?;
+        if let Some(id) = stopping.stop_token_ids.iter().find(|id| **id >= config.vocabulary_size) {
+            return Err(outside("stopping.stop_token_ids", *id, config));
+        }
+        if stopping.max_tokens == 0 && logprobs.prompt_top.is_none() {
+            return Err(EngineError::invalid("stopping.max_tokens", "must be at least 1"));
+        }
+        if stopping.min_tokens > stopping.max_tokens {
+            return Err(EngineError::invalid(
+                "stopping.min_tokens",
+                format!("{} is more than max_tokens ({})", stopping.min_tokens, stopping.max_tokens),
+            ));
+        }
+        let mut end_ids = stopping.stop_token_ids;
+        if !stopping.ignore_eos {
+            end_ids.extend(&config.eos_ids);
+        }
+        end_ids.sort_unstable();
+        end_ids.dedup();
+        let mut sampling = check_sampling(request.sampling.unwrap_or_default(), config)?;
+        sampling.logprobs = logprobs.top;
+        sampling.min_tokens = stopping.min_tokens;
+        if sampling.min_tokens > 0 {
+            sampling.end_ids.clone_from(&end_ids);
+        }
+        Ok(Self {
+            request_id: request.request_id,
+            prompt_len,
+            sampling,
+            max_tokens: stopping.max_tokens,
+            end_ids,
+            // a resumed request has had them already
+            prompt_logprobs: logprobs.prompt_top.filter(|_| request.generated_len == 0),
+            token_ids: request.token_ids,
+            images,
+            salt: request.cache_salt,
+            class,
+        })
+    }
+}
+
+fn at_most(field: &'static str, what: &str, count: usize, limit: usize) -> Result<(), EngineError> {
+    if count > limit {
+        return Err(EngineError::invalid(field, format!("{count} {what}, at most {limit} are allowed")));
+    }
+    Ok(())
+}
+
+fn outside(field: &'static str, id: u32, config: &EngineConfig) -> EngineError {
+    EngineError::invalid(field, format!("id {id} lies outside the vocabulary (0..{})", config.vocabulary_size))
+}
+
+/// Returns the length of the prompt alone.
+fn check_token_ids(request: &v1::GenerateRequest, config: &EngineConfig) -> Result<usize, EngineError> {
+    let total = request.token_ids.len();
+    let generated = request.generated_len as usize;
+    if generated >= total {
+        let reason = if total == 0 { "must not be empty" } else { "must begin with a prompt" };
+        return Err(EngineError::invalid("token_ids", reason));
+    }
+    let prompt_len = total - generated;
+    // one token at least has to fit behind the prompt
+    let longest = config.max_model_len as usize - 1;
+    if prompt_len > longest || total > config.max_model_len as usize {
+        return Err(EngineError::invalid(
+            "token_ids",
+            format!("{total} ids, at most {longest} fit into the window of {}", config.max_model_len),
+        ));
+    }
+    match request.token_ids.iter().find(|id| **id >= config.vocabulary_size) {
+        Some(id) => Err(outside("token_ids", *id, config)),
+        None => Ok(prompt_len),
+    }
+}
+
+fn check_images(
+    images: &[v1::Image],
+    prompt_len: usize,
+    config: &EngineConfig,
+) -> Result<Vec<ImageSpan>, EngineError> {
+    if !images.is_empty() && !config.images {
+        return Err(EngineError::invalid("images", "this group takes no images"));
+    }
+    at_most("images", "images", images.len(), MAX_IMAGES)?;
+    let mut spans: Vec<ImageSpan> = Vec::with_capacity(images.len());
+    for image in images {
+        at_most("images.data", "bytes", image.data.len(), MAX_IMAGE_BYTES)?;
+        let Ok(hash) = <[u8; 16]>::try_from(&image.hash[..]) else {
+            return Err(EngineError::invalid("images.hash", "must have 16 bytes"));
+        };
+        let (offset, length) = (image.offset as usize, image.length as usize);
+        let previous_end = spans.last().map_or(0, |span| span.offset + span.length);
+        if length == 0 || offset < previous_end || offset + length > prompt_len {
+            return Err(EngineError::invalid(
+                "images.offset",
+                format!("{offset} + {length} ids must lie within the prompt, in order and apart"),
+            ));
+        }
+        spans.push(ImageSpan { hash: u128::from_le_bytes(hash), offset, length });
+    }
+    Ok(spans)
+}
+
+fn check_sampling(sampling: v1::Sampling, config: &EngineConfig) -> Result<SamplingParams, EngineError> {
+    let neutral = SamplingParams::default();
+    let temperature = within("sampling.temperature", sampling.temperature, neutral.temperature, 0.0, 100.0)?;
+    let top_p = within("sampling.top_p", sampling.top_p, neutral.top_p, f32::MIN_POSITIVE, 1.0)?;
+    let min_p = within("sampling.min_p", sampling.min_p, neutral.min_p, 0.0, 1.0)?;
+    let presence_penalty =
+        within("sampling.presence_penalty", sampling.presence_penalty, neutral.presence_penalty, -2.0, 2.0)?;
+    let frequency_penalty =
+        within("sampling.frequency_penalty", sampling.frequency_penalty, neutral.frequency_penalty, -2.0, 2.0)?;
+    let repetition_penalty = within(
+        "sampling.repetition_penalty",
+        sampling.repetition_penalty,
+        neutral.repetition_penalty,
+        0.01,
+        100.0,
+    )?;
+    at_most("sampling.logit_bias", "entries", sampling.logit_bias.len(), MAX_LOGIT_BIAS)?;
+    let mut logit_bias: Vec<(u32, f32)> = sampling.logit_bias.into_iter().collect();
+    logit_bias.sort_unstable_by_key(|(id, _)| *id);
+    for (id, bias) in &logit_bias {
+        if *id >= config.vocabulary_size {
+            return Err(outside("sampling.logit_bias", *id, config));
+        }
+        within("sampling.logit_bias", Some(*bias), 0.0, -1_000.0, 1_000.0)?;
+    }
+    Ok(SamplingParams {
+        temperature,
+        top_p,
+        top_k: sampling.top_k.unwrap_or(0),
+        min_p,
+        presence_penalty,
+        frequency_penalty,
+        repetition_penalty,
+        logit_bias,
+        seed: sampling.seed,
+        ..neutral
+    })
+}
+
+fn within(
+    field: &'static str,
+    value: Option<f32>,
+    neutral: f32,
+    least: f32,
+    most: f32,
+) -> Result<f32, EngineError> {
+    let value = value.unwrap_or(neutral);
+    if (least..=most).contains(&value) {
+        return Ok(value);
+    }
+    let least = if least == f32::MIN_POSITIVE { "above 0".to_owned() } else { format!("from {least}") };
+    Err(EngineError::invalid(field, format!("{value} is not {least} to {most}")))
+}

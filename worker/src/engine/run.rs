@@ -1,0 +1,125 @@
+//! The loop: takes requests in, hands steps to the ranks, gives ids out. One thread, never blocked by a
+//! caller; it waits only for the device, or for something to do.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::Instant;
+
+use bora_proto::v1;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::error::EngineError;
+use super::progress::Progress;
+use super::sequence::Sequence;
+use super::step::{RunError, StepRunner};
+use super::watch::Watchers;
+use crate::schedule::Scheduler;
+
+/// What the loop is asked to do.
+pub(crate) enum Command {
+    /// Run a sequence.
+    Generate(Box<Sequence>),
+    /// Tell somebody of everything that changes.
+    Watch { watcher: String, events: oneshot::Sender<mpsc::Receiver<v1::GroupEvent>> },
+    /// Forget cached blocks; how many they were.
+    Flush { blocks: oneshot::Sender<u32> },
+    /// End what waits, tell the watchers; how many go on running.
+    Drain { running: oneshot::Sender<u32> },
+    /// End everything.
+    EndAll { reason: String },
+}
+
+/// What the loop works with.
+pub(crate) struct EngineLoop {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) runner: Box<dyn StepRunner>,
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) watchers: Watchers,
+    pub(crate) progress: Arc<Progress>,
+    pub(crate) load: watch::Sender<v1::Load>,
+}
+
+impl EngineLoop {
+    /// Runs until every handle is gone and every sequence ended (`Ok`), or until the group can't go on.
+    pub(crate) fn run(mut self) -> Result<(), RunError> {
+        let outcome = self.turn_over();
+        if let Err(error) = &outcome {
+            tracing::error!(%error, "the group can't go on");
+            self.scheduler.fail_all(&EngineError::unavailable(error.to_string()));
+        }
+        outcome
+    }
+
+    fn turn_over(&mut self) -> Result<(), RunError> {
+        let depth = self.runner.pipeline_depth().max(1);
+        loop {
+            let connected = self.take_commands();
+            self.submit_steps(depth)?;
+            if self.scheduler.in_flight() > 0 {
+                let output = self.runner.collect()?;
+                self.scheduler.apply(output, Instant::now())?;
+                self.report_progress();
+                let load = self.watchers.tell_changes(&mut self.scheduler);
+                self.load.send_replace(load);
+                continue;
+            }
+            let load = self.watchers.tell_changes(&mut self.scheduler);
+            self.load.send_replace(load);
+            if !connected {
+                return Ok(());
+            }
+            match self.commands.recv_timeout(self.watchers.next_load_in(&load)) {
+                Ok(command) => self.obey(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+        }
+    }
+
+    /// Takes in whatever has come; false once nobody can send any more.
+    fn take_commands(&mut self) -> bool {
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn submit_steps(&mut self, depth: usize) -> Result<(), RunError> {
+        while self.scheduler.in_flight() < depth {
+            let Some(step) = self.scheduler.plan(Instant::now()) else { break };
+            self.runner.submit(step)?;
+            self.report_progress();
+        }
+        Ok(())
+    }
+
+    fn report_progress(&self) {
+        let in_flight = self.scheduler.in_flight();
+        self.progress.moved(self.scheduler.oldest_step(), in_flight, self.scheduler.predicted_seconds());
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Generate(sequence) => self.scheduler.enqueue(*sequence),
+            Command::Watch { watcher, events } => {
+                tracing::info!(watcher, "watched");
+                let receiver = self.watchers.add(watcher, &mut self.scheduler);
+                // whoever asked may be gone: then nobody reads, and the next event finds that out
+                let _ = events.send(receiver);
+            }
+            Command::Flush { blocks } => {
+                let flushed = self.scheduler.flush_cache();
+                let _ = blocks.send(flushed as u32);
+            }
+            Command::Drain { running } => {
+                self.watchers.set_state(v1::State::Draining);
+                self.scheduler.fail_waiting(&EngineError::unavailable("the group is draining"));
+                let _ = running.send(self.scheduler.load().running);
+            }
+            Command::EndAll { reason } => self.scheduler.fail_all(&EngineError::unavailable(reason)),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! One sequence, from the queue to its last token.
+
+use std::time::Instant;
+
+use bora_common::blocks::{BLOCK_TOKENS, BlockChain, BlockHash};
+use bora_proto::v1;
+
+use super::places::Place;
+use super::request::{Class, Request};
+use super::stream::EventSender;
+use crate::cache::Lease;
+use crate::engine::step::{Admission, PositionLogprobs, Slot, TokenLogprob};
+
+/// A sequence that waits or runs.
+pub(crate) struct Sequence {
+    /// Unique within the engine: a slot is reused, a key is not.
+    pub(crate) key: u64,
+    /// What was asked for; its `token_ids` are moved to `ids`.
+    pub(crate) request: Request,
+    /// Prompt, resumed and drawn ids, as far as they are known.
+    pub(crate) ids: Vec<u32>,
+    /// Ids known from the start: what prefill computes.
+    pub(crate) initial_len: usize,
+    /// Length at which it ends for lack of room.
+    pub(crate) limit_len: usize,
+    chain: BlockChain,
+    /// Of all full blocks of `ids`.
+    pub(crate) hashes: Vec<BlockHash>,
+    /// Class that decides its turn: raised while a more urgent sequence waits for its blocks.
+    pub(crate) class: Class,
+    /// Where it waits for a block that another sequence computes: that block.
+    pub(crate) waits_for: Option<BlockHash>,
+    /// Tokens it adds to the queue, as estimated when it came.
+    pub(crate) queued_tokens: usize,
+    /// Its blocks.
+    pub(crate) lease: Lease,
+    /// Blocks of the lease that the ranks know.
+    pub(crate) sent_blocks: usize,
+    /// Leading blocks that were found or published.
+    pub(crate) published: usize,
+    /// Tokens found in the cache.
+    pub(crate) cached_tokens: usize,
+    /// Positions whose KV is computed by the steps submitted so far.
+    pub(crate) computed: usize,
+    /// Draws submitted and not collected.
+    pub(crate) draws_in_flight: usize,
+    /// Whether the ranks know it.
+    pub(crate) admitted_on_ranks: bool,
+    /// Where its events go.
+    pub(crate) events: EventSender,
+    place: Place,
+    created: Instant,
+    started: Option<Instant>,
+    first_token: Option<Instant>,
+    /// Steps it took part in.
+    pub(crate) steps: u32,
+}
+
+impl Sequence {
+    /// Hashes the whole prompt: a few milliseconds for a very long one, on the caller's thread.
+    pub(crate) fn new(
+        key: u64,
+        mut request: Request,
+        max_model_len: u32,
+        events: EventSender,
+        place: Place,
+    ) -> Self {
+        let ids = std::mem::take(&mut request.token_ids);
+        let mut chain = BlockChain::new(&request.salt, request.images.clone());
+        let limit_len = (request.prompt_len + request.max_tokens as usize).min(max_model_len as usize);
+        Self {
+            key,
+            hashes: chain.extend(&ids),
+            chain,
+            initial_len: ids.len(),
+            limit_len,
+            ids,
+            class: request.class,
+            request,
+            waits_for: None,
+            queued_tokens: 0,
+            lease: Lease::default(),
+            sent_blocks: 0,
+            published: 0,
+            cached_tokens: 0,
+            computed: 0,
+            draws_in_flight: 0,
+            admitted_on_ranks: false,
+            events,
+            place,
+            created: Instant::now(),
+            started: None,
+            first_token: None,
+            steps: 0,
+        }
+    }
+
+    /// Blocks that hold everything it can ever need: the last drawn id is never computed.
+    pub(crate) fn blocks_needed(&self) -> usize {
+        self.initial_len.max(self.limit_len - 1).div_ceil(BLOCK_TOKENS)
+    }
+
+    /// Blocks that may come from the cache: the last known token is always computed, since somebody has to
+    /// say what follows it, and a prompt whose logprobs are wanted is computed whole.
+    pub(crate) fn cacheable(&self) -> &[BlockHash] {
+        if self.request.prompt_logprobs.is_some() {
+            return &[];
+        }
+        &self.hashes[..(self.initial_len - 1) / BLOCK_TOKENS]
+    }
+
+    /// Leaves the queue with its lease, of which the first blocks were found in the cache.
+    pub(crate) fn start(&mut self, lease: Lease, now: Instant) {
+        self.published = lease.blocks.len();
+        self.cached_tokens = lease.blocks.len() * BLOCK_TOKENS;
+        self.computed = self.cached_tokens;
+        self.lease = lease;
+        self.started = Some(now);
+        self.place.leave_queue();
+        self.events.started(v1::Started {
+            prompt_tokens: self.request.prompt_len as u32,
+            cached_tokens: self.cached_tokens as u32,
+            queued_seconds: (now - self.created).as_secs_f64(),
+        });
+    }
+
+    /// Whether known tokens have yet to be computed.
+    pub(crate) fn prefills(&self) -> bool {
+        self.computed < self.initial_len
+    }
+
+    /// Ids known or on their way.
+    pub(crate) fn expected_len(&self) -> usize {
+        self.ids.len() + self.draws_in_flight
+    }
+
+    /// Whether the next step may compute the id drawn last and draw another.
+    pub(crate) fn decodes(&self) -> bool {
+        !self.prefills() && self.computed < self.expected_len() && self.expected_len() < self.limit_len
+    }
+
+    /// What the ranks have to know at its first step.
+    pub(crate) fn admission(&self, slot: Slot) -> Admission {
+        let prompt_len = self.request.prompt_len;
+        let needs_prompt = self.request.sampling.repetition_penalty != 1.0;
+        Admission {
+            slot,
+            sampling: self.request.sampling.clone(),
+            prompt_ids: if needs_prompt { self.ids[..prompt_len].to_vec() } else { Vec::new() },
+            generated_ids: self.ids[prompt_len..self.initial_len].to_vec(),
+        }
+    }
+
+    /// A drawn id became known; tells the caller, and says why the sequence ends, if it does.
+    pub(crate) fn push(
+        &mut self,
+        token_id: u32,
+        logprobs: Option<&PositionLogprobs>,
+        now: Instant,
+    ) -> Option<v1::FinishReason> {
+        self.first_token.get_or_insert(now);
+        self.ids.push(token_id);
+        self.hashes.extend(self.chain.push(token_id));
+        self.events.token(token_id, logprobs.map(to_proto));
+        self.finish_reason()
+    }
+
+    /// Why a sequence with the ids known so far ends, if it does.
+    pub(crate) fn finish_reason(&self) -> Option<v1::FinishReason> {
+        let generated = &self.ids[self.request.prompt_len..];
+        if let Some(last) = generated.last()
+            && generated.len() >= self.request.sampling.min_tokens as usize
+            && self.request.end_ids.binary_search(last).is_ok()
+        {
+            return Some(v1::FinishReason::Stop);
+        }
+        (self.ids.len() >= self.limit_len).then_some(v1::FinishReason::Length)
+    }
+
+    /// A resumed sequence may already be at its end: its group died between its last id and the word that
+    /// it was the last.
+    pub(crate) fn ended_elsewhere(&self) -> Option<v1::FinishReason> {
+        let resumed = self.initial_len > self.request.prompt_len;
+        if resumed { self.finish_reason() } else { None }
+    }
+
+    /// What its last event says.
+    pub(crate) fn finished(&self, reason: v1::FinishReason, now: Instant) -> v1::Finished {
+        let started = self.started.unwrap_or(now);
+        let first_token = self.first_token.unwrap_or(now);
+        v1::Finished {
+            reason: reason.into(),
+            prompt_tokens: self.request.prompt_len as u32,
+            cached_tokens: self.cached_tokens as u32,
+            completion_tokens: (self.ids.len() - self.request.prompt_len) as u32,
+            timing: Some(v1::Timing {
+                queued_seconds: (started - self.created).as_secs_f64(),
+                prefill_seconds: (first_token - started).as_secs_f64(),
+                decode_seconds: (now - first_token).as_secs_f64(),
+                steps: self.steps,
+            }),
+        }
+    }
+}
+
+/// Logprobs as they go over the wire.
+pub(crate) fn to_proto(logprobs: &PositionLogprobs) -> v1::PositionLogprobs {
+    let token = |token: &TokenLogprob| v1::TokenLogprob {
+        token_id: token.token_id,
+        logprob: token.logprob,
+        rank: token.rank,
+    };
+    v1::PositionLogprobs {
+        chosen: Some(token(&logprobs.chosen)),
+        top: logprobs.top.iter().map(token).collect(),
+    }
+}

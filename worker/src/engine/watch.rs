@@ -1,0 +1,124 @@
+//! Watchers: a snapshot of the blocks first, then numbered deltas, load and state.
+//!
+//! Each watcher has a bounded channel. One that does not read is cut off: its stream ends, and it calls
+//! again for a new snapshot.
+
+use std::time::{Duration, Instant};
+
+use bora_proto::v1::{self, group_event::Event};
+use tokio::sync::mpsc;
+
+use crate::cache::to_bytes;
+use crate::schedule::Scheduler;
+
+/// Events a watcher may lag behind.
+const CAPACITY: usize = 4_096;
+/// Hashes in one part of a snapshot: 256 KiB.
+const SNAPSHOT_PART: usize = 16_384;
+/// Load is told when it changed, but not more often than this.
+const LOAD_INTERVAL: Duration = Duration::from_millis(50);
+/// Load is told at least this often, as a sign of life.
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
+
+struct Watcher {
+    name: String,
+    events: mpsc::Sender<v1::GroupEvent>,
+    sequence: u64,
+}
+
+impl Watcher {
+    /// False once the watcher is gone or cut off.
+    fn tell(&mut self, epoch: u64, event: Event) -> bool {
+        self.sequence += 1;
+        let event = v1::GroupEvent { epoch, sequence: self.sequence, event: Some(event) };
+        match self.events.try_send(event) {
+            Ok(()) => true,
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                tracing::warn!(watcher = self.name, "cut off: it does not read its events");
+                false
+            }
+        }
+    }
+}
+
+/// Everybody who watches the group.
+pub(crate) struct Watchers {
+    epoch: u64,
+    state: v1::State,
+    watchers: Vec<Watcher>,
+    told: v1::Load,
+    told_at: Instant,
+}
+
+impl Watchers {
+    pub(crate) fn new(epoch: u64) -> Self {
+        Self {
+            epoch,
+            state: v1::State::Ready,
+            watchers: Vec::new(),
+            told: v1::Load::default(),
+            told_at: Instant::now(),
+        }
+    }
+
+    /// A new watcher, who is first told everything that is.
+    pub(crate) fn add(&mut self, name: String, scheduler: &mut Scheduler) -> mpsc::Receiver<v1::GroupEvent> {
+        // the others hear of what the snapshot already has
+        self.tell_changes(scheduler);
+        let hashes = scheduler.snapshot();
+        let parts: Vec<_> = hashes.chunks(SNAPSHOT_PART).collect();
+        let (sender, receiver) = mpsc::channel(CAPACITY + parts.len());
+        let mut watcher = Watcher { name, events: sender, sequence: 0 };
+        for (index, part) in parts.iter().enumerate() {
+            let snapshot = v1::Snapshot { block_hashes: to_bytes(part), last: index + 1 == parts.len() };
+            watcher.tell(self.epoch, Event::Snapshot(snapshot));
+        }
+        if parts.is_empty() {
+            let empty = v1::Snapshot { last: true, ..Default::default() };
+            watcher.tell(self.epoch, Event::Snapshot(empty));
+        }
+        watcher.tell(self.epoch, Event::State(self.state.into()));
+        watcher.tell(self.epoch, Event::Load(scheduler.load()));
+        self.watchers.push(watcher);
+        receiver
+    }
+
+    /// Tells what changed since the last call. Returns the load as it is now.
+    pub(crate) fn tell_changes(&mut self, scheduler: &mut Scheduler) -> v1::Load {
+        let delta = scheduler.drain_changes();
+        if !delta.is_empty() && !self.watchers.is_empty() {
+            self.tell_all(&Event::Blocks(v1::BlocksChanged {
+                stored: to_bytes(&delta.stored),
+                evicted: to_bytes(&delta.evicted),
+            }));
+        }
+        let load = scheduler.load();
+        let since = self.told_at.elapsed();
+        if (load != self.told && since >= LOAD_INTERVAL) || since >= HEARTBEAT {
+            self.told = load;
+            self.told_at = Instant::now();
+            self.tell_all(&Event::Load(load));
+        }
+        load
+    }
+
+    /// How long until a changed load may be told.
+    pub(crate) fn next_load_in(&self, load: &v1::Load) -> Duration {
+        let interval = if *load == self.told { HEARTBEAT } else { LOAD_INTERVAL };
+        interval.saturating_sub(self.told_at.elapsed()).max(Duration::from_millis(1))
+    }
+
+    /// The group's life goes on.
+    pub(crate) fn set_state(&mut self, state: v1::State) {
+        if self.state != state {
+            self.state = state;
+            self.tell_all(&Event::State(state.into()));
+        }
+    }
+
+    fn tell_all(&mut self, event: &Event) {
+        let epoch = self.epoch;
+        self.watchers.retain_mut(|watcher| watcher.tell(epoch, event.clone()));
+    }
+}

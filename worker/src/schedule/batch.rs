@@ -1,0 +1,115 @@
+//! Makes a step: everybody who decodes, then chunks of prompts.
+
+use std::time::Instant;
+
+use bora_common::blocks::BLOCK_TOKENS;
+
+use super::budget::Candidate;
+use super::{Flight, FlightWork, Scheduler};
+use crate::engine::sequence::Sequence;
+use crate::engine::step::{PromptLogprobs, Slot, Step, Tokens, Work};
+
+impl Scheduler {
+    /// The next step, which has to be submitted; `None` while there is nothing to compute.
+    pub(crate) fn plan(&mut self, now: Instant) -> Option<Step> {
+        self.drop_abandoned();
+        self.admit_waiting(now);
+        let mut decoding: Vec<Slot> = Vec::with_capacity(self.order.len());
+        let mut context_sum = 0;
+        let mut candidates: Vec<Candidate> = Vec::new();
+        for slot in self.order.iter().copied() {
+            let Some(sequence) = &self.slots[slot as usize] else { continue };
+            if sequence.decodes() {
+                decoding.push(slot);
+                context_sum += sequence.computed + 1;
+            } else if sequence.prefills() {
+                candidates.push(Candidate {
+                    slot,
+                    class: sequence.class,
+                    context: sequence.computed,
+                    remaining: sequence.initial_len - sequence.computed,
+                    scored: sequence.request.prompt_logprobs.is_some(),
+                });
+            }
+        }
+        if decoding.is_empty() && candidates.is_empty() {
+            return None;
+        }
+        let (chunks, prediction) = self.budget.share(decoding.len(), context_sum, candidates);
+        self.last_step += 1;
+        let mut step =
+            Step { id: self.last_step, release: std::mem::take(&mut self.releases), ..Default::default() };
+        let mut works = Vec::with_capacity(decoding.len() + chunks.len());
+        for (slot, tokens) in decoding.into_iter().map(|slot| (slot, None)).chain(
+            chunks.into_iter().map(|(slot, tokens)| (slot, Some(tokens))),
+        ) {
+            let Some(sequence) = self.slots[slot as usize].as_mut() else { continue };
+            if !sequence.admitted_on_ranks {
+                sequence.admitted_on_ranks = true;
+                step.admit.push(sequence.admission(slot));
+            }
+            let end = sequence.computed + tokens.unwrap_or(1);
+            self.cache.grow(&mut sequence.lease, end.div_ceil(BLOCK_TOKENS));
+            let work = match tokens {
+                None => decode(sequence, slot),
+                Some(tokens) => chunk(sequence, slot, tokens),
+            };
+            works.push(FlightWork {
+                slot,
+                key: sequence.key,
+                sampled: work.sample,
+                scored: work.prompt_logprobs.is_some(),
+                completes_prompt: tokens.is_some() && end == sequence.initial_len,
+            });
+            step.work.push(work);
+            // steps run in order: whoever is admitted to a later one may read these blocks
+            self.publish_full_blocks(slot);
+        }
+        self.flights.push_back(Flight { id: step.id, works, prediction });
+        Some(step)
+    }
+}
+
+/// Computes the id drawn last and draws the next.
+fn decode(sequence: &mut Sequence, slot: Slot) -> Work {
+    let start = sequence.computed as u32;
+    sequence.computed += 1;
+    sequence.draws_in_flight += 1;
+    sequence.steps += 1;
+    Work {
+        slot,
+        start,
+        tokens: Tokens::Sampled,
+        new_blocks: unsent_blocks(sequence),
+        sample: true,
+        prompt_logprobs: None,
+    }
+}
+
+/// Computes the next tokens of a prompt; the last chunk draws the first id.
+fn chunk(sequence: &mut Sequence, slot: Slot, tokens: usize) -> Work {
+    let start = sequence.computed;
+    let end = start + tokens;
+    sequence.computed = end;
+    sequence.steps += 1;
+    let sample = end == sequence.initial_len && sequence.initial_len < sequence.limit_len;
+    sequence.draws_in_flight += usize::from(sample);
+    let prompt_logprobs = sequence.request.prompt_logprobs.map(|top| PromptLogprobs {
+        top,
+        targets: sequence.ids[start + 1..(end + 1).min(sequence.initial_len)].to_vec(),
+    });
+    Work {
+        slot,
+        start: start as u32,
+        tokens: Tokens::Ids(sequence.ids[start..end].to_vec()),
+        new_blocks: unsent_blocks(sequence),
+        sample,
+        prompt_logprobs,
+    }
+}
+
+fn unsent_blocks(sequence: &mut Sequence) -> Vec<u32> {
+    let blocks = sequence.lease.blocks[sequence.sent_blocks..].to_vec();
+    sequence.sent_blocks = sequence.lease.blocks.len();
+    blocks
+}

@@ -1,0 +1,208 @@
+//! A scheduler and a fake group, turned by hand: no threads, no clock.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bora_proto::v1::{self, generate_event::Event};
+use futures::{FutureExt as _, StreamExt as _};
+
+use super::Scheduler;
+use crate::backend::fake::{FakeMode, FakeOptions, FakeRunner, digest};
+use crate::engine::places::Places;
+use crate::engine::request::Request;
+use crate::engine::sequence::Sequence;
+use crate::engine::step::{Step, StepRunner as _, Tokens};
+use crate::engine::{EngineConfig, EngineError, EngineOptions, EventStream, stream};
+
+pub(super) struct Harness {
+    pub(super) scheduler: Scheduler,
+    pub(super) config: EngineConfig,
+    runner: FakeRunner,
+    places: Arc<Places>,
+    depth: usize,
+    next_key: u64,
+    /// Every step made.
+    pub(super) steps: Vec<Step>,
+}
+
+/// Everything a stream said.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    pub(super) started: Option<v1::Started>,
+    pub(super) prompt_logprobs: Vec<v1::PromptLogprobs>,
+    pub(super) ids: Vec<u32>,
+    pub(super) logprobs: Vec<v1::PositionLogprobs>,
+    pub(super) end: Option<Result<v1::Finished, EngineError>>,
+}
+
+impl Heard {
+    pub(super) fn listen(&mut self, stream: &mut EventStream) {
+        while let Some(Some(event)) = stream.next().now_or_never() {
+            assert!(self.end.is_none(), "an event after the end");
+            match event.map(|event| event.event.unwrap()) {
+                Ok(Event::Started(started)) => {
+                    assert!(self.started.replace(started).is_none(), "started twice");
+                }
+                Ok(Event::PromptLogprobs(logprobs)) => {
+                    assert!(self.started.is_some() && self.ids.is_empty());
+                    self.prompt_logprobs.push(logprobs);
+                }
+                Ok(Event::Tokens(tokens)) => {
+                    assert!(self.started.is_some());
+                    self.ids.extend(tokens.token_ids);
+                    self.logprobs.extend(tokens.logprobs);
+                }
+                Ok(Event::Finished(finished)) => self.end = Some(Ok(finished)),
+                Err(error) => self.end = Some(Err(error)),
+            }
+        }
+    }
+
+    pub(super) fn finished(&self) -> &v1::Finished {
+        match &self.end {
+            Some(Ok(finished)) => finished,
+            other => panic!("not finished: {other:?}"),
+        }
+    }
+}
+
+/// A small group that digests: any mistake changes its ids.
+pub(super) fn config(kv_blocks: u32) -> EngineConfig {
+    let options = FakeOptions { time_scale: 1.0, ..Default::default() };
+    EngineConfig {
+        options: EngineOptions { max_num_seqs: 8, max_num_batched_tokens: 512, ..Default::default() },
+        epoch: 1,
+        kv_blocks,
+        max_model_len: kv_blocks * 64,
+        vocabulary_size: 1_000,
+        eos_ids: vec![2],
+        images: false,
+        speed: options.speed(),
+    }
+}
+
+pub(super) fn request(token_ids: Vec<u32>, max_tokens: u32) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        token_ids,
+        stopping: Some(v1::Stopping { max_tokens, ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+/// What a digesting group generates after `ids` (prompt and resumed ids).
+pub(super) fn expected(
+    ids: &[u32],
+    prompt_len: usize,
+    seed: u64,
+    max_tokens: usize,
+    config: &EngineConfig,
+) -> (Vec<u32>, v1::FinishReason) {
+    let mut all = ids.to_vec();
+    loop {
+        let id = digest(all.iter().copied(), seed, config.vocabulary_size);
+        all.push(id);
+        let reason = if config.eos_ids.contains(&id) {
+            v1::FinishReason::Stop
+        } else if all.len() == (prompt_len + max_tokens).min(config.max_model_len as usize) {
+            v1::FinishReason::Length
+        } else {
+            continue;
+        };
+        return (all.split_off(ids.len()), reason);
+    }
+}
+
+impl Harness {
+    pub(super) fn new(config: EngineConfig, depth: usize) -> Self {
+        let fake = FakeOptions {
+            vocabulary_size: config.vocabulary_size,
+            kv_blocks: config.kv_blocks,
+            mode: FakeMode::Digest,
+            time_scale: 0.0,
+            faulty_id: Some(999),
+            ..Default::default()
+        };
+        config.check().unwrap();
+        Self {
+            scheduler: Scheduler::new(config.clone()),
+            config,
+            runner: FakeRunner::new(fake),
+            places: Arc::default(),
+            depth,
+            next_key: 0,
+            steps: Vec::new(),
+        }
+    }
+
+    pub(super) fn generate(&mut self, request: v1::GenerateRequest) -> EventStream {
+        let request = Request::check(request, &self.config).unwrap();
+        let place = self.places.queue(request.class, u32::MAX).unwrap();
+        let (events, stream) = stream::channel();
+        self.next_key += 1;
+        let sequence = Sequence::new(self.next_key, request, self.config.max_model_len, events, place);
+        self.scheduler.enqueue(sequence);
+        stream
+    }
+
+    /// Fills the pipeline and takes in one step; false where there was nothing to do.
+    pub(super) fn turn(&mut self) -> bool {
+        while self.scheduler.in_flight() < self.depth {
+            let Some(step) = self.scheduler.plan(Instant::now()) else { break };
+            self.check_limits(&step);
+            self.steps.push(step.clone());
+            self.runner.submit(step).expect("the fake checks every promise of a step");
+            self.scheduler.cache.check();
+        }
+        if self.scheduler.in_flight() == 0 {
+            return false;
+        }
+        let output = self.runner.collect().unwrap();
+        self.scheduler.apply(output, Instant::now()).unwrap();
+        self.scheduler.cache.check();
+        true
+    }
+
+    /// Turns until nothing is left to do; not for ever.
+    pub(super) fn settle(&mut self) {
+        for _ in 0..100_000 {
+            if !self.turn() {
+                return;
+            }
+        }
+        panic!("it never comes to an end");
+    }
+
+    fn check_limits(&self, step: &Step) {
+        let tokens: usize = step.work.iter().map(|work| work.tokens.count()).sum();
+        assert!(tokens <= self.config.options.max_num_batched_tokens as usize);
+        assert!(step.work.len() <= self.config.options.max_num_seqs as usize);
+        let mut slots: Vec<u32> = step.work.iter().map(|work| work.slot).collect();
+        slots.sort_unstable();
+        slots.dedup();
+        assert_eq!(slots.len(), step.work.len(), "one entry a slot");
+        let rows: usize = step
+            .work
+            .iter()
+            .map(|work| work.prompt_logprobs.as_ref().map_or(0, |wanted| wanted.targets.len()))
+            .sum::<usize>()
+            + step.work.iter().filter(|work| work.sample).count();
+        assert!(rows <= self.config.options.max_logit_rows());
+    }
+
+    /// Prompt tokens computed so far.
+    pub(super) fn prefilled(&self) -> usize {
+        let works = self.steps.iter().flat_map(|step| &step.work);
+        works.filter(|work| matches!(work.tokens, Tokens::Ids(_))).map(|work| work.tokens.count()).sum()
+    }
+
+    /// Nothing is left behind.
+    pub(super) fn assert_empty(&self) {
+        let usage = self.scheduler.cache.usage();
+        assert_eq!((usage.used, usage.reserved), (0, 0), "blocks are left");
+        assert!(self.scheduler.order.is_empty() && self.scheduler.slots.iter().all(Option::is_none));
+        assert_eq!(self.scheduler.free_slots.len(), self.config.options.max_num_seqs as usize);
+        assert!(self.scheduler.computing.is_empty());
+        assert!(self.scheduler.waiting.iter().all(|queue| queue.is_empty()));
+        assert_eq!(self.places.active(), 0);
+    }
+}

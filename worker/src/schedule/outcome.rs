@@ -1,0 +1,99 @@
+//! Takes in what came of a step: ids for the callers, blocks that are full, sequences that ended.
+
+use std::time::{Duration, Instant};
+
+use bora_proto::v1;
+
+use super::{FlightWork, Scheduler};
+use crate::engine::error::EngineError;
+use crate::engine::sequence::to_proto;
+use crate::engine::step::{PromptOutput, RunError, Sampled, SequenceFault, Slot, StepOutput};
+
+impl Scheduler {
+    /// The oldest step in flight came to its end. An output that does not fit the step is an error: the
+    /// group is not what the scheduler believes it to be.
+    pub(crate) fn apply(&mut self, output: StepOutput, now: Instant) -> Result<(), RunError> {
+        let invalid = |reason: String| Err(RunError::Invalid { step: output.id, reason });
+        let Some(flight) = self.flights.pop_front() else {
+            return invalid("an output of no step".into());
+        };
+        if flight.id != output.id {
+            return invalid(format!("an output of this step where step {} was due", flight.id));
+        }
+        self.completed += 1;
+        if let Ok(taken) = Duration::try_from_secs_f64(output.seconds) {
+            self.budget.learn(&flight.prediction, taken);
+        }
+        let mut all_sampled = output.sampled.into_iter();
+        let mut all_scored = output.prompt_logprobs.into_iter();
+        for work in &flight.works {
+            let scored = if work.scored { all_scored.next() } else { None };
+            let sampled = if work.sampled { all_sampled.next() } else { None };
+            let complete = scored.as_ref().is_some_and(|scored| scored.slot == work.slot) == work.scored
+                && sampled.as_ref().is_some_and(|sampled| sampled.slot == work.slot) == work.sampled;
+            if !complete {
+                return Err(RunError::Invalid {
+                    step: output.id,
+                    reason: format!("the output for slot {} is missing", work.slot),
+                });
+            }
+            self.take_in(work, scored, sampled, now);
+        }
+        Ok(())
+    }
+
+    fn take_in(
+        &mut self,
+        work: &FlightWork,
+        scored: Option<PromptOutput>,
+        sampled: Option<Sampled>,
+        now: Instant,
+    ) {
+        // a sequence that ended meanwhile: this was its overrun
+        let Some(sequence) =
+            self.slots[work.slot as usize].as_mut().filter(|sequence| sequence.key == work.key)
+        else {
+            return;
+        };
+        if let Some(scored) = scored {
+            if let Some(index) = scored.positions.iter().position(|at| at.chosen.logprob.is_nan()) {
+                let position = scored.start + index as u32;
+                return self.fail(work.slot, &SequenceFault::NotANumber { position });
+            }
+            sequence.events.prompt_logprobs(v1::PromptLogprobs {
+                start: scored.start,
+                positions: scored.positions.iter().map(to_proto).collect(),
+            });
+        }
+        let reason = match sampled.map(|sampled| sampled.result) {
+            Some(Err(fault)) => return self.fail(work.slot, &fault),
+            Some(Ok(drawn)) => {
+                sequence.draws_in_flight -= 1;
+                sequence.push(drawn.token_id, drawn.logprobs.as_ref(), now)
+            }
+            // nothing to generate: it ends with its prompt
+            None if work.completes_prompt => sequence.finish_reason(),
+            None => None,
+        };
+        self.publish_full_blocks(work.slot);
+        if let Some(reason) = reason
+            && let Some(sequence) = self.remove(work.slot)
+        {
+            let finished = sequence.finished(reason, now);
+            sequence.events.end(Ok(finished));
+        }
+    }
+
+    /// One sequence went wrong; what it stored is not to be trusted.
+    fn fail(&mut self, slot: Slot, fault: &SequenceFault) {
+        let Some(sequence) = &self.slots[slot as usize] else { return };
+        let found = sequence.cached_tokens / bora_common::blocks::BLOCK_TOKENS;
+        for block in &sequence.lease.blocks[found..sequence.published] {
+            self.cache.forget(*block);
+        }
+        if let Some(sequence) = self.remove(slot) {
+            tracing::error!(request_id = sequence.request.request_id, %fault, "sequence failed");
+            sequence.events.end(Err(EngineError::Internal { reason: fault.to_string() }));
+        }
+    }
+}

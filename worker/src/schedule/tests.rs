@@ -1,0 +1,299 @@
+//! What the scheduler promises, one promise a test.
+
+use bora_proto::v1::{self, FinishReason};
+
+use super::harness::{Harness, Heard, config, expected, request};
+use crate::engine::{EngineError, EventStream};
+use crate::engine::step::Tokens;
+
+fn ids(seed: u32, count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| 3 + (seed.wrapping_mul(7_919) + i * 31) % 900).collect()
+}
+
+fn hear(stream: &mut EventStream) -> Heard {
+    let mut heard = Heard::default();
+    heard.listen(stream);
+    heard
+}
+
+#[test]
+fn a_sequence_is_generated_as_by_itself() {
+    for depth in [1, 2] {
+        let mut harness = Harness::new(config(64), depth);
+        let mut stream = harness.generate(request(ids(1, 150), 100));
+        harness.settle();
+        let heard = hear(&mut stream);
+        let (generated, reason) = expected(&ids(1, 150), 150, 0, 100, &harness.config);
+        assert_eq!(heard.ids, generated);
+        let finished = heard.finished();
+        assert_eq!(finished.reason(), reason);
+        assert_eq!((finished.prompt_tokens, finished.completion_tokens), (150, generated.len() as u32));
+        harness.assert_empty();
+    }
+}
+
+#[test]
+fn a_prefix_is_computed_once_also_what_was_generated() {
+    let mut harness = Harness::new(config(64), 2);
+    let prompt = ids(1, 300);
+    let mut first = harness.generate(request(prompt.clone(), 60));
+    harness.settle();
+    let first = hear(&mut first);
+    assert_eq!(harness.prefilled(), 300);
+    assert_eq!(first.started.unwrap().cached_tokens, 0);
+
+    let mut again = harness.generate(request(prompt[..256].to_vec(), 1));
+    harness.settle();
+    assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 192, "the last token is always computed");
+
+    // the next turn of the conversation: prompt, answer, and a new question
+    let mut turn = prompt;
+    turn.extend(&first.ids);
+    let computed = turn.len() - 1;
+    turn.extend(ids(2, 20));
+    let before = harness.prefilled();
+    let mut next = harness.generate(request(turn.clone(), 1));
+    harness.settle();
+    let cached = computed / 64 * 64;
+    assert_eq!(hear(&mut next).started.unwrap().cached_tokens as usize, cached);
+    assert_eq!(harness.prefilled() - before, turn.len() - cached);
+}
+
+#[test]
+fn siblings_compute_their_common_prefix_once() {
+    for depth in [1, 2] {
+        let mut harness = Harness::new(config(256), depth);
+        let common = ids(1, 1_280);
+        let mut streams: Vec<EventStream> = (0..6)
+            .map(|sibling| {
+                let mut prompt = common.clone();
+                prompt.extend(ids(100 + sibling, 10));
+                harness.generate(request(prompt, 5))
+            })
+            .collect();
+        harness.settle();
+        assert_eq!(harness.prefilled(), 1_290 + 5 * 10);
+        let cached: Vec<u32> = streams.iter_mut().map(|s| hear(s).finished().cached_tokens).collect();
+        assert_eq!(cached, [0, 1_280, 1_280, 1_280, 1_280, 1_280]);
+        harness.assert_empty();
+    }
+}
+
+#[test]
+fn siblings_go_on_when_the_one_that_computes_is_aborted() {
+    let mut harness = Harness::new(config(256), 2);
+    let prompt = ids(1, 3_000);
+    let first = harness.generate(request(prompt.clone(), 5));
+    let mut second = harness.generate(request(prompt.clone(), 5));
+    harness.turn();
+    assert_eq!(harness.scheduler.load().waiting, 1);
+    drop(first);
+    harness.settle();
+    let heard = hear(&mut second);
+    assert_eq!(heard.ids, expected(&prompt, 3_000, 0, 5, &harness.config).0);
+    assert!(heard.finished().cached_tokens > 0, "what the first one computed is there");
+    harness.assert_empty();
+}
+
+#[test]
+fn a_long_prompt_comes_in_chunks_between_which_streams_go_on() {
+    let mut harness = Harness::new(config(512), 1);
+    let mut streaming = harness.generate(request(ids(1, 10), 1_000));
+    harness.turn();
+    let mut long = harness.generate(request(ids(2, 5_000), 1));
+    let first = harness.steps.len();
+    let mut heard = Heard::default();
+    while heard.end.is_none() {
+        assert!(harness.turn());
+        heard.listen(&mut long);
+    }
+    let chunks = &harness.steps[first..];
+    assert!(chunks.len() > 5);
+    let streams_go_on =
+        chunks.iter().all(|step| step.work.first().is_some_and(|work| work.tokens == Tokens::Sampled));
+    assert!(streams_go_on, "decode first, in every step");
+    assert_eq!(hear(&mut streaming).ids.len(), harness.steps.len(), "a token a step");
+}
+
+#[test]
+fn the_big_one_at_the_head_is_not_overtaken_and_batch_comes_last() {
+    let mut harness = Harness::new(config(10), 1);
+    let mut running = harness.generate(request(ids(1, 65), 128)); // 3 blocks
+    harness.turn();
+    let mut batch = harness.generate(v1::GenerateRequest {
+        priority: v1::Priority::Batch.into(),
+        ..request(ids(2, 10), 5)
+    });
+    let mut big = harness.generate(request(ids(3, 500), 50)); // 9 blocks
+    let mut small = harness.generate(request(ids(4, 10), 5));
+    harness.turn();
+    assert_eq!(harness.scheduler.load().waiting, 3, "nobody overtakes the big one");
+    let mut heard: [Heard; 4] = Default::default();
+    let mut order = Vec::new();
+    while harness.turn() {
+        for (index, stream) in [&mut running, &mut big, &mut small, &mut batch].into_iter().enumerate() {
+            let waited = heard[index].started.is_none();
+            heard[index].listen(stream);
+            if waited && heard[index].started.is_some() {
+                order.push(index);
+            }
+        }
+    }
+    assert_eq!(order, [0, 1, 2, 3]);
+    assert!(heard.iter().all(|heard| matches!(heard.end, Some(Ok(_)))));
+    harness.assert_empty();
+}
+
+#[test]
+fn a_resumed_sequence_equals_an_undisturbed_one() {
+    let prompt = ids(5, 200);
+    for depth in [1, 2] {
+        let mut harness = Harness::new(config(64), depth);
+        let (whole, reason) = expected(&prompt, 200, 9, 80, &harness.config);
+        for cut in [1, 30, whole.len() - 1, whole.len()] {
+            let mut token_ids = prompt.clone();
+            token_ids.extend(&whole[..cut]);
+            let resumed = v1::GenerateRequest {
+                generated_len: cut as u32,
+                sampling: Some(v1::Sampling { seed: 9, ..Default::default() }),
+                ..request(token_ids, 80)
+            };
+            if cut == whole.len() {
+                let checked =
+                    crate::engine::request::Request::check(resumed.clone(), &harness.config).unwrap();
+                assert_eq!(checked.prompt_len, 200);
+                continue; // answered without the scheduler: see the engine's tests
+            }
+            let mut stream = harness.generate(resumed);
+            harness.settle();
+            let heard = hear(&mut stream);
+            assert_eq!(heard.ids, whole[cut..], "cut at {cut}");
+            let finished = heard.finished();
+            assert_eq!(finished.reason(), reason);
+            assert_eq!(finished.completion_tokens as usize, whole.len());
+            assert_eq!(finished.prompt_tokens, 200);
+        }
+        harness.assert_empty();
+    }
+}
+
+#[test]
+fn stop_ids_and_min_tokens_and_the_window() {
+    let mut harness = Harness::new(config(4), 2);
+    let prompt = ids(5, 100);
+    let (whole, _) = expected(&prompt, 100, 0, 1_000, &harness.config);
+    let stopping = |stop_token_ids, min_tokens, max_tokens| v1::GenerateRequest {
+        stopping: Some(v1::Stopping { stop_token_ids, min_tokens, max_tokens, ignore_eos: false }),
+        ..request(prompt.clone(), 0)
+    };
+    let mut run = |request| {
+        let mut stream = harness.generate(request);
+        harness.settle();
+        hear(&mut stream)
+    };
+    let stopped = run(stopping(vec![whole[4], whole[9]], 0, 50));
+    assert_eq!(stopped.ids, whole[..5], "the stop id is the last one sent");
+    assert_eq!(stopped.finished().reason(), FinishReason::Stop);
+    let later = run(stopping(vec![whole[4], whole[9]], 6, 50));
+    assert_eq!(later.ids, whole[..10]);
+    let window = run(stopping(vec![], 0, 100_000));
+    assert_eq!(window.ids.len(), 156.min(whole.len()));
+    let window = window.finished();
+    assert_eq!(window.reason(), if whole.len() < 156 { FinishReason::Stop } else { FinishReason::Length });
+    harness.assert_empty();
+}
+
+#[test]
+fn prompt_logprobs_cover_the_prompt_and_need_no_output() {
+    for max_tokens in [0, 3] {
+        let mut harness = Harness::new(config(64), 2);
+        let prompt = ids(5, 700);
+        let mut warm = harness.generate(request(prompt.clone(), 1));
+        harness.settle();
+        drop(hear(&mut warm));
+        let logprobs = v1::Logprobs { prompt_top: Some(2), top: Some(1) };
+        let mut stream = harness
+            .generate(v1::GenerateRequest { logprobs: Some(logprobs), ..request(prompt.clone(), max_tokens) });
+        harness.settle();
+        let heard = hear(&mut stream);
+        let mut next = 1;
+        let mut targets = Vec::new();
+        for part in &heard.prompt_logprobs {
+            assert_eq!(part.start, next, "without a hole");
+            next += part.positions.len() as u32;
+            assert!(part.positions.iter().all(|at| at.top.len() == 2));
+            targets.extend(part.positions.iter().map(|at| at.chosen.unwrap().token_id));
+        }
+        assert_eq!(targets, prompt[1..]);
+        assert_eq!(heard.started.unwrap().cached_tokens, 0, "computed whole");
+        assert_eq!(heard.ids.len(), max_tokens as usize);
+        assert_eq!(heard.logprobs.len(), max_tokens as usize);
+        assert_eq!(heard.finished().reason(), FinishReason::Length);
+        harness.assert_empty();
+    }
+}
+
+#[test]
+fn a_faulty_sequence_fails_alone_and_leaves_nothing_in_the_cache() {
+    let mut harness = Harness::new(config(64), 2);
+    let mut faulty_prompt = ids(5, 200);
+    faulty_prompt[100] = 999;
+    let mut faulty = harness.generate(request(faulty_prompt.clone(), 10));
+    let mut healthy = harness.generate(request(ids(6, 200), 10));
+    harness.settle();
+    assert!(matches!(hear(&mut faulty).end, Some(Err(EngineError::Internal { .. }))));
+    assert_eq!(hear(&mut healthy).ids, expected(&ids(6, 200), 200, 0, 10, &harness.config).0);
+    let hashes = bora_common::blocks::hash_blocks(b"", &[], &faulty_prompt);
+    assert_eq!(harness.scheduler.cache.find(&hashes), 0);
+    harness.assert_empty();
+}
+
+#[test]
+fn tenants_with_different_salts_share_nothing() {
+    let mut harness = Harness::new(config(64), 2);
+    for salt in ["", "a", "b", "a"] {
+        let salted = v1::GenerateRequest { cache_salt: salt.into(), ..request(ids(1, 200), 2) };
+        let mut stream = harness.generate(salted);
+        harness.settle();
+        let before = hear(&mut stream).started.unwrap().cached_tokens;
+        assert_eq!(before, if salt == "a" && harness.prefilled() > 600 { 192 } else { 0 });
+    }
+}
+
+#[test]
+fn an_abort_frees_everything_within_a_step() {
+    let mut harness = Harness::new(config(64), 2);
+    let streams: Vec<EventStream> = (0..12).map(|i| harness.generate(request(ids(i, 300), 100))).collect();
+    harness.turn();
+    harness.turn();
+    assert!(harness.scheduler.cache.usage().used > 0);
+    drop(streams);
+    assert!(harness.scheduler.plan(std::time::Instant::now()).is_none(), "nothing is left to compute");
+    harness.assert_empty();
+    harness.settle();
+    let mut after = harness.generate(request(ids(1, 300), 3));
+    harness.settle();
+    assert_eq!(hear(&mut after).ids.len(), 3, "slots and blocks are used again");
+}
+
+#[test]
+fn batch_prefill_is_hurried_when_an_interactive_sequence_needs_it() {
+    let mut harness = Harness::new(config(512), 1);
+    let shared = ids(1, 4_000);
+    let batch = v1::GenerateRequest { priority: v1::Priority::Batch.into(), ..request(shared.clone(), 1) };
+    let mut batch = harness.generate(batch);
+    harness.turn();
+    let mut urgent = harness.generate(request(shared, 1));
+    // others that would always go before a batch sequence
+    let mut others: Vec<EventStream> =
+        (0..4).map(|i| harness.generate(request(ids(50 + i, 4_000), 1))).collect();
+    let mut heard = Heard::default();
+    while heard.end.is_none() {
+        assert!(harness.turn());
+        heard.listen(&mut urgent);
+    }
+    assert!(others.iter_mut().any(|other| hear(other).end.is_none()), "it did not come last");
+    harness.settle();
+    assert_eq!(hear(&mut batch).ids.len(), 1);
+    harness.assert_empty();
+}

@@ -1,0 +1,44 @@
+//! `grpc.health.v1`, judged by progress: see [`crate::engine::STALLED_AFTER`].
+
+use std::time::Duration;
+
+use bora_proto::v1::inference_server::InferenceServer;
+use tokio_util::sync::CancellationToken;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use super::Host;
+use super::inference::InferenceService;
+use crate::engine::EngineHealth;
+
+/// How often the engine is looked at.
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// Reports until stopped, for the whole server (the empty name) and for `bora.v1.Inference`.
+pub(super) async fn report(reporter: HealthReporter, host: Host, stopping: CancellationToken) {
+    let mut told = None;
+    loop {
+        let health = host.group().map(|group| group.engine.health());
+        let status = match &health {
+            Ok(EngineHealth::Ready) if !stopping.is_cancelled() => ServingStatus::Serving,
+            _ => ServingStatus::NotServing,
+        };
+        if told != Some(status) {
+            told = Some(status);
+            match health {
+                Ok(health) => tracing::info!(?health, %status, "health changed"),
+                Err(_) => tracing::info!(%status, "loading"),
+            }
+            reporter.set_service_status("", status).await;
+            let name = <InferenceServer<InferenceService> as tonic::server::NamedService>::NAME;
+            reporter.set_service_status(name, status).await;
+        }
+        if stopping.is_cancelled() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(INTERVAL) => {}
+            () = stopping.cancelled() => {}
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! `bora.v1.Inference`: what routers call.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bora_proto::v1::{self, inference_server::Inference};
+use futures::{Stream, StreamExt as _};
+use tokio::time::{Instant, Sleep};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status};
+
+use super::Host;
+use crate::engine::EventStream;
+
+pub(super) struct InferenceService {
+    pub(super) host: Host,
+    pub(super) stopping: CancellationToken,
+}
+
+type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Inference for InferenceService {
+    type GenerateStream = GenerateStream;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let deadline = deadline(request.metadata())?;
+        let request = request.into_inner();
+        tracing::debug!(
+            request_id = request.request_id,
+            tokens = request.token_ids.len(),
+            resumed = request.generated_len,
+            "generate"
+        );
+        let events = self.host.group()?.engine.generate(request)?;
+        let deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
+        Ok(Response::new(GenerateStream { events: Some(events), deadline }))
+    }
+
+    type WatchStream = BoxStream<v1::GroupEvent>;
+
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let events = self.host.group()?.engine.watch(request.into_inner().watcher).await?;
+        let stopping = self.stopping.clone().cancelled_owned();
+        let stream = ReceiverStream::new(events).map(Ok).take_until(stopping);
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn describe(
+        &self,
+        _: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        let record_json = serde_json::to_string(&self.host.group()?.record())
+            .map_err(|error| Status::internal(format!("group record: {error}")))?;
+        Ok(Response::new(v1::DescribeResponse { record_json }))
+    }
+}
+
+/// A sequence's events until its deadline. Dropping it, also by gRPC because the caller left, aborts the
+/// sequence.
+pub(super) struct GenerateStream {
+    events: Option<EventStream>,
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+impl Stream for GenerateStream {
+    type Item = Result<v1::GenerateEvent, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some(events) = self.events.as_mut() else { return Poll::Ready(None) };
+        if let Poll::Ready(event) = events.poll_next_unpin(context) {
+            return Poll::Ready(event.map(|event| event.map_err(Status::from)));
+        }
+        let Some(deadline) = self.deadline.as_mut() else { return Poll::Pending };
+        std::task::ready!(deadline.as_mut().poll(context));
+        self.events = None;
+        Poll::Ready(Some(Err(Status::deadline_exceeded("the request's deadline passed"))))
+    }
+}
+
+/// The end of the time that the caller gave us, if it did (`grpc-timeout`; tonic itself applies it to the
+/// headers of a stream only).
+fn deadline(metadata: &MetadataMap) -> Result<Option<Instant>, Status> {
+    let Some(value) = metadata.get("grpc-timeout") else { return Ok(None) };
+    let timeout = value.to_str().ok().and_then(parse_timeout);
+    let timeout = timeout.ok_or_else(|| Status::invalid_argument("grpc-timeout: 1 to 8 digits and one of HMSmun"))?;
+    Ok(Instant::now().checked_add(timeout))
+}
+
+/// As in the gRPC specification: at most 8 digits and a unit.
+fn parse_timeout(value: &str) -> Option<Duration> {
+    let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let amount: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(amount * 3_600)),
+        "M" => Some(Duration::from_secs(amount * 60)),
+        "S" => Some(Duration::from_secs(amount)),
+        "m" => Some(Duration::from_millis(amount)),
+        "u" => Some(Duration::from_micros(amount)),
+        "n" => Some(Duration::from_nanos(amount)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read_as_the_specification_says() {
+        assert_eq!(parse_timeout("100m"), Some(Duration::from_millis(100)));
+        assert_eq!(parse_timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3_600)));
+        assert_eq!(parse_timeout("7u"), Some(Duration::from_micros(7)));
+        for wrong in ["", "S", "1", "1x", "-1S", "123456789S", "1.5S", "é"] {
+            assert_eq!(parse_timeout(wrong), None, "{wrong}");
+        }
+    }
+}
