@@ -221,12 +221,17 @@ async fn lead(
 
 /// Completes when a rank failed while no step ran.
 async fn idle_failure(failed: Option<tokio::sync::watch::Receiver<Option<RunError>>>) -> String {
-    let Some(mut failed) = failed else { return std::future::pending().await };
-    match failed.wait_for(Option::is_some).await {
-        Ok(error) => error.as_ref().map_or_else(String::new, ToString::to_string),
-        // the runner was dropped: the engine says why
-        Err(_) => std::future::pending().await,
+    if let Some(mut failed) = failed {
+        // an error means that the runner was dropped: then the engine says why
+        let reason = match failed.wait_for(Option::is_some).await {
+            Ok(error) => error.as_ref().map(ToString::to_string),
+            Err(_) => None,
+        };
+        if let Some(reason) = reason {
+            return reason;
+        }
     }
+    std::future::pending().await
 }
 
 async fn bring_up(
