@@ -192,3 +192,109 @@ pub fn difference(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
     }
     largest
 }
+
+/// A `config.json` for a random model of an odd shape.
+pub struct Shape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub vocabulary: usize,
+    pub tied: bool,
+}
+
+impl Shape {
+    pub fn config(&self) -> serde_json::Value {
+        serde_json::json!({
+            "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3",
+            "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": 16, "intermediate_size": 80,
+            "vocab_size": self.vocabulary, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
+            "tie_word_embeddings": self.tied, "eos_token_id": 2,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 8.0, "beta_slow": 1.0,
+                "mscale": 1.0, "mscale_all_dim": 0.0, "original_max_position_embeddings": 32,
+                "llama_4_scaling_beta": 0.2
+            }
+        })
+    }
+
+    /// Writes a checkpoint of random bf16 numbers, about as large as those of a trained model.
+    pub fn write(&self, folder: &Path) {
+        let (hidden, inner, width) = (48, 80, self.heads * 16);
+        let kv_width = self.kv_heads * 16;
+        let mut tensors = vec![
+            ("model.embed_tokens.weight".to_owned(), vec![self.vocabulary, hidden]),
+            ("model.norm.weight".to_owned(), vec![hidden]),
+        ];
+        if !self.tied {
+            tensors.push(("lm_head.weight".to_owned(), vec![self.vocabulary, hidden]));
+        }
+        for layer in 0..2 {
+            for (name, shape) in [
+                ("input_layernorm", vec![hidden]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("self_attn.q_proj", vec![width, hidden]),
+                ("self_attn.k_proj", vec![kv_width, hidden]),
+                ("self_attn.v_proj", vec![kv_width, hidden]),
+                ("self_attn.o_proj", vec![hidden, width]),
+                ("mlp.gate_proj", vec![inner, hidden]),
+                ("mlp.up_proj", vec![inner, hidden]),
+                ("mlp.down_proj", vec![hidden, inner]),
+            ] {
+                tensors.push((format!("model.layers.{layer}.{name}.weight"), shape));
+            }
+        }
+        let mut state = 1u64;
+        let mut random = move || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        let stored: Vec<Stored> = tensors
+            .into_iter()
+            .map(|(name, shape)| {
+                let spread = if shape.len() == 1 { 0.2 } else { 2.5 / (shape[1] as f32).sqrt() };
+                let shift = if shape.len() == 1 { 1.0 } else { 0.0 };
+                let count = shape.iter().product();
+                let numbers = (0..count).map(|_| half::bf16::from_f32(shift + spread * random()));
+                let bytes = numbers.flat_map(half::bf16::to_le_bytes).collect();
+                Stored { name, dtype: safetensors::Dtype::BF16, shape, bytes }
+            })
+            .collect();
+        write_tensors(&folder.join("model.safetensors"), &stored);
+        std::fs::write(folder.join("config.json"), self.config().to_string()).unwrap();
+    }
+}
+
+/// A tensor to be written.
+#[derive(Clone)]
+pub struct Stored {
+    pub name: String,
+    pub dtype: safetensors::Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+}
+
+pub fn read_tensors(path: &Path) -> Vec<Stored> {
+    let bytes = std::fs::read(path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    tensors
+        .tensors()
+        .into_iter()
+        .map(|(name, view)| Stored {
+            name,
+            dtype: view.dtype(),
+            shape: view.shape().to_vec(),
+            bytes: view.data().to_vec(),
+        })
+        .collect()
+}
+
+pub fn write_tensors(path: &Path, tensors: &[Stored]) {
+    let views: Vec<(&str, safetensors::tensor::TensorView<'_>)> = tensors
+        .iter()
+        .map(|tensor| {
+            let view = safetensors::tensor::TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes);
+            (tensor.name.as_str(), view.unwrap())
+        })
+        .collect();
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}

@@ -1,0 +1,107 @@
+//! What a process is told about its group.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::backend::cpu::CpuOptions;
+use crate::backend::{KvBudget, Limits};
+
+/// What every process of a group is told; leader and followers alike.
+#[derive(Clone, Debug)]
+pub struct MemberOptions {
+    /// Name of the group, equal in all its processes.
+    pub group: String,
+    /// The checkpoint's folder. Each process reads its own copy; fingerprints are compared.
+    pub model_dir: PathBuf,
+    /// Where the weights come from.
+    pub load_format: LoadFormat,
+    /// What the ranks of this process compute on.
+    pub device: DeviceOptions,
+    /// Ranks of the whole group (tensor-parallel size).
+    pub ranks: usize,
+    /// The ranks that this process holds; the leader's begin at 0.
+    pub local_ranks: Range<usize>,
+    /// KV cache of each rank; the group takes the least that a rank can hold.
+    pub kv: KvBudget,
+    /// Name or address under which the other processes reach this one, and by which errors name it.
+    pub host: String,
+    /// How long to wait for others.
+    pub timeouts: Timeouts,
+}
+
+/// What the leader is told besides.
+pub struct LeaderOptions {
+    /// As every process.
+    pub member: MemberOptions,
+    /// Of this start of the group: larger than that of the start before (milliseconds since 1970 will do).
+    pub epoch: u64,
+    /// The largest step that the scheduler will make; followers are told.
+    pub limits: Limits,
+    /// Where followers join; needed where not all ranks are local.
+    pub peers: Option<tokio::net::TcpListener>,
+}
+
+/// What a follower is told besides.
+#[derive(Clone, Debug)]
+pub struct FollowerOptions {
+    /// As every process.
+    pub member: MemberOptions,
+    /// `host:port` of the leader's Peers service.
+    pub leader: String,
+    /// The epoch that was read in the registry; `None` takes the leader's.
+    pub epoch: Option<u64>,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The checkpoint's safetensors.
+    #[default]
+    Safetensors,
+    /// Random numbers of the right shapes, for benchmarks.
+    Dummy {
+        /// Equal seeds make equal weights.
+        seed: u64,
+    },
+}
+
+/// What ranks compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceOptions {
+    /// The reference backend.
+    Cpu(CpuOptions),
+}
+
+/// How long a member waits for the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// All processes have joined and connected within this.
+    pub join: Duration,
+    /// A process that sends no heartbeat (one each second) for this long is gone.
+    pub heartbeat: Duration,
+    /// A rank that does not come to a collective call for this long is gone. Longer than the longest time
+    /// that one rank may need between two calls while another already waits.
+    pub collective: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            join: Duration::from_secs(300),
+            heartbeat: Duration::from_secs(5),
+            collective: Duration::from_secs(30),
+        }
+    }
+}
+
+impl MemberOptions {
+    /// Everything that must be equal in all processes for their numbers to fit together.
+    pub(super) fn settings(&self) -> String {
+        format!("{:?}, weights {:?}", self.device, self.load_format)
+    }
+
+    pub(super) fn all_local(&self) -> bool {
+        self.local_ranks == (0..self.ranks)
+    }
+}

@@ -1,0 +1,245 @@
+//! The ranks of one process: loaded side by side, then each on its own thread.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::collective::Collective;
+use super::fault::{Fault, GroupProgress};
+use super::options::{DeviceOptions, LoadFormat, MemberOptions};
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, BackendError, Limits, RankSetup};
+use crate::engine::runner::{Bounds, ModelRunner};
+use crate::engine::step::{RunError, Step, StepRunner};
+use crate::model::{KvShape, Ministral3};
+use crate::weights::{ShardPlan, WeightError, Weights};
+use bora_common::model::ModelConfig;
+
+/// Opens the weights as the options say.
+pub(super) fn open_weights(options: &MemberOptions, config: &ModelConfig) -> Result<Weights, WeightError> {
+    match options.load_format {
+        LoadFormat::Safetensors => Weights::open(&options.model_dir, config),
+        LoadFormat::Dummy { seed } => Ok(Weights::dummy(config, seed)),
+    }
+}
+
+/// A rank whose weights are on its device and whose cache is not yet made.
+pub(super) trait LoadedRank: Send {
+    /// Blocks that its cache could have.
+    fn kv_blocks(&self) -> usize;
+    /// Makes the cache; the rank is then ready for steps.
+    fn start(self: Box<Self>, kv_blocks: usize) -> Result<Box<dyn StepRunner>, BackendError>;
+}
+
+struct Loaded<B: Backend> {
+    backend: B,
+    model: Ministral3<B>,
+    rank: u32,
+    shape: KvShape,
+    kv_blocks: usize,
+    limits: Limits,
+    vocabulary_size: usize,
+}
+
+impl<B: Backend> LoadedRank for Loaded<B>
+where
+    Ministral3<B>: Send,
+{
+    fn kv_blocks(&self) -> usize {
+        self.kv_blocks
+    }
+
+    fn start(mut self: Box<Self>, kv_blocks: usize) -> Result<Box<dyn StepRunner>, BackendError> {
+        self.backend.allocate_kv(&self.shape, kv_blocks)?;
+        let bounds = Bounds { limits: self.limits, kv_blocks, vocabulary_size: self.vocabulary_size };
+        Ok(Box::new(ModelRunner::new(self.backend, self.model, self.rank, bounds)))
+    }
+}
+
+/// What all ranks of a process share while they load.
+pub(super) struct Loading<'a> {
+    pub(super) weights: &'a Weights,
+    pub(super) options: &'a MemberOptions,
+    pub(super) limits: Limits,
+    pub(super) fault: &'a Fault,
+    pub(super) progress: &'a GroupProgress,
+}
+
+impl Loading<'_> {
+    /// Loads the ranks that the collectives belong to, all at once. The first failure frees the others.
+    pub(super) fn load_all(
+        &self,
+        collectives: Vec<Box<dyn Collective>>,
+    ) -> Result<Vec<Box<dyn LoadedRank>>, RunError> {
+        for collective in &collectives {
+            self.fault.watch_over(collective.aborter());
+        }
+        self.side_by_side(collectives, |collective| {
+            let rank = collective.rank();
+            (rank, self.load(rank, collective))
+        })
+    }
+
+    /// Makes the caches of loaded ranks, all at once.
+    pub(super) fn start_all(
+        &self,
+        loaded: Vec<Box<dyn LoadedRank>>,
+        kv_blocks: usize,
+    ) -> Result<Vec<Box<dyn StepRunner>>, RunError> {
+        let numbered = self.options.local_ranks.clone().zip(loaded).collect();
+        self.side_by_side(numbered, |(rank, loaded): (usize, Box<dyn LoadedRank>)| (rank, loaded.start(kv_blocks)))
+    }
+
+    fn side_by_side<T: Send, R: Send>(
+        &self,
+        inputs: Vec<T>,
+        work: impl Fn(T) -> (usize, Result<R, BackendError>) + Sync,
+    ) -> Result<Vec<R>, RunError> {
+        let first_rank = self.options.local_ranks.start;
+        let failed = |rank: usize, reason: String| {
+            self.fault.fail(RunError::Device { rank: rank as u32, step: 0, reason })
+        };
+        std::thread::scope(|scope| {
+            let work = &work;
+            let threads: Vec<_> = inputs
+                .into_iter()
+                .map(|input| {
+                    scope.spawn(move || {
+                        let (rank, result) = work(input);
+                        result.map_err(|error| failed(rank, error.to_string()))
+                    })
+                })
+                .collect();
+            // every thread is waited for before the first error is returned
+            let results: Vec<_> = threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+            let mut outputs = Vec::with_capacity(results.len());
+            for (index, result) in results.into_iter().enumerate() {
+                outputs.push(result.map_err(|panic| failed(first_rank + index, panic_message(&*panic)))??);
+            }
+            Ok(outputs)
+        })
+    }
+
+    fn load(&self, rank: usize, collective: Box<dyn Collective>) -> Result<Box<dyn LoadedRank>, BackendError> {
+        let config = self.weights.config();
+        let plan = ShardPlan::new(config, rank, self.options.ranks)
+            .map_err(|error| BackendError::Device(error.to_string()))?;
+        let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: self.limits, collective };
+        match self.options.device {
+            DeviceOptions::Cpu(options) => self.load_onto(CpuBackend::new(setup, options), &plan),
+        }
+    }
+
+    fn load_onto<B: Backend>(&self, mut backend: B, plan: &ShardPlan) -> Result<Box<dyn LoadedRank>, BackendError>
+    where
+        Ministral3<B>: Send,
+    {
+        let model = Ministral3::load(&mut backend, self.weights, plan, |layers| {
+            self.progress.set_layers(plan.rank, layers);
+        })?;
+        let shape = KvShape::new(self.weights.config(), plan);
+        let kv_blocks = backend.kv_capacity(&shape, self.options.kv)?;
+        if kv_blocks == 0 || kv_blocks > u32::MAX as usize {
+            return Err(BackendError::OutOfMemory(format!("a KV cache of {kv_blocks} blocks can't be used")));
+        }
+        Ok(Box::new(Loaded {
+            backend,
+            model,
+            rank: plan.rank as u32,
+            shape,
+            kv_blocks,
+            limits: self.limits,
+            vocabulary_size: self.weights.config().vocab_size,
+        }))
+    }
+}
+
+/// A rank on a thread of its own that runs whatever steps it is sent. Ends when this is dropped.
+pub(super) struct RankThread {
+    pub(super) rank: usize,
+    steps: Option<SyncSender<Arc<Step>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Steps that may wait for a rank's thread. More than any pipeline is deep; a rank that lags further behind
+/// the others than that is broken, since every step needs all of them.
+const WAITING_STEPS: usize = 16;
+
+impl RankThread {
+    /// Starts the thread. `failed` is called once, with the first error.
+    pub(super) fn spawn(
+        rank: usize,
+        runner: Box<dyn StepRunner>,
+        progress: Arc<GroupProgress>,
+        failed: impl FnOnce(RunError) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (sender, receiver) = sync_channel(WAITING_STEPS);
+        let thread = std::thread::Builder::new().name(format!("rank{rank}")).spawn(move || {
+            let result = catch_unwind(AssertUnwindSafe(|| run_steps(rank, runner, &receiver, &progress)));
+            let error = match result {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => error,
+                Err(panic) => RunError::Device { rank: rank as u32, step: 0, reason: panic_message(&*panic) },
+            };
+            failed(error);
+        })?;
+        Ok(Self { rank, steps: Some(sender), thread: Some(thread) })
+    }
+
+    /// Hands over a step; an error says why the rank can't take it.
+    pub(super) fn submit(&self, step: &Arc<Step>) -> Result<(), String> {
+        let Some(steps) = &self.steps else { return Err("its thread was stopped".to_owned()) };
+        steps.try_send(Arc::clone(step)).map_err(|error| match error {
+            TrySendError::Full(_) => format!("it is {WAITING_STEPS} steps behind"),
+            TrySendError::Disconnected(_) => "its thread ended".to_owned(),
+        })
+    }
+}
+
+impl Drop for RankThread {
+    fn drop(&mut self) {
+        self.steps = None;
+        if let Some(thread) = self.thread.take() {
+            // its failure was reported through `failed`
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Keeps the rank's pipeline full: a step is collected when the next ones are in, or when none comes.
+fn run_steps(
+    rank: usize,
+    mut runner: Box<dyn StepRunner>,
+    steps: &Receiver<Arc<Step>>,
+    progress: &GroupProgress,
+) -> Result<(), RunError> {
+    let mut in_flight = 0;
+    loop {
+        let next = match in_flight {
+            0 => steps.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            _ => steps.recv_timeout(Duration::from_millis(20)),
+        };
+        let none_came = match next {
+            Ok(step) => {
+                runner.submit(Step::clone(&step))?;
+                in_flight += 1;
+                false
+            }
+            Err(RecvTimeoutError::Timeout) => true,
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        };
+        if none_came || in_flight >= runner.pipeline_depth() {
+            let output = runner.collect()?;
+            in_flight -= 1;
+            progress.set_steps(rank, output.id);
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let message = panic.downcast_ref::<&str>().copied().or(panic.downcast_ref::<String>().map(String::as_str));
+    format!("it panicked: {}", message.unwrap_or("no message"))
+}

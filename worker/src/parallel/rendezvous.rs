@@ -1,0 +1,330 @@
+//! The leader's side of the group's own gRPC service: who may join, who is here, who is still alive.
+//!
+//! Until the group is complete a process that leaves simply frees its ranks for the next one. From then on
+//! the end of its stream, or silence, is the end of the group.
+
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bora_common::registry::RankRecord;
+use bora_proto::v1::peers_server::{Peers, PeersServer};
+use bora_proto::v1::{FromFollower, FromLeader, Goodbye, Hello, from_follower, from_leader};
+use futures::Stream;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use super::fault::{Fault, GroupProgress};
+use crate::engine::step::RunError;
+
+/// Messages that may wait for a follower's socket: a follower this far behind is not alive.
+const WAITING_MESSAGES: usize = 64;
+/// A process that joins says hello at once.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+
+/// What a process must match to join.
+pub(super) struct Expected {
+    pub(super) group: String,
+    pub(super) epoch: u64,
+    pub(super) ranks: usize,
+    /// Ranks below this one are the leader's own.
+    pub(super) first_remote: usize,
+    pub(super) fingerprint: String,
+    pub(super) settings: String,
+    pub(super) heartbeat_timeout: Duration,
+}
+
+/// Everything the leader knows about the group's other processes.
+pub(super) struct Rendezvous {
+    expected: Expected,
+    fault: Arc<Fault>,
+    progress: Arc<GroupProgress>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    members: Vec<Member>,
+    next_id: u64,
+    /// All ranks were there and were welcomed: from now on nobody may leave.
+    complete: bool,
+    /// The leader stops in order: from now on everybody may leave.
+    stopped: bool,
+}
+
+struct Member {
+    id: u64,
+    ranks: Vec<u32>,
+    host: String,
+    pid: u32,
+    collective_address: String,
+    sender: mpsc::Sender<Result<FromLeader, Status>>,
+    kv_blocks: Option<u32>,
+    last_heard: Instant,
+}
+
+impl Rendezvous {
+    pub(super) fn new(expected: Expected, fault: Arc<Fault>, progress: Arc<GroupProgress>) -> Arc<Self> {
+        Arc::new(Self { expected, fault, progress, state: Mutex::default() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a process in, or says why not.
+    fn admit(&self, hello: Hello, sender: mpsc::Sender<Result<FromLeader, Status>>) -> Result<u64, Status> {
+        let expected = &self.expected;
+        let refuse = |reason: String| Err(Status::failed_precondition(reason));
+        if hello.group != expected.group {
+            return refuse(format!("this is group `{}`, not `{}`", expected.group, hello.group));
+        }
+        if hello.epoch > expected.epoch {
+            // this leader is about to be replaced; the new one will listen here
+            return Err(Status::unavailable(format!("this is still epoch {} of the group", expected.epoch)));
+        }
+        if hello.epoch != 0 && hello.epoch != expected.epoch {
+            return refuse(format!("this is epoch {} of the group, not {}", expected.epoch, hello.epoch));
+        }
+        if hello.version != env!("CARGO_PKG_VERSION") {
+            return refuse(format!("the leader runs version {}, you run {}", env!("CARGO_PKG_VERSION"), hello.version));
+        }
+        if hello.world_size as usize != expected.ranks {
+            return refuse(format!("the group has {} ranks, not {}", expected.ranks, hello.world_size));
+        }
+        if hello.settings != expected.settings {
+            return refuse(format!("the leader's settings are `{}`, yours `{}`", expected.settings, hello.settings));
+        }
+        if hello.weight_fingerprint != expected.fingerprint {
+            return refuse(format!(
+                "the leader's weights have fingerprint {}, yours {}: both must be the same checkpoint",
+                expected.fingerprint, hello.weight_fingerprint
+            ));
+        }
+        if hello.ranks.is_empty() {
+            return refuse("no ranks were named".to_owned());
+        }
+        let mut state = self.state();
+        for rank in &hello.ranks {
+            if (*rank as usize) < expected.first_remote || *rank as usize >= expected.ranks {
+                let range = format!("{}..{}", expected.first_remote, expected.ranks);
+                return refuse(format!("rank {rank} is not one of {range}, which followers hold"));
+            }
+            if let Some(holder) = state.members.iter().find(|member| member.ranks.contains(rank)) {
+                // worth another try: that process may just have died
+                let (host, pid) = (&holder.host, holder.pid);
+                return Err(Status::unavailable(format!("rank {rank} is held by {host} (pid {pid})")));
+            }
+        }
+        if state.complete || state.stopped {
+            return Err(Status::unavailable("the group is complete"));
+        }
+        info!(ranks = ?hello.ranks, host = hello.host, pid = hello.pid, "a follower joined");
+        state.next_id += 1;
+        let id = state.next_id;
+        state.members.push(Member {
+            id,
+            ranks: hello.ranks,
+            host: hello.host,
+            pid: hello.pid,
+            collective_address: hello.collective_address,
+            sender,
+            kv_blocks: None,
+            last_heard: Instant::now(),
+        });
+        Ok(id)
+    }
+
+    /// Reads what a follower says until it leaves.
+    async fn listen(self: Arc<Self>, id: u64, mut incoming: Streaming<FromFollower>) {
+        let reason = loop {
+            match incoming.message().await {
+                Ok(Some(FromFollower { message: Some(message) })) => self.hear(id, message),
+                Ok(Some(FromFollower { message: None })) => {}
+                Ok(None) => break "its process ended".to_owned(),
+                Err(status) => break format!("its process ended ({})", status.message()),
+            }
+        };
+        self.lose(id, &reason);
+    }
+
+    fn hear(&self, id: u64, message: from_follower::Message) {
+        let mut state = self.state();
+        let Some(member) = state.members.iter_mut().find(|member| member.id == id) else { return };
+        member.last_heard = Instant::now();
+        match message {
+            from_follower::Message::Ready(ready) => member.kv_blocks = Some(ready.kv_blocks),
+            from_follower::Message::Heartbeat(heartbeat) => {
+                for rank in heartbeat.ranks.iter().filter(|rank| member.ranks.contains(&rank.rank)) {
+                    self.progress.set_steps(rank.rank as usize, rank.steps);
+                }
+            }
+            from_follower::Message::Failed(failed) => {
+                let failure = if member.ranks.contains(&failed.rank) {
+                    RunError::Device { rank: failed.rank, step: failed.step, reason: failed.reason }
+                } else {
+                    let host = "unknown host".to_owned();
+                    RunError::RankLost { rank: failed.rank, host, reason: failed.reason }
+                };
+                drop(state);
+                self.fault.fail(failure);
+            }
+            from_follower::Message::Hello(_) => warn!(id, "a follower said hello twice"),
+        }
+    }
+
+    fn lose(&self, id: u64, reason: &str) {
+        let mut state = self.state();
+        let Some(index) = state.members.iter().position(|member| member.id == id) else { return };
+        if state.stopped {
+            return;
+        }
+        let rank = state.members[index].ranks[0];
+        let host = state.members[index].host.clone();
+        if state.complete {
+            drop(state);
+            self.fault.fail(RunError::RankLost { rank, host, reason: reason.to_owned() });
+        } else {
+            warn!(rank, host, reason, "a follower left before the group was complete");
+            state.members.remove(index);
+        }
+    }
+
+    /// Waits until every remote rank has joined.
+    pub(super) async fn all_joined(&self, deadline: Instant) -> Result<(), RunError> {
+        loop {
+            let missing = {
+                let mut state = self.state();
+                let joined = |rank: &usize| state.members.iter().any(|member| member.ranks.contains(&(*rank as u32)));
+                let missing = (self.expected.first_remote..self.expected.ranks).find(|rank| !joined(rank));
+                state.complete = missing.is_none();
+                missing
+            };
+            let Some(rank) = missing else { return Ok(()) };
+            if Instant::now() >= deadline {
+                let (host, reason) = ("no host".to_owned(), "it did not join in time".to_owned());
+                return Err(RunError::RankLost { rank: rank as u32, host, reason });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until every follower is ready; returns the least of their KV blocks.
+    pub(super) async fn all_ready(&self) -> Result<Option<u32>, RunError> {
+        loop {
+            if let Some(failure) = self.fault.first() {
+                return Err(failure);
+            }
+            let kv_blocks: Option<Vec<u32>> = self.state().members.iter().map(|member| member.kv_blocks).collect();
+            if let Some(kv_blocks) = kv_blocks {
+                return Ok(kv_blocks.into_iter().min());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Watches heartbeats for the life of the group, and says goodbye at its end.
+    pub(super) async fn watch(self: Arc<Self>, stop: CancellationToken) {
+        let mut failed = self.fault.subscribe();
+        let limit = self.expected.heartbeat_timeout;
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = failed.wait_for(Option::is_some) => break,
+                () = tokio::time::sleep(Duration::from_millis(250)) => {}
+            }
+            let silent = self.state().members.iter().find(|member| member.last_heard.elapsed() > limit).map(|m| m.id);
+            if let Some(id) = silent {
+                self.lose(id, &format!("no heartbeat for {limit:?}"));
+            }
+        }
+        match self.fault.first() {
+            Some(failure) => self.send_goodbye(&failure.to_string(), true),
+            None => self.send_goodbye("the leader stopped", false),
+        }
+    }
+
+    /// Sends the same message to every follower; one that can't take it fails the group.
+    pub(super) fn send_to_all(&self, message: &from_leader::Message) -> Result<(), RunError> {
+        for member in &self.state().members {
+            let message = FromLeader { message: Some(message.clone()) };
+            if let Err(error) = member.sender.try_send(Ok(message)) {
+                let reason = match error {
+                    mpsc::error::TrySendError::Full(_) => "it does not take its messages".to_owned(),
+                    mpsc::error::TrySendError::Closed(_) => "its stream is closed".to_owned(),
+                };
+                return Err(RunError::RankLost { rank: member.ranks[0], host: member.host.clone(), reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the followers' streams, with the reason.
+    pub(super) fn send_goodbye(&self, reason: &str, failed: bool) {
+        let mut state = self.state();
+        state.stopped = true;
+        let goodbye = from_leader::Message::Goodbye(Goodbye { reason: reason.to_owned(), failed });
+        for member in state.members.drain(..) {
+            // whoever can't take it sees the stream end
+            let _ = member.sender.try_send(Ok(FromLeader { message: Some(goodbye.clone()) }));
+        }
+    }
+
+    /// Where each remote rank's process listens for the collective.
+    pub(super) fn collective_addresses(&self) -> Vec<(u32, String)> {
+        let state = self.state();
+        let addresses = state.members.iter().flat_map(|member| {
+            member.ranks.iter().map(|rank| (*rank, member.collective_address.clone()))
+        });
+        addresses.collect()
+    }
+
+    pub(super) fn records(&self) -> Vec<RankRecord> {
+        let state = self.state();
+        let records = state.members.iter().flat_map(|member| {
+            member.ranks.iter().map(|rank| RankRecord { rank: *rank, host: member.host.clone(), pid: member.pid })
+        });
+        records.collect()
+    }
+}
+
+/// Serves the rendezvous until `stop`.
+pub(super) async fn serve(
+    listener: tokio::net::TcpListener,
+    rendezvous: Arc<Rendezvous>,
+    stop: CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    tonic::transport::Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(Duration::from_secs(2)))
+        .http2_keepalive_timeout(Some(rendezvous.expected.heartbeat_timeout))
+        .add_service(PeersServer::new(PeersService { rendezvous }))
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .await
+}
+
+struct PeersService {
+    rendezvous: Arc<Rendezvous>,
+}
+
+#[tonic::async_trait]
+impl Peers for PeersService {
+    type JoinStream = Pin<Box<dyn Stream<Item = Result<FromLeader, Status>> + Send>>;
+
+    async fn join(&self, request: Request<Streaming<FromFollower>>) -> Result<Response<Self::JoinStream>, Status> {
+        let mut incoming = request.into_inner();
+        let first = tokio::time::timeout(HELLO_WITHIN, incoming.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello"))??;
+        let Some(from_follower::Message::Hello(hello)) = first.and_then(|first| first.message) else {
+            return Err(Status::invalid_argument("the first message must be a hello"));
+        };
+        let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
+        let id = self.rendezvous.admit(hello, sender)?;
+        tokio::spawn(Arc::clone(&self.rendezvous).listen(id, incoming));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
