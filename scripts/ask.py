@@ -38,8 +38,8 @@ def main():
     if not finished or first is None:
         sys.exit("the stream ended without an answer")
     total = time.monotonic() - started
-    models = json.load(urllib.request.urlopen(url + "/v1/models", timeout=10))["data"]
-    ranks = [r for m in models for g in m["groups"] if g["group"] == group for r in g["ranks"]]
+    groups = json.load(urllib.request.urlopen(url + "/groups", timeout=10))["groups"]
+    ranks = [rank for known in groups if known["group"] == group for rank in known["ranks"]]
     print(f"\n    {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} answered")
     print(f"    first token after {first * 1000:.0f} ms, all of it after {total * 1000:.0f} ms")
     print(f"    router -> group {group}: " + ", ".join(f"rank {r['rank']} (process {r['pid']} on {r['host']})" for r in ranks))

@@ -28,7 +28,11 @@ pub(crate) fn run(args: CheckArgs) -> anyhow::Result<()> {
             description.num_attention_heads,
             description.num_key_value_heads,
             description.max_position_embeddings,
-            if model.skip_tokenizer_init { ", token ids only" } else { "" }
+            if model.skip_tokenizer_init {
+                ", token ids only"
+            } else {
+                ""
+            }
         );
     }
     let ranks = config.worker.tensor_parallel_size;
@@ -38,8 +42,18 @@ pub(crate) fn run(args: CheckArgs) -> anyhow::Result<()> {
             bora_worker::weights::ShardPlan::new(&description, rank as usize, ranks as usize)?;
         }
     }
-    println!("registry: {:?} at {} endpoint(s), cluster {}", config.registry.kind, config.registry.endpoints.len(), config.cluster);
-    println!("worker: {:?}, {} rank(s), {:?} of them here", config.worker.device, ranks, config.worker.local_ranks());
+    println!(
+        "registry: {:?} at {} endpoint(s), cluster {}",
+        config.registry.kind,
+        config.registry.endpoints.len(),
+        config.cluster
+    );
+    println!(
+        "worker: {:?}, {} rank(s), {:?} of them here",
+        config.worker.device,
+        ranks,
+        config.worker.local_ranks()
+    );
     println!("{} is valid", args.config.display());
     Ok(())
 }

@@ -39,7 +39,10 @@ pub(crate) struct HttpOptions {
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        Self { host: "127.0.0.1".into(), port: 8000 }
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8000,
+        }
     }
 }
 
@@ -68,7 +71,9 @@ impl Config {
     /// Values that don't go together.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         self.registry.check()?;
-        self.router.validate().map_err(|error| ConfigError::Conflict(error.to_string()))?;
+        self.router
+            .validate()
+            .map_err(|error| ConfigError::Conflict(error.to_string()))?;
         self.worker.check()?;
         if self.cluster.is_empty() {
             return Err(ConfigError::Conflict("cluster: expected a name".into()));
@@ -88,12 +93,28 @@ impl Config {
 
     /// The model that this worker runs.
     pub(crate) fn worker_model(&self) -> Result<&ModelOptions, ConfigError> {
-        let listed = || self.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ");
+        let listed = || {
+            self.models
+                .iter()
+                .map(|model| model.name.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         match (&self.worker.model, self.models.as_slice()) {
-            (_, []) => Err(ConfigError::Conflict("models: expected at least one".into())),
-            (Some(name), models) => models.iter().find(|model| model.name == *name).ok_or_else(|| {
-                ConfigError::Conflict(format!("worker.model: `{name}` is not among models: {}", listed()))
-            }),
+            (_, []) => Err(ConfigError::Conflict(
+                "models: expected at least one".into(),
+            )),
+            (Some(name), models) => {
+                models
+                    .iter()
+                    .find(|model| model.name == *name)
+                    .ok_or_else(|| {
+                        ConfigError::Conflict(format!(
+                            "worker.model: `{name}` is not among models: {}",
+                            listed()
+                        ))
+                    })
+            }
             (None, [only]) => Ok(only),
             (None, _) => Err(ConfigError::Conflict(format!(
                 "worker.model: expected one of the configured models: {}",

@@ -179,9 +179,8 @@ class Cluster:
         url = url or self.router_url
 
         def ready():
-            status, _, body = http("GET", f"{url}/v1/models")
-            listed = [g for m in body.get("data", []) for g in m.get("groups", []) if g["state"] == "ready"]
-            return status == 200 and len(listed) == groups
+            status, _, body = http("GET", f"{url}/groups")
+            return status == 200 and sum(g["state"] == "ready" and g["watched"] for g in body["groups"]) == groups
 
         for process in self.processes:
             assert process.running(), f"{process.name} ended:\n{process.log()[-3000:]}"
@@ -194,12 +193,6 @@ class Cluster:
 
     def get(self, path, **kw):
         return http("GET", self.router_url + path, **kw)
-
-    def metric(self, name, url=None):
-        """Sum of a metric's samples on the router."""
-        text = http("GET", (url or self.router_url) + "/metrics")[2]
-        values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name]
-        return sum(values)
 
 
 def serve(cluster, *flags, model_dir=None, port=None, env=None):

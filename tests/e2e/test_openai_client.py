@@ -105,7 +105,7 @@ def tool_client():
         call = lambda path: [9, *encode("read_file"), 32, *encode('{"path": "%s"}' % path)]
         answer = [*encode("I will look."), *call("a.txt"), *call("ü.txt"), 2]
         cluster.processes.pop().stop()
-        cluster.start_worker("scripted", device="fake", fake={"script": [{"when": [], "emit": answer}]})
+        cluster.start_worker("scripted", device="fake", fake={"script": [{"emit": answer[:-1]}]})
         cluster.wait_ready()
         yield openai.OpenAI(base_url=cluster.router_url + "/v1", api_key="none", max_retries=0, timeout=60)
 

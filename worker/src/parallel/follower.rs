@@ -181,8 +181,8 @@ async fn run_steps(link: &mut Link, ranks: &[RankThread], fault: &Fault) -> Resu
     loop {
         let message = tokio::select! {
             message = link.next() => message?,
-            failure = failed.wait_for(Option::is_some) => {
-                let failure = failure.ok().and_then(|failure| failure.clone());
+            // owned within the branch's future: a watch's guard must not live across an await
+            failure = async { failed.wait_for(Option::is_some).await.ok().and_then(|failure| failure.clone()) } => {
                 let Some(failure) = failure else { continue };
                 return link.give_up(failure).await;
             }
