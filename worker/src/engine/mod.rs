@@ -54,3 +54,6 @@ pub use error::EngineError;
 pub use handle::{EngineHandle, EngineHealth, EngineStartError};
 pub use progress::{LOST_AFTER, STALLED_AFTER};
 pub use stream::EventStream;
+
+#[cfg(test)]
+mod tests;

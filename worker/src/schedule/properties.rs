@@ -68,7 +68,7 @@ fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), 
             let mut asked = request(prompt.clone(), arrival.max_tokens);
             asked.sampling = Some(v1::Sampling { seed: arrival.seed, ..Default::default() });
             asked.set_priority(if arrival.batch { v1::Priority::Batch } else { v1::Priority::Interactive });
-            asked.logprobs = arrival.scored.then(|| v1::Logprobs { prompt_top: Some(0), top: None });
+            asked.logprobs = arrival.scored.then_some(v1::Logprobs { prompt_top: Some(0), top: None });
             let stream = harness.generate(asked);
             callers.push(Caller {
                 arrival: arrival.clone(),

@@ -15,7 +15,8 @@ use crate::engine::EngineHealth;
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// Reports until stopped, for the whole server (the empty name) and for `bora.v1.Inference`.
-pub(super) async fn report(reporter: HealthReporter, host: Host, stopping: CancellationToken) {
+pub(super) async fn report(mut reporter: HealthReporter, host: Host, stopping: CancellationToken) {
+    let names = ["", <InferenceServer<InferenceService> as tonic::server::NamedService>::NAME];
     let mut told = None;
     loop {
         let health = host.group().map(|group| group.engine.health());
@@ -29,11 +30,15 @@ pub(super) async fn report(reporter: HealthReporter, host: Host, stopping: Cance
                 Ok(health) => tracing::info!(?health, %status, "health changed"),
                 Err(_) => tracing::info!(%status, "loading"),
             }
-            reporter.set_service_status("", status).await;
-            let name = <InferenceServer<InferenceService> as tonic::server::NamedService>::NAME;
-            reporter.set_service_status(name, status).await;
+            for name in names {
+                reporter.set_service_status(name, status).await;
+            }
         }
         if stopping.is_cancelled() {
+            // ends the streams of those who watch: they would hold the server up
+            for name in names {
+                let _ = reporter.clear_service_status(name).await;
+            }
             return;
         }
         tokio::select! {

@@ -1,0 +1,245 @@
+//! The gRPC service of a fake group, over real connections on loopback.
+
+use std::time::{Duration, Instant};
+
+use bora_common::registry::{Device, GroupRecord, GroupState, RankRecord};
+use bora_proto::v1::{
+    self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient,
+};
+use bora_worker::backend::fake::{FakeOptions, FakeRunner, echo};
+use bora_worker::engine::{EngineConfig, EngineHandle, EngineOptions};
+use bora_worker::service::{Host, serve};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio_stream::StreamExt as _;
+use tonic::transport::Channel;
+use tonic::{Code, Request, Streaming};
+
+struct Server {
+    address: String,
+    engine: EngineHandle,
+    stop: oneshot::Sender<()>,
+    served: tokio::task::JoinHandle<()>,
+}
+
+fn record(fake: &FakeOptions, endpoint: String) -> GroupRecord {
+    GroupRecord {
+        group: "fake-0".into(),
+        epoch: 5,
+        endpoint,
+        model: "echo".into(),
+        aliases: Vec::new(),
+        device: Device::Fake,
+        weight_fingerprint: "none".into(),
+        ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
+        block_tokens: 64,
+        kv_blocks: fake.kv_blocks,
+        max_model_len: fake.max_model_len,
+        vocabulary_size: fake.vocabulary_size,
+        max_sequences: 256,
+        images: false,
+        speed: fake.speed(),
+        state: GroupState::Ready,
+        version: "0".into(),
+    }
+}
+
+async fn start(fake: FakeOptions) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let record = record(&fake, address.clone());
+    let config = EngineConfig::of_group(&record, vec![fake.eos_id], EngineOptions::default());
+    let (engine, _) = EngineHandle::start(config, Box::new(FakeRunner::new(fake))).unwrap();
+    let host = Host::of(engine.clone(), record);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let served = tokio::spawn(async move {
+        let stopped = async {
+            let _ = stopped.await;
+        };
+        serve(listener, host, Default::default(), stopped).await.unwrap();
+    });
+    Server { address, engine, stop, served }
+}
+
+async fn connect(server: &Server) -> InferenceClient<Channel> {
+    let endpoint = Channel::from_shared(format!("http://{}", server.address)).unwrap();
+    let channel = endpoint
+        .initial_stream_window_size(1 << 20)
+        .initial_connection_window_size(64 << 20)
+        .connect()
+        .await
+        .unwrap();
+    InferenceClient::new(channel)
+}
+
+fn fake() -> FakeOptions {
+    FakeOptions { kv_blocks: 8_192, time_scale: 0.0, ..Default::default() }
+}
+
+fn request(prompt: &[u32], max_tokens: u32) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        token_ids: prompt.to_vec(),
+        stopping: Some(v1::Stopping { max_tokens, ignore_eos: true, ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+async fn ids(mut stream: Streaming<v1::GenerateEvent>) -> Result<(Vec<u32>, v1::Finished), tonic::Status> {
+    let mut ids = Vec::new();
+    while let Some(event) = stream.next().await {
+        match event?.event.unwrap() {
+            Event::Tokens(tokens) => ids.extend(tokens.token_ids),
+            Event::Finished(finished) => return Ok((ids, finished)),
+            Event::Started(_) | Event::PromptLogprobs(_) => {}
+        }
+    }
+    panic!("a stream without an end")
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_hundred_streams_at_once_are_each_right() {
+    let options = fake();
+    let server = start(options.clone()).await;
+    let client = connect(&server).await;
+    let began = Instant::now();
+    let streams: Vec<_> = (0..200u32)
+        .map(|index| {
+            let mut client = client.clone();
+            let options = options.clone();
+            tokio::spawn(async move {
+                let prompt: Vec<u32> = (0..50 + index * 7).map(|i| (index * 1_000 + i * 13) % 131_072).collect();
+                let stream = client.generate(request(&prompt, 300)).await.unwrap().into_inner();
+                let (ids, finished) = ids(stream).await.unwrap();
+                let expected: Vec<u32> = (0..300).map(|i| echo(&prompt, i, &options)).collect();
+                assert_eq!(ids, expected);
+                assert_eq!(finished.reason(), v1::FinishReason::Length);
+                assert_eq!(finished.prompt_tokens as usize, prompt.len());
+            })
+        })
+        .collect();
+    for stream in streams {
+        stream.await.unwrap();
+    }
+    println!("200 streams of 300 tokens: {:.0} tokens/s", 60_000.0 / began.elapsed().as_secs_f64());
+    until("all blocks are free", || server.engine.load().blocks_used == 0).await;
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_frees_its_blocks() {
+    let server = start(FakeOptions { time_scale: 1.0, ..fake() }).await;
+    let mut client = connect(&server).await;
+    let prompt: Vec<u32> = (10..5_000).collect();
+    let mut stream = client.generate(request(&prompt, 100_000)).await.unwrap().into_inner();
+    stream.next().await.unwrap().unwrap();
+    until("running", || server.engine.load().running == 1).await;
+    drop(stream);
+    until("aborted", || server.engine.load().running == 0).await;
+    assert_eq!(server.engine.load().blocks_used, 0, "its blocks are free");
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_stream_and_the_sequence() {
+    let server = start(FakeOptions { time_scale: 1.0, ..fake() }).await;
+    let mut client = connect(&server).await;
+    let mut timed = Request::new(request(&[5, 6, 7], 100_000));
+    timed.metadata_mut().insert("grpc-timeout", "200m".parse().unwrap());
+    let began = Instant::now();
+    let error = ids(client.generate(timed).await.unwrap().into_inner()).await.unwrap_err();
+    assert_eq!(error.code(), Code::DeadlineExceeded);
+    assert!(began.elapsed() < Duration::from_secs(2));
+    until("aborted", || server.engine.load().running == 0).await;
+}
+
+#[tokio::test]
+async fn the_longest_prompt_is_taken_and_errors_have_their_codes() {
+    let server = start(fake()).await;
+    let mut client = connect(&server).await;
+    let prompt: Vec<u32> = (0..262_143).map(|i| 131_071 - i % 100_000).collect();
+    let (echoed, finished) = ids(client.generate(request(&prompt, 1)).await.unwrap().into_inner()).await.unwrap();
+    assert_eq!((echoed, finished.prompt_tokens), (vec![131_071], 262_143));
+    let again = ids(client.generate(request(&prompt, 1)).await.unwrap().into_inner()).await.unwrap();
+    assert_eq!(again.1.cached_tokens, 4_095 * 64);
+
+    let error = client.generate(request(&[], 1)).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().contains("token_ids"), "{error}");
+
+    let mut bad = Request::new(request(&[1], 1));
+    bad.metadata_mut().insert("grpc-timeout", "soon".parse().unwrap());
+    let error = client.generate(bad).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn describe_watch_admin_and_health_tell_of_the_group() {
+    let server = start(fake()).await;
+    let mut client = connect(&server).await;
+    let description = client.describe(v1::DescribeRequest {}).await.unwrap().into_inner();
+    let described: GroupRecord = serde_json::from_str(&description.record_json).unwrap();
+    assert_eq!(described, record(&fake(), server.address.clone()));
+
+    let mut watched =
+        client.watch(v1::WatchRequest { watcher: "test".into() }).await.unwrap().into_inner();
+    let prompt: Vec<u32> = (10..210).collect();
+    ids(client.generate(request(&prompt, 1)).await.unwrap().into_inner()).await.unwrap();
+    let mut stored = 0;
+    while stored < 3 {
+        let event = watched.next().await.unwrap().unwrap();
+        assert_eq!(event.epoch, 5);
+        if let Some(v1::group_event::Event::Blocks(blocks)) = event.event {
+            stored += blocks.stored.len() / 16;
+        }
+    }
+
+    let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());
+    let asked = tonic_health::pb::HealthCheckRequest { service: "bora.v1.Inference".into() };
+    let mut statuses = health.watch(asked).await.unwrap().into_inner();
+    let serving = i32::from(tonic_health::pb::health_check_response::ServingStatus::Serving);
+    while statuses.next().await.unwrap().unwrap().status != serving {}
+
+    let mut admin = AdminClient::new(channel);
+    assert_eq!(admin.flush_cache(v1::FlushCacheRequest {}).await.unwrap().into_inner().blocks, 3);
+    let status = admin.status(v1::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!((status.device.as_str(), status.state.as_str()), ("fake", "ready"));
+    let error = admin.drain(v1::DrainRequest { timeout_seconds: -1.0 }).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    admin.drain(v1::DrainRequest { timeout_seconds: 1.0 }).await.unwrap();
+    assert_eq!(client.generate(request(&[5], 1)).await.unwrap_err().code(), Code::Unavailable);
+    while statuses.next().await.unwrap().unwrap().status == serving {}
+    let status = admin.status(v1::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(status.state, "draining");
+
+    // endless streams do not hold the server up
+    server.stop.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(3), server.served).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_group_that_loads_says_so_and_one_that_died_too() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let host = Host::loading();
+    tokio::spawn(serve(listener, host.clone(), Default::default(), std::future::pending()));
+    let mut client = InferenceClient::connect(format!("http://{address}")).await.unwrap();
+    let error = client.generate(request(&[5], 1)).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(error.message().contains("loading"));
+
+    let options = FakeOptions { die_at_step: Some(4), time_scale: 1.0, ..fake() };
+    let record = record(&options, address);
+    let config = EngineConfig::of_group(&record, vec![2], EngineOptions::default());
+    let (engine, _) = EngineHandle::start(config, Box::new(FakeRunner::new(options))).unwrap();
+    host.ready(engine, record, std::sync::Arc::new(Vec::new));
+    let error = ids(client.generate(request(&[5, 6], 50)).await.unwrap().into_inner()).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(error.message().contains("rank 0, step 4"), "{error}");
+}
