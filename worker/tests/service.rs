@@ -7,7 +7,7 @@ use bora_proto::v1::{
     self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient,
 };
 use bora_worker::backend::fake::{FakeOptions, FakeRunner, echo};
-use bora_worker::engine::{EngineConfig, EngineHandle, EngineOptions};
+use bora_worker::engine::{EngineConfig, EngineHandle, EngineHealth, EngineOptions};
 use bora_worker::service::{Host, serve};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -242,6 +242,23 @@ async fn a_group_that_loads_says_so_and_one_that_died_too() {
     let error = ids(client.generate(request(&[5, 6], 50)).await.unwrap().into_inner()).await.unwrap_err();
     assert_eq!(error.code(), Code::Unavailable);
     assert!(error.message().contains("rank 0, step 4"), "{error}");
+}
+
+#[tokio::test]
+async fn a_group_that_makes_no_progress_is_not_ready() {
+    let server = start(FakeOptions { stall_at_step: Some(3), ..fake() }).await;
+    let mut client = connect(&server).await;
+    let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let mut statuses = health.watch(tonic_health::pb::HealthCheckRequest::default()).await.unwrap().into_inner();
+    let serving = i32::from(tonic_health::pb::health_check_response::ServingStatus::Serving);
+    while statuses.next().await.unwrap().unwrap().status != serving {}
+    let began = Instant::now();
+    let _stream = client.generate(request(&[5, 6], 50)).await.unwrap();
+    let status = tokio::time::timeout(Duration::from_secs(10), statuses.next()).await.unwrap();
+    assert_ne!(status.unwrap().unwrap().status, serving);
+    assert!(began.elapsed() >= Duration::from_secs(5), "not before its time");
+    assert!(matches!(server.engine.health(), EngineHealth::Stalled { step: 3, .. }));
 }
 
 /// CPU seconds of this process so far.
