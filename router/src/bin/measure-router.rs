@@ -125,7 +125,7 @@ impl Inference for Group {
                     event: Some(told),
                 })
             })
-            .chain(futures::stream::pending());
+            .chain(heartbeats());
         Ok(Response::new(Box::pin(events)))
     }
 
@@ -135,6 +135,19 @@ impl Inference for Group {
     ) -> Result<Response<DescribeResponse>, Status> {
         Err(Status::unimplemented("a scripted group"))
     }
+}
+
+/// A sign of life each second.
+fn heartbeats() -> impl Stream<Item = Result<GroupEvent, Status>> {
+    futures::stream::unfold(3, |sequence| async move {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let event = GroupEvent {
+            epoch: 1,
+            sequence,
+            event: Some(Told::Load(Load::default())),
+        };
+        Some((Ok(event), sequence + 1))
+    })
 }
 
 async fn group() -> Result<(), Failure> {

@@ -108,6 +108,8 @@ struct Scripted {
     /// What is told, and how many numbers are left out before it.
     events: broadcast::Sender<(u64, Told)>,
     watches: Arc<AtomicUsize>,
+    /// The load as it was last told.
+    reported: Arc<Mutex<Load>>,
 }
 
 struct Running {
@@ -248,8 +250,13 @@ impl Inference for Scripted {
             }),
         ]
         .map(|told| (0, told));
-        let later = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
+        let reported = Arc::clone(&self.reported);
+        let told = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
             .filter_map(|told| async move { told.ok() });
+        let every_second = tokio::time::interval(Duration::from_secs(1));
+        let signs_of_life = tokio_stream::wrappers::IntervalStream::new(every_second)
+            .map(move |_| (0, Told::Load(*reported.lock())));
+        let later = futures::stream::select(told, signs_of_life);
         let mut sequence = 0;
         let events = futures::stream::iter(first)
             .chain(later)
@@ -299,6 +306,7 @@ impl Group {
             died,
             events: broadcast::channel(64).0,
             watches: Arc::default(),
+            reported: Arc::default(),
         };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         listener.set_nonblocking(true).expect("nonblocking");
@@ -350,6 +358,9 @@ impl Group {
 
     /// Tells its watchers.
     pub fn tell(&self, told: Told) {
+        if let Told::Load(load) = &told {
+            *self.scripted.reported.lock() = *load;
+        }
         let _ = self.scripted.events.send((0, told));
     }
 
