@@ -87,7 +87,7 @@ fn read_quantization(root: &Fields<'_>) -> Result<Quantization, ModelConfigError
         Some(_) => return Err(quantization.refuse("qformat_weight", "\"fp8_e4m3\"")),
         None => return Err(quantization.missing("qformat_weight")),
     }
-    if quantization.text("qscheme_act")?.is_some_and(|scheme| scheme.to_ascii_uppercase() != "TENSOR") {
+    if quantization.text("qscheme_act")?.is_some_and(|scheme| !scheme.eq_ignore_ascii_case("TENSOR")) {
         return Err(quantization.refuse("qscheme_act", "\"TENSOR\" (one static scale for each input)"));
     }
     Ok(Quantization::Fp8Static)

@@ -1,4 +1,4 @@
-//! `/health`, `/ready`, `/groups`, `/metrics`, `/version`.
+//! `/health`, `/ready`, `/metrics`, `/version`.
 
 use std::sync::Arc;
 
@@ -8,7 +8,6 @@ use axum::{
     http::{HeaderValue, Response, header},
     response::IntoResponse as _,
 };
-use bora_common::registry::GroupRecord;
 use serde::Serialize;
 
 use super::error::ApiError;
@@ -23,30 +22,6 @@ struct Version {
 struct Ready {
     status: &'static str,
     ready_groups: usize,
-}
-
-#[derive(Serialize)]
-struct Groups {
-    groups: Vec<GroupObject>,
-}
-
-/// A group as this router sees it.
-#[derive(Serialize)]
-struct GroupObject {
-    /// What it announced, ranks included.
-    #[serde(flatten)]
-    record: GroupRecord,
-    ready: bool,
-    watched: bool,
-    announced: bool,
-    breaker_closed: bool,
-    running: u32,
-    waiting: u32,
-    queued_prefill_tokens: u64,
-    blocks_total: u32,
-    blocks_used: u32,
-    blocks_cached: u32,
-    steps: u64,
 }
 
 /// A JSON response.
@@ -84,32 +59,6 @@ pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
         status: "ready",
         ready_groups,
     })
-}
-
-/// Every group with its ranks, its load and whether it gets requests.
-pub async fn groups(State(service): State<Arc<Service>>) -> Response<Body> {
-    let view = service.fleet().view();
-    let groups = view
-        .groups()
-        .map(|group| {
-            let load = group.link.ledger.reported();
-            GroupObject {
-                record: group.record.clone(),
-                ready: group.is_ready(),
-                watched: group.link.is_watched(),
-                announced: group.link.is_announced(),
-                breaker_closed: group.link.breaker.allows(),
-                running: load.running,
-                waiting: load.waiting,
-                queued_prefill_tokens: load.queued_prefill_tokens,
-                blocks_total: load.blocks_total,
-                blocks_used: load.blocks_used,
-                blocks_cached: load.blocks_cached,
-                steps: load.steps,
-            }
-        })
-        .collect();
-    json(&Groups { groups })
 }
 
 /// Prometheus.

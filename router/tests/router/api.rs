@@ -869,8 +869,8 @@ async fn health_readiness_and_metrics() {
     let groups = harness.get("/groups").await.json();
     let group = &groups["groups"][0];
     assert_eq!(
-        (&group["group"], &group["ready"], &group["ranks"][0]["rank"]),
-        (&json!("only"), &json!(true), &json!(0))
+        (&group["group"], &group["state"], &group["ranks"][0]["rank"]),
+        (&json!("only"), &json!("ready"), &json!(0))
     );
     assert_eq!(
         harness.get("/version").await.json()["version"],

@@ -20,6 +20,7 @@ use crate::parallel::Collective;
 use crate::weights::ShardPlan;
 
 pub mod cpu;
+pub mod cuda;
 pub mod fake;
 
 /// What a backend is built from; the constructor itself is each backend's own.

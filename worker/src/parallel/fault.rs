@@ -67,6 +67,20 @@ impl Fault {
         self.first.subscribe()
     }
 
+    /// Waits for the first failure.
+    pub(super) async fn failure(&self) -> RunError {
+        let mut first = self.subscribe();
+        loop {
+            if let Some(failure) = first.borrow_and_update().clone() {
+                return failure;
+            }
+            if first.changed().await.is_err() {
+                // the sender is a part of `self`: it is still there
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// What one rank ran into. Where that may be the echo of a failure elsewhere (a connection that closed),
     /// the cause is waited for a moment.
     pub(super) fn settle(&self, failure: RunError) -> RunError {

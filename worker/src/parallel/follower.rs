@@ -177,15 +177,10 @@ async fn run(
 
 /// Hands steps to the ranks until the leader ends the group or a rank fails.
 async fn run_steps(link: &mut Link, ranks: &[RankThread], fault: &Fault) -> Result<String, FollowError> {
-    let mut failed = fault.subscribe();
     loop {
         let message = tokio::select! {
             message = link.next() => message?,
-            failure = failed.wait_for(Option::is_some) => {
-                let failure = failure.ok().and_then(|failure| failure.clone());
-                let Some(failure) = failure else { continue };
-                return link.give_up(failure).await;
-            }
+            failure = fault.failure() => return link.give_up(failure).await,
         };
         let step = match message {
             from_leader::Message::Step(step) => step,

@@ -155,8 +155,8 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
                 .enumerate()
                 .map(|(rank, address)| RankAddress { rank: rank as u32, collective_address: address.clone() })
                 .collect(),
-            nccl_id: Vec::new().into(),
-            collective_key: key.to_vec().into(),
+            nccl_id: Vec::new(),
+            collective_key: key.to_vec(),
             epoch,
             limits: Some(limits.into()),
         };

@@ -228,12 +228,11 @@ impl Rendezvous {
 
     /// Watches heartbeats for the life of the group, and says goodbye at its end.
     pub(super) async fn watch(self: Arc<Self>, stop: CancellationToken) {
-        let mut failed = self.fault.subscribe();
         let limit = self.expected.heartbeat_timeout;
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
-                _ = failed.wait_for(Option::is_some) => break,
+                _ = self.fault.failure() => break,
                 () = tokio::time::sleep(Duration::from_millis(250)) => {}
             }
             let silent = self.state().members.iter().find(|member| member.last_heard.elapsed() > limit).map(|m| m.id);

@@ -48,8 +48,8 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
         options.local_ranks.iter().map(|_| (0..ranks).map(|_| None).collect()).collect();
     // dialled connections wait in the listener's queue until they are accepted, so all can be dialled first
     for (local, rank) in options.local_ranks.iter().enumerate() {
-        for peer in 0..*rank {
-            streams[local][peer] = Some(dial(*rank, peer, options)?);
+        for (peer, stream) in streams[local].iter_mut().enumerate().take(*rank) {
+            *stream = Some(dial(*rank, peer, options)?);
         }
     }
     listener.set_nonblocking(true).map_err(|error| listener_failed(options, &error))?;

@@ -1,0 +1,244 @@
+// Attention for single rows (decode): the keys of a row are split over blocks, each block leaves a partial result,
+// `combine_splits` adds them up. The query heads that share a KV head are packed into the 16 rows of the tensor cores'
+// tile. Softmax in base 2 and f32.
+#include "device.cuh"
+
+constexpr u32 DECODE_WARPS = 4, WARP_TOKENS = 16, DECODE_STAGES = 3;
+
+// Bytes of one padded bf16 row in shared memory: 8 rows of one 16-byte column lie in different banks.
+template <u32 D>
+constexpr u32 padded_row() { return D * 2 + 16; }
+template <u32 D, typename Kv>
+constexpr u32 raw_row() { return sizeof(Kv) == 2 ? padded_row<D>() : D; }
+// Dynamic shared memory of decode_attention.
+template <u32 D, typename Kv>
+constexpr u32 decode_shared_bytes() {
+  const u32 ring = DECODE_STAGES * 2 * WARP_TOKENS * raw_row<D, Kv>();
+  const u32 unpacked = sizeof(Kv) == 2 ? 0 : 2 * WARP_TOKENS * padded_row<D>();
+  const u32 merge = DECODE_WARPS * 16 * (D + 2) * 4;
+  const u32 bytes = DECODE_WARPS * (ring + unpacked);
+  return bytes > merge ? bytes : merge;
+}
+
+// q [rows][query heads][D], scaled by s(p); caches [block][kv head][64][D]. A row of position p reads keys 0..=p.
+// `attention_rows` lists the rows of the batch that are decoded here. Writes, for split s of query head h of the i-th
+// listed row, partial [i][h][splits][D] (normalised) and log_sum [i][h][splits] (base 2; -inf where the split is empty).
+// Launch: grid (splits, kv heads, listed rows), block (128), dynamic shared memory decode_shared_bytes<D, Kv>().
+// query heads / kv heads <= 16. score_scale = log2(e) / sqrt(D).
+template <u32 D, typename Kv>
+__device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const u32* attention_rows,
+                                                 const u32* positions, const u32* row_sequence, const u32* tables,
+                                                 const u32* table_start, float* partial, float* log_sum, u32 query_heads,
+                                                 u32 kv_heads, float score_scale) {
+  wait_for_previous_kernel();
+  DYNAMIC_SHARED(shared);
+  const u32 split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, listed = blockIdx.z;
+  const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  const u32 group = query_heads / kv_heads, row = attention_rows[listed], position = positions[row];
+  const u32* table = tables + table_start[row_sequence[row]];
+
+  const u32 blocks = position / KV_BLOCK + 1, share = (blocks + splits - 1) / splits;
+  const u32 first = min(split * share, blocks), last = min(first + share, blocks);
+
+  constexpr u32 RAW = raw_row<D, Kv>(), PADDED = padded_row<D>();
+  constexpr u32 RAW_TILE = WARP_TOKENS * RAW, TILE = WARP_TOKENS * PADDED;
+  constexpr u32 WARP_BYTES = DECODE_STAGES * 2 * RAW_TILE + (sizeof(Kv) == 2 ? 0 : 2 * TILE);
+  u8* ring = shared + warp * WARP_BYTES;
+  u8* unpacked = ring + DECODE_STAGES * 2 * RAW_TILE;
+
+  constexpr u32 PIECES = D * sizeof(Kv) / 16;  // of a row
+  auto load = [&](u32 block, u32 stage) {
+    const u64 source = (((u64)table[block] * kv_heads + kv_head) * KV_BLOCK + warp * WARP_TOKENS) * D;
+    u8* k_tile = ring + stage * 2 * RAW_TILE;
+    u8* v_tile = k_tile + RAW_TILE;
+#pragma unroll
+    for (u32 i = lane; i < WARP_TOKENS * PIECES; i += WARP) {
+      const u32 token = i / PIECES, piece = i % PIECES;
+      copy_async_16(k_tile + token * RAW + piece * 16, reinterpret_cast<const u8*>(k_cache + source + token * D) + piece * 16);
+      copy_async_16(v_tile + token * RAW + piece * 16, reinterpret_cast<const u8*>(v_cache + source + token * D) + piece * 16);
+    }
+  };
+  for (u32 s = 0; s < DECODE_STAGES - 1; s++) {
+    if (first + s < last) load(first + s, s);
+    copy_async_commit();
+  }
+
+  // Query fragments: row of the tile = head of the group.
+  u32 a[D / 16][4];
+  const bf16* q_heads = q + ((u64)row * query_heads + kv_head * group) * D;
+#pragma unroll
+  for (u32 k = 0; k < D / 16; k++)
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      const u32 head = g + i % 2 * 8, dimension = k * 16 + i / 2 * 8 + t * 2;
+      a[k][i] = head < group ? *reinterpret_cast<const u32*>(q_heads + head * D + dimension) : 0;
+    }
+
+  float o[D / 8][4] = {};
+  float largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0.f, 0.f};
+  for (u32 block = first; block < last; block++) {
+    copy_async_wait<DECODE_STAGES - 2>();
+    __syncwarp();
+    const u32 ahead = block + DECODE_STAGES - 1;
+    if (ahead < last) load(ahead, (ahead - first) % DECODE_STAGES);
+    copy_async_commit();
+    const u8* k_tile = ring + (block - first) % DECODE_STAGES * 2 * RAW_TILE;
+    const u8* v_tile = k_tile + RAW_TILE;
+    if (sizeof(Kv) == 1) {
+      // e4m3 to bf16, K and V tiles in one sweep
+      for (u32 i = lane; i < 2 * WARP_TOKENS * D / 8; i += WARP) {
+        const u32 token = i / (D / 8), piece = i % (D / 8);
+        const uint2 packed = *reinterpret_cast<const uint2*>(k_tile + token * RAW + piece * 8);
+        const float2 v0 = unpack_e4m3((u16)packed.x), v1 = unpack_e4m3((u16)(packed.x >> 16));
+        const float2 v2 = unpack_e4m3((u16)packed.y), v3 = unpack_e4m3((u16)(packed.y >> 16));
+        *reinterpret_cast<uint4*>(unpacked + token * PADDED + piece * 16) =
+            make_uint4(pack_bf16(v0.x, v0.y), pack_bf16(v1.x, v1.y), pack_bf16(v2.x, v2.y), pack_bf16(v3.x, v3.y));
+      }
+      __syncwarp();
+      k_tile = unpacked;
+      v_tile = unpacked + TILE;
+    }
+
+    const u32 token = block * KV_BLOCK + warp * WARP_TOKENS;
+    if (token + WARP_TOKENS - 1 > position) {
+      // nothing was stored behind the row's position; what lies there (a NaN, even) must not meet the weight 0
+      const u32 begin = position < token ? 0 : (position - token + 1) * PADDED;
+      for (u32 i = lane * 16; i < TILE - begin; i += WARP * 16)
+        *reinterpret_cast<uint4*>(const_cast<u8*>(v_tile) + begin + i) = make_uint4(0, 0, 0, 0);
+      __syncwarp();
+    }
+
+    float scores[2][4] = {};
+#pragma unroll
+    for (u32 k = 0; k < D / 16; k++) {
+      u32 b[4];
+      load_matrices(b, k_tile + (lane / 16 * 8 + lane % 8) * PADDED + (k * 2 + lane / 8 % 2) * 16);
+      mma_bf16(scores[0], a[k], b[0], b[1]);
+      mma_bf16(scores[1], a[k], b[2], b[3]);
+    }
+    float block_largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
+#pragma unroll
+    for (u32 j = 0; j < 2; j++)
+#pragma unroll
+      for (u32 i = 0; i < 4; i++) {
+        const bool seen = token + j * 8 + t * 2 + i % 2 <= position;
+        scores[j][i] = seen ? scores[j][i] * score_scale : NEGATIVE_INFINITY;
+        block_largest[i / 2] = fmaxf(block_largest[i / 2], scores[j][i]);
+      }
+    float rescale[2];
+#pragma unroll
+    for (u32 h = 0; h < 2; h++) {
+      block_largest[h] = fmaxf(block_largest[h], __shfl_xor_sync(0xffffffffu, block_largest[h], 1));
+      block_largest[h] = fmaxf(block_largest[h], __shfl_xor_sync(0xffffffffu, block_largest[h], 2));
+      const float now = fmaxf(largest[h], block_largest[h]);
+      // a warp may have seen no key yet: -inf - -inf would be NaN
+      rescale[h] = now == NEGATIVE_INFINITY ? 1.f : exp2f(largest[h] - now);
+      largest[h] = now;
+      sum[h] *= rescale[h];
+    }
+#pragma unroll
+    for (u32 j = 0; j < 2; j++)
+#pragma unroll
+      for (u32 i = 0; i < 4; i++) {
+        const float p = largest[i / 2] == NEGATIVE_INFINITY ? 0.f : exp2f(scores[j][i] - largest[i / 2]);
+        scores[j][i] = p;
+        sum[i / 2] += p;
+      }
+    const u32 p[4] = {pack_bf16(scores[0][0], scores[0][1]), pack_bf16(scores[0][2], scores[0][3]),
+                      pack_bf16(scores[1][0], scores[1][1]), pack_bf16(scores[1][2], scores[1][3])};
+#pragma unroll
+    for (u32 n = 0; n < D / 16; n++) {
+#pragma unroll
+      for (u32 j = 0; j < 2; j++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) o[n * 2 + j][i] *= rescale[i / 2];
+      u32 b[4];
+      load_matrices_transposed(b, v_tile + (lane / 8 % 2 * 8 + lane % 8) * PADDED + (n * 2 + lane / 16) * 16);
+      mma_bf16(o[n * 2], p, b[0], b[1]);
+      mma_bf16(o[n * 2 + 1], p, b[2], b[3]);
+    }
+  }
+  copy_async_wait<0>();
+#pragma unroll
+  for (u32 h = 0; h < 2; h++) {
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+  }
+  let_next_kernel_start();
+
+  // Merge the four warps, each of which saw its own tokens.
+  __syncthreads();
+  float* merge_o = reinterpret_cast<float*>(shared);                       // [warp][16][D]
+  float* merge_largest = merge_o + DECODE_WARPS * 16 * D;                  // [warp][16]
+  float* merge_sum = merge_largest + DECODE_WARPS * 16;                    // [warp][16]
+#pragma unroll
+  for (u32 n = 0; n < D / 8; n++)
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) merge_o[(warp * 16 + g + i / 2 * 8) * D + n * 8 + t * 2 + i % 2] = o[n][i];
+  if (t == 0) {
+    merge_largest[warp * 16 + g] = largest[0], merge_largest[warp * 16 + g + 8] = largest[1];
+    merge_sum[warp * 16 + g] = sum[0], merge_sum[warp * 16 + g + 8] = sum[1];
+  }
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < group * D; i += blockDim.x) {
+    const u32 head = i / D, dimension = i % D;
+    float top = NEGATIVE_INFINITY;
+    for (u32 w = 0; w < DECODE_WARPS; w++) top = fmaxf(top, merge_largest[w * 16 + head]);
+    float total = 0.f, value = 0.f;
+    for (u32 w = 0; w < DECODE_WARPS; w++) {
+      const float weight = top == NEGATIVE_INFINITY ? 0.f : exp2f(merge_largest[w * 16 + head] - top);
+      total += merge_sum[w * 16 + head] * weight;
+      value += merge_o[(w * 16 + head) * D + dimension] * weight;
+    }
+    const u64 at = ((u64)listed * query_heads + kv_head * group + head) * splits + split;
+    partial[at * D + dimension] = total > 0.f ? value / total : 0.f;
+    if (dimension == 0) log_sum[at] = total > 0.f ? top + log2f(total) : NEGATIVE_INFINITY;
+  }
+}
+
+// out[row][head * D + i] = sum over splits, weighted by their share of the softmax.
+// Launch: grid (query heads, listed rows), block (D / 4).
+template <typename Out>
+__device__ __forceinline__ void combine(const float* partial, const float* log_sum, const u32* attention_rows, Out* out,
+                                        float out_scale, u32 splits, u32 head_dim) {
+  wait_for_previous_kernel();
+  const u32 head = blockIdx.x, heads = gridDim.x, listed = blockIdx.y;
+  const u64 at = ((u64)listed * heads + head) * splits;
+  float top = NEGATIVE_INFINITY;
+  for (u32 s = 0; s < splits; s++) top = fmaxf(top, log_sum[at + s]);
+  float total = 0.f;
+  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (u32 s = 0; s < splits; s++) {
+    const float l = log_sum[at + s];
+    if (l == NEGATIVE_INFINITY) continue;
+    const float weight = exp2f(l - top);
+    const float4 p = load4(partial + (at + s) * head_dim + threadIdx.x * 4);
+    total += weight;
+    v.x += p.x * weight, v.y += p.y * weight, v.z += p.z * weight, v.w += p.w * weight;
+  }
+  const float inverse = 1.f / total;
+  store_activation4(out + ((u64)attention_rows[listed] * heads + head) * head_dim + threadIdx.x * 4,
+                    make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse), out_scale);
+}
+
+#define DECODE(NAME, D, KV)                                                                                                   \
+  KERNEL __launch_bounds__(128) NAME(const bf16* q, const KV* k_cache, const KV* v_cache, const u32* attention_rows,          \
+                                     const u32* positions, const u32* row_sequence, const u32* tables, const u32* table_start, \
+                                     float* partial, float* log_sum, u32 query_heads, u32 kv_heads, float score_scale) {      \
+    decode_attention<D, KV>(q, k_cache, v_cache, attention_rows, positions, row_sequence, tables, table_start, partial,       \
+                            log_sum, query_heads, kv_heads, score_scale);                                                     \
+  }
+DECODE(decode_attention_32_bf16, 32, bf16)
+DECODE(decode_attention_64_bf16, 64, bf16)
+DECODE(decode_attention_128_bf16, 128, bf16)
+DECODE(decode_attention_32_e4m3, 32, e4m3)
+DECODE(decode_attention_64_e4m3, 64, e4m3)
+DECODE(decode_attention_128_e4m3, 128, e4m3)
+
+#define COMBINE(NAME, OUT)                                                                                              \
+  KERNEL NAME(const float* partial, const float* log_sum, const u32* attention_rows, OUT* out, float out_scale, u32 splits, \
+              u32 head_dim) {                                                                                           \
+    combine<OUT>(partial, log_sum, attention_rows, out, out_scale, splits, head_dim);                                   \
+  }
+COMBINE(combine_splits_to_bf16, bf16)
+COMBINE(combine_splits_to_e4m3, e4m3)

@@ -1,0 +1,206 @@
+// What every kernel file shares: number formats, vector accesses, warp and block reductions, tensor-core and copy
+// instructions. Nothing here knows of the model.
+//
+// The same kernel sources are compiled by nvcc for the device and, with BORA_EMULATED, by a C++ compiler against
+// emulator/cuda.h, which runs them on the CPU thread by thread. Inline PTX therefore stands here alone, beside the
+// emulator's version of it.
+#pragma once
+
+#ifdef BORA_EMULATED
+#include "emulator/cuda.h"
+#endif
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct bf16 {
+  u16 bits;
+};
+struct e4m3 {
+  u8 bits;
+};
+
+constexpr u32 WARP = 32;
+// Tokens in one block of the KV cache.
+constexpr u32 KV_BLOCK = 64;
+constexpr float LOG2E = 1.4426950408889634f;
+#define NEGATIVE_INFINITY __int_as_float(0xff800000)
+
+#ifndef BORA_EMULATED
+
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define KERNEL extern "C" __global__ void
+
+// ---- numbers ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ bf16 to_bf16(float x) {
+  bf16 r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(x));
+  return r;
+}
+// Two bf16 in one register, `low` in the lower half.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+// Two e4m3 with saturation at 448, round to nearest even, `low` in the lower byte.
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) {
+  u16 r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+// Two e4m3 (lower 16 bits of `packed`) as two bf16; exact, every e4m3 is a bf16.
+__device__ __forceinline__ float2 unpack_e4m3(u16 packed) {
+  u32 halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(packed));
+  float2 r;
+  asm("{.reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
+      : "=f"(r.x), "=f"(r.y)
+      : "r"(halves));
+  return r;
+}
+
+// ---- programmatic dependent launch: both do nothing where the launch did not ask for it --------------------------
+
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- copies from global to shared memory ------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `PENDING` of this thread's groups are outstanding.
+template <int PENDING>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ---- tensor cores -----------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane 8j + i gives the address of row i of matrix j.
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// c[16,8] += a[16,16] b[16,8], bf16 in, f32 out.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// c[16,8] += a[16,32] b[32,8], e4m3 in, f32 out.
+__device__ __forceinline__ void mma_e4m3(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#endif  // not emulated
+
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_bf16(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Four consecutive values as floats, from memory aligned to four values.
+__device__ __forceinline__ float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+__device__ __forceinline__ float4 load4(const bf16* p) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  return make_float4(low_bf16(v.x), high_bf16(v.x), low_bf16(v.y), high_bf16(v.y));
+}
+__device__ __forceinline__ void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
+__device__ __forceinline__ void store4(bf16* p, float4 v) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+}
+__device__ __forceinline__ void store4(e4m3* p, float4 v) {
+  *reinterpret_cast<u32*>(p) = (u32)pack_e4m3(v.x, v.y) | ((u32)pack_e4m3(v.z, v.w) << 16);
+}
+
+// A product that may still lie in several partial sums (split K): [splits][rows][columns].
+template <typename T>
+struct Product {
+  const T* data;
+  u32 splits;
+  u64 split_stride;
+  __device__ __forceinline__ float4 at4(u64 index) const {
+    float4 sum = load4(data + index);
+    for (u32 s = 1; s < splits; s++) {
+      const float4 v = load4(data + s * split_stride + index);
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    return sum;
+  }
+};
+
+// What the next linear reads: bf16, or e4m3 divided by the linear's static activation scale. The division is exact
+// (not a product with the reciprocal), so that rounding falls as in the reference.
+template <typename Out>
+__device__ __forceinline__ void store_activation4(Out* p, float4 v, float scale);
+template <>
+__device__ __forceinline__ void store_activation4<bf16>(bf16* p, float4 v, float) {
+  store4(p, v);
+}
+template <>
+__device__ __forceinline__ void store_activation4<e4m3>(e4m3* p, float4 v, float scale) {
+  store4(p, make_float4(__fdiv_rn(v.x, scale), __fdiv_rn(v.y, scale), __fdiv_rn(v.z, scale), __fdiv_rn(v.w, scale)));
+}
+
+template <typename Out>
+__device__ __forceinline__ void store_activation2(Out* p, float a, float b, float scale);
+template <>
+__device__ __forceinline__ void store_activation2<bf16>(bf16* p, float a, float b, float) {
+  *reinterpret_cast<u32*>(p) = pack_bf16(a, b);
+}
+template <>
+__device__ __forceinline__ void store_activation2<e4m3>(e4m3* p, float a, float b, float scale) {
+  *reinterpret_cast<u16*>(p) = pack_e4m3(__fdiv_rn(a, scale), __fdiv_rn(b, scale));
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(0xffffffffu, v, o);
+  return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, o));
+  return v;
+}
+// Sum over the block, to every thread. `scratch` holds 33 floats; it may be used again at once.
+__device__ __forceinline__ float block_sum(float v, float* scratch) {
+  v = warp_sum(v);
+  __syncthreads();
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
+  __syncthreads();
+  if (threadIdx.x < WARP) {
+    const float w = warp_sum(threadIdx.x < blockDim.x / WARP ? scratch[threadIdx.x] : 0.f);
+    if (threadIdx.x == 0) scratch[32] = w;
+  }
+  __syncthreads();
+  return scratch[32];
+}
+__device__ __forceinline__ float block_max(float v, float* scratch) {
+  v = warp_max(v);
+  __syncthreads();
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
+  __syncthreads();
+  if (threadIdx.x < WARP) {
+    const float w = warp_max(threadIdx.x < blockDim.x / WARP ? scratch[threadIdx.x] : NEGATIVE_INFINITY);
+    if (threadIdx.x == 0) scratch[32] = w;
+  }
+  __syncthreads();
+  return scratch[32];
+}

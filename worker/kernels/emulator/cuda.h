@@ -1,0 +1,184 @@
+// Runs kernels on the CPU, for tests without a GPU: every thread of a block is a fiber, barriers and warp operations
+// switch between fibers, asynchronous copies become visible only when they are waited for. One block after the other,
+// one operating-system thread. It checks logic (indexing, fragment layouts, missing waits), not races or speed.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+#define __restrict__
+#define __grid_constant__
+#define KERNEL extern "C" void
+#define DYNAMIC_SHARED(name) unsigned char* name = emulator::dynamic_shared()
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim3 { unsigned x, y, z; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace emulator {
+struct Copy { void* to; const void* from; };
+struct Thread {
+  void* stack_pointer = nullptr;
+  dim3 index{};
+  unsigned linear = 0, warp_operations = 0, barriers = 0;
+  bool done = false;
+  std::vector<std::vector<Copy>> committed;
+  std::vector<Copy> open;
+};
+struct Warp { unsigned arrived = 0, generation = 0; unsigned char slots[2][32][64]; };
+extern Thread* current;
+extern dim3 block_index, block_size, grid_size;
+unsigned char* dynamic_shared();
+void yield();
+void barrier();
+// Every lane gives `size` bytes and sees those of all lanes.
+const unsigned char (*exchange(const void* mine, unsigned size))[64];
+void launch(dim3 grid, dim3 block, unsigned shared_bytes, void (*body)(void*), void* argument);
+}  // namespace emulator
+
+#define threadIdx (emulator::current->index)
+#define blockIdx (emulator::block_index)
+#define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
+
+inline void __syncthreads() { emulator::barrier(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { char c = 0; emulator::exchange(&c, 1); }
+inline void __threadfence() {}
+template <typename T> T __shfl_xor_sync(unsigned, T v, int mask) {
+  auto slots = emulator::exchange(&v, sizeof v);
+  T r; memcpy(&r, slots[(emulator::current->linear % 32) ^ mask], sizeof r); return r;
+}
+template <typename T> T __shfl_sync(unsigned, T v, int lane) {
+  auto slots = emulator::exchange(&v, sizeof v);
+  T r; memcpy(&r, slots[lane & 31], sizeof r); return r;
+}
+template <typename T> T __shfl_up_sync(unsigned, T v, int delta) {
+  auto slots = emulator::exchange(&v, sizeof v);
+  int lane = emulator::current->linear % 32, from = lane < delta ? lane : lane - delta;
+  T r; memcpy(&r, slots[from], sizeof r); return r;
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  auto slots = emulator::exchange(&predicate, sizeof predicate);
+  unsigned r = 0; for (int i = 0; i < 32; i++) { int p; memcpy(&p, slots[i], 4); r |= (p ? 1u : 0u) << i; } return r;
+}
+inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+inline float __int_as_float(int u) { return __uint_as_float((unsigned)u); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)(((uint64_t)a * b) >> 32); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
+template <typename T> T min(T a, T b) { return a < b ? a : b; }
+template <typename T> T max(T a, T b) { return a > b ? a : b; }
+template <typename T> T atomicAdd(T* p, T v) { T old = *p; *p += v; return old; }
+inline unsigned atomicMax(unsigned* p, unsigned v) { unsigned old = *p; if (v > old) *p = v; return old; }
+inline unsigned long long atomicMax(unsigned long long* p, unsigned long long v) { auto old = *p; if (v > old) *p = v; return old; }
+inline unsigned atomicOr(unsigned* p, unsigned v) { unsigned old = *p; *p |= v; return old; }
+
+// ---- what device.cuh says in PTX --------------------------------------------------------------------------------
+struct bf16; struct e4m3;
+namespace emulator {
+inline unsigned short bf16_bits(float x) {
+  unsigned u = __float_as_uint(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return (unsigned short)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline float e4m3_value(unsigned char b) {
+  int e = b >> 3 & 15, m = b & 7;
+  float v = e == 15 && m == 7 ? NAN : e == 0 ? ldexpf((float)m, -9) : ldexpf(1.f + m / 8.f, e - 7);
+  return b & 128 ? -v : v;
+}
+inline unsigned char e4m3_bits(float x) {
+  if (std::isnan(x)) return 0x7f;
+  unsigned char sign = std::signbit(x) ? 0x80 : 0;
+  float a = fabsf(x);
+  if (a >= 448.f) return sign | 0x7e;
+  int exponent = a < ldexpf(1, -6) ? -6 : ilogbf(a);
+  float step = ldexpf(1, exponent - 3);
+  float q = nearbyintf(a / step);  // ties to even; q is in [0, 16]
+  float v = q * step;
+  if (v >= 448.f) return sign | 0x7e;
+  if (v < ldexpf(1, -6)) return sign | (unsigned char)q;
+  int e = ilogbf(v);
+  return sign | (unsigned char)(((e + 7) << 3) | (int)((v / ldexpf(1, e) - 1) * 8));
+}
+}  // namespace emulator
+template <typename T = bf16> T to_bf16(float x) { T r; r.bits = emulator::bf16_bits(x); return r; }
+inline unsigned pack_bf16(float low, float high) { return emulator::bf16_bits(low) | (unsigned)emulator::bf16_bits(high) << 16; }
+inline unsigned short pack_e4m3(float low, float high) { return emulator::e4m3_bits(low) | emulator::e4m3_bits(high) << 8; }
+inline float2 unpack_e4m3(unsigned short p) { return {emulator::e4m3_value(p & 255), emulator::e4m3_value(p >> 8)}; }
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+inline void copy_async_16(void* shared, const void* global) {
+  if ((uintptr_t)shared % 16 || (uintptr_t)global % 16) { fprintf(stderr, "emulator: misaligned copy\n"); abort(); }
+  emulator::current->open.push_back({shared, global});
+}
+inline void copy_async_commit() {
+  emulator::current->committed.push_back(std::move(emulator::current->open));
+  emulator::current->open.clear();
+}
+template <int PENDING> void copy_async_wait() {
+  auto& groups = emulator::current->committed;
+  size_t n = groups.size() > (size_t)PENDING ? groups.size() - PENDING : 0;
+  for (size_t i = 0; i < n; i++) for (auto& c : groups[i]) memcpy(c.to, c.from, 16);
+  groups.erase(groups.begin(), groups.begin() + n);
+}
+namespace emulator {
+inline void load(unsigned (&r)[4], const void* row, bool transposed) {
+  auto slots = exchange(&row, sizeof row);
+  unsigned lane = current->linear % 32;
+  for (unsigned j = 0; j < 4; j++) {
+    unsigned short pair[2];
+    for (unsigned i = 0; i < 2; i++) {
+      unsigned matrix_row = transposed ? 2 * (lane % 4) + i : lane / 4, column = transposed ? lane / 4 : 2 * (lane % 4) + i;
+      const unsigned short* p; memcpy(&p, slots[8 * j + matrix_row], sizeof p);
+      pair[i] = p[column];
+    }
+    r[j] = pair[0] | (unsigned)pair[1] << 16;
+  }
+  __syncwarp();
+}
+template <int PER_WORD, typename Value> void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Value value) {
+  unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  auto slots = exchange(mine, sizeof mine);
+  unsigned lane = current->linear % 32, g = lane / 4, t = lane % 4;
+  auto word = [&](unsigned from, unsigned i) { unsigned w; memcpy(&w, slots[from] + 4 * i, 4); return w; };
+  for (unsigned half = 0; half < 2; half++) for (unsigned j = 0; j < 2; j++) {
+    unsigned n = 2 * t + j;
+    float sum = 0;
+    for (unsigned quarter = 0; quarter < 4; quarter++) for (unsigned upper = 0; upper < 2; upper++) {
+      unsigned wa = word(g * 4 + quarter, half + 2 * upper), wb = word(n * 4 + quarter, 4 + upper);
+      for (int e = 0; e < PER_WORD; e++) sum += value(wa, e) * value(wb, e);
+    }
+    c[half * 2 + j] += sum;
+  }
+}
+}  // namespace emulator
+inline void load_matrices(unsigned (&r)[4], const void* row) { emulator::load(r, row, false); }
+inline void load_matrices_transposed(unsigned (&r)[4], const void* row) { emulator::load(r, row, true); }
+inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  emulator::mma<2>(c, a, b0, b1, [](unsigned w, int e) { return __uint_as_float(e ? w & 0xffff0000u : w << 16); });
+}
+inline void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  emulator::mma<4>(c, a, b0, b1, [](unsigned w, int e) { return emulator::e4m3_value(w >> (8 * e) & 255); });
+}

@@ -1,0 +1,295 @@
+// Draws the next id of a row of logits, or scores a known one, by the recipe of worker/src/sample/mod.rs. Sums that
+// decide anything are taken in integers: the same on every rank, whatever the order of the threads.
+#include "device.cuh"
+
+constexpr u32 MAX_TOP = 20;
+constexpr u32 FAULT = 0xffffffffu;
+constexpr float GREEDY_BELOW = 1e-5f;
+
+// One sequence's sampler. The host has the same struct in backend/cuda/sampler.rs.
+struct SlotSampler {
+  float temperature, top_p, min_p, presence, frequency, repetition;
+  u32 top_k, seed_low, seed_high, min_tokens, bias_count, end_count;
+  u32 logprobs;          // alternatives + 1; 0 = none
+  u32 padding;
+  u32* seen;             // [vocabulary]: times generated, plus IN_PROMPT; null where there is no penalty
+  const u32* bias_ids;   // [bias_count]
+  const float* biases;   // [bias_count]
+  const u32* end_ids;    // [end_count]
+};
+constexpr u32 IN_PROMPT = 0x80000000u;
+
+struct Request {
+  u32 row, slot, position;
+  u32 target;  // FAULT: draw; otherwise score this id
+  u32 top;     // alternatives of a score
+};
+
+struct Answer {
+  u32 id, rank, tops;
+  float logprob;
+  u32 top_ids[MAX_TOP];
+  float top_logprobs[MAX_TOP];
+};
+
+// Order-preserving map of floats to integers.
+__device__ __forceinline__ u32 sort_key(float x) {
+  const u32 u = __float_as_uint(__fadd_rn(x, 0.f));  // -0 becomes +0: they are equal
+  return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+__device__ __forceinline__ u64 warp_max_u64(u64 v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v = max(v, (u64)__shfl_xor_sync(0xffffffffu, v, o));
+  return v;
+}
+__device__ __forceinline__ u64 warp_sum_u64(u64 v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += (u64)__shfl_xor_sync(0xffffffffu, v, o);
+  return v;
+}
+template <typename Reduce>
+__device__ __forceinline__ u64 block_u64(u64 v, u64* scratch, Reduce reduce) {
+  v = reduce(v);
+  __syncthreads();
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
+  __syncthreads();
+  if (threadIdx.x < WARP) {
+    const u64 w = reduce(threadIdx.x < blockDim.x / WARP ? scratch[threadIdx.x] : 0);
+    if (threadIdx.x == 0) scratch[32] = w;
+  }
+  __syncthreads();
+  return scratch[32];
+}
+__device__ __forceinline__ u64 block_max_u64(u64 v, u64* scratch) {
+  return block_u64(v, scratch, [](u64 x) { return warp_max_u64(x); });
+}
+__device__ __forceinline__ u64 block_sum_u64(u64 v, u64* scratch) {
+  return block_u64(v, scratch, [](u64 x) { return warp_sum_u64(x); });
+}
+
+// (value, id) in one number whose maximum is the largest value, of equal ones the lowest id.
+__device__ __forceinline__ u64 candidate(float value, u32 id) { return (u64)sort_key(value) << 32 | (u32)~id; }
+
+// Four words of Philox4x32-10.
+__device__ __forceinline__ uint4 philox(u32 c0, u32 c1, u32 k0, u32 k1) {
+  u32 c2 = 0, c3 = 0;
+#pragma unroll
+  for (int i = 0; i < 10; i++) {
+    const u32 high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+    const u32 high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+    c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  return make_uint4(c0, c1, c2, c3);
+}
+__device__ __forceinline__ float gumbel(u32 word) {
+  const float v = fminf(__fadd_rn(__fmul_rn((float)word, 2.3283064365386963e-10f), 1.1641532182693481e-10f), 0.99999994f);
+  return -logf(-log1pf(-v));
+}
+
+// The largest key T for which the weights of all candidates with key >= T reach `wanted`; 0 where they never do.
+// weight(i) is 0 for what is no candidate. Radix select, eight bits a pass.
+template <typename Key, typename Weight>
+__device__ __forceinline__ u32 select_threshold(u32 vocabulary, u64 wanted, u64* histogram, u32* chosen, Key key, Weight weight) {
+  u32 prefix = 0;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    __syncthreads();
+    if (threadIdx.x < 256) histogram[threadIdx.x] = 0;
+    __syncthreads();
+    const u32 mask = shift == 24 ? 0 : 0xffffffffu << (shift + 8);
+    for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
+      const u32 k = key(i);
+      if ((k & mask) != prefix) continue;
+      const u64 w = weight(i);
+      if (w) atomicAdd(&histogram[k >> shift & 255], w);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      u64 above = 0;
+      int bin = 255;
+      for (; bin > 0; bin--) {
+        if (above + histogram[bin] >= wanted) break;
+        above += histogram[bin];
+      }
+      chosen[0] = (u32)bin;
+      histogram[256] = wanted - (above < wanted ? above : wanted);
+    }
+    __syncthreads();
+    prefix |= chosen[0] << shift;
+    wanted = histogram[256];
+  }
+  __syncthreads();
+  return prefix;
+}
+
+// Launch: grid (requests), block (1024). `logits` [rows][vocabulary] raw; `work` [requests][vocabulary] scratch.
+// Answers [requests]; a drawn id also becomes last_drawn[slot] and is counted. id FAULT = the logits hold no numbers.
+KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, const Request* requests, SlotSampler* samplers,
+                                           u32* last_drawn, u32* generated, Answer* answers, u32 vocabulary) {
+  wait_for_previous_kernel();
+  __shared__ u64 scratch64[33];
+  __shared__ u64 histogram[257];
+  __shared__ u32 chosen[1];
+  __shared__ float scratch[33];
+  const Request request = requests[blockIdx.x];
+  const bool drawing = request.target == FAULT;
+  const SlotSampler sampler = samplers[request.slot];
+  const float* raw = logits + (u64)request.row * vocabulary;
+  float* x = work + (u64)blockIdx.x * vocabulary;
+  Answer& answer = answers[blockIdx.x];
+
+  // Step 1: what is no number; the largest on the way.
+  u64 best = 0;
+  u32 bad = 0;
+  for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
+    const float v = raw[i];
+    if (!(v < -NEGATIVE_INFINITY)) bad = 1;  // NaN or +inf
+    best = max(best, candidate(v, i));
+  }
+  bad = (u32)block_max_u64(bad, scratch64);
+  const u64 largest_raw = block_max_u64(best, scratch64);
+  if (bad || (u32)(largest_raw >> 32) == sort_key(NEGATIVE_INFINITY)) {
+    if (threadIdx.x == 0) {
+      answer.id = drawing ? FAULT : request.target, answer.rank = 0, answer.tops = 0;
+      answer.logprob = __int_as_float(0x7fc00000);
+      // the sequence is dead, but a step that is already on its way may read this
+      if (drawing) last_drawn[request.slot] = 0;
+    }
+    return;
+  }
+
+  u32 id = request.target;
+  if (drawing) {
+    // Steps 3 to 5, into the scratch where anything changes the logits.
+    const bool greedy = sampler.temperature < GREEDY_BELOW;
+    const u32 so_far = generated[request.slot];
+    const bool adjusted = sampler.seen || sampler.bias_count || so_far < sampler.min_tokens;
+    if (!greedy || adjusted) {
+      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) x[i] = raw[i];
+      __syncthreads();
+      if (threadIdx.x == 0)  // an id may occur twice: one thread, in order
+        for (u32 i = 0; i < sampler.bias_count; i++)
+          if (sampler.bias_ids[i] < vocabulary) x[sampler.bias_ids[i]] += sampler.biases[i];
+      __syncthreads();
+      if (so_far < sampler.min_tokens)
+        for (u32 i = threadIdx.x; i < sampler.end_count; i += blockDim.x)
+          if (sampler.end_ids[i] < vocabulary) x[sampler.end_ids[i]] = NEGATIVE_INFINITY;
+      __syncthreads();
+      const float temperature = greedy ? 1.f : sampler.temperature;
+      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
+        float v = x[i];
+        if (sampler.seen) {
+          const u32 seen = sampler.seen[i], count = seen & ~IN_PROMPT;
+          if (seen && sampler.repetition != 1.f) v = v > 0.f ? __fdiv_rn(v, sampler.repetition) : __fmul_rn(v, sampler.repetition);
+          if (count) v = __fadd_rn(__fadd_rn(v, -__fmul_rn(sampler.frequency, (float)count)), -sampler.presence);
+        }
+        x[i] = __fdiv_rn(v, temperature);
+      }
+      __syncthreads();
+    }
+    if (greedy) {
+      u64 winner = largest_raw;
+      if (adjusted) {
+        best = 0;
+        for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) best = max(best, candidate(x[i], i));
+        winner = block_max_u64(best, scratch64);
+      }
+      id = (u32)(winner >> 32) <= sort_key(NEGATIVE_INFINITY) ? FAULT : ~(u32)winner;
+    } else {
+      // Steps 7 and 8: every filter raises the key that an id must reach.
+      float top = NEGATIVE_INFINITY;
+      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) top = fmaxf(top, x[i]);
+      top = block_max(top, scratch);
+      u32 floor_key = sort_key(NEGATIVE_INFINITY) + 1;
+      if (sampler.min_p > 0.f) floor_key = max(floor_key, sort_key(top + logf(sampler.min_p)));
+      auto key = [&](u32 i) { return sort_key(x[i]); };
+      if (sampler.top_k) {
+        const u32 least = floor_key;
+        const u32 threshold = select_threshold(vocabulary, sampler.top_k, histogram, chosen, key,
+                                               [&](u32 i) { return (u64)(sort_key(x[i]) >= least ? 1 : 0); });
+        floor_key = max(floor_key, threshold);
+      }
+      if (sampler.top_p < 1.f) {
+        const u32 least = floor_key;
+        // 2^44 a unit of probability: 2^17 ids sum to less than 2^62
+        auto weight = [&](u32 i) {
+          return sort_key(x[i]) >= least ? (u64)(expf(x[i] - top) * 17592186044416.f) : 0;
+        };
+        u64 total = 0;
+        for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) total += weight(i);
+        total = block_sum_u64(total, scratch64);
+        u64 wanted = (u64)((double)sampler.top_p * (double)total);
+        if (wanted == 0) wanted = 1;
+        floor_key = max(floor_key, select_threshold(vocabulary, wanted, histogram, chosen, key, weight));
+      }
+      // Step 9.
+      best = 0;
+      for (u32 group = threadIdx.x; group * 4 < vocabulary; group += blockDim.x) {
+        uint4 words = make_uint4(0, 0, 0, 0);
+        bool have = false;
+        for (u32 j = 0; j < 4; j++) {
+          const u32 i = group * 4 + j;
+          if (i >= vocabulary || sort_key(x[i]) < floor_key) continue;
+          if (!have) words = philox(group, request.position, sampler.seed_low, sampler.seed_high), have = true;
+          const u32 word = j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w;
+          best = max(best, candidate(__fadd_rn(x[i], gumbel(word)), i));
+        }
+      }
+      const u64 winner = block_max_u64(best, scratch64);
+      id = winner == 0 || top == NEGATIVE_INFINITY ? FAULT : ~(u32)winner;
+    }
+  }
+
+  // Step 2, from the raw logits.
+  const u32 wanted_top = drawing ? (sampler.logprobs ? sampler.logprobs - 1 : 0) : request.top;
+  const bool scoring = !drawing || sampler.logprobs;
+  if (scoring && id != FAULT) {
+    const float largest = raw[~(u32)largest_raw], target = id < vocabulary ? raw[id] : NEGATIVE_INFINITY;
+    // 2^44 a unit again: deterministic, and finer than a float
+    u64 sum = 0, before = 0;
+    for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
+      sum += (u64)((double)expf(raw[i] - largest) * 17592186044416.0);
+      before += raw[i] > target || (raw[i] == target && i < id) ? 1 : 0;
+    }
+    sum = block_sum_u64(sum, scratch64);
+    before = block_sum_u64(before, scratch64);
+    const double log_sum = (double)largest + log((double)sum / 17592186044416.0);
+    const u32 tops = min(min(wanted_top, MAX_TOP), vocabulary);
+    u64 last = ~0ull;
+    for (u32 n = 0; n < tops; n++) {
+      best = 0;
+      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
+        const u64 c = candidate(raw[i], i);
+        if (c < last) best = max(best, c);
+      }
+      last = block_max_u64(best, scratch64);
+      if (threadIdx.x == 0) {
+        answer.top_ids[n] = ~(u32)last;
+        answer.top_logprobs[n] = (float)((double)raw[~(u32)last] - log_sum);
+      }
+    }
+    if (threadIdx.x == 0) {
+      answer.rank = (u32)before + 1, answer.tops = tops;
+      answer.logprob = (float)((double)target - log_sum);
+    }
+  }
+  if (threadIdx.x == 0) {
+    answer.id = id;
+    if (drawing) {
+      last_drawn[request.slot] = id == FAULT ? 0 : id;
+      generated[request.slot] += 1;
+      if (sampler.seen && id < vocabulary) sampler.seen[id] += 1;
+    }
+  }
+}
+
+// seen[id] |= IN_PROMPT for the ids of the prompt; += 1 for ids generated elsewhere. Launch: grid (any), block (256).
+KERNEL count_ids(u32* seen, const u32* prompt, u32 prompt_count, const u32* generated, u32 generated_count, u32 vocabulary) {
+  wait_for_previous_kernel();
+  const u32 stride = gridDim.x * blockDim.x;
+  for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < prompt_count; i += stride)
+    if (prompt[i] < vocabulary) atomicOr(&seen[prompt[i]], IN_PROMPT);
+  for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < generated_count; i += stride)
+    if (generated[i] < vocabulary) atomicAdd(&seen[generated[i]], 1u);
+}

@@ -1,0 +1,301 @@
+//! Drawing ids on the device: what each slot's sampler is told, and how answers come back.
+
+use std::collections::VecDeque;
+
+use super::driver::{Address, Arguments, Buffer, Device, Event, Pinned, Shape};
+use super::kernels::Kernels;
+use super::step::IN_FLIGHT;
+use crate::backend::{BackendError, Limits, Result, SampleRequest, SampleResults};
+use crate::engine::step::{Admission, Drawn, PositionLogprobs, SequenceFault, Slot, TokenLogprob};
+
+/// Alternatives that an answer has room for (`MAX_TOP` in sample.cu).
+pub(super) const MOST_ALTERNATIVES: usize = 20;
+/// The target of a request that draws; the id of an answer that could not (`FAULT` in sample.cu).
+const FAULT: u32 = u32::MAX;
+
+/// `SlotSampler` of sample.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct SlotSampler {
+    temperature: f32,
+    top_p: f32,
+    min_p: f32,
+    presence: f32,
+    frequency: f32,
+    repetition: f32,
+    top_k: u32,
+    seed_low: u32,
+    seed_high: u32,
+    min_tokens: u32,
+    bias_count: u32,
+    end_count: u32,
+    logprobs: u32,
+    padding: u32,
+    seen: u64,
+    bias_ids: u64,
+    biases: u64,
+    end_ids: u64,
+}
+
+/// `Request` of sample.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Request {
+    row: u32,
+    slot: u32,
+    position: u32,
+    target: u32,
+    top: u32,
+}
+
+/// `Answer` of sample.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Answer {
+    id: u32,
+    rank: u32,
+    tops: u32,
+    logprob: f32,
+    top_ids: [u32; MOST_ALTERNATIVES],
+    top_logprobs: [f32; MOST_ALTERNATIVES],
+}
+
+/// Device memory that a slot's sampler needs beyond its struct; kept for the slot's next sequence.
+#[derive(Default)]
+struct SlotMemory {
+    seen: Option<Buffer>,
+    lists: Option<Buffer>,
+}
+
+/// A `sample` call whose answers are on their way.
+struct Pending {
+    ring: usize,
+    kinds: Vec<Kind>,
+}
+
+enum Kind {
+    Draw { slot: Slot, position: u32, with_logprobs: bool },
+    Score,
+}
+
+/// Pinned memory and events of one `sample` call.
+struct Exchange {
+    requests: Pinned,
+    answers: Pinned,
+    start: Event,
+    done: Event,
+}
+
+/// All slots' samplers.
+pub(super) struct Sampler {
+    vocabulary: usize,
+    samplers: Buffer,
+    pub(super) last_drawn: Buffer,
+    generated: Buffer,
+    requests: Buffer,
+    answers: Buffer,
+    work: Buffer,
+    memory: Vec<SlotMemory>,
+    with_logprobs: Vec<bool>,
+    exchanges: Vec<Exchange>,
+    next: usize,
+    pending: VecDeque<Pending>,
+}
+
+impl Sampler {
+    pub(super) fn new(device: &Device, limits: &Limits, vocabulary: usize) -> Result<Self> {
+        let (slots, rows) = (limits.sequences, limits.logit_rows.max(limits.sequences));
+        let mut exchanges = Vec::with_capacity(IN_FLIGHT);
+        for _ in 0..IN_FLIGHT {
+            exchanges.push(Exchange {
+                requests: Pinned::new(rows * size_of::<Request>())?,
+                answers: Pinned::new(rows * size_of::<Answer>())?,
+                start: Event::new(true)?,
+                done: Event::new(true)?,
+            });
+        }
+        let sampler = Self {
+            vocabulary,
+            samplers: Buffer::new(slots * size_of::<SlotSampler>(), "the samplers")?,
+            last_drawn: Buffer::new(slots * 4, "the ids drawn last")?,
+            generated: Buffer::new(slots * 4, "the counts of ids drawn")?,
+            requests: Buffer::new(rows * size_of::<Request>(), "the sampler's requests")?,
+            answers: Buffer::new(rows * size_of::<Answer>(), "the sampler's answers")?,
+            work: Buffer::new(rows * vocabulary * 4, "the sampler's work space")?,
+            memory: (0..slots).map(|_| SlotMemory::default()).collect(),
+            with_logprobs: vec![false; slots],
+            exchanges,
+            next: 0,
+            pending: VecDeque::new(),
+        };
+        device.fill(&sampler.last_drawn, 0)?;
+        device.fill(&sampler.generated, 0)?;
+        Ok(sampler)
+    }
+
+    /// A sequence begins in a slot. Waits for the device: admissions are rare beside steps.
+    pub(super) fn admit(&mut self, device: &Device, kernels: &mut Kernels, admission: &Admission) -> Result<()> {
+        let slot = admission.slot as usize;
+        let params = &admission.sampling;
+        let vocabulary = self.vocabulary;
+        let memory = self.memory.get_mut(slot).ok_or_else(|| BackendError::Device(format!("there is no slot {slot}")))?;
+        let mut sampler = SlotSampler {
+            temperature: params.temperature,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            presence: params.presence_penalty,
+            frequency: params.frequency_penalty,
+            repetition: params.repetition_penalty,
+            top_k: params.top_k,
+            seed_low: params.seed as u32,
+            seed_high: (params.seed >> 32) as u32,
+            min_tokens: params.min_tokens,
+            bias_count: params.logit_bias.len() as u32,
+            end_count: params.end_ids.len() as u32,
+            logprobs: params.logprobs.map_or(0, |top| top + 1),
+            ..SlotSampler::default()
+        };
+        if params.has_penalties() {
+            let seen = match &memory.seen {
+                Some(seen) => seen,
+                None => memory.seen.insert(Buffer::new(vocabulary * 4, "the ids that a sequence has seen")?),
+            };
+            device.fill(seen, 0)?;
+            sampler.seen = seen.address;
+            count_ids(device, kernels, seen.address, admission, vocabulary)?;
+        }
+        if !params.logit_bias.is_empty() || !params.end_ids.is_empty() {
+            let mut words: Vec<u32> = params.logit_bias.iter().map(|(id, _)| *id).collect();
+            words.extend(params.logit_bias.iter().map(|(_, bias)| bias.to_bits()));
+            words.extend(&params.end_ids);
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            if memory.lists.as_ref().is_none_or(|lists| lists.bytes < bytes.len()) {
+                // the old one may still be read by a step in flight
+                device.synchronize()?;
+                memory.lists = Some(Buffer::new(bytes.len(), "a sampler's lists")?);
+            }
+            let lists = memory.lists.as_ref().map_or(0, |lists| lists.address);
+            device.upload(lists, &bytes, "a sampler's lists")?;
+            let count = params.logit_bias.len() as u64;
+            (sampler.bias_ids, sampler.biases, sampler.end_ids) = (lists, lists + 4 * count, lists + 8 * count);
+        }
+        self.with_logprobs[slot] = params.logprobs.is_some();
+        device.upload(self.samplers.address + (slot * size_of::<SlotSampler>()) as u64, bytes_of(&sampler), "a sampler")?;
+        let generated = admission.generated_ids.len() as u32;
+        device.upload(self.generated.address + 4 * slot as u64, &generated.to_le_bytes(), "a sampler")
+    }
+
+    /// Marks the start of a step, for its time.
+    pub(super) fn step_begins(&self, device: &Device) -> Result<()> {
+        self.exchanges[self.next].start.record(device)
+    }
+
+    /// Submits the drawing of the next ids from `logits` [rows, vocabulary].
+    pub(super) fn sample(&mut self, device: &Device, kernels: &mut Kernels, logits: Address, requests: &[SampleRequest]) -> Result<()> {
+        if self.pending.len() >= IN_FLIGHT - 1 {
+            return Err(BackendError::Device("more steps in flight than the pipeline is deep".to_owned()));
+        }
+        let ring = self.next;
+        self.next = (self.next + 1) % self.exchanges.len();
+        let exchange = &mut self.exchanges[ring];
+        let room = exchange.requests.as_slice().len() / size_of::<Request>();
+        if requests.len() > room {
+            return Err(BackendError::Device(format!("{} rows to sample, at most {room} fit", requests.len())));
+        }
+        let mut kinds = Vec::with_capacity(requests.len());
+        let pinned = exchange.requests.as_mut_slice();
+        for (request, bytes) in requests.iter().zip(pinned.chunks_exact_mut(size_of::<Request>())) {
+            let (request, kind) = match *request {
+                SampleRequest::Next { row, slot, position } => {
+                    let with_logprobs = self.with_logprobs[slot as usize];
+                    (Request { row, slot, position, target: FAULT, top: 0 }, Kind::Draw { slot, position, with_logprobs })
+                }
+                SampleRequest::Score { row, slot, target, top } => (Request { row, slot, position: 0, target, top }, Kind::Score),
+            };
+            bytes.copy_from_slice(bytes_of(&request));
+            kinds.push(kind);
+        }
+        if !requests.is_empty() {
+            device.upload_async(self.requests.address, &exchange.requests.as_slice()[..requests.len() * size_of::<Request>()])?;
+            let arguments = Arguments::default()
+                .address(logits)
+                .address(self.work.address)
+                .address(self.requests.address)
+                .address(self.samplers.address)
+                .address(self.last_drawn.address)
+                .address(self.generated.address)
+                .address(self.answers.address)
+                .u32(self.vocabulary as u32);
+            let shape = Shape { grid: [requests.len() as u32, 1, 1], block: 1024, shared: 0 };
+            kernels.launch(device, "sample_rows", shape, arguments, false)?;
+            let bytes = requests.len() * size_of::<Answer>();
+            device.download_async(&mut exchange.answers.as_mut_slice()[..bytes], self.answers.address)?;
+        }
+        exchange.done.record(device)?;
+        self.pending.push_back(Pending { ring, kinds });
+        Ok(())
+    }
+
+    /// Waits for the oldest `sample`.
+    pub(super) fn collect(&mut self) -> Result<SampleResults> {
+        let Some(pending) = self.pending.pop_front() else {
+            return Err(BackendError::Device("nothing was sampled".to_owned()));
+        };
+        let exchange = &self.exchanges[pending.ring];
+        exchange.done.wait()?;
+        let mut results = SampleResults { seconds: f64::from(exchange.done.since(&exchange.start)?) / 1e3, ..SampleResults::default() };
+        let answers = exchange.answers.as_slice().chunks_exact(size_of::<Answer>()).map(answer_of);
+        for (kind, answer) in pending.kinds.iter().zip(answers) {
+            match *kind {
+                Kind::Score => results.scored.push(logprobs_of(&answer)),
+                Kind::Draw { slot, position, .. } if answer.id == FAULT => {
+                    results.drawn.push((slot, Err(SequenceFault::NotANumber { position })));
+                }
+                Kind::Draw { slot, with_logprobs, .. } => {
+                    let logprobs = with_logprobs.then(|| logprobs_of(&answer));
+                    results.drawn.push((slot, Ok(Drawn { token_id: answer.id, logprobs })));
+                }
+            }
+        }
+        Ok(results)
+    }
+}
+
+fn count_ids(device: &Device, kernels: &mut Kernels, seen: Address, admission: &Admission, vocabulary: usize) -> Result<()> {
+    let (prompt, generated) = (&admission.prompt_ids, &admission.generated_ids);
+    if prompt.is_empty() && generated.is_empty() {
+        return Ok(());
+    }
+    let bytes: Vec<u8> = prompt.iter().chain(generated).flat_map(|id| id.to_le_bytes()).collect();
+    let ids = Buffer::new(bytes.len(), "the ids of a prompt")?;
+    device.upload(ids.address, &bytes, "the ids of a prompt")?;
+    let arguments = Arguments::default()
+        .address(seen)
+        .address(ids.address)
+        .u32(prompt.len() as u32)
+        .address(ids.address + 4 * prompt.len() as u64)
+        .u32(generated.len() as u32)
+        .u32(vocabulary as u32);
+    kernels.launch(device, "count_ids", Shape { grid: [32, 1, 1], block: 256, shared: 0 }, arguments, false)?;
+    // the buffer goes with this function
+    device.synchronize()
+}
+
+fn logprobs_of(answer: &Answer) -> PositionLogprobs {
+    let tops = answer.top_ids.iter().zip(&answer.top_logprobs).zip(1..).take(answer.tops as usize);
+    PositionLogprobs {
+        chosen: TokenLogprob { token_id: answer.id, logprob: answer.logprob, rank: answer.rank },
+        top: tops.map(|((id, logprob), rank)| TokenLogprob { token_id: *id, logprob: *logprob, rank }).collect(),
+    }
+}
+
+/// The bytes of a struct that is shared with a kernel.
+fn bytes_of<T: Copy>(value: &T) -> &[u8] {
+    // SAFETY: the callers' structs are repr(C) of plain numbers without padding bytes.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+fn answer_of(bytes: &[u8]) -> Answer {
+    // SAFETY: `bytes` is exactly one answer long (chunks_exact); every bit pattern is a valid Answer.
+    unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) }
+}

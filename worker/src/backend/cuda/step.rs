@@ -1,0 +1,208 @@
+//! What a step's kernels read besides weights and activations: ids, positions, block tables and tiles, in
+//! one device buffer of fixed places (recorded graphs read the same places every time), filled by one copy
+//! from pinned memory.
+
+use bora_common::blocks::BLOCK_TOKENS;
+
+use super::driver::{Address, Buffer, Device, Event, Pinned};
+use crate::backend::{BackendError, Batch, Limits, Result};
+
+/// Rows of a prefill tile: tokens times the query heads that share a KV head.
+const TILE_ROWS: usize = 128;
+/// The id that stands for "the one drawn last in this slot" (`SAMPLED` in rows.cu).
+const SAMPLED: u32 = u32::MAX;
+/// Steps whose pinned copies exist at once: one more than may be in flight.
+pub(super) const IN_FLIGHT: usize = 3;
+
+/// Where each array begins, in u32s.
+#[derive(Clone, Copy, Debug)]
+struct Places {
+    ids: usize,
+    row_slot: usize,
+    positions: usize,
+    row_sequence: usize,
+    decode_rows: usize,
+    logit_rows: usize,
+    table_start: usize,
+    tiles: usize,
+    tables: usize,
+    end: usize,
+}
+
+/// Addresses of the arrays on the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StepAddresses {
+    pub(super) ids: Address,
+    pub(super) row_slot: Address,
+    pub(super) positions: Address,
+    pub(super) row_sequence: Address,
+    pub(super) decode_rows: Address,
+    pub(super) logit_rows: Address,
+    pub(super) table_start: Address,
+    pub(super) tiles: Address,
+    pub(super) tables: Address,
+}
+
+/// The shape of the step that is on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct StepShape {
+    /// T, filled up where the step is replayed from a graph.
+    pub(super) rows: usize,
+    /// Rows with one token each.
+    pub(super) decode_rows: usize,
+    /// Tiles of the others.
+    pub(super) tiles: usize,
+    /// Wanted rows of logits, filled up likewise.
+    pub(super) logit_rows: usize,
+}
+
+/// The buffer, its pinned copies, and the step in it.
+pub(super) struct StepInputs {
+    places: Places,
+    group: usize,
+    /// A block that rows which only fill up a step write to and read from.
+    spare_block: u32,
+    buffer: Buffer,
+    pinned: Vec<(Pinned, Event)>,
+    next: usize,
+    pub(super) shape: StepShape,
+}
+
+impl StepInputs {
+    /// `group`: query heads that share a KV head.
+    pub(super) fn new(limits: &Limits, group: usize) -> Result<Self> {
+        let rows = limits.step_tokens.max(limits.sequences);
+        let blocks = limits.model_len.div_ceil(BLOCK_TOKENS);
+        let tokens_in_tile = TILE_ROWS / group;
+        let mut end = 0;
+        let mut place = |count: usize| {
+            let start = end;
+            // whole 16 bytes, so that every array is aligned
+            end += count.next_multiple_of(4);
+            start
+        };
+        let places = Places {
+            ids: place(rows),
+            row_slot: place(rows),
+            positions: place(rows),
+            row_sequence: place(rows),
+            decode_rows: place(rows),
+            logit_rows: place(limits.logit_rows.max(limits.sequences)),
+            table_start: place(limits.sequences + 1),
+            tiles: place(3 * (rows.div_ceil(tokens_in_tile) + limits.sequences)),
+            // one entry more: the table of filling rows
+            tables: place(limits.sequences * blocks + 1),
+            end,
+        };
+        let places = Places { end: places.tables + limits.sequences * blocks + 1, ..places };
+        let bytes = places.end * 4;
+        let mut pinned = Vec::with_capacity(IN_FLIGHT);
+        for _ in 0..IN_FLIGHT {
+            pinned.push((Pinned::new(bytes)?, Event::new(false)?));
+        }
+        let buffer = Buffer::new(bytes, "the tables of a step")?;
+        Ok(Self { places, group, spare_block: 0, buffer, pinned, next: 0, shape: StepShape::default() })
+    }
+
+    pub(super) fn set_spare_block(&mut self, block: u32) {
+        self.spare_block = block;
+    }
+
+    pub(super) fn addresses(&self) -> StepAddresses {
+        let at = |place: usize| self.buffer.address + (place * 4) as u64;
+        let places = &self.places;
+        StepAddresses {
+            ids: at(places.ids),
+            row_slot: at(places.row_slot),
+            positions: at(places.positions),
+            row_sequence: at(places.row_sequence),
+            decode_rows: at(places.decode_rows),
+            logit_rows: at(places.logit_rows),
+            table_start: at(places.table_start),
+            tiles: at(places.tiles),
+            tables: at(places.tables),
+        }
+    }
+
+    /// Whether every sequence has one row and wants its logits: the steps that graphs are recorded for.
+    pub(super) fn is_decode(batch: &Batch) -> bool {
+        batch.logit_rows.len() == batch.token_ids.len() && batch.sequences.iter().all(|sequence| sequence.rows == 1)
+    }
+
+    /// Puts a batch on the device, filled up to `rows` rows (more than it has only for a decode step).
+    pub(super) fn upload(&mut self, device: &Device, batch: &Batch, rows: usize) -> Result<()> {
+        let index = self.next;
+        self.next = (self.next + 1) % self.pinned.len();
+        let (pinned, copied) = &mut self.pinned[index];
+        copied.wait()?;
+        let words = words_mut(pinned.as_mut_slice());
+        let places = self.places;
+        let real = batch.token_ids.len();
+        let filling = rows - real;
+        let mut shape = StepShape { rows, decode_rows: 0, tiles: 0, logit_rows: batch.logit_rows.len() + filling };
+        let mut tables_end = 0;
+        let mut tiles = Vec::new();
+        for (number, sequence) in batch.sequences.iter().enumerate() {
+            let (first, count) = (sequence.first_row as usize, sequence.rows as usize);
+            words[places.table_start + number] = tables_end as u32;
+            let used = (sequence.context as usize).div_ceil(BLOCK_TOKENS);
+            let Some(blocks) = sequence.blocks.get(..used) else {
+                return Err(BackendError::Device(format!("slot {}: its blocks do not cover its context", sequence.slot)));
+            };
+            words[places.tables + tables_end..][..used].copy_from_slice(blocks);
+            tables_end += used;
+            for row in first..first + count {
+                words[places.ids + row] = batch.token_ids[row].unwrap_or(SAMPLED);
+                words[places.row_slot + row] = sequence.slot;
+                words[places.positions + row] = batch.positions[row];
+                words[places.row_sequence + row] = number as u32;
+            }
+            if count == 1 {
+                words[places.decode_rows + shape.decode_rows] = first as u32;
+                shape.decode_rows += 1;
+                continue;
+            }
+            let step = TILE_ROWS / self.group;
+            for offset in (0..count).step_by(step) {
+                let tokens = step.min(count - offset);
+                // work of the tile: the keys that its last row sees
+                let seen = batch.positions[first + offset + tokens - 1];
+                tiles.push((seen, [number as u32, (first + offset) as u32, tokens as u32]));
+            }
+        }
+        // longest first: the short ones fill the gaps at the end
+        tiles.sort_by_key(|(seen, _)| std::cmp::Reverse(*seen));
+        for (_, tile) in &tiles {
+            words[places.tiles + shape.tiles * 3..][..3].copy_from_slice(tile);
+            shape.tiles += 1;
+        }
+        words[places.logit_rows..][..batch.logit_rows.len()].copy_from_slice(&batch.logit_rows);
+        if filling > 0 {
+            let number = batch.sequences.len();
+            words[places.table_start + number] = tables_end as u32;
+            words[places.tables + tables_end] = self.spare_block;
+            tables_end += 1;
+            for row in real..rows {
+                words[places.ids + row] = 0;
+                words[places.row_slot + row] = 0;
+                words[places.positions + row] = 0;
+                words[places.row_sequence + row] = number as u32;
+                words[places.decode_rows + shape.decode_rows] = row as u32;
+                shape.decode_rows += 1;
+                words[places.logit_rows + row] = row as u32;
+            }
+        }
+        let used = (places.tables + tables_end) * 4;
+        device.upload_async(self.buffer.address, &pinned.as_slice()[..used])?;
+        copied.record(device)?;
+        self.shape = shape;
+        Ok(())
+    }
+}
+
+/// Pinned memory as u32s: page-aligned, whole words.
+fn words_mut(bytes: &mut [u8]) -> &mut [u32] {
+    let count = bytes.len() / 4;
+    // SAFETY: page-aligned memory of at least `count` words, borrowed exclusively; every bit pattern is a u32.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), count) }
+}
