@@ -22,7 +22,7 @@ use tokio::{
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    api::{error::ApiError, generate, listing, status, tokenize},
+    api::{error::ApiError, generate, groups, listing, status, tokenize},
     service::Service,
 };
 
@@ -56,6 +56,7 @@ pub fn routes(service: Arc<Service>) -> Router {
         .route("/v1/completions", post(generate::completions))
         .route("/v1/models", get(listing::list))
         .route("/v1/models/{*id}", get(listing::one))
+        .route("/groups", get(groups::list))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/v1/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 /// Deepest nesting that is read.
-const MAX_DEPTH: usize = 512;
+const MAX_DEPTH: usize = 900;
 
 /// A JSON value.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,7 +42,7 @@ pub enum JsonError {
     /// Not JSON.
     #[error("invalid JSON at byte {0}")]
     Syntax(usize),
-    /// Nested more than 512 deep.
+    /// Nested more than 900 deep.
     #[error("JSON is nested more than {MAX_DEPTH} levels deep")]
     Depth,
 }
@@ -528,4 +528,144 @@ fn last_wins<'a>(fields: Vec<(Cow<'a, str>, Json<'a>)>) -> Vec<(Cow<'a, str>, Js
         }
     }
     kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn redump(text: &str) -> String {
+        let mut out = String::new();
+        Json::parse(text)
+            .unwrap_or_else(|error| panic!("{text}: {error}"))
+            .dump(&mut out);
+        out
+    }
+
+    /// Right-hand sides printed by CPython 3.11: `json.dumps(json.loads(left), ensure_ascii=False)`.
+    #[test]
+    fn numbers_print_as_python_prints_them() {
+        let cases = [
+            ("0", "0"),
+            ("-0", "0"),
+            ("-0.0", "-0.0"),
+            ("1e5", "100000.0"),
+            ("2.50", "2.5"),
+            ("1e15", "1000000000000000.0"),
+            ("1e16", "1e+16"),
+            ("123456789012345678.0", "1.2345678901234568e+17"),
+            ("9007199254740993.0", "9007199254740992.0"),
+            ("0.0001", "0.0001"),
+            ("0.00001", "1e-05"),
+            ("0.00012345", "0.00012345"),
+            ("1.5e300", "1.5e+300"),
+            ("5e-324", "5e-324"),
+            ("1.7976931348623157e308", "1.7976931348623157e+308"),
+            ("1e400", "Infinity"),
+            ("-1e400", "-Infinity"),
+            ("NaN", "NaN"),
+            ("1e22", "1e+22"),
+            ("123456789.125", "123456789.125"),
+            ("12345678901234567890123", "12345678901234567890123"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(redump(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn strings_objects_and_whitespace() {
+        assert_eq!(
+            redump(r#""\u00e9\ud83d\ude00\/\u0007\u007f\b\f""#),
+            "\"é😀/\\u0007\u{7f}\\b\\f\""
+        );
+        assert_eq!(
+            redump(r#""\ud83d \ude00\ud83d""#),
+            "\"\u{fffd} \u{fffd}\u{fffd}\""
+        );
+        assert_eq!(
+            redump(" {\"b\" :1,\n\"a\":[ 1 ,{}, [] ]\t} "),
+            r#"{"b": 1, "a": [1, {}, []]}"#
+        );
+        assert_eq!(redump(r#"{"k":1,"a":0,"k":2}"#), r#"{"k": 2, "a": 0}"#);
+        let many: String = (0..40).map(|i| format!("\"{}\":{i},", i % 20)).collect();
+        let last: String = (0..20)
+            .map(|i| format!("\"{i}\": {}", i + 20))
+            .collect::<Vec<_>>()
+            .join(", ");
+        assert_eq!(
+            redump(&format!("{{{}}}", many.trim_end_matches(','))),
+            format!("{{{last}}}")
+        );
+    }
+
+    #[test]
+    fn what_python_refuses_is_refused() {
+        for text in [
+            "",
+            " ",
+            "{",
+            "[1,]",
+            "{\"a\":1,}",
+            "01",
+            "1.",
+            ".5",
+            "+1",
+            "-",
+            "1e",
+            "1e+",
+            "\"abc",
+            "{\"a\" 1}",
+            "nul",
+            "truex",
+            "{'a':1}",
+            "[1 2]",
+            "\u{feff}{}",
+            "1 1",
+            "\"a\nb\"",
+            "\"\\x\"",
+            "\"\\u12\"",
+            "\"\\u+123\"",
+            "--1",
+            "{1:2}",
+            "1_0",
+            "\u{a0}{}",
+            "{}\0",
+        ] {
+            assert!(
+                matches!(Json::parse(text), Err(JsonError::Syntax(_))),
+                "{text:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn depth_is_bounded_and_the_bound_fits_a_small_stack() {
+        let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+        let check = move || {
+            assert_eq!(redump(&nested(MAX_DEPTH)), nested(MAX_DEPTH));
+            assert_eq!(Json::parse(&nested(MAX_DEPTH + 1)), Err(JsonError::Depth));
+        };
+        let thread = std::thread::Builder::new()
+            .stack_size(1 << 20)
+            .spawn(check)
+            .expect("thread");
+        thread.join().expect("no overflow");
+    }
+
+    /// `Conversation::parse` takes numbers as `serde_json` read them, so it must read floats exactly
+    /// (its feature `float_roundtrip`, which `jsonschema` turns on).
+    #[test]
+    fn values_give_the_same_text() {
+        for text in [
+            r#"{"a": [1, -2, 1.5, 1e-05, true, null, "é"]}"#,
+            "[0.30000000000000004, 5e-324, 8.41e+21, 2.2250738585072011e-308]",
+        ] {
+            let value: Value = serde_json::from_str(text).expect("json");
+            let mut out = String::new();
+            Json::from(&value).dump(&mut out);
+            assert_eq!(out, redump(text));
+            assert_eq!(Json::parse(text).expect("json").to_value(), value);
+        }
+    }
 }

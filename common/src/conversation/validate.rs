@@ -2,6 +2,10 @@
 //! and results, names and ids. The rules are those of mistral-common 1.13 for version 13 when serving.
 
 use std::collections::HashSet;
+use std::sync::LazyLock;
+
+use jsonschema::{Validator, draft7};
+use serde_json::{Value, json};
 
 use super::error::{At, ConversationError, Rule};
 use super::message::Message;
@@ -29,18 +33,36 @@ pub(super) fn call_id(id: &str, at: &At<'_>) -> Result<(), ConversationError> {
     ))
 }
 
+/// The meta-schema of draft 7. Only its regular expressions are held to their format, in either dialect:
+/// ECMA's, which JSON Schema asks for, or with Python's named groups, which Python's tools write.
+static META_SCHEMA: LazyLock<Option<Validator>> = LazyLock::new(|| {
+    let ecma = |pattern: &str| draft7::meta::is_valid(&json!({"pattern": pattern}));
+    draft7::options()
+        .should_validate_formats(true)
+        .with_format("uri", |_: &str| true)
+        .with_format("uri-reference", |_: &str| true)
+        .with_format("regex", move |pattern: &str| {
+            ecma(pattern) || ecma(&pattern.replace("(?P<", "(?<"))
+        })
+        .build(&json!({"$ref": "http://json-schema.org/draft-07/schema#"}))
+        .inspect_err(|error| tracing::error!(%error, "the draft 7 meta-schema cannot be built"))
+        .ok()
+});
+
 /// A function's parameters must be a JSON Schema of draft 7.
-pub(super) fn schema(schema: &serde_json::Value, at: &At<'_>) -> Result<(), ConversationError> {
-    match jsonschema::draft7::meta::validate(schema) {
-        Ok(()) => Ok(()),
-        Err(error) => {
-            let message = format!(
-                "invalid JSON Schema (draft 7) at '{}': {error}",
-                error.instance_path()
-            );
-            Err(at.error(Rule::ToolSchema, message))
-        }
-    }
+pub(super) fn schema(schema: &Value, at: &At<'_>) -> Result<(), ConversationError> {
+    let outcome = match META_SCHEMA.as_ref() {
+        Some(validator) => validator.validate(schema),
+        None => draft7::meta::validate(schema),
+    };
+    outcome.map_err(|error| {
+        let place = error.instance_path().to_string();
+        let place = if place.is_empty() { "/" } else { &place };
+        at.error(
+            Rule::ToolSchema,
+            format!("invalid JSON Schema (draft 7) at '{place}': {error}"),
+        )
+    })
 }
 
 /// Checks everything that depends on more than one message.

@@ -2,6 +2,8 @@
 //! tool calls.
 
 mod conversation;
+mod lines;
+mod properties;
 mod support;
 mod tokenizer;
 mod toolcall;

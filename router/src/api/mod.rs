@@ -7,6 +7,7 @@ pub mod chat;
 pub mod completions;
 pub mod error;
 pub mod generate;
+pub mod groups;
 pub mod listing;
 pub mod params;
 pub mod prepare;

@@ -1,0 +1,123 @@
+//! How fast texts become ids: `cargo run --release -p bora-common --example encode_bench -- TOKENIZER FILE...`
+//!
+//! Each file is cut into pieces of 300 KB. Printed are MB/s on one thread: for the first piece a thread ever
+//! encodes, the median of the pieces after it (text never seen, vocabulary warm), and the best of twenty runs
+//! over the first piece (text seen before). Besides that the time to load, the first call on a fresh thread,
+//! many short texts, and texts that make careless encoders quadratic.
+
+use std::hint::black_box;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bora_common::tokenizer::Tokenizer;
+
+const PIECE: usize = 300_000;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let Some((tokenizer, files)) = arguments.split_first() else {
+        eprintln!("usage: encode_bench TOKENIZER FILE...");
+        return ExitCode::FAILURE;
+    };
+    match run(tokenizer, files) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(tokenizer: &str, files: &[String]) -> Result<(), Box<dyn std::error::Error>> {
+    let (loading, tokenizer) = timed(|| Tokenizer::from_file(tokenizer));
+    let tokenizer = Arc::new(tokenizer?);
+    println!("load {:.0} ms", loading.as_secs_f64() * 1e3);
+    println!(
+        "first call {:.2} ms",
+        timed(|| tokenizer.encode("hello")).0.as_secs_f64() * 1e3
+    );
+    let elsewhere = Arc::clone(&tokenizer);
+    let fresh = std::thread::spawn(move || timed(|| elsewhere.encode("hello")).0)
+        .join()
+        .map_err(|_| "thread")?;
+    println!(
+        "first call on another thread {:.2} ms",
+        fresh.as_secs_f64() * 1e3
+    );
+    for file in files {
+        let text = String::from_utf8_lossy(&std::fs::read(file)?).into_owned();
+        let pieces = pieces(&text);
+        let rates: Vec<f64> = pieces
+            .iter()
+            .map(|piece| rate(piece.len(), timed(|| tokenizer.encode(piece)).0))
+            .collect();
+        let (first, mut next) = (rates[0], rates[1..].to_vec());
+        next.sort_by(f64::total_cmp);
+        let again = (0..20)
+            .map(|_| rate(pieces[0].len(), timed(|| tokenizer.encode(pieces[0])).0))
+            .fold(0.0, f64::max);
+        let median = next.get(next.len() / 2).copied().unwrap_or(first);
+        println!(
+            "{file}: {} bytes, first {first:.0} MB/s, then {median:.0} MB/s, again {again:.0} MB/s",
+            text.len()
+        );
+        let lines: Vec<&str> = text.lines().take(20_000).collect();
+        let each = timed(|| {
+            lines
+                .iter()
+                .map(|line| tokenizer.encode(line).len())
+                .sum::<usize>()
+        })
+        .0;
+        println!(
+            "{file}: {} lines one by one, {:.0} ns each",
+            lines.len(),
+            each.as_secs_f64() * 1e9 / lines.len().max(1) as f64
+        );
+    }
+    for (name, unit) in [
+        ("a", "a"),
+        ("space", " "),
+        ("newline", "\n"),
+        ("dash", "-"),
+        ("digit", "0"),
+        ("han", "\u{6f22}"),
+        ("mark", "\u{301}"),
+    ] {
+        let text = unit.repeat((1 << 20) / unit.len());
+        println!(
+            "1 MiB of {name}: {:.0} ms",
+            timed(|| tokenizer.encode(&text)).0.as_secs_f64() * 1e3
+        );
+    }
+    Ok(())
+}
+
+fn timed<T>(work: impl FnOnce() -> T) -> (Duration, T) {
+    let start = Instant::now();
+    let result = black_box(work());
+    (start.elapsed(), result)
+}
+
+fn rate(bytes: usize, elapsed: Duration) -> f64 {
+    bytes as f64 / 1e6 / elapsed.as_secs_f64()
+}
+
+/// At least one piece, each of whole characters.
+fn pieces(text: &str) -> Vec<&str> {
+    let mut pieces = Vec::new();
+    let mut rest = text;
+    while rest.len() > PIECE {
+        let cut = (PIECE..)
+            .find(|at| rest.is_char_boundary(*at))
+            .unwrap_or(rest.len());
+        let (piece, after) = rest.split_at(cut);
+        pieces.push(piece);
+        rest = after;
+    }
+    if pieces.is_empty() {
+        pieces.push(rest);
+    }
+    pieces
+}

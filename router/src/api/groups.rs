@@ -1,0 +1,70 @@
+//! `GET /groups`: the fleet as this router sees it, for operators and tools.
+
+use std::sync::Arc;
+
+use axum::{body::Body, extract::State, http::Response};
+use bora_common::registry::{GroupRecord, GroupState};
+use serde::Serialize;
+
+use super::status::json;
+use crate::{fleet::view::Group, service::Service};
+
+#[derive(Serialize)]
+struct Groups {
+    groups: Vec<GroupObject>,
+}
+
+/// A group's record with what this router knows better.
+#[derive(Serialize)]
+struct GroupObject {
+    #[serde(flatten)]
+    record: GroupRecord,
+    /// Whether the registry still lists it.
+    announced: bool,
+    /// Whether its event stream to this router lives.
+    watched: bool,
+    load: LoadObject,
+}
+
+/// What the group last told of itself.
+#[derive(Serialize)]
+struct LoadObject {
+    running: u32,
+    waiting: u32,
+    queued_prefill_tokens: u64,
+    blocks_total: u32,
+    blocks_used: u32,
+    blocks_cached: u32,
+    steps: u64,
+}
+
+/// All groups by name.
+pub async fn list(State(service): State<Arc<Service>>) -> Response<Body> {
+    let view = service.fleet().view();
+    let groups = view.groups().map(|group| describe(group)).collect();
+    json(&Groups { groups })
+}
+
+fn describe(group: &Group) -> GroupObject {
+    let mut record = group.record.clone();
+    record.state = match (group.is_ready(), record.state) {
+        (true, _) => GroupState::Ready,
+        (false, GroupState::Ready) => GroupState::Draining,
+        (false, state) => state,
+    };
+    let load = group.link.ledger.reported();
+    GroupObject {
+        record,
+        announced: group.link.is_announced(),
+        watched: group.link.is_watched(),
+        load: LoadObject {
+            running: load.running,
+            waiting: load.waiting,
+            queued_prefill_tokens: load.queued_prefill_tokens,
+            blocks_total: load.blocks_total,
+            blocks_used: load.blocks_used,
+            blocks_cached: load.blocks_cached,
+            steps: load.steps,
+        },
+    }
+}
