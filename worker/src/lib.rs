@@ -5,8 +5,13 @@ pub mod backend;
 pub mod cache;
 pub mod engine;
 pub mod model;
+pub mod options;
 pub mod parallel;
+mod process;
 pub mod sample;
 mod schedule;
 pub mod service;
 pub mod weights;
+
+pub use options::{CpuFp8, DeviceChoice, KvCacheOptions, KvDtype, LoadFormat, WorkerOptions};
+pub use process::{WorkerError, WorkerSettings, run};

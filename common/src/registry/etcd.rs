@@ -37,6 +37,8 @@ pub struct EtcdOptions {
 
 /// One answer of etcd; a dead member is noticed by this.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// etcd closes connections that ping more often than every 5 s (its --grpc-keepalive-min-time).
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(2);
 
@@ -78,7 +80,7 @@ impl EtcdRegistry {
     async fn connect(&self) -> StoreResult<Client> {
         let mut options = ConnectOptions::new()
             .with_connect_timeout(REQUEST_TIMEOUT)
-            .with_keep_alive(Duration::from_secs(3), REQUEST_TIMEOUT)
+            .with_keep_alive(KEEP_ALIVE_INTERVAL, REQUEST_TIMEOUT)
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
         if let Some((user, password)) = &self.options.credentials {

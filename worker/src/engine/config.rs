@@ -66,6 +66,8 @@ pub struct EngineConfig {
     pub images: bool,
     /// How fast the group is, for the time of a chunk.
     pub speed: Speed,
+    /// Steps that the runner ran before: the first one of the engine follows them.
+    pub steps_run: u64,
 }
 
 /// The engine can't start like this.
@@ -85,6 +87,7 @@ impl EngineConfig {
             eos_ids,
             images: record.images,
             speed: record.speed,
+            steps_run: 0,
         }
     }
 

@@ -34,6 +34,7 @@
 //! `watch` tells watchers what changed; `progress` is what health is judged by. What runs when is decided
 //! in [`schedule`](crate::schedule).
 
+mod calibrate;
 mod config;
 pub(crate) mod error;
 mod handle;
@@ -47,6 +48,7 @@ pub mod step;
 pub(crate) mod stream;
 mod watch;
 
+pub use calibrate::calibrate;
 pub use config::{EngineConfig, EngineConfigError, EngineOptions};
 pub use error::EngineError;
 pub use handle::{EngineHandle, EngineHealth, EngineStartError};

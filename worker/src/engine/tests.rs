@@ -23,6 +23,7 @@ fn config(fake: &FakeOptions) -> EngineConfig {
         eos_ids: vec![fake.eos_id],
         images: false,
         speed: fake.speed(),
+        steps_run: 0,
     }
 }
 

@@ -78,6 +78,7 @@ pub(super) fn config(kv_blocks: u32) -> EngineConfig {
         eos_ids: vec![2],
         images: false,
         speed: options.speed(),
+        steps_run: 0,
     }
 }
 

@@ -79,7 +79,7 @@ impl Scheduler {
             releases: Vec::new(),
             computing: HashMap::new(),
             flights: VecDeque::new(),
-            last_step: 0,
+            last_step: config.steps_run,
             completed: 0,
             config,
         }

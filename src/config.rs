@@ -1,0 +1,125 @@
+//! The configuration file, put together: one schema for router and worker.
+
+use std::path::Path;
+
+use bora_common::config::{ConfigError, LogOptions, ModelOptions, RegistryOptions, read_file};
+use bora_router::RouterOptions;
+use bora_worker::WorkerOptions;
+use serde::Deserialize;
+
+/// A whole file. Every section may be absent; which ones a command needs, it checks itself.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Config {
+    /// Name of the cluster: several may share one etcd.
+    pub(crate) cluster: String,
+    /// Where groups are announced and found.
+    pub(crate) registry: RegistryOptions,
+    /// The models that are served.
+    pub(crate) models: Vec<ModelOptions>,
+    /// Where the router listens.
+    pub(crate) http: HttpOptions,
+    /// Limits and habits of the router.
+    pub(crate) router: RouterOptions,
+    /// One worker process and its group.
+    pub(crate) worker: WorkerOptions,
+    /// Log output.
+    pub(crate) log: LogOptions,
+}
+
+/// Where the router listens.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct HttpOptions {
+    /// A name or an address; loopback unless said otherwise.
+    pub(crate) host: String,
+    /// 0 = any free port.
+    pub(crate) port: u16,
+}
+
+impl Default for HttpOptions {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8000,
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            cluster: "bora".into(),
+            registry: RegistryOptions::default(),
+            models: Vec::new(),
+            http: HttpOptions::default(),
+            router: RouterOptions::default(),
+            worker: WorkerOptions::default(),
+            log: LogOptions::default(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file and checks what holds for every command.
+    pub(crate) fn read(path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = read_file(path)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Values that don't go together.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        self.registry.check()?;
+        self.router
+            .validate()
+            .map_err(|error| ConfigError::Conflict(error.to_string()))?;
+        self.worker.check()?;
+        if self.cluster.is_empty() {
+            return Err(ConfigError::Conflict("cluster: expected a name".into()));
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for model in &self.models {
+            for name in std::iter::once(&model.name).chain(&model.aliases) {
+                if name.is_empty() || !names.insert(name) {
+                    return Err(ConfigError::Conflict(format!(
+                        "models: the name `{name}` is empty or stands twice"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The model that this worker runs.
+    pub(crate) fn worker_model(&self) -> Result<&ModelOptions, ConfigError> {
+        let listed = || {
+            self.models
+                .iter()
+                .map(|model| model.name.as_str())
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        match (&self.worker.model, self.models.as_slice()) {
+            (_, []) => Err(ConfigError::Conflict(
+                "models: expected at least one".into(),
+            )),
+            (Some(name), models) => {
+                models
+                    .iter()
+                    .find(|model| model.name == *name)
+                    .ok_or_else(|| {
+                        ConfigError::Conflict(format!(
+                            "worker.model: `{name}` is not among models: {}",
+                            listed()
+                        ))
+                    })
+            }
+            (None, [only]) => Ok(only),
+            (None, _) => Err(ConfigError::Conflict(format!(
+                "worker.model: expected one of the configured models: {}",
+                listed()
+            ))),
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! `bora router`: a router of a cluster.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use bora_common::config::{ConfigError, ModelOptions, RegistryKind};
+use bora_common::registry::Registry;
+use bora_router::{ModelSpec, Router};
+use clap::Args;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::{logging, shutdown, tokenize};
+
+/// What to start.
+#[derive(Args, Debug)]
+pub(crate) struct RouterArgs {
+    /// the configuration file
+    #[arg(long)]
+    config: PathBuf,
+    /// address to listen on (http.host)
+    #[arg(long)]
+    host: Option<String>,
+    /// port to listen on; 0 = any free one (http.port)
+    #[arg(long)]
+    port: Option<u16>,
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
+    let mut config = Config::read(&args.config)?;
+    config.http.host = args.host.unwrap_or(config.http.host);
+    config.http.port = args.port.unwrap_or(config.http.port);
+    if config.registry.kind == RegistryKind::Memory {
+        return Err(ConfigError::Conflict(
+            "registry.kind: a router of its own needs etcd or static (one process for all is `bora serve`)".into(),
+        )
+        .into());
+    }
+    logging::start(&config.log)?;
+    crate::runtime()?.block_on(async {
+        let registry = config.registry.open(&config.cluster)?;
+        serve(&config, registry.as_ref(), shutdown::token()?).await
+    })
+}
+
+/// Opens the tokenizers, listens and serves until `stop`.
+pub(crate) async fn serve(
+    config: &Config,
+    registry: &dyn Registry,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut models = HashMap::new();
+    for model in &config.models {
+        models.insert(model.name.clone(), open_model(model)?);
+    }
+    let address = (config.http.host.as_str(), config.http.port);
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "http.host, http.port: listening on {}:{}",
+            address.0, address.1
+        )
+    })?;
+    let router = Router::new(config.router.clone(), models, registry.watch())?;
+    tracing::info!(address = %listener.local_addr()?, "router listens");
+    router
+        .serve(listener, stop.cancelled_owned())
+        .await
+        .context("serving HTTP")
+}
+
+fn open_model(model: &ModelOptions) -> anyhow::Result<ModelSpec> {
+    let mut spec = match model.tokenizer_path() {
+        Some(path) => ModelSpec::new(Arc::new(tokenize::open(path)?)),
+        None => ModelSpec::default(),
+    };
+    spec.aliases = model.aliases.clone();
+    // both say which ids end a sequence; the checkpoint of another model format has neither
+    for name in ["config.json", "generation_config.json"] {
+        let path = model.path.join(name);
+        if path.is_file() {
+            let text =
+                std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            let value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+            spec = spec.with_generation_config(&value);
+        }
+    }
+    Ok(spec)
+}

@@ -1,0 +1,142 @@
+//! `bora serve`: router and one group in one process. Flags are named as vLLM's.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use bora_common::config::{ByteSize, ModelOptions};
+use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, WorkerSettings};
+use clap::Args;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::{logging, router, shutdown, tokenize};
+
+/// What to serve, and how.
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    /// directory of the checkpoint: config.json or params.json, *.safetensors and the tokenizer
+    #[arg(long)]
+    model: PathBuf,
+    /// tokenizer file or directory, where it is not in --model
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
+    /// serve token ids only: the checkpoint has no tokenizer
+    #[arg(long)]
+    skip_tokenizer_init: bool,
+    /// names to serve it under; --model as given where absent
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
+    served_model_name: Vec<String>,
+    /// ranks that the model is split over
+    #[arg(long, short = 't', visible_alias = "tp", default_value_t = 1)]
+    tensor_parallel_size: u32,
+    /// longest prompt plus output, tokens; the model's own limit where absent
+    #[arg(long)]
+    max_model_len: Option<u32>,
+    /// what to run on
+    #[arg(long, value_enum, default_value = "auto")]
+    device: DeviceChoice,
+    /// address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// port to listen on; 0 = any free one
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// sequences that run at once
+    #[arg(long)]
+    max_num_seqs: Option<u32>,
+    /// tokens in one step
+    #[arg(long)]
+    max_num_batched_tokens: Option<u32>,
+    /// type of the KV cache's numbers
+    #[arg(long, value_enum, default_value = "auto")]
+    kv_cache_dtype: KvDtype,
+    /// blocks of 64 tokens in the KV cache
+    #[arg(long, visible_alias = "num-gpu-blocks-override")]
+    num_kv_blocks: Option<u32>,
+    /// memory of the KV cache on each rank, for example 4GiB
+    #[arg(long)]
+    kv_cache_memory: Option<ByteSize>,
+    /// where weights come from
+    #[arg(long, value_enum, default_value = "auto")]
+    load_format: LoadFormat,
+    /// how FP8 weights are multiplied on the CPU
+    #[arg(long, value_enum, default_value = "dequantized")]
+    cpu_fp8: CpuFp8,
+    /// names the reasons of each placement in the header x-bora-decision
+    #[arg(long)]
+    debug: bool,
+}
+
+/// Serves until SIGTERM or SIGINT.
+pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let config = configure(args)?;
+    logging::start(&config.log)?;
+    let model = config.worker_model()?.clone();
+    if let Some(path) = model.tokenizer_path() {
+        tokenize::open(path).context(
+            "no tokenizer: --tokenizer names one, --skip-tokenizer-init serves token ids only",
+        )?;
+    }
+    crate::runtime()?.block_on(async {
+        let signalled = shutdown::token()?;
+        let group_stop = CancellationToken::new();
+        let registry = config.registry.open(&config.cluster)?;
+        let settings = WorkerSettings {
+            options: config.worker.clone(),
+            model,
+        };
+        let mut group = tokio::spawn(bora_worker::run(
+            settings,
+            registry.clone(),
+            group_stop.clone(),
+        ));
+        tokio::select! {
+            routed = router::serve(&config, registry.as_ref(), signalled) => {
+                // open requests have ended; now the group may
+                group_stop.cancel();
+                group.await.context("the group's task failed")??;
+                routed
+            }
+            ended = &mut group => {
+                ended.context("the group's task failed")??;
+                bail!("the group ended")
+            }
+        }
+    })
+}
+
+/// The configuration that the flags stand for.
+fn configure(args: ServeArgs) -> anyhow::Result<Config> {
+    let mut names = args.served_model_name.into_iter();
+    let name = names
+        .next()
+        .unwrap_or_else(|| args.model.display().to_string());
+    let mut config = Config::default();
+    config.models.push(ModelOptions {
+        name,
+        aliases: names.collect(),
+        path: args.model,
+        tokenizer: args.tokenizer,
+        skip_tokenizer_init: args.skip_tokenizer_init,
+    });
+    config.http.host = args.host;
+    config.http.port = args.port;
+    config.router.debug = args.debug;
+    let worker = &mut config.worker;
+    worker.group = Some("local".into());
+    worker.device = args.device;
+    worker.tensor_parallel_size = args.tensor_parallel_size;
+    worker.max_model_len = args.max_model_len;
+    worker.load_format = args.load_format;
+    worker.cpu_fp8 = args.cpu_fp8;
+    worker.kv_cache.blocks = args.num_kv_blocks;
+    worker.kv_cache.memory = args.kv_cache_memory;
+    worker.kv_cache.dtype = args.kv_cache_dtype;
+    let schedule = &mut worker.schedule;
+    schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
+    schedule.max_num_batched_tokens = args
+        .max_num_batched_tokens
+        .unwrap_or(schedule.max_num_batched_tokens);
+    config.check()?;
+    Ok(config)
+}

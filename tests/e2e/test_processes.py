@@ -1,0 +1,61 @@
+"""Ranks as separate processes that meet through etcd."""
+
+import time
+
+from cluster import Cluster, free_port
+from goldens import cases
+
+
+def test_two_processes_answer_like_one():
+    with Cluster() as cluster:
+        cluster.start_etcd()
+        cluster.start_router()
+        # the follower first: it waits for the leader
+        follower = cluster.start_worker("pair", ranks=[1], size=2)
+        leader = cluster.start_worker("pair", ranks=[0], size=2)
+        cluster.wait_ready(1)
+        for case, info in cases("tiny_text"):
+            if info["greedy_min_margin"] < 0.01:
+                continue
+            status, headers, body = cluster.post("/v1/completions", {"model": "tiny", "prompt": case.ids, "max_tokens": len(case.greedy), "temperature": 0, "ignore_eos": True, "return_token_ids": True})
+            assert status == 200, body
+            assert body["choices"][0]["token_ids"] == case.greedy, case.name
+            assert headers["x-bora-group"] == "pair"
+
+        # a rank that dies takes its group down within 5 s, and the leader says which and why
+        follower.kill()
+        since = time.monotonic()
+        assert leader.wait_exit(10) != 0
+        assert time.monotonic() - since < 5
+        assert "rank 1" in leader.log(), leader.log()[-2000:]
+        status, _, body = cluster.post("/v1/completions", {"model": "tiny", "prompt": [1000], "max_tokens": 1})
+        assert status in (503, 404), body
+
+        # started again, it serves again
+        leader.start()
+        follower.start()
+        cluster.wait_ready(1)
+        assert cluster.post("/v1/completions", {"model": "tiny", "prompt": [1000], "max_tokens": 1})[0] == 200
+
+        # the leader dies: the follower ends by itself
+        leader.kill()
+        assert follower.wait_exit(10) != 0
+
+
+def test_static_registry_and_a_given_leader():
+    with Cluster(registry="static") as cluster:
+        port = free_port()
+        cluster.etcd_port = port  # the list of a static registry: the leader's address
+        cluster.start_worker("pair", ranks=[0], size=2, port=port)
+        cluster.start_worker("pair", ranks=[1], size=2, leader=f"127.0.0.1:{port}")
+        cluster.start_router()
+        cluster.wait_ready(1)
+        assert cluster.post("/v1/completions", {"model": "tiny", "prompt": [1000, 1001], "max_tokens": 2})[0] == 200
+
+
+def test_a_missing_rank_is_named():
+    with Cluster() as cluster:
+        cluster.start_etcd()
+        leader = cluster.start_worker("pair", ranks=[0], size=2, rendezvous_seconds=2)
+        assert leader.wait_exit(20) != 0
+        assert "rank 1" in leader.log(), leader.log()[-2000:]

@@ -1,0 +1,509 @@
+//! One worker process from its start to its end: brings its ranks up, and, where it holds rank 0, serves the
+//! group and keeps it announced.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bora_common::blocks::BLOCK_TOKENS;
+use bora_common::config::{HostPort, ModelOptions};
+use bora_common::registry::{
+    Device, GroupRecord, GroupState, RankRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, Speed,
+};
+use bora_proto::v1;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::backend::cpu::{self, CpuOptions};
+use crate::backend::fake::FakeRunner;
+use crate::backend::{KvBudget, Limits};
+use crate::engine::step::{RunError, StepRunner};
+use crate::engine::{EngineConfig, EngineHandle, EngineStartError, calibrate};
+use crate::options::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, WorkerOptions};
+use crate::parallel::{
+    self, DeviceOptions, FollowError, FollowerOptions, GroupProgress, LeaderOptions, MemberOptions, StartError,
+    Timeouts, follow, start_group,
+};
+use crate::service::{self, Host, RankSource, ServeError, ServiceOptions};
+
+/// Prompt tokens of each calibration chunk: enough to see a rate, little enough for a slow CPU.
+const CALIBRATION_TOKENS: usize = 128;
+/// KV cache of a CPU rank where nothing is said.
+const CPU_KV_BYTES: u64 = 1 << 30;
+/// Longest window where nothing is said: what the models are advertised for.
+const LONGEST_WINDOW: u32 = 262_144;
+/// How often a follower looks for its leader.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// How long the registry may take to forget a group that failed.
+const WITHDRAW_WITHIN: Duration = Duration::from_secs(1);
+
+/// What a process is told.
+#[derive(Clone, Debug)]
+pub struct WorkerSettings {
+    /// The `worker` section.
+    pub options: WorkerOptions,
+    /// The model it runs.
+    pub model: ModelOptions,
+}
+
+/// Why a worker could not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// A port.
+    #[error("{field}: listening on {address}: {error}")]
+    Listen {
+        /// Of the configuration.
+        field: &'static str,
+        /// Where.
+        address: HostPort,
+        /// Why not.
+        error: std::io::Error,
+    },
+    /// The device is not there.
+    #[error("worker.device: {0}")]
+    Device(String),
+    /// The values can't work with this model.
+    #[error("{0}")]
+    Options(String),
+    /// The ranks could not be brought up.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A group of several processes, and this one can't find or follow its leader.
+    #[error(transparent)]
+    Follow(#[from] FollowError),
+    /// The leader is not to be found.
+    #[error("group `{group}`: no process with rank 0 was found within {seconds} s")]
+    NoLeader {
+        /// The group.
+        group: String,
+        /// How long it was looked for.
+        seconds: u64,
+    },
+    /// The registry refused.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The engine could not start.
+    #[error(transparent)]
+    Engine(#[from] EngineStartError),
+    /// A step failed while the group was measured.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// The port can't be served any more.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The group can't go on.
+    #[error("group `{group}` failed: {reason}")]
+    GroupFailed {
+        /// The group.
+        group: String,
+        /// Which rank, and why.
+        reason: String,
+    },
+}
+
+/// Runs one worker process until `stop` is cancelled (then it drains and returns `Ok`) or the group fails.
+pub async fn run(
+    settings: WorkerSettings,
+    registry: Arc<dyn Registry>,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let device = device_of(settings.options.device)?;
+    if settings.options.local_ranks().first() == Some(&0) {
+        lead(settings, device, registry, stop).await
+    } else {
+        follow_leader(settings, device, registry, stop).await
+    }
+}
+
+fn device_of(choice: DeviceChoice) -> Result<Device, WorkerError> {
+    match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
+        DeviceChoice::Fake => Ok(Device::Fake),
+        DeviceChoice::Cuda => Err(WorkerError::Device(
+            "cuda: this version does not serve on CUDA devices yet; use cpu".into(),
+        )),
+    }
+}
+
+/// The ranks of a group, ready to run steps.
+struct Ranks {
+    runner: Box<dyn StepRunner>,
+    facts: Facts,
+    records: Vec<RankRecord>,
+    progress: Option<Arc<GroupProgress>>,
+    /// The group's first failure, also while no step runs.
+    failed: Option<tokio::sync::watch::Receiver<Option<RunError>>>,
+    speed: Speed,
+    /// Steps run so far.
+    steps: u64,
+}
+
+/// What the group's record says of the model.
+struct Facts {
+    kv_blocks: u32,
+    vocabulary_size: u32,
+    max_position: u32,
+    fingerprint: String,
+    eos_ids: Vec<u32>,
+}
+
+async fn lead(
+    settings: WorkerSettings,
+    device: Device,
+    registry: Arc<dyn Registry>,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let options = &settings.options;
+    let listener = listen("worker.listen", &options.listen).await?;
+    let port = listener.local_addr().map_or(options.listen.port, |address| address.port());
+    let endpoint = match &options.advertise {
+        Some(address) => address.clone(),
+        None => HostPort { host: options.listen.host.clone(), port },
+    };
+    let group = options.group.clone().unwrap_or_else(|| format!("{}-{port}", host_name()));
+    let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+
+    let host = Host::loading();
+    let closing = CancellationToken::new();
+    let _close_on_exit = closing.clone().drop_guard();
+    let serving = tokio::spawn(service::serve(
+        listener,
+        host.clone(),
+        ServiceOptions::default(),
+        closing.clone().cancelled_owned(),
+    ));
+
+    let started = Instant::now();
+    let ranks = tokio::select! {
+        ranks = bring_up(&settings, device, &group, epoch, registry.as_ref()) => ranks?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    let record = describe(&settings, device, &group, epoch, endpoint.to_string(), &ranks)?;
+    if device == Device::Fake {
+        tracing::warn!(group, "this group is fake: it has no model and only pretends to answer");
+    }
+    tracing::info!(
+        group, epoch, %endpoint, model = record.model, device = ?device, ranks = record.ranks.len(),
+        kv_blocks = record.kv_blocks, max_model_len = record.max_model_len,
+        prefill_tokens_per_second = record.speed.prefill_tokens_per_second.round(),
+        seconds = started.elapsed().as_secs_f64(), "group is ready"
+    );
+    let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, options.schedule.clone());
+    config.steps_run = ranks.steps;
+    let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
+    host.ready(engine.clone(), record.clone(), rank_source(&record, ranks.progress));
+    let announcement = registry.announce(record).await?;
+
+    let reason = tokio::select! {
+        () = stop.cancelled() => None,
+        reason = engine.failed() => Some(reason),
+        reason = idle_failure(ranks.failed) => Some(reason),
+        ended = serving => {
+            ended.unwrap_or(Ok(()))?;
+            Some("its port was closed".into())
+        }
+    };
+    if let Some(reason) = reason {
+        tracing::error!(group, reason, "the group failed, ending so that it can be started again");
+        // streams are told "retry elsewhere" by the engine; give the words a moment to leave
+        let _ = timeout(WITHDRAW_WITHIN, announcement.withdraw()).await;
+        return Err(WorkerError::GroupFailed { group, reason });
+    }
+    announcement.update(|record| record.state = GroupState::Draining);
+    match engine.drain(options.drain_seconds).await {
+        Ok((finished, unfinished)) => tracing::info!(group, finished, unfinished, "drained"),
+        Err(error) => tracing::warn!(group, %error, "not drained"),
+    }
+    announcement.withdraw().await;
+    Ok(())
+}
+
+/// Completes when a rank failed while no step ran.
+async fn idle_failure(failed: Option<tokio::sync::watch::Receiver<Option<RunError>>>) -> String {
+    if let Some(mut failed) = failed {
+        // an error means that the runner was dropped: then the engine says why
+        let reason = match failed.wait_for(Option::is_some).await {
+            Ok(error) => error.as_ref().map(ToString::to_string),
+            Err(_) => None,
+        };
+        if let Some(reason) = reason {
+            return reason;
+        }
+    }
+    std::future::pending().await
+}
+
+async fn bring_up(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    epoch: u64,
+    registry: &dyn Registry,
+) -> Result<Ranks, WorkerError> {
+    let options = &settings.options;
+    if device == Device::Fake {
+        return Ok(fake_ranks(options));
+    }
+    let size = options.tensor_parallel_size;
+    let (mut peers, mut _offer): (_, Option<RendezvousOffer>) = (None, None);
+    if options.local_ranks().len() < size as usize {
+        let listener = listen("worker.peers", &options.peers).await?;
+        let port = listener.local_addr().map_or(options.peers.port, |address| address.port());
+        let leader = HostPort { host: own_host(options), port }.to_string();
+        let record = RendezvousRecord { group: group.into(), epoch, leader, world_size: size };
+        match registry.offer_rendezvous(record).await {
+            Ok(offer) => _offer = Some(offer),
+            // followers are told the address by their configuration
+            Err(RegistryError::Unsupported { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        peers = Some(listener);
+    }
+    let leader = LeaderOptions {
+        member: member_options(settings, group),
+        epoch,
+        limits: Limits {
+            step_tokens: options.schedule.max_num_batched_tokens as usize,
+            sequences: options.schedule.max_num_seqs as usize,
+            model_len: options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize,
+            logit_rows: options.schedule.max_num_batched_tokens as usize,
+        },
+        peers,
+    };
+    let mut started = start_group(leader).await?;
+    let kv_blocks = started.kv_blocks;
+    let chunk = CALIBRATION_TOKENS.min(options.schedule.max_num_batched_tokens as usize);
+    let (runner, measured) = blocking(move || {
+        let measured = calibrate(&mut started.runner, chunk, kv_blocks);
+        (started, measured)
+    })
+    .await;
+    let started = runner;
+    let (speed, steps) = measured?;
+    Ok(Ranks {
+        facts: Facts {
+            kv_blocks: kv_blocks as u32,
+            vocabulary_size: started.model.vocab_size as u32,
+            max_position: started.model.max_position_embeddings as u32,
+            fingerprint: started.fingerprint,
+            eos_ids: started.model.eos_token_ids.clone(),
+        },
+        runner: Box::new(started.runner),
+        records: started.ranks,
+        progress: Some(started.progress),
+        failed: Some(started.failed),
+        speed,
+        steps,
+    })
+}
+
+fn fake_ranks(options: &WorkerOptions) -> Ranks {
+    let mut fake = options.fake.clone();
+    fake.kv_blocks = options.kv_cache.blocks.unwrap_or(fake.kv_blocks);
+    fake.max_model_len = options.max_model_len.unwrap_or(fake.max_model_len);
+    let records = (0..options.tensor_parallel_size)
+        .map(|rank| RankRecord { rank, host: host_name(), pid: std::process::id() })
+        .collect();
+    Ranks {
+        facts: Facts {
+            kv_blocks: fake.kv_blocks,
+            vocabulary_size: fake.vocabulary_size,
+            max_position: fake.max_model_len,
+            fingerprint: "fake".into(),
+            eos_ids: vec![fake.eos_id],
+        },
+        records,
+        progress: None,
+        failed: None,
+        speed: fake.speed(),
+        steps: 0,
+        runner: Box::new(FakeRunner::new(fake)),
+    }
+}
+
+fn member_options(settings: &WorkerSettings, group: &str) -> MemberOptions {
+    let options = &settings.options;
+    let ranks = options.local_ranks();
+    let (first, last) = (ranks.first().copied().unwrap_or(0), ranks.last().copied().unwrap_or(0));
+    MemberOptions {
+        group: group.into(),
+        model_dir: settings.model.path.clone(),
+        load_format: match options.load_format {
+            LoadFormat::Auto => parallel::LoadFormat::Safetensors,
+            LoadFormat::Dummy => parallel::LoadFormat::Dummy { seed: 0 },
+        },
+        device: DeviceOptions::Cpu(CpuOptions {
+            fp8: match options.cpu_fp8 {
+                CpuFp8::Dequantized => cpu::Fp8Mode::Dequantized,
+                CpuFp8::W8a8 => cpu::Fp8Mode::W8A8,
+            },
+            kv: match options.kv_cache.dtype {
+                KvDtype::Bf16 => cpu::KvDtype::Bf16,
+                KvDtype::Auto | KvDtype::F32 | KvDtype::Fp8 => cpu::KvDtype::F32,
+            },
+        }),
+        ranks: options.tensor_parallel_size as usize,
+        local_ranks: first as usize..last as usize + 1,
+        kv: match (options.kv_cache.blocks, options.kv_cache.memory) {
+            (Some(blocks), _) => KvBudget::Blocks(blocks as usize),
+            (None, Some(memory)) => KvBudget::Bytes(memory.0),
+            (None, None) => KvBudget::Bytes(CPU_KV_BYTES),
+        },
+        host: own_host(options),
+        timeouts: Timeouts {
+            join: options.rendezvous_seconds,
+            heartbeat: options.heartbeat_seconds,
+            collective: options.collective_seconds,
+        },
+    }
+}
+
+/// The group's record, with the window that its cache has room for.
+fn describe(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    epoch: u64,
+    endpoint: String,
+    ranks: &Ranks,
+) -> Result<GroupRecord, WorkerError> {
+    let facts = &ranks.facts;
+    let room = facts.kv_blocks.saturating_mul(BLOCK_TOKENS as u32);
+    let window = match settings.options.max_model_len {
+        Some(asked) if asked > facts.max_position => {
+            return Err(WorkerError::Options(format!(
+                "worker.max_model_len: {asked} is beyond the model's {} positions",
+                facts.max_position
+            )));
+        }
+        Some(asked) if asked > room => {
+            return Err(WorkerError::Options(format!(
+                "worker.max_model_len: {asked} tokens do not fit into a KV cache of {} blocks ({room} tokens)",
+                facts.kv_blocks
+            )));
+        }
+        Some(asked) => asked,
+        None => {
+            let window = facts.max_position.min(LONGEST_WINDOW);
+            if window > room {
+                tracing::warn!(window, room, "the KV cache holds less than the model's window: serving what fits");
+            }
+            window.min(room)
+        }
+    };
+    Ok(GroupRecord {
+        group: group.into(),
+        epoch,
+        endpoint,
+        model: settings.model.name.clone(),
+        aliases: settings.model.aliases.clone(),
+        device,
+        weight_fingerprint: facts.fingerprint.clone(),
+        ranks: ranks.records.clone(),
+        block_tokens: BLOCK_TOKENS as u32,
+        kv_blocks: facts.kv_blocks,
+        max_model_len: window,
+        vocabulary_size: facts.vocabulary_size,
+        max_sequences: settings.options.schedule.max_num_seqs,
+        images: false,
+        speed: ranks.speed,
+        state: GroupState::Ready,
+        version: env!("CARGO_PKG_VERSION").into(),
+    })
+}
+
+/// How the ranks are, for `Admin.Status`.
+fn rank_source(record: &GroupRecord, progress: Option<Arc<GroupProgress>>) -> RankSource {
+    let ranks = record.ranks.clone();
+    Arc::new(move || {
+        let steps = progress.as_ref().map(|progress| progress.steps()).unwrap_or_default();
+        ranks
+            .iter()
+            .map(|rank| v1::RankStatus {
+                rank: rank.rank,
+                host: rank.host.clone(),
+                pid: rank.pid,
+                steps: steps.get(rank.rank as usize).copied().unwrap_or(0),
+                ..Default::default()
+            })
+            .collect()
+    })
+}
+
+async fn follow_leader(
+    settings: WorkerSettings,
+    device: Device,
+    registry: Arc<dyn Registry>,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let options = &settings.options;
+    if device == Device::Fake {
+        return Err(WorkerError::Options("worker.ranks: a fake group is one process".into()));
+    }
+    let Some(group) = options.group.clone() else {
+        return Err(WorkerError::Options("worker.group: a group of several processes needs a name".into()));
+    };
+    let (leader, epoch) = tokio::select! {
+        found = find_leader(options, &group, registry.as_ref()) => found?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    tracing::info!(group, leader, epoch, ranks = ?options.local_ranks(), "joining the group");
+    let following = FollowerOptions { member: member_options(&settings, &group), leader, epoch };
+    tokio::select! {
+        ended = follow(following) => {
+            let reason = ended?;
+            tracing::info!(group, reason, "the group ended");
+            Ok(())
+        }
+        () = stop.cancelled() => Ok(()),
+    }
+}
+
+async fn find_leader(
+    options: &WorkerOptions,
+    group: &str,
+    registry: &dyn Registry,
+) -> Result<(String, Option<u64>), WorkerError> {
+    if let Some(leader) = &options.leader {
+        return Ok((leader.to_string(), None));
+    }
+    let deadline = Instant::now() + options.rendezvous_seconds;
+    loop {
+        match registry.find_rendezvous(group).await {
+            Ok(Some(record)) => return Ok((record.leader, Some(record.epoch))),
+            Ok(None) => {}
+            Err(error @ RegistryError::Unsupported { .. }) => return Err(error.into()),
+            Err(error) => tracing::debug!(group, %error, "looking for the leader"),
+        }
+        if Instant::now() >= deadline {
+            return Err(WorkerError::NoLeader { group: group.into(), seconds: options.rendezvous_seconds.as_secs() });
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+}
+
+async fn listen(field: &'static str, address: &HostPort) -> Result<TcpListener, WorkerError> {
+    TcpListener::bind((address.host.as_str(), address.port))
+        .await
+        .map_err(|error| WorkerError::Listen { field, address: address.clone(), error })
+}
+
+/// Under what the group's other processes reach this one.
+fn own_host(options: &WorkerOptions) -> String {
+    options.host.clone().unwrap_or_else(|| options.listen.host.clone())
+}
+
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map(|name| name.trim().to_owned())
+        .unwrap_or_else(|_| "localhost".into())
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let handle: JoinHandle<T> = tokio::task::spawn_blocking(work);
+    match handle.await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
