@@ -35,9 +35,14 @@ fn main() {
     }
     let toolchain = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/cuda/nvidia/cu13/bin/nvcc");
     // once it appears the kernels are built; a path that does not exist must not be named: cargo would rerun each time
-    println!("cargo:rerun-if-changed={}", if toolchain.is_file() { toolchain.display().to_string() } else { "build.rs".into() });
+    println!(
+        "cargo:rerun-if-changed={}",
+        if toolchain.is_file() { toolchain.display().to_string() } else { "build.rs".into() }
+    );
 
-    let mut list = String::from("/// (file, fat binary) of each kernel file; empty where the build found no nvcc.\npub(super) static FAT_BINARIES: &[(&str, &[u8])] = &[\n");
+    let mut list = String::from(
+        "/// (file, fat binary) of each kernel file; empty where the build found no nvcc.\npub(super) static FAT_BINARIES: &[(&str, &[u8])] = &[\n",
+    );
     if let Some(nvcc) = find_nvcc(&toolchain) {
         for (name, image) in compile(&nvcc, &out) {
             list.push_str(&format!("    ({name:?}, include_bytes!({:?})),\n", image.display().to_string()));

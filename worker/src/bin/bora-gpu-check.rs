@@ -15,7 +15,9 @@ fn main() -> ExitCode {
         Some("timing") => Section::Timing,
         Some("engine") => Section::Engine,
         _ => {
-            eprintln!("usage: bora-gpu-check kernels|models|timing|engine [--fixtures DIR] [--config FOLDER] [--only TEXT]");
+            eprintln!(
+                "usage: bora-gpu-check kernels|models|timing|engine [--fixtures DIR] [--config FOLDER] [--only TEXT]"
+            );
             return ExitCode::from(2);
         }
     };
@@ -40,6 +42,10 @@ fn main() -> ExitCode {
             None => {}
         }
     });
-    println!("{passed} passed, {} failed{}", failed.len(), failed.iter().map(|name| format!("\n  FAILED {name}")).collect::<String>());
+    println!(
+        "{passed} passed, {} failed{}",
+        failed.len(),
+        failed.iter().map(|name| format!("\n  FAILED {name}")).collect::<String>()
+    );
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -161,7 +161,7 @@ mod tests {
             left += 1;
             assert_eq!(event.sequence, left);
         }
-        assert_eq!(left as usize, CAPACITY + 1);
+        assert_eq!(left as usize, CAPACITY);
         assert!(lazy.is_closed(), "then its stream ends");
     }
 }

@@ -16,7 +16,8 @@ pub(super) type Address = sys::CUdeviceptr;
 /// Turns a driver error into the backend's.
 pub(super) fn during(doing: &str) -> impl Fn(result::DriverError) -> BackendError + '_ {
     move |error| {
-        let text = error.error_string().map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned());
+        let text =
+            error.error_string().map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned());
         BackendError::Device(format!("{doing}: {text}"))
     }
 }
@@ -39,7 +40,9 @@ impl Device {
     pub(super) fn open(ordinal: usize) -> Result<Self, CudaUnavailable> {
         libraries::load("libcuda.so.1", "none").map_err(|reason| CudaUnavailable::NoDriver { reason })?;
         let refused = |error: result::DriverError| CudaUnavailable::Refused {
-            reason: error.error_string().map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned()),
+            reason: error
+                .error_string()
+                .map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned()),
         };
         result::init().map_err(refused)?;
         let mut version = 0;
@@ -118,7 +121,8 @@ impl Device {
     /// Fills memory with a byte, ordered with the stream.
     pub(super) fn fill(&self, buffer: &Buffer, byte: u8) -> Result<()> {
         // SAFETY: the buffer is live and as long as it says.
-        unsafe { result::memset_d8_async(buffer.address, byte, buffer.bytes, self.stream) }.map_err(during("clearing memory"))
+        unsafe { result::memset_d8_async(buffer.address, byte, buffer.bytes, self.stream) }
+            .map_err(during("clearing memory"))
     }
 
     /// From here on, what is submitted is recorded and not run.
@@ -186,7 +190,11 @@ impl Buffer {
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
                 let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
-                Err(BackendError::OutOfMemory(format!("{what} needs {:.2} GiB, {:.2} GiB are free", gib(bytes), gib(free))))
+                Err(BackendError::OutOfMemory(format!(
+                    "{what} needs {:.2} GiB, {:.2} GiB are free",
+                    gib(bytes),
+                    gib(free)
+                )))
             }
             Err(error) => Err(during(what)(error)),
         }
@@ -250,7 +258,8 @@ unsafe impl Send for Event {}
 impl Event {
     /// An event; one that keeps the time where `timed`.
     pub(super) fn new(timed: bool) -> Result<Self> {
-        let flags = if timed { sys::CUevent_flags::CU_EVENT_DEFAULT } else { sys::CUevent_flags::CU_EVENT_DISABLE_TIMING };
+        let flags =
+            if timed { sys::CUevent_flags::CU_EVENT_DEFAULT } else { sys::CUevent_flags::CU_EVENT_DISABLE_TIMING };
         Ok(Self { event: result::event::create(flags).map_err(during("making an event"))? })
     }
 
@@ -348,7 +357,8 @@ impl Module {
         if shared > 44 << 10 {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is live.
-            unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }.map_err(during(name))?;
+            unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
+                .map_err(during(name))?;
         }
         Ok(Kernel { function })
     }
@@ -364,8 +374,16 @@ impl Drop for Module {
 impl Device {
     /// Submits a kernel. With `overlap` it may start before the kernel submitted before it has ended; every
     /// kernel here waits for that itself (`wait_for_previous_kernel`) before it touches what changes.
-    pub(super) fn launch(&self, kernel: Kernel, shape: Shape, mut arguments: Arguments, overlap: bool, name: &str) -> Result<()> {
-        let mut pointers: Vec<*mut c_void> = arguments.slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
+    pub(super) fn launch(
+        &self,
+        kernel: Kernel,
+        shape: Shape,
+        mut arguments: Arguments,
+        overlap: bool,
+        name: &str,
+    ) -> Result<()> {
+        let mut pointers: Vec<*mut c_void> =
+            arguments.slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
         let mut attribute = sys::CUlaunchAttribute_st {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -384,8 +402,10 @@ impl Device {
             numAttrs: u32::from(overlap),
         };
         // SAFETY: the caller's arguments are those of the kernel's launch contract; addresses are of live buffers.
-        unsafe { sys::cuLaunchKernelEx(&raw const config, kernel.function, pointers.as_mut_ptr(), std::ptr::null_mut()) }
-            .result()
-            .map_err(during(name))
+        unsafe {
+            sys::cuLaunchKernelEx(&raw const config, kernel.function, pointers.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+        .map_err(during(name))
     }
 }

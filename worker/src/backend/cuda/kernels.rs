@@ -25,7 +25,14 @@ impl Kernels {
     }
 
     /// Submits a kernel by its name.
-    pub(super) fn launch(&mut self, device: &Device, name: &str, shape: Shape, arguments: Arguments, overlap: bool) -> Result<()> {
+    pub(super) fn launch(
+        &mut self,
+        device: &Device,
+        name: &str,
+        shape: Shape,
+        arguments: Arguments,
+        overlap: bool,
+    ) -> Result<()> {
         if shape.grid.contains(&0) {
             return Ok(());
         }

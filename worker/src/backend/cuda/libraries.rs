@@ -19,7 +19,8 @@ pub(super) fn load(file: &str, wheel: &str) -> Result<String, String> {
     }
     let mut reason = String::new();
     let by_name = std::iter::once(PathBuf::from(file));
-    for path in by_name.chain(folders(wheel).into_iter().map(|folder| folder.join(file)).filter(|path| path.is_file())) {
+    for path in by_name.chain(folders(wheel).into_iter().map(|folder| folder.join(file)).filter(|path| path.is_file()))
+    {
         // SAFETY: NVIDIA's libraries run no initialiser that relies on anything of this program.
         match unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) } {
             Ok(library) => {
@@ -49,6 +50,10 @@ fn folders(wheel: &str) -> Vec<PathBuf> {
             }
         }
     }
-    found.extend(["/usr/local/cuda/lib64", "/usr/local/cuda-13.0/lib64", "/usr/lib/x86_64-linux-gnu"].map(Path::new).map(Path::to_path_buf));
+    found.extend(
+        ["/usr/local/cuda/lib64", "/usr/local/cuda-13.0/lib64", "/usr/lib/x86_64-linux-gnu"]
+            .map(Path::new)
+            .map(Path::to_path_buf),
+    );
     found
 }

@@ -85,7 +85,10 @@ impl Linear {
         let mut part_scales = Vec::with_capacity(parts.len());
         let mut input_format = InputFormat::Bf16;
         for part in parts {
-            let refuse = |reason: &str| BackendError::Unsupported { tensor: part.weight.name.to_owned(), reason: reason.to_owned() };
+            let refuse = |reason: &str| BackendError::Unsupported {
+                tensor: part.weight.name.to_owned(),
+                reason: reason.to_owned(),
+            };
             if (part.weight.dtype == Dtype::F8E4M3) != fp8 {
                 return Err(refuse("linears that share an input are all FP8 or none"));
             }
@@ -120,7 +123,14 @@ impl Linear {
 
     /// Submits `x W^T` into `target`: bf16, or f32 partial sums where the rows are few, or plain f32 where
     /// `logits`. `target` has room for the padded rows of cuBLASLt and for `MOST_SPLITS` of few rows.
-    pub(super) fn apply(&self, tools: (&Device, &mut Kernels, &mut Matmul), x: &Tensor, target: Address, logits: bool, overlap: bool) -> Result<Tensor> {
+    pub(super) fn apply(
+        &self,
+        tools: (&Device, &mut Kernels, &mut Matmul),
+        x: &Tensor,
+        target: Address,
+        logits: bool,
+        overlap: bool,
+    ) -> Result<Tensor> {
         let (device, kernels, matmul) = tools;
         let part_scales = self.part_scales.clone();
         let result = |format| Tensor { address: target, rows: x.rows, columns: self.outputs, format, part_scales };
@@ -194,7 +204,8 @@ pub(super) fn load_slice(device: &Device, kernels: &mut Kernels, target: Address
                 .f32(fill.deviation)
                 .u32(first as u32);
             let rows = (slice.rows - first).min(32_768);
-            let shape = Shape { grid: [slice.columns.div_ceil(512).min(8) as u32, rows as u32, 1], block: 256, shared: 0 };
+            let shape =
+                Shape { grid: [slice.columns.div_ceil(512).min(8) as u32, rows as u32, 1], block: 256, shared: 0 };
             kernels.launch(device, if fp8 { "random_e4m3" } else { "random_bf16" }, shape, arguments, false)?;
         }
         return Ok(());

@@ -80,7 +80,17 @@ impl Matmul {
     }
 
     /// Submits a product. The first call with a shape chooses its algorithm (and may not be captured).
-    pub(super) fn run(&mut self, device: &Device, m: usize, n: usize, k: usize, formats: Formats, x: Address, w: Address, y: Address) -> Result<()> {
+    pub(super) fn run(
+        &mut self,
+        device: &Device,
+        m: usize,
+        n: usize,
+        k: usize,
+        formats: Formats,
+        x: Address,
+        w: Address,
+        y: Address,
+    ) -> Result<()> {
         let shape = ProductShape { m: Self::padded_rows(m), n, k, formats };
         if !self.plans.contains_key(&shape) {
             let plan = self.choose(device, shape, x, w, y)?;
@@ -143,7 +153,8 @@ impl Matmul {
                 chosen = Some(candidate);
             }
         }
-        plan.algorithm = chosen.ok_or_else(|| BackendError::Device(format!("cuBLASLt runs no algorithm for {shape:?}")))?;
+        plan.algorithm =
+            chosen.ok_or_else(|| BackendError::Device(format!("cuBLASLt runs no algorithm for {shape:?}")))?;
         tracing::debug!(?shape, milliseconds = best, "chose a matrix product");
         Ok(plan)
     }
@@ -156,35 +167,67 @@ impl Matmul {
             Formats::Bf16ToBf16 => (Type::CUDA_R_16BF, Type::CUDA_R_16BF),
             Formats::Bf16ToF32 => (Type::CUDA_R_16BF, Type::CUDA_R_32F),
         };
-        let description = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F).map_err(during("describing a product"))?;
+        let description = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F)
+            .map_err(during("describing a product"))?;
         let layout = |kind, rows: usize, columns: usize| {
-            lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64).map_err(during("describing a matrix"))
+            lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
+                .map_err(during("describing a matrix"))
         };
-        let (w, x, y) = (layout(input, shape.k, shape.n)?, layout(input, shape.k, shape.m)?, layout(output, shape.n, shape.m)?);
+        let (w, x, y) =
+            (layout(input, shape.k, shape.n)?, layout(input, shape.k, shape.m)?, layout(output, shape.n, shape.m)?);
         let (transposed, plain) = (1i32, 0i32);
         // faster on FP8; rounds partial sums less often to full precision (relative error 2.6e-3 instead of 1.7e-3)
         let fast = i8::from(shape.formats == Formats::E4m3ToBf16);
         // SAFETY: each attribute is given a live value of its own size; all handles are fresh.
         let candidates = unsafe {
-            lt::set_matmul_desc_attribute(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, (&raw const transposed).cast(), 4)
-                .map_err(during("describing a product"))?;
-            lt::set_matmul_desc_attribute(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, (&raw const plain).cast(), 4)
-                .map_err(during("describing a product"))?;
-            lt::set_matmul_desc_attribute(description, Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, (&raw const fast).cast(), 1)
-                .map_err(during("describing a product"))?;
+            lt::set_matmul_desc_attribute(
+                description,
+                Attribute::CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const transposed).cast(),
+                4,
+            )
+            .map_err(during("describing a product"))?;
+            lt::set_matmul_desc_attribute(
+                description,
+                Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
+                (&raw const plain).cast(),
+                4,
+            )
+            .map_err(during("describing a product"))?;
+            lt::set_matmul_desc_attribute(
+                description,
+                Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM,
+                (&raw const fast).cast(),
+                1,
+            )
+            .map_err(during("describing a product"))?;
             let preference = lt::create_matmul_pref().map_err(during("describing a product"))?;
             let bytes = WORKSPACE_BYTES;
             let limit = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            lt::set_matmul_pref_attribute(preference, limit, (&raw const bytes).cast(), 8).map_err(during("describing a product"))?;
+            lt::set_matmul_pref_attribute(preference, limit, (&raw const bytes).cast(), 8)
+                .map_err(during("describing a product"))?;
             let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = Vec::with_capacity(CANDIDATES);
             let mut count = 0;
             let status = sys::cublasLtMatmulAlgoGetHeuristic(
-                self.handle, description, w, x, y, y, preference, CANDIDATES as i32, found.as_mut_ptr(), &raw mut count,
+                self.handle,
+                description,
+                w,
+                x,
+                y,
+                y,
+                preference,
+                CANDIDATES as i32,
+                found.as_mut_ptr(),
+                &raw mut count,
             );
             let _ = lt::destroy_matmul_pref(preference);
             status.result().map_err(during("looking for a product"))?;
             found.set_len(count as usize);
-            found.into_iter().filter(|result| result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS).map(|result| result.algo).collect::<Vec<_>>()
+            found
+                .into_iter()
+                .filter(|result| result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS)
+                .map(|result| result.algo)
+                .collect::<Vec<_>>()
         };
         let Some(first) = candidates.first() else {
             return Err(BackendError::Device(format!("cuBLASLt has no algorithm for {shape:?}")));

@@ -28,9 +28,9 @@ use crate::weights::{LinearShard, Slice, VocabularyShard};
 
 use driver::{Address, Arguments, Buffer, Device, Graph, Shape};
 use kernels::Kernels;
+use linear::TensorFormat;
 use linear::{InputFormat, load_slice};
 pub use linear::{Linear, Tensor};
-use linear::TensorFormat;
 use matmul::Matmul;
 use sampler::Sampler;
 use step::StepInputs;
@@ -39,7 +39,9 @@ use step::StepInputs;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CudaUnavailable {
     /// Built without nvcc.
-    #[error("this build has no GPU kernels: it was built where no nvcc was found (scripts/cuda-toolchain installs one)")]
+    #[error(
+        "this build has no GPU kernels: it was built where no nvcc was found (scripts/cuda-toolchain installs one)"
+    )]
     NoKernels,
     /// No libcuda.
     #[error("no NVIDIA driver on this machine: {reason}")]
@@ -209,11 +211,17 @@ impl CudaBackend {
     pub fn new(setup: RankSetup, options: CudaOptions) -> Result<Self> {
         let head_dim = setup.config.head_dim;
         if ![32, 64, 128].contains(&head_dim) {
-            return Err(BackendError::Unsupported { tensor: "head_dim".to_owned(), reason: format!("{head_dim}: the kernels know 32, 64 and 128") });
+            return Err(BackendError::Unsupported {
+                tensor: "head_dim".to_owned(),
+                reason: format!("{head_dim}: the kernels know 32, 64 and 128"),
+            });
         }
         let group = setup.plan.query_group();
         if group > 16 {
-            return Err(BackendError::Unsupported { tensor: "heads".to_owned(), reason: format!("{group} query heads a KV head, at most 16 work") });
+            return Err(BackendError::Unsupported {
+                tensor: "heads".to_owned(),
+                reason: format!("{group} query heads a KV head, at most 16 work"),
+            });
         }
         let device = Device::open(options.device)?;
         let kernels = Kernels::load()?;
@@ -261,13 +269,17 @@ impl CudaBackend {
         let rows = Matmul::padded_rows(limits.step_tokens.max(limits.sequences));
         let logit_rows = Matmul::padded_rows(limits.logit_rows.max(limits.sequences));
         let heads = plan.heads.len();
-        let decode_blocks = (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR).max(rows * plan.kv_heads.len());
+        let decode_blocks =
+            (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR).max(rows * plan.kv_heads.len());
         // each block leaves one row a head of its group; splits are rounded up
         let partials = (decode_blocks + rows * plan.kv_heads.len()) * plan.query_group();
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,
             input: Buffer::new(rows * self.widths.input_bytes.max(config.hidden_size * 2), "the inputs of linears")?,
-            product: Buffer::new(Linear::product_bytes(self.widths.outputs, rows).max(rows * config.hidden_size * 4), "the products of linears")?,
+            product: Buffer::new(
+                Linear::product_bytes(self.widths.outputs, rows).max(rows * config.hidden_size * 4),
+                "the products of linears",
+            )?,
             query: Buffer::new(rows * heads * config.head_dim * 2, "the queries")?,
             logits: Buffer::new(logit_rows * config.vocab_size * 4, "the logits")?,
             partial_attention: Buffer::new(partials * config.head_dim * 4, "the partial sums of attention")?,
@@ -287,7 +299,8 @@ impl CudaBackend {
 
     /// Address of a layer's keys and values.
     fn planes(&self, layer: usize) -> Result<(Address, Address)> {
-        let cache = self.cache.as_ref().ok_or_else(|| BackendError::Device("the KV cache is not allocated".to_owned()))?;
+        let cache =
+            self.cache.as_ref().ok_or_else(|| BackendError::Device("the KV cache is not allocated".to_owned()))?;
         if layer >= cache.shape.layers {
             return Err(BackendError::Device(format!("there is no layer {layer} in the cache")));
         }
@@ -298,7 +311,9 @@ impl CudaBackend {
     /// Parts that each row's keys are cut into when `rows` rows are decoded.
     fn key_splits(&self, rows: usize) -> usize {
         let blocks = rows.max(1) * self.setup.plan.kv_heads.len();
-        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR).div_ceil(blocks).clamp(1, MOST_KEY_SPLITS)
+        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR)
+            .div_ceil(blocks)
+            .clamp(1, MOST_KEY_SPLITS)
     }
 
     /// Adds up a partial product over the ranks, through host memory: right everywhere, fast nowhere. The
@@ -335,7 +350,14 @@ impl CudaBackend {
     }
 
     /// Submits the norm of the residual's rows (all, or those listed at `rows`).
-    fn submit_norm(&mut self, residual: &Tensor, partial: Option<Tensor>, gain: &Buffer, format: InputFormat, rows: Option<(Address, usize)>) -> Result<Tensor> {
+    fn submit_norm(
+        &mut self,
+        residual: &Tensor,
+        partial: Option<Tensor>,
+        gain: &Buffer,
+        format: InputFormat,
+        rows: Option<(Address, usize)>,
+    ) -> Result<Tensor> {
         let hidden = residual.columns;
         let (rows_address, row_count) = rows.unwrap_or((0, residual.rows));
         let target = self.buffers()?.input.address;
@@ -443,7 +465,9 @@ impl Backend for CudaBackend {
             KvBudget::Bytes(bytes) => bytes,
             KvBudget::DeviceShare(share) => {
                 let used = (total - free) as u64;
-                ((total as f64 * f64::from(share)) as u64).saturating_sub(used).min((free as u64).saturating_sub(RESERVED_BYTES))
+                ((total as f64 * f64::from(share)) as u64)
+                    .saturating_sub(used)
+                    .min((free as u64).saturating_sub(RESERVED_BYTES))
             }
         };
         // one block more is taken: the spare one
@@ -536,7 +560,8 @@ impl Backend for CudaBackend {
             .u32(table.count)
             .u32(hidden as u32);
         self.launch("embed", Shape { grid, block: 256, shared: 0 }, embed)?;
-        let residual = Tensor { address: residual, rows, columns: hidden, format: TensorFormat::F32, part_scales: Vec::new() };
+        let residual =
+            Tensor { address: residual, rows, columns: hidden, format: TensorFormat::F32, part_scales: Vec::new() };
         self.reduce_over_ranks(residual)
     }
 
@@ -582,7 +607,13 @@ impl Backend for CudaBackend {
         let blocks = if qkv.rows <= 128 { items.div_ceil(256) } else { 1 };
         let shape = Shape { grid: [qkv.rows as u32, blocks as u32, 1], block: 256, shared: 0 };
         self.launch(&name, shape, arguments)?;
-        Ok(Tensor { address: query, rows: qkv.rows, columns: heads * head_dim, format: TensorFormat::Bf16, part_scales: Vec::new() })
+        Ok(Tensor {
+            address: query,
+            rows: qkv.rows,
+            columns: heads * head_dim,
+            format: TensorFormat::Bf16,
+            part_scales: Vec::new(),
+        })
     }
 
     fn attend(&mut self, q: Tensor, layer: usize, next: &Linear) -> Result<Tensor> {
@@ -592,7 +623,8 @@ impl Backend for CudaBackend {
         let step = self.inputs.addresses();
         let shape = self.inputs.shape;
         let buffers = self.buffers()?;
-        let (target, partial, log_sums) = (buffers.input.address, buffers.partial_attention.address, buffers.log_sums.address);
+        let (target, partial, log_sums) =
+            (buffers.input.address, buffers.partial_attention.address, buffers.log_sums.address);
         let finished = buffers.finished.address;
         let (suffix, scale, format) = match next.input_format {
             InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
@@ -615,7 +647,11 @@ impl Backend for CudaBackend {
                 .u32(kv_heads)
                 .f32(score_scale);
             let name = format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name());
-            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block: 256, shared: prefill_shared_bytes(head_dim, kv) };
+            let launch = Shape {
+                grid: [kv_heads, shape.tiles as u32, 1],
+                block: 256,
+                shared: prefill_shared_bytes(head_dim, kv),
+            };
             self.launch(&name, launch, arguments)?;
         }
         if shape.decode_rows > 0 {
@@ -638,7 +674,11 @@ impl Backend for CudaBackend {
                 .u32(kv_heads)
                 .f32(score_scale);
             let name = format!("decode_attention_{head_dim}_{}_to_{suffix}", kv.name());
-            let launch = Shape { grid: [splits, kv_heads, shape.decode_rows as u32], block: 128, shared: decode_shared_bytes(head_dim, kv) };
+            let launch = Shape {
+                grid: [splits, kv_heads, shape.decode_rows as u32],
+                block: 128,
+                shared: decode_shared_bytes(head_dim, kv),
+            };
             self.launch(&name, launch, arguments)?;
         }
         Ok(Tensor { address: target, rows: q.rows, columns: q.columns, format, part_scales: Vec::new() })

@@ -138,7 +138,8 @@ impl Sampler {
         let slot = admission.slot as usize;
         let params = &admission.sampling;
         let vocabulary = self.vocabulary;
-        let memory = self.memory.get_mut(slot).ok_or_else(|| BackendError::Device(format!("there is no slot {slot}")))?;
+        let memory =
+            self.memory.get_mut(slot).ok_or_else(|| BackendError::Device(format!("there is no slot {slot}")))?;
         let mut sampler = SlotSampler {
             temperature: params.temperature,
             top_p: params.top_p,
@@ -180,7 +181,11 @@ impl Sampler {
             (sampler.bias_ids, sampler.biases, sampler.end_ids) = (lists, lists + 4 * count, lists + 8 * count);
         }
         self.with_logprobs[slot] = params.logprobs.is_some();
-        device.upload(self.samplers.address + (slot * size_of::<SlotSampler>()) as u64, bytes_of(&sampler), "a sampler")?;
+        device.upload(
+            self.samplers.address + (slot * size_of::<SlotSampler>()) as u64,
+            bytes_of(&sampler),
+            "a sampler",
+        )?;
         let generated = admission.generated_ids.len() as u32;
         device.upload(self.generated.address + 4 * slot as u64, &generated.to_le_bytes(), "a sampler")
     }
@@ -191,7 +196,13 @@ impl Sampler {
     }
 
     /// Submits the drawing of the next ids from `logits` [rows, vocabulary].
-    pub(super) fn sample(&mut self, device: &Device, kernels: &mut Kernels, logits: Address, requests: &[SampleRequest]) -> Result<()> {
+    pub(super) fn sample(
+        &mut self,
+        device: &Device,
+        kernels: &mut Kernels,
+        logits: Address,
+        requests: &[SampleRequest],
+    ) -> Result<()> {
         if self.pending.len() >= IN_FLIGHT - 1 {
             return Err(BackendError::Device("more steps in flight than the pipeline is deep".to_owned()));
         }
@@ -208,15 +219,23 @@ impl Sampler {
             let (request, kind) = match *request {
                 SampleRequest::Next { row, slot, position } => {
                     let with_logprobs = self.with_logprobs[slot as usize];
-                    (Request { row, slot, position, target: FAULT, top: 0 }, Kind::Draw { slot, position, with_logprobs })
+                    (
+                        Request { row, slot, position, target: FAULT, top: 0 },
+                        Kind::Draw { slot, position, with_logprobs },
+                    )
                 }
-                SampleRequest::Score { row, slot, target, top } => (Request { row, slot, position: 0, target, top }, Kind::Score),
+                SampleRequest::Score { row, slot, target, top } => {
+                    (Request { row, slot, position: 0, target, top }, Kind::Score)
+                }
             };
             bytes.copy_from_slice(bytes_of(&request));
             kinds.push(kind);
         }
         if !requests.is_empty() {
-            device.upload_async(self.requests.address, &exchange.requests.as_slice()[..requests.len() * size_of::<Request>()])?;
+            device.upload_async(
+                self.requests.address,
+                &exchange.requests.as_slice()[..requests.len() * size_of::<Request>()],
+            )?;
             let arguments = Arguments::default()
                 .address(logits)
                 .address(self.work.address)
@@ -243,7 +262,10 @@ impl Sampler {
         };
         let exchange = &self.exchanges[pending.ring];
         exchange.done.wait()?;
-        let mut results = SampleResults { seconds: f64::from(exchange.done.since(&exchange.start)?) / 1e3, ..SampleResults::default() };
+        let mut results = SampleResults {
+            seconds: f64::from(exchange.done.since(&exchange.start)?) / 1e3,
+            ..SampleResults::default()
+        };
         let answers = exchange.answers.as_slice().chunks_exact(size_of::<Answer>()).map(answer_of);
         for (kind, answer) in pending.kinds.iter().zip(answers) {
             match *kind {
@@ -261,7 +283,13 @@ impl Sampler {
     }
 }
 
-fn count_ids(device: &Device, kernels: &mut Kernels, seen: Address, admission: &Admission, vocabulary: usize) -> Result<()> {
+fn count_ids(
+    device: &Device,
+    kernels: &mut Kernels,
+    seen: Address,
+    admission: &Admission,
+    vocabulary: usize,
+) -> Result<()> {
     let (prompt, generated) = (&admission.prompt_ids, &admission.generated_ids);
     if prompt.is_empty() && generated.is_empty() {
         return Ok(());

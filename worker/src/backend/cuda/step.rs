@@ -147,7 +147,10 @@ impl StepInputs {
             words[places.table_start + number] = tables_end as u32;
             let used = (sequence.context as usize).div_ceil(BLOCK_TOKENS);
             let Some(blocks) = sequence.blocks.get(..used) else {
-                return Err(BackendError::Device(format!("slot {}: its blocks do not cover its context", sequence.slot)));
+                return Err(BackendError::Device(format!(
+                    "slot {}: its blocks do not cover its context",
+                    sequence.slot
+                )));
             };
             words[places.tables + tables_end..][..used].copy_from_slice(blocks);
             tables_end += used;

@@ -56,7 +56,14 @@ impl Bench {
         Ok(found)
     }
 
-    pub(super) fn launch(&mut self, name: &str, grid: [u32; 3], block: u32, shared: u32, arguments: Arguments) -> Result<()> {
+    pub(super) fn launch(
+        &mut self,
+        name: &str,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        arguments: Arguments,
+    ) -> Result<()> {
         self.kernels.launch(&self.device, name, Shape { grid, block, shared }, arguments, false)
     }
 }
@@ -86,7 +93,8 @@ pub(super) fn run(only: &str, report: &mut dyn FnMut(Outcome)) {
         let started = std::time::Instant::now();
         report(match check(&mut bench) {
             Ok((found, allowed)) => {
-                let details = json!({ "distance": found, "allowed": allowed, "seconds": started.elapsed().as_secs_f64() });
+                let details =
+                    json!({ "distance": found, "allowed": allowed, "seconds": started.elapsed().as_secs_f64() });
                 Outcome::check(name, found <= allowed, details)
             }
             Err(error) => Outcome::failure(name, error),
@@ -104,8 +112,12 @@ fn embed(bench: &mut Bench) -> Result<(f64, f64)> {
     let ids: Vec<u32> = vec![100, 149, 99, 150, u32::MAX, 120, 0, 131_071, 101];
     let slots: Vec<u32> = vec![0, 0, 0, 0, 3, 0, 0, 0, 0];
     let drawn: Vec<u32> = vec![1, 2, 3, 117];
-    let (table_buffer, id_buffer, slot_buffer, drawn_buffer) =
-        (bench.upload(&bf16_bytes(&table))?, bench.upload(&u32_bytes(&ids))?, bench.upload(&u32_bytes(&slots))?, bench.upload(&u32_bytes(&drawn))?);
+    let (table_buffer, id_buffer, slot_buffer, drawn_buffer) = (
+        bench.upload(&bf16_bytes(&table))?,
+        bench.upload(&u32_bytes(&ids))?,
+        bench.upload(&u32_bytes(&slots))?,
+        bench.upload(&u32_bytes(&drawn))?,
+    );
     let out = bench.poisoned(rows * hidden * 4)?;
     let arguments = Arguments::default()
         .address(out.address)
@@ -144,10 +156,15 @@ fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
     let blocks: Vec<u32> = (0..4097).map(|index| (index * 7919) % 10_007).collect();
     let starts: Vec<u32> = vec![0, 1];
     let rows = positions.len();
-    let (position_buffer, sequence_buffer, block_buffer, start_buffer) =
-        (bench.upload(&u32_bytes(&positions))?, bench.upload(&u32_bytes(&sequences))?, bench.upload(&u32_bytes(&blocks))?, bench.upload(&u32_bytes(&starts))?);
+    let (position_buffer, sequence_buffer, block_buffer, start_buffer) = (
+        bench.upload(&u32_bytes(&positions))?,
+        bench.upload(&u32_bytes(&sequences))?,
+        bench.upload(&u32_bytes(&blocks))?,
+        bench.upload(&u32_bytes(&starts))?,
+    );
     let frequencies = bench.upload(&f32_bytes(&table.frequencies))?;
-    let (angles, scales, places) = (bench.poisoned(rows * 128 * 4)?, bench.poisoned(rows * 4)?, bench.poisoned(rows * 4)?);
+    let (angles, scales, places) =
+        (bench.poisoned(rows * 128 * 4)?, bench.poisoned(rows * 4)?, bench.poisoned(rows * 4)?);
     let arguments = Arguments::default()
         .address(angles.address)
         .address(scales.address)
@@ -164,7 +181,8 @@ fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
     bench.launch("prepare_rows", [rows as u32, 1, 1], 64, 0, arguments)?;
     let mut worst = 0f64;
     let found = from_f32(&bench.read(&angles, rows * 128 * 4)?);
-    let expected: Vec<f32> = positions.iter().flat_map(|position| table.cos_sin(*position)).flat_map(|(cos, sin)| [cos, sin]).collect();
+    let expected: Vec<f32> =
+        positions.iter().flat_map(|position| table.cos_sin(*position)).flat_map(|(cos, sin)| [cos, sin]).collect();
     for (found, expected) in found.iter().zip(&expected) {
         worst = worst.max(f64::from((found - expected).abs()));
     }
@@ -209,8 +227,11 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                 let partial_scale = 0.37f32;
                 let list: Vec<u32> = (0..rows as u32).rev().filter(|row| !listed || row % 3 != 1).collect();
                 let outputs = if listed { list.len() } else { rows };
-                let (residual_buffer, gain_buffer, list_buffer) =
-                    (bench.upload(&f32_bytes(&residual))?, bench.upload(&bf16_bytes(&gain))?, bench.upload(&u32_bytes(&list))?);
+                let (residual_buffer, gain_buffer, list_buffer) = (
+                    bench.upload(&f32_bytes(&residual))?,
+                    bench.upload(&bf16_bytes(&gain))?,
+                    bench.upload(&u32_bytes(&list))?,
+                );
                 let size = if suffix == "bf16" { 2 } else { 1 };
                 let out = bench.poisoned(outputs * hidden * size)?;
                 let arguments = Arguments::default()
@@ -226,11 +247,20 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                     .u32(hidden as u32)
                     .f32(1e-5);
                 let block = (hidden / 4).next_multiple_of(32).clamp(32, 1024) as u32;
-                bench.launch(&format!("{kind}norm_to_{suffix}"), [outputs as u32, 1, 1], block, hidden as u32 * 4, arguments)?;
+                bench.launch(
+                    &format!("{kind}norm_to_{suffix}"),
+                    [outputs as u32, 1, 1],
+                    block,
+                    hidden as u32 * 4,
+                    arguments,
+                )?;
                 let sums: Vec<f64> = residual
                     .iter()
                     .zip(&partial)
-                    .map(|(residual, partial)| f64::from(*residual) + if kind.is_empty() { 0.0 } else { f64::from(partial_scale) * f64::from(*partial) })
+                    .map(|(residual, partial)| {
+                        f64::from(*residual)
+                            + if kind.is_empty() { 0.0 } else { f64::from(partial_scale) * f64::from(*partial) }
+                    })
                     .collect();
                 if !listed {
                     let found = from_f32(&bench.read(&residual_buffer, rows * hidden * 4)?);
@@ -241,7 +271,12 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                     let row = if listed { list[output] as usize } else { output };
                     let numbers = &sums[row * hidden..][..hidden];
                     let mean = numbers.iter().map(|number| number * number).sum::<f64>() / hidden as f64;
-                    expected.extend(numbers.iter().zip(&gain).map(|(number, gain)| number / (mean + 1e-5).sqrt() * f64::from(*gain)));
+                    expected.extend(
+                        numbers
+                            .iter()
+                            .zip(&gain)
+                            .map(|(number, gain)| number / (mean + 1e-5).sqrt() * f64::from(*gain)),
+                    );
                 }
                 let bytes = bench.read(&out, outputs * hidden * size)?;
                 worst = worst.max(compare_activation(&bytes, &expected, suffix, y_scale));
@@ -256,7 +291,8 @@ fn compare_activation(bytes: &[u8], expected: &[f64], suffix: &str, scale: f32) 
     if suffix == "bf16" {
         return distance(&from_bf16(bytes), expected) / BF16_DISTANCE;
     }
-    let rounded: Vec<f64> = expected.iter().map(|number| f64::from(e4m3::round((*number / f64::from(scale)) as f32))).collect();
+    let rounded: Vec<f64> =
+        expected.iter().map(|number| f64::from(e4m3::round((*number / f64::from(scale)) as f32))).collect();
     distance(&from_e4m3(bytes), &rounded) / E4M3_DISTANCE
 }
 
@@ -278,10 +314,17 @@ fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
                         places.push(place);
                     }
                 }
-                let (angle_buffer, scale_buffer, place_buffer) =
-                    (bench.upload(&f32_bytes(&angles))?, bench.upload(&f32_bytes(&query_scale))?, bench.upload(&u32_bytes(&places))?);
+                let (angle_buffer, scale_buffer, place_buffer) = (
+                    bench.upload(&f32_bytes(&angles))?,
+                    bench.upload(&f32_bytes(&query_scale))?,
+                    bench.upload(&u32_bytes(&places))?,
+                );
                 let plane = blocks * kv_heads * 64 * d;
-                let (q, keys, values) = (bench.poisoned(rows * heads * d * 2)?, bench.poisoned(plane * kv.size())?, bench.poisoned(plane * kv.size())?);
+                let (q, keys, values) = (
+                    bench.poisoned(rows * heads * d * 2)?,
+                    bench.poisoned(plane * kv.size())?,
+                    bench.poisoned(plane * kv.size())?,
+                );
                 let arguments = Arguments::default()
                     .address(qkv_buffer.address)
                     .u32(splits.max(1) as u32)
@@ -301,8 +344,17 @@ fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
                 let name = format!("rope_{input}_kv_{}", kv.name());
                 bench.launch(&name, [rows as u32, rows as u32, 1], 64, 0, arguments)?;
                 let head_at = |row: usize, head: usize| -> Vec<f64> {
-                    let part = if head < heads { 0 } else if head < heads + kv_heads { 1 } else { 2 };
-                    let numbers: Vec<f64> = qkv[row * columns + head * d..][..d].iter().map(|x| f64::from(*x) * f64::from(scales[part])).collect();
+                    let part = if head < heads {
+                        0
+                    } else if head < heads + kv_heads {
+                        1
+                    } else {
+                        2
+                    };
+                    let numbers: Vec<f64> = qkv[row * columns + head * d..][..d]
+                        .iter()
+                        .map(|x| f64::from(*x) * f64::from(scales[part]))
+                        .collect();
                     if part == 2 {
                         return numbers;
                     }
@@ -315,8 +367,12 @@ fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
                     }
                     rotated
                 };
-                let expected_q: Vec<f64> = (0..rows).flat_map(|row| (0..heads).flat_map(move |head| [(row, head)])).flat_map(|(row, head)| head_at(row, head)).collect();
-                worst = worst.max(distance(&from_bf16(&bench.read(&q, rows * heads * d * 2)?), &expected_q) / BF16_DISTANCE);
+                let expected_q: Vec<f64> = (0..rows)
+                    .flat_map(|row| (0..heads).flat_map(move |head| [(row, head)]))
+                    .flat_map(|(row, head)| head_at(row, head))
+                    .collect();
+                worst = worst
+                    .max(distance(&from_bf16(&bench.read(&q, rows * heads * d * 2)?), &expected_q) / BF16_DISTANCE);
                 for (part, buffer) in [keys, values].iter().enumerate() {
                     let bytes = bench.read(buffer, plane * kv.size())?;
                     let mut written = 0;
@@ -363,11 +419,15 @@ fn gate(bench: &mut Bench) -> Result<(f64, f64)> {
                 let mut expected = Vec::with_capacity(rows * width);
                 for row in numbers.chunks_exact(2 * width) {
                     for i in 0..width {
-                        let (g, u) = (f64::from(row[i]) * f64::from(gate_scale), f64::from(row[width + i]) * f64::from(up_scale));
+                        let (g, u) = (
+                            f64::from(row[i]) * f64::from(gate_scale),
+                            f64::from(row[width + i]) * f64::from(up_scale),
+                        );
                         expected.push(g / (1.0 + (-g).exp()) * u);
                     }
                 }
-                worst = worst.max(compare_activation(&bench.read(&out, rows * width * size)?, &expected, suffix, y_scale));
+                worst =
+                    worst.max(compare_activation(&bench.read(&out, rows * width * size)?, &expected, suffix, y_scale));
             }
         }
     }
@@ -389,7 +449,8 @@ fn multiply(x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f64> {
     let mut y = vec![0.0; m * n];
     for row in 0..m {
         for column in 0..n {
-            y[row * n + column] = x[row * k..][..k].iter().zip(&w[column * k..][..k]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            y[row * n + column] =
+                x[row * k..][..k].iter().zip(&w[column * k..][..k]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
         }
     }
     y
@@ -398,7 +459,17 @@ fn multiply(x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f64> {
 fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut worst = 0f64;
     for fp8 in [true, false] {
-        for (m, n, k) in [(1, 96, 512), (3, 32, 128), (8, 160, 5120), (9, 64, 1152), (16, 4096, 256), (15, 96, 640), (12, 64, 4096), (1, 6144, 1280), (5, 8192, 128)] {
+        for (m, n, k) in [
+            (1, 96, 512),
+            (3, 32, 128),
+            (8, 160, 5120),
+            (9, 64, 1152),
+            (16, 4096, 256),
+            (15, 96, 640),
+            (12, 64, 4096),
+            (1, 6144, 1280),
+            (5, 8192, 128),
+        ] {
             let (x, x_bytes) = operand(bench, m * k, fp8);
             let (w, w_bytes) = operand(bench, n * k, fp8);
             let expected = multiply(&x, &w, m, n, k);
@@ -412,16 +483,25 @@ fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
             let scales = fp8.then_some(Fp8Scales { weight: 0.5, input: 2.0 });
             let layer = Linear::load(&bench.device, &mut bench.kernels, &[LinearShard { weight: slice, scales }])?;
             let input = bench.upload(&x_bytes)?;
-            let format = if matches!(layer.input_format, InputFormat::Bf16) { TensorFormat::Bf16 } else { TensorFormat::E4m3 };
+            let format =
+                if matches!(layer.input_format, InputFormat::Bf16) { TensorFormat::Bf16 } else { TensorFormat::E4m3 };
             let x_tensor = Tensor { address: input.address, rows: m, columns: k, format, part_scales: Vec::new() };
             for logits in [false, true] {
                 let out = bench.poisoned(Linear::product_bytes(n, m))?;
-                let y = layer.apply((&bench.device, &mut bench.kernels, &mut bench.matmul), &x_tensor, out.address, logits, true)?;
+                let y = layer.apply(
+                    (&bench.device, &mut bench.kernels, &mut bench.matmul),
+                    &x_tensor,
+                    out.address,
+                    logits,
+                    true,
+                )?;
                 let TensorFormat::F32Splits(splits) = y.format else {
                     return Err(BackendError::Device(format!("{m} x {n} x {k} did not take the kernel for few rows")));
                 };
                 let parts = from_f32(&bench.read(&out, splits as usize * m * n * 4)?);
-                let sums: Vec<f32> = (0..m * n).map(|index| (0..splits as usize).map(|split| parts[split * m * n + index]).sum()).collect();
+                let sums: Vec<f32> = (0..m * n)
+                    .map(|index| (0..splits as usize).map(|split| parts[split * m * n + index]).sum())
+                    .collect();
                 worst = worst.max(distance(&sums, &expected));
             }
         }
@@ -454,7 +534,13 @@ fn products(bench: &mut Bench) -> Result<(f64, f64)> {
 fn random_weights(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut wrong = 0;
     for dtype in [Dtype::F8E4M3, Dtype::Bf16] {
-        let fill = RandomFill { key: 0x1234_5678_9abc_def0, tensor_columns: 5120, first_row: 70_000, first_column: 1280, deviation: 80.0 };
+        let fill = RandomFill {
+            key: 0x1234_5678_9abc_def0,
+            tensor_columns: 5120,
+            first_row: 70_000,
+            first_column: 1280,
+            deviation: 80.0,
+        };
         let slice = Slice { name: "w", dtype, rows: 33, columns: 1030, source: Source::Random(fill) };
         let out = bench.poisoned(slice.byte_len())?;
         load_slice(&bench.device, &mut bench.kernels, out.address, &slice)?;
@@ -568,7 +654,8 @@ fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                     bench.upload(&u32_bytes(&cache.starts))?,
                 ];
                 let listed = attention_rows.len();
-                let (partial, sums) = (bench.poisoned(listed * heads * splits * d * 4)?, bench.poisoned(listed * heads * splits * 4)?);
+                let (partial, sums) =
+                    (bench.poisoned(listed * heads * splits * d * 4)?, bench.poisoned(listed * heads * splits * 4)?);
                 let finished = bench.upload(&vec![0; listed * kv_heads * 4])?;
                 for (suffix, scale) in [("bf16", 1.0), ("e4m3", 0.01)] {
                     let size = if suffix == "bf16" { 2 } else { 1 };
@@ -591,7 +678,13 @@ fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                         .u32(kv_heads as u32)
                         .f32(std::f32::consts::LOG2_E / (d as f32).sqrt());
                     let grid = [splits as u32, kv_heads as u32, listed as u32];
-                    bench.launch(&format!("decode_attention_{d}_{}_to_{suffix}", kv.name()), grid, 128, decode_shared_bytes(d, kv), arguments)?;
+                    bench.launch(
+                        &format!("decode_attention_{d}_{}_to_{suffix}", kv.name()),
+                        grid,
+                        128,
+                        decode_shared_bytes(d, kv),
+                        arguments,
+                    )?;
                     if bench.read(&finished, listed * kv_heads * 4)?.iter().any(|byte| *byte != 0) {
                         worst = f64::INFINITY;
                     }
@@ -600,7 +693,13 @@ fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                         let mut expected = Vec::with_capacity(heads * d);
                         for head in 0..heads {
                             let query = &q[(*row as usize * heads + head) * d..][..d];
-                            expected.extend(cache.attend(query, index, head / (heads / kv_heads), kv_heads, contexts[index] - 1));
+                            expected.extend(cache.attend(
+                                query,
+                                index,
+                                head / (heads / kv_heads),
+                                kv_heads,
+                                contexts[index] - 1,
+                            ));
                         }
                         let found = &bytes[*row as usize * heads * d * size..][..heads * d * size];
                         // weights are rounded to bf16 before they meet V
@@ -679,7 +778,8 @@ fn prefill_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                 expected.extend(cache.attend(query, owner[row], head / group, kv_heads, positions[row] as usize));
             }
         }
-        worst = worst.max(compare_activation(&bench.read(&out, rows * heads * d * size)?, &expected, suffix, scale) / 2.0);
+        worst =
+            worst.max(compare_activation(&bench.read(&out, rows * heads * d * size)?, &expected, suffix, scale) / 2.0);
     }
     Ok((worst, 1.0))
 }
@@ -695,10 +795,23 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
         SamplingParams { top_p: 0.9, temperature: 0.7, ..plain.clone() },
         SamplingParams { min_p: 0.05, logprobs: Some(5), ..plain.clone() },
         SamplingParams { top_k: 100, top_p: 0.5, min_p: 0.01, temperature: 1.3, logprobs: Some(0), ..plain.clone() },
-        SamplingParams { temperature: 0.0, repetition_penalty: 1.3, presence_penalty: 0.4, frequency_penalty: 0.7, ..plain.clone() },
+        SamplingParams {
+            temperature: 0.0,
+            repetition_penalty: 1.3,
+            presence_penalty: 0.4,
+            frequency_penalty: 0.7,
+            ..plain.clone()
+        },
         SamplingParams { repetition_penalty: 0.8, frequency_penalty: 1.5, top_p: 0.95, ..plain.clone() },
         SamplingParams { temperature: 0.0, logit_bias: vec![(7, 100.0), (8, -100.0), (7, 1.0)], ..plain.clone() },
-        SamplingParams { temperature: 0.0, logit_bias: vec![(9, 100.0)], end_ids: vec![9, 2], min_tokens: 2, logprobs: Some(20), ..plain },
+        SamplingParams {
+            temperature: 0.0,
+            logit_bias: vec![(9, 100.0)],
+            end_ids: vec![9, 2],
+            min_tokens: 2,
+            logprobs: Some(20),
+            ..plain
+        },
     ];
     let mut wrong = 0f64;
     for vocabulary in [9191usize, 131_072] {
@@ -711,7 +824,8 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
         for (slot, params) in variants.iter().enumerate() {
             let generated_ids = if slot % 2 == 0 { Vec::new() } else { generated.clone() };
             states.push(SlotState::new(params, &prompt, &generated_ids));
-            let admission = Admission { slot: slot as u32, sampling: params.clone(), prompt_ids: prompt.clone(), generated_ids };
+            let admission =
+                Admission { slot: slot as u32, sampling: params.clone(), prompt_ids: prompt.clone(), generated_ids };
             sampler.admit(&bench.device, &mut bench.kernels, &admission)?;
         }
         for step in 0..4u32 {
@@ -747,11 +861,13 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
                 let fault = Err(SequenceFault::NotANumber { position: 53 });
                 wrong += match (found, &expected) {
                     _ if *found_slot as usize != slot => 1.0,
-                    (Ok(found), Ok(expected)) if found.token_id == expected.token_id => match (&found.logprobs, &expected.logprobs) {
-                        (None, None) => 0.0,
-                        (Some(found), Some(expected)) => same_logprobs(found, expected),
-                        _ => 1.0,
-                    },
+                    (Ok(found), Ok(expected)) if found.token_id == expected.token_id => {
+                        match (&found.logprobs, &expected.logprobs) {
+                            (None, None) => 0.0,
+                            (Some(found), Some(expected)) => same_logprobs(found, expected),
+                            _ => 1.0,
+                        }
+                    }
                     (found, _) if step == 3 && slot == 0 && *found == fault && expected == fault => 0.0,
                     _ => 1.0,
                 };
@@ -764,7 +880,10 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
     Ok((wrong, 0.0))
 }
 
-fn same_logprobs(found: &crate::engine::step::PositionLogprobs, expected: &crate::engine::step::PositionLogprobs) -> f64 {
+fn same_logprobs(
+    found: &crate::engine::step::PositionLogprobs,
+    expected: &crate::engine::step::PositionLogprobs,
+) -> f64 {
     let same = |a: &crate::engine::step::TokenLogprob, b: &crate::engine::step::TokenLogprob| {
         a.token_id == b.token_id && a.rank == b.rank && (a.logprob - b.logprob).abs() < 1e-4
     };

@@ -52,7 +52,12 @@ fn open(folder: &Path, options: CudaOptions) -> Result<Rank, Failure> {
     let config = ModelConfig::from_dir(folder)?;
     let weights = Weights::open(folder, &config)?;
     let plan = ShardPlan::new(&config, 0, 1)?;
-    let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: LIMITS, collective: Box::new(SingleRank::default()) };
+    let setup = RankSetup {
+        config: config.clone(),
+        plan: plan.clone(),
+        limits: LIMITS,
+        collective: Box::new(SingleRank::default()),
+    };
     let mut backend = CudaBackend::new(setup, options)?;
     let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
     let shape = KvShape::new(&config, &plan);
@@ -71,7 +76,13 @@ fn all_logits(rank: &mut Rank, ids: &[u32], chunk: usize, first_block: u32) -> R
         let batch = Batch {
             token_ids: part.iter().copied().map(Some).collect(),
             positions: (start..start + rows).collect(),
-            sequences: vec![BatchSequence { slot: 0, first_row: 0, rows, context: start + rows, blocks: blocks.clone() }],
+            sequences: vec![BatchSequence {
+                slot: 0,
+                first_row: 0,
+                rows,
+                context: start + rows,
+                blocks: blocks.clone(),
+            }],
             logit_rows: (0..rows).collect(),
         };
         let model = &rank.model;
@@ -83,7 +94,12 @@ fn all_logits(rank: &mut Rank, ids: &[u32], chunk: usize, first_block: u32) -> R
     Ok(all)
 }
 
-fn check_case(folder: &Path, case: &str, prefix: &str, options: CudaOptions) -> Result<(bool, serde_json::Value), Failure> {
+fn check_case(
+    folder: &Path,
+    case: &str,
+    prefix: &str,
+    options: CudaOptions,
+) -> Result<(bool, serde_json::Value), Failure> {
     let bytes = std::fs::read(folder.join("goldens.safetensors"))?;
     let goldens = SafeTensors::deserialize(&bytes)?;
     let ints = |name: &str| -> Result<Vec<u32>, Failure> {
@@ -108,13 +124,15 @@ fn check_case(folder: &Path, case: &str, prefix: &str, options: CudaOptions) -> 
             let found = &logits[*position as usize * vocabulary..][..vocabulary];
             all.extend(found.iter().zip(&expected[index * vocabulary..]).map(|(a, b)| f64::from((a - b).abs())));
         }
-        let most = all.iter().copied().fold(0.0, |most: f64, one| if one.is_nan() { f64::INFINITY } else { most.max(one) });
+        let most =
+            all.iter().copied().fold(0.0, |most: f64, one| if one.is_nan() { f64::INFINITY } else { most.max(one) });
         (median(all), most)
     };
     // how far our best id may lie above the reference's best one, by our own numbers
     let gaps = |logits: &[f32]| -> (f64, f64) {
         let rows = logits.chunks_exact(vocabulary).zip(&argmax);
-        let gaps: Vec<f64> = rows.map(|(row, expected)| f64::from(row[largest(row) as usize] - row[*expected as usize])).collect();
+        let gaps: Vec<f64> =
+            rows.map(|(row, expected)| f64::from(row[largest(row) as usize] - row[*expected as usize])).collect();
         let agreeing = gaps.iter().filter(|gap| **gap == 0.0).count();
         (agreeing as f64 / gaps.len() as f64, gaps.into_iter().fold(0.0, f64::max))
     };
@@ -160,9 +178,18 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
     let bounds = Bounds { limits: LIMITS, kv_blocks: BLOCKS, vocabulary_size: rank.config.vocab_size };
     let mut runner = ModelRunner::new(rank.backend, rank.model, 0, bounds);
     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-    let admission = |slot| Admission { slot, sampling: greedy.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
-    let blocks = |first: u32, tokens: usize| (first..first + tokens.div_ceil(BLOCK_TOKENS) as u32).collect::<Vec<u32>>();
-    let work = |slot, start, tokens, new_blocks, sample| Work { slot, start, tokens, new_blocks, sample, prompt_logprobs: None };
+    let admission =
+        |slot| Admission { slot, sampling: greedy.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
+    let blocks =
+        |first: u32, tokens: usize| (first..first + tokens.div_ceil(BLOCK_TOKENS) as u32).collect::<Vec<u32>>();
+    let work = |slot, start, tokens, new_blocks, sample| Work {
+        slot,
+        start,
+        tokens,
+        new_blocks,
+        sample,
+        prompt_logprobs: None,
+    };
     let split = ids.len() * 2 / 3;
     let first = Step {
         id: 1,
@@ -188,7 +215,10 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
     for index in 0..count {
         if index + 1 < count {
             let (position, other) = ((ids.len() + index) as u32, 4 + index as u32);
-            let work = vec![work(5, other, Tokens::Sampled, Vec::new(), true), work(2, position, Tokens::Sampled, Vec::new(), true)];
+            let work = vec![
+                work(5, other, Tokens::Sampled, Vec::new(), true),
+                work(2, position, Tokens::Sampled, Vec::new(), true),
+            ];
             runner.submit(Step { id: 3 + index as u64, work, ..Step::default() })?;
         }
         let output = runner.collect()?;

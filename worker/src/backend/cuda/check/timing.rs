@@ -36,8 +36,14 @@ pub(super) fn run(only: &str, report: Report<'_>) {
         Err(error) => return report(Outcome::failure("open the GPU", error)),
     };
     type Timing = fn(&mut Bench, Report<'_>) -> Result<()>;
-    let timings: [(&str, Timing); 6] =
-        [("ceiling", ceiling), ("linear", linears), ("product", products), ("rowwise", rowwise), ("attention", attention), ("sample", sample)];
+    let timings: [(&str, Timing); 6] = [
+        ("ceiling", ceiling),
+        ("linear", linears),
+        ("product", products),
+        ("rowwise", rowwise),
+        ("attention", attention),
+        ("sample", sample),
+    ];
     for (name, timing) in timings {
         if name.contains(only)
             && let Err(error) = timing(&mut bench, report)
@@ -169,14 +175,26 @@ fn linears(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 bench.matmul.run(&bench.device, m, n, k, formats, x.address, at(call), y.address)
             })?;
             let operations = 2.0 * m as f64 * n as f64 * k as f64;
-            tell(report, format!("cublaslt {what} m {m}"), us, (n * row_bytes) as f64, operations, if fp8 { FP8_A_SECOND } else { BF16_A_SECOND });
+            tell(
+                report,
+                format!("cublaslt {what} m {m}"),
+                us,
+                (n * row_bytes) as f64,
+                operations,
+                if fp8 { FP8_A_SECOND } else { BF16_A_SECOND },
+            );
         }
     }
     Ok(())
 }
 
 fn products(bench: &mut Bench, report: Report<'_>) -> Result<()> {
-    for (what, n, k) in [("qkv", 6144, HIDDEN), ("o", HIDDEN, 4096), ("gate_up", 2 * INTERMEDIATE, HIDDEN), ("down", HIDDEN, INTERMEDIATE)] {
+    for (what, n, k) in [
+        ("qkv", 6144, HIDDEN),
+        ("o", HIDDEN, 4096),
+        ("gate_up", 2 * INTERMEDIATE, HIDDEN),
+        ("down", HIDDEN, INTERMEDIATE),
+    ] {
         let weights = random_bytes(bench, n * k, true, 80.0)?;
         for m in [128usize, 256, 1024, 8192] {
             let x = random_bytes(bench, m * k, true, 60.0)?;
@@ -187,7 +205,14 @@ fn products(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             run(bench, 0)?;
             let us = microseconds(bench, 3, run)?;
             let bytes = (n * k + m * k + 2 * m * n) as f64;
-            tell(report, format!("cublaslt {what} m {m}"), us, bytes, 2.0 * m as f64 * n as f64 * k as f64, FP8_A_SECOND);
+            tell(
+                report,
+                format!("cublaslt {what} m {m}"),
+                us,
+                bytes,
+                2.0 * m as f64 * n as f64 * k as f64,
+                FP8_A_SECOND,
+            );
         }
     }
     Ok(())
@@ -232,7 +257,8 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             bench.launch(&format!("gate_{input}_to_e4m3"), [32, rows as u32, 1], 256, 0, arguments)
         })?;
         tell(report, format!("gate rows {rows}"), us, (rows * INTERMEDIATE * (2 * size + 1)) as f64, 0.0, 1.0);
-        let (q, cache) = (bench.poisoned(rows * HEADS * D * 2)?, bench.poisoned(rows.div_ceil(64) * KV_HEADS * 64 * D * 4)?);
+        let (q, cache) =
+            (bench.poisoned(rows * HEADS * D * 2)?, bench.poisoned(rows.div_ceil(64) * KV_HEADS * 64 * D * 4)?);
         let angles = random_bytes(bench, rows * D * 4, false, 1.0)?;
         let scales = bench.upload(&f32_bytes(&vec![1.0; rows]))?;
         let places = bench.upload(&u32_bytes(&(0..rows as u32).collect::<Vec<_>>()))?;
@@ -263,9 +289,15 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
 
 fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
     for kv in [KvDtype::Bf16, KvDtype::E4m3] {
-        for (rows, context, split_choices) in
-            [(1usize, 1024usize, vec![33, 66]), (1, 32_768, vec![33, 66]), (1, 131_072, vec![33, 66, 132]), (1, 262_144, vec![66]), (32, 1024, vec![1, 2, 3]), (128, 1024, vec![1, 2]), (4, 32_768, vec![9, 17])]
-        {
+        for (rows, context, split_choices) in [
+            (1usize, 1024usize, vec![33, 66]),
+            (1, 32_768, vec![33, 66]),
+            (1, 131_072, vec![33, 66, 132]),
+            (1, 262_144, vec![66]),
+            (32, 1024, vec![1, 2, 3]),
+            (128, 1024, vec![1, 2]),
+            (4, 32_768, vec![9, 17]),
+        ] {
             let blocks = context / 64;
             let plane = rows * blocks * KV_HEADS * 64 * D * kv.size();
             // several layers' worth, past the cache
@@ -273,7 +305,8 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             let cache = random_bytes(bench, 2 * plane * layers, kv == KvDtype::E4m3, 1.0)?;
             let q = random_bytes(bench, (rows * HEADS * D * 2).max(8192), false, 1.0)?;
             let list: Vec<u32> = (0..rows as u32).collect();
-            let (rows_buffer, positions) = (bench.upload(&u32_bytes(&list))?, bench.upload(&u32_bytes(&vec![context as u32 - 1; rows]))?);
+            let (rows_buffer, positions) =
+                (bench.upload(&u32_bytes(&list))?, bench.upload(&u32_bytes(&vec![context as u32 - 1; rows]))?);
             let tables = bench.upload(&u32_bytes(&(0..(rows * blocks) as u32).rev().collect::<Vec<_>>()))?;
             let starts = bench.upload(&u32_bytes(&list.iter().map(|row| row * blocks as u32).collect::<Vec<_>>()))?;
             for splits in split_choices {
@@ -301,9 +334,22 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                         .u32(KV_HEADS as u32)
                         .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
                     let name = format!("decode_attention_{D}_{}_to_e4m3", kv.name());
-                    bench.launch(&name, [splits as u32, KV_HEADS as u32, rows as u32], 128, decode_shared_bytes(D, kv), arguments)
+                    bench.launch(
+                        &name,
+                        [splits as u32, KV_HEADS as u32, rows as u32],
+                        128,
+                        decode_shared_bytes(D, kv),
+                        arguments,
+                    )
                 })?;
-                tell(report, format!("decode attention {} rows {rows} context {context} splits {splits}", kv.name()), us, 2.0 * plane as f64, 0.0, 1.0);
+                tell(
+                    report,
+                    format!("decode attention {} rows {rows} context {context} splits {splits}", kv.name()),
+                    us,
+                    2.0 * plane as f64,
+                    0.0,
+                    1.0,
+                );
             }
         }
         for (start, count) in [(0usize, 8192usize), (24_576, 8192), (122_880, 8192), (8192, 1024)] {
@@ -332,10 +378,23 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                     .u32(KV_HEADS as u32)
                     .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
                 let name = format!("prefill_attention_{D}_{}_to_e4m3", kv.name());
-                bench.launch(&name, [KV_HEADS as u32, count as u32 / 32, 1], 256, prefill_shared_bytes(D, kv), arguments)
+                bench.launch(
+                    &name,
+                    [KV_HEADS as u32, count as u32 / 32, 1],
+                    256,
+                    prefill_shared_bytes(D, kv),
+                    arguments,
+                )
             })?;
             let pairs = count as f64 * start as f64 + count as f64 * (count as f64 + 1.0) / 2.0;
-            tell(report, format!("prefill attention {} {count} behind {start}", kv.name()), us, 2.0 * plane as f64, 4.0 * HEADS as f64 * D as f64 * pairs, BF16_A_SECOND);
+            tell(
+                report,
+                format!("prefill attention {} {count} behind {start}", kv.name()),
+                us,
+                2.0 * plane as f64,
+                4.0 * HEADS as f64 * D as f64 * pairs,
+                BF16_A_SECOND,
+            );
         }
     }
     Ok(())
@@ -355,11 +414,13 @@ fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
     let filtered = SamplingParams { temperature: 0.7, top_p: 0.9, top_k: 50, ..SamplingParams::default() };
     for (what, params) in [("greedy", greedy), ("temperature", plain), ("top-k and top-p", filtered)] {
         for slot in 0..slots as u32 {
-            let admission = Admission { slot, sampling: params.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
+            let admission =
+                Admission { slot, sampling: params.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
             sampler.admit(&bench.device, &mut bench.kernels, &admission)?;
         }
         for rows in [1usize, 64] {
-            let requests: Vec<SampleRequest> = (0..rows as u32).map(|row| SampleRequest::Next { row, slot: row, position: 9 }).collect();
+            let requests: Vec<SampleRequest> =
+                (0..rows as u32).map(|row| SampleRequest::Next { row, slot: row, position: 9 }).collect();
             let mut times = Vec::new();
             for _ in 0..7 {
                 sampler.step_begins(&bench.device)?;
