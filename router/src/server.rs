@@ -96,8 +96,11 @@ async fn with_request_id(mut request: Request, next: Next) -> Response<Body> {
     response
 }
 
+/// Makes a response of what a handler panicked with.
+type PanicHandler = fn(Box<dyn Any + Send + 'static>) -> Response<Body>;
+
 /// Turns the panic of a handler into a 500; the connection and all others live on.
-pub fn catch_panics() -> CatchPanicLayer<fn(Box<dyn Any + Send + 'static>) -> Response<Body>> {
+pub fn catch_panics() -> CatchPanicLayer<PanicHandler> {
     CatchPanicLayer::custom(panicked)
 }
 

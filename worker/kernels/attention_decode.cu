@@ -1,5 +1,5 @@
-// Attention for single rows (decode): the keys of a row are split over blocks, each block leaves a partial result,
-// `combine_splits` adds them up. The query heads that share a KV head are packed into the 16 rows of the tensor cores'
+// Attention for single rows (decode): the keys of a row are split over blocks, each block leaves a partial result, and the
+// one that finishes last adds them up. The query heads that share a KV head are packed into the 16 rows of the tensor cores'
 // tile. Softmax in base 2 and f32.
 #include "device.cuh"
 
@@ -21,15 +21,17 @@ constexpr u32 decode_shared_bytes() {
 }
 
 // q [rows][query heads][D], scaled by s(p); caches [block][kv head][64][D]. A row of position p reads keys 0..=p.
-// `attention_rows` lists the rows of the batch that are decoded here. Writes, for split s of query head h of the i-th
-// listed row, partial [i][h][splits][D] (normalised) and log_sum [i][h][splits] (base 2; -inf where the split is empty).
-// Launch: grid (splits, kv heads, listed rows), block (128), dynamic shared memory decode_shared_bytes<D, Kv>().
-// query heads / kv heads <= 16. score_scale = log2(e) / sqrt(D).
-template <u32 D, typename Kv>
+// `attention_rows` lists the rows of the batch that are decoded here. Output [row][query heads * D]. Scratch, for split s of
+// query head h of the i-th listed row: partial [i][h][splits][D] (normalised) and log_sum [i][h][splits] (base 2);
+// finished [i][kv head] counts the blocks that are done: zero before and after.
+// Launch: grid (splits <= 128, kv heads, listed rows), block (128), dynamic shared memory
+// decode_shared_bytes<D, Kv>(). query heads / kv heads <= 16. score_scale = log2(e) / sqrt(D).
+template <u32 D, typename Kv, typename Out>
 __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const u32* attention_rows,
                                                  const u32* positions, const u32* row_sequence, const u32* tables,
-                                                 const u32* table_start, float* partial, float* log_sum, u32 query_heads,
-                                                 u32 kv_heads, float score_scale) {
+                                                 const u32* table_start, float* partial, float* log_sum, u32* finished, Out* out,
+                                                 float out_scale, u32 query_heads, u32 kv_heads, float score_scale) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   DYNAMIC_SHARED(shared);
   const u32 split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, listed = blockIdx.z;
@@ -39,6 +41,8 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
 
   const u32 blocks = position / KV_BLOCK + 1, share = (blocks + splits - 1) / splits;
   const u32 first = min(split * share, blocks), last = min(first + share, blocks);
+  const u32 active = (blocks + share - 1) / share;  // splits that have keys
+  if (split >= active) return;
 
   constexpr u32 RAW = raw_row<D, Kv>(), PADDED = padded_row<D>();
   constexpr u32 RAW_TILE = WARP_TOKENS * RAW, TILE = WARP_TOKENS * PADDED;
@@ -164,7 +168,6 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
     sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
   }
-  let_next_kernel_start();
 
   // Merge the four warps, each of which saw its own tokens.
   __syncthreads();
@@ -180,65 +183,91 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     merge_sum[warp * 16 + g] = sum[0], merge_sum[warp * 16 + g + 8] = sum[1];
   }
   __syncthreads();
-  for (u32 i = threadIdx.x; i < group * D; i += blockDim.x) {
-    const u32 head = i / D, dimension = i % D;
+  const u64 first_head = (u64)listed * query_heads + kv_head * group;
+  Out* row_out = out + ((u64)row * query_heads + kv_head * group) * D;
+  for (u32 i = threadIdx.x; i < group * D / 4; i += blockDim.x) {
+    const u32 head = i / (D / 4), dimension = i % (D / 4) * 4;
     float top = NEGATIVE_INFINITY;
+#pragma unroll
     for (u32 w = 0; w < DECODE_WARPS; w++) top = fmaxf(top, merge_largest[w * 16 + head]);
-    float total = 0.f, value = 0.f;
+    float total = 0.f;
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
     for (u32 w = 0; w < DECODE_WARPS; w++) {
-      const float weight = top == NEGATIVE_INFINITY ? 0.f : exp2f(merge_largest[w * 16 + head] - top);
+      const float weight = exp2f(merge_largest[w * 16 + head] - top);
+      const float4 p = load4(merge_o + (w * 16 + head) * D + dimension);
       total += merge_sum[w * 16 + head] * weight;
-      value += merge_o[(w * 16 + head) * D + dimension] * weight;
+      v.x += p.x * weight, v.y += p.y * weight, v.z += p.z * weight, v.w += p.w * weight;
     }
-    const u64 at = ((u64)listed * query_heads + kv_head * group + head) * splits + split;
-    partial[at * D + dimension] = total > 0.f ? value / total : 0.f;
-    if (dimension == 0) log_sum[at] = total > 0.f ? top + log2f(total) : NEGATIVE_INFINITY;
+    const float inverse = 1.f / total;
+    v = make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse);
+    if (active == 1) {
+      store_activation4(row_out + head * D + dimension, v, out_scale);
+      continue;
+    }
+    const u64 at = (first_head + head) * splits + split;
+    store4(partial + at * D + dimension, v);
+    if (dimension == 0) log_sum[at] = top + log2f(total);
+  }
+  if (active == 1) return;
+
+  // The block that comes last sees what all others left.
+  __shared__ u32 ticket;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ticket = atomicAdd(&finished[listed * kv_heads + kv_head], 1u);
+    if (ticket == active - 1) finished[listed * kv_heads + kv_head] = 0;
+  }
+  __syncthreads();
+  if (ticket != active - 1) return;
+  __threadfence();
+  float* weights = reinterpret_cast<float*>(shared);  // [head of the group][active]
+  for (u32 head = warp; head < group; head += DECODE_WARPS) {
+    float top = NEGATIVE_INFINITY;
+    for (u32 s = lane; s < active; s += WARP) top = fmaxf(top, log_sum[(first_head + head) * splits + s]);
+    top = warp_max(top);
+    float total = 0.f;
+    for (u32 s = lane; s < active; s += WARP) {
+      const float weight = exp2f(log_sum[(first_head + head) * splits + s] - top);
+      weights[head * active + s] = weight;
+      total += weight;
+    }
+    const float inverse = 1.f / warp_sum(total);
+    for (u32 s = lane; s < active; s += WARP) weights[head * active + s] *= inverse;
+  }
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < group * D / 4; i += blockDim.x) {
+    const u32 head = i / (D / 4), dimension = i % (D / 4) * 4;
+    const float* parts = partial + (first_head + head) * splits * D + dimension;
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+    for (u32 s = 0; s < active; s++) {
+      const float4 p = load4(parts + (u64)s * D);
+      const float weight = weights[head * active + s];
+      v.x += p.x * weight, v.y += p.y * weight, v.z += p.z * weight, v.w += p.w * weight;
+    }
+    store_activation4(row_out + head * D + dimension, v, out_scale);
   }
 }
 
-// out[row][head * D + i] = sum over splits, weighted by their share of the softmax.
-// Launch: grid (query heads, listed rows), block (D / 4).
-template <typename Out>
-__device__ __forceinline__ void combine(const float* partial, const float* log_sum, const u32* attention_rows, Out* out,
-                                        float out_scale, u32 splits, u32 head_dim) {
-  wait_for_previous_kernel();
-  const u32 head = blockIdx.x, heads = gridDim.x, listed = blockIdx.y;
-  const u64 at = ((u64)listed * heads + head) * splits;
-  float top = NEGATIVE_INFINITY;
-  for (u32 s = 0; s < splits; s++) top = fmaxf(top, log_sum[at + s]);
-  float total = 0.f;
-  float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-  for (u32 s = 0; s < splits; s++) {
-    const float l = log_sum[at + s];
-    if (l == NEGATIVE_INFINITY) continue;
-    const float weight = exp2f(l - top);
-    const float4 p = load4(partial + (at + s) * head_dim + threadIdx.x * 4);
-    total += weight;
-    v.x += p.x * weight, v.y += p.y * weight, v.z += p.z * weight, v.w += p.w * weight;
-  }
-  const float inverse = 1.f / total;
-  store_activation4(out + ((u64)attention_rows[listed] * heads + head) * head_dim + threadIdx.x * 4,
-                    make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse), out_scale);
-}
-
-#define DECODE(NAME, D, KV)                                                                                                   \
+#define DECODE(NAME, D, KV, OUT)                                                                                              \
   KERNEL __launch_bounds__(128) NAME(const bf16* q, const KV* k_cache, const KV* v_cache, const u32* attention_rows,          \
                                      const u32* positions, const u32* row_sequence, const u32* tables, const u32* table_start, \
-                                     float* partial, float* log_sum, u32 query_heads, u32 kv_heads, float score_scale) {      \
-    decode_attention<D, KV>(q, k_cache, v_cache, attention_rows, positions, row_sequence, tables, table_start, partial,       \
-                            log_sum, query_heads, kv_heads, score_scale);                                                     \
+                                     float* partial, float* log_sum, u32* finished, OUT* out, float out_scale,                \
+                                     u32 query_heads, u32 kv_heads, float score_scale) {                                      \
+    decode_attention<D, KV, OUT>(q, k_cache, v_cache, attention_rows, positions, row_sequence, tables, table_start, partial,  \
+                                 log_sum, finished, out, out_scale, query_heads, kv_heads, score_scale);                      \
   }
-DECODE(decode_attention_32_bf16, 32, bf16)
-DECODE(decode_attention_64_bf16, 64, bf16)
-DECODE(decode_attention_128_bf16, 128, bf16)
-DECODE(decode_attention_32_e4m3, 32, e4m3)
-DECODE(decode_attention_64_e4m3, 64, e4m3)
-DECODE(decode_attention_128_e4m3, 128, e4m3)
-
-#define COMBINE(NAME, OUT)                                                                                              \
-  KERNEL NAME(const float* partial, const float* log_sum, const u32* attention_rows, OUT* out, float out_scale, u32 splits, \
-              u32 head_dim) {                                                                                           \
-    combine<OUT>(partial, log_sum, attention_rows, out, out_scale, splits, head_dim);                                   \
-  }
-COMBINE(combine_splits_to_bf16, bf16)
-COMBINE(combine_splits_to_e4m3, e4m3)
+DECODE(decode_attention_32_bf16_to_bf16, 32, bf16, bf16)
+DECODE(decode_attention_32_bf16_to_e4m3, 32, bf16, e4m3)
+DECODE(decode_attention_32_e4m3_to_bf16, 32, e4m3, bf16)
+DECODE(decode_attention_32_e4m3_to_e4m3, 32, e4m3, e4m3)
+DECODE(decode_attention_64_bf16_to_bf16, 64, bf16, bf16)
+DECODE(decode_attention_64_bf16_to_e4m3, 64, bf16, e4m3)
+DECODE(decode_attention_64_e4m3_to_bf16, 64, e4m3, bf16)
+DECODE(decode_attention_64_e4m3_to_e4m3, 64, e4m3, e4m3)
+DECODE(decode_attention_128_bf16_to_bf16, 128, bf16, bf16)
+DECODE(decode_attention_128_bf16_to_e4m3, 128, bf16, e4m3)
+DECODE(decode_attention_128_e4m3_to_bf16, 128, e4m3, bf16)
+DECODE(decode_attention_128_e4m3_to_e4m3, 128, e4m3, e4m3)

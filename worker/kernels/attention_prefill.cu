@@ -20,6 +20,7 @@ template <u32 D, typename Kv, typename Out>
 __device__ __forceinline__ void prefill_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const u32* tiles,
                                                   const u32* positions, const u32* tables, const u32* table_start, Out* out,
                                                   float out_scale, u32 query_heads, u32 kv_heads, float score_scale) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   DYNAMIC_SHARED(shared);
   constexpr u32 PADDED = padded_row<D>(), RAW = sizeof(Kv) == 2 ? PADDED : D, RAW_TILE = KV_BLOCK * RAW, TILE = KV_BLOCK * PADDED;
@@ -176,6 +177,9 @@ PREFILL(prefill_attention_32_bf16_to_e4m3, 32, bf16, e4m3)
 PREFILL(prefill_attention_32_e4m3_to_bf16, 32, e4m3, bf16)
 PREFILL(prefill_attention_32_e4m3_to_e4m3, 32, e4m3, e4m3)
 PREFILL(prefill_attention_64_bf16_to_bf16, 64, bf16, bf16)
+PREFILL(prefill_attention_64_bf16_to_e4m3, 64, bf16, e4m3)
+PREFILL(prefill_attention_64_e4m3_to_bf16, 64, e4m3, bf16)
+PREFILL(prefill_attention_64_e4m3_to_e4m3, 64, e4m3, e4m3)
 PREFILL(prefill_attention_128_bf16_to_bf16, 128, bf16, bf16)
 PREFILL(prefill_attention_128_bf16_to_e4m3, 128, bf16, e4m3)
 PREFILL(prefill_attention_128_e4m3_to_bf16, 128, e4m3, bf16)

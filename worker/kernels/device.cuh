@@ -129,19 +129,29 @@ __device__ __forceinline__ void store4(e4m3* p, float4 v) {
   *reinterpret_cast<u32*>(p) = (u32)pack_e4m3(v.x, v.y) | ((u32)pack_e4m3(v.z, v.w) << 16);
 }
 
-// A product that may still lie in several partial sums (split K): [splits][rows][columns].
+// Most partial sums of a product (MOST_SPLITS in linear.rs).
+constexpr u32 MOST_SPLITS = 8;
+
+// A product that may still lie in several partial sums (split K): [splits][rows][columns]. A bf16 product is one sum.
 template <typename T>
 struct Product {
   const T* data;
   u32 splits;
   u64 split_stride;
   __device__ __forceinline__ float4 at4(u64 index) const {
-    float4 sum = load4(data + index);
-    for (u32 s = 1; s < splits; s++) {
-      const float4 v = load4(data + s * split_stride + index);
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    if constexpr (sizeof(T) == 2) {
+      return load4(data + index);
+    } else {
+      // all loads are on their way before the first is used
+      float4 parts[MOST_SPLITS];
+#pragma unroll
+      for (u32 s = 0; s < MOST_SPLITS; s++) parts[s] = s < splits ? load4(data + s * split_stride + index) : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (u32 s = 1; s < MOST_SPLITS; s++) {
+        parts[0].x += parts[s].x, parts[0].y += parts[s].y, parts[0].z += parts[s].z, parts[0].w += parts[s].w;
+      }
+      return parts[0];
     }
-    return sum;
   }
 };
 

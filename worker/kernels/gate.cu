@@ -7,6 +7,7 @@ __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 // Launch: grid (ceil(width / 4 / block), rows), block (any); width % 4 == 0.
 template <typename In, typename Out>
 __device__ __forceinline__ void swiglu(Product<In> gate_up, float gate_scale, float up_scale, Out* y, float y_scale, u32 width) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const u32 i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
   if (i >= width) return;

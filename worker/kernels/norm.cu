@@ -7,6 +7,7 @@
 template <typename In, typename Out, bool HAS_PARTIAL>
 __device__ __forceinline__ void add_norm(float* residual, Product<In> partial, float partial_scale, const bf16* gain, Out* y,
                                          float y_scale, const u32* rows, u32 hidden, float epsilon) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   DYNAMIC_SHARED(shared);
   float* values = reinterpret_cast<float*>(shared);

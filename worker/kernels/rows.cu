@@ -9,6 +9,7 @@ constexpr u32 SAMPLED = 0xffffffffu;
 // grid (rows), block (256); hidden % 4 == 0.
 KERNEL embed(float* residual, const bf16* table, const u32* ids, const u32* row_slot, const u32* last_drawn, u32 first_id,
              u32 id_count, u32 hidden) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const u32 row = blockIdx.x;
   u32 id = ids[row];
@@ -27,6 +28,7 @@ KERNEL embed(float* residual, const bf16* table, const u32* ids, const u32* row_
 KERNEL prepare_rows(float2* angles, float* query_scale, u32* kv_place, const u32* positions, const u32* row_sequence,
                     const u32* tables, const u32* table_start, const float* frequencies, u32 half_dim, float attention_factor,
                     float beta, u32 original_length) {
+  let_next_kernel_start();
   wait_for_previous_kernel();
   const u32 row = blockIdx.x, position = positions[row];
   for (u32 i = threadIdx.x; i < half_dim; i += blockDim.x) {

@@ -88,36 +88,90 @@ __device__ __forceinline__ float gumbel(u32 word) {
   return -logf(-log1pf(-v));
 }
 
-// The largest key T for which the weights of all candidates with key >= T reach `wanted`; 0 where they never do.
-// weight(i) is 0 for what is no candidate. Radix select, eight bits a pass.
-template <typename Key, typename Weight>
-__device__ __forceinline__ u32 select_threshold(u32 vocabulary, u64 wanted, u64* histogram, u32* chosen, Key key, Weight weight) {
+// f(number, index) for every number of a row, eight loads on their way at a time. All threads of the block take part.
+template <typename F>
+__device__ __forceinline__ void for_each(const float* numbers, u32 count, F f) {
+  constexpr u32 AT_ONCE = 8;
+  for (u32 base = threadIdx.x; base < count; base += blockDim.x * AT_ONCE) {
+    float v[AT_ONCE];
+#pragma unroll
+    for (u32 j = 0; j < AT_ONCE; j++) {
+      const u32 i = base + j * blockDim.x;
+      if (i < count) v[j] = numbers[i];
+    }
+#pragma unroll
+    for (u32 j = 0; j < AT_ONCE; j++) {
+      const u32 i = base + j * blockDim.x;
+      if (i < count) f(v[j], i);
+    }
+  }
+}
+
+// The Gumbel number of an id at the request's position.
+__device__ __forceinline__ float gumbel_of(u32 id, const Request& request, const SlotSampler& sampler) {
+  const uint4 words = philox(id / 4, request.position, sampler.seed_low, sampler.seed_high);
+  return gumbel(id % 4 == 0 ? words.x : id % 4 == 1 ? words.y : id % 4 == 2 ? words.z : words.w);
+}
+
+// Sums of 45-bit weights by bin, each in three native 32-bit counters of 15 bits: exact, and the same in any order. A row has
+// fewer than 2^17 + 1 ids.
+struct Histogram {
+  u32 parts[3][256];
+  __device__ __forceinline__ void add(u32 bin, u64 weight) {
+    const u32 low = (u32)weight & 0x7fff, middle = (u32)(weight >> 15) & 0x7fff, high = (u32)(weight >> 30);
+    if (low) atomicAdd(&parts[0][bin], low);
+    if (middle) atomicAdd(&parts[1][bin], middle);
+    if (high) atomicAdd(&parts[2][bin], high);
+  }
+  __device__ __forceinline__ u64 at(u32 bin) const {
+    return (u64)parts[0][bin] + ((u64)parts[1][bin] << 15) + ((u64)parts[2][bin] << 30);
+  }
+};
+
+// The largest key T for which the weights of all candidates with key >= T reach `wanted`; the smallest key where they never
+// do. weight(x) is 0 for what is no candidate. Radix select, eight bits a pass.
+template <typename Weight>
+__device__ __forceinline__ u32 select_threshold(const float* x, u32 vocabulary, u64 wanted, Histogram& histogram, u64* chosen,
+                                                Weight weight) {
   u32 prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     __syncthreads();
-    if (threadIdx.x < 256) histogram[threadIdx.x] = 0;
+    for (u32 i = threadIdx.x; i < 3 * 256; i += blockDim.x) histogram.parts[i / 256][i % 256] = 0;
     __syncthreads();
     const u32 mask = shift == 24 ? 0 : 0xffffffffu << (shift + 8);
-    for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
-      const u32 k = key(i);
-      if ((k & mask) != prefix) continue;
-      const u64 w = weight(i);
-      if (w) atomicAdd(&histogram[k >> shift & 255], w);
-    }
+    for_each(x, vocabulary, [&](float v, u32) {
+      const u32 k = sort_key(v);
+      if ((k & mask) != prefix) return;
+      const u64 w = weight(v);
+      if (w) histogram.add(k >> shift & 255, w);
+    });
     __syncthreads();
-    if (threadIdx.x == 0) {
-      u64 above = 0;
-      int bin = 255;
-      for (; bin > 0; bin--) {
-        if (above + histogram[bin] >= wanted) break;
-        above += histogram[bin];
+    if (threadIdx.x < WARP) {
+      // lane l holds the bins 255 - 8l down to 248 - 8l: sums from the top
+      u64 own = 0;
+      for (u32 j = 0; j < 8; j++) own += histogram.at(255 - threadIdx.x * 8 - j);
+      u64 above = own;
+#pragma unroll
+      for (int o = 1; o < 32; o <<= 1) {
+        const u64 other = __shfl_up_sync(0xffffffffu, above, o);
+        if ((int)threadIdx.x >= o) above += other;
       }
-      chosen[0] = (u32)bin;
-      histogram[256] = wanted - (above < wanted ? above : wanted);
+      const u32 reached = __ballot_sync(0xffffffffu, above >= wanted);
+      const u32 lane = reached ? __ffs(reached) - 1 : 31;
+      if (threadIdx.x == lane) {
+        u64 before = above - own;
+        u32 bin = 255 - threadIdx.x * 8;
+        for (u32 j = 0; j < 7; j++, bin--) {
+          if (before + histogram.at(bin) >= wanted) break;
+          before += histogram.at(bin);
+        }
+        chosen[0] = bin;
+        chosen[1] = wanted - (before < wanted ? before : wanted);
+      }
     }
     __syncthreads();
-    prefix |= chosen[0] << shift;
-    wanted = histogram[256];
+    prefix |= (u32)chosen[0] << shift;
+    wanted = chosen[1];
   }
   __syncthreads();
   return prefix;
@@ -129,8 +183,8 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
                                            u32* last_drawn, u32* generated, Answer* answers, u32 vocabulary) {
   wait_for_previous_kernel();
   __shared__ u64 scratch64[33];
-  __shared__ u64 histogram[257];
-  __shared__ u32 chosen[1];
+  __shared__ Histogram histogram;
+  __shared__ u64 chosen[2];
   __shared__ float scratch[33];
   const Request request = requests[blockIdx.x];
   const bool drawing = request.target == FAULT;
@@ -142,11 +196,10 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
   // Step 1: what is no number; the largest on the way.
   u64 best = 0;
   u32 bad = 0;
-  for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
-    const float v = raw[i];
+  for_each(raw, vocabulary, [&](float v, u32 i) {
     if (!(v < -NEGATIVE_INFINITY)) bad = 1;  // NaN or +inf
     best = max(best, candidate(v, i));
-  }
+  });
   bad = (u32)block_max_u64(bad, scratch64);
   const u64 largest_raw = block_max_u64(best, scratch64);
   if (bad || (u32)(largest_raw >> 32) == sort_key(NEGATIVE_INFINITY)) {
@@ -165,8 +218,9 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
     const bool greedy = sampler.temperature < GREEDY_BELOW;
     const u32 so_far = generated[request.slot];
     const bool adjusted = sampler.seen || sampler.bias_count || so_far < sampler.min_tokens;
-    if (!greedy || adjusted) {
-      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) x[i] = raw[i];
+    const float temperature = greedy ? 1.f : sampler.temperature;
+    if (adjusted) {
+      for_each(raw, vocabulary, [&](float v, u32 i) { x[i] = v; });
       __syncthreads();
       if (threadIdx.x == 0)  // an id may occur twice: one thread, in order
         for (u32 i = 0; i < sampler.bias_count; i++)
@@ -176,66 +230,62 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
         for (u32 i = threadIdx.x; i < sampler.end_count; i += blockDim.x)
           if (sampler.end_ids[i] < vocabulary) x[sampler.end_ids[i]] = NEGATIVE_INFINITY;
       __syncthreads();
-      const float temperature = greedy ? 1.f : sampler.temperature;
-      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
-        float v = x[i];
+      for_each(x, vocabulary, [&](float v, u32 i) {
         if (sampler.seen) {
           const u32 seen = sampler.seen[i], count = seen & ~IN_PROMPT;
           if (seen && sampler.repetition != 1.f) v = v > 0.f ? __fdiv_rn(v, sampler.repetition) : __fmul_rn(v, sampler.repetition);
           if (count) v = __fadd_rn(__fadd_rn(v, -__fmul_rn(sampler.frequency, (float)count)), -sampler.presence);
         }
         x[i] = __fdiv_rn(v, temperature);
-      }
+      });
+      __syncthreads();
+    } else if (!greedy) {
+      for_each(raw, vocabulary, [&](float v, u32 i) { x[i] = __fdiv_rn(v, temperature); });
       __syncthreads();
     }
     if (greedy) {
       u64 winner = largest_raw;
       if (adjusted) {
         best = 0;
-        for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) best = max(best, candidate(x[i], i));
+        for_each(x, vocabulary, [&](float v, u32 i) { best = max(best, candidate(v, i)); });
         winner = block_max_u64(best, scratch64);
       }
       id = (u32)(winner >> 32) <= sort_key(NEGATIVE_INFINITY) ? FAULT : ~(u32)winner;
     } else {
       // Steps 7 and 8: every filter raises the key that an id must reach.
-      float top = NEGATIVE_INFINITY;
-      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) top = fmaxf(top, x[i]);
-      top = block_max(top, scratch);
+      float top = __fdiv_rn(raw[~(u32)largest_raw], temperature);
+      if (adjusted) {
+        top = NEGATIVE_INFINITY;
+        for_each(x, vocabulary, [&](float v, u32) { top = fmaxf(top, v); });
+        top = block_max(top, scratch);
+      }
       u32 floor_key = sort_key(NEGATIVE_INFINITY) + 1;
       if (sampler.min_p > 0.f) floor_key = max(floor_key, sort_key(top + logf(sampler.min_p)));
-      auto key = [&](u32 i) { return sort_key(x[i]); };
       if (sampler.top_k) {
         const u32 least = floor_key;
-        const u32 threshold = select_threshold(vocabulary, sampler.top_k, histogram, chosen, key,
-                                               [&](u32 i) { return (u64)(sort_key(x[i]) >= least ? 1 : 0); });
+        const u32 threshold = select_threshold(x, vocabulary, sampler.top_k, histogram, chosen,
+                                               [&](float v) { return (u64)(sort_key(v) >= least ? 1 : 0); });
         floor_key = max(floor_key, threshold);
       }
       if (sampler.top_p < 1.f) {
         const u32 least = floor_key;
-        // 2^44 a unit of probability: 2^17 ids sum to less than 2^62
-        auto weight = [&](u32 i) {
-          return sort_key(x[i]) >= least ? (u64)(expf(x[i] - top) * 17592186044416.f) : 0;
-        };
+        // just under 2^45 a unit of probability
+        auto weight = [&](float v) { return sort_key(v) >= least ? (u64)(expf(v - top) * 35184370000000.f) : 0; };
         u64 total = 0;
-        for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) total += weight(i);
+        for_each(x, vocabulary, [&](float v, u32) { total += weight(v); });
         total = block_sum_u64(total, scratch64);
         u64 wanted = (u64)((double)sampler.top_p * (double)total);
         if (wanted == 0) wanted = 1;
-        floor_key = max(floor_key, select_threshold(vocabulary, wanted, histogram, chosen, key, weight));
+        floor_key = max(floor_key, select_threshold(x, vocabulary, wanted, histogram, chosen, weight));
       }
-      // Step 9.
+      // Step 9. The largest Gumbel number is below 22.9: an id further below the top than the top's own number leaves room for
+      // can't win, and is spared its random number.
+      const float reach = top - 22.9f + gumbel_of(~(u32)largest_raw, request, sampler);
+      const u32 worth = adjusted ? floor_key : max(floor_key, sort_key(reach));
       best = 0;
-      for (u32 group = threadIdx.x; group * 4 < vocabulary; group += blockDim.x) {
-        uint4 words = make_uint4(0, 0, 0, 0);
-        bool have = false;
-        for (u32 j = 0; j < 4; j++) {
-          const u32 i = group * 4 + j;
-          if (i >= vocabulary || sort_key(x[i]) < floor_key) continue;
-          if (!have) words = philox(group, request.position, sampler.seed_low, sampler.seed_high), have = true;
-          const u32 word = j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w;
-          best = max(best, candidate(__fadd_rn(x[i], gumbel(word)), i));
-        }
-      }
+      for_each(x, vocabulary, [&](float v, u32 i) {
+        if (sort_key(v) >= worth) best = max(best, candidate(__fadd_rn(v, gumbel_of(i, request, sampler)), i));
+      });
       const u64 winner = block_max_u64(best, scratch64);
       id = winner == 0 || top == NEGATIVE_INFINITY ? FAULT : ~(u32)winner;
     }
@@ -248,10 +298,10 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
     const float largest = raw[~(u32)largest_raw], target = id < vocabulary ? raw[id] : NEGATIVE_INFINITY;
     // 2^44 a unit again: deterministic, and finer than a float
     u64 sum = 0, before = 0;
-    for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
-      sum += (u64)((double)expf(raw[i] - largest) * 17592186044416.0);
-      before += raw[i] > target || (raw[i] == target && i < id) ? 1 : 0;
-    }
+    for_each(raw, vocabulary, [&](float v, u32 i) {
+      sum += (u64)((double)expf(v - largest) * 17592186044416.0);
+      before += v > target || (v == target && i < id) ? 1 : 0;
+    });
     sum = block_sum_u64(sum, scratch64);
     before = block_sum_u64(before, scratch64);
     const double log_sum = (double)largest + log((double)sum / 17592186044416.0);
@@ -259,10 +309,10 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
     u64 last = ~0ull;
     for (u32 n = 0; n < tops; n++) {
       best = 0;
-      for (u32 i = threadIdx.x; i < vocabulary; i += blockDim.x) {
-        const u64 c = candidate(raw[i], i);
+      for_each(raw, vocabulary, [&](float v, u32 i) {
+        const u64 c = candidate(v, i);
         if (c < last) best = max(best, c);
-      }
+      });
       last = block_max_u64(best, scratch64);
       if (threadIdx.x == 0) {
         answer.top_ids[n] = ~(u32)last;

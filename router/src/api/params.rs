@@ -374,13 +374,7 @@ fn sampling(
     }
     let top_k =
         integer("top_k", body.top_k, -1..=i64::from(u32::MAX))?.map(|top_k| top_k.max(0) as u32);
-    let repetition = number("repetition_penalty", body.repetition_penalty, 0.0..=10.0)?;
-    if repetition == Some(0.0) {
-        return Err(ApiError::invalid(
-            "repetition_penalty",
-            "`repetition_penalty` must be above 0 and at most 10.",
-        ));
-    }
+    let repetition = number("repetition_penalty", body.repetition_penalty, 0.01..=10.0)?;
     // any 64 bits are a seed
     let seed = body
         .seed

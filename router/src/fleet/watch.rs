@@ -9,11 +9,15 @@ use std::{
 use bora_proto::v1::{GroupEvent, State, WatchRequest, group_event::Event};
 
 use super::view::{Fleet, Link};
+use crate::relay::stream::Failure;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Longest wait for a watch to begin.
 const OPEN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A group tells its load at least once a second: one that is silent for longer is stuck.
+const EVENT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why a stream of events ended.
 #[derive(Debug, thiserror::Error)]
@@ -22,12 +26,32 @@ enum Broken {
     Status(#[from] tonic::Status),
     #[error("the watch did not begin in time")]
     Slow,
+    #[error("the group has said nothing for {} s", EVENT_PATIENCE.as_secs())]
+    Silent,
     #[error("the stream ended")]
     Ended,
     #[error("event {got} came where {expected} was due")]
     Gap { expected: u64, got: u64 },
     #[error("the epoch changed from {from} to {to}")]
     Epoch { from: u64, to: u64 },
+}
+
+impl Broken {
+    /// Whether the group can't be reached. One that says that it loads or stops is reached well enough.
+    fn is_outage(&self) -> bool {
+        match self {
+            Broken::Status(status) => {
+                matches!(Failure::from(status), Failure::Lost(_) | Failure::TimedOut)
+            }
+            Broken::Slow | Broken::Silent => true,
+            Broken::Ended | Broken::Gap { .. } | Broken::Epoch { .. } => false,
+        }
+    }
+
+    /// Whether the group may be gone for good.
+    fn is_end(&self) -> bool {
+        !matches!(self, Broken::Gap { .. } | Broken::Epoch { .. })
+    }
 }
 
 /// Watches until the group is gone. Holds neither the fleet nor the link while it waits.
@@ -48,12 +72,12 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
         } else {
             tracing::debug!(group = strong_link.group, reason = %broken, "event stream of the group did not begin");
         }
-        if matches!(broken, Broken::Status(_) | Broken::Slow | Broken::Ended) {
+        if broken.is_outage() {
             strong_link.breaker.failed();
-            if !strong_link.is_announced() {
-                strong_fleet.remove(&strong_link);
-                return;
-            }
+        }
+        if broken.is_end() && !strong_link.is_announced() {
+            strong_fleet.remove(&strong_link);
+            return;
         }
         drop((strong_fleet, strong_link));
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
@@ -80,10 +104,11 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
     drop(link);
     let mut last: Option<(u64, u64)> = None;
     loop {
-        let event = match events.message().await {
-            Ok(Some(event)) => event,
-            Ok(None) => return (Broken::Ended, last.is_some()),
-            Err(status) => return (status.into(), last.is_some()),
+        let event = match tokio::time::timeout(EVENT_PATIENCE, events.message()).await {
+            Ok(Ok(Some(event))) => event,
+            Ok(Ok(None)) => return (Broken::Ended, last.is_some()),
+            Ok(Err(status)) => return (status.into(), last.is_some()),
+            Err(_) => return (Broken::Silent, last.is_some()),
         };
         let Some(link) = weak.upgrade() else {
             return (Broken::Ended, true);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::backend::cpu::CpuOptions;
+use crate::backend::cuda::CudaOptions;
 use crate::backend::{KvBudget, Limits};
 
 /// What every process of a group is told; leader and followers alike.
@@ -71,6 +72,8 @@ pub enum LoadFormat {
 pub enum DeviceOptions {
     /// The reference backend.
     Cpu(CpuOptions),
+    /// NVIDIA GPUs: the first local rank takes the GPU that is named, each next rank the next one.
+    Cuda(CudaOptions),
 }
 
 /// How long a member waits for the others.
@@ -98,7 +101,12 @@ impl Default for Timeouts {
 impl MemberOptions {
     /// Everything that must be equal in all processes for their numbers to fit together.
     pub(super) fn settings(&self) -> String {
-        format!("{:?}, weights {:?}", self.device, self.load_format)
+        let device = match self.device {
+            // which of a machine's GPUs it is makes no difference
+            DeviceOptions::Cuda(options) => DeviceOptions::Cuda(CudaOptions { device: 0, ..options }),
+            cpu @ DeviceOptions::Cpu(_) => cpu,
+        };
+        format!("{device:?}, weights {:?}", self.load_format)
     }
 
     pub(super) fn all_local(&self) -> bool {

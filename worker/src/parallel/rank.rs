@@ -11,6 +11,7 @@ use super::collective::Collective;
 use super::fault::{Fault, GroupProgress};
 use super::options::{DeviceOptions, LoadFormat, MemberOptions};
 use crate::backend::cpu::CpuBackend;
+use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::{Backend, BackendError, Limits, RankSetup};
 use crate::engine::runner::{Bounds, ModelRunner};
 use crate::engine::step::{RunError, Step, StepRunner};
@@ -130,6 +131,10 @@ impl Loading<'_> {
         let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: self.limits, collective };
         match self.options.device {
             DeviceOptions::Cpu(options) => self.load_onto(CpuBackend::new(setup, options), &plan),
+            DeviceOptions::Cuda(options) => {
+                let device = options.device + rank - self.options.local_ranks.start;
+                self.load_onto(CudaBackend::new(setup, CudaOptions { device, ..options })?, &plan)
+            }
         }
     }
 

@@ -60,12 +60,9 @@ fn file_of(kernel: &str) -> &'static str {
         ("prefill_attention", "attention_prefill"),
         ("random", "fill"),
         ("read_ceiling", "fill"),
-        ("norm", "norm"),
+        ("sample_rows", "sample"),
     ];
     let file = FILES.iter().find(|(prefix, _)| kernel.starts_with(prefix)).map(|(_, file)| *file);
-    file.unwrap_or(match kernel {
-        "sample_rows" | "count_ids" => "sample",
-        combine if combine.starts_with("combine_splits") => "attention_decode",
-        _ => "norm",
-    })
+    // add_..._norm_to_..., count_ids
+    file.unwrap_or(if kernel == "count_ids" { "sample" } else { "norm" })
 }

@@ -66,11 +66,12 @@ impl Tensor {
     }
 }
 
-/// Rows up to which our own kernels are used.
-const FEW_ROWS: usize = 32;
-/// Blocks of work that a multiprocessor should get, so that the last ones leave few idle.
-const UNITS_A_MULTIPROCESSOR: usize = 4;
+/// Rows up to which our own kernels are used: beyond, cuBLASLt is faster.
+const FEW_ROWS: usize = 16;
 const UNIT_ROWS: usize = 32;
+/// Weights that a block streams between two sums over its warps: enough to hide them, and few enough that the
+/// last blocks end together.
+const UNIT_BYTES: usize = 256 << 10;
 /// Bytes of K that the eight warps of a block take at a time.
 const TURN_BYTES: usize = 8 * 128;
 /// Most partial sums: their consumer reads them all.
@@ -128,11 +129,7 @@ impl Linear {
         let row_bytes = self.inputs * if fp8 { 1 } else { 2 };
         if x.rows <= FEW_ROWS && self.outputs.is_multiple_of(UNIT_ROWS) && row_bytes.is_multiple_of(128) {
             let splits = if logits { 1 } else { self.splits(device, row_bytes) };
-            let (columns, stages) = match x.rows {
-                0..=8 => (8, 5),
-                9..=16 => (16, 4),
-                _ => (32, 3),
-            };
+            let (columns, stages) = if x.rows <= 8 { (8, 5) } else { (16, 4) };
             let name = format!("linear_{}_{columns}", if fp8 { "e4m3" } else { "bf16" });
             let units = self.outputs / UNIT_ROWS * splits;
             let shape = Shape {
@@ -163,8 +160,9 @@ impl Linear {
     /// Parts that K is cut into, so that every multiprocessor gets work to the end.
     fn splits(&self, device: &Device, row_bytes: usize) -> usize {
         let tiles = self.outputs / UNIT_ROWS;
-        let wanted = (device.multiprocessors as usize * UNITS_A_MULTIPROCESSOR).div_ceil(tiles);
-        wanted.clamp(1, MOST_SPLITS).min(row_bytes.div_ceil(TURN_BYTES))
+        let by_size = (UNIT_ROWS * row_bytes).div_ceil(UNIT_BYTES);
+        let to_fill = (device.multiprocessors as usize).div_ceil(tiles);
+        by_size.max(to_fill).clamp(1, MOST_SPLITS).min(row_bytes.div_ceil(TURN_BYTES))
     }
 
     /// Bytes of the largest product of up to `rows` rows.

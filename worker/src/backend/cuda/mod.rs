@@ -139,7 +139,7 @@ const PIPELINE_DEPTH: usize = 2;
 /// Largest step that is recorded as a graph.
 const LARGEST_GRAPH: usize = 256;
 /// Blocks of attention that a decode step should have at least, for each multiprocessor.
-const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 4;
+const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
 /// Most parts that one row's keys are cut into.
 const MOST_KEY_SPLITS: usize = 128;
 /// Left free of KV cache for what is taken later: graphs, kernels' code, samplers with penalties.
@@ -193,6 +193,7 @@ struct Buffers {
     logits: Buffer,
     partial_attention: Buffer,
     log_sums: Buffer,
+    finished: Buffer,
     angles: Buffer,
     query_scale: Buffer,
     kv_place: Buffer,
@@ -271,11 +272,13 @@ impl CudaBackend {
             logits: Buffer::new(logit_rows * config.vocab_size * 4, "the logits")?,
             partial_attention: Buffer::new(partials * config.head_dim * 4, "the partial sums of attention")?,
             log_sums: Buffer::new(partials * 4, "the partial sums of attention")?,
+            finished: Buffer::new(rows * plan.kv_heads.len() * 4, "the counters of attention")?,
             angles: Buffer::new(rows * config.head_dim * 4, "the rotary angles")?,
             query_scale: Buffer::new(rows * 4, "the query scales")?,
             kv_place: Buffer::new(rows * 4, "the places in the cache")?,
         });
-        Ok(())
+        // counters are zero between steps
+        self.device.fill(&self.buffers()?.finished, 0)
     }
 
     fn launch(&mut self, name: &str, shape: Shape, arguments: Arguments) -> Result<()> {
@@ -574,7 +577,10 @@ impl Backend for CudaBackend {
             .u32(kv_heads as u32)
             .u32(head_dim as u32);
         let name = format!("rope_{}_kv_{}", qkv.product_name(), self.options.kv.name());
-        let shape = Shape { grid: [qkv.rows as u32, (heads + 2 * kv_heads) as u32, 1], block: head_dim as u32 / 4, shared: 0 };
+        // few rows: as many blocks as there is work; many rows: a block a row
+        let items = (heads + 2 * kv_heads) * head_dim / 4;
+        let blocks = if qkv.rows <= 128 { items.div_ceil(256) } else { 1 };
+        let shape = Shape { grid: [qkv.rows as u32, blocks as u32, 1], block: 256, shared: 0 };
         self.launch(&name, shape, arguments)?;
         Ok(Tensor { address: query, rows: qkv.rows, columns: heads * head_dim, format: TensorFormat::Bf16, part_scales: Vec::new() })
     }
@@ -587,6 +593,7 @@ impl Backend for CudaBackend {
         let shape = self.inputs.shape;
         let buffers = self.buffers()?;
         let (target, partial, log_sums) = (buffers.input.address, buffers.partial_attention.address, buffers.log_sums.address);
+        let finished = buffers.finished.address;
         let (suffix, scale, format) = match next.input_format {
             InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
             InputFormat::E4m3(scale) => ("e4m3", scale, TensorFormat::E4m3),
@@ -624,22 +631,15 @@ impl Backend for CudaBackend {
                 .address(step.table_start)
                 .address(partial)
                 .address(log_sums)
+                .address(finished)
+                .address(target)
+                .f32(scale)
                 .u32(heads)
                 .u32(kv_heads)
                 .f32(score_scale);
-            let name = format!("decode_attention_{head_dim}_{}", kv.name());
+            let name = format!("decode_attention_{head_dim}_{}_to_{suffix}", kv.name());
             let launch = Shape { grid: [splits, kv_heads, shape.decode_rows as u32], block: 128, shared: decode_shared_bytes(head_dim, kv) };
             self.launch(&name, launch, arguments)?;
-            let arguments = Arguments::default()
-                .address(partial)
-                .address(log_sums)
-                .address(step.decode_rows)
-                .address(target)
-                .f32(scale)
-                .u32(splits)
-                .u32(head_dim as u32);
-            let launch = Shape { grid: [heads, shape.decode_rows as u32, 1], block: head_dim as u32 / 4, shared: 0 };
-            self.launch(&format!("combine_splits_to_{suffix}"), launch, arguments)?;
         }
         Ok(Tensor { address: target, rows: q.rows, columns: q.columns, format, part_scales: Vec::new() })
     }

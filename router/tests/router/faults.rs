@@ -1,15 +1,13 @@
 //! Groups that refuse, die and fall silent, and clients that leave.
 
-mod support;
-
 use std::time::Duration;
 
+use crate::support::*;
 use axum::body::Body;
 use bora_proto::v1::{FinishReason, Load, State, group_event::Event as Told};
 use bora_router::RouterOptions;
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
-use support::*;
 use tonic::Status;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -570,4 +568,33 @@ async fn a_panic_is_a_500_in_openais_shape() {
         .to_bytes();
     let body: Value = serde_json::from_slice(&bytes).expect("JSON");
     assert_eq!(body["error"]["type"], "server_error");
+}
+
+#[tokio::test]
+async fn a_gap_in_a_groups_events_starts_them_anew_with_nothing_believed() {
+    let harness = Harness::saying("x").await;
+    let index = |harness: &Harness| harness.router.service().fleet().index.len();
+    let prompt: Vec<u32> = (0..640).collect();
+    harness.groups[0].tell_stored(&prompt);
+    harness
+        .until("the blocks are known", |harness| index(harness) == 10)
+        .await;
+    harness.groups[0].tell_after_a_gap(Told::Load(Load::default()));
+    harness
+        .until("the group is asked again", |harness| {
+            harness.groups[0].watches() == 2
+        })
+        .await;
+    harness
+        .until("nothing is believed", |harness| index(harness) == 0)
+        .await;
+    harness.groups[0].tell_stored(&prompt[..128]);
+    harness
+        .until("what is told now counts", |harness| index(harness) == 2)
+        .await;
+    let view = harness.router.service().fleet().view();
+    assert!(
+        view.groups().all(|group| group.link.breaker.allows()),
+        "a gap is no failure"
+    );
 }

@@ -1,7 +1,7 @@
 //! A router over scripted groups: real gRPC over loopback, token ids as the test writes them, failures on
 //! command. A group lives on a runtime of its own, so that it can die like a process does.
 
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(missing_docs, unreachable_pub)] // of tests
 
 use std::{
     collections::HashMap,
@@ -105,7 +105,11 @@ struct Scripted {
     cancelled: Arc<AtomicUsize>,
     running: Arc<AtomicUsize>,
     died: mpsc::UnboundedSender<()>,
-    events: broadcast::Sender<Told>,
+    /// What is told, and how many numbers are left out before it.
+    events: broadcast::Sender<(u64, Told)>,
+    watches: Arc<AtomicUsize>,
+    /// The load as it was last told.
+    reported: Arc<Mutex<Load>>,
 }
 
 struct Running {
@@ -233,6 +237,7 @@ impl Inference for Scripted {
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.watches.fetch_add(1, Ordering::SeqCst);
         let first = [
             Told::Snapshot(Snapshot {
                 block_hashes: Default::default(),
@@ -243,16 +248,23 @@ impl Inference for Scripted {
                 blocks_total: 1000,
                 ..Load::default()
             }),
-        ];
-        let later = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
+        ]
+        .map(|told| (0, told));
+        let reported = Arc::clone(&self.reported);
+        let told = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
             .filter_map(|told| async move { told.ok() });
+        let every_second = tokio::time::interval(Duration::from_secs(1));
+        let signs_of_life = tokio_stream::wrappers::IntervalStream::new(every_second)
+            .map(move |_| (0, Told::Load(*reported.lock())));
+        let later = futures::stream::select(told, signs_of_life);
+        let mut sequence = 0;
         let events = futures::stream::iter(first)
             .chain(later)
-            .enumerate()
-            .map(|(number, told)| {
+            .map(move |(gap, told)| {
+                sequence += 1 + gap;
                 Ok(GroupEvent {
                     epoch: 1,
-                    sequence: number as u64,
+                    sequence,
                     event: Some(told),
                 })
             });
@@ -293,6 +305,8 @@ impl Group {
             running: Arc::default(),
             died,
             events: broadcast::channel(64).0,
+            watches: Arc::default(),
+            reported: Arc::default(),
         };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         listener.set_nonblocking(true).expect("nonblocking");
@@ -344,7 +358,20 @@ impl Group {
 
     /// Tells its watchers.
     pub fn tell(&self, told: Told) {
-        let _ = self.scripted.events.send(told);
+        if let Told::Load(load) = &told {
+            *self.scripted.reported.lock() = *load;
+        }
+        let _ = self.scripted.events.send((0, told));
+    }
+
+    /// Tells its watchers as if an event had been lost on the way.
+    pub fn tell_after_a_gap(&self, told: Told) {
+        let _ = self.scripted.events.send((1, told));
+    }
+
+    /// How often it was asked for its events.
+    pub fn watches(&self) -> usize {
+        self.scripted.watches.load(Ordering::SeqCst)
     }
 
     /// Tells its watchers that it holds the blocks of a prompt.

@@ -1,11 +1,9 @@
 //! The shapes of answers, plain and streamed, over scripted groups.
 
-mod support;
-
+use crate::support::*;
 use bora_proto::v1::FinishReason;
 use bora_router::ModelSpec;
 use serde_json::{Value, json};
-use support::*;
 
 fn chat(extra: Value) -> Value {
     let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]});
@@ -868,6 +866,12 @@ async fn health_readiness_and_metrics() {
     let harness = Harness::saying("x").await;
     assert_eq!(harness.get("/health").await.status, 200);
     assert_eq!(harness.get("/ready").await.status, 200);
+    let groups = harness.get("/groups").await.json();
+    let group = &groups["groups"][0];
+    assert_eq!(
+        (&group["group"], &group["state"], &group["ranks"][0]["rank"]),
+        (&json!("only"), &json!("ready"), &json!(0))
+    );
     assert_eq!(
         harness.get("/version").await.json()["version"],
         env!("CARGO_PKG_VERSION")

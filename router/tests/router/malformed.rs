@@ -1,10 +1,8 @@
 //! Malformed requests: each is refused with its status, the field at fault and OpenAI's shape, and none of
 //! them reaches a group.
 
-mod support;
-
+use crate::support::*;
 use serde_json::{Value, json};
-use support::*;
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";

@@ -1,0 +1,7 @@
+//! The router over scripted groups: real gRPC, everything else in this process.
+
+mod api;
+mod faults;
+mod goldens;
+mod malformed;
+mod support;
