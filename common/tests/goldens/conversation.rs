@@ -303,3 +303,34 @@ fn errors_name_the_field() {
         )
     );
 }
+
+/// Random requests, each with the ids of the reference or its refusal.
+#[test]
+fn random_requests_are_encoded_or_refused_as_by_the_reference() {
+    let tokenizer = tokenizer("tekken-v13-8k.json");
+    let (mut encoded, mut refused) = (0, 0);
+    for golden in goldens("random_conversations.jsonl") {
+        let request = golden["request"].as_str().expect("request");
+        let outcome = Conversation::parse_request(&Json::parse(request).expect("json"))
+            .and_then(|conversation| conversation.encode(&tokenizer, &FixtureImages));
+        match golden.get("token_ids") {
+            Some(expected) => {
+                let outcome = outcome.unwrap_or_else(|error| panic!("{request}: {error}"));
+                assert_eq!(outcome.token_ids, ids(expected), "{request}");
+                encoded += 1;
+            }
+            None => {
+                assert!(
+                    outcome.is_err(),
+                    "{request} must be refused: {}",
+                    golden["refused"]
+                );
+                refused += 1;
+            }
+        }
+    }
+    assert!(
+        encoded >= 300 && refused >= 100,
+        "{encoded} encoded, {refused} refused"
+    );
+}
