@@ -169,6 +169,7 @@ pub async fn read_body(body: Body, headers: &HeaderMap, limit: usize) -> Result<
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limit) {
+        discard(body, limit.saturating_mul(2)).await;
         return Err(ApiError::body_too_large(limit));
     }
     match Limited::new(body, limit).collect().await {
@@ -177,6 +178,16 @@ pub async fn read_body(body: Body, headers: &HeaderMap, limit: usize) -> Result<
         Err(_) => Err(ApiError::malformed(
             "The request body did not arrive whole.",
         )),
+    }
+}
+
+/// A client that still sends does not read: takes what it sends, within bounds, so that it sees the refusal.
+async fn discard(mut body: Body, most: usize) {
+    let mut taken = 0;
+    while taken < most
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        taken += frame.data_ref().map_or(0, Bytes::len);
     }
 }
 

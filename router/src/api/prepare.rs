@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use bora_common::blocks::BlockHash;
 use bytes::Bytes;
-use serde_json::value::RawValue;
 
 use super::{
     error::ApiError,
@@ -99,7 +98,7 @@ pub fn prepare(
     let params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
     let prompts = match endpoint {
         Endpoint::Chat => {
-            let encoded = chat_prompt(&body, &model, &spec, params.emit.tool_calls)?;
+            let encoded = chat_prompt(&body, &spec, model.images)?;
             vec![(encoded, None)]
         }
         Endpoint::Completions => completion_prompts(body, &model, &spec, &params, service)?,
@@ -137,9 +136,8 @@ pub fn prepare(
 /// The prompt of messages and tools.
 pub fn chat_prompt(
     body: &Body<'_>,
-    model: &ModelGroups,
     spec: &ModelSpec,
-    offer_tools: bool,
+    takes_images: bool,
 ) -> Result<EncodedPrompt, ApiError> {
     let messages = body
         .messages
@@ -157,13 +155,13 @@ pub fn chat_prompt(
             "This model is served without a tokenizer: use /v1/completions with token ids.",
         ));
     };
-    let tools: Option<&RawValue> = body.tools.filter(|_| offer_tools);
+    // `tool_choice` does not change the prompt: the reference declares the tools whatever it says
     let encoded = encode::conversation(
         tokenizer,
         messages,
-        tools,
+        body.tools,
         continue_final_message,
-        model.images,
+        takes_images,
     )?;
     Ok(encoded)
 }

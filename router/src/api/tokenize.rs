@@ -83,8 +83,8 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
     let with_strings = body.return_token_strs.unwrap_or(false);
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
-            let offer_tools = params::offers_tools(&body)?;
-            let mut ids = chat_prompt(&body, &model, &spec, offer_tools)?.token_ids;
+            // images have ids whether or not the model's groups can look at them
+            let mut ids = chat_prompt(&body, &spec, true)?.token_ids;
             if body.add_special_tokens == Some(true)
                 && let Some(bos) = spec
                     .tokenizer
