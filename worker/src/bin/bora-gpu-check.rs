@@ -15,11 +15,14 @@ fn main() -> ExitCode {
         Some("timing") => Section::Timing,
         Some("engine") => Section::Engine,
         _ => {
-            eprintln!("usage: bora-gpu-check kernels|models|timing|engine [--fixtures DIR] [--config FOLDER] [--only TEXT]");
+            eprintln!(
+                "usage: bora-gpu-check kernels|models|timing|engine [--fixtures DIR] [--config FOLDER] [--only TEXT]"
+            );
             return ExitCode::from(2);
         }
     };
-    let (mut fixtures, mut config, mut only) = (PathBuf::from("tests/fixtures"), None, String::new());
+    let (mut fixtures, mut config, mut only) =
+        (PathBuf::from("tests/fixtures"), None, String::new());
     while let Some(flag) = arguments.next() {
         match (flag.as_str(), arguments.next()) {
             ("--fixtures", Some(value)) => fixtures = value.into(),
@@ -32,14 +35,31 @@ fn main() -> ExitCode {
         }
     }
     let (mut passed, mut failed) = (0, Vec::new());
-    run(section, &fixtures, config.as_deref(), &only, &mut |outcome| {
-        println!("{}", outcome.line());
-        match outcome.passed {
-            Some(true) => passed += 1,
-            Some(false) => failed.push(outcome.name),
-            None => {}
-        }
-    });
-    println!("{passed} passed, {} failed{}", failed.len(), failed.iter().map(|name| format!("\n  FAILED {name}")).collect::<String>());
-    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    run(
+        section,
+        &fixtures,
+        config.as_deref(),
+        &only,
+        &mut |outcome| {
+            println!("{}", outcome.line());
+            match outcome.passed {
+                Some(true) => passed += 1,
+                Some(false) => failed.push(outcome.name),
+                None => {}
+            }
+        },
+    );
+    println!(
+        "{passed} passed, {} failed{}",
+        failed.len(),
+        failed
+            .iter()
+            .map(|name| format!("\n  FAILED {name}"))
+            .collect::<String>()
+    );
+    if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

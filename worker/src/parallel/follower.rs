@@ -268,7 +268,7 @@ impl Link {
             .tcp_nodelay(true)
             .connect_timeout(Duration::from_secs(2))
             .http2_keep_alive_interval(heartbeat / 3)
-            .keep_alive_timeout(heartbeat / 2)
+            .keep_alive_timeout(heartbeat * 2 / 3)
             .keep_alive_while_idle(true);
         loop {
             let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);

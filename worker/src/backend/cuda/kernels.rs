@@ -20,12 +20,25 @@ impl Kernels {
         if FAT_BINARIES.is_empty() {
             return Err(CudaUnavailable::NoKernels.into());
         }
-        let modules = FAT_BINARIES.iter().map(|(name, image)| Module::load(image, name)).collect::<Result<_>>()?;
-        Ok(Self { modules, kernels: HashMap::new() })
+        let modules = FAT_BINARIES
+            .iter()
+            .map(|(name, image)| Module::load(image, name))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            modules,
+            kernels: HashMap::new(),
+        })
     }
 
     /// Submits a kernel by its name.
-    pub(super) fn launch(&mut self, device: &Device, name: &str, shape: Shape, arguments: Arguments, overlap: bool) -> Result<()> {
+    pub(super) fn launch(
+        &mut self,
+        device: &Device,
+        name: &str,
+        shape: Shape,
+        arguments: Arguments,
+        overlap: bool,
+    ) -> Result<()> {
         if shape.grid.contains(&0) {
             return Ok(());
         }
@@ -44,13 +57,15 @@ impl Kernels {
         let file = file_of(name);
         let index = FAT_BINARIES.iter().position(|(stem, _)| *stem == file);
         let module = index.and_then(|index| self.modules.get(index));
-        module.ok_or(CudaUnavailable::NoKernels)?.kernel(name, shared)
+        module
+            .ok_or(CudaUnavailable::NoKernels)?
+            .kernel(name, shared)
     }
 }
 
 /// The file of `worker/kernels` that holds a kernel.
 fn file_of(kernel: &str) -> &'static str {
-    const FILES: [(&str, &str); 10] = [
+    const FILES: [(&str, &str); 12] = [
         ("embed", "rows"),
         ("prepare_rows", "rows"),
         ("rope", "rope"),
@@ -58,11 +73,20 @@ fn file_of(kernel: &str) -> &'static str {
         ("linear", "linear"),
         ("decode_attention", "attention_decode"),
         ("prefill_attention", "attention_prefill"),
+        ("wide_attention", "attention_prefill_wide"),
+        ("piped_attention", "attention_prefill_wide"),
         ("random", "fill"),
         ("read_ceiling", "fill"),
         ("sample_rows", "sample"),
     ];
-    let file = FILES.iter().find(|(prefix, _)| kernel.starts_with(prefix)).map(|(_, file)| *file);
+    let file = FILES
+        .iter()
+        .find(|(prefix, _)| kernel.starts_with(prefix))
+        .map(|(_, file)| *file);
     // add_..._norm_to_..., count_ids
-    file.unwrap_or(if kernel == "count_ids" { "sample" } else { "norm" })
+    file.unwrap_or(if kernel == "count_ids" {
+        "sample"
+    } else {
+        "norm"
+    })
 }

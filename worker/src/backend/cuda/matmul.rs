@@ -32,12 +32,21 @@ pub(super) enum Formats {
     Bf16ToF32,
 }
 
+/// `y [m, n] = x [m, k] w [n, k]^T`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct ProductShape {
-    m: usize,
-    n: usize,
-    k: usize,
-    formats: Formats,
+pub(super) struct ProductShape {
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) formats: Formats,
+}
+
+/// Addresses of a product's matrices.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operands {
+    pub(super) x: Address,
+    pub(super) w: Address,
+    pub(super) y: Address,
 }
 
 /// The library, its workspace, and the algorithm chosen for each shape seen.
@@ -64,9 +73,14 @@ fn during(doing: &'static str) -> impl Fn(lt::CublasError) -> BackendError {
 
 impl Matmul {
     pub(super) fn new() -> Result<Self> {
-        libraries::load("libcublasLt.so.13", "cu13/lib").map_err(|reason| CudaUnavailable::NoCublasLt { reason })?;
+        libraries::load("libcublasLt.so.13", "cu13/lib")
+            .map_err(|reason| CudaUnavailable::NoCublasLt { reason })?;
         let workspace = Buffer::new(WORKSPACE_BYTES, "the workspace of cuBLASLt")?;
-        Ok(Self { handle: lt::create_handle().map_err(during("opening cuBLASLt"))?, workspace, plans: HashMap::new() })
+        Ok(Self {
+            handle: lt::create_handle().map_err(during("opening cuBLASLt"))?,
+            workspace,
+            plans: HashMap::new(),
+        })
     }
 
     /// Rows that a product of `m` rows is computed with: shapes are few, so that each can be tuned once. The
@@ -80,17 +94,26 @@ impl Matmul {
     }
 
     /// Submits a product. The first call with a shape chooses its algorithm (and may not be captured).
-    pub(super) fn run(&mut self, device: &Device, m: usize, n: usize, k: usize, formats: Formats, x: Address, w: Address, y: Address) -> Result<()> {
-        let shape = ProductShape { m: Self::padded_rows(m), n, k, formats };
+    pub(super) fn run(
+        &mut self,
+        device: &Device,
+        wanted: ProductShape,
+        operands: Operands,
+    ) -> Result<()> {
+        let shape = ProductShape {
+            m: Self::padded_rows(wanted.m),
+            ..wanted
+        };
         if !self.plans.contains_key(&shape) {
-            let plan = self.choose(device, shape, x, w, y)?;
+            let plan = self.choose(device, shape, operands)?;
             self.plans.insert(shape, plan);
         }
-        self.submit(device, &self.plans[&shape], x, w, y)
+        self.submit(device, &self.plans[&shape], operands)
     }
 
-    fn submit(&self, device: &Device, plan: &Plan, x: Address, w: Address, y: Address) -> Result<()> {
+    fn submit(&self, device: &Device, plan: &Plan, operands: Operands) -> Result<()> {
         let (one, zero) = (1f32, 0f32);
+        let Operands { x, w, y } = operands;
         // SAFETY: the addresses are of live buffers of the plan's shapes; alpha and beta are read before the call returns.
         unsafe {
             lt::matmul(
@@ -115,7 +138,7 @@ impl Matmul {
         .map_err(during("multiplying matrices"))
     }
 
-    fn choose(&self, device: &Device, shape: ProductShape, x: Address, w: Address, y: Address) -> Result<Plan> {
+    fn choose(&self, device: &Device, shape: ProductShape, operands: Operands) -> Result<Plan> {
         let (mut plan, candidates) = self.propose(shape)?;
         let mut best = f32::INFINITY;
         let (start, end) = (Event::new(true)?, Event::new(true)?);
@@ -125,7 +148,7 @@ impl Matmul {
             let mut times = Vec::with_capacity(TIMINGS);
             for _ in 0..=TIMINGS {
                 start.record(device)?;
-                if self.submit(device, &plan, x, w, y).is_err() {
+                if self.submit(device, &plan, operands).is_err() {
                     break;
                 }
                 end.record(device)?;
@@ -143,7 +166,9 @@ impl Matmul {
                 chosen = Some(candidate);
             }
         }
-        plan.algorithm = chosen.ok_or_else(|| BackendError::Device(format!("cuBLASLt runs no algorithm for {shape:?}")))?;
+        plan.algorithm = chosen.ok_or_else(|| {
+            BackendError::Device(format!("cuBLASLt runs no algorithm for {shape:?}"))
+        })?;
         tracing::debug!(?shape, milliseconds = best, "chose a matrix product");
         Ok(plan)
     }
@@ -156,40 +181,91 @@ impl Matmul {
             Formats::Bf16ToBf16 => (Type::CUDA_R_16BF, Type::CUDA_R_16BF),
             Formats::Bf16ToF32 => (Type::CUDA_R_16BF, Type::CUDA_R_32F),
         };
-        let description = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F).map_err(during("describing a product"))?;
+        let description = lt::create_matmul_desc(
+            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            Type::CUDA_R_32F,
+        )
+        .map_err(during("describing a product"))?;
         let layout = |kind, rows: usize, columns: usize| {
-            lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64).map_err(during("describing a matrix"))
+            lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
+                .map_err(during("describing a matrix"))
         };
-        let (w, x, y) = (layout(input, shape.k, shape.n)?, layout(input, shape.k, shape.m)?, layout(output, shape.n, shape.m)?);
+        let (w, x, y) = (
+            layout(input, shape.k, shape.n)?,
+            layout(input, shape.k, shape.m)?,
+            layout(output, shape.n, shape.m)?,
+        );
         let (transposed, plain) = (1i32, 0i32);
         // faster on FP8; rounds partial sums less often to full precision (relative error 2.6e-3 instead of 1.7e-3)
         let fast = i8::from(shape.formats == Formats::E4m3ToBf16);
         // SAFETY: each attribute is given a live value of its own size; all handles are fresh.
         let candidates = unsafe {
-            lt::set_matmul_desc_attribute(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, (&raw const transposed).cast(), 4)
-                .map_err(during("describing a product"))?;
-            lt::set_matmul_desc_attribute(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, (&raw const plain).cast(), 4)
-                .map_err(during("describing a product"))?;
-            lt::set_matmul_desc_attribute(description, Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM, (&raw const fast).cast(), 1)
-                .map_err(during("describing a product"))?;
+            lt::set_matmul_desc_attribute(
+                description,
+                Attribute::CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const transposed).cast(),
+                4,
+            )
+            .map_err(during("describing a product"))?;
+            lt::set_matmul_desc_attribute(
+                description,
+                Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
+                (&raw const plain).cast(),
+                4,
+            )
+            .map_err(during("describing a product"))?;
+            lt::set_matmul_desc_attribute(
+                description,
+                Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM,
+                (&raw const fast).cast(),
+                1,
+            )
+            .map_err(during("describing a product"))?;
             let preference = lt::create_matmul_pref().map_err(during("describing a product"))?;
             let bytes = WORKSPACE_BYTES;
-            let limit = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            lt::set_matmul_pref_attribute(preference, limit, (&raw const bytes).cast(), 8).map_err(during("describing a product"))?;
-            let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = Vec::with_capacity(CANDIDATES);
+            let limit =
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            lt::set_matmul_pref_attribute(preference, limit, (&raw const bytes).cast(), 8)
+                .map_err(during("describing a product"))?;
+            let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> =
+                Vec::with_capacity(CANDIDATES);
             let mut count = 0;
             let status = sys::cublasLtMatmulAlgoGetHeuristic(
-                self.handle, description, w, x, y, y, preference, CANDIDATES as i32, found.as_mut_ptr(), &raw mut count,
+                self.handle,
+                description,
+                w,
+                x,
+                y,
+                y,
+                preference,
+                CANDIDATES as i32,
+                found.as_mut_ptr(),
+                &raw mut count,
             );
             let _ = lt::destroy_matmul_pref(preference);
             status.result().map_err(during("looking for a product"))?;
             found.set_len(count as usize);
-            found.into_iter().filter(|result| result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS).map(|result| result.algo).collect::<Vec<_>>()
+            found
+                .into_iter()
+                .filter(|result| result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS)
+                .map(|result| result.algo)
+                .collect::<Vec<_>>()
         };
         let Some(first) = candidates.first() else {
-            return Err(BackendError::Device(format!("cuBLASLt has no algorithm for {shape:?}")));
+            return Err(BackendError::Device(format!(
+                "cuBLASLt has no algorithm for {shape:?}"
+            )));
         };
-        Ok((Plan { description, w, x, y, algorithm: *first }, candidates))
+        Ok((
+            Plan {
+                description,
+                w,
+                x,
+                y,
+                algorithm: *first,
+            },
+            candidates,
+        ))
     }
 }
 

@@ -94,14 +94,25 @@ impl StepInputs {
             tables: place(limits.sequences * blocks + 1),
             end,
         };
-        let places = Places { end: places.tables + limits.sequences * blocks + 1, ..places };
+        let places = Places {
+            end: places.tables + limits.sequences * blocks + 1,
+            ..places
+        };
         let bytes = places.end * 4;
         let mut pinned = Vec::with_capacity(IN_FLIGHT);
         for _ in 0..IN_FLIGHT {
             pinned.push((Pinned::new(bytes)?, Event::new(false)?));
         }
         let buffer = Buffer::new(bytes, "the tables of a step")?;
-        Ok(Self { places, group, spare_block: 0, buffer, pinned, next: 0, shape: StepShape::default() })
+        Ok(Self {
+            places,
+            group,
+            spare_block: 0,
+            buffer,
+            pinned,
+            next: 0,
+            shape: StepShape::default(),
+        })
     }
 
     pub(super) fn set_spare_block(&mut self, block: u32) {
@@ -126,7 +137,8 @@ impl StepInputs {
 
     /// Whether every sequence has one row and wants its logits: the steps that graphs are recorded for.
     pub(super) fn is_decode(batch: &Batch) -> bool {
-        batch.logit_rows.len() == batch.token_ids.len() && batch.sequences.iter().all(|sequence| sequence.rows == 1)
+        batch.logit_rows.len() == batch.token_ids.len()
+            && batch.sequences.iter().all(|sequence| sequence.rows == 1)
     }
 
     /// Puts a batch on the device, filled up to `rows` rows (more than it has only for a decode step).
@@ -139,7 +151,12 @@ impl StepInputs {
         let places = self.places;
         let real = batch.token_ids.len();
         let filling = rows - real;
-        let mut shape = StepShape { rows, decode_rows: 0, tiles: 0, logit_rows: batch.logit_rows.len() + filling };
+        let mut shape = StepShape {
+            rows,
+            decode_rows: 0,
+            tiles: 0,
+            logit_rows: batch.logit_rows.len() + filling,
+        };
         let mut tables_end = 0;
         let mut tiles = Vec::new();
         for (number, sequence) in batch.sequences.iter().enumerate() {
@@ -147,7 +164,10 @@ impl StepInputs {
             words[places.table_start + number] = tables_end as u32;
             let used = (sequence.context as usize).div_ceil(BLOCK_TOKENS);
             let Some(blocks) = sequence.blocks.get(..used) else {
-                return Err(BackendError::Device(format!("slot {}: its blocks do not cover its context", sequence.slot)));
+                return Err(BackendError::Device(format!(
+                    "slot {}: its blocks do not cover its context",
+                    sequence.slot
+                )));
             };
             words[places.tables + tables_end..][..used].copy_from_slice(blocks);
             tables_end += used;
@@ -167,7 +187,10 @@ impl StepInputs {
                 let tokens = step.min(count - offset);
                 // work of the tile: the keys that its last row sees
                 let seen = batch.positions[first + offset + tokens - 1];
-                tiles.push((seen, [number as u32, (first + offset) as u32, tokens as u32]));
+                tiles.push((
+                    seen,
+                    [number as u32, (first + offset) as u32, tokens as u32],
+                ));
             }
         }
         // longest first: the short ones fill the gaps at the end

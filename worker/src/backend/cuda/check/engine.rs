@@ -22,8 +22,15 @@ use crate::weights::{ShardPlan, Weights};
 type Failure = Box<dyn std::error::Error>;
 
 /// vLLM 0.26 on one H100, bf16 KV: (batch, context, milliseconds a step).
-const DECODE: [(usize, usize, f64); 7] =
-    [(1, 1024, 9.67), (8, 1024, 10.36), (32, 1024, 12.4), (64, 1024, 14.1), (128, 1024, 19.0), (1, 32_768, 11.4), (4, 32_768, 16.7)];
+const DECODE: [(usize, usize, f64); 7] = [
+    (1, 1024, 9.67),
+    (8, 1024, 10.36),
+    (32, 1024, 12.4),
+    (64, 1024, 14.1),
+    (128, 1024, 19.0),
+    (1, 32_768, 11.4),
+    (4, 32_768, 16.7),
+];
 /// Likewise: (tokens, seconds).
 const PREFILL: [(usize, f64); 2] = [(8192, 0.400), (32_768, 2.100)];
 const CHUNK: usize = 8192;
@@ -32,14 +39,27 @@ const TIMED_STEPS: usize = 64;
 
 pub(super) fn run(config: Option<&Path>, only: &str, report: &mut dyn FnMut(Outcome)) {
     let Some(config) = config else {
-        return report(Outcome::failure("engine", "--config FOLDER is needed: a model's config.json"));
+        return report(Outcome::failure(
+            "engine",
+            "--config FOLDER is needed: a model's config.json",
+        ));
     };
     for options in [
         CudaOptions::default(),
-        CudaOptions { overlap: false, ..CudaOptions::default() },
-        CudaOptions { kv: KvDtype::E4m3, ..CudaOptions::default() },
+        CudaOptions {
+            overlap: false,
+            ..CudaOptions::default()
+        },
+        CudaOptions {
+            kv: KvDtype::E4m3,
+            ..CudaOptions::default()
+        },
     ] {
-        let name = format!("kv {}{}", options.kv.name(), if options.overlap { "" } else { ", no overlap" });
+        let name = format!(
+            "kv {}{}",
+            options.kv.name(),
+            if options.overlap { "" } else { ", no overlap" }
+        );
         if name.contains(only)
             && let Err(error) = measure(config, &name, options, report)
         {
@@ -60,15 +80,28 @@ struct Driver {
 
 impl Driver {
     fn ids(&mut self, count: usize) -> Vec<u32> {
-        (0..count).map(|_| 1000 + self.random.below(self.vocabulary - 1000) as u32).collect()
+        (0..count)
+            .map(|_| 1000 + self.random.below(self.vocabulary - 1000) as u32)
+            .collect()
     }
 
     fn submit(&mut self, admit: Vec<Admission>, work: Vec<Work>) -> Result<(), Failure> {
         self.step += 1;
         let release = std::mem::take(&mut self.live);
-        let release = if admit.is_empty() { self.live = release; Vec::new() } else { release };
-        self.live.extend(admit.iter().map(|admission| admission.slot));
-        Ok(self.runner.submit(Step { id: self.step, release, admit, work })?)
+        let release = if admit.is_empty() {
+            self.live = release;
+            Vec::new()
+        } else {
+            release
+        };
+        self.live
+            .extend(admit.iter().map(|admission| admission.slot));
+        Ok(self.runner.submit(Step {
+            id: self.step,
+            release,
+            admit,
+            work,
+        })?)
     }
 
     /// `batch` prompts of `context` random tokens, one after the other; seconds.
@@ -77,7 +110,10 @@ impl Driver {
         let mut admit: Vec<Admission> = (0..batch as u32)
             .map(|slot| Admission {
                 slot,
-                sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+                sampling: SamplingParams {
+                    temperature: 0.0,
+                    ..SamplingParams::default()
+                },
                 prompt_ids: Vec::new(),
                 generated_ids: Vec::new(),
             })
@@ -87,9 +123,20 @@ impl Driver {
         for slot in 0..batch as u32 {
             for start in (0..context).step_by(CHUNK) {
                 let count = CHUNK.min(context - start);
-                let new_blocks = if start == 0 { (self.next_block..self.next_block + needed).collect() } else { Vec::new() };
+                let new_blocks = if start == 0 {
+                    (self.next_block..self.next_block + needed).collect()
+                } else {
+                    Vec::new()
+                };
                 let tokens = Tokens::Ids(self.ids(count));
-                let work = Work { slot, start: start as u32, tokens, new_blocks, sample: start + count == context, prompt_logprobs: None };
+                let work = Work {
+                    slot,
+                    start: start as u32,
+                    tokens,
+                    new_blocks,
+                    sample: start + count == context,
+                    prompt_logprobs: None,
+                };
                 self.submit(std::mem::take(&mut admit), vec![work])?;
                 self.runner.collect()?;
             }
@@ -99,13 +146,28 @@ impl Driver {
     }
 }
 
-fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnMut(Outcome)) -> Result<(), Failure> {
+fn measure(
+    config: &Path,
+    name: &str,
+    options: CudaOptions,
+    report: &mut dyn FnMut(Outcome),
+) -> Result<(), Failure> {
     let started = Instant::now();
     let config = ModelConfig::from_dir(config)?;
     let weights = Weights::dummy(&config, 1);
     let plan = ShardPlan::new(&config, 0, 1)?;
-    let limits = Limits { step_tokens: CHUNK, sequences: 256, model_len: 140_000, logit_rows: 256 };
-    let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits, collective: Box::new(SingleRank::default()) };
+    let limits = Limits {
+        step_tokens: CHUNK,
+        sequences: 256,
+        model_len: 140_000,
+        logit_rows: 256,
+    };
+    let setup = RankSetup {
+        config: config.clone(),
+        plan: plan.clone(),
+        limits,
+        collective: Box::new(SingleRank::default()),
+    };
     let mut backend = CudaBackend::new(setup, options)?;
     let opened = started.elapsed().as_secs_f64();
     let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
@@ -113,8 +175,15 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
     let blocks = backend.kv_capacity(&shape, KvBudget::DeviceShare(0.92))?;
     backend.allocate_kv(&shape, blocks)?;
     let ready = started.elapsed().as_secs_f64();
-    report(Outcome::timing(format!("start, {name}"), json!({ "opened_s": opened, "ready_s": ready, "kv_tokens": blocks * BLOCK_TOKENS })));
-    let bounds = Bounds { limits, kv_blocks: blocks, vocabulary_size: config.vocab_size };
+    report(Outcome::timing(
+        format!("start, {name}"),
+        json!({ "opened_s": opened, "ready_s": ready, "kv_tokens": blocks * BLOCK_TOKENS }),
+    ));
+    let bounds = Bounds {
+        limits,
+        kv_blocks: blocks,
+        vocabulary_size: config.vocab_size,
+    };
     let mut driver = Driver {
         runner: ModelRunner::new(backend, model, 0, bounds),
         random: Random::new(5),
@@ -165,7 +234,9 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
                 last = now;
             }
         }
-        let milliseconds = first.map_or(f64::NAN, |first| last.duration_since(first).as_secs_f64() * 1e3) / gaps.len() as f64;
+        let milliseconds = first.map_or(f64::NAN, |first| {
+            last.duration_since(first).as_secs_f64() * 1e3
+        }) / gaps.len() as f64;
         let details = json!({
             "ms": milliseconds,
             "device_ms_p50": median(device),
@@ -175,7 +246,10 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
             "ratio": milliseconds / bar,
             "different_ids": equal.len(),
         });
-        report(Outcome::timing(format!("decode batch {batch} context {context}, {name}"), details));
+        report(Outcome::timing(
+            format!("decode batch {batch} context {context}, {name}"),
+            details,
+        ));
     }
     for (tokens, bar) in PREFILL {
         let mut times = Vec::new();
@@ -184,7 +258,10 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
         }
         let best = times.iter().copied().fold(f64::INFINITY, f64::min);
         let details = json!({ "s": times, "best_s": best, "tok_s": tokens as f64 / best, "vllm_s": bar, "ratio": best / bar });
-        report(Outcome::timing(format!("prefill {tokens}, {name}"), details));
+        report(Outcome::timing(
+            format!("prefill {tokens}, {name}"),
+            details,
+        ));
     }
     Ok(())
 }

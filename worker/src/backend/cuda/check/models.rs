@@ -21,7 +21,12 @@ use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::ModelConfig;
 
 const CASES: [&str; 4] = ["short", "code", "long", "card_small_talk"];
-const LIMITS: Limits = Limits { step_tokens: 1408, sequences: 8, model_len: 2048, logit_rows: 1408 };
+const LIMITS: Limits = Limits {
+    step_tokens: 1408,
+    sequences: 8,
+    model_len: 2048,
+    logit_rows: 1408,
+};
 const BLOCKS: usize = 128;
 
 type Failure = Box<dyn std::error::Error>;
@@ -32,11 +37,19 @@ struct Rank {
     config: ModelConfig,
 }
 
-pub(super) fn run(fixtures: &Path, options: CudaOptions, only: &str, report: &mut dyn FnMut(Outcome)) {
+pub(super) fn run(
+    fixtures: &Path,
+    options: CudaOptions,
+    only: &str,
+    report: &mut dyn FnMut(Outcome),
+) {
     for (folder, prefix) in [("tiny_text", ""), ("tiny_text_fp8", "w8a8_")] {
         for case in CASES {
             let kv = options.kv.name();
-            let name = format!("{folder}/{case} kv {kv}{}", if options.overlap { "" } else { " no overlap" });
+            let name = format!(
+                "{folder}/{case} kv {kv}{}",
+                if options.overlap { "" } else { " no overlap" }
+            );
             if name.contains(only) {
                 let outcome = check_case(&fixtures.join(folder), case, prefix, options);
                 report(outcome.map_or_else(
@@ -52,18 +65,34 @@ fn open(folder: &Path, options: CudaOptions) -> Result<Rank, Failure> {
     let config = ModelConfig::from_dir(folder)?;
     let weights = Weights::open(folder, &config)?;
     let plan = ShardPlan::new(&config, 0, 1)?;
-    let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: LIMITS, collective: Box::new(SingleRank::default()) };
+    let setup = RankSetup {
+        config: config.clone(),
+        plan: plan.clone(),
+        limits: LIMITS,
+        collective: Box::new(SingleRank::default()),
+    };
     let mut backend = CudaBackend::new(setup, options)?;
     let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
     let shape = KvShape::new(&config, &plan);
     let blocks = backend.kv_capacity(&shape, KvBudget::Blocks(BLOCKS))?;
     backend.allocate_kv(&shape, blocks)?;
-    Ok(Rank { backend, model, config })
+    Ok(Rank {
+        backend,
+        model,
+        config,
+    })
 }
 
 /// Logits of every position, the prompt cut into chunks of at most `chunk` tokens.
-fn all_logits(rank: &mut Rank, ids: &[u32], chunk: usize, first_block: u32) -> Result<Vec<f32>, BackendError> {
-    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_TOKENS) as u32).map(|block| first_block + block).collect();
+fn all_logits(
+    rank: &mut Rank,
+    ids: &[u32],
+    chunk: usize,
+    first_block: u32,
+) -> Result<Vec<f32>, BackendError> {
+    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_TOKENS) as u32)
+        .map(|block| first_block + block)
+        .collect();
     let mut all = Vec::new();
     for (index, part) in ids.chunks(chunk).enumerate() {
         let start = (index * chunk) as u32;
@@ -71,11 +100,19 @@ fn all_logits(rank: &mut Rank, ids: &[u32], chunk: usize, first_block: u32) -> R
         let batch = Batch {
             token_ids: part.iter().copied().map(Some).collect(),
             positions: (start..start + rows).collect(),
-            sequences: vec![BatchSequence { slot: 0, first_row: 0, rows, context: start + rows, blocks: blocks.clone() }],
+            sequences: vec![BatchSequence {
+                slot: 0,
+                first_row: 0,
+                rows,
+                context: start + rows,
+                blocks: blocks.clone(),
+            }],
             logit_rows: (0..rows).collect(),
         };
         let model = &rank.model;
-        let logits = rank.backend.execute(&batch, |backend| model.forward(backend))?;
+        let logits = rank
+            .backend
+            .execute(&batch, |backend| model.forward(backend))?;
         all.extend(rank.backend.read_logits(&logits)?);
         rank.backend.sample(logits, &[])?;
         rank.backend.collect()?;
@@ -83,12 +120,23 @@ fn all_logits(rank: &mut Rank, ids: &[u32], chunk: usize, first_block: u32) -> R
     Ok(all)
 }
 
-fn check_case(folder: &Path, case: &str, prefix: &str, options: CudaOptions) -> Result<(bool, serde_json::Value), Failure> {
+fn check_case(
+    folder: &Path,
+    case: &str,
+    prefix: &str,
+    options: CudaOptions,
+) -> Result<(bool, serde_json::Value), Failure> {
     let bytes = std::fs::read(folder.join("goldens.safetensors"))?;
     let goldens = SafeTensors::deserialize(&bytes)?;
     let ints = |name: &str| -> Result<Vec<u32>, Failure> {
         let tensor = goldens.tensor(&format!("{case}.{name}"))?;
-        Ok(tensor.data().as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect())
+        Ok(tensor
+            .data()
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|four| u32::from_le_bytes(*four))
+            .collect())
     };
     let ids = ints("input_ids")?;
     let positions = ints(&format!("{prefix}positions"))?;
@@ -100,26 +148,50 @@ fn check_case(folder: &Path, case: &str, prefix: &str, options: CudaOptions) -> 
     let vocabulary = rank.config.vocab_size;
     let whole = all_logits(&mut rank, &ids, ids.len(), 3)?;
     let chunked = all_logits(&mut rank, &ids, 37, 40)?;
-    let stepped = if ids.len() <= 100 { all_logits(&mut rank, &ids, 1, 70)? } else { chunked.clone() };
+    let stepped = if ids.len() <= 100 {
+        all_logits(&mut rank, &ids, 1, 70)?
+    } else {
+        chunked.clone()
+    };
 
     let differences = |logits: &[f32]| -> (f64, f64) {
         let mut all = Vec::with_capacity(expected.len());
         for (index, position) in positions.iter().enumerate() {
             let found = &logits[*position as usize * vocabulary..][..vocabulary];
-            all.extend(found.iter().zip(&expected[index * vocabulary..]).map(|(a, b)| f64::from((a - b).abs())));
+            all.extend(
+                found
+                    .iter()
+                    .zip(&expected[index * vocabulary..])
+                    .map(|(a, b)| f64::from((a - b).abs())),
+            );
         }
-        let most = all.iter().copied().fold(0.0, |most: f64, one| if one.is_nan() { f64::INFINITY } else { most.max(one) });
+        let most = all.iter().copied().fold(0.0, |most: f64, one| {
+            if one.is_nan() {
+                f64::INFINITY
+            } else {
+                most.max(one)
+            }
+        });
         (median(all), most)
     };
     // how far our best id may lie above the reference's best one, by our own numbers
     let gaps = |logits: &[f32]| -> (f64, f64) {
         let rows = logits.chunks_exact(vocabulary).zip(&argmax);
-        let gaps: Vec<f64> = rows.map(|(row, expected)| f64::from(row[largest(row) as usize] - row[*expected as usize])).collect();
+        let gaps: Vec<f64> = rows
+            .map(|(row, expected)| f64::from(row[largest(row) as usize] - row[*expected as usize]))
+            .collect();
         let agreeing = gaps.iter().filter(|gap| **gap == 0.0).count();
-        (agreeing as f64 / gaps.len() as f64, gaps.into_iter().fold(0.0, f64::max))
+        (
+            agreeing as f64 / gaps.len() as f64,
+            gaps.into_iter().fold(0.0, f64::max),
+        )
     };
     let found_greedy = decode_greedily(rank, &ids, greedy.len())?;
-    let same = found_greedy.iter().zip(&greedy).take_while(|(a, b)| a == b).count();
+    let same = found_greedy
+        .iter()
+        .zip(&greedy)
+        .take_while(|(a, b)| a == b)
+        .count();
     let (median_whole, most_whole) = differences(&whole);
     let (median_chunked, most_chunked) = differences(&chunked);
     let (median_stepped, most_stepped) = differences(&stepped);
@@ -131,8 +203,12 @@ fn check_case(folder: &Path, case: &str, prefix: &str, options: CudaOptions) -> 
         (KvDtype::E4m3, _) => (0.4, 4.0, 2.5),
     };
     let gaps = [gaps(&whole), gaps(&chunked), gaps(&stepped)];
-    let passed = [median_whole, median_chunked, median_stepped].iter().all(|median| *median < median_bound)
-        && [most_whole, most_chunked, most_stepped].iter().all(|most| *most < most_bound)
+    let passed = [median_whole, median_chunked, median_stepped]
+        .iter()
+        .all(|median| *median < median_bound)
+        && [most_whole, most_chunked, most_stepped]
+            .iter()
+            .all(|most| *most < most_bound)
         && gaps.iter().all(|(_, gap)| *gap < gap_bound);
     let details = json!({
         "tokens": ids.len(),
@@ -157,19 +233,52 @@ fn largest(row: &[f32]) -> u32 {
 
 /// The prompt in chunks beside a second sequence that decodes, then both in one batch, two steps in flight.
 fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Failure> {
-    let bounds = Bounds { limits: LIMITS, kv_blocks: BLOCKS, vocabulary_size: rank.config.vocab_size };
+    let bounds = Bounds {
+        limits: LIMITS,
+        kv_blocks: BLOCKS,
+        vocabulary_size: rank.config.vocab_size,
+    };
     let mut runner = ModelRunner::new(rank.backend, rank.model, 0, bounds);
-    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-    let admission = |slot| Admission { slot, sampling: greedy.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
-    let blocks = |first: u32, tokens: usize| (first..first + tokens.div_ceil(BLOCK_TOKENS) as u32).collect::<Vec<u32>>();
-    let work = |slot, start, tokens, new_blocks, sample| Work { slot, start, tokens, new_blocks, sample, prompt_logprobs: None };
+    let greedy = SamplingParams {
+        temperature: 0.0,
+        ..SamplingParams::default()
+    };
+    let admission = |slot| Admission {
+        slot,
+        sampling: greedy.clone(),
+        prompt_ids: Vec::new(),
+        generated_ids: Vec::new(),
+    };
+    let blocks = |first: u32, tokens: usize| {
+        (first..first + tokens.div_ceil(BLOCK_TOKENS) as u32).collect::<Vec<u32>>()
+    };
+    let work = |slot, start, tokens, new_blocks, sample| Work {
+        slot,
+        start,
+        tokens,
+        new_blocks,
+        sample,
+        prompt_logprobs: None,
+    };
     let split = ids.len() * 2 / 3;
     let first = Step {
         id: 1,
         admit: vec![admission(5), admission(2)],
         work: vec![
-            work(5, 0, Tokens::Ids(vec![100, 200, 300]), blocks(90, 3 + count + 2), true),
-            work(2, 0, Tokens::Ids(ids[..split].to_vec()), blocks(1, ids.len() + count), false),
+            work(
+                5,
+                0,
+                Tokens::Ids(vec![100, 200, 300]),
+                blocks(90, 3 + count + 2),
+                true,
+            ),
+            work(
+                2,
+                0,
+                Tokens::Ids(ids[..split].to_vec()),
+                blocks(1, ids.len() + count),
+                false,
+            ),
         ],
         ..Step::default()
     };
@@ -177,7 +286,13 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
     let second = Step {
         id: 2,
         work: vec![
-            work(2, split as u32, Tokens::Ids(ids[split..].to_vec()), Vec::new(), true),
+            work(
+                2,
+                split as u32,
+                Tokens::Ids(ids[split..].to_vec()),
+                Vec::new(),
+                true,
+            ),
             work(5, 3, Tokens::Sampled, Vec::new(), true),
         ],
         ..Step::default()
@@ -188,8 +303,15 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
     for index in 0..count {
         if index + 1 < count {
             let (position, other) = ((ids.len() + index) as u32, 4 + index as u32);
-            let work = vec![work(5, other, Tokens::Sampled, Vec::new(), true), work(2, position, Tokens::Sampled, Vec::new(), true)];
-            runner.submit(Step { id: 3 + index as u64, work, ..Step::default() })?;
+            let work = vec![
+                work(5, other, Tokens::Sampled, Vec::new(), true),
+                work(2, position, Tokens::Sampled, Vec::new(), true),
+            ];
+            runner.submit(Step {
+                id: 3 + index as u64,
+                work,
+                ..Step::default()
+            })?;
         }
         let output = runner.collect()?;
         for sampled in output.sampled {
