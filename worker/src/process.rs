@@ -122,9 +122,9 @@ fn device_of(choice: DeviceChoice) -> Result<Device, WorkerError> {
     match choice {
         DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Fake => Ok(Device::Fake),
-        DeviceChoice::Cuda => Err(WorkerError::Device(
-            "cuda: this version does not serve on CUDA devices yet; use cpu".into(),
-        )),
+        DeviceChoice::Cuda => {
+            Err(WorkerError::Device("cuda: this version does not serve on CUDA devices yet; use cpu".into()))
+        }
     }
 }
 
@@ -503,9 +503,11 @@ async fn find_leader(
 }
 
 async fn listen(field: &'static str, address: &HostPort) -> Result<TcpListener, WorkerError> {
-    TcpListener::bind((address.host.as_str(), address.port))
-        .await
-        .map_err(|error| WorkerError::Listen { field, address: address.clone(), error })
+    TcpListener::bind((address.host.as_str(), address.port)).await.map_err(|error| WorkerError::Listen {
+        field,
+        address: address.clone(),
+        error,
+    })
 }
 
 /// Under what the group's other processes reach this one.

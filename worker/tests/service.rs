@@ -3,9 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bora_common::registry::{Device, GroupRecord, GroupState, RankRecord};
-use bora_proto::v1::{
-    self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient,
-};
+use bora_proto::v1::{self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient};
 use bora_worker::backend::fake::{FakeOptions, FakeRunner, echo};
 use bora_worker::engine::{EngineConfig, EngineHandle, EngineHealth, EngineOptions};
 use bora_worker::service::{Host, serve};
@@ -63,12 +61,8 @@ async fn start(fake: FakeOptions) -> Server {
 
 async fn connect(server: &Server) -> InferenceClient<Channel> {
     let endpoint = Channel::from_shared(format!("http://{}", server.address)).unwrap();
-    let channel = endpoint
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(64 << 20)
-        .connect()
-        .await
-        .unwrap();
+    let channel =
+        endpoint.initial_stream_window_size(1 << 20).initial_connection_window_size(64 << 20).connect().await.unwrap();
     InferenceClient::new(channel)
 }
 
@@ -186,8 +180,7 @@ async fn describe_watch_admin_and_health_tell_of_the_group() {
     let described: GroupRecord = serde_json::from_str(&description.record_json).unwrap();
     assert_eq!(described, record(&fake(), server.address.clone()));
 
-    let mut watched =
-        client.watch(v1::WatchRequest { watcher: "test".into() }).await.unwrap().into_inner();
+    let mut watched = client.watch(v1::WatchRequest { watcher: "test".into() }).await.unwrap().into_inner();
     let prompt: Vec<u32> = (10..210).collect();
     ids(client.generate(request(&prompt, 1)).await.unwrap().into_inner()).await.unwrap();
     let mut stored = 0;
