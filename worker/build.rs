@@ -33,16 +33,11 @@ fn main() {
     for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV"] {
         println!("cargo:rerun-if-env-changed={variable}");
     }
-    let toolchain =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/cuda/nvidia/cu13/bin/nvcc");
+    let toolchain = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/cuda/nvidia/cu13/bin/nvcc");
     // once it appears the kernels are built; a path that does not exist must not be named: cargo would rerun each time
     println!(
         "cargo:rerun-if-changed={}",
-        if toolchain.is_file() {
-            toolchain.display().to_string()
-        } else {
-            "build.rs".into()
-        }
+        if toolchain.is_file() { toolchain.display().to_string() } else { "build.rs".into() }
     );
 
     let mut list = String::from(
@@ -50,10 +45,7 @@ fn main() {
     );
     if let Some(nvcc) = find_nvcc(&toolchain) {
         for (name, image) in compile(&nvcc, &out) {
-            list.push_str(&format!(
-                "    ({name:?}, include_bytes!({:?})),\n",
-                image.display().to_string()
-            ));
+            list.push_str(&format!("    ({name:?}, include_bytes!({:?})),\n", image.display().to_string()));
         }
     }
     list.push_str("];\n");
@@ -71,11 +63,7 @@ fn find_nvcc(toolchain: &Path) -> Option<PathBuf> {
     }
     candidates.push(toolchain.to_path_buf());
     if let Some(environment) = env::var_os("VIRTUAL_ENV") {
-        for entry in fs::read_dir(Path::new(&environment).join("lib"))
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
+        for entry in fs::read_dir(Path::new(&environment).join("lib")).into_iter().flatten().flatten() {
             candidates.push(entry.path().join("site-packages/nvidia/cu13/bin/nvcc"));
         }
     }
@@ -96,11 +84,7 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<(String, PathBuf)> {
     let mut images = Vec::new();
     let mut running: Vec<(PathBuf, PathBuf, Vec<u8>, Child)> = Vec::new();
     for source in sources {
-        let name = source
-            .file_stem()
-            .expect("a .cu file has a name")
-            .to_string_lossy()
-            .into_owned();
+        let name = source.file_stem().expect("a .cu file has a name").to_string_lossy().into_owned();
         let image = out.join(format!("{name}.fatbin"));
         // what the image was made from, beside it
         let mut made_from = fs::read(&source).expect("a listed file is readable");
@@ -130,11 +114,7 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<(String, PathBuf)> {
 fn finish((source, stamp, made_from, child): (PathBuf, PathBuf, Vec<u8>, Child)) {
     let output = child.wait_with_output().expect("a started compiler ends");
     if !output.status.success() {
-        panic!(
-            "nvcc could not compile {}:\n{}",
-            source.display(),
-            String::from_utf8_lossy(&output.stderr)
-        );
+        panic!("nvcc could not compile {}:\n{}", source.display(), String::from_utf8_lossy(&output.stderr));
     }
     fs::write(stamp, made_from).expect("OUT_DIR is writable");
 }

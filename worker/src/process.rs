@@ -122,9 +122,9 @@ fn device_of(choice: DeviceChoice) -> Result<Device, WorkerError> {
     match choice {
         DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Fake => Ok(Device::Fake),
-        DeviceChoice::Cuda => Err(WorkerError::Device(
-            "cuda: this version does not serve on CUDA devices yet; use cpu".into(),
-        )),
+        DeviceChoice::Cuda => {
+            Err(WorkerError::Device("cuda: this version does not serve on CUDA devices yet; use cpu".into()))
+        }
     }
 }
 
@@ -262,22 +262,24 @@ async fn bring_up(
         }
         peers = Some(listener);
     }
+    let model_len = options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize;
     let leader = LeaderOptions {
         member: member_options(settings, group),
         epoch,
         limits: Limits {
             step_tokens: options.schedule.max_num_batched_tokens as usize,
             sequences: options.schedule.max_num_seqs as usize,
-            model_len: options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize,
-            logit_rows: options.schedule.max_num_batched_tokens as usize,
+            model_len,
+            logit_rows: options.schedule.max_logit_rows(),
         },
         peers,
     };
     let mut started = start_group(leader).await?;
     let kv_blocks = started.kv_blocks;
+    let positions = (kv_blocks * BLOCK_TOKENS).min(model_len);
     let chunk = CALIBRATION_TOKENS.min(options.schedule.max_num_batched_tokens as usize);
     let (runner, measured) = blocking(move || {
-        let measured = calibrate(&mut started.runner, chunk, kv_blocks);
+        let measured = calibrate(&mut started.runner, chunk, positions);
         (started, measured)
     })
     .await;
@@ -501,9 +503,11 @@ async fn find_leader(
 }
 
 async fn listen(field: &'static str, address: &HostPort) -> Result<TcpListener, WorkerError> {
-    TcpListener::bind((address.host.as_str(), address.port))
-        .await
-        .map_err(|error| WorkerError::Listen { field, address: address.clone(), error })
+    TcpListener::bind((address.host.as_str(), address.port)).await.map_err(|error| WorkerError::Listen {
+        field,
+        address: address.clone(),
+        error,
+    })
 }
 
 /// Under what the group's other processes reach this one.

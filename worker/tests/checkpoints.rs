@@ -204,9 +204,7 @@ fn wrong_checkpoints_are_refused_by_name() {
             Err(error) => error.to_string(),
             // scales are read with their linear
             Ok(weights) => (0..3)
-                .find_map(|layer| {
-                    weights.projection(layer, bora_worker::weights::Projection::Down, &plan).err()
-                })
+                .find_map(|layer| weights.projection(layer, bora_worker::weights::Projection::Down, &plan).err())
                 .expect(expected)
                 .to_string(),
         };

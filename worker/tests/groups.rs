@@ -11,9 +11,7 @@ use std::time::{Duration, Instant};
 
 use bora_worker::backend::cpu::CpuOptions;
 use bora_worker::backend::{KvBudget, Limits};
-use bora_worker::engine::step::{
-    Admission, PromptLogprobs, RunError, Step, StepOutput, StepRunner, Tokens, Work,
-};
+use bora_worker::engine::step::{Admission, PromptLogprobs, RunError, Step, StepOutput, StepRunner, Tokens, Work};
 use bora_worker::parallel::{
     DeviceOptions, FollowError, FollowerOptions, LeaderOptions, LoadFormat, MemberOptions, StartError, StartedGroup,
     Timeouts, follow, start_group,
@@ -35,11 +33,7 @@ fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -
         local_ranks,
         kv: KvBudget::Blocks(64),
         host: "127.0.0.1".to_owned(),
-        timeouts: Timeouts {
-            join: JOIN,
-            heartbeat: Duration::from_secs(3),
-            collective: Duration::from_secs(30),
-        },
+        timeouts: Timeouts { join: JOIN, heartbeat: Duration::from_secs(3), collective: Duration::from_secs(30) },
     }
 }
 
@@ -138,7 +132,12 @@ async fn prompt_logprobs_equal_the_reference() {
         prompt_logprobs: Some(PromptLogprobs { top: 2, targets: targets.to_vec() }),
     };
     let steps = [
-        Step { id: 1, admit: vec![admission], work: vec![work(0, first, &ids[1..51], vec![7], false)], ..Step::default() },
+        Step {
+            id: 1,
+            admit: vec![admission],
+            work: vec![work(0, first, &ids[1..51], vec![7], false)],
+            ..Step::default()
+        },
         Step { id: 2, work: vec![work(50, second, &ids[51..], vec![3], true)], ..Step::default() },
     ];
     let mut scored = Vec::new();
@@ -205,7 +204,10 @@ async fn steps_that_make_no_sense_are_refused() {
         (plain(vec![admission(0)], vec![work(0, 0, ids(65), &[0])]), "its 1 blocks do not cover 65 positions"),
         (plain(vec![admission(0)], vec![work(0, 64, ids(1), &[0])]), "do not cover 65 positions"),
         (plain(vec![admission(0)], vec![work(0, 0, ids(1), &[64])]), "block 64 does not exist, there are 64"),
-        (plain(vec![admission(0)], vec![work(0, 0, Tokens::Ids(vec![9192]), &[0])]), "id 9192 is not in the vocabulary"),
+        (
+            plain(vec![admission(0)], vec![work(0, 0, Tokens::Ids(vec![9192]), &[0])]),
+            "id 9192 is not in the vocabulary",
+        ),
         (plain(vec![admission(0)], vec![work(0, 0, Tokens::Sampled, &[0])]), "nothing was sampled"),
         (plain(vec![admission(0)], vec![work(0, 2040, ids(9), &[0; 33])]), "past the longest sequence of 2048"),
         (
@@ -290,7 +292,9 @@ async fn role() {
         ["follower", address, ranks, from, to, checkpoint] => {
             let local_ranks = from.parse().unwrap()..to.parse().unwrap();
             let member = member(checkpoint, ranks.parse().unwrap(), local_ranks);
-            match follow(FollowerOptions { member, leader: address.to_owned(), epoch: None, connect_within: JOIN }).await {
+            match follow(FollowerOptions { member, leader: address.to_owned(), epoch: None, connect_within: JOIN })
+                .await
+            {
                 Ok(reason) => println!("ended in order: {reason}"),
                 Err(error) => {
                     println!("ended: {error}");
@@ -470,7 +474,8 @@ async fn a_follower_notices_the_death_of_its_leader() {
     let (listener, address) = listen().await;
     drop(listener);
     let leader = Process::start(&format!("leader {address}"));
-    let options = FollowerOptions { member: member("tiny_text", 2, 1..2), leader: address, epoch: Some(9), connect_within: JOIN };
+    let options =
+        FollowerOptions { member: member("tiny_text", 2, 1..2), leader: address, epoch: Some(9), connect_within: JOIN };
     let following = tokio::spawn(follow(options));
     // long enough to join and load
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -496,7 +501,8 @@ async fn strangers_are_refused_and_missing_ranks_named() {
     let mut other_group = member("tiny_text", 2, 1..2);
     other_group.group = "huge".to_owned();
     let mut other_numbers = member("tiny_text", 2, 1..2);
-    other_numbers.device = DeviceOptions::Cpu(CpuOptions { kv: bora_worker::backend::cpu::KvDtype::Bf16, ..CpuOptions::default() });
+    other_numbers.device =
+        DeviceOptions::Cpu(CpuOptions { kv: bora_worker::backend::cpu::KvDtype::Bf16, ..CpuOptions::default() });
     for (member, epoch, expected) in [
         (other_group, None, "this is group `tiny`, not `huge`"),
         (member("tiny_text", 4, 1..2), None, "the group has 2 ranks, not 4"),

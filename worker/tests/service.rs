@@ -3,11 +3,9 @@
 use std::time::{Duration, Instant};
 
 use bora_common::registry::{Device, GroupRecord, GroupState, RankRecord};
-use bora_proto::v1::{
-    self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient,
-};
+use bora_proto::v1::{self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient};
 use bora_worker::backend::fake::{FakeOptions, FakeRunner, echo};
-use bora_worker::engine::{EngineConfig, EngineHandle, EngineOptions};
+use bora_worker::engine::{EngineConfig, EngineHandle, EngineHealth, EngineOptions};
 use bora_worker::service::{Host, serve};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -63,12 +61,8 @@ async fn start(fake: FakeOptions) -> Server {
 
 async fn connect(server: &Server) -> InferenceClient<Channel> {
     let endpoint = Channel::from_shared(format!("http://{}", server.address)).unwrap();
-    let channel = endpoint
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(64 << 20)
-        .connect()
-        .await
-        .unwrap();
+    let channel =
+        endpoint.initial_stream_window_size(1 << 20).initial_connection_window_size(64 << 20).connect().await.unwrap();
     InferenceClient::new(channel)
 }
 
@@ -186,8 +180,7 @@ async fn describe_watch_admin_and_health_tell_of_the_group() {
     let described: GroupRecord = serde_json::from_str(&description.record_json).unwrap();
     assert_eq!(described, record(&fake(), server.address.clone()));
 
-    let mut watched =
-        client.watch(v1::WatchRequest { watcher: "test".into() }).await.unwrap().into_inner();
+    let mut watched = client.watch(v1::WatchRequest { watcher: "test".into() }).await.unwrap().into_inner();
     let prompt: Vec<u32> = (10..210).collect();
     ids(client.generate(request(&prompt, 1)).await.unwrap().into_inner()).await.unwrap();
     let mut stored = 0;
@@ -242,4 +235,75 @@ async fn a_group_that_loads_says_so_and_one_that_died_too() {
     let error = ids(client.generate(request(&[5, 6], 50)).await.unwrap().into_inner()).await.unwrap_err();
     assert_eq!(error.code(), Code::Unavailable);
     assert!(error.message().contains("rank 0, step 4"), "{error}");
+}
+
+#[tokio::test]
+async fn a_group_that_makes_no_progress_is_not_ready() {
+    let server = start(FakeOptions { stall_at_step: Some(3), ..fake() }).await;
+    let mut client = connect(&server).await;
+    let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let mut statuses = health.watch(tonic_health::pb::HealthCheckRequest::default()).await.unwrap().into_inner();
+    let serving = i32::from(tonic_health::pb::health_check_response::ServingStatus::Serving);
+    while statuses.next().await.unwrap().unwrap().status != serving {}
+    let began = Instant::now();
+    let _stream = client.generate(request(&[5, 6], 50)).await.unwrap();
+    let status = tokio::time::timeout(Duration::from_secs(10), statuses.next()).await.unwrap();
+    assert_ne!(status.unwrap().unwrap().status, serving);
+    assert!(began.elapsed() >= Duration::from_secs(5), "not before its time");
+    assert!(matches!(server.engine.health(), EngineHealth::Stalled { step: 3, .. }));
+}
+
+/// CPU seconds of this process so far.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let ticks: f64 = fields[11..13].iter().map(|field| field.parse::<f64>().unwrap()).sum();
+    ticks / 100.0
+}
+
+/// Not a test but a measurement (client and server in one process):
+/// `cargo test --release -p bora-worker --test service -- --ignored --nocapture`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn tokens_per_second_with_a_message_for_every_token() {
+    for (streams, step_seconds) in [(1, 0.0005), (200, 0.02), (200, 0.004), (200, 0.001)] {
+        let options = FakeOptions {
+            kv_blocks: 16_384,
+            time_scale: 1.0,
+            decode_step_seconds: step_seconds,
+            decode_seconds_per_sequence: 0.0,
+            ..Default::default()
+        };
+        let server = start(options).await;
+        let client = connect(&server).await;
+        let (began, cpu) = (Instant::now(), cpu_seconds());
+        let tasks: Vec<_> = (0..streams)
+            .map(|index| {
+                let mut client = client.clone();
+                tokio::spawn(async move {
+                    let prompt: Vec<u32> = (index * 100..index * 100 + 100).collect();
+                    let mut stream = client.generate(request(&prompt, 1_000)).await.unwrap().into_inner();
+                    let mut messages = 0u32;
+                    while let Some(event) = stream.next().await {
+                        event.unwrap();
+                        messages += 1;
+                    }
+                    messages
+                })
+            })
+            .collect();
+        let mut messages = 0;
+        for task in tasks {
+            messages += task.await.unwrap();
+        }
+        let (seconds, cpu) = (began.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+        let tokens = f64::from(streams) * 1_000.0;
+        println!(
+            "{streams} streams, step {step_seconds} s: {:.0} tokens/s in {messages} messages, \
+             {:.0} tokens per CPU second",
+            tokens / seconds,
+            tokens / cpu
+        );
+    }
 }

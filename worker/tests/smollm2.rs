@@ -87,7 +87,13 @@ fn a_real_model_says_what_the_reference_says() {
         }
         let started = Instant::now();
         assert_eq!(rank.greedy(&prompt, &table, expected.len()), expected, "{}", case["name"]);
-        println!("{}: {} prompt tokens in {prefill:.1?}, {} ids in {:.1?}", case["name"], prompt.len(), expected.len(), started.elapsed());
+        println!(
+            "{}: {} prompt tokens in {prefill:.1?}, {} ids in {:.1?}",
+            case["name"],
+            prompt.len(),
+            expected.len(),
+            started.elapsed()
+        );
     }
     // 9 query and 3 KV heads split over 3 ranks
     let prompt = ids(&goldens["cases"][0]["prompt_ids"]);

@@ -8,10 +8,7 @@ use bora_common::tokenizer::{IncrementalDecoder, Tokenizer, TokenizerError, Toke
 
 #[test]
 fn every_text_golden_is_met() {
-    let goldens: Vec<Value> = ["golden_texts.jsonl", "random_texts.jsonl"]
-        .into_iter()
-        .flat_map(goldens)
-        .collect();
+    let goldens: Vec<Value> = ["golden_texts.jsonl", "random_texts.jsonl"].into_iter().flat_map(goldens).collect();
     assert!(goldens.len() >= 380);
     for golden in goldens {
         let text = golden["text"].as_str().expect("text");
@@ -37,13 +34,8 @@ fn facts_of_the_vocabulary() {
     assert_eq!(tokenizer.token_bytes(9), None);
     assert_eq!(tokenizer.token_bytes(131_072), None);
     assert_eq!(tokenizer.token_bytes(u32::MAX), None);
-    assert!(
-        tokenizer.is_special(0) && !tokenizer.is_special(1000) && !tokenizer.is_special(u32::MAX)
-    );
-    assert_eq!(
-        tokenizer.decode(&[1, 3, u32::MAX, 22177, 4], false),
-        "<s>[INST]Hello[/INST]"
-    );
+    assert!(tokenizer.is_special(0) && !tokenizer.is_special(1000) && !tokenizer.is_special(u32::MAX));
+    assert_eq!(tokenizer.decode(&[1, 3, u32::MAX, 22177, 4], false), "<s>[INST]Hello[/INST]");
     assert_eq!(tokenizer.decode(&[1, 3, u32::MAX, 22177, 4], true), "Hello");
 }
 
@@ -75,18 +67,11 @@ fn invalid_bytes_become_replacement_characters_as_in_python() {
 fn a_character_is_never_split_and_comes_with_its_last_byte() {
     let tokenizer = tokenizer("tekken-v13-8k.json");
     let mut decoder = IncrementalDecoder::new(tokenizer, true);
-    let pieces: Vec<String> = "a\u{1f30d}"
-        .bytes()
-        .map(|byte| decoder.push(1000 + u32::from(byte)))
-        .collect();
+    let pieces: Vec<String> = "a\u{1f30d}".bytes().map(|byte| decoder.push(1000 + u32::from(byte))).collect();
     assert_eq!(pieces, ["a", "", "", "", "\u{1f30d}"]);
     assert_eq!(decoder.finish(), "");
     assert_eq!(decoder.push(1000 + 0xF0), "");
-    assert_eq!(
-        decoder.push(2),
-        "\u{fffd}",
-        "a special id ends what was incomplete"
-    );
+    assert_eq!(decoder.push(2), "\u{fffd}", "a special id ends what was incomplete");
 }
 
 /// A `tokenizer.json` of the byte-level kind, small enough to be written here.
@@ -114,40 +99,28 @@ fn a_hugging_face_file_is_read() {
     assert_eq!(tokenizer.format(), TokenizerFormat::HuggingFace);
     assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (None, 13));
     assert_eq!(tokenizer.encode("hi hi\u{e9}"), [3, 4, 5, 6]);
-    assert_eq!(
-        tokenizer.encode("<|end|>"),
-        [7, 8, 10, 11, 12, 8, 9],
-        "a special token's name is plain text"
-    );
+    assert_eq!(tokenizer.encode("<|end|>"), [7, 8, 10, 11, 12, 8, 9], "a special token's name is plain text");
     assert_eq!(tokenizer.token_bytes(4), Some(&b" hi"[..]));
     assert_eq!(tokenizer.token_bytes(5), Some(&b"\xc3"[..]));
     assert_eq!(tokenizer.decode(&[3, 4, 5, 6, 13], true), "hi hi\u{e9}");
     assert_eq!(tokenizer.decode(&[3, 13], false), "hi<|end|>");
     let messages = serde_json::json!([{"role": "user", "content": "hi"}]);
-    let conversation =
-        Conversation::parse(&messages, None, ConversationOptions::default()).expect("valid");
-    let refused = conversation
-        .encode(&tokenizer, &DataUrls)
-        .expect_err("no layout");
+    let conversation = Conversation::parse(&messages, None, ConversationOptions::default()).expect("valid");
+    let refused = conversation.encode(&tokenizer, &DataUrls).expect_err("no layout");
     assert_eq!(refused.code(), "unsupported_tokenizer");
 }
 
 #[test]
 fn files_that_are_no_tokenizer_are_refused_with_a_reason() {
     let folder = tempfile::tempdir().expect("folder");
-    assert!(matches!(
-        Tokenizer::from_dir(folder.path()),
-        Err(TokenizerError::Missing(_))
-    ));
+    assert!(matches!(Tokenizer::from_dir(folder.path()), Err(TokenizerError::Missing(_))));
     let path = folder.path().join("tekken.json");
-    let config = r#""config": {"pattern": "x", "default_vocab_size": 300, "default_num_special_tokens": 20, "version": "v13"}"#;
+    let config =
+        r#""config": {"pattern": "x", "default_vocab_size": 300, "default_num_special_tokens": 20, "version": "v13"}"#;
     for (text, reason) in [
         ("".to_owned(), "EOF"),
         ("{}".to_owned(), "neither"),
-        (
-            format!("{{{config}, \"vocab\": []}}"),
-            "config asks for 280",
-        ),
+        (format!("{{{config}, \"vocab\": []}}"), "config asks for 280"),
         (format!("{{{config}, \"vocab\": 3}}"), "invalid type"),
         (r#"{"model": {"type": "BPE"}}"#.to_owned(), ""),
     ] {

@@ -128,8 +128,8 @@ pub struct ScriptRule {
 
 impl ScriptRule {
     fn holds(&self, prompt: &[u32]) -> bool {
-        let contained = self.contains.is_empty()
-            || prompt.windows(self.contains.len()).any(|window| window == self.contains);
+        let contained =
+            self.contains.is_empty() || prompt.windows(self.contains.len()).any(|window| window == self.contains);
         contained && prompt.ends_with(&self.ends_with)
     }
 }
@@ -276,8 +276,8 @@ impl FakeRunner {
                 Tokens::Ids(ids) => {
                     let (tokens, context) = (ids.len() as f64, f64::from(work.start));
                     let pairs = tokens * context + tokens * (tokens + 1.0) / 2.0;
-                    seconds += tokens / options.prefill_tokens_per_second
-                        + pairs * options.prefill_seconds_per_token_pair;
+                    seconds +=
+                        tokens / options.prefill_tokens_per_second + pairs * options.prefill_seconds_per_token_pair;
                 }
             }
         }
@@ -293,8 +293,7 @@ impl FakeRunner {
         let sequence = self.slots.get_mut(slot as usize).and_then(Option::as_mut);
         let sequence = sequence.ok_or_else(|| format!("slot {slot} works but was not admitted"))?;
         for block in &work.new_blocks {
-            let users =
-                self.users.get_mut(*block as usize).ok_or_else(|| format!("there is no block {block}"))?;
+            let users = self.users.get_mut(*block as usize).ok_or_else(|| format!("there is no block {block}"))?;
             *users += 1;
             sequence.blocks.push(*block);
         }
@@ -364,8 +363,7 @@ impl FakeRunner {
         if self.options.script.is_empty() && self.options.faulty_id.is_none() {
             return;
         }
-        let prompt: Vec<u32> =
-            (0..sequence.prompt_len).map(|position| self.id_at(sequence, position)).collect();
+        let prompt: Vec<u32> = (0..sequence.prompt_len).map(|position| self.id_at(sequence, position)).collect();
         sequence.script = self.options.script.iter().position(|rule| rule.holds(&prompt));
         sequence.faulty = self.options.faulty_id.is_some_and(|id| prompt.contains(&id));
     }
@@ -407,6 +405,8 @@ impl StepRunner for FakeRunner {
         }
         let left = ends.saturating_duration_since(Instant::now());
         if !left.is_zero() {
+            // the engine's own thread: it waits as it would for a device
+            #[allow(clippy::disallowed_methods)]
             std::thread::sleep(left);
         }
         if self.options.die_at_step == Some(output.id) {

@@ -21,8 +21,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let (mut fixtures, mut config, mut only) =
-        (PathBuf::from("tests/fixtures"), None, String::new());
+    let (mut fixtures, mut config, mut only) = (PathBuf::from("tests/fixtures"), None, String::new());
     while let Some(flag) = arguments.next() {
         match (flag.as_str(), arguments.next()) {
             ("--fixtures", Some(value)) => fixtures = value.into(),
@@ -35,31 +34,18 @@ fn main() -> ExitCode {
         }
     }
     let (mut passed, mut failed) = (0, Vec::new());
-    run(
-        section,
-        &fixtures,
-        config.as_deref(),
-        &only,
-        &mut |outcome| {
-            println!("{}", outcome.line());
-            match outcome.passed {
-                Some(true) => passed += 1,
-                Some(false) => failed.push(outcome.name),
-                None => {}
-            }
-        },
-    );
+    run(section, &fixtures, config.as_deref(), &only, &mut |outcome| {
+        println!("{}", outcome.line());
+        match outcome.passed {
+            Some(true) => passed += 1,
+            Some(false) => failed.push(outcome.name),
+            None => {}
+        }
+    });
     println!(
         "{passed} passed, {} failed{}",
         failed.len(),
-        failed
-            .iter()
-            .map(|name| format!("\n  FAILED {name}"))
-            .collect::<String>()
+        failed.iter().map(|name| format!("\n  FAILED {name}")).collect::<String>()
     );
-    if failed.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -70,8 +70,7 @@ impl KvCache {
     /// the start). `None` where they do not fit now.
     pub fn admit(&mut self, hashes: &[BlockHash], total: usize) -> Option<Lease> {
         let found = self.find(hashes).min(total);
-        let blocks: Vec<BlockId> =
-            hashes[..found].iter().filter_map(|hash| self.by_hash.get(hash).copied()).collect();
+        let blocks: Vec<BlockId> = hashes[..found].iter().filter_map(|hash| self.by_hash.get(hash).copied()).collect();
         let newly_pinned = blocks.iter().filter(|block| self.pool.references(**block) == 0).count();
         let to_reserve = total - found;
         if self.pool.available() - self.reserved < newly_pinned + to_reserve {

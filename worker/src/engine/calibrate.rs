@@ -8,33 +8,48 @@ use bora_common::registry::Speed;
 use super::step::{Admission, RunError, Step, StepRunner, Tokens, Work};
 use crate::sample::SamplingParams;
 
-/// Decode steps timed; the fastest counts.
-const DECODES: usize = 4;
+/// Steps of a kind that are timed; the fastest counts.
+const REPEATS: usize = 3;
+/// Context of the first attempt at timing attention.
+const NEAR_CONTEXT: usize = 4_096;
+/// Attention is timed well where it makes a step longer by this share.
+const VISIBLE: f64 = 0.25;
+/// No longer context is tried once a step takes this long.
+const LONG_STEP_SECONDS: f64 = 0.5;
 
-/// Runs a prompt of two chunks of up to `chunk` tokens and a few decode steps through an idle runner that has at
-/// least `blocks` blocks. Returns its speed and the number of steps that it has run by then.
+/// Times steps of an idle runner whose sequences may have `positions` positions: a prompt's first `chunk` tokens,
+/// decode steps, and `chunk` tokens so far into a prompt that attention shows. Returns its speed and the number of
+/// steps that it has run by then.
 ///
-/// The first chunk is run twice: a device's first step pays for what later ones find ready.
-pub fn calibrate(runner: &mut dyn StepRunner, chunk: usize, blocks: usize) -> Result<(Speed, u64), RunError> {
-    // two chunks and the decoded ids have to fit
-    let room = (blocks * BLOCK_TOKENS).saturating_sub(DECODES + 1) / 2;
-    let chunk = chunk.min(room).max(1);
+/// The far tokens attend to whatever the cache holds; nobody looks at what they say. A device's first step pays for
+/// what later ones find ready, and is not counted.
+pub fn calibrate(runner: &mut dyn StepRunner, chunk: usize, positions: usize) -> Result<(Speed, u64), RunError> {
+    let chunk = chunk.min(positions.saturating_sub(REPEATS)).max(1);
     let mut probe = Probe { runner, steps: 0, position: 0, blocks: 0, release: false };
-    probe.prompt(chunk, true)?;
-    let first = probe.prompt(chunk, true)?;
-    let second = probe.prompt(chunk, false)?;
+    probe.prompt(chunk, 0)?;
+    let first = probe.fastest_prompt(chunk, 0)?;
     let mut decode = f64::INFINITY;
-    for _ in 0..DECODES {
-        decode = decode.min(probe.run(Tokens::Sampled, false)?);
+    for _ in 0..REPEATS {
+        decode = decode.min(probe.run(Tokens::Sampled)?);
+    }
+    let farthest = positions.saturating_sub(chunk) / BLOCK_TOKENS * BLOCK_TOKENS;
+    let mut context = NEAR_CONTEXT.min(farthest);
+    let mut seconds_per_pair = 0.0;
+    while context > 0 {
+        let far = probe.fastest_prompt(chunk, context)?;
+        seconds_per_pair = ((far - first) / (chunk * context) as f64).max(0.0);
+        if context == farthest || far > first * (1.0 + VISIBLE) || far > LONG_STEP_SECONDS {
+            break;
+        }
+        context = (context * 4).min(farthest);
     }
     probe.submit(Step { release: vec![0], ..Step::default() })?;
-    // the first chunk has its pairs with itself (half of chunk^2), the second one chunk^2 more
     let tokens = chunk as f64;
-    let per_pair = ((second - first) / (tokens * tokens)).max(0.0);
-    let linear = (first - per_pair * tokens * tokens / 2.0).max(first * 0.1);
+    // the first chunk has its pairs with itself
+    let linear = (first - seconds_per_pair * tokens * tokens / 2.0).max(first * 0.1);
     let speed = Speed {
         prefill_tokens_per_second: tokens / linear.max(1e-9),
-        prefill_seconds_per_token_pair: per_pair,
+        prefill_seconds_per_token_pair: seconds_per_pair,
         decode_step_seconds: decode,
     };
     Ok((speed, probe.steps))
@@ -50,26 +65,36 @@ struct Probe<'a> {
 }
 
 impl Probe<'_> {
-    /// Computes the next `count` tokens of the prompt, or the first ones of a new sequence; seconds.
-    fn prompt(&mut self, count: usize, anew: bool) -> Result<f64, RunError> {
-        // ids below every vocabulary; which ones does not matter for the time
-        self.run(Tokens::Ids((0..count).map(|i| (i % 7) as u32).collect()), anew)
+    fn fastest_prompt(&mut self, count: usize, context: usize) -> Result<f64, RunError> {
+        let mut fastest = f64::INFINITY;
+        for _ in 0..REPEATS {
+            fastest = fastest.min(self.prompt(count, context)?);
+        }
+        Ok(fastest)
     }
 
-    fn run(&mut self, tokens: Tokens, anew: bool) -> Result<f64, RunError> {
+    /// Seconds of `count` tokens of a new sequence after `context` tokens, as if those had been found in the cache.
+    fn prompt(&mut self, count: usize, context: usize) -> Result<f64, RunError> {
         let mut step = Step::default();
-        if anew {
-            if std::mem::replace(&mut self.release, true) {
-                step.release.push(0);
-            }
-            (self.position, self.blocks) = (0, 0);
-            step.admit.push(Admission {
-                slot: 0,
-                sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-                prompt_ids: Vec::new(),
-                generated_ids: Vec::new(),
-            });
+        if std::mem::replace(&mut self.release, true) {
+            step.release.push(0);
         }
+        (self.position, self.blocks) = (context, 0);
+        step.admit.push(Admission {
+            slot: 0,
+            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+            prompt_ids: Vec::new(),
+            generated_ids: Vec::new(),
+        });
+        // ids below every vocabulary; which ones does not matter for the time
+        self.work(step, Tokens::Ids((0..count).map(|i| (i % 7) as u32).collect()))
+    }
+
+    fn run(&mut self, tokens: Tokens) -> Result<f64, RunError> {
+        self.work(Step::default(), tokens)
+    }
+
+    fn work(&mut self, mut step: Step, tokens: Tokens) -> Result<f64, RunError> {
         let start = self.position;
         self.position += tokens.count();
         let blocks = self.position.div_ceil(BLOCK_TOKENS);
@@ -110,11 +135,13 @@ mod tests {
             ..FakeOptions::default()
         };
         let mut runner = FakeRunner::new(options);
-        let (speed, steps) = calibrate(&mut runner, 1024, 100).unwrap();
-        assert_eq!(steps, 8);
+        let (speed, steps) = calibrate(&mut runner, 1024, 6_400).unwrap();
+        assert_eq!(steps, 11);
         // the machine may be slow, never fast
         let share = speed.prefill_tokens_per_second / 20_000.0;
         assert!(share < 1.3 && share > 0.2, "{speed:?}");
+        let share = speed.prefill_seconds_per_token_pair / 2e-7;
+        assert!(share > 0.5 && share < 2.0, "{speed:?}");
         assert!(speed.decode_step_seconds >= 0.0099 && speed.decode_step_seconds < 0.05, "{speed:?}");
         // and it runs on from there
         runner.submit(Step { id: steps + 1, ..Step::default() }).unwrap();
@@ -124,6 +151,6 @@ mod tests {
     #[test]
     fn a_tiny_cache_is_enough() {
         let mut runner = FakeRunner::new(FakeOptions { time_scale: 0.0, kv_blocks: 2, ..FakeOptions::default() });
-        assert!(calibrate(&mut runner, 4096, 2).is_ok());
+        assert!(calibrate(&mut runner, 4096, 128).is_ok());
     }
 }

@@ -43,7 +43,7 @@ impl Default for EngineOptions {
 impl EngineOptions {
     /// Rows of a step whose logits are wanted, at most: backends size their buffers by it.
     pub fn max_logit_rows(&self) -> usize {
-        self.max_num_seqs as usize + crate::schedule::MAX_SCORED_POSITIONS
+        (self.max_num_seqs as usize + crate::schedule::MAX_SCORED_POSITIONS).min(self.max_num_batched_tokens as usize)
     }
 }
 

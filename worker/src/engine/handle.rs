@@ -137,18 +137,15 @@ impl EngineHandle {
         let key = inner.next_key.fetch_add(1, Ordering::Relaxed);
         let sequence = Sequence::new(key, request, inner.config.max_model_len, events, place);
         if let Some(reason) = sequence.ended_elsewhere() {
-            sequence.events.started(v1::Started {
-                prompt_tokens: sequence.request.prompt_len as u32,
-                ..Default::default()
-            });
+            sequence
+                .events
+                .started(v1::Started { prompt_tokens: sequence.request.prompt_len as u32, ..Default::default() });
             sequence.events.end(Ok(sequence.finished(reason, Instant::now())));
             return Ok(stream);
         }
         match inner.commands.try_send(Command::Generate(Box::new(sequence))) {
             Ok(()) => Ok(stream),
-            Err(TrySendError::Full(_)) => {
-                Err(EngineError::Exhausted { waiting: inner.config.options.max_waiting })
-            }
+            Err(TrySendError::Full(_)) => Err(EngineError::Exhausted { waiting: inner.config.options.max_waiting }),
             Err(TrySendError::Disconnected(_)) => Err(self.gone()),
         }
     }
@@ -200,9 +197,9 @@ impl EngineHandle {
             return EngineHealth::Failed { reason };
         }
         match self.inner.progress.overdue() {
-            Some((step, overdue)) if overdue >= LOST_AFTER => EngineHealth::Failed {
-                reason: format!("step {step} is {} s overdue", overdue.as_secs()),
-            },
+            Some((step, overdue)) if overdue >= LOST_AFTER => {
+                EngineHealth::Failed { reason: format!("step {step} is {} s overdue", overdue.as_secs()) }
+            }
             Some((step, overdue)) if overdue >= STALLED_AFTER => EngineHealth::Stalled { step, overdue },
             _ if *self.inner.draining.borrow() => EngineHealth::Draining,
             _ => EngineHealth::Ready,

@@ -147,11 +147,7 @@ fn check_token_ids(request: &v1::GenerateRequest, config: &EngineConfig) -> Resu
     }
 }
 
-fn check_images(
-    images: &[v1::Image],
-    prompt_len: usize,
-    config: &EngineConfig,
-) -> Result<Vec<ImageSpan>, EngineError> {
+fn check_images(images: &[v1::Image], prompt_len: usize, config: &EngineConfig) -> Result<Vec<ImageSpan>, EngineError> {
     if !images.is_empty() && !config.images {
         return Err(EngineError::invalid("images", "this group takes no images"));
     }
@@ -184,13 +180,8 @@ fn check_sampling(sampling: v1::Sampling, config: &EngineConfig) -> Result<Sampl
         within("sampling.presence_penalty", sampling.presence_penalty, neutral.presence_penalty, -2.0, 2.0)?;
     let frequency_penalty =
         within("sampling.frequency_penalty", sampling.frequency_penalty, neutral.frequency_penalty, -2.0, 2.0)?;
-    let repetition_penalty = within(
-        "sampling.repetition_penalty",
-        sampling.repetition_penalty,
-        neutral.repetition_penalty,
-        0.01,
-        100.0,
-    )?;
+    let repetition_penalty =
+        within("sampling.repetition_penalty", sampling.repetition_penalty, neutral.repetition_penalty, 0.01, 100.0)?;
     at_most("sampling.logit_bias", "entries", sampling.logit_bias.len(), MAX_LOGIT_BIAS)?;
     let mut logit_bias: Vec<(u32, f32)> = sampling.logit_bias.into_iter().collect();
     logit_bias.sort_unstable_by_key(|(id, _)| *id);
@@ -214,13 +205,7 @@ fn check_sampling(sampling: v1::Sampling, config: &EngineConfig) -> Result<Sampl
     })
 }
 
-fn within(
-    field: &'static str,
-    value: Option<f32>,
-    neutral: f32,
-    least: f32,
-    most: f32,
-) -> Result<f32, EngineError> {
+fn within(field: &'static str, value: Option<f32>, neutral: f32, least: f32, most: f32) -> Result<f32, EngineError> {
     let value = value.unwrap_or(neutral);
     if (least..=most).contains(&value) {
         return Ok(value);

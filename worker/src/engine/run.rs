@@ -15,6 +15,10 @@ use super::step::{RunError, StepRunner};
 use super::watch::Watchers;
 use crate::schedule::Scheduler;
 
+/// While the steps in flight take longer than this, the next one is not made ahead: making it takes so much less
+/// that the device would not notice, and who comes meanwhile would wait for one more step.
+const LONG_STEPS_SECONDS: f64 = 0.1;
+
 /// What the loop is asked to do.
 pub(crate) enum Command {
     /// Run a sequence.
@@ -89,6 +93,9 @@ impl EngineLoop {
 
     fn submit_steps(&mut self, depth: usize) -> Result<(), RunError> {
         while self.scheduler.in_flight() < depth {
+            if self.scheduler.in_flight() > 0 && self.scheduler.predicted_seconds() > LONG_STEPS_SECONDS {
+                break;
+            }
             let Some(step) = self.scheduler.plan(Instant::now()) else { break };
             self.runner.submit(step)?;
             self.report_progress();

@@ -92,7 +92,11 @@ impl<B: Backend> ModelRunner<B> {
             return Err(format!("it has {} tokens, at most {} fit", batch.token_ids.len(), limits.step_tokens));
         }
         if batch.logit_rows.len() > limits.logit_rows {
-            return Err(format!("it wants {} rows of logits, at most {} fit", batch.logit_rows.len(), limits.logit_rows));
+            return Err(format!(
+                "it wants {} rows of logits, at most {} fit",
+                batch.logit_rows.len(),
+                limits.logit_rows
+            ));
         }
         Ok((batch, requests, Pending { id: step.id, ran: !step.work.is_empty(), prompts }))
     }

@@ -58,13 +58,7 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// Hashes the whole prompt: a few milliseconds for a very long one, on the caller's thread.
-    pub(crate) fn new(
-        key: u64,
-        mut request: Request,
-        max_model_len: u32,
-        events: EventSender,
-        place: Place,
-    ) -> Self {
+    pub(crate) fn new(key: u64, mut request: Request, max_model_len: u32, events: EventSender, place: Place) -> Self {
         let ids = std::mem::take(&mut request.token_ids);
         let mut chain = BlockChain::new(&request.salt, request.images.clone());
         let limit_len = (request.prompt_len + request.max_tokens as usize).min(max_model_len as usize);
@@ -205,13 +199,7 @@ impl Sequence {
 
 /// Logprobs as they go over the wire.
 pub(crate) fn to_proto(logprobs: &PositionLogprobs) -> v1::PositionLogprobs {
-    let token = |token: &TokenLogprob| v1::TokenLogprob {
-        token_id: token.token_id,
-        logprob: token.logprob,
-        rank: token.rank,
-    };
-    v1::PositionLogprobs {
-        chosen: Some(token(&logprobs.chosen)),
-        top: logprobs.top.iter().map(token).collect(),
-    }
+    let token =
+        |token: &TokenLogprob| v1::TokenLogprob { token_id: token.token_id, logprob: token.logprob, rank: token.rank };
+    v1::PositionLogprobs { chosen: Some(token(&logprobs.chosen)), top: logprobs.top.iter().map(token).collect() }
 }

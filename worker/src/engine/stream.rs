@@ -114,8 +114,7 @@ impl Buffer {
             return Some(Ok(Event::PromptLogprobs(logprobs)));
         }
         if !self.token_ids.is_empty() {
-            let limit =
-                if self.logprobs.is_empty() { MAX_TOKENS_IN_EVENT } else { MAX_SCORED_TOKENS_IN_EVENT };
+            let limit = if self.logprobs.is_empty() { MAX_TOKENS_IN_EVENT } else { MAX_SCORED_TOKENS_IN_EVENT };
             let count = self.token_ids.len().min(limit);
             let scored = self.logprobs.len().min(limit);
             return Some(Ok(Event::Tokens(v1::Tokens {

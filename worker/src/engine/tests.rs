@@ -85,10 +85,9 @@ async fn the_fake_echoes_and_recites() {
 async fn a_resumed_sequence_that_is_complete_only_ends() {
     let (engine, _) = start(fake());
     let prompt: Vec<u32> = (10..20).collect();
-    for (generated, max_tokens, reason) in [
-        (vec![10, 11, 2], 50, v1::FinishReason::Stop),
-        (vec![10, 11, 12], 3, v1::FinishReason::Length),
-    ] {
+    for (generated, max_tokens, reason) in
+        [(vec![10, 11, 2], 50, v1::FinishReason::Stop), (vec![10, 11, 12], 3, v1::FinishReason::Length)]
+    {
         let mut resumed = request(&prompt, max_tokens);
         resumed.token_ids.extend(&generated);
         resumed.generated_len = 3;
@@ -161,12 +160,7 @@ async fn images_are_checked_and_part_of_the_hash() {
     config.images = true;
     let (engine, _) = EngineHandle::start(config, Box::new(FakeRunner::new(options))).unwrap();
     let prompt: Vec<u32> = (100..300).collect();
-    let image = |hash: u8, offset, length| v1::Image {
-        hash: vec![hash; 16],
-        offset,
-        length,
-        ..Default::default()
-    };
+    let image = |hash: u8, offset, length| v1::Image { hash: vec![hash; 16], offset, length, ..Default::default() };
     let with = |images| v1::GenerateRequest { images, ..request(&prompt, 1) };
     for wrong in [
         vec![v1::Image { hash: vec![1; 15], ..image(1, 0, 5) }],
@@ -218,8 +212,7 @@ async fn a_group_that_dies_sends_everybody_elsewhere_and_says_why() {
         options.time_scale = 1.0;
         let (engine, thread) = start(options.clone());
         let prompt: Vec<u32> = (10..30).collect();
-        let streams: Vec<_> =
-            (0..20).map(|_| engine.generate(request(&prompt, 100)).unwrap()).collect();
+        let streams: Vec<_> = (0..20).map(|_| engine.generate(request(&prompt, 100)).unwrap()).collect();
         let mut watched = engine.watch("test".into()).await.ok();
         for stream in streams {
             let (ids, end) = all(stream).await;
@@ -348,6 +341,7 @@ async fn a_stalled_step_is_noticed() {
     progress.moved(3, 1, 60.0);
     assert_eq!(progress.overdue(), Some((3, Duration::ZERO)), "a long step has its time");
     progress.moved(4, 1, 0.0);
+    #[allow(clippy::disallowed_methods)]
     std::thread::sleep(Duration::from_millis(20));
     let (step, late) = progress.overdue().unwrap();
     assert!(step == 4 && late >= Duration::from_millis(19), "{late:?}");

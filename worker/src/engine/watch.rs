@@ -122,3 +122,46 @@ impl Watchers {
         self.watchers.retain_mut(|watcher| watcher.tell(epoch, event.clone()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{EngineConfig, EngineOptions};
+
+    #[test]
+    fn who_does_not_read_is_cut_off_and_the_others_are_not() {
+        let fake = crate::backend::fake::FakeOptions::default();
+        let mut scheduler = Scheduler::new(EngineConfig {
+            options: EngineOptions::default(),
+            epoch: 1,
+            kv_blocks: 16,
+            max_model_len: 1_024,
+            vocabulary_size: 10,
+            eos_ids: Vec::new(),
+            images: false,
+            speed: fake.speed(),
+            steps_run: 0,
+        });
+        let mut watchers = Watchers::new(1);
+        let mut lazy = watchers.add("lazy".into(), &mut scheduler);
+        let mut eager = watchers.add("eager".into(), &mut scheduler);
+        let mut heard = 0;
+        for turn in 0..2 * CAPACITY {
+            let state = if turn % 2 == 0 { v1::State::Draining } else { v1::State::Ready };
+            watchers.set_state(state);
+            while let Ok(event) = eager.try_recv() {
+                heard += 1;
+                assert_eq!(event.sequence, heard, "no gap");
+            }
+        }
+        assert_eq!(heard as usize, 2 * CAPACITY + 3);
+        assert_eq!(watchers.watchers.len(), 1);
+        let mut left = 0;
+        while let Ok(event) = lazy.try_recv() {
+            left += 1;
+            assert_eq!(event.sequence, left);
+        }
+        assert_eq!(left as usize, CAPACITY + 1);
+        assert!(lazy.is_closed(), "then its stream ends");
+    }
+}

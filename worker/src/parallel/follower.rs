@@ -225,18 +225,17 @@ async fn connect(
         let local_ranks: Vec<usize> = local_ranks.collect();
         let deadline = Instant::now() + timeouts.join;
         let timeout = timeouts.collective;
-        connect_mesh(&listener, &MeshOptions { local_ranks: &local_ranks, addresses: &addresses, key, deadline, timeout })
+        connect_mesh(
+            &listener,
+            &MeshOptions { local_ranks: &local_ranks, addresses: &addresses, key, deadline, timeout },
+        )
     })
     .await
     .map_err(|error: CollectiveError| StartError::Collective(error))?;
     Ok(meshes.into_iter().map(|rank| Box::new(rank) as Box<dyn Collective>).collect())
 }
 
-async fn send_heartbeats(
-    sender: mpsc::Sender<FromFollower>,
-    options: FollowerOptions,
-    progress: Arc<GroupProgress>,
-) {
+async fn send_heartbeats(sender: mpsc::Sender<FromFollower>, options: FollowerOptions, progress: Arc<GroupProgress>) {
     loop {
         let steps = progress.steps();
         let ranks = options.member.local_ranks.clone();

@@ -84,7 +84,9 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
     let LeaderOptions { member, epoch, limits, peers } = options;
     if member.local_ranks.start != 0 || member.local_ranks.is_empty() || member.local_ranks.end > member.ranks {
         let (local, ranks) = (&member.local_ranks, member.ranks);
-        return Err(StartError::Options(format!("the leader holds rank 0 and the next ones of {ranks}, not {local:?}")));
+        return Err(StartError::Options(format!(
+            "the leader holds rank 0 and the next ones of {ranks}, not {local:?}"
+        )));
     }
     if limits.model_len == 0 || limits.step_tokens == 0 || limits.sequences == 0 || limits.logit_rows == 0 {
         return Err(StartError::Options(format!("no limit may be 0: {limits:?}")));
@@ -274,8 +276,10 @@ impl GroupRunner {
 
     fn spread(&self, step: &Step) -> Result<(), RunError> {
         if let Some(remotes) = &self.remotes {
-            let encoded = postcard::to_allocvec(step)
-                .map_err(|error| RunError::Invalid { step: step.id, reason: format!("it can't be encoded: {error}") })?;
+            let encoded = postcard::to_allocvec(step).map_err(|error| RunError::Invalid {
+                step: step.id,
+                reason: format!("it can't be encoded: {error}"),
+            })?;
             let message = bora_proto::v1::Step { id: step.id, encoded: Bytes::from(encoded) };
             remotes.send_to_all(&from_leader::Message::Step(message))?;
         }

@@ -93,11 +93,7 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self {
-            join: Duration::from_secs(300),
-            heartbeat: Duration::from_secs(5),
-            collective: Duration::from_secs(30),
-        }
+        Self { join: Duration::from_secs(300), heartbeat: Duration::from_secs(5), collective: Duration::from_secs(30) }
     }
 }
 

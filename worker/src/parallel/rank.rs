@@ -71,10 +71,7 @@ pub(super) struct Loading<'a> {
 
 impl Loading<'_> {
     /// Loads the ranks that the collectives belong to, all at once. The first failure frees the others.
-    pub(super) fn load_all(
-        &self,
-        collectives: Vec<Box<dyn Collective>>,
-    ) -> Result<Vec<Box<dyn LoadedRank>>, RunError> {
+    pub(super) fn load_all(&self, collectives: Vec<Box<dyn Collective>>) -> Result<Vec<Box<dyn LoadedRank>>, RunError> {
         for collective in &collectives {
             self.fault.watch_over(collective.aborter());
         }
@@ -100,9 +97,8 @@ impl Loading<'_> {
         work: impl Fn(T) -> (usize, Result<R, BackendError>) + Sync,
     ) -> Result<Vec<R>, RunError> {
         let first_rank = self.options.local_ranks.start;
-        let failed = |rank: usize, reason: String| {
-            self.fault.fail(RunError::Device { rank: rank as u32, step: 0, reason })
-        };
+        let failed =
+            |rank: usize, reason: String| self.fault.fail(RunError::Device { rank: rank as u32, step: 0, reason });
         std::thread::scope(|scope| {
             let work = &work;
             let threads: Vec<_> = inputs

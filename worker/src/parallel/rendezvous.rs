@@ -271,9 +271,10 @@ impl Rendezvous {
     /// Where each remote rank's process listens for the collective.
     pub(super) fn collective_addresses(&self) -> Vec<(u32, String)> {
         let state = self.state();
-        let addresses = state.members.iter().flat_map(|member| {
-            member.ranks.iter().map(|rank| (*rank, member.collective_address.clone()))
-        });
+        let addresses = state
+            .members
+            .iter()
+            .flat_map(|member| member.ranks.iter().map(|rank| (*rank, member.collective_address.clone())));
         addresses.collect()
     }
 

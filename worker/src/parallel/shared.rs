@@ -88,7 +88,10 @@ impl SharedRank {
         if found == own {
             return Ok(());
         }
-        Err(CollectiveError::OutOfStep { rank, reason: format!("it brought {found} numbers, rank {} {own}", self.rank) })
+        Err(CollectiveError::OutOfStep {
+            rank,
+            reason: format!("it brought {found} numbers, rank {} {own}", self.rank),
+        })
     }
 }
 
@@ -180,10 +183,8 @@ mod tests {
     fn run<R: Send>(ranks: usize, timeout: Duration, work: impl Fn(SharedRank) -> R + Sync) -> Vec<R> {
         std::thread::scope(|scope| {
             let work = &work;
-            let threads: Vec<_> = SharedRank::group(ranks, timeout)
-                .into_iter()
-                .map(|rank| scope.spawn(move || work(rank)))
-                .collect();
+            let threads: Vec<_> =
+                SharedRank::group(ranks, timeout).into_iter().map(|rank| scope.spawn(move || work(rank))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         })
     }

@@ -54,9 +54,11 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
     }
     listener.set_nonblocking(true).map_err(|error| listener_failed(options, &error))?;
     loop {
-        let missing = options.local_ranks.iter().enumerate().find_map(|(local, rank)| {
-            (rank + 1..ranks).find(|peer| streams[local][*peer].is_none())
-        });
+        let missing = options
+            .local_ranks
+            .iter()
+            .enumerate()
+            .find_map(|(local, rank)| (rank + 1..ranks).find(|peer| streams[local][*peer].is_none()));
         let Some(missing) = missing else { break };
         match listener.accept() {
             Ok((stream, _)) => {

@@ -55,9 +55,8 @@ fn most_likely(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
         if best.len() == count && best.last().is_some_and(|(_, last)| logit <= *last) {
             continue;
         }
-        let place = best.partition_point(|(_, listed)| {
-            listed.partial_cmp(&logit).unwrap_or(Ordering::Equal) != Ordering::Less
-        });
+        let place =
+            best.partition_point(|(_, listed)| listed.partial_cmp(&logit).unwrap_or(Ordering::Equal) != Ordering::Less);
         best.insert(place, (id, logit));
         best.truncate(count);
     }

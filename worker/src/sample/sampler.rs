@@ -28,12 +28,8 @@ pub struct SlotState {
 impl SlotState {
     /// A sequence begins, or is resumed with the ids that it generated elsewhere.
     pub fn new(params: &SamplingParams, prompt_ids: &[u32], generated_ids: &[u32]) -> Self {
-        let mut state = Self {
-            params: params.clone(),
-            prompt_ids: HashSet::new(),
-            generated: HashMap::new(),
-            generated_len: 0,
-        };
+        let mut state =
+            Self { params: params.clone(), prompt_ids: HashSet::new(), generated: HashMap::new(), generated_len: 0 };
         if params.repetition_penalty != 1.0 {
             state.prompt_ids.extend(prompt_ids);
         }
@@ -49,11 +45,8 @@ impl SlotState {
         check(logits, position)?;
         let raw = self.params.logprobs.map(|top| (top, logits.to_vec()));
         self.adjust(logits);
-        let token_id = if self.params.temperature < GREEDY_BELOW {
-            largest(logits)
-        } else {
-            self.draw_random(logits, position)
-        };
+        let token_id =
+            if self.params.temperature < GREEDY_BELOW { largest(logits) } else { self.draw_random(logits, position) };
         // bias and masks can leave nothing to draw from
         let token_id = token_id.ok_or(SequenceFault::NotANumber { position })?;
         self.remember(token_id);

@@ -129,12 +129,7 @@ fn end_ids_are_masked_until_min_tokens_were_generated() {
 #[test]
 fn what_is_not_a_number_is_a_fault_of_this_sequence() {
     let fault = Err(SequenceFault::NotANumber { position: 7 });
-    for logits in [
-        vec![0.0, f32::NAN],
-        vec![0.0, f32::INFINITY],
-        vec![f32::NEG_INFINITY; 3],
-        vec![],
-    ] {
+    for logits in [vec![0.0, f32::NAN], vec![0.0, f32::INFINITY], vec![f32::NEG_INFINITY; 3], vec![]] {
         for params in [greedy(), SamplingParams::default()] {
             assert_eq!(SlotState::new(&params, &[], &[]).draw(&mut logits.clone(), 7), fault, "{logits:?}");
         }

@@ -78,8 +78,7 @@ impl Scheduler {
         let Some(lease) = self.cache.admit(cacheable, sequence.blocks_needed()) else {
             return Verdict::NoRoom;
         };
-        let (Some(slot), Some(mut sequence)) =
-            (self.free_slots.pop(), self.waiting[class as usize].remove(index))
+        let (Some(slot), Some(mut sequence)) = (self.free_slots.pop(), self.waiting[class as usize].remove(index))
         else {
             self.cache.release(lease);
             return Verdict::NoRoom;
@@ -110,9 +109,7 @@ impl Scheduler {
             .order
             .iter()
             .copied()
-            .filter(|slot| {
-                self.slots[*slot as usize].as_ref().is_some_and(|sequence| sequence.events.is_closed())
-            })
+            .filter(|slot| self.slots[*slot as usize].as_ref().is_some_and(|sequence| sequence.events.is_closed()))
             .collect();
         for slot in abandoned {
             if let Some(sequence) = self.remove(slot) {

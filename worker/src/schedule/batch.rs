@@ -37,12 +37,13 @@ impl Scheduler {
         }
         let (chunks, prediction) = self.budget.share(decoding.len(), context_sum, candidates);
         self.last_step += 1;
-        let mut step =
-            Step { id: self.last_step, release: std::mem::take(&mut self.releases), ..Default::default() };
+        let mut step = Step { id: self.last_step, release: std::mem::take(&mut self.releases), ..Default::default() };
         let mut works = Vec::with_capacity(decoding.len() + chunks.len());
-        for (slot, tokens) in decoding.into_iter().map(|slot| (slot, None)).chain(
-            chunks.into_iter().map(|(slot, tokens)| (slot, Some(tokens))),
-        ) {
+        for (slot, tokens) in decoding
+            .into_iter()
+            .map(|slot| (slot, None))
+            .chain(chunks.into_iter().map(|(slot, tokens)| (slot, Some(tokens))))
+        {
             let Some(sequence) = self.slots[slot as usize].as_mut() else { continue };
             if !sequence.admitted_on_ranks {
                 sequence.admitted_on_ranks = true;

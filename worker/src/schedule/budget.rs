@@ -127,9 +127,7 @@ impl StepBudget {
     /// Tokens of a prompt that fit into what is left; ends at a block's end where it does not end the
     /// prompt, so that the block can be shared at once.
     fn chunk(&self, candidate: &Candidate, rest: Rest) -> usize {
-        let in_time = self
-            .cost
-            .prefill_tokens_within(rest.seconds / self.prefill_correction, candidate.context as u64);
+        let in_time = self.cost.prefill_tokens_within(rest.seconds / self.prefill_correction, candidate.context as u64);
         let mut tokens = usize::try_from(in_time).unwrap_or(usize::MAX).min(rest.tokens);
         if candidate.scored {
             tokens = tokens.min(rest.scored);

@@ -1,11 +1,8 @@
 use super::*;
 
 fn budget() -> StepBudget {
-    let speed = Speed {
-        prefill_tokens_per_second: 20_000.0,
-        prefill_seconds_per_token_pair: 1e-9,
-        decode_step_seconds: 0.010,
-    };
+    let speed =
+        Speed { prefill_tokens_per_second: 20_000.0, prefill_seconds_per_token_pair: 1e-9, decode_step_seconds: 0.010 };
     StepBudget::new(&speed, &EngineOptions::default())
 }
 

@@ -42,17 +42,9 @@ impl Scheduler {
         Ok(())
     }
 
-    fn take_in(
-        &mut self,
-        work: &FlightWork,
-        scored: Option<PromptOutput>,
-        sampled: Option<Sampled>,
-        now: Instant,
-    ) {
+    fn take_in(&mut self, work: &FlightWork, scored: Option<PromptOutput>, sampled: Option<Sampled>, now: Instant) {
         // a sequence that ended meanwhile: this was its overrun
-        let Some(sequence) =
-            self.slots[work.slot as usize].as_mut().filter(|sequence| sequence.key == work.key)
-        else {
+        let Some(sequence) = self.slots[work.slot as usize].as_mut().filter(|sequence| sequence.key == work.key) else {
             return;
         };
         if let Some(scored) = scored {

@@ -34,9 +34,20 @@ fn arrival() -> impl Strategy<Value = Arrival> {
         (0usize..4, 0u32..3, 0usize..260, 1usize..40, 1u32..60, 0u64..2),
         (any::<bool>(), prop::bool::weighted(0.15), prop::option::weighted(0.2, 0usize..30), any::<bool>()),
     )
-        .prop_map(|((after, family, common, own, max_tokens, seed), (batch, scored, leaves_after, slow_reader))| {
-            Arrival { after, family, common, own, max_tokens, seed, batch, scored, leaves_after, slow_reader }
-        })
+        .prop_map(
+            |((after, family, common, own, max_tokens, seed), (batch, scored, leaves_after, slow_reader))| Arrival {
+                after,
+                family,
+                common,
+                own,
+                max_tokens,
+                seed,
+                batch,
+                scored,
+                leaves_after,
+                slow_reader,
+            },
+        )
 }
 
 fn prompt(arrival: &Arrival, index: usize) -> Vec<u32> {
@@ -106,13 +117,8 @@ fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), 
         let Some(stream) = caller.stream.as_mut() else { continue };
         caller.heard.listen(stream);
         let arrival = &caller.arrival;
-        let (ids, reason) = expected(
-            &caller.prompt,
-            caller.prompt.len(),
-            arrival.seed,
-            arrival.max_tokens as usize,
-            config,
-        );
+        let (ids, reason) =
+            expected(&caller.prompt, caller.prompt.len(), arrival.seed, arrival.max_tokens as usize, config);
         prop_assert_eq!(&caller.heard.ids, &ids, "{:?}", arrival);
         let finished = caller.heard.finished();
         prop_assert_eq!(finished.reason(), reason);

@@ -3,8 +3,8 @@
 use bora_proto::v1::{self, FinishReason};
 
 use super::harness::{Harness, Heard, config, expected, request};
-use crate::engine::{EngineError, EventStream};
 use crate::engine::step::Tokens;
+use crate::engine::{EngineError, EventStream};
 
 fn ids(seed: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| 3 + (seed.wrapping_mul(7_919) + i * 31) % 900).collect()
@@ -109,8 +109,7 @@ fn a_long_prompt_comes_in_chunks_between_which_streams_go_on() {
     }
     let chunks = &harness.steps[first..];
     assert!(chunks.len() > 5);
-    let streams_go_on =
-        chunks.iter().all(|step| step.work.first().is_some_and(|work| work.tokens == Tokens::Sampled));
+    let streams_go_on = chunks.iter().all(|step| step.work.first().is_some_and(|work| work.tokens == Tokens::Sampled));
     assert!(streams_go_on, "decode first, in every step");
     assert_eq!(hear(&mut streaming).ids.len(), harness.steps.len(), "a token a step");
 }
@@ -120,10 +119,8 @@ fn the_big_one_at_the_head_is_not_overtaken_and_batch_comes_last() {
     let mut harness = Harness::new(config(10), 1);
     let mut running = harness.generate(request(ids(1, 65), 128)); // 3 blocks
     harness.turn();
-    let mut batch = harness.generate(v1::GenerateRequest {
-        priority: v1::Priority::Batch.into(),
-        ..request(ids(2, 10), 5)
-    });
+    let mut batch =
+        harness.generate(v1::GenerateRequest { priority: v1::Priority::Batch.into(), ..request(ids(2, 10), 5) });
     let mut big = harness.generate(request(ids(3, 500), 50)); // 9 blocks
     let mut small = harness.generate(request(ids(4, 10), 5));
     harness.turn();
@@ -159,8 +156,7 @@ fn a_resumed_sequence_equals_an_undisturbed_one() {
                 ..request(token_ids, 80)
             };
             if cut == whole.len() {
-                let checked =
-                    crate::engine::request::Request::check(resumed.clone(), &harness.config).unwrap();
+                let checked = crate::engine::request::Request::check(resumed.clone(), &harness.config).unwrap();
                 assert_eq!(checked.prompt_len, 200);
                 continue; // answered without the scheduler: see the engine's tests
             }
@@ -212,8 +208,8 @@ fn prompt_logprobs_cover_the_prompt_and_need_no_output() {
         harness.settle();
         drop(hear(&mut warm));
         let logprobs = v1::Logprobs { prompt_top: Some(2), top: Some(1) };
-        let mut stream = harness
-            .generate(v1::GenerateRequest { logprobs: Some(logprobs), ..request(prompt.clone(), max_tokens) });
+        let mut stream =
+            harness.generate(v1::GenerateRequest { logprobs: Some(logprobs), ..request(prompt.clone(), max_tokens) });
         harness.settle();
         let heard = hear(&mut stream);
         let mut next = 1;
@@ -285,8 +281,7 @@ fn batch_prefill_is_hurried_when_an_interactive_sequence_needs_it() {
     harness.turn();
     let mut urgent = harness.generate(request(shared, 1));
     // others that would always go before a batch sequence
-    let mut others: Vec<EventStream> =
-        (0..4).map(|i| harness.generate(request(ids(50 + i, 4_000), 1))).collect();
+    let mut others: Vec<EventStream> = (0..4).map(|i| harness.generate(request(ids(50 + i, 4_000), 1))).collect();
     let mut heard = Heard::default();
     while heard.end.is_none() {
         assert!(harness.turn());

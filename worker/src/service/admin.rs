@@ -54,10 +54,7 @@ impl Admin for AdminService {
         }))
     }
 
-    async fn flush_cache(
-        &self,
-        _: Request<v1::FlushCacheRequest>,
-    ) -> Result<Response<v1::FlushCacheResponse>, Status> {
+    async fn flush_cache(&self, _: Request<v1::FlushCacheRequest>) -> Result<Response<v1::FlushCacheResponse>, Status> {
         let blocks = self.host.group()?.engine.flush().await?;
         tracing::info!(blocks, "cache flushed");
         Ok(Response::new(v1::FlushCacheResponse { blocks }))

@@ -26,10 +26,7 @@ type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Inference for InferenceService {
     type GenerateStream = GenerateStream;
 
-    async fn generate(
-        &self,
-        request: Request<v1::GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = deadline(request.metadata())?;
         let request = request.into_inner();
         tracing::debug!(
@@ -45,20 +42,14 @@ impl Inference for InferenceService {
 
     type WatchStream = BoxStream<v1::GroupEvent>;
 
-    async fn watch(
-        &self,
-        request: Request<v1::WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let events = self.host.group()?.engine.watch(request.into_inner().watcher).await?;
         let stopping = self.stopping.clone().cancelled_owned();
         let stream = ReceiverStream::new(events).map(Ok).take_until(stopping);
         Ok(Response::new(Box::pin(stream)))
     }
 
-    async fn describe(
-        &self,
-        _: Request<v1::DescribeRequest>,
-    ) -> Result<Response<v1::DescribeResponse>, Status> {
+    async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
         let record_json = serde_json::to_string(&self.host.group()?.record())
             .map_err(|error| Status::internal(format!("group record: {error}")))?;
         Ok(Response::new(v1::DescribeResponse { record_json }))

@@ -192,13 +192,9 @@ impl Weights {
         let width = self.config.hidden_size;
         match &self.origin {
             Origin::Files { .. } => self.rectangle(part, 0..1, 0..width, width, RowOrder::Plain),
-            Origin::Random { .. } => Slice {
-                name: "dummy norm",
-                dtype: Dtype::Bf16,
-                rows: 1,
-                columns: width,
-                source: Source::Constant(1.0),
-            },
+            Origin::Random { .. } => {
+                Slice { name: "dummy norm", dtype: Dtype::Bf16, rows: 1, columns: width, source: Source::Constant(1.0) }
+            }
         }
     }
 
@@ -228,8 +224,7 @@ impl Weights {
                 }
             }
             Origin::Random { seed } => {
-                let fp8 =
-                    self.config.quantization == Quantization::Fp8Static && matches!(part, Part::Weight(_, _));
+                let fp8 = self.config.quantization == Quantization::Fp8Static && matches!(part, Part::Weight(_, _));
                 let mut fill = dummy::fill(*seed, part, fp8, tensor_columns);
                 fill.first_row = rows.start;
                 fill.first_column = columns.start;
@@ -258,10 +253,8 @@ impl Weights {
         let Origin::Files { tensors, files, .. } = &self.origin else { return Ok(()) };
         let config = &self.config;
         let width = config.hidden_size;
-        let mut expected: Vec<(Part, Vec<usize>)> = vec![
-            (Part::Embedding, vec![config.vocab_size, width]),
-            (Part::FinalNorm, vec![width]),
-        ];
+        let mut expected: Vec<(Part, Vec<usize>)> =
+            vec![(Part::Embedding, vec![config.vocab_size, width]), (Part::FinalNorm, vec![width])];
         // a tied checkpoint may hold the head as well; it must then at least fit
         if !self.tied || tensors.contains_key(&Part::Head) {
             expected.push((Part::Head, vec![config.vocab_size, width]));
@@ -320,7 +313,8 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, WeightError> {
     if single.is_file() {
         return Ok(vec![single]);
     }
-    let unreadable = |error: std::io::Error| WeightError::Unreadable { path: folder.to_owned(), reason: error.to_string() };
+    let unreadable =
+        |error: std::io::Error| WeightError::Unreadable { path: folder.to_owned(), reason: error.to_string() };
     let mut consolidated = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(unreadable)? {
         let entry = entry.map_err(unreadable)?;
@@ -358,7 +352,8 @@ fn indexed_files(folder: &Path, path: &Path, text: &str) -> Result<Vec<PathBuf>,
 }
 
 fn map(path: &Path) -> Result<Mmap, WeightError> {
-    let unreadable = |error: std::io::Error| WeightError::Unreadable { path: path.to_owned(), reason: error.to_string() };
+    let unreadable =
+        |error: std::io::Error| WeightError::Unreadable { path: path.to_owned(), reason: error.to_string() };
     let file = std::fs::File::open(path).map_err(unreadable)?;
     // SAFETY: the map is read-only, and checkpoints are written once and replaced whole, never changed in
     // place; an operator who truncates one under a running server ends it (SIGBUS), as with any loader.
@@ -367,8 +362,7 @@ fn map(path: &Path) -> Result<Mmap, WeightError> {
 
 fn read_header(path: &Path, map: &Mmap, file: usize) -> Result<Vec<Tensor>, WeightError> {
     let unreadable = |reason: String| WeightError::Unreadable { path: path.to_owned(), reason };
-    let (header_length, metadata) =
-        SafeTensors::read_metadata(map).map_err(|error| unreadable(error.to_string()))?;
+    let (header_length, metadata) = SafeTensors::read_metadata(map).map_err(|error| unreadable(error.to_string()))?;
     let data_start = 8 + header_length;
     let mut tensors = Vec::new();
     for (name, info) in metadata.tensors() {
@@ -387,7 +381,13 @@ fn read_header(path: &Path, map: &Mmap, file: usize) -> Result<Vec<Tensor>, Weig
         if end - start != length || data_start + end > map.len() {
             return Err(unreadable(format!("tensor `{name}` does not fit its shape or the file")));
         }
-        tensors.push(Tensor { name, file, bytes: data_start + start..data_start + end, dtype, shape: info.shape.clone() });
+        tensors.push(Tensor {
+            name,
+            file,
+            bytes: data_start + start..data_start + end,
+            dtype,
+            shape: info.shape.clone(),
+        });
     }
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(tensors)

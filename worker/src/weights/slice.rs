@@ -260,8 +260,7 @@ mod tests {
 
     #[test]
     fn random_numbers_depend_on_the_place_alone() {
-        let whole =
-            RandomFill { key: 7, tensor_columns: 300, first_row: 0, first_column: 0, deviation: 2.0 };
+        let whole = RandomFill { key: 7, tensor_columns: 300, first_row: 0, first_column: 0, deviation: 2.0 };
         let part = RandomFill { first_row: 10, first_column: 20, ..whole };
         assert_eq!(whole.value(13, 25), part.value(3, 5));
         let numbers: Vec<f32> = (0..200).flat_map(|row| (0..300).map(move |column| whole.value(row, column))).collect();

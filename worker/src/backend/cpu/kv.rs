@@ -65,7 +65,9 @@ impl Numbers {
     fn append_to(&self, start: usize, count: usize, out: &mut Vec<f32>) {
         match self {
             Numbers::F32(all) => out.extend_from_slice(&all[start..start + count]),
-            Numbers::Bf16(all) => out.extend(all[start..start + count].iter().map(|bits| bf16::from_bits(*bits).to_f32())),
+            Numbers::Bf16(all) => {
+                out.extend(all[start..start + count].iter().map(|bits| bf16::from_bits(*bits).to_f32()))
+            }
         }
     }
 }

@@ -20,8 +20,8 @@ use crate::model::KvShape;
 use crate::sample::{SlotState, score};
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
-pub use kv::KvDtype;
 use kv::KvCache;
+pub use kv::KvDtype;
 use linear::Linear;
 
 /// How the CPU backend computes.

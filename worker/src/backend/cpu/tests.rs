@@ -53,8 +53,7 @@ fn fp8_linear_equals_the_reference() {
         }),
     };
     let input = Activations { numbers: numbers(&goldens, "lin_x"), columns: inputs };
-    let rounded: Vec<u8> =
-        input.numbers.iter().map(|x| e4m3::encode(x / shard.scales.unwrap().input)).collect();
+    let rounded: Vec<u8> = input.numbers.iter().map(|x| e4m3::encode(x / shard.scales.unwrap().input)).collect();
     assert_eq!(rounded, goldens.tensor("lin_xq").unwrap().data());
     for (mode, name) in [(Fp8Mode::W8A8, "lin_y_w8a8"), (Fp8Mode::Dequantized, "lin_y_dequant")] {
         let linear = Linear::load(&[shard.clone(), shard.clone()], mode).unwrap();
@@ -64,7 +63,10 @@ fn fp8_linear_equals_the_reference() {
                 let start = row * output.columns + copy * outputs;
                 for (ours, expected) in output.numbers[start..start + outputs].iter().zip(expected) {
                     // the order of a float32 sum is free; its terms are exact
-                    assert!((ours - expected).abs() <= 2e-6 * expected.abs().max(1.0), "{name}: {ours}, not {expected}");
+                    assert!(
+                        (ours - expected).abs() <= 2e-6 * expected.abs().max(1.0),
+                        "{name}: {ours}, not {expected}"
+                    );
                 }
             }
         }

@@ -16,10 +16,8 @@ pub(super) type Address = sys::CUdeviceptr;
 /// Turns a driver error into the backend's.
 pub(super) fn during(doing: &str) -> impl Fn(result::DriverError) -> BackendError + '_ {
     move |error| {
-        let text = error.error_string().map_or_else(
-            |_| format!("{error:?}"),
-            |text| text.to_string_lossy().into_owned(),
-        );
+        let text =
+            error.error_string().map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned());
         BackendError::Device(format!("{doing}: {text}"))
     }
 }
@@ -42,24 +40,18 @@ unsafe impl Send for Device {}
 impl Device {
     /// Opens GPU number `ordinal`.
     pub(super) fn open(ordinal: usize) -> Result<Self, CudaUnavailable> {
-        libraries::load("libcuda.so.1", "none")
-            .map_err(|reason| CudaUnavailable::NoDriver { reason })?;
+        libraries::load("libcuda.so.1", "none").map_err(|reason| CudaUnavailable::NoDriver { reason })?;
         let refused = |error: result::DriverError| CudaUnavailable::Refused {
-            reason: error.error_string().map_or_else(
-                |_| format!("{error:?}"),
-                |text| text.to_string_lossy().into_owned(),
-            ),
+            reason: error
+                .error_string()
+                .map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned()),
         };
         result::init().map_err(refused)?;
         let mut version = 0;
         // SAFETY: the pointer is to a live integer.
-        unsafe { sys::cuDriverGetVersion(&raw mut version) }
-            .result()
-            .map_err(refused)?;
+        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(refused)?;
         if version < 13_000 {
-            return Err(CudaUnavailable::OldDriver {
-                found: format!("{}.{}", version / 1000, version % 1000 / 10),
-            });
+            return Err(CudaUnavailable::OldDriver { found: format!("{}.{}", version / 1000, version % 1000 / 10) });
         }
         let count = result::device::get_count().map_err(refused)? as usize;
         if ordinal >= count {
@@ -68,42 +60,28 @@ impl Device {
         let device = result::device::get(ordinal as i32).map_err(refused)?;
         let name = result::device::get_name(device).map_err(refused)?;
         // SAFETY: `device` came from the driver.
-        let attribute =
-            |which| unsafe { result::device::get_attribute(device, which) }.map_err(refused);
+        let attribute = |which| unsafe { result::device::get_attribute(device, which) }.map_err(refused);
         use sys::CUdevice_attribute as Attribute;
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         if major < 9 || shared < 232_448 {
-            return Err(CudaUnavailable::OldDevice {
-                name,
-                capability: format!("{major}.{minor}"),
-            });
+            return Err(CudaUnavailable::OldDevice { name, capability: format!("{major}.{minor}") });
         }
-        let multiprocessors =
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         // SAFETY: `device` came from the driver; the primary context lives until `drop` releases it.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(refused)?;
         // SAFETY: the context is live.
         unsafe { result::ctx::set_current(context) }.map_err(refused)?;
-        let stream =
-            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(refused)?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(refused)?;
         let hopper = (major, minor) == (9, 0);
-        Ok(Self {
-            stream,
-            multiprocessors,
-            hopper,
-            name,
-            ordinal: device,
-            context,
-        })
+        Ok(Self { stream, multiprocessors, hopper, name, ordinal: device, context })
     }
 
     /// Binds the context to the calling thread.
     pub(super) fn make_current(&self) -> Result<()> {
         // SAFETY: the context is live as long as self.
-        unsafe { result::ctx::set_current(self.context) }
-            .map_err(during("binding the GPU to a thread"))
+        unsafe { result::ctx::set_current(self.context) }.map_err(during("binding the GPU to a thread"))
     }
 
     /// Waits until everything submitted is done.
@@ -134,15 +112,13 @@ impl Device {
     /// Copies from pinned memory without waiting.
     pub(super) fn upload_async(&self, target: Address, pinned: &[u8]) -> Result<()> {
         // SAFETY: target as in `upload`; the caller keeps the pinned bytes until an event after this copy.
-        unsafe { result::memcpy_htod_async(target, pinned, self.stream) }
-            .map_err(during("uploading a step"))
+        unsafe { result::memcpy_htod_async(target, pinned, self.stream) }.map_err(during("uploading a step"))
     }
 
     /// Copies into pinned memory without waiting.
     pub(super) fn download_async(&self, pinned: &mut [u8], source: Address) -> Result<()> {
         // SAFETY: source as in `download`; the caller reads the pinned bytes after an event behind this copy.
-        unsafe { result::memcpy_dtoh_async(pinned, source, self.stream) }
-            .map_err(during("reading results"))
+        unsafe { result::memcpy_dtoh_async(pinned, source, self.stream) }.map_err(during("reading results"))
     }
 
     /// Fills memory with a byte, ordered with the stream.
@@ -156,16 +132,14 @@ impl Device {
     pub(super) fn begin_capture(&self) -> Result<()> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is live and not capturing: captures don't nest here.
-        unsafe { result::stream::begin_capture(self.stream, mode) }
-            .map_err(during("beginning a graph"))
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(during("beginning a graph"))
     }
 
     /// Ends the recording. To be called whether or not what was recorded succeeded.
     pub(super) fn end_capture(&self) -> Result<Graph> {
         // SAFETY: a capture was begun; the graph is destroyed once, after the executable was made of it.
         unsafe {
-            let graph =
-                result::stream::end_capture(self.stream).map_err(during("ending a graph"))?;
+            let graph = result::stream::end_capture(self.stream).map_err(during("ending a graph"))?;
             let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             result::graph::destroy(graph).map_err(during("dropping a graph"))?;
             let executable = executable.map_err(during("making a graph executable"))?;
@@ -177,8 +151,7 @@ impl Device {
     /// Runs a graph.
     pub(super) fn replay(&self, graph: &Graph) -> Result<()> {
         // SAFETY: both are live; whatever the graph's kernels read lives as long as the backend.
-        unsafe { result::graph::launch(graph.executable, self.stream) }
-            .map_err(during("replaying a graph"))
+        unsafe { result::graph::launch(graph.executable, self.stream) }.map_err(during("replaying a graph"))
     }
 }
 
@@ -216,10 +189,7 @@ impl Buffer {
     pub(super) fn new(bytes: usize, what: &str) -> Result<Self> {
         // SAFETY: a context is current; the size is not 0.
         match unsafe { result::malloc_sync(bytes.max(256)) } {
-            Ok(address) => Ok(Self {
-                address,
-                bytes: bytes.max(256),
-            }),
+            Ok(address) => Ok(Self { address, bytes: bytes.max(256) }),
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
                 let free = result::mem_get_info().map_or(0, |(free, _)| free);
                 let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
@@ -254,9 +224,7 @@ impl Pinned {
     /// Takes `bytes` of it.
     pub(super) fn new(bytes: usize) -> Result<Self> {
         // SAFETY: a context is current. Flags 0: not write-combined, so reading it is fast.
-        let pointer = unsafe { result::malloc_host(bytes, 0) }
-            .map_err(during("taking pinned memory"))?
-            .cast::<u8>();
+        let pointer = unsafe { result::malloc_host(bytes, 0) }.map_err(during("taking pinned memory"))?.cast::<u8>();
         // SAFETY: just taken, that long.
         unsafe { pointer.write_bytes(0, bytes) };
         Ok(Self { pointer, bytes })
@@ -293,21 +261,15 @@ unsafe impl Send for Event {}
 impl Event {
     /// An event; one that keeps the time where `timed`.
     pub(super) fn new(timed: bool) -> Result<Self> {
-        let flags = if timed {
-            sys::CUevent_flags::CU_EVENT_DEFAULT
-        } else {
-            sys::CUevent_flags::CU_EVENT_DISABLE_TIMING
-        };
-        Ok(Self {
-            event: result::event::create(flags).map_err(during("making an event"))?,
-        })
+        let flags =
+            if timed { sys::CUevent_flags::CU_EVENT_DEFAULT } else { sys::CUevent_flags::CU_EVENT_DISABLE_TIMING };
+        Ok(Self { event: result::event::create(flags).map_err(during("making an event"))? })
     }
 
     /// Marks the point that the stream has reached by now.
     pub(super) fn record(&self, device: &Device) -> Result<()> {
         // SAFETY: both are live.
-        unsafe { result::event::record(self.event, device.stream) }
-            .map_err(during("recording an event"))
+        unsafe { result::event::record(self.event, device.stream) }.map_err(during("recording an event"))
     }
 
     /// Waits for the point.
@@ -386,24 +348,17 @@ unsafe impl Send for Graph {}
 impl Module {
     pub(super) fn load(image: &[u8], name: &str) -> Result<Self> {
         // SAFETY: the image is a whole fat binary, made by nvcc at build time.
-        let module =
-            unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(during(name))?;
-        Ok(Self {
-            module,
-            _not_sync: std::marker::PhantomData,
-        })
+        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(during(name))?;
+        Ok(Self { module, _not_sync: std::marker::PhantomData })
     }
 
     pub(super) fn kernel(&self, name: &str, shared: u32) -> Result<Kernel> {
-        let symbol = std::ffi::CString::new(name)
-            .map_err(|_| BackendError::Device(format!("kernel name {name:?}")))?;
+        let symbol = std::ffi::CString::new(name).map_err(|_| BackendError::Device(format!("kernel name {name:?}")))?;
         // SAFETY: the module is live.
-        let function =
-            unsafe { result::module::get_function(self.module, symbol) }.map_err(during(name))?;
+        let function = unsafe { result::module::get_function(self.module, symbol) }.map_err(during(name))?;
         // the limit of 48 KiB counts the kernel's static shared memory too, at most 4 KiB here
         if shared > 44 << 10 {
-            let attribute =
-                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is live.
             unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
                 .map_err(during(name))?;
@@ -430,17 +385,12 @@ impl Device {
         overlap: bool,
         name: &str,
     ) -> Result<()> {
-        let mut pointers: Vec<*mut c_void> = arguments
-            .slots
-            .iter_mut()
-            .map(|slot| std::ptr::from_mut(slot).cast())
-            .collect();
+        let mut pointers: Vec<*mut c_void> =
+            arguments.slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
         let mut attribute = sys::CUlaunchAttribute_st {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
-            },
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
         let config = sys::CUlaunchConfig {
             gridDimX: shape.grid[0],
@@ -451,21 +401,12 @@ impl Device {
             blockDimZ: 1,
             sharedMemBytes: shape.shared,
             hStream: self.stream,
-            attrs: if overlap {
-                &raw mut attribute
-            } else {
-                std::ptr::null_mut()
-            },
+            attrs: if overlap { &raw mut attribute } else { std::ptr::null_mut() },
             numAttrs: u32::from(overlap),
         };
         // SAFETY: the caller's arguments are those of the kernel's launch contract; addresses are of live buffers.
         unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
-                kernel.function,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+            sys::cuLaunchKernelEx(&raw const config, kernel.function, pointers.as_mut_ptr(), std::ptr::null_mut())
         }
         .result()
         .map_err(during(name))

@@ -20,14 +20,8 @@ impl Kernels {
         if FAT_BINARIES.is_empty() {
             return Err(CudaUnavailable::NoKernels.into());
         }
-        let modules = FAT_BINARIES
-            .iter()
-            .map(|(name, image)| Module::load(image, name))
-            .collect::<Result<_>>()?;
-        Ok(Self {
-            modules,
-            kernels: HashMap::new(),
-        })
+        let modules = FAT_BINARIES.iter().map(|(name, image)| Module::load(image, name)).collect::<Result<_>>()?;
+        Ok(Self { modules, kernels: HashMap::new() })
     }
 
     /// Submits a kernel by its name.
@@ -57,9 +51,7 @@ impl Kernels {
         let file = file_of(name);
         let index = FAT_BINARIES.iter().position(|(stem, _)| *stem == file);
         let module = index.and_then(|index| self.modules.get(index));
-        module
-            .ok_or(CudaUnavailable::NoKernels)?
-            .kernel(name, shared)
+        module.ok_or(CudaUnavailable::NoKernels)?.kernel(name, shared)
     }
 }
 
@@ -79,14 +71,7 @@ fn file_of(kernel: &str) -> &'static str {
         ("read_ceiling", "fill"),
         ("sample_rows", "sample"),
     ];
-    let file = FILES
-        .iter()
-        .find(|(prefix, _)| kernel.starts_with(prefix))
-        .map(|(_, file)| *file);
+    let file = FILES.iter().find(|(prefix, _)| kernel.starts_with(prefix)).map(|(_, file)| *file);
     // add_..._norm_to_..., count_ids
-    file.unwrap_or(if kernel == "count_ids" {
-        "sample"
-    } else {
-        "norm"
-    })
+    file.unwrap_or(if kernel == "count_ids" { "sample" } else { "norm" })
 }

@@ -78,16 +78,10 @@ const TURN_BYTES: usize = 8 * 128;
 const MOST_SPLITS: usize = 8;
 
 impl Linear {
-    pub(super) fn load(
-        device: &Device,
-        kernels: &mut Kernels,
-        parts: &[LinearShard<'_>],
-    ) -> Result<Self> {
+    pub(super) fn load(device: &Device, kernels: &mut Kernels, parts: &[LinearShard<'_>]) -> Result<Self> {
         let inputs = parts.first().map_or(0, |part| part.weight.columns);
         let outputs = parts.iter().map(|part| part.weight.rows).sum();
-        let fp8 = parts
-            .first()
-            .is_some_and(|part| part.weight.dtype == Dtype::F8E4M3);
+        let fp8 = parts.first().is_some_and(|part| part.weight.dtype == Dtype::F8E4M3);
         let mut part_scales = Vec::with_capacity(parts.len());
         let mut input_format = InputFormat::Bf16;
         for part in parts {
@@ -110,20 +104,12 @@ impl Linear {
                     part_scales.push(scales.weight * scales.input);
                 }
             }
-            if !inputs.is_multiple_of(16)
-                || !part.weight.rows.is_multiple_of(if fp8 { 16 } else { 8 })
-            {
+            if !inputs.is_multiple_of(16) || !part.weight.rows.is_multiple_of(if fp8 { 16 } else { 8 }) {
                 return Err(refuse("inputs and outputs must be multiples of 16"));
             }
         }
         if outputs == 0 {
-            return Ok(Self {
-                weight: None,
-                outputs,
-                inputs,
-                input_format,
-                part_scales,
-            });
+            return Ok(Self { weight: None, outputs, inputs, input_format, part_scales });
         }
         let size = if fp8 { 1 } else { 2 };
         let weight = Buffer::new(outputs * inputs * size, parts[0].weight.name)?;
@@ -132,13 +118,7 @@ impl Linear {
             load_slice(device, kernels, at, &part.weight)?;
             at += (part.weight.rows * inputs * size) as u64;
         }
-        Ok(Self {
-            weight: Some(weight),
-            outputs,
-            inputs,
-            input_format,
-            part_scales,
-        })
+        Ok(Self { weight: Some(weight), outputs, inputs, input_format, part_scales })
     }
 
     /// Submits `x W^T` into `target`: bf16, or f32 partial sums where the rows are few, or plain f32 where
@@ -153,27 +133,14 @@ impl Linear {
     ) -> Result<Tensor> {
         let (device, kernels, matmul) = tools;
         let part_scales = self.part_scales.clone();
-        let result = |format| Tensor {
-            address: target,
-            rows: x.rows,
-            columns: self.outputs,
-            format,
-            part_scales,
-        };
+        let result = |format| Tensor { address: target, rows: x.rows, columns: self.outputs, format, part_scales };
         let Some(weight) = &self.weight else {
             return Ok(result(TensorFormat::F32));
         };
         let fp8 = matches!(self.input_format, InputFormat::E4m3(_));
         let row_bytes = self.inputs * if fp8 { 1 } else { 2 };
-        if x.rows <= FEW_ROWS
-            && self.outputs.is_multiple_of(UNIT_ROWS)
-            && row_bytes.is_multiple_of(128)
-        {
-            let splits = if logits {
-                1
-            } else {
-                self.splits(device, row_bytes)
-            };
+        if x.rows <= FEW_ROWS && self.outputs.is_multiple_of(UNIT_ROWS) && row_bytes.is_multiple_of(128) {
+            let splits = if logits { 1 } else { self.splits(device, row_bytes) };
             let (columns, stages) = if x.rows <= 8 { (8, 5) } else { (16, 4) };
             let name = format!("linear_{}_{columns}", if fp8 { "e4m3" } else { "bf16" });
             let units = self.outputs / UNIT_ROWS * splits;
@@ -200,17 +167,8 @@ impl Linear {
         };
         matmul.run(
             device,
-            ProductShape {
-                m: x.rows,
-                n: self.outputs,
-                k: self.inputs,
-                formats,
-            },
-            Operands {
-                x: x.address,
-                w: weight.address,
-                y: target,
-            },
+            ProductShape { m: x.rows, n: self.outputs, k: self.inputs, formats },
+            Operands { x: x.address, w: weight.address, y: target },
         )?;
         Ok(result(format))
     }
@@ -220,10 +178,7 @@ impl Linear {
         let tiles = self.outputs / UNIT_ROWS;
         let by_size = (UNIT_ROWS * row_bytes).div_ceil(UNIT_BYTES);
         let to_fill = (device.multiprocessors as usize).div_ceil(tiles);
-        by_size
-            .max(to_fill)
-            .clamp(1, MOST_SPLITS)
-            .min(row_bytes.div_ceil(TURN_BYTES))
+        by_size.max(to_fill).clamp(1, MOST_SPLITS).min(row_bytes.div_ceil(TURN_BYTES))
     }
 
     /// Bytes of the largest product of up to `rows` rows.
@@ -237,12 +192,7 @@ impl Linear {
 const CONVERTED_BYTES: usize = 8 << 20;
 
 /// Writes a slice to the device: e4m3 as it is, everything else as bf16.
-pub(super) fn load_slice(
-    device: &Device,
-    kernels: &mut Kernels,
-    target: Address,
-    slice: &Slice<'_>,
-) -> Result<()> {
+pub(super) fn load_slice(device: &Device, kernels: &mut Kernels, target: Address, slice: &Slice<'_>) -> Result<()> {
     let fp8 = slice.dtype == Dtype::F8E4M3;
     let keep = fp8 || slice.dtype == Dtype::Bf16;
     if let (true, Source::Random(fill)) = (keep, &slice.source)
@@ -260,18 +210,9 @@ pub(super) fn load_slice(
                 .f32(fill.deviation)
                 .u32(first as u32);
             let rows = (slice.rows - first).min(32_768);
-            let shape = Shape {
-                grid: [slice.columns.div_ceil(512).min(8) as u32, rows as u32, 1],
-                block: 256,
-                shared: 0,
-            };
-            kernels.launch(
-                device,
-                if fp8 { "random_e4m3" } else { "random_bf16" },
-                shape,
-                arguments,
-                false,
-            )?;
+            let shape =
+                Shape { grid: [slice.columns.div_ceil(512).min(8) as u32, rows as u32, 1], block: 256, shared: 0 };
+            kernels.launch(device, if fp8 { "random_e4m3" } else { "random_bf16" }, shape, arguments, false)?;
         }
         return Ok(());
     }
@@ -290,9 +231,7 @@ pub(super) fn load_slice(
                 Dtype::F8E4M3 | Dtype::Bf16 => bytes.extend_from_slice(&row),
                 Dtype::F16 => {
                     for two in row.as_chunks::<2>().0 {
-                        bytes.extend(
-                            bf16::from_f32(half::f16::from_le_bytes(*two).to_f32()).to_le_bytes(),
-                        );
+                        bytes.extend(bf16::from_f32(half::f16::from_le_bytes(*two).to_f32()).to_le_bytes());
                     }
                 }
                 Dtype::F32 => {

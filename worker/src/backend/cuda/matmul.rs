@@ -73,14 +73,9 @@ fn during(doing: &'static str) -> impl Fn(lt::CublasError) -> BackendError {
 
 impl Matmul {
     pub(super) fn new() -> Result<Self> {
-        libraries::load("libcublasLt.so.13", "cu13/lib")
-            .map_err(|reason| CudaUnavailable::NoCublasLt { reason })?;
+        libraries::load("libcublasLt.so.13", "cu13/lib").map_err(|reason| CudaUnavailable::NoCublasLt { reason })?;
         let workspace = Buffer::new(WORKSPACE_BYTES, "the workspace of cuBLASLt")?;
-        Ok(Self {
-            handle: lt::create_handle().map_err(during("opening cuBLASLt"))?,
-            workspace,
-            plans: HashMap::new(),
-        })
+        Ok(Self { handle: lt::create_handle().map_err(during("opening cuBLASLt"))?, workspace, plans: HashMap::new() })
     }
 
     /// Rows that a product of `m` rows is computed with: shapes are few, so that each can be tuned once. The
@@ -94,16 +89,8 @@ impl Matmul {
     }
 
     /// Submits a product. The first call with a shape chooses its algorithm (and may not be captured).
-    pub(super) fn run(
-        &mut self,
-        device: &Device,
-        wanted: ProductShape,
-        operands: Operands,
-    ) -> Result<()> {
-        let shape = ProductShape {
-            m: Self::padded_rows(wanted.m),
-            ..wanted
-        };
+    pub(super) fn run(&mut self, device: &Device, wanted: ProductShape, operands: Operands) -> Result<()> {
+        let shape = ProductShape { m: Self::padded_rows(wanted.m), ..wanted };
         if !self.plans.contains_key(&shape) {
             let plan = self.choose(device, shape, operands)?;
             self.plans.insert(shape, plan);
@@ -166,9 +153,8 @@ impl Matmul {
                 chosen = Some(candidate);
             }
         }
-        plan.algorithm = chosen.ok_or_else(|| {
-            BackendError::Device(format!("cuBLASLt runs no algorithm for {shape:?}"))
-        })?;
+        plan.algorithm =
+            chosen.ok_or_else(|| BackendError::Device(format!("cuBLASLt runs no algorithm for {shape:?}")))?;
         tracing::debug!(?shape, milliseconds = best, "chose a matrix product");
         Ok(plan)
     }
@@ -181,20 +167,14 @@ impl Matmul {
             Formats::Bf16ToBf16 => (Type::CUDA_R_16BF, Type::CUDA_R_16BF),
             Formats::Bf16ToF32 => (Type::CUDA_R_16BF, Type::CUDA_R_32F),
         };
-        let description = lt::create_matmul_desc(
-            sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            Type::CUDA_R_32F,
-        )
-        .map_err(during("describing a product"))?;
+        let description = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F)
+            .map_err(during("describing a product"))?;
         let layout = |kind, rows: usize, columns: usize| {
             lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
                 .map_err(during("describing a matrix"))
         };
-        let (w, x, y) = (
-            layout(input, shape.k, shape.n)?,
-            layout(input, shape.k, shape.m)?,
-            layout(output, shape.n, shape.m)?,
-        );
+        let (w, x, y) =
+            (layout(input, shape.k, shape.n)?, layout(input, shape.k, shape.m)?, layout(output, shape.n, shape.m)?);
         let (transposed, plain) = (1i32, 0i32);
         // faster on FP8; rounds partial sums less often to full precision (relative error 2.6e-3 instead of 1.7e-3)
         let fast = i8::from(shape.formats == Formats::E4m3ToBf16);
@@ -223,12 +203,10 @@ impl Matmul {
             .map_err(during("describing a product"))?;
             let preference = lt::create_matmul_pref().map_err(during("describing a product"))?;
             let bytes = WORKSPACE_BYTES;
-            let limit =
-                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let limit = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             lt::set_matmul_pref_attribute(preference, limit, (&raw const bytes).cast(), 8)
                 .map_err(during("describing a product"))?;
-            let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> =
-                Vec::with_capacity(CANDIDATES);
+            let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = Vec::with_capacity(CANDIDATES);
             let mut count = 0;
             let status = sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
@@ -252,20 +230,9 @@ impl Matmul {
                 .collect::<Vec<_>>()
         };
         let Some(first) = candidates.first() else {
-            return Err(BackendError::Device(format!(
-                "cuBLASLt has no algorithm for {shape:?}"
-            )));
+            return Err(BackendError::Device(format!("cuBLASLt has no algorithm for {shape:?}")));
         };
-        Ok((
-            Plan {
-                description,
-                w,
-                x,
-                y,
-                algorithm: *first,
-            },
-            candidates,
-        ))
+        Ok((Plan { description, w, x, y, algorithm: *first }, candidates))
     }
 }
 

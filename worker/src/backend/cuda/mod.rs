@@ -21,9 +21,7 @@ use std::collections::HashMap;
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::RopeTable;
 
-use super::{
-    Backend, BackendError, Batch, KvBudget, RankSetup, Result, SampleRequest, SampleResults,
-};
+use super::{Backend, BackendError, Batch, KvBudget, RankSetup, Result, SampleRequest, SampleResults};
 use crate::engine::step::{Admission, Slot};
 use crate::model::KvShape;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
@@ -72,9 +70,7 @@ pub enum CudaUnavailable {
         count: usize,
     },
     /// A GPU before Hopper.
-    #[error(
-        "{name} has compute capability {capability}, 9.0 or later is needed (H100, H200 and what followed)"
-    )]
+    #[error("{name} has compute capability {capability}, 9.0 or later is needed (H100, H200 and what followed)")]
     OldDevice {
         /// The GPU.
         name: String,
@@ -82,9 +78,7 @@ pub enum CudaUnavailable {
         capability: String,
     },
     /// No cuBLASLt.
-    #[error(
-        "libcublasLt.so.13 was not found (it comes with CUDA 13 and with NVIDIA's nvidia-cublas wheel): {reason}"
-    )]
+    #[error("libcublasLt.so.13 was not found (it comes with CUDA 13 and with NVIDIA's nvidia-cublas wheel): {reason}")]
     NoCublasLt {
         /// In the loader's words.
         reason: String,
@@ -138,12 +132,7 @@ pub struct CudaOptions {
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self {
-            device: 0,
-            kv: KvDtype::Bf16,
-            graphs: true,
-            overlap: true,
-        }
+        Self { device: 0, kv: KvDtype::Bf16, graphs: true, overlap: true }
     }
 }
 
@@ -239,19 +228,11 @@ impl CudaBackend {
         let matmul = Matmul::new()?;
         let rope = setup.config.rope.table(head_dim);
         let frequencies = Buffer::new(rope.frequencies.len() * 4, "the rotary frequencies")?;
-        let bytes: Vec<u8> = rope
-            .frequencies
-            .iter()
-            .flat_map(|frequency| frequency.to_le_bytes())
-            .collect();
+        let bytes: Vec<u8> = rope.frequencies.iter().flat_map(|frequency| frequency.to_le_bytes()).collect();
         device.upload(frequencies.address, &bytes, "the rotary frequencies")?;
         let inputs = StepInputs::new(&setup.limits, group)?;
         let sampler = Sampler::new(&device, &setup.limits, setup.config.vocab_size)?;
-        tracing::info!(
-            gpu = device.name,
-            multiprocessors = device.multiprocessors,
-            "opened a GPU"
-        );
+        tracing::info!(gpu = device.name, multiprocessors = device.multiprocessors, "opened a GPU");
         Ok(Self {
             graphs: HashMap::new(),
             kernels,
@@ -272,20 +253,12 @@ impl CudaBackend {
     /// Logits as numbers [rows, vocabulary], for checks.
     fn read_logits(&self, logits: &Logits) -> Result<Vec<f32>> {
         let mut bytes = vec![0u8; logits.rows * self.setup.config.vocab_size * 4];
-        self.device
-            .download(&mut bytes, self.buffers()?.logits.address, "reading logits")?;
-        Ok(bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|four| f32::from_le_bytes(*four))
-            .collect())
+        self.device.download(&mut bytes, self.buffers()?.logits.address, "reading logits")?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four)).collect())
     }
 
     fn buffers(&self) -> Result<&Buffers> {
-        self.buffers
-            .as_ref()
-            .ok_or_else(|| BackendError::Device("the KV cache is not allocated".to_owned()))
+        self.buffers.as_ref().ok_or_else(|| BackendError::Device("the KV cache is not allocated".to_owned()))
     }
 
     fn take_buffers(&mut self) -> Result<()> {
@@ -296,26 +269,20 @@ impl CudaBackend {
         let rows = Matmul::padded_rows(limits.step_tokens.max(limits.sequences));
         let logit_rows = Matmul::padded_rows(limits.logit_rows.max(limits.sequences));
         let heads = plan.heads.len();
-        let decode_blocks = (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR)
-            .max(rows * plan.kv_heads.len());
+        let decode_blocks =
+            (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR).max(rows * plan.kv_heads.len());
         // each block leaves one row a head of its group; splits are rounded up
         let partials = (decode_blocks + rows * plan.kv_heads.len()) * plan.query_group();
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,
-            input: Buffer::new(
-                rows * self.widths.input_bytes.max(config.hidden_size * 2),
-                "the inputs of linears",
-            )?,
+            input: Buffer::new(rows * self.widths.input_bytes.max(config.hidden_size * 2), "the inputs of linears")?,
             product: Buffer::new(
                 Linear::product_bytes(self.widths.outputs, rows).max(rows * config.hidden_size * 4),
                 "the products of linears",
             )?,
             query: Buffer::new(rows * heads * config.head_dim * 2, "the queries")?,
             logits: Buffer::new(logit_rows * config.vocab_size * 4, "the logits")?,
-            partial_attention: Buffer::new(
-                partials * config.head_dim * 4,
-                "the partial sums of attention",
-            )?,
+            partial_attention: Buffer::new(partials * config.head_dim * 4, "the partial sums of attention")?,
             log_sums: Buffer::new(partials * 4, "the partial sums of attention")?,
             finished: Buffer::new(rows * plan.kv_heads.len() * 4, "the counters of attention")?,
             angles: Buffer::new(rows * config.head_dim * 4, "the rotary angles")?,
@@ -327,20 +294,15 @@ impl CudaBackend {
     }
 
     fn launch(&mut self, name: &str, shape: Shape, arguments: Arguments) -> Result<()> {
-        self.kernels
-            .launch(&self.device, name, shape, arguments, self.options.overlap)
+        self.kernels.launch(&self.device, name, shape, arguments, self.options.overlap)
     }
 
     /// Address of a layer's keys and values.
     fn planes(&self, layer: usize) -> Result<(Address, Address)> {
-        let cache = self
-            .cache
-            .as_ref()
-            .ok_or_else(|| BackendError::Device("the KV cache is not allocated".to_owned()))?;
+        let cache =
+            self.cache.as_ref().ok_or_else(|| BackendError::Device("the KV cache is not allocated".to_owned()))?;
         if layer >= cache.shape.layers {
-            return Err(BackendError::Device(format!(
-                "there is no layer {layer} in the cache"
-            )));
+            return Err(BackendError::Device(format!("there is no layer {layer} in the cache")));
         }
         let keys = cache.buffer.address + 2 * layer as u64 * cache.plane_bytes;
         Ok((keys, keys + cache.plane_bytes))
@@ -350,8 +312,7 @@ impl CudaBackend {
     fn key_splits(&self, rows: usize) -> usize {
         let blocks = rows.max(1) * self.setup.plan.kv_heads.len();
         // rounded down: all blocks run at once, and none is left for a second round
-        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / blocks)
-            .clamp(1, MOST_KEY_SPLITS)
+        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / blocks).clamp(1, MOST_KEY_SPLITS)
     }
 
     /// Adds up a partial product over the ranks, through host memory: right everywhere, fast nowhere. The
@@ -366,8 +327,7 @@ impl CudaBackend {
         match partial.format {
             TensorFormat::Bf16 => {
                 let mut bytes = vec![0u8; count * 2];
-                self.device
-                    .download(&mut bytes, partial.address, "reading a partial sum")?;
+                self.device.download(&mut bytes, partial.address, "reading a partial sum")?;
                 for (sum, two) in sum.iter_mut().zip(bytes.as_chunks::<2>().0) {
                     *sum = half::bf16::from_le_bytes(*two).to_f32() * scale;
                 }
@@ -378,8 +338,7 @@ impl CudaBackend {
             TensorFormat::F32 | TensorFormat::F32Splits(_) => {
                 let (splits, _) = partial.splits();
                 let mut bytes = vec![0u8; count * 4 * splits as usize];
-                self.device
-                    .download(&mut bytes, partial.address, "reading a partial sum")?;
+                self.device.download(&mut bytes, partial.address, "reading a partial sum")?;
                 for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
                     sum[index % count] += f32::from_le_bytes(*four) * scale;
                 }
@@ -387,13 +346,8 @@ impl CudaBackend {
         }
         self.setup.collective.all_reduce(&mut sum)?;
         let bytes: Vec<u8> = sum.iter().flat_map(|number| number.to_le_bytes()).collect();
-        self.device
-            .upload(partial.address, &bytes, "writing a sum over the ranks")?;
-        Ok(Tensor {
-            format: TensorFormat::F32,
-            part_scales: vec![1.0],
-            ..partial
-        })
+        self.device.upload(partial.address, &bytes, "writing a sum over the ranks")?;
+        Ok(Tensor { format: TensorFormat::F32, part_scales: vec![1.0], ..partial })
     }
 
     /// Submits the norm of the residual's rows (all, or those listed at `rows`).
@@ -416,12 +370,7 @@ impl CudaBackend {
             None => (format!("norm_to_{suffix}"), 0, (1, 0), 1.0),
             Some(partial) => {
                 let name = format!("add_{}_norm_to_{suffix}", partial.product_name());
-                (
-                    name,
-                    partial.address,
-                    partial.splits(),
-                    partial.part_scales.first().copied().unwrap_or(1.0),
-                )
+                (name, partial.address, partial.splits(), partial.part_scales.first().copied().unwrap_or(1.0))
             }
         };
         let arguments = Arguments::default()
@@ -437,22 +386,8 @@ impl CudaBackend {
             .u32(hidden as u32)
             .f32(self.setup.config.rms_norm_eps);
         let block = (hidden / 4).next_multiple_of(32).clamp(32, 1024) as u32;
-        self.launch(
-            &name,
-            Shape {
-                grid: [row_count as u32, 1, 1],
-                block,
-                shared: hidden as u32 * 4,
-            },
-            arguments,
-        )?;
-        Ok(Tensor {
-            address: target,
-            rows: row_count,
-            columns: hidden,
-            format: tensor_format,
-            part_scales: Vec::new(),
-        })
+        self.launch(&name, Shape { grid: [row_count as u32, 1, 1], block, shared: hidden as u32 * 4 }, arguments)?;
+        Ok(Tensor { address: target, rows: row_count, columns: hidden, format: tensor_format, part_scales: Vec::new() })
     }
 
     fn gather_vocabulary(&mut self, rows: usize, own: usize) -> Result<()> {
@@ -460,8 +395,7 @@ impl CudaBackend {
         let vocabulary = self.setup.config.vocab_size;
         let address = self.buffers()?.logits.address;
         let mut bytes = vec![0u8; rows * own * 4];
-        self.device
-            .download(&mut bytes, address, "reading logits")?;
+        self.device.download(&mut bytes, address, "reading logits")?;
         let mut padded = vec![0f32; rows * per_rank];
         for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
             padded[index / own * per_rank + index % own] = f32::from_le_bytes(*four);
@@ -500,11 +434,7 @@ impl Backend for CudaBackend {
 
     fn load_linear(&mut self, parts: &[LinearShard<'_>]) -> Result<Linear> {
         let linear = Linear::load(&self.device, &mut self.kernels, parts)?;
-        let size = if linear.input_format == InputFormat::Bf16 {
-            2
-        } else {
-            1
-        };
+        let size = if linear.input_format == InputFormat::Bf16 { 2 } else { 1 };
         self.widths.input_bytes = self.widths.input_bytes.max(linear.inputs * size);
         self.widths.outputs = self.widths.outputs.max(linear.outputs);
         Ok(linear)
@@ -520,22 +450,11 @@ impl Backend for CudaBackend {
         let slice = &rows.rows;
         let table = Buffer::new(slice.rows * slice.columns * 2, slice.name)?;
         load_slice(&self.device, &mut self.kernels, table.address, slice)?;
-        Ok(Embedding {
-            table,
-            first_id: rows.first_id as u32,
-            count: slice.rows as u32,
-        })
+        Ok(Embedding { table, first_id: rows.first_id as u32, count: slice.rows as u32 })
     }
 
     fn load_head(&mut self, rows: &VocabularyShard<'_>) -> Result<Linear> {
-        Linear::load(
-            &self.device,
-            &mut self.kernels,
-            &[LinearShard {
-                weight: rows.rows.clone(),
-                scales: None,
-            }],
-        )
+        Linear::load(&self.device, &mut self.kernels, &[LinearShard { weight: rows.rows.clone(), scales: None }])
     }
 
     fn kv_capacity(&mut self, shape: &KvShape, budget: KvBudget) -> Result<usize> {
@@ -565,35 +484,22 @@ impl Backend for CudaBackend {
 
     fn allocate_kv(&mut self, shape: &KvShape, blocks: usize) -> Result<()> {
         self.take_buffers()?;
-        let plane_bytes =
-            (blocks + 1) * shape.kv_heads * BLOCK_TOKENS * shape.head_dim * self.options.kv.size();
+        let plane_bytes = (blocks + 1) * shape.kv_heads * BLOCK_TOKENS * shape.head_dim * self.options.kv.size();
         let buffer = Buffer::new(2 * shape.layers * plane_bytes, "the KV cache")?;
         self.device.fill(&buffer, 0)?;
-        self.cache = Some(Cache {
-            buffer,
-            plane_bytes: plane_bytes as u64,
-            shape: *shape,
-        });
+        self.cache = Some(Cache { buffer, plane_bytes: plane_bytes as u64, shape: *shape });
         self.inputs.set_spare_block(blocks as u32);
         self.device.synchronize()
     }
 
-    fn execute(
-        &mut self,
-        batch: &Batch,
-        forward: impl FnOnce(&mut Self) -> Result<Logits>,
-    ) -> Result<Logits> {
+    fn execute(&mut self, batch: &Batch, forward: impl FnOnce(&mut Self) -> Result<Logits>) -> Result<Logits> {
         self.device.make_current()?;
         let real = batch.token_ids.len();
         let recorded = self.options.graphs
             && self.setup.plan.ranks == 1
             && StepInputs::is_decode(batch)
             && (1..=LARGEST_GRAPH.min(self.setup.limits.sequences)).contains(&real);
-        let rows = if recorded {
-            Self::graph_rows(real).min(self.setup.limits.sequences.max(real))
-        } else {
-            real
-        };
+        let rows = if recorded { Self::graph_rows(real).min(self.setup.limits.sequences.max(real)) } else { real };
         self.sampler.step_begins(&self.device)?;
         self.inputs.upload(&self.device, batch, rows)?;
         if !recorded {
@@ -617,9 +523,7 @@ impl Backend for CudaBackend {
             }
             Some(Recording::Recorded(graph)) => {
                 self.device.replay(graph)?;
-                Ok(Logits {
-                    rows: self.inputs.shape.logit_rows,
-                })
+                Ok(Logits { rows: self.inputs.shape.logit_rows })
             }
         }
     }
@@ -646,17 +550,7 @@ impl Backend for CudaBackend {
             .u32(original_length);
         let grid = [rows as u32, 1, 1];
         // the first kernel of a step follows copies, not a kernel
-        self.kernels.launch(
-            &self.device,
-            "prepare_rows",
-            Shape {
-                grid,
-                block: 64,
-                shared: 0,
-            },
-            prepare,
-            false,
-        )?;
+        self.kernels.launch(&self.device, "prepare_rows", Shape { grid, block: 64, shared: 0 }, prepare, false)?;
         let embed = Arguments::default()
             .address(residual)
             .address(table.table.address)
@@ -666,47 +560,20 @@ impl Backend for CudaBackend {
             .u32(table.first_id)
             .u32(table.count)
             .u32(hidden as u32);
-        self.launch(
-            "embed",
-            Shape {
-                grid,
-                block: 256,
-                shared: 0,
-            },
-            embed,
-        )?;
-        let residual = Tensor {
-            address: residual,
-            rows,
-            columns: hidden,
-            format: TensorFormat::F32,
-            part_scales: Vec::new(),
-        };
+        self.launch("embed", Shape { grid, block: 256, shared: 0 }, embed)?;
+        let residual =
+            Tensor { address: residual, rows, columns: hidden, format: TensorFormat::F32, part_scales: Vec::new() };
         self.reduce_over_ranks(residual)
     }
 
-    fn norm(
-        &mut self,
-        residual: &mut Tensor,
-        partial: Option<Tensor>,
-        gain: &Gain,
-        next: &Linear,
-    ) -> Result<Tensor> {
-        let partial = partial
-            .map(|partial| self.reduce_over_ranks(partial))
-            .transpose()?;
+    fn norm(&mut self, residual: &mut Tensor, partial: Option<Tensor>, gain: &Gain, next: &Linear) -> Result<Tensor> {
+        let partial = partial.map(|partial| self.reduce_over_ranks(partial)).transpose()?;
         self.submit_norm(residual, partial, &gain.buffer, next.input_format, None)
     }
 
     fn linear(&mut self, input: &Tensor, weights: &Linear) -> Result<Tensor> {
         let target = self.buffers()?.product.address;
-        weights.apply(
-            (&self.device, &mut self.kernels, &mut self.matmul),
-            input,
-            target,
-            false,
-            self.options.overlap,
-        )
+        weights.apply((&self.device, &mut self.kernels, &mut self.matmul), input, target, false, self.options.overlap)
     }
 
     fn rotate_and_store(&mut self, qkv: Tensor, layer: usize) -> Result<Tensor> {
@@ -716,9 +583,7 @@ impl Backend for CudaBackend {
         let buffers = self.buffers()?;
         let query = buffers.query.address;
         let [q_scale, k_scale, v_scale] = *qkv.part_scales.as_slice() else {
-            return Err(BackendError::Device(
-                "q, k and v are three parts of one linear".to_owned(),
-            ));
+            return Err(BackendError::Device("q, k and v are three parts of one linear".to_owned()));
         };
         let (splits, stride) = qkv.splits();
         let arguments = Arguments::default()
@@ -740,16 +605,8 @@ impl Backend for CudaBackend {
         let name = format!("rope_{}_kv_{}", qkv.product_name(), self.options.kv.name());
         // few rows: as many blocks as there is work; many rows: a block a row
         let items = (heads + 2 * kv_heads) * head_dim / 4;
-        let blocks = if qkv.rows <= 128 {
-            items.div_ceil(256)
-        } else {
-            1
-        };
-        let shape = Shape {
-            grid: [qkv.rows as u32, blocks as u32, 1],
-            block: 256,
-            shared: 0,
-        };
+        let blocks = if qkv.rows <= 128 { items.div_ceil(256) } else { 1 };
+        let shape = Shape { grid: [qkv.rows as u32, blocks as u32, 1], block: 256, shared: 0 };
         self.launch(&name, shape, arguments)?;
         Ok(Tensor {
             address: query,
@@ -762,19 +619,13 @@ impl Backend for CudaBackend {
 
     fn attend(&mut self, q: Tensor, layer: usize, next: &Linear) -> Result<Tensor> {
         let head_dim = self.setup.config.head_dim;
-        let (heads, kv_heads) = (
-            self.setup.plan.heads.len() as u32,
-            self.setup.plan.kv_heads.len() as u32,
-        );
+        let (heads, kv_heads) = (self.setup.plan.heads.len() as u32, self.setup.plan.kv_heads.len() as u32);
         let (keys, values) = self.planes(layer)?;
         let step = self.inputs.addresses();
         let shape = self.inputs.shape;
         let buffers = self.buffers()?;
-        let (target, partial, log_sums) = (
-            buffers.input.address,
-            buffers.partial_attention.address,
-            buffers.log_sums.address,
-        );
+        let (target, partial, log_sums) =
+            (buffers.input.address, buffers.partial_attention.address, buffers.log_sums.address);
         let finished = buffers.finished.address;
         let (suffix, scale, format) = match next.input_format {
             InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
@@ -797,11 +648,7 @@ impl Backend for CudaBackend {
                 .u32(kv_heads)
                 .f32(score_scale);
             let (name, shared) = prefill_kernel(head_dim, kv, suffix, self.device.hopper);
-            let launch = Shape {
-                grid: [kv_heads, shape.tiles as u32, 1],
-                block: 256,
-                shared,
-            };
+            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block: 256, shared };
             self.launch(&name, launch, arguments)?;
         }
         if shape.decode_rows > 0 {
@@ -831,13 +678,7 @@ impl Backend for CudaBackend {
             };
             self.launch(&name, launch, arguments)?;
         }
-        Ok(Tensor {
-            address: target,
-            rows: q.rows,
-            columns: q.columns,
-            format,
-            part_scales: Vec::new(),
-        })
+        Ok(Tensor { address: target, rows: q.rows, columns: q.columns, format, part_scales: Vec::new() })
     }
 
     fn gate(&mut self, gate_up: Tensor, next: &Linear) -> Result<Tensor> {
@@ -848,9 +689,7 @@ impl Backend for CudaBackend {
             InputFormat::E4m3(scale) => ("e4m3", scale, TensorFormat::E4m3),
         };
         let [gate_scale, up_scale] = *gate_up.part_scales.as_slice() else {
-            return Err(BackendError::Device(
-                "gate and up are two parts of one linear".to_owned(),
-            ));
+            return Err(BackendError::Device("gate and up are two parts of one linear".to_owned()));
         };
         let (splits, stride) = gate_up.splits();
         let arguments = Arguments::default()
@@ -862,56 +701,22 @@ impl Backend for CudaBackend {
             .address(target)
             .f32(scale)
             .u32(width as u32);
-        let shape = Shape {
-            grid: [(width / 4).div_ceil(256) as u32, gate_up.rows as u32, 1],
-            block: 256,
-            shared: 0,
-        };
-        self.launch(
-            &format!("gate_{}_to_{suffix}", gate_up.product_name()),
-            shape,
-            arguments,
-        )?;
-        Ok(Tensor {
-            address: target,
-            rows: gate_up.rows,
-            columns: width,
-            format,
-            part_scales: Vec::new(),
-        })
+        let shape = Shape { grid: [(width / 4).div_ceil(256) as u32, gate_up.rows as u32, 1], block: 256, shared: 0 };
+        self.launch(&format!("gate_{}_to_{suffix}", gate_up.product_name()), shape, arguments)?;
+        Ok(Tensor { address: target, rows: gate_up.rows, columns: width, format, part_scales: Vec::new() })
     }
 
-    fn head(
-        &mut self,
-        residual: Tensor,
-        partial: Option<Tensor>,
-        gain: &Gain,
-        head: &Linear,
-    ) -> Result<Logits> {
+    fn head(&mut self, residual: Tensor, partial: Option<Tensor>, gain: &Gain, head: &Linear) -> Result<Logits> {
         let rows = self.inputs.shape.logit_rows;
         if rows == 0 {
             // every rank sees the same batch, so none of them enters a collective here
             return Ok(Logits { rows: 0 });
         }
-        let partial = partial
-            .map(|partial| self.reduce_over_ranks(partial))
-            .transpose()?;
+        let partial = partial.map(|partial| self.reduce_over_ranks(partial)).transpose()?;
         let listed = (self.inputs.addresses().logit_rows, rows);
-        let normed = self.submit_norm(
-            &residual,
-            partial,
-            &gain.buffer,
-            head.input_format,
-            Some(listed),
-        )?;
+        let normed = self.submit_norm(&residual, partial, &gain.buffer, head.input_format, Some(listed))?;
         let target = self.buffers()?.logits.address;
-        head.apply(
-            (&self.device, &mut self.kernels, &mut self.matmul),
-            &normed,
-            target,
-            true,
-            self.options.overlap,
-        )?;
+        head.apply((&self.device, &mut self.kernels, &mut self.matmul), &normed, target, true, self.options.overlap)?;
         if self.setup.plan.ranks > 1 {
             self.gather_vocabulary(rows, head.outputs)?;
         }
@@ -920,8 +725,7 @@ impl Backend for CudaBackend {
 
     fn admit(&mut self, admission: &Admission) -> Result<()> {
         self.device.make_current()?;
-        self.sampler
-            .admit(&self.device, &mut self.kernels, admission)
+        self.sampler.admit(&self.device, &mut self.kernels, admission)
     }
 
     fn release(&mut self, _slot: Slot) {
@@ -932,17 +736,11 @@ impl Backend for CudaBackend {
         let wanted = |request: &SampleRequest| match *request {
             SampleRequest::Next { row, .. } | SampleRequest::Score { row, .. } => row as usize,
         };
-        if requests
-            .iter()
-            .any(|request| wanted(request) >= logits.rows)
-        {
-            return Err(BackendError::Device(
-                "a row of logits is wanted that was not computed".to_owned(),
-            ));
+        if requests.iter().any(|request| wanted(request) >= logits.rows) {
+            return Err(BackendError::Device("a row of logits is wanted that was not computed".to_owned()));
         }
         let address = self.buffers()?.logits.address;
-        self.sampler
-            .sample(&self.device, &mut self.kernels, address, requests)
+        self.sampler.sample(&self.device, &mut self.kernels, address, requests)
     }
 
     fn collect(&mut self) -> Result<SampleResults> {
@@ -974,20 +772,14 @@ fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (
             KvDtype::Bf16 => ("piped", 1024 + 6 * tile),
             KvDtype::E4m3 => ("wide", 1024 + 2 * tile + 4 * BLOCK_TOKENS * 128),
         };
-        return (
-            format!("{kernel}_attention_{}_to_{suffix}", kv.name()),
-            bytes as u32,
-        );
+        return (format!("{kernel}_attention_{}_to_{suffix}", kv.name()), bytes as u32);
     }
     let padded = head_dim * 2 + 16;
     let bytes = match kv {
         KvDtype::Bf16 => 4 * BLOCK_TOKENS * padded,
         KvDtype::E4m3 => 4 * BLOCK_TOKENS * head_dim + 2 * BLOCK_TOKENS * padded,
     };
-    (
-        format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()),
-        bytes as u32,
-    )
+    (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), bytes as u32)
 }
 
 /// `decode_shared_bytes` of attention_decode.cu.

@@ -74,11 +74,7 @@ struct Pending {
 }
 
 enum Kind {
-    Draw {
-        slot: Slot,
-        position: u32,
-        with_logprobs: bool,
-    },
+    Draw { slot: Slot, position: u32, with_logprobs: bool },
     Score,
 }
 
@@ -138,19 +134,12 @@ impl Sampler {
     }
 
     /// A sequence begins in a slot. Waits for the device: admissions are rare beside steps.
-    pub(super) fn admit(
-        &mut self,
-        device: &Device,
-        kernels: &mut Kernels,
-        admission: &Admission,
-    ) -> Result<()> {
+    pub(super) fn admit(&mut self, device: &Device, kernels: &mut Kernels, admission: &Admission) -> Result<()> {
         let slot = admission.slot as usize;
         let params = &admission.sampling;
         let vocabulary = self.vocabulary;
-        let memory = self
-            .memory
-            .get_mut(slot)
-            .ok_or_else(|| BackendError::Device(format!("there is no slot {slot}")))?;
+        let memory =
+            self.memory.get_mut(slot).ok_or_else(|| BackendError::Device(format!("there is no slot {slot}")))?;
         let mut sampler = SlotSampler {
             temperature: params.temperature,
             top_p: params.top_p,
@@ -170,10 +159,7 @@ impl Sampler {
         if params.has_penalties() {
             let seen = match &memory.seen {
                 Some(seen) => seen,
-                None => memory.seen.insert(Buffer::new(
-                    vocabulary * 4,
-                    "the ids that a sequence has seen",
-                )?),
+                None => memory.seen.insert(Buffer::new(vocabulary * 4, "the ids that a sequence has seen")?),
             };
             device.fill(seen, 0)?;
             sampler.seen = seen.address;
@@ -184,11 +170,7 @@ impl Sampler {
             words.extend(params.logit_bias.iter().map(|(_, bias)| bias.to_bits()));
             words.extend(&params.end_ids);
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-            if memory
-                .lists
-                .as_ref()
-                .is_none_or(|lists| lists.bytes < bytes.len())
-            {
+            if memory.lists.as_ref().is_none_or(|lists| lists.bytes < bytes.len()) {
                 // the old one may still be read by a step in flight
                 device.synchronize()?;
                 memory.lists = Some(Buffer::new(bytes.len(), "a sampler's lists")?);
@@ -196,8 +178,7 @@ impl Sampler {
             let lists = memory.lists.as_ref().map_or(0, |lists| lists.address);
             device.upload(lists, &bytes, "a sampler's lists")?;
             let count = params.logit_bias.len() as u64;
-            (sampler.bias_ids, sampler.biases, sampler.end_ids) =
-                (lists, lists + 4 * count, lists + 8 * count);
+            (sampler.bias_ids, sampler.biases, sampler.end_ids) = (lists, lists + 4 * count, lists + 8 * count);
         }
         self.with_logprobs[slot] = params.logprobs.is_some();
         device.upload(
@@ -206,11 +187,7 @@ impl Sampler {
             "a sampler",
         )?;
         let generated = admission.generated_ids.len() as u32;
-        device.upload(
-            self.generated.address + 4 * slot as u64,
-            &generated.to_le_bytes(),
-            "a sampler",
-        )
+        device.upload(self.generated.address + 4 * slot as u64, &generated.to_le_bytes(), "a sampler")
     }
 
     /// Marks the start of a step, for its time.
@@ -227,63 +204,29 @@ impl Sampler {
         requests: &[SampleRequest],
     ) -> Result<()> {
         if self.pending.len() >= IN_FLIGHT - 1 {
-            return Err(BackendError::Device(
-                "more steps in flight than the pipeline is deep".to_owned(),
-            ));
+            return Err(BackendError::Device("more steps in flight than the pipeline is deep".to_owned()));
         }
         let ring = self.next;
         self.next = (self.next + 1) % self.exchanges.len();
         let exchange = &mut self.exchanges[ring];
         let room = exchange.requests.as_slice().len() / size_of::<Request>();
         if requests.len() > room {
-            return Err(BackendError::Device(format!(
-                "{} rows to sample, at most {room} fit",
-                requests.len()
-            )));
+            return Err(BackendError::Device(format!("{} rows to sample, at most {room} fit", requests.len())));
         }
         let mut kinds = Vec::with_capacity(requests.len());
         let pinned = exchange.requests.as_mut_slice();
-        for (request, bytes) in requests
-            .iter()
-            .zip(pinned.chunks_exact_mut(size_of::<Request>()))
-        {
+        for (request, bytes) in requests.iter().zip(pinned.chunks_exact_mut(size_of::<Request>())) {
             let (request, kind) = match *request {
-                SampleRequest::Next {
-                    row,
-                    slot,
-                    position,
-                } => {
+                SampleRequest::Next { row, slot, position } => {
                     let with_logprobs = self.with_logprobs[slot as usize];
                     (
-                        Request {
-                            row,
-                            slot,
-                            position,
-                            target: FAULT,
-                            top: 0,
-                        },
-                        Kind::Draw {
-                            slot,
-                            position,
-                            with_logprobs,
-                        },
+                        Request { row, slot, position, target: FAULT, top: 0 },
+                        Kind::Draw { slot, position, with_logprobs },
                     )
                 }
-                SampleRequest::Score {
-                    row,
-                    slot,
-                    target,
-                    top,
-                } => (
-                    Request {
-                        row,
-                        slot,
-                        position: 0,
-                        target,
-                        top,
-                    },
-                    Kind::Score,
-                ),
+                SampleRequest::Score { row, slot, target, top } => {
+                    (Request { row, slot, position: 0, target, top }, Kind::Score)
+                }
             };
             bytes.copy_from_slice(bytes_of(&request));
             kinds.push(kind);
@@ -302,17 +245,10 @@ impl Sampler {
                 .address(self.generated.address)
                 .address(self.answers.address)
                 .u32(self.vocabulary as u32);
-            let shape = Shape {
-                grid: [requests.len() as u32, 1, 1],
-                block: 1024,
-                shared: 0,
-            };
+            let shape = Shape { grid: [requests.len() as u32, 1, 1], block: 1024, shared: 0 };
             kernels.launch(device, "sample_rows", shape, arguments, false)?;
             let bytes = requests.len() * size_of::<Answer>();
-            device.download_async(
-                &mut exchange.answers.as_mut_slice()[..bytes],
-                self.answers.address,
-            )?;
+            device.download_async(&mut exchange.answers.as_mut_slice()[..bytes], self.answers.address)?;
         }
         exchange.done.record(device)?;
         self.pending.push_back(Pending { ring, kinds });
@@ -330,32 +266,16 @@ impl Sampler {
             seconds: f64::from(exchange.done.since(&exchange.start)?) / 1e3,
             ..SampleResults::default()
         };
-        let answers = exchange
-            .answers
-            .as_slice()
-            .chunks_exact(size_of::<Answer>())
-            .map(answer_of);
+        let answers = exchange.answers.as_slice().chunks_exact(size_of::<Answer>()).map(answer_of);
         for (kind, answer) in pending.kinds.iter().zip(answers) {
             match *kind {
                 Kind::Score => results.scored.push(logprobs_of(&answer)),
                 Kind::Draw { slot, position, .. } if answer.id == FAULT => {
-                    results
-                        .drawn
-                        .push((slot, Err(SequenceFault::NotANumber { position })));
+                    results.drawn.push((slot, Err(SequenceFault::NotANumber { position })));
                 }
-                Kind::Draw {
-                    slot,
-                    with_logprobs,
-                    ..
-                } => {
+                Kind::Draw { slot, with_logprobs, .. } => {
                     let logprobs = with_logprobs.then(|| logprobs_of(&answer));
-                    results.drawn.push((
-                        slot,
-                        Ok(Drawn {
-                            token_id: answer.id,
-                            logprobs,
-                        }),
-                    ));
+                    results.drawn.push((slot, Ok(Drawn { token_id: answer.id, logprobs })));
                 }
             }
         }
@@ -374,11 +294,7 @@ fn count_ids(
     if prompt.is_empty() && generated.is_empty() {
         return Ok(());
     }
-    let bytes: Vec<u8> = prompt
-        .iter()
-        .chain(generated)
-        .flat_map(|id| id.to_le_bytes())
-        .collect();
+    let bytes: Vec<u8> = prompt.iter().chain(generated).flat_map(|id| id.to_le_bytes()).collect();
     let ids = Buffer::new(bytes.len(), "the ids of a prompt")?;
     device.upload(ids.address, &bytes, "the ids of a prompt")?;
     let arguments = Arguments::default()
@@ -388,41 +304,16 @@ fn count_ids(
         .address(ids.address + 4 * prompt.len() as u64)
         .u32(generated.len() as u32)
         .u32(vocabulary as u32);
-    kernels.launch(
-        device,
-        "count_ids",
-        Shape {
-            grid: [32, 1, 1],
-            block: 256,
-            shared: 0,
-        },
-        arguments,
-        false,
-    )?;
+    kernels.launch(device, "count_ids", Shape { grid: [32, 1, 1], block: 256, shared: 0 }, arguments, false)?;
     // the buffer goes with this function
     device.synchronize()
 }
 
 fn logprobs_of(answer: &Answer) -> PositionLogprobs {
-    let tops = answer
-        .top_ids
-        .iter()
-        .zip(&answer.top_logprobs)
-        .zip(1..)
-        .take(answer.tops as usize);
+    let tops = answer.top_ids.iter().zip(&answer.top_logprobs).zip(1..).take(answer.tops as usize);
     PositionLogprobs {
-        chosen: TokenLogprob {
-            token_id: answer.id,
-            logprob: answer.logprob,
-            rank: answer.rank,
-        },
-        top: tops
-            .map(|((id, logprob), rank)| TokenLogprob {
-                token_id: *id,
-                logprob: *logprob,
-                rank,
-            })
-            .collect(),
+        chosen: TokenLogprob { token_id: answer.id, logprob: answer.logprob, rank: answer.rank },
+        top: tops.map(|((id, logprob), rank)| TokenLogprob { token_id: *id, logprob: *logprob, rank }).collect(),
     }
 }
 

@@ -94,25 +94,14 @@ impl StepInputs {
             tables: place(limits.sequences * blocks + 1),
             end,
         };
-        let places = Places {
-            end: places.tables + limits.sequences * blocks + 1,
-            ..places
-        };
+        let places = Places { end: places.tables + limits.sequences * blocks + 1, ..places };
         let bytes = places.end * 4;
         let mut pinned = Vec::with_capacity(IN_FLIGHT);
         for _ in 0..IN_FLIGHT {
             pinned.push((Pinned::new(bytes)?, Event::new(false)?));
         }
         let buffer = Buffer::new(bytes, "the tables of a step")?;
-        Ok(Self {
-            places,
-            group,
-            spare_block: 0,
-            buffer,
-            pinned,
-            next: 0,
-            shape: StepShape::default(),
-        })
+        Ok(Self { places, group, spare_block: 0, buffer, pinned, next: 0, shape: StepShape::default() })
     }
 
     pub(super) fn set_spare_block(&mut self, block: u32) {
@@ -137,8 +126,7 @@ impl StepInputs {
 
     /// Whether every sequence has one row and wants its logits: the steps that graphs are recorded for.
     pub(super) fn is_decode(batch: &Batch) -> bool {
-        batch.logit_rows.len() == batch.token_ids.len()
-            && batch.sequences.iter().all(|sequence| sequence.rows == 1)
+        batch.logit_rows.len() == batch.token_ids.len() && batch.sequences.iter().all(|sequence| sequence.rows == 1)
     }
 
     /// Puts a batch on the device, filled up to `rows` rows (more than it has only for a decode step).
@@ -151,12 +139,7 @@ impl StepInputs {
         let places = self.places;
         let real = batch.token_ids.len();
         let filling = rows - real;
-        let mut shape = StepShape {
-            rows,
-            decode_rows: 0,
-            tiles: 0,
-            logit_rows: batch.logit_rows.len() + filling,
-        };
+        let mut shape = StepShape { rows, decode_rows: 0, tiles: 0, logit_rows: batch.logit_rows.len() + filling };
         let mut tables_end = 0;
         let mut tiles = Vec::new();
         for (number, sequence) in batch.sequences.iter().enumerate() {
@@ -187,10 +170,7 @@ impl StepInputs {
                 let tokens = step.min(count - offset);
                 // work of the tile: the keys that its last row sees
                 let seen = batch.positions[first + offset + tokens - 1];
-                tiles.push((
-                    seen,
-                    [number as u32, (first + offset) as u32, tokens as u32],
-                ));
+                tiles.push((seen, [number as u32, (first + offset) as u32, tokens as u32]));
             }
         }
         // longest first: the short ones fill the gaps at the end

@@ -39,9 +39,7 @@ impl StepRunner for Meeting {
             }
         }
         self.collective.barrier().map_err(|error| match error.rank() {
-            Some(rank) => {
-                RunError::RankLost { rank: rank as u32, host: String::new(), reason: error.to_string() }
-            }
+            Some(rank) => RunError::RankLost { rank: rank as u32, host: String::new(), reason: error.to_string() },
             None => RunError::Device { rank, step: step.id, reason: error.to_string() },
         })
     }
@@ -61,8 +59,7 @@ fn run_until_failure(failing_rank: usize, failure: Failure) -> (RunError, Durati
         runners.push(Box::new(Meeting { collective, fails_in, last: 0 }));
     }
     let progress = GroupProgress::new(4, 0);
-    let mut group =
-        GroupRunner::new(runners, None, fault, Arc::clone(&progress), CancellationToken::new()).unwrap();
+    let mut group = GroupRunner::new(runners, None, fault, Arc::clone(&progress), CancellationToken::new()).unwrap();
     for id in 1..=2 {
         group.submit(Step { id, ..Step::default() }).unwrap();
         assert_eq!(group.collect().unwrap().id, id);

@@ -39,27 +39,14 @@ const TIMED_STEPS: usize = 64;
 
 pub(super) fn run(config: Option<&Path>, only: &str, report: &mut dyn FnMut(Outcome)) {
     let Some(config) = config else {
-        return report(Outcome::failure(
-            "engine",
-            "--config FOLDER is needed: a model's config.json",
-        ));
+        return report(Outcome::failure("engine", "--config FOLDER is needed: a model's config.json"));
     };
     for options in [
         CudaOptions::default(),
-        CudaOptions {
-            overlap: false,
-            ..CudaOptions::default()
-        },
-        CudaOptions {
-            kv: KvDtype::E4m3,
-            ..CudaOptions::default()
-        },
+        CudaOptions { overlap: false, ..CudaOptions::default() },
+        CudaOptions { kv: KvDtype::E4m3, ..CudaOptions::default() },
     ] {
-        let name = format!(
-            "kv {}{}",
-            options.kv.name(),
-            if options.overlap { "" } else { ", no overlap" }
-        );
+        let name = format!("kv {}{}", options.kv.name(), if options.overlap { "" } else { ", no overlap" });
         if name.contains(only)
             && let Err(error) = measure(config, &name, options, report)
         {
@@ -80,9 +67,7 @@ struct Driver {
 
 impl Driver {
     fn ids(&mut self, count: usize) -> Vec<u32> {
-        (0..count)
-            .map(|_| 1000 + self.random.below(self.vocabulary - 1000) as u32)
-            .collect()
+        (0..count).map(|_| 1000 + self.random.below(self.vocabulary - 1000) as u32).collect()
     }
 
     fn submit(&mut self, admit: Vec<Admission>, work: Vec<Work>) -> Result<(), Failure> {
@@ -94,14 +79,8 @@ impl Driver {
         } else {
             release
         };
-        self.live
-            .extend(admit.iter().map(|admission| admission.slot));
-        Ok(self.runner.submit(Step {
-            id: self.step,
-            release,
-            admit,
-            work,
-        })?)
+        self.live.extend(admit.iter().map(|admission| admission.slot));
+        Ok(self.runner.submit(Step { id: self.step, release, admit, work })?)
     }
 
     /// `batch` prompts of `context` random tokens, one after the other; seconds.
@@ -110,10 +89,7 @@ impl Driver {
         let mut admit: Vec<Admission> = (0..batch as u32)
             .map(|slot| Admission {
                 slot,
-                sampling: SamplingParams {
-                    temperature: 0.0,
-                    ..SamplingParams::default()
-                },
+                sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
                 prompt_ids: Vec::new(),
                 generated_ids: Vec::new(),
             })
@@ -123,11 +99,8 @@ impl Driver {
         for slot in 0..batch as u32 {
             for start in (0..context).step_by(CHUNK) {
                 let count = CHUNK.min(context - start);
-                let new_blocks = if start == 0 {
-                    (self.next_block..self.next_block + needed).collect()
-                } else {
-                    Vec::new()
-                };
+                let new_blocks =
+                    if start == 0 { (self.next_block..self.next_block + needed).collect() } else { Vec::new() };
                 let tokens = Tokens::Ids(self.ids(count));
                 let work = Work {
                     slot,
@@ -146,28 +119,14 @@ impl Driver {
     }
 }
 
-fn measure(
-    config: &Path,
-    name: &str,
-    options: CudaOptions,
-    report: &mut dyn FnMut(Outcome),
-) -> Result<(), Failure> {
+fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnMut(Outcome)) -> Result<(), Failure> {
     let started = Instant::now();
     let config = ModelConfig::from_dir(config)?;
     let weights = Weights::dummy(&config, 1);
     let plan = ShardPlan::new(&config, 0, 1)?;
-    let limits = Limits {
-        step_tokens: CHUNK,
-        sequences: 256,
-        model_len: 140_000,
-        logit_rows: 256,
-    };
-    let setup = RankSetup {
-        config: config.clone(),
-        plan: plan.clone(),
-        limits,
-        collective: Box::new(SingleRank::default()),
-    };
+    let limits = Limits { step_tokens: CHUNK, sequences: 256, model_len: 140_000, logit_rows: 256 };
+    let setup =
+        RankSetup { config: config.clone(), plan: plan.clone(), limits, collective: Box::new(SingleRank::default()) };
     let mut backend = CudaBackend::new(setup, options)?;
     let opened = started.elapsed().as_secs_f64();
     let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
@@ -179,11 +138,7 @@ fn measure(
         format!("start, {name}"),
         json!({ "opened_s": opened, "ready_s": ready, "kv_tokens": blocks * BLOCK_TOKENS }),
     ));
-    let bounds = Bounds {
-        limits,
-        kv_blocks: blocks,
-        vocabulary_size: config.vocab_size,
-    };
+    let bounds = Bounds { limits, kv_blocks: blocks, vocabulary_size: config.vocab_size };
     let mut driver = Driver {
         runner: ModelRunner::new(backend, model, 0, bounds),
         random: Random::new(5),
@@ -234,9 +189,8 @@ fn measure(
                 last = now;
             }
         }
-        let milliseconds = first.map_or(f64::NAN, |first| {
-            last.duration_since(first).as_secs_f64() * 1e3
-        }) / gaps.len() as f64;
+        let milliseconds =
+            first.map_or(f64::NAN, |first| last.duration_since(first).as_secs_f64() * 1e3) / gaps.len() as f64;
         let details = json!({
             "ms": milliseconds,
             "device_ms_p50": median(device),
@@ -246,10 +200,7 @@ fn measure(
             "ratio": milliseconds / bar,
             "different_ids": equal.len(),
         });
-        report(Outcome::timing(
-            format!("decode batch {batch} context {context}, {name}"),
-            details,
-        ));
+        report(Outcome::timing(format!("decode batch {batch} context {context}, {name}"), details));
     }
     for (tokens, bar) in PREFILL {
         let mut times = Vec::new();
@@ -257,11 +208,9 @@ fn measure(
             times.push(driver.prefill(1, tokens, 0)?);
         }
         let best = times.iter().copied().fold(f64::INFINITY, f64::min);
-        let details = json!({ "s": times, "best_s": best, "tok_s": tokens as f64 / best, "vllm_s": bar, "ratio": best / bar });
-        report(Outcome::timing(
-            format!("prefill {tokens}, {name}"),
-            details,
-        ));
+        let details =
+            json!({ "s": times, "best_s": best, "tok_s": tokens as f64 / best, "vllm_s": bar, "ratio": best / bar });
+        report(Outcome::timing(format!("prefill {tokens}, {name}"), details));
     }
     Ok(())
 }

@@ -11,9 +11,7 @@ use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::super::sampler::Sampler;
 use super::super::{KvDtype, decode_shared_bytes, prefill_kernel};
 use super::Outcome;
-use super::reference::{
-    Random, bf16_bytes, distance, f32_bytes, from_bf16, from_f32, round, u32_bytes,
-};
+use super::reference::{Random, bf16_bytes, distance, f32_bytes, from_bf16, from_f32, round, u32_bytes};
 use crate::backend::{BackendError, Limits, Result, SampleRequest};
 use crate::engine::step::{Admission, SequenceFault};
 use crate::sample::{SamplingParams, SlotState, score};
@@ -37,12 +35,7 @@ pub(super) struct Bench {
 impl Bench {
     pub(super) fn open() -> Result<Self> {
         let device = Device::open(0)?;
-        Ok(Self {
-            kernels: Kernels::load()?,
-            matmul: Matmul::new()?,
-            device,
-            random: Random::new(17),
-        })
+        Ok(Self { kernels: Kernels::load()?, matmul: Matmul::new()?, device, random: Random::new(17) })
     }
 
     pub(super) fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
@@ -71,17 +64,7 @@ impl Bench {
         shared: u32,
         arguments: Arguments,
     ) -> Result<()> {
-        self.kernels.launch(
-            &self.device,
-            name,
-            Shape {
-                grid,
-                block,
-                shared,
-            },
-            arguments,
-            false,
-        )
+        self.kernels.launch(&self.device, name, Shape { grid, block, shared }, arguments, false)
     }
 }
 
@@ -110,7 +93,8 @@ pub(super) fn run(only: &str, report: &mut dyn FnMut(Outcome)) {
         let started = std::time::Instant::now();
         report(match check(&mut bench) {
             Ok((found, allowed)) => {
-                let details = json!({ "distance": found, "allowed": allowed, "seconds": started.elapsed().as_secs_f64() });
+                let details =
+                    json!({ "distance": found, "allowed": allowed, "seconds": started.elapsed().as_secs_f64() });
                 Outcome::check(name, found <= allowed, details)
             }
             Err(error) => Outcome::failure(name, error),
@@ -149,11 +133,8 @@ fn embed(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut expected = Vec::new();
     for id in ids {
         let id = if id == u32::MAX { 117 } else { id };
-        let row = (id as usize)
-            .checked_sub(first as usize)
-            .filter(|row| *row < count);
-        expected
-            .extend((0..hidden).map(|i| row.map_or(0.0, |row| f64::from(table[row * hidden + i]))));
+        let row = (id as usize).checked_sub(first as usize).filter(|row| *row < count);
+        expected.extend((0..hidden).map(|i| row.map_or(0.0, |row| f64::from(table[row * hidden + i]))));
     }
     Ok((distance(&found, &expected), 0.0))
 }
@@ -168,16 +149,8 @@ fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
         mscale_all_dim: 0.0,
         attention_factor: None,
     };
-    let query_scale = Some(QueryScale {
-        beta: 0.1,
-        original_max_position_embeddings: 8192,
-    });
-    let table = RopeConfig {
-        theta: 1e8,
-        yarn: Some(yarn),
-        query_scale,
-    }
-    .table(128);
+    let query_scale = Some(QueryScale { beta: 0.1, original_max_position_embeddings: 8192 });
+    let table = RopeConfig { theta: 1e8, yarn: Some(yarn), query_scale }.table(128);
     let positions: Vec<u32> = vec![0, 1, 63, 64, 8191, 8192, 65_535, 131_071, 262_143, 17];
     let sequences: Vec<u32> = vec![0, 0, 0, 1, 1, 1, 1, 1, 1, 0];
     let blocks: Vec<u32> = (0..4097).map(|index| (index * 7919) % 10_007).collect();
@@ -190,11 +163,8 @@ fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
         bench.upload(&u32_bytes(&starts))?,
     );
     let frequencies = bench.upload(&f32_bytes(&table.frequencies))?;
-    let (angles, scales, places) = (
-        bench.poisoned(rows * 128 * 4)?,
-        bench.poisoned(rows * 4)?,
-        bench.poisoned(rows * 4)?,
-    );
+    let (angles, scales, places) =
+        (bench.poisoned(rows * 128 * 4)?, bench.poisoned(rows * 4)?, bench.poisoned(rows * 4)?);
     let arguments = Arguments::default()
         .address(angles.address)
         .address(scales.address)
@@ -211,11 +181,8 @@ fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
     bench.launch("prepare_rows", [rows as u32, 1, 1], 64, 0, arguments)?;
     let mut worst = 0f64;
     let found = from_f32(&bench.read(&angles, rows * 128 * 4)?);
-    let expected: Vec<f32> = positions
-        .iter()
-        .flat_map(|position| table.cos_sin(*position))
-        .flat_map(|(cos, sin)| [cos, sin])
-        .collect();
+    let expected: Vec<f32> =
+        positions.iter().flat_map(|position| table.cos_sin(*position)).flat_map(|(cos, sin)| [cos, sin]).collect();
     for (found, expected) in found.iter().zip(&expected) {
         worst = worst.max(f64::from((found - expected).abs()));
     }
@@ -237,21 +204,14 @@ fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
 }
 
 /// A product as kernels take it: bf16, or f32 in several partial sums. Returns its value too.
-fn product(
-    bench: &mut Bench,
-    rows: usize,
-    columns: usize,
-    splits: usize,
-) -> Result<(Buffer, Vec<f32>)> {
+fn product(bench: &mut Bench, rows: usize, columns: usize, splits: usize) -> Result<(Buffer, Vec<f32>)> {
     let count = rows * columns;
     if splits == 0 {
         let numbers = bench.random.bf16s(count, 1.0);
         return Ok((bench.upload(&bf16_bytes(&numbers))?, numbers));
     }
     let parts = bench.random.normals(count * splits, 1.0);
-    let sum = (0..count)
-        .map(|index| (0..splits).map(|split| parts[split * count + index]).sum())
-        .collect();
+    let sum = (0..count).map(|index| (0..splits).map(|split| parts[split * count + index]).sum()).collect();
     Ok((bench.upload(&f32_bytes(&parts))?, sum))
 }
 
@@ -260,19 +220,12 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
     for (rows, hidden) in [(1, 64), (7, 576), (3, 5120), (33, 1028), (2, 12_288)] {
         // no partial; bf16; f32 in 1 and in 5 sums
         for (kind, splits) in [("", 0), ("add_bf16_", 0), ("add_f32_", 1), ("add_f32_", 5)] {
-            for (suffix, y_scale, listed) in [
-                ("bf16", 1.0, false),
-                ("bf16", 1.0, true),
-                ("e4m3", 0.0213, false),
-            ] {
+            for (suffix, y_scale, listed) in [("bf16", 1.0, false), ("bf16", 1.0, true), ("e4m3", 0.0213, false)] {
                 let residual = bench.random.normals(rows * hidden, 2.0);
                 let gain = bench.random.bf16s(hidden, 1.0);
                 let (partial_buffer, partial) = product(bench, rows, hidden, splits)?;
                 let partial_scale = 0.37f32;
-                let list: Vec<u32> = (0..rows as u32)
-                    .rev()
-                    .filter(|row| !listed || row % 3 != 1)
-                    .collect();
+                let list: Vec<u32> = (0..rows as u32).rev().filter(|row| !listed || row % 3 != 1).collect();
                 let outputs = if listed { list.len() } else { rows };
                 let (residual_buffer, gain_buffer, list_buffer) = (
                     bench.upload(&f32_bytes(&residual))?,
@@ -283,11 +236,7 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                 let out = bench.poisoned(outputs * hidden * size)?;
                 let arguments = Arguments::default()
                     .address(residual_buffer.address)
-                    .address(if kind.is_empty() {
-                        0
-                    } else {
-                        partial_buffer.address
-                    })
+                    .address(if kind.is_empty() { 0 } else { partial_buffer.address })
                     .u32(splits.max(1) as u32)
                     .u64((rows * hidden) as u64)
                     .f32(partial_scale)
@@ -310,11 +259,7 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                     .zip(&partial)
                     .map(|(residual, partial)| {
                         f64::from(*residual)
-                            + if kind.is_empty() {
-                                0.0
-                            } else {
-                                f64::from(partial_scale) * f64::from(*partial)
-                            }
+                            + if kind.is_empty() { 0.0 } else { f64::from(partial_scale) * f64::from(*partial) }
                     })
                     .collect();
                 if !listed {
@@ -323,14 +268,9 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                 }
                 let mut expected = Vec::with_capacity(outputs * hidden);
                 for output in 0..outputs {
-                    let row = if listed {
-                        list[output] as usize
-                    } else {
-                        output
-                    };
+                    let row = if listed { list[output] as usize } else { output };
                     let numbers = &sums[row * hidden..][..hidden];
-                    let mean =
-                        numbers.iter().map(|number| number * number).sum::<f64>() / hidden as f64;
+                    let mean = numbers.iter().map(|number| number * number).sum::<f64>() / hidden as f64;
                     expected.extend(
                         numbers
                             .iter()
@@ -351,21 +291,14 @@ fn compare_activation(bytes: &[u8], expected: &[f64], suffix: &str, scale: f32) 
     if suffix == "bf16" {
         return distance(&from_bf16(bytes), expected) / BF16_DISTANCE;
     }
-    let rounded: Vec<f64> = expected
-        .iter()
-        .map(|number| f64::from(e4m3::round((*number / f64::from(scale)) as f32)))
-        .collect();
+    let rounded: Vec<f64> =
+        expected.iter().map(|number| f64::from(e4m3::round((*number / f64::from(scale)) as f32))).collect();
     distance(&from_e4m3(bytes), &rounded) / E4M3_DISTANCE
 }
 
 fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut worst = 0f64;
-    for (rows, heads, kv_heads, d) in [
-        (1, 32, 8, 128),
-        (5, 8, 4, 32),
-        (7, 9, 3, 64),
-        (3, 12, 1, 128),
-    ] {
+    for (rows, heads, kv_heads, d) in [(1, 32, 8, 128), (5, 8, 4, 32), (7, 9, 3, 64), (3, 12, 1, 128)] {
         for (input, splits) in [("bf16", 0), ("f32", 1), ("f32", 4)] {
             for kv in [KvDtype::Bf16, KvDtype::E4m3] {
                 let columns = (heads + 2 * kv_heads) * d;
@@ -425,17 +358,10 @@ fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
                     if part == 2 {
                         return numbers;
                     }
-                    let factor = if part == 0 {
-                        f64::from(query_scale[row])
-                    } else {
-                        1.0
-                    };
+                    let factor = if part == 0 { f64::from(query_scale[row]) } else { 1.0 };
                     let mut rotated = vec![0.0; d];
                     for i in 0..d / 2 {
-                        let (cos, sin) = (
-                            f64::from(angles[row * d + 2 * i]),
-                            f64::from(angles[row * d + 2 * i + 1]),
-                        );
+                        let (cos, sin) = (f64::from(angles[row * d + 2 * i]), f64::from(angles[row * d + 2 * i + 1]));
                         rotated[i] = (numbers[i] * cos - numbers[i + d / 2] * sin) * factor;
                         rotated[i + d / 2] = (numbers[i + d / 2] * cos + numbers[i] * sin) * factor;
                     }
@@ -445,25 +371,18 @@ fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
                     .flat_map(|row| (0..heads).flat_map(move |head| [(row, head)]))
                     .flat_map(|(row, head)| head_at(row, head))
                     .collect();
-                worst = worst.max(
-                    distance(
-                        &from_bf16(&bench.read(&q, rows * heads * d * 2)?),
-                        &expected_q,
-                    ) / BF16_DISTANCE,
-                );
+                worst = worst
+                    .max(distance(&from_bf16(&bench.read(&q, rows * heads * d * 2)?), &expected_q) / BF16_DISTANCE);
                 for (part, buffer) in [keys, values].iter().enumerate() {
                     let bytes = bench.read(buffer, plane * kv.size())?;
                     let mut written = 0;
                     for (row, place) in places.iter().enumerate() {
                         for kv_head in 0..kv_heads {
-                            let at = ((*place as usize / 64 * kv_heads + kv_head) * 64
-                                + *place as usize % 64)
-                                * d;
+                            let at = ((*place as usize / 64 * kv_heads + kv_head) * 64 + *place as usize % 64) * d;
                             let stored = &bytes[at * kv.size()..][..d * kv.size()];
                             let expected = head_at(row, heads + part * kv_heads + kv_head);
                             written += stored.len();
-                            worst =
-                                worst.max(compare_activation(stored, &expected, kv.name(), 1.0));
+                            worst = worst.max(compare_activation(stored, &expected, kv.name(), 1.0));
                         }
                     }
                     // everything else is as it was
@@ -496,13 +415,7 @@ fn gate(bench: &mut Bench) -> Result<(f64, f64)> {
                     .f32(y_scale)
                     .u32(width as u32);
                 let grid = [(width / 4).div_ceil(256) as u32, rows as u32, 1];
-                bench.launch(
-                    &format!("gate_{input}_to_{suffix}"),
-                    grid,
-                    256,
-                    0,
-                    arguments,
-                )?;
+                bench.launch(&format!("gate_{input}_to_{suffix}"), grid, 256, 0, arguments)?;
                 let mut expected = Vec::with_capacity(rows * width);
                 for row in numbers.chunks_exact(2 * width) {
                     for i in 0..width {
@@ -513,12 +426,8 @@ fn gate(bench: &mut Bench) -> Result<(f64, f64)> {
                         expected.push(g / (1.0 + (-g).exp()) * u);
                     }
                 }
-                worst = worst.max(compare_activation(
-                    &bench.read(&out, rows * width * size)?,
-                    &expected,
-                    suffix,
-                    y_scale,
-                ));
+                worst =
+                    worst.max(compare_activation(&bench.read(&out, rows * width * size)?, &expected, suffix, y_scale));
             }
         }
     }
@@ -532,12 +441,7 @@ fn operand(bench: &mut Bench, count: usize, fp8: bool) -> (Vec<f32>, Vec<u8>) {
         let bytes = bf16_bytes(&numbers);
         return (numbers, bytes);
     }
-    let bytes: Vec<u8> = bench
-        .random
-        .normals(count, 60.0)
-        .into_iter()
-        .map(e4m3::encode)
-        .collect();
+    let bytes: Vec<u8> = bench.random.normals(count, 60.0).into_iter().map(e4m3::encode).collect();
     (from_e4m3(&bytes), bytes)
 }
 
@@ -545,11 +449,8 @@ fn multiply(x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f64> {
     let mut y = vec![0.0; m * n];
     for row in 0..m {
         for column in 0..n {
-            y[row * n + column] = x[row * k..][..k]
-                .iter()
-                .zip(&w[column * k..][..k])
-                .map(|(a, b)| f64::from(*a) * f64::from(*b))
-                .sum();
+            y[row * n + column] =
+                x[row * k..][..k].iter().zip(&w[column * k..][..k]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
         }
     }
     y
@@ -577,37 +478,14 @@ fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
                 dtype: if fp8 { Dtype::F8E4M3 } else { Dtype::Bf16 },
                 rows: n,
                 columns: k,
-                source: Source::Stored {
-                    bytes: &w_bytes,
-                    row_stride: w_bytes.len() / n,
-                    order: RowOrder::Plain,
-                },
+                source: Source::Stored { bytes: &w_bytes, row_stride: w_bytes.len() / n, order: RowOrder::Plain },
             };
-            let scales = fp8.then_some(Fp8Scales {
-                weight: 0.5,
-                input: 2.0,
-            });
-            let layer = Linear::load(
-                &bench.device,
-                &mut bench.kernels,
-                &[LinearShard {
-                    weight: slice,
-                    scales,
-                }],
-            )?;
+            let scales = fp8.then_some(Fp8Scales { weight: 0.5, input: 2.0 });
+            let layer = Linear::load(&bench.device, &mut bench.kernels, &[LinearShard { weight: slice, scales }])?;
             let input = bench.upload(&x_bytes)?;
-            let format = if matches!(layer.input_format, InputFormat::Bf16) {
-                TensorFormat::Bf16
-            } else {
-                TensorFormat::E4m3
-            };
-            let x_tensor = Tensor {
-                address: input.address,
-                rows: m,
-                columns: k,
-                format,
-                part_scales: Vec::new(),
-            };
+            let format =
+                if matches!(layer.input_format, InputFormat::Bf16) { TensorFormat::Bf16 } else { TensorFormat::E4m3 };
+            let x_tensor = Tensor { address: input.address, rows: m, columns: k, format, part_scales: Vec::new() };
             for logits in [false, true] {
                 let out = bench.poisoned(Linear::product_bytes(n, m))?;
                 let y = layer.apply(
@@ -618,17 +496,11 @@ fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
                     true,
                 )?;
                 let TensorFormat::F32Splits(splits) = y.format else {
-                    return Err(BackendError::Device(format!(
-                        "{m} x {n} x {k} did not take the kernel for few rows"
-                    )));
+                    return Err(BackendError::Device(format!("{m} x {n} x {k} did not take the kernel for few rows")));
                 };
                 let parts = from_f32(&bench.read(&out, splits as usize * m * n * 4)?);
                 let sums: Vec<f32> = (0..m * n)
-                    .map(|index| {
-                        (0..splits as usize)
-                            .map(|split| parts[split * m * n + index])
-                            .sum()
-                    })
+                    .map(|index| (0..splits as usize).map(|split| parts[split * m * n + index]).sum())
                     .collect();
                 worst = worst.max(distance(&sums, &expected));
             }
@@ -640,18 +512,8 @@ fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
 
 fn products(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut worst = 0f64;
-    for (formats, fp8) in [
-        (Formats::E4m3ToBf16, true),
-        (Formats::Bf16ToBf16, false),
-        (Formats::Bf16ToF32, false),
-    ] {
-        for (m, n, k) in [
-            (1, 64, 64),
-            (37, 192, 64),
-            (64, 96, 192),
-            (70, 256, 512),
-            (600, 128, 256),
-        ] {
+    for (formats, fp8) in [(Formats::E4m3ToBf16, true), (Formats::Bf16ToBf16, false), (Formats::Bf16ToF32, false)] {
+        for (m, n, k) in [(1, 64, 64), (37, 192, 64), (64, 96, 192), (70, 256, 512), (600, 128, 256)] {
             let padded = Matmul::padded_rows(m);
             let (x, mut x_bytes) = operand(bench, m * k, fp8);
             // the rows that fill up hold NaN: they may not reach others
@@ -663,18 +525,10 @@ fn products(bench: &mut Bench) -> Result<(f64, f64)> {
             bench.matmul.run(
                 &bench.device,
                 ProductShape { m, n, k, formats },
-                Operands {
-                    x: x_buffer.address,
-                    w: w_buffer.address,
-                    y: out.address,
-                },
+                Operands { x: x_buffer.address, w: w_buffer.address, y: out.address },
             )?;
             let bytes = bench.read(&out, m * n * size)?;
-            let found = if size == 4 {
-                from_f32(&bytes)
-            } else {
-                from_bf16(&bytes)
-            };
+            let found = if size == 4 { from_f32(&bytes) } else { from_bf16(&bytes) };
             worst = worst.max(distance(&found, &multiply(&x, &w, m, n, k)));
         }
     }
@@ -691,24 +545,14 @@ fn random_weights(bench: &mut Bench) -> Result<(f64, f64)> {
             first_column: 1280,
             deviation: 80.0,
         };
-        let slice = Slice {
-            name: "w",
-            dtype,
-            rows: 33,
-            columns: 1030,
-            source: Source::Random(fill),
-        };
+        let slice = Slice { name: "w", dtype, rows: 33, columns: 1030, source: Source::Random(fill) };
         let out = bench.poisoned(slice.byte_len())?;
         load_slice(&bench.device, &mut bench.kernels, out.address, &slice)?;
         let bytes = bench.read(&out, slice.byte_len())?;
         let mut row = vec![0; slice.columns * dtype.size()];
         for index in 0..slice.rows {
             slice.copy_row(index, &mut row);
-            wrong += bytes[index * row.len()..]
-                .iter()
-                .zip(&row)
-                .filter(|(a, b)| a != b)
-                .count();
+            wrong += bytes[index * row.len()..].iter().zip(&row).filter(|(a, b)| a != b).count();
         }
     }
     Ok((wrong as f64, 0.0))
@@ -725,13 +569,7 @@ struct TestCache {
 }
 
 impl TestCache {
-    fn new(
-        bench: &mut Bench,
-        contexts: &[usize],
-        kv_heads: usize,
-        d: usize,
-        kv: KvDtype,
-    ) -> Result<Self> {
+    fn new(bench: &mut Bench, contexts: &[usize], kv_heads: usize, d: usize, kv: KvDtype) -> Result<Self> {
         let needed: usize = contexts.iter().map(|context| context.div_ceil(64)).sum();
         let mut order: Vec<u32> = (0..needed as u32 + 2).collect();
         for index in (1..order.len()).rev() {
@@ -763,27 +601,12 @@ impl TestCache {
             KvDtype::Bf16 => bf16_bytes(numbers),
             KvDtype::E4m3 => numbers.iter().map(|number| e4m3::encode(*number)).collect(),
         };
-        let (key_buffer, value_buffer) =
-            (bench.upload(&bytes(&keys))?, bench.upload(&bytes(&values))?);
-        Ok(Self {
-            keys,
-            values,
-            key_buffer,
-            value_buffer,
-            tables,
-            starts,
-        })
+        let (key_buffer, value_buffer) = (bench.upload(&bytes(&keys))?, bench.upload(&bytes(&values))?);
+        Ok(Self { keys, values, key_buffer, value_buffer, tables, starts })
     }
 
     /// Attention of one query over positions 0..=position.
-    fn attend(
-        &self,
-        q: &[f32],
-        sequence: usize,
-        kv_head: usize,
-        kv_heads: usize,
-        position: usize,
-    ) -> Vec<f64> {
+    fn attend(&self, q: &[f32], sequence: usize, kv_head: usize, kv_heads: usize, position: usize) -> Vec<f64> {
         let d = q.len();
         let row = |numbers: &[f32], token: usize| -> usize {
             debug_assert!(!numbers.is_empty());
@@ -793,11 +616,7 @@ impl TestCache {
         let scores: Vec<f64> = (0..=position)
             .map(|token| {
                 let key = &self.keys[row(&self.keys, token)..][..d];
-                q.iter()
-                    .zip(key)
-                    .map(|(a, b)| f64::from(*a) * f64::from(*b))
-                    .sum::<f64>()
-                    / (d as f64).sqrt()
+                q.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() / (d as f64).sqrt()
             })
             .collect();
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -805,10 +624,7 @@ impl TestCache {
         let mut out = vec![0.0; d];
         for (token, score) in scores.iter().enumerate() {
             let weight = (score - largest).exp() / total;
-            for (out, value) in out
-                .iter_mut()
-                .zip(&self.values[row(&self.values, token)..][..d])
-            {
+            for (out, value) in out.iter_mut().zip(&self.values[row(&self.values, token)..][..d]) {
                 *out += weight * f64::from(*value);
             }
         }
@@ -818,14 +634,7 @@ impl TestCache {
 
 fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut worst = 0f64;
-    for (heads, kv_heads, d) in [
-        (8, 2, 128),
-        (12, 1, 128),
-        (8, 4, 32),
-        (9, 3, 64),
-        (16, 1, 32),
-        (3, 3, 128),
-    ] {
+    for (heads, kv_heads, d) in [(8, 2, 128), (12, 1, 128), (8, 4, 32), (9, 3, 64), (16, 1, 32), (3, 3, 128)] {
         for kv in [KvDtype::Bf16, KvDtype::E4m3] {
             for splits in [1, 3, 66] {
                 let contexts = [1, 63, 64, 65, 200, 1500];
@@ -849,10 +658,8 @@ fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                     bench.upload(&u32_bytes(&cache.starts))?,
                 ];
                 let listed = attention_rows.len();
-                let (partial, sums) = (
-                    bench.poisoned(listed * heads * splits * d * 4)?,
-                    bench.poisoned(listed * heads * splits * 4)?,
-                );
+                let (partial, sums) =
+                    (bench.poisoned(listed * heads * splits * d * 4)?, bench.poisoned(listed * heads * splits * 4)?);
                 let finished = bench.upload(&vec![0; listed * kv_heads * 4])?;
                 for (suffix, scale) in [("bf16", 1.0), ("e4m3", 0.01)] {
                     let size = if suffix == "bf16" { 2 } else { 1 };
@@ -882,11 +689,7 @@ fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                         decode_shared_bytes(d, kv),
                         arguments,
                     )?;
-                    if bench
-                        .read(&finished, listed * kv_heads * 4)?
-                        .iter()
-                        .any(|byte| *byte != 0)
-                    {
+                    if bench.read(&finished, listed * kv_heads * 4)?.iter().any(|byte| *byte != 0) {
                         worst = f64::INFINITY;
                     }
                     let bytes = bench.read(&out, rows * heads * d * size)?;
@@ -904,8 +707,7 @@ fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                         }
                         let found = &bytes[*row as usize * heads * d * size..][..heads * d * size];
                         // weights are rounded to bf16 before they meet V
-                        worst =
-                            worst.max(compare_activation(found, &expected, suffix, scale) / 2.0);
+                        worst = worst.max(compare_activation(found, &expected, suffix, scale) / 2.0);
                     }
                 }
             }
@@ -939,11 +741,7 @@ fn prefill_attention(bench: &mut Bench) -> Result<(f64, f64)> {
         for (sequence, (start, count)) in chunks.iter().enumerate() {
             let step = 128 / group;
             for offset in (0..*count).step_by(step) {
-                tiles.push([
-                    sequence as u32,
-                    (positions.len() + offset) as u32,
-                    step.min(count - offset) as u32,
-                ]);
+                tiles.push([sequence as u32, (positions.len() + offset) as u32, step.min(count - offset) as u32]);
             }
             for row in 0..*count {
                 positions.push((start + row) as u32);
@@ -960,22 +758,12 @@ fn prefill_attention(bench: &mut Bench) -> Result<(f64, f64)> {
             bench.upload(&u32_bytes(&cache.tables))?,
             bench.upload(&u32_bytes(&cache.starts))?,
         ];
-        let (size, scale) = if suffix == "bf16" {
-            (2, 1.0)
-        } else {
-            (1, 0.01)
-        };
+        let (size, scale) = if suffix == "bf16" { (2, 1.0) } else { (1, 0.01) };
         let mut expected = Vec::with_capacity(rows * heads * d);
         for row in 0..rows {
             for head in 0..heads {
                 let query = &q[(row * heads + head) * d..][..d];
-                expected.extend(cache.attend(
-                    query,
-                    owner[row],
-                    head / group,
-                    kv_heads,
-                    positions[row] as usize,
-                ));
+                expected.extend(cache.attend(query, owner[row], head / group, kv_heads, positions[row] as usize));
             }
         }
         let mut launches = vec![prefill_kernel(d, kv, suffix, false)];
@@ -997,21 +785,9 @@ fn prefill_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                 .u32(heads as u32)
                 .u32(kv_heads as u32)
                 .f32(std::f32::consts::LOG2_E / (d as f32).sqrt());
-            bench.launch(
-                &name,
-                [kv_heads as u32, tiles.len() as u32, 1],
-                256,
-                shared,
-                arguments,
-            )?;
-            worst = worst.max(
-                compare_activation(
-                    &bench.read(&out, rows * heads * d * size)?,
-                    &expected,
-                    suffix,
-                    scale,
-                ) / 2.0,
-            );
+            bench.launch(&name, [kv_heads as u32, tiles.len() as u32, 1], 256, shared, arguments)?;
+            worst = worst
+                .max(compare_activation(&bench.read(&out, rows * heads * d * size)?, &expected, suffix, scale) / 2.0);
         }
     }
     Ok((worst, 1.0))
@@ -1019,42 +795,15 @@ fn prefill_attention(bench: &mut Bench) -> Result<(f64, f64)> {
 
 /// Draws of the device against those of the CPU's sampler: wrong ones, and wrong logprobs.
 fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
-    let plain = SamplingParams {
-        seed: 0xfeed_beef_1234,
-        ..SamplingParams::default()
-    };
+    let plain = SamplingParams { seed: 0xfeed_beef_1234, ..SamplingParams::default() };
     let variants = [
-        SamplingParams {
-            temperature: 0.0,
-            ..plain.clone()
-        },
+        SamplingParams { temperature: 0.0, ..plain.clone() },
         plain.clone(),
-        SamplingParams {
-            temperature: 0.15,
-            ..plain.clone()
-        },
-        SamplingParams {
-            top_k: 40,
-            ..plain.clone()
-        },
-        SamplingParams {
-            top_p: 0.9,
-            temperature: 0.7,
-            ..plain.clone()
-        },
-        SamplingParams {
-            min_p: 0.05,
-            logprobs: Some(5),
-            ..plain.clone()
-        },
-        SamplingParams {
-            top_k: 100,
-            top_p: 0.5,
-            min_p: 0.01,
-            temperature: 1.3,
-            logprobs: Some(0),
-            ..plain.clone()
-        },
+        SamplingParams { temperature: 0.15, ..plain.clone() },
+        SamplingParams { top_k: 40, ..plain.clone() },
+        SamplingParams { top_p: 0.9, temperature: 0.7, ..plain.clone() },
+        SamplingParams { min_p: 0.05, logprobs: Some(5), ..plain.clone() },
+        SamplingParams { top_k: 100, top_p: 0.5, min_p: 0.01, temperature: 1.3, logprobs: Some(0), ..plain.clone() },
         SamplingParams {
             temperature: 0.0,
             repetition_penalty: 1.3,
@@ -1062,17 +811,8 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
             frequency_penalty: 0.7,
             ..plain.clone()
         },
-        SamplingParams {
-            repetition_penalty: 0.8,
-            frequency_penalty: 1.5,
-            top_p: 0.95,
-            ..plain.clone()
-        },
-        SamplingParams {
-            temperature: 0.0,
-            logit_bias: vec![(7, 100.0), (8, -100.0), (7, 1.0)],
-            ..plain.clone()
-        },
+        SamplingParams { repetition_penalty: 0.8, frequency_penalty: 1.5, top_p: 0.95, ..plain.clone() },
+        SamplingParams { temperature: 0.0, logit_bias: vec![(7, 100.0), (8, -100.0), (7, 1.0)], ..plain.clone() },
         SamplingParams {
             temperature: 0.0,
             logit_bias: vec![(9, 100.0)],
@@ -1085,29 +825,16 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut wrong = 0f64;
     for vocabulary in [9191usize, 131_072] {
         let slots = variants.len();
-        let limits = Limits {
-            step_tokens: 16,
-            sequences: slots,
-            model_len: 128,
-            logit_rows: slots + 3,
-        };
+        let limits = Limits { step_tokens: 16, sequences: slots, model_len: 128, logit_rows: slots + 3 };
         let mut sampler = Sampler::new(&bench.device, &limits, vocabulary)?;
         let prompt: Vec<u32> = (0..40).map(|index| index * 11 % 500).collect();
         let generated: Vec<u32> = vec![3, 3, 5, 1000, 3];
         let mut states = Vec::new();
         for (slot, params) in variants.iter().enumerate() {
-            let generated_ids = if slot % 2 == 0 {
-                Vec::new()
-            } else {
-                generated.clone()
-            };
+            let generated_ids = if slot % 2 == 0 { Vec::new() } else { generated.clone() };
             states.push(SlotState::new(params, &prompt, &generated_ids));
-            let admission = Admission {
-                slot: slot as u32,
-                sampling: params.clone(),
-                prompt_ids: prompt.clone(),
-                generated_ids,
-            };
+            let admission =
+                Admission { slot: slot as u32, sampling: params.clone(), prompt_ids: prompt.clone(), generated_ids };
             sampler.admit(&bench.device, &mut bench.kernels, &admission)?;
         }
         for step in 0..4u32 {
@@ -1120,32 +847,15 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
             let buffer = bench.upload(&f32_bytes(&logits))?;
             let row_of = |slot: usize| slots - 1 - slot;
             let mut requests: Vec<SampleRequest> = (0..slots)
-                .map(|slot| SampleRequest::Next {
-                    row: row_of(slot) as u32,
-                    slot: slot as u32,
-                    position: 50 + step,
-                })
+                .map(|slot| SampleRequest::Next { row: row_of(slot) as u32, slot: slot as u32, position: 50 + step })
                 .collect();
             // the first two slots see the rows with a NaN and with equal numbers once
             if step == 3 {
-                requests[0] = SampleRequest::Next {
-                    row: slots as u32 + 1,
-                    slot: 0,
-                    position: 53,
-                };
-                requests[9] = SampleRequest::Next {
-                    row: slots as u32 + 2,
-                    slot: 9,
-                    position: 53,
-                };
+                requests[0] = SampleRequest::Next { row: slots as u32 + 1, slot: 0, position: 53 };
+                requests[9] = SampleRequest::Next { row: slots as u32 + 2, slot: 9, position: 53 };
             }
             let target = 77 + step;
-            requests.push(SampleRequest::Score {
-                row: slots as u32,
-                slot: 0,
-                target,
-                top: 4,
-            });
+            requests.push(SampleRequest::Score { row: slots as u32, slot: 0, target, top: 4 });
             sampler.step_begins(&bench.device)?;
             sampler.sample(&bench.device, &mut bench.kernels, buffer.address, &requests)?;
             let results = sampler.collect()?;
@@ -1167,19 +877,12 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
                             _ => 1.0,
                         }
                     }
-                    (found, _)
-                        if step == 3 && slot == 0 && *found == fault && expected == fault =>
-                    {
-                        0.0
-                    }
+                    (found, _) if step == 3 && slot == 0 && *found == fault && expected == fault => 0.0,
                     _ => 1.0,
                 };
             }
             let expected = score(&logits[slots * vocabulary..][..vocabulary], target, 4);
-            wrong += results
-                .scored
-                .first()
-                .map_or(1.0, |found| same_logprobs(found, &expected));
+            wrong += results.scored.first().map_or(1.0, |found| same_logprobs(found, &expected));
         }
     }
     Ok((wrong, 0.0))

@@ -26,19 +26,11 @@ pub struct Outcome {
 
 impl Outcome {
     fn check(name: impl Into<String>, passed: bool, details: Value) -> Self {
-        Self {
-            name: name.into(),
-            passed: Some(passed),
-            details,
-        }
+        Self { name: name.into(), passed: Some(passed), details }
     }
 
     fn timing(name: impl Into<String>, details: Value) -> Self {
-        Self {
-            name: name.into(),
-            passed: None,
-            details,
-        }
+        Self { name: name.into(), passed: None, details }
     }
 
     fn failure(name: impl Into<String>, reason: impl std::fmt::Display) -> Self {
@@ -66,23 +58,13 @@ pub enum Section {
 
 /// Runs a section; `report` gets each outcome as it comes. `only` keeps the checks whose names contain it;
 /// `config` is the model of [`Section::Engine`].
-pub fn run(
-    section: Section,
-    fixtures: &Path,
-    config: Option<&Path>,
-    only: &str,
-    report: &mut dyn FnMut(Outcome),
-) {
+pub fn run(section: Section, fixtures: &Path, config: Option<&Path>, only: &str, report: &mut dyn FnMut(Outcome)) {
     match section {
         Section::Kernels => kernels::run(only, report),
         Section::Models => {
             for overlap in [true, false] {
                 for kv in [KvDtype::Bf16, KvDtype::E4m3] {
-                    let options = CudaOptions {
-                        kv,
-                        overlap,
-                        ..CudaOptions::default()
-                    };
+                    let options = CudaOptions { kv, overlap, ..CudaOptions::default() };
                     models::run(fixtures, options, only, report);
                 }
             }

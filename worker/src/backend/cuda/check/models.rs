@@ -21,12 +21,7 @@ use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::ModelConfig;
 
 const CASES: [&str; 4] = ["short", "code", "long", "card_small_talk"];
-const LIMITS: Limits = Limits {
-    step_tokens: 1408,
-    sequences: 8,
-    model_len: 2048,
-    logit_rows: 1408,
-};
+const LIMITS: Limits = Limits { step_tokens: 1408, sequences: 8, model_len: 2048, logit_rows: 1408 };
 const BLOCKS: usize = 128;
 
 type Failure = Box<dyn std::error::Error>;
@@ -37,19 +32,11 @@ struct Rank {
     config: ModelConfig,
 }
 
-pub(super) fn run(
-    fixtures: &Path,
-    options: CudaOptions,
-    only: &str,
-    report: &mut dyn FnMut(Outcome),
-) {
+pub(super) fn run(fixtures: &Path, options: CudaOptions, only: &str, report: &mut dyn FnMut(Outcome)) {
     for (folder, prefix) in [("tiny_text", ""), ("tiny_text_fp8", "w8a8_")] {
         for case in CASES {
             let kv = options.kv.name();
-            let name = format!(
-                "{folder}/{case} kv {kv}{}",
-                if options.overlap { "" } else { " no overlap" }
-            );
+            let name = format!("{folder}/{case} kv {kv}{}", if options.overlap { "" } else { " no overlap" });
             if name.contains(only) {
                 let outcome = check_case(&fixtures.join(folder), case, prefix, options);
                 report(outcome.map_or_else(
@@ -76,23 +63,12 @@ fn open(folder: &Path, options: CudaOptions) -> Result<Rank, Failure> {
     let shape = KvShape::new(&config, &plan);
     let blocks = backend.kv_capacity(&shape, KvBudget::Blocks(BLOCKS))?;
     backend.allocate_kv(&shape, blocks)?;
-    Ok(Rank {
-        backend,
-        model,
-        config,
-    })
+    Ok(Rank { backend, model, config })
 }
 
 /// Logits of every position, the prompt cut into chunks of at most `chunk` tokens.
-fn all_logits(
-    rank: &mut Rank,
-    ids: &[u32],
-    chunk: usize,
-    first_block: u32,
-) -> Result<Vec<f32>, BackendError> {
-    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_TOKENS) as u32)
-        .map(|block| first_block + block)
-        .collect();
+fn all_logits(rank: &mut Rank, ids: &[u32], chunk: usize, first_block: u32) -> Result<Vec<f32>, BackendError> {
+    let blocks: Vec<u32> = (0..ids.len().div_ceil(BLOCK_TOKENS) as u32).map(|block| first_block + block).collect();
     let mut all = Vec::new();
     for (index, part) in ids.chunks(chunk).enumerate() {
         let start = (index * chunk) as u32;
@@ -110,9 +86,7 @@ fn all_logits(
             logit_rows: (0..rows).collect(),
         };
         let model = &rank.model;
-        let logits = rank
-            .backend
-            .execute(&batch, |backend| model.forward(backend))?;
+        let logits = rank.backend.execute(&batch, |backend| model.forward(backend))?;
         all.extend(rank.backend.read_logits(&logits)?);
         rank.backend.sample(logits, &[])?;
         rank.backend.collect()?;
@@ -130,13 +104,7 @@ fn check_case(
     let goldens = SafeTensors::deserialize(&bytes)?;
     let ints = |name: &str| -> Result<Vec<u32>, Failure> {
         let tensor = goldens.tensor(&format!("{case}.{name}"))?;
-        Ok(tensor
-            .data()
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|four| u32::from_le_bytes(*four))
-            .collect())
+        Ok(tensor.data().as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect())
     };
     let ids = ints("input_ids")?;
     let positions = ints(&format!("{prefix}positions"))?;
@@ -148,50 +116,28 @@ fn check_case(
     let vocabulary = rank.config.vocab_size;
     let whole = all_logits(&mut rank, &ids, ids.len(), 3)?;
     let chunked = all_logits(&mut rank, &ids, 37, 40)?;
-    let stepped = if ids.len() <= 100 {
-        all_logits(&mut rank, &ids, 1, 70)?
-    } else {
-        chunked.clone()
-    };
+    let stepped = if ids.len() <= 100 { all_logits(&mut rank, &ids, 1, 70)? } else { chunked.clone() };
 
     let differences = |logits: &[f32]| -> (f64, f64) {
         let mut all = Vec::with_capacity(expected.len());
         for (index, position) in positions.iter().enumerate() {
             let found = &logits[*position as usize * vocabulary..][..vocabulary];
-            all.extend(
-                found
-                    .iter()
-                    .zip(&expected[index * vocabulary..])
-                    .map(|(a, b)| f64::from((a - b).abs())),
-            );
+            all.extend(found.iter().zip(&expected[index * vocabulary..]).map(|(a, b)| f64::from((a - b).abs())));
         }
-        let most = all.iter().copied().fold(0.0, |most: f64, one| {
-            if one.is_nan() {
-                f64::INFINITY
-            } else {
-                most.max(one)
-            }
-        });
+        let most =
+            all.iter().copied().fold(0.0, |most: f64, one| if one.is_nan() { f64::INFINITY } else { most.max(one) });
         (median(all), most)
     };
     // how far our best id may lie above the reference's best one, by our own numbers
     let gaps = |logits: &[f32]| -> (f64, f64) {
         let rows = logits.chunks_exact(vocabulary).zip(&argmax);
-        let gaps: Vec<f64> = rows
-            .map(|(row, expected)| f64::from(row[largest(row) as usize] - row[*expected as usize]))
-            .collect();
+        let gaps: Vec<f64> =
+            rows.map(|(row, expected)| f64::from(row[largest(row) as usize] - row[*expected as usize])).collect();
         let agreeing = gaps.iter().filter(|gap| **gap == 0.0).count();
-        (
-            agreeing as f64 / gaps.len() as f64,
-            gaps.into_iter().fold(0.0, f64::max),
-        )
+        (agreeing as f64 / gaps.len() as f64, gaps.into_iter().fold(0.0, f64::max))
     };
     let found_greedy = decode_greedily(rank, &ids, greedy.len())?;
-    let same = found_greedy
-        .iter()
-        .zip(&greedy)
-        .take_while(|(a, b)| a == b)
-        .count();
+    let same = found_greedy.iter().zip(&greedy).take_while(|(a, b)| a == b).count();
     let (median_whole, most_whole) = differences(&whole);
     let (median_chunked, most_chunked) = differences(&chunked);
     let (median_stepped, most_stepped) = differences(&stepped);
@@ -203,12 +149,8 @@ fn check_case(
         (KvDtype::E4m3, _) => (0.4, 4.0, 2.5),
     };
     let gaps = [gaps(&whole), gaps(&chunked), gaps(&stepped)];
-    let passed = [median_whole, median_chunked, median_stepped]
-        .iter()
-        .all(|median| *median < median_bound)
-        && [most_whole, most_chunked, most_stepped]
-            .iter()
-            .all(|most| *most < most_bound)
+    let passed = [median_whole, median_chunked, median_stepped].iter().all(|median| *median < median_bound)
+        && [most_whole, most_chunked, most_stepped].iter().all(|most| *most < most_bound)
         && gaps.iter().all(|(_, gap)| *gap < gap_bound);
     let details = json!({
         "tokens": ids.len(),
@@ -233,25 +175,13 @@ fn largest(row: &[f32]) -> u32 {
 
 /// The prompt in chunks beside a second sequence that decodes, then both in one batch, two steps in flight.
 fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Failure> {
-    let bounds = Bounds {
-        limits: LIMITS,
-        kv_blocks: BLOCKS,
-        vocabulary_size: rank.config.vocab_size,
-    };
+    let bounds = Bounds { limits: LIMITS, kv_blocks: BLOCKS, vocabulary_size: rank.config.vocab_size };
     let mut runner = ModelRunner::new(rank.backend, rank.model, 0, bounds);
-    let greedy = SamplingParams {
-        temperature: 0.0,
-        ..SamplingParams::default()
-    };
-    let admission = |slot| Admission {
-        slot,
-        sampling: greedy.clone(),
-        prompt_ids: Vec::new(),
-        generated_ids: Vec::new(),
-    };
-    let blocks = |first: u32, tokens: usize| {
-        (first..first + tokens.div_ceil(BLOCK_TOKENS) as u32).collect::<Vec<u32>>()
-    };
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let admission =
+        |slot| Admission { slot, sampling: greedy.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
+    let blocks =
+        |first: u32, tokens: usize| (first..first + tokens.div_ceil(BLOCK_TOKENS) as u32).collect::<Vec<u32>>();
     let work = |slot, start, tokens, new_blocks, sample| Work {
         slot,
         start,
@@ -265,20 +195,8 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
         id: 1,
         admit: vec![admission(5), admission(2)],
         work: vec![
-            work(
-                5,
-                0,
-                Tokens::Ids(vec![100, 200, 300]),
-                blocks(90, 3 + count + 2),
-                true,
-            ),
-            work(
-                2,
-                0,
-                Tokens::Ids(ids[..split].to_vec()),
-                blocks(1, ids.len() + count),
-                false,
-            ),
+            work(5, 0, Tokens::Ids(vec![100, 200, 300]), blocks(90, 3 + count + 2), true),
+            work(2, 0, Tokens::Ids(ids[..split].to_vec()), blocks(1, ids.len() + count), false),
         ],
         ..Step::default()
     };
@@ -286,13 +204,7 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
     let second = Step {
         id: 2,
         work: vec![
-            work(
-                2,
-                split as u32,
-                Tokens::Ids(ids[split..].to_vec()),
-                Vec::new(),
-                true,
-            ),
+            work(2, split as u32, Tokens::Ids(ids[split..].to_vec()), Vec::new(), true),
             work(5, 3, Tokens::Sampled, Vec::new(), true),
         ],
         ..Step::default()
@@ -307,11 +219,7 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
                 work(5, other, Tokens::Sampled, Vec::new(), true),
                 work(2, position, Tokens::Sampled, Vec::new(), true),
             ];
-            runner.submit(Step {
-                id: 3 + index as u64,
-                work,
-                ..Step::default()
-            })?;
+            runner.submit(Step { id: 3 + index as u64, work, ..Step::default() })?;
         }
         let output = runner.collect()?;
         for sampled in output.sampled {

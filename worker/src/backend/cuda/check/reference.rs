@@ -9,9 +9,7 @@ pub(super) struct Random {
 
 impl Random {
     pub(super) fn new(seed: u64) -> Self {
-        Self {
-            state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678_9abc_def1,
-        }
+        Self { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678_9abc_def1 }
     }
 
     pub(super) fn bits(&mut self) -> u64 {
@@ -30,8 +28,7 @@ impl Random {
     /// About normal: a sum of four uniform numbers.
     pub(super) fn normal(&mut self) -> f32 {
         let bits = self.bits();
-        let sum =
-            (bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48);
+        let sum = (bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48);
         (sum as f32 - 131_070.0) / 37_837.23
     }
 
@@ -41,9 +38,7 @@ impl Random {
 
     /// Numbers that bf16 holds exactly.
     pub(super) fn bf16s(&mut self, count: usize, deviation: f32) -> Vec<f32> {
-        (0..count)
-            .map(|_| round(self.normal() * deviation))
-            .collect()
+        (0..count).map(|_| round(self.normal() * deviation)).collect()
     }
 }
 
@@ -53,42 +48,23 @@ pub(super) fn round(number: f32) -> f32 {
 }
 
 pub(super) fn bf16_bytes(numbers: &[f32]) -> Vec<u8> {
-    numbers
-        .iter()
-        .flat_map(|number| bf16::from_f32(*number).to_le_bytes())
-        .collect()
+    numbers.iter().flat_map(|number| bf16::from_f32(*number).to_le_bytes()).collect()
 }
 
 pub(super) fn f32_bytes(numbers: &[f32]) -> Vec<u8> {
-    numbers
-        .iter()
-        .flat_map(|number| number.to_le_bytes())
-        .collect()
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
 pub(super) fn u32_bytes(numbers: &[u32]) -> Vec<u8> {
-    numbers
-        .iter()
-        .flat_map(|number| number.to_le_bytes())
-        .collect()
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
 pub(super) fn from_bf16(bytes: &[u8]) -> Vec<f32> {
-    bytes
-        .as_chunks::<2>()
-        .0
-        .iter()
-        .map(|two| bf16::from_le_bytes(*two).to_f32())
-        .collect()
+    bytes.as_chunks::<2>().0.iter().map(|two| bf16::from_le_bytes(*two).to_f32()).collect()
 }
 
 pub(super) fn from_f32(bytes: &[u8]) -> Vec<f32> {
-    bytes
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|four| f32::from_le_bytes(*four))
-        .collect()
+    bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four)).collect()
 }
 
 /// ||found - expected|| / ||expected||; infinite where a number is missing or is none.
@@ -97,11 +73,7 @@ pub(super) fn distance(found: &[f32], expected: &[f64]) -> f64 {
         return f64::INFINITY;
     }
     let square = |sum: f64, number: f64| sum + number * number;
-    let error = found
-        .iter()
-        .zip(expected)
-        .map(|(found, expected)| f64::from(*found) - expected)
-        .fold(0.0, square);
+    let error = found.iter().zip(expected).map(|(found, expected)| f64::from(*found) - expected).fold(0.0, square);
     let norm = expected.iter().copied().fold(0.0, square);
     (error / norm.max(f64::MIN_POSITIVE)).sqrt()
 }

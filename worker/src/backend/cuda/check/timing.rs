@@ -54,11 +54,7 @@ pub(super) fn run(only: &str, report: Report<'_>) {
 }
 
 /// Microseconds a call: `calls` of them in a graph, replayed; the median of seven replays.
-fn microseconds(
-    bench: &mut Bench,
-    calls: usize,
-    mut body: impl FnMut(&mut Bench, usize) -> Result<()>,
-) -> Result<f64> {
+fn microseconds(bench: &mut Bench, calls: usize, mut body: impl FnMut(&mut Bench, usize) -> Result<()>) -> Result<f64> {
     body(bench, 0)?;
     bench.device.synchronize()?;
     bench.device.begin_capture()?;
@@ -81,14 +77,7 @@ fn microseconds(
     Ok(f64::from(times[times.len() / 2]) * 1e3 / calls as f64)
 }
 
-fn tell(
-    report: Report<'_>,
-    name: String,
-    microseconds: f64,
-    bytes: f64,
-    operations: f64,
-    rate: f64,
-) {
+fn tell(report: Report<'_>, name: String, microseconds: f64, bytes: f64, operations: f64, rate: f64) {
     let floor = (bytes / BYTES_A_SECOND).max(operations / rate) * 1e6;
     let details = json!({
         "us": (microseconds * 100.0).round() / 100.0,
@@ -102,11 +91,7 @@ fn tell(
 
 fn random_bytes(bench: &mut Bench, bytes: usize, fp8: bool, deviation: f32) -> Result<Buffer> {
     let buffer = Buffer::new(bytes, "a timing")?;
-    let (name, size) = if fp8 {
-        ("random_e4m3", 1)
-    } else {
-        ("random_bf16", 2)
-    };
+    let (name, size) = if fp8 { ("random_e4m3", 1) } else { ("random_bf16", 2) };
     let columns = 4096;
     // whole rows; a tail of less than one row stays as it is
     for first in (0..bytes / size / columns).step_by(32_768) {
@@ -132,20 +117,10 @@ fn ceiling(bench: &mut Bench, report: Report<'_>) -> Result<()> {
     for blocks in [1, 2, 4] {
         let grid = [bench.device.multiprocessors * blocks, 1, 1];
         let us = microseconds(bench, 2, |bench, _| {
-            let arguments = Arguments::default()
-                .address(buffer.address)
-                .u64(bytes as u64 / 16)
-                .address(out.address);
+            let arguments = Arguments::default().address(buffer.address).u64(bytes as u64 / 16).address(out.address);
             bench.launch("read_ceiling", grid, 512, 0, arguments)
         })?;
-        tell(
-            report,
-            format!("read 2 GiB, {blocks} blocks of 512"),
-            us,
-            bytes as f64,
-            0.0,
-            1.0,
-        );
+        tell(report, format!("read 2 GiB, {blocks} blocks of 512"), us, bytes as f64, 0.0, 1.0);
     }
     Ok(())
 }
@@ -161,12 +136,7 @@ fn linears(bench: &mut Bench, report: Report<'_>) -> Result<()> {
     for (what, n, k, fp8) in shapes {
         let row_bytes = k * if fp8 { 1 } else { 2 };
         let copies = PAST_CACHE.div_ceil(n * row_bytes).min(8);
-        let weights = random_bytes(
-            bench,
-            n * row_bytes * copies,
-            fp8,
-            if fp8 { 80.0 } else { 0.02 },
-        )?;
+        let weights = random_bytes(bench, n * row_bytes * copies, fp8, if fp8 { 80.0 } else { 0.02 })?;
         let x = random_bytes(bench, 64 * row_bytes, fp8, if fp8 { 60.0 } else { 1.0 })?;
         let y = Buffer::new(256 * n * 4, "a timing")?;
         let at = |call: usize| weights.address + (call % copies * n * row_bytes) as u64;
@@ -177,18 +147,11 @@ fn linears(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 _ => (32, 3),
             };
             for splits in [1usize, 2, 4, 8] {
-                if splits > row_bytes / 1024
-                    || (n > 8192 && splits > 1)
-                    || (splits == 8 && k < 8192)
-                {
+                if splits > row_bytes / 1024 || (n > 8192 && splits > 1) || (splits == 8 && k < 8192) {
                     continue;
                 }
                 let name = format!("linear_{}_{columns}", if fp8 { "e4m3" } else { "bf16" });
-                let grid = [
-                    bench.device.multiprocessors.min((n / 32 * splits) as u32),
-                    1,
-                    1,
-                ];
+                let grid = [bench.device.multiprocessors.min((n / 32 * splits) as u32), 1, 1];
                 let shared = 8 * stages * (32 + columns) * 128 + 8 * columns * 33 * 4;
                 let us = microseconds(bench, copies.max(4), |bench, call| {
                     let arguments = Arguments::default()
@@ -199,49 +162,24 @@ fn linears(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                         .u32(n as u32)
                         .u32(row_bytes as u32)
                         .u32(splits as u32);
-                    let shape = super::super::driver::Shape {
-                        grid,
-                        block: 256,
-                        shared,
-                    };
-                    bench
-                        .kernels
-                        .launch(&bench.device, &name, shape, arguments, true)
+                    let shape = super::super::driver::Shape { grid, block: 256, shared };
+                    bench.kernels.launch(&bench.device, &name, shape, arguments, true)
                 })?;
-                tell(
-                    report,
-                    format!("linear {what} m {m} splits {splits}"),
-                    us,
-                    (n * row_bytes) as f64,
-                    0.0,
-                    1.0,
-                );
+                tell(report, format!("linear {what} m {m} splits {splits}"), us, (n * row_bytes) as f64, 0.0, 1.0);
             }
         }
-        let formats = if fp8 {
-            Formats::E4m3ToBf16
-        } else {
-            Formats::Bf16ToF32
-        };
+        let formats = if fp8 { Formats::E4m3ToBf16 } else { Formats::Bf16ToF32 };
         for m in [16usize, 32, 64] {
             bench.matmul.run(
                 &bench.device,
                 ProductShape { m, n, k, formats },
-                Operands {
-                    x: x.address,
-                    w: at(0),
-                    y: y.address,
-                },
+                Operands { x: x.address, w: at(0), y: y.address },
             )?;
             let us = microseconds(bench, copies.max(4), |bench, call| {
                 bench.matmul.run(
                     &bench.device,
                     ProductShape { m, n, k, formats },
-                    Operands {
-                        x: x.address,
-                        w: at(call),
-                        y: y.address,
-                    },
+                    Operands { x: x.address, w: at(call), y: y.address },
                 )
             })?;
             let operations = 2.0 * m as f64 * n as f64 * k as f64;
@@ -272,17 +210,8 @@ fn products(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             let run = |bench: &mut Bench, _: usize| {
                 bench.matmul.run(
                     &bench.device,
-                    ProductShape {
-                        m,
-                        n,
-                        k,
-                        formats: Formats::E4m3ToBf16,
-                    },
-                    Operands {
-                        x: x.address,
-                        w: weights.address,
-                        y: y.address,
-                    },
+                    ProductShape { m, n, k, formats: Formats::E4m3ToBf16 },
+                    Operands { x: x.address, w: weights.address, y: y.address },
                 )
             };
             run(bench, 0)?;
@@ -324,22 +253,9 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 .address(0)
                 .u32(HIDDEN as u32)
                 .f32(1e-5);
-            bench.launch(
-                &format!("add_{input}_norm_to_e4m3"),
-                [rows as u32, 1, 1],
-                1024,
-                HIDDEN as u32 * 4,
-                arguments,
-            )
+            bench.launch(&format!("add_{input}_norm_to_e4m3"), [rows as u32, 1, 1], 1024, HIDDEN as u32 * 4, arguments)
         })?;
-        tell(
-            report,
-            format!("norm rows {rows}"),
-            us,
-            (rows * HIDDEN * (splits * size + 9)) as f64,
-            0.0,
-            1.0,
-        );
+        tell(report, format!("norm rows {rows}"), us, (rows * HIDDEN * (splits * size + 9)) as f64, 0.0, 1.0);
         let us = microseconds(bench, 20, |bench, _| {
             let arguments = Arguments::default()
                 .address(wide.address)
@@ -350,26 +266,11 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 .address(out.address)
                 .f32(0.05)
                 .u32(INTERMEDIATE as u32);
-            bench.launch(
-                &format!("gate_{input}_to_e4m3"),
-                [32, rows as u32, 1],
-                256,
-                0,
-                arguments,
-            )
+            bench.launch(&format!("gate_{input}_to_e4m3"), [32, rows as u32, 1], 256, 0, arguments)
         })?;
-        tell(
-            report,
-            format!("gate rows {rows}"),
-            us,
-            (rows * INTERMEDIATE * (2 * size + 1)) as f64,
-            0.0,
-            1.0,
-        );
-        let (q, cache) = (
-            bench.poisoned(rows * HEADS * D * 2)?,
-            bench.poisoned(rows.div_ceil(64) * KV_HEADS * 64 * D * 4)?,
-        );
+        tell(report, format!("gate rows {rows}"), us, (rows * INTERMEDIATE * (2 * size + 1)) as f64, 0.0, 1.0);
+        let (q, cache) =
+            (bench.poisoned(rows * HEADS * D * 2)?, bench.poisoned(rows.div_ceil(64) * KV_HEADS * 64 * D * 4)?);
         let angles = random_bytes(bench, rows * D * 4, false, 1.0)?;
         let scales = bench.upload(&f32_bytes(&vec![1.0; rows]))?;
         let places = bench.upload(&u32_bytes(&(0..rows as u32).collect::<Vec<_>>()))?;
@@ -391,22 +292,9 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 .u32(HEADS as u32)
                 .u32(KV_HEADS as u32)
                 .u32(D as u32);
-            bench.launch(
-                &format!("rope_{input}_kv_bf16"),
-                [rows as u32, if few { 6 } else { 1 }, 1],
-                256,
-                0,
-                arguments,
-            )
+            bench.launch(&format!("rope_{input}_kv_bf16"), [rows as u32, if few { 6 } else { 1 }, 1], 256, 0, arguments)
         })?;
-        tell(
-            report,
-            format!("rope rows {rows}"),
-            us,
-            (rows * 6144 * (splits * size + 2)) as f64,
-            0.0,
-            1.0,
-        );
+        tell(report, format!("rope rows {rows}"), us, (rows * 6144 * (splits * size + 2)) as f64, 0.0, 1.0);
     }
     Ok(())
 }
@@ -429,19 +317,10 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             let cache = random_bytes(bench, 2 * plane * layers, kv == KvDtype::E4m3, 1.0)?;
             let q = random_bytes(bench, (rows * HEADS * D * 2).max(8192), false, 1.0)?;
             let list: Vec<u32> = (0..rows as u32).collect();
-            let (rows_buffer, positions) = (
-                bench.upload(&u32_bytes(&list))?,
-                bench.upload(&u32_bytes(&vec![context as u32 - 1; rows]))?,
-            );
-            let tables = bench.upload(&u32_bytes(
-                &(0..(rows * blocks) as u32).rev().collect::<Vec<_>>(),
-            ))?;
-            let starts = bench.upload(&u32_bytes(
-                &list
-                    .iter()
-                    .map(|row| row * blocks as u32)
-                    .collect::<Vec<_>>(),
-            ))?;
+            let (rows_buffer, positions) =
+                (bench.upload(&u32_bytes(&list))?, bench.upload(&u32_bytes(&vec![context as u32 - 1; rows]))?);
+            let tables = bench.upload(&u32_bytes(&(0..(rows * blocks) as u32).rev().collect::<Vec<_>>()))?;
+            let starts = bench.upload(&u32_bytes(&list.iter().map(|row| row * blocks as u32).collect::<Vec<_>>()))?;
             for splits in split_choices {
                 let partial = bench.poisoned(rows * HEADS * splits * D * 4)?;
                 let sums = bench.poisoned(rows * HEADS * splits * 4)?;
@@ -477,10 +356,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 })?;
                 tell(
                     report,
-                    format!(
-                        "decode attention {} rows {rows} context {context} splits {splits}",
-                        kv.name()
-                    ),
+                    format!("decode attention {} rows {rows} context {context} splits {splits}", kv.name()),
                     us,
                     2.0 * plane as f64,
                     0.0,
@@ -488,25 +364,15 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 );
             }
         }
-        for (start, count) in [
-            (0usize, 8192usize),
-            (24_576, 8192),
-            (122_880, 8192),
-            (8192, 1024),
-        ] {
+        for (start, count) in [(0usize, 8192usize), (24_576, 8192), (122_880, 8192), (8192, 1024)] {
             let blocks = (start + count) / 64;
             let plane = blocks * KV_HEADS * 64 * D * kv.size();
             let cache = random_bytes(bench, 2 * plane, kv == KvDtype::E4m3, 1.0)?;
             let q = random_bytes(bench, count * HEADS * D * 2, false, 1.0)?;
-            let positions = bench.upload(&u32_bytes(
-                &(start as u32..(start + count) as u32).collect::<Vec<_>>(),
-            ))?;
+            let positions = bench.upload(&u32_bytes(&(start as u32..(start + count) as u32).collect::<Vec<_>>()))?;
             let tables = bench.upload(&u32_bytes(&(0..blocks as u32).rev().collect::<Vec<_>>()))?;
             let starts = bench.upload(&u32_bytes(&[0]))?;
-            let tiles: Vec<u32> = (0..count as u32 / 32)
-                .rev()
-                .flat_map(|tile| [0, tile * 32, 32])
-                .collect();
+            let tiles: Vec<u32> = (0..count as u32 / 32).rev().flat_map(|tile| [0, tile * 32, 32]).collect();
             let tile_buffer = bench.upload(&u32_bytes(&tiles))?;
             let out = bench.poisoned(count * HEADS * D)?;
             let (name, shared) = prefill_kernel(D, kv, "e4m3", bench.device.hopper);
@@ -524,13 +390,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                     .u32(HEADS as u32)
                     .u32(KV_HEADS as u32)
                     .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
-                bench.launch(
-                    &name,
-                    [KV_HEADS as u32, count as u32 / 32, 1],
-                    256,
-                    shared,
-                    arguments,
-                )
+                bench.launch(&name, [KV_HEADS as u32, count as u32 / 32, 1], 256, shared, arguments)
             })?;
             let pairs = count as f64 * start as f64 + count as f64 * (count as f64 + 1.0) / 2.0;
             tell(
@@ -548,58 +408,25 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
 
 fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
     let slots = 64;
-    let limits = Limits {
-        step_tokens: 64,
-        sequences: slots,
-        model_len: 128,
-        logit_rows: slots,
-    };
+    let limits = Limits { step_tokens: 64, sequences: slots, model_len: 128, logit_rows: slots };
     let mut sampler = Sampler::new(&bench.device, &limits, VOCABULARY)?;
     let logits = Buffer::new(slots * VOCABULARY * 4, "a timing")?;
     let numbers = bench.random.normals(VOCABULARY, 3.0);
     for row in 0..slots {
-        bench.device.upload(
-            logits.address + (row * VOCABULARY * 4) as u64,
-            &f32_bytes(&numbers),
-            "a timing",
-        )?;
+        bench.device.upload(logits.address + (row * VOCABULARY * 4) as u64, &f32_bytes(&numbers), "a timing")?;
     }
-    let greedy = SamplingParams {
-        temperature: 0.0,
-        ..SamplingParams::default()
-    };
-    let plain = SamplingParams {
-        temperature: 0.15,
-        ..SamplingParams::default()
-    };
-    let filtered = SamplingParams {
-        temperature: 0.7,
-        top_p: 0.9,
-        top_k: 50,
-        ..SamplingParams::default()
-    };
-    for (what, params) in [
-        ("greedy", greedy),
-        ("temperature", plain),
-        ("top-k and top-p", filtered),
-    ] {
+    let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let plain = SamplingParams { temperature: 0.15, ..SamplingParams::default() };
+    let filtered = SamplingParams { temperature: 0.7, top_p: 0.9, top_k: 50, ..SamplingParams::default() };
+    for (what, params) in [("greedy", greedy), ("temperature", plain), ("top-k and top-p", filtered)] {
         for slot in 0..slots as u32 {
-            let admission = Admission {
-                slot,
-                sampling: params.clone(),
-                prompt_ids: Vec::new(),
-                generated_ids: Vec::new(),
-            };
+            let admission =
+                Admission { slot, sampling: params.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
             sampler.admit(&bench.device, &mut bench.kernels, &admission)?;
         }
         for rows in [1usize, 64] {
-            let requests: Vec<SampleRequest> = (0..rows as u32)
-                .map(|row| SampleRequest::Next {
-                    row,
-                    slot: row,
-                    position: 9,
-                })
-                .collect();
+            let requests: Vec<SampleRequest> =
+                (0..rows as u32).map(|row| SampleRequest::Next { row, slot: row, position: 9 }).collect();
             let mut times = Vec::new();
             for _ in 0..7 {
                 sampler.step_begins(&bench.device)?;
@@ -607,14 +434,7 @@ fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 times.push(sampler.collect()?.seconds * 1e6);
             }
             times.sort_by(f64::total_cmp);
-            tell(
-                report,
-                format!("sample {what} rows {rows}"),
-                times[3],
-                (rows * VOCABULARY * 4) as f64,
-                0.0,
-                1.0,
-            );
+            tell(report, format!("sample {what} rows {rows}"), times[3], (rows * VOCABULARY * 4) as f64, 0.0, 1.0);
         }
     }
     Ok(())
