@@ -28,11 +28,7 @@ pub(crate) fn run(args: CheckArgs) -> anyhow::Result<()> {
             description.num_attention_heads,
             description.num_key_value_heads,
             description.max_position_embeddings,
-            if model.skip_tokenizer_init {
-                ", token ids only"
-            } else {
-                ""
-            }
+            if model.skip_tokenizer_init { ", token ids only" } else { "" }
         );
     }
     let ranks = config.worker.tensor_parallel_size;
@@ -48,12 +44,7 @@ pub(crate) fn run(args: CheckArgs) -> anyhow::Result<()> {
         config.registry.endpoints.len(),
         config.cluster
     );
-    println!(
-        "worker: {:?}, {} rank(s), {:?} of them here",
-        config.worker.device,
-        ranks,
-        config.worker.local_ranks()
-    );
+    println!("worker: {:?}, {} rank(s), {:?} of them here", config.worker.device, ranks, config.worker.local_ranks());
     println!("{} is valid", args.config.display());
     Ok(())
 }

@@ -39,10 +39,7 @@ pub(crate) struct HttpOptions {
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        Self {
-            host: "127.0.0.1".into(),
-            port: 8000,
-        }
+        Self { host: "127.0.0.1".into(), port: 8000 }
     }
 }
 
@@ -71,9 +68,7 @@ impl Config {
     /// Values that don't go together.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         self.registry.check()?;
-        self.router
-            .validate()
-            .map_err(|error| ConfigError::Conflict(error.to_string()))?;
+        self.router.validate().map_err(|error| ConfigError::Conflict(error.to_string()))?;
         self.worker.check()?;
         if self.cluster.is_empty() {
             return Err(ConfigError::Conflict("cluster: expected a name".into()));
@@ -82,9 +77,7 @@ impl Config {
         for model in &self.models {
             for name in std::iter::once(&model.name).chain(&model.aliases) {
                 if name.is_empty() || !names.insert(name) {
-                    return Err(ConfigError::Conflict(format!(
-                        "models: the name `{name}` is empty or stands twice"
-                    )));
+                    return Err(ConfigError::Conflict(format!("models: the name `{name}` is empty or stands twice")));
                 }
             }
         }
@@ -93,33 +86,16 @@ impl Config {
 
     /// The model that this worker runs.
     pub(crate) fn worker_model(&self) -> Result<&ModelOptions, ConfigError> {
-        let listed = || {
-            self.models
-                .iter()
-                .map(|model| model.name.as_str())
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
+        let listed = || self.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ");
         match (&self.worker.model, self.models.as_slice()) {
-            (_, []) => Err(ConfigError::Conflict(
-                "models: expected at least one".into(),
-            )),
-            (Some(name), models) => {
-                models
-                    .iter()
-                    .find(|model| model.name == *name)
-                    .ok_or_else(|| {
-                        ConfigError::Conflict(format!(
-                            "worker.model: `{name}` is not among models: {}",
-                            listed()
-                        ))
-                    })
-            }
+            (_, []) => Err(ConfigError::Conflict("models: expected at least one".into())),
+            (Some(name), models) => models.iter().find(|model| model.name == *name).ok_or_else(|| {
+                ConfigError::Conflict(format!("worker.model: `{name}` is not among models: {}", listed()))
+            }),
             (None, [only]) => Ok(only),
-            (None, _) => Err(ConfigError::Conflict(format!(
-                "worker.model: expected one of the configured models: {}",
-                listed()
-            ))),
+            (None, _) => {
+                Err(ConfigError::Conflict(format!("worker.model: expected one of the configured models: {}", listed())))
+            }
         }
     }
 }

@@ -58,7 +58,5 @@ fn main() -> ExitCode {
 
 /// The reactor of a subcommand.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }

@@ -48,28 +48,18 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
 }
 
 /// Opens the tokenizers, listens and serves until `stop`.
-pub(crate) async fn serve(
-    config: &Config,
-    registry: &dyn Registry,
-    stop: CancellationToken,
-) -> anyhow::Result<()> {
+pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: CancellationToken) -> anyhow::Result<()> {
     let mut models = HashMap::new();
     for model in &config.models {
         models.insert(model.name.clone(), open_model(model)?);
     }
     let address = (config.http.host.as_str(), config.http.port);
-    let listener = TcpListener::bind(address).await.with_context(|| {
-        format!(
-            "http.host, http.port: listening on {}:{}",
-            address.0, address.1
-        )
-    })?;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("http.host, http.port: listening on {}:{}", address.0, address.1))?;
     let router = Router::new(config.router.clone(), models, registry.watch())?;
     tracing::info!(address = %listener.local_addr()?, "router listens");
-    router
-        .serve(listener, stop.cancelled_owned())
-        .await
-        .context("serving HTTP")
+    router.serve(listener, stop.cancelled_owned()).await.context("serving HTTP")
 }
 
 fn open_model(model: &ModelOptions) -> anyhow::Result<ModelSpec> {
@@ -82,8 +72,7 @@ fn open_model(model: &ModelOptions) -> anyhow::Result<ModelSpec> {
     for name in ["config.json", "generation_config.json"] {
         let path = model.path.join(name);
         if path.is_file() {
-            let text =
-                std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
             let value = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
             spec = spec.with_generation_config(&value);
         }

@@ -73,23 +73,15 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     logging::start(&config.log)?;
     let model = config.worker_model()?.clone();
     if let Some(path) = model.tokenizer_path() {
-        tokenize::open(path).context(
-            "no tokenizer: --tokenizer names one, --skip-tokenizer-init serves token ids only",
-        )?;
+        tokenize::open(path)
+            .context("no tokenizer: --tokenizer names one, --skip-tokenizer-init serves token ids only")?;
     }
     crate::runtime()?.block_on(async {
         let signalled = shutdown::token()?;
         let group_stop = CancellationToken::new();
         let registry = config.registry.open(&config.cluster)?;
-        let settings = WorkerSettings {
-            options: config.worker.clone(),
-            model,
-        };
-        let mut group = tokio::spawn(bora_worker::run(
-            settings,
-            registry.clone(),
-            group_stop.clone(),
-        ));
+        let settings = WorkerSettings { options: config.worker.clone(), model };
+        let mut group = tokio::spawn(bora_worker::run(settings, registry.clone(), group_stop.clone()));
         tokio::select! {
             routed = router::serve(&config, registry.as_ref(), signalled) => {
                 // open requests have ended; now the group may
@@ -108,9 +100,7 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
 /// The configuration that the flags stand for.
 fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     let mut names = args.served_model_name.into_iter();
-    let name = names
-        .next()
-        .unwrap_or_else(|| args.model.display().to_string());
+    let name = names.next().unwrap_or_else(|| args.model.display().to_string());
     let mut config = Config::default();
     config.models.push(ModelOptions {
         name,
@@ -134,9 +124,7 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     worker.kv_cache.dtype = args.kv_cache_dtype;
     let schedule = &mut worker.schedule;
     schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
-    schedule.max_num_batched_tokens = args
-        .max_num_batched_tokens
-        .unwrap_or(schedule.max_num_batched_tokens);
+    schedule.max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);
     config.check()?;
     Ok(config)
 }

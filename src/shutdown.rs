@@ -6,10 +6,7 @@ use tokio_util::sync::CancellationToken;
 /// A token that is cancelled by the first SIGTERM or SIGINT.
 pub(crate) fn token() -> std::io::Result<CancellationToken> {
     let token = CancellationToken::new();
-    let (mut terminate, mut interrupt) = (
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    );
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let cancelled = token.clone();
     tokio::spawn(async move {
         let name = tokio::select! {

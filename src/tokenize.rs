@@ -21,20 +21,11 @@ pub(crate) struct TokenizeArgs {
 pub(crate) fn run(args: TokenizeArgs) -> anyhow::Result<()> {
     let tokenizer = open(&args.tokenizer)?;
     let (input, output) = (std::io::stdin().lock(), std::io::stdout().lock());
-    lines::run(
-        &tokenizer,
-        args.images.as_deref(),
-        input,
-        std::io::BufWriter::new(output),
-    )?;
+    lines::run(&tokenizer, args.images.as_deref(), input, std::io::BufWriter::new(output))?;
     Ok(())
 }
 
 /// Opens a tokenizer by its file or by the directory that holds it.
 pub(crate) fn open(path: &Path) -> Result<Tokenizer, TokenizerError> {
-    if path.is_dir() {
-        Tokenizer::from_dir(path)
-    } else {
-        Tokenizer::from_file(path)
-    }
+    if path.is_dir() { Tokenizer::from_dir(path) } else { Tokenizer::from_file(path) }
 }

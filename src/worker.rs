@@ -48,9 +48,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     worker.advertise = args.advertise.or(worker.advertise.take());
     worker.leader = args.leader.or(worker.leader.take());
     worker.device = args.device.unwrap_or(worker.device);
-    worker.tensor_parallel_size = args
-        .tensor_parallel_size
-        .unwrap_or(worker.tensor_parallel_size);
+    worker.tensor_parallel_size = args.tensor_parallel_size.unwrap_or(worker.tensor_parallel_size);
     worker.check()?;
     if config.registry.kind == RegistryKind::Memory {
         return Err(ConfigError::Conflict(
@@ -62,10 +60,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     logging::start(&config.log)?;
     crate::runtime()?.block_on(async {
         let registry = config.registry.open(&config.cluster)?;
-        let settings = WorkerSettings {
-            options: config.worker,
-            model,
-        };
+        let settings = WorkerSettings { options: config.worker, model };
         bora_worker::run(settings, registry, shutdown::token()?).await?;
         Ok(())
     })

@@ -33,43 +33,22 @@ fn run(tokenizer: &str, files: &[String]) -> Result<(), Box<dyn std::error::Erro
     let (loading, tokenizer) = timed(|| Tokenizer::from_file(tokenizer));
     let tokenizer = Arc::new(tokenizer?);
     println!("load {:.0} ms", loading.as_secs_f64() * 1e3);
-    println!(
-        "first call {:.2} ms",
-        timed(|| tokenizer.encode("hello")).0.as_secs_f64() * 1e3
-    );
+    println!("first call {:.2} ms", timed(|| tokenizer.encode("hello")).0.as_secs_f64() * 1e3);
     let elsewhere = Arc::clone(&tokenizer);
-    let fresh = std::thread::spawn(move || timed(|| elsewhere.encode("hello")).0)
-        .join()
-        .map_err(|_| "thread")?;
-    println!(
-        "first call on another thread {:.2} ms",
-        fresh.as_secs_f64() * 1e3
-    );
+    let fresh = std::thread::spawn(move || timed(|| elsewhere.encode("hello")).0).join().map_err(|_| "thread")?;
+    println!("first call on another thread {:.2} ms", fresh.as_secs_f64() * 1e3);
     for file in files {
         let text = String::from_utf8_lossy(&std::fs::read(file)?).into_owned();
         let pieces = pieces(&text);
-        let rates: Vec<f64> = pieces
-            .iter()
-            .map(|piece| rate(piece.len(), timed(|| tokenizer.encode(piece)).0))
-            .collect();
+        let rates: Vec<f64> =
+            pieces.iter().map(|piece| rate(piece.len(), timed(|| tokenizer.encode(piece)).0)).collect();
         let (first, mut next) = (rates[0], rates[1..].to_vec());
         next.sort_by(f64::total_cmp);
-        let again = (0..20)
-            .map(|_| rate(pieces[0].len(), timed(|| tokenizer.encode(pieces[0])).0))
-            .fold(0.0, f64::max);
+        let again = (0..20).map(|_| rate(pieces[0].len(), timed(|| tokenizer.encode(pieces[0])).0)).fold(0.0, f64::max);
         let median = next.get(next.len() / 2).copied().unwrap_or(first);
-        println!(
-            "{file}: {} bytes, first {first:.0} MB/s, then {median:.0} MB/s, again {again:.0} MB/s",
-            text.len()
-        );
+        println!("{file}: {} bytes, first {first:.0} MB/s, then {median:.0} MB/s, again {again:.0} MB/s", text.len());
         let lines: Vec<&str> = text.lines().take(20_000).collect();
-        let each = timed(|| {
-            lines
-                .iter()
-                .map(|line| tokenizer.encode(line).len())
-                .sum::<usize>()
-        })
-        .0;
+        let each = timed(|| lines.iter().map(|line| tokenizer.encode(line).len()).sum::<usize>()).0;
         println!(
             "{file}: {} lines one by one, {:.0} ns each",
             lines.len(),
@@ -86,10 +65,7 @@ fn run(tokenizer: &str, files: &[String]) -> Result<(), Box<dyn std::error::Erro
         ("mark", "\u{301}"),
     ] {
         let text = unit.repeat((1 << 20) / unit.len());
-        println!(
-            "1 MiB of {name}: {:.0} ms",
-            timed(|| tokenizer.encode(&text)).0.as_secs_f64() * 1e3
-        );
+        println!("1 MiB of {name}: {:.0} ms", timed(|| tokenizer.encode(&text)).0.as_secs_f64() * 1e3);
     }
     Ok(())
 }
@@ -109,9 +85,7 @@ fn pieces(text: &str) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut rest = text;
     while rest.len() > PIECE {
-        let cut = (PIECE..)
-            .find(|at| rest.is_char_boundary(*at))
-            .unwrap_or(rest.len());
+        let cut = (PIECE..).find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
         let (piece, after) = rest.split_at(cut);
         pieces.push(piece);
         rest = after;

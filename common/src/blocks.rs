@@ -24,11 +24,7 @@ impl BlockHash {
     /// Reads hashes that stand one after the other, as in `bora.v1.BlocksChanged`; a rest of fewer than
     /// 16 bytes is ignored.
     pub fn parse_many(bytes: &[u8]) -> impl Iterator<Item = BlockHash> + '_ {
-        bytes
-            .as_chunks::<16>()
-            .0
-            .iter()
-            .map(|chunk| BlockHash(u128::from_le_bytes(*chunk)))
+        bytes.as_chunks::<16>().0.iter().map(|chunk| BlockHash(u128::from_le_bytes(*chunk)))
     }
 }
 
@@ -128,21 +124,14 @@ mod tests {
         let mut other = ids(64 * 3);
         other[0] = 99;
         let other = hash_blocks(b"", &[], &other);
-        assert!(
-            long.iter().zip(&other).all(|(a, b)| a != b),
-            "a change at the start changes every hash"
-        );
+        assert!(long.iter().zip(&other).all(|(a, b)| a != b), "a change at the start changes every hash");
     }
 
     #[test]
     fn salt_and_images_separate() {
         let plain = hash_blocks(b"", &[], &ids(256));
         assert_ne!(plain[0], hash_blocks(b"tenant", &[], &ids(256))[0]);
-        let image = ImageSpan {
-            hash: 7,
-            offset: 100,
-            length: 100,
-        };
+        let image = ImageSpan { hash: 7, offset: 100, length: 100 };
         let with = hash_blocks(b"", &[image], &ids(256));
         assert_eq!(plain[0], with[0], "blocks before the image are shared");
         assert_ne!(plain[1], with[1]);

@@ -41,28 +41,18 @@ pub enum ConfigError {
 
 /// Reads a YAML file into `T`; an empty file is `T` with all its defaults, where it has them.
 pub fn read_file<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read {
-        path: path.into(),
-        error,
-    })?;
+    let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.into(), error })?;
     parse(path, &text)
 }
 
 fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
     serde_yaml::from_str(text).map_err(|error| {
-        let (line, column) = error
-            .location()
-            .map_or((0, 0), |at| (at.line(), at.column()));
+        let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
         let mut reason = error.to_string();
         if let Some(at) = reason.rfind(" at line ") {
             reason.truncate(at);
         }
-        ConfigError::Wrong {
-            path: path.into(),
-            line,
-            column,
-            reason,
-        }
+        ConfigError::Wrong { path: path.into(), line, column, reason }
     })
 }
 
@@ -79,21 +69,14 @@ impl std::str::FromStr for HostPort {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let expected =
-            || format!("`{text}` is no address: expected host:port, for example 127.0.0.1:8000");
+        let expected = || format!("`{text}` is no address: expected host:port, for example 127.0.0.1:8000");
         let (host, port) = text.rsplit_once(':').ok_or_else(expected)?;
-        let host = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'))
-            .unwrap_or(host);
+        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
         if host.is_empty() {
             return Err(expected());
         }
         let port = port.parse().map_err(|_| expected())?;
-        Ok(Self {
-            host: host.into(),
-            port,
-        })
+        Ok(Self { host: host.into(), port })
     }
 }
 
@@ -109,9 +92,7 @@ impl fmt::Display for HostPort {
 
 impl<'de> Deserialize<'de> for HostPort {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(D::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -129,14 +110,9 @@ impl std::str::FromStr for ByteSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let expected = || {
-            format!(
-                "`{text}` is no amount of memory: expected for example 512MiB, 40GiB or a number of bytes"
-            )
-        };
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit() && c != '.')
-            .unwrap_or(text.len());
+        let expected =
+            || format!("`{text}` is no amount of memory: expected for example 512MiB, 40GiB or a number of bytes");
+        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let number: f64 = text[..digits].parse().map_err(|_| expected())?;
         let unit: u64 = match text[digits..].trim() {
             "" | "B" => 1,
@@ -157,10 +133,7 @@ impl std::str::FromStr for ByteSize {
 impl<'de> Deserialize<'de> for ByteSize {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(
-            untagged,
-            expecting = "an amount of memory such as 512MiB, 40GiB or a number of bytes"
-        )]
+        #[serde(untagged, expecting = "an amount of memory such as 512MiB, 40GiB or a number of bytes")]
         enum Form {
             Bytes(u64),
             Text(String),
@@ -240,10 +213,7 @@ impl RegistryOptions {
     }
 
     /// Opens the registry. Nothing is connected yet.
-    pub fn open(
-        &self,
-        cluster: &str,
-    ) -> Result<std::sync::Arc<dyn crate::registry::Registry>, ConfigError> {
+    pub fn open(&self, cluster: &str) -> Result<std::sync::Arc<dyn crate::registry::Registry>, ConfigError> {
         use crate::registry::{EtcdOptions, EtcdRegistry, FixedRegistry, MemoryRegistry};
         self.check()?;
         let endpoints = self.endpoints.iter().map(ToString::to_string).collect();
@@ -253,11 +223,8 @@ impl RegistryOptions {
             RegistryKind::Etcd => {
                 let credentials = match (&self.username, &self.password_file) {
                     (Some(user), Some(file)) => {
-                        let password =
-                            std::fs::read_to_string(file).map_err(|error| ConfigError::Read {
-                                path: file.clone(),
-                                error,
-                            })?;
+                        let password = std::fs::read_to_string(file)
+                            .map_err(|error| ConfigError::Read { path: file.clone(), error })?;
                         Some((user.clone(), password.trim_end().to_owned()))
                     }
                     _ => None,
@@ -333,31 +300,26 @@ mod tests {
     }
 
     fn wrong(text: &str) -> String {
-        parse::<File>(Path::new("bora.yaml"), text)
-            .unwrap_err()
-            .to_string()
+        parse::<File>(Path::new("bora.yaml"), text).unwrap_err().to_string()
     }
 
     #[test]
     fn a_wrong_key_or_value_is_named_with_its_line_and_what_was_expected() {
         let unknown = wrong("registry:\n  kind: etcd\n  endpoint: [a:1]\n");
-        assert!(unknown.starts_with("bora.yaml:3:3: registry: unknown field `endpoint`, expected one of `kind`, `endpoints`"), "{unknown}");
+        assert!(
+            unknown
+                .starts_with("bora.yaml:3:3: registry: unknown field `endpoint`, expected one of `kind`, `endpoints`"),
+            "{unknown}"
+        );
         let kind = wrong("registry:\n  kind: zookeeper\n");
         assert!(
-            kind.starts_with("bora.yaml:2:")
-                && kind.contains("expected one of `static`, `etcd`, `memory`"),
+            kind.starts_with("bora.yaml:2:") && kind.contains("expected one of `static`, `etcd`, `memory`"),
             "{kind}"
         );
         let address = wrong("registry:\n  kind: etcd\n  endpoints:\n    - localhost\n");
-        assert!(
-            address.starts_with("bora.yaml:4:") && address.contains("expected host:port"),
-            "{address}"
-        );
+        assert!(address.starts_with("bora.yaml:4:") && address.contains("expected host:port"), "{address}");
         let lease = wrong("registry:\n  lease_seconds: -1\n");
-        assert!(
-            lease.starts_with("bora.yaml:2:") && lease.contains("seconds above 0"),
-            "{lease}"
-        );
+        assert!(lease.starts_with("bora.yaml:2:") && lease.contains("seconds above 0"), "{lease}");
         let missing = wrong("registry: {}\nmodels:\n  - name: x\n");
         assert!(missing.contains("missing field `path`"), "{missing}");
         assert!(wrong("registry: [").starts_with("bora.yaml:"));
@@ -365,33 +327,13 @@ mod tests {
 
     #[test]
     fn values_have_their_forms() {
-        assert_eq!(
-            "[::1]:80".parse(),
-            Ok(HostPort {
-                host: "::1".into(),
-                port: 80
-            })
-        );
-        assert_eq!(
-            HostPort {
-                host: "::1".into(),
-                port: 80
-            }
-            .to_string(),
-            "[::1]:80"
-        );
+        assert_eq!("[::1]:80".parse(), Ok(HostPort { host: "::1".into(), port: 80 }));
+        assert_eq!(HostPort { host: "::1".into(), port: 80 }.to_string(), "[::1]:80");
         assert_eq!("1.5GiB".parse(), Ok(ByteSize(3 << 29)));
         assert!("4 bananas".parse::<ByteSize>().is_err());
-        let file: File = parse(
-            Path::new("f"),
-            "registry: {kind: static, endpoints: ['h:1']}",
-        )
-        .unwrap();
+        let file: File = parse(Path::new("f"), "registry: {kind: static, endpoints: ['h:1']}").unwrap();
         assert!(file.registry.check().is_ok() && file.models.is_empty());
-        let empty = RegistryOptions {
-            kind: RegistryKind::Etcd,
-            ..Default::default()
-        };
+        let empty = RegistryOptions { kind: RegistryKind::Etcd, ..Default::default() };
         assert!(empty.check().is_err());
     }
 }

@@ -5,8 +5,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bora_common::registry::{
-    Device, EtcdOptions, EtcdRegistry, GroupChange, GroupRecord, GroupState, RankRecord, Registry,
-    RendezvousRecord, Speed,
+    Device, EtcdOptions, EtcdRegistry, GroupChange, GroupRecord, GroupState, RankRecord, Registry, RendezvousRecord,
+    Speed,
 };
 use tokio::time::timeout;
 
@@ -19,11 +19,7 @@ struct Etcd {
 }
 
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 impl Etcd {
@@ -31,12 +27,7 @@ impl Etcd {
         let (client_port, peer_port) = (free_port(), free_port());
         let data = tempfile::tempdir().unwrap();
         let child = Self::spawn(client_port, peer_port, &data);
-        Self {
-            child,
-            client_port,
-            peer_port,
-            data,
-        }
+        Self { child, client_port, peer_port, data }
     }
 
     fn spawn(client_port: u16, peer_port: u16, data: &tempfile::TempDir) -> Child {
@@ -45,18 +36,8 @@ impl Etcd {
         Command::new("etcd")
             .args(["--name", "t", "--data-dir"])
             .arg(data.path())
-            .args([
-                "--listen-client-urls",
-                &client,
-                "--advertise-client-urls",
-                &client,
-            ])
-            .args([
-                "--listen-peer-urls",
-                &peer,
-                "--initial-advertise-peer-urls",
-                &peer,
-            ])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("t={peer}")])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -102,11 +83,7 @@ fn record(group: &str) -> GroupRecord {
         aliases: vec!["devstral".into()],
         device: Device::Fake,
         weight_fingerprint: "abc".into(),
-        ranks: vec![RankRecord {
-            rank: 0,
-            host: "here".into(),
-            pid: 1,
-        }],
+        ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,
         kv_blocks: 100,
         max_model_len: 4096,
@@ -124,10 +101,7 @@ fn record(group: &str) -> GroupRecord {
 }
 
 async fn next(changes: &mut tokio::sync::mpsc::Receiver<GroupChange>) -> GroupChange {
-    timeout(Duration::from_secs(15), changes.recv())
-        .await
-        .expect("a change within 15 s")
-        .expect("an open stream")
+    timeout(Duration::from_secs(15), changes.recv()).await.expect("a change within 15 s").expect("an open stream")
 }
 
 #[tokio::test]
@@ -137,10 +111,7 @@ async fn groups_are_seen_updated_and_withdrawn() {
     // both before etcd is up: start-up waits for it
     let mut changes = registry.watch();
     let announcement = registry.announce(record("one")).await.unwrap();
-    assert_eq!(
-        next(&mut changes).await,
-        GroupChange::Put(Box::new(record("one")))
-    );
+    assert_eq!(next(&mut changes).await, GroupChange::Put(Box::new(record("one"))));
 
     announcement.update(|record| record.state = GroupState::Draining);
     match next(&mut changes).await {
@@ -148,16 +119,10 @@ async fn groups_are_seen_updated_and_withdrawn() {
         other => panic!("{other:?}"),
     }
     let mut late = registry.watch();
-    assert!(
-        matches!(next(&mut late).await, GroupChange::Put(_)),
-        "a late watcher sees what is"
-    );
+    assert!(matches!(next(&mut late).await, GroupChange::Put(_)), "a late watcher sees what is");
 
     announcement.withdraw().await;
-    let gone = GroupChange::Gone {
-        model: "mistralai/Devstral".into(),
-        group: "one".into(),
-    };
+    let gone = GroupChange::Gone { model: "mistralai/Devstral".into(), group: "one".into() };
     assert_eq!(next(&mut changes).await, gone);
     assert_eq!(next(&mut late).await, gone);
 }
@@ -168,15 +133,9 @@ async fn a_group_whose_process_died_is_gone_after_its_lease() {
     let registry = etcd.registry();
     let mut changes = registry.watch();
     // a runtime of its own that ends without saying goodbye, as a killed process does
-    let dying = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .unwrap();
+    let dying = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let other = etcd.registry();
-    let announcement = dying
-        .spawn(async move { other.announce(record("one")).await.unwrap() })
-        .await
-        .unwrap();
+    let announcement = dying.spawn(async move { other.announce(record("one")).await.unwrap() }).await.unwrap();
     assert!(matches!(next(&mut changes).await, GroupChange::Put(_)));
     dying.shutdown_background();
     let since = Instant::now();
@@ -196,10 +155,7 @@ async fn etcd_away_and_back_even_empty() {
     for keep_data in [true, false] {
         etcd.kill();
         let silent = timeout(Duration::from_secs(4), changes.recv()).await;
-        assert!(
-            silent.is_err(),
-            "while etcd is away nothing is reported gone: {silent:?}"
-        );
+        assert!(silent.is_err(), "while etcd is away nothing is reported gone: {silent:?}");
         etcd.restart(keep_data);
         // the lease may have ended meanwhile (Gone, then Put), or not; in the end a new watcher sees the group
         let mut fresh = registry.watch();
@@ -218,12 +174,8 @@ async fn etcd_away_and_back_even_empty() {
 async fn ranks_meet_at_the_newest_epoch() {
     let etcd = Etcd::start();
     let registry = etcd.registry();
-    let offer = |epoch| RendezvousRecord {
-        group: "g/1".into(),
-        epoch,
-        leader: format!("127.0.0.1:{epoch}"),
-        world_size: 2,
-    };
+    let offer =
+        |epoch| RendezvousRecord { group: "g/1".into(), epoch, leader: format!("127.0.0.1:{epoch}"), world_size: 2 };
     let old = registry.offer_rendezvous(offer(9)).await.unwrap();
     let new = registry.offer_rendezvous(offer(10)).await.unwrap();
     let found = async |wanted: Option<u64>| {
@@ -233,10 +185,7 @@ async fn ranks_meet_at_the_newest_epoch() {
             if matches!(&seen, Ok(record) if record.as_ref().map(|r| r.epoch) == wanted) {
                 return;
             }
-            assert!(
-                since.elapsed() < Duration::from_secs(15),
-                "wanted {wanted:?}, saw {seen:?}"
-            );
+            assert!(since.elapsed() < Duration::from_secs(15), "wanted {wanted:?}, saw {seen:?}");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };

@@ -58,18 +58,8 @@ impl Router {
     }
 
     /// Serves until `shutdown` is ready and open requests have ended (or their grace has).
-    pub async fn serve(
-        self,
-        listener: TcpListener,
-        shutdown: impl Future<Output = ()>,
-    ) -> std::io::Result<()> {
-        server::serve(
-            listener,
-            self.routes(),
-            self.service.options().shutdown_grace(),
-            shutdown,
-        )
-        .await
+    pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()>) -> std::io::Result<()> {
+        server::serve(listener, self.routes(), self.service.options().shutdown_grace(), shutdown).await
     }
 }
 

@@ -46,12 +46,9 @@ pub struct Metrics {
 }
 
 /// Long prompts take long: the buckets end at ten minutes.
-const WAIT_BUCKETS: [f64; 16] = [
-    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
-];
-const WORK_BUCKETS: [f64; 12] = [
-    2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.2,
-];
+const WAIT_BUCKETS: [f64; 16] =
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
+const WORK_BUCKETS: [f64; 12] = [2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.2];
 
 impl Metrics {
     /// All counters at zero.
@@ -70,31 +67,15 @@ impl Metrics {
         let ready_groups = Gauge::default();
         let indexed_blocks = Gauge::default();
         registry.register("requests", "HTTP requests answered", requests.clone());
-        registry.register(
-            "open_requests",
-            "HTTP requests not finished yet",
-            open_requests.clone(),
-        );
-        registry.register(
-            "unknown_fields",
-            "Request fields that were ignored",
-            unknown_fields.clone(),
-        );
+        registry.register("open_requests", "HTTP requests not finished yet", open_requests.clone());
+        registry.register("unknown_fields", "Request fields that were ignored", unknown_fields.clone());
         registry.register(
             "unparsed_tool_calls",
             "Answers whose tool calls could not be parsed",
             unparsed_tool_calls.clone(),
         );
-        registry.register(
-            "failed_sequences",
-            "Sequences that ended in an error",
-            failed_sequences.clone(),
-        );
-        registry.register(
-            "moved_sequences",
-            "Sequences placed again on another group",
-            moves.clone(),
-        );
+        registry.register("failed_sequences", "Sequences that ended in an error", failed_sequences.clone());
+        registry.register("moved_sequences", "Sequences placed again on another group", moves.clone());
         registry.register("tokens", "Tokens of finished sequences", tokens.clone());
         registry.register(
             "first_token_seconds",
@@ -107,23 +88,12 @@ impl Metrics {
             prepare_seconds.clone(),
         );
         registry.register("groups", "Groups known", groups.clone());
-        registry.register(
-            "ready_groups",
-            "Groups that take requests",
-            ready_groups.clone(),
-        );
-        registry.register(
-            "indexed_blocks",
-            "Distinct blocks in the prefix index",
-            indexed_blocks.clone(),
-        );
+        registry.register("ready_groups", "Groups that take requests", ready_groups.clone());
+        registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
         let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
         let move_counter = |when| moves.get_or_create(&MoveLabels { when }).clone();
         Arc::new(Self {
-            moved: [
-                move_counter("before_first_token"),
-                move_counter("mid_stream"),
-            ],
+            moved: [move_counter("before_first_token"), move_counter("mid_stream")],
             prompt_tokens: token_counter("prompt"),
             cached_tokens: token_counter("cached"),
             completion_tokens: token_counter("completion"),
@@ -144,11 +114,7 @@ impl Metrics {
     /// A request arrived; its end is counted when the guard is dropped.
     pub fn request(self: &Arc<Self>, endpoint: &'static str) -> OpenRequest {
         self.open_requests.inc();
-        OpenRequest {
-            metrics: Arc::clone(self),
-            endpoint,
-            status: 499,
-        }
+        OpenRequest { metrics: Arc::clone(self), endpoint, status: 499 }
     }
 
     pub(crate) fn unknown_fields(&self, count: u32) {
@@ -218,10 +184,7 @@ impl OpenRequest {
 impl Drop for OpenRequest {
     fn drop(&mut self) {
         self.metrics.open_requests.dec();
-        let labels = RequestLabels {
-            endpoint: self.endpoint,
-            status: u32::from(self.status),
-        };
+        let labels = RequestLabels { endpoint: self.endpoint, status: u32::from(self.status) };
         self.metrics.requests.get_or_create(&labels).inc();
     }
 }

@@ -32,10 +32,7 @@ impl DefaultSampling {
         Self {
             temperature: number("temperature", 0.0, 2.0),
             top_p: number("top_p", f64::MIN_POSITIVE, 1.0),
-            top_k: config
-                .get("top_k")
-                .and_then(Value::as_u64)
-                .and_then(|top_k| u32::try_from(top_k).ok()),
+            top_k: config.get("top_k").and_then(Value::as_u64).and_then(|top_k| u32::try_from(top_k).ok()),
             min_p: number("min_p", 0.0, 1.0),
             repetition_penalty: number("repetition_penalty", f64::MIN_POSITIVE, 10.0),
         }
@@ -69,11 +66,7 @@ impl ModelSpec {
     /// A model with a tokenizer: its end-of-sequence id is known.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
         let end_ids = vec![tokenizer.eos_id()];
-        Self {
-            tokenizer: Some(tokenizer),
-            end_ids,
-            ..Self::default()
-        }
+        Self { tokenizer: Some(tokenizer), end_ids, ..Self::default() }
     }
 
     /// Adds what the checkpoint's `generation_config.json` says.
@@ -96,17 +89,8 @@ mod tests {
     fn a_generation_config_gives_defaults_and_ends() {
         let config = serde_json::json!({"temperature": 0.15, "top_p": 7, "eos_token_id": [2, 5], "max_length": 9});
         let spec = ModelSpec::default().with_generation_config(&config);
-        assert_eq!(
-            spec.defaults,
-            DefaultSampling {
-                temperature: Some(0.15),
-                ..DefaultSampling::default()
-            }
-        );
+        assert_eq!(spec.defaults, DefaultSampling { temperature: Some(0.15), ..DefaultSampling::default() });
         assert_eq!(spec.end_ids, [2, 5]);
-        assert_eq!(
-            end_ids_of_config(&serde_json::json!({"eos_token_id": 2})),
-            [2]
-        );
+        assert_eq!(end_ids_of_config(&serde_json::json!({"eos_token_id": 2})), [2]);
     }
 }

@@ -86,10 +86,7 @@ impl RouterOptions {
         ];
         for (field, value) in seconds {
             if !(value > 0.0 && value <= 1e7) {
-                return Err(OptionsError {
-                    field,
-                    expected: "a number of seconds above 0",
-                });
+                return Err(OptionsError { field, expected: "a number of seconds above 0" });
             }
         }
         let waits = [
@@ -98,29 +95,20 @@ impl RouterOptions {
         ];
         for (field, value) in waits {
             if !(0.0..=1e7).contains(&value) {
-                return Err(OptionsError {
-                    field,
-                    expected: "a number of seconds, 0 or more",
-                });
+                return Err(OptionsError { field, expected: "a number of seconds, 0 or more" });
             }
         }
         let counts = [
             ("max_body_bytes", self.max_body_bytes),
             ("max_choices", self.max_choices as usize),
-            (
-                "max_sequences_per_request",
-                self.max_sequences_per_request as usize,
-            ),
+            ("max_sequences_per_request", self.max_sequences_per_request as usize),
             ("max_attempts", self.max_attempts as usize),
             ("connections_per_group", self.connections_per_group),
             ("encode_queue", self.encode_queue),
         ];
         for (field, value) in counts {
             if value == 0 {
-                return Err(OptionsError {
-                    field,
-                    expected: "at least 1",
-                });
+                return Err(OptionsError { field, expected: "at least 1" });
             }
         }
         Ok(())
@@ -154,35 +142,16 @@ mod tests {
     #[test]
     fn defaults_are_valid_and_unknown_keys_are_refused() {
         assert_eq!(RouterOptions::default().validate(), Ok(()));
-        let read: RouterOptions =
-            serde_json::from_str(r#"{"debug": true}"#).expect("partial options");
-        assert_eq!(
-            read,
-            RouterOptions {
-                debug: true,
-                ..RouterOptions::default()
-            }
-        );
+        let read: RouterOptions = serde_json::from_str(r#"{"debug": true}"#).expect("partial options");
+        assert_eq!(read, RouterOptions { debug: true, ..RouterOptions::default() });
         assert!(serde_json::from_str::<RouterOptions>(r#"{"debugg": true}"#).is_err());
     }
 
     #[test]
     fn a_number_that_makes_no_sense_is_named() {
-        let options = RouterOptions {
-            heartbeat_seconds: 0.0,
-            ..RouterOptions::default()
-        };
-        assert_eq!(
-            options.validate().map_err(|error| error.field),
-            Err("heartbeat_seconds")
-        );
-        let options = RouterOptions {
-            max_attempts: 0,
-            ..RouterOptions::default()
-        };
-        assert_eq!(
-            options.validate().map_err(|error| error.field),
-            Err("max_attempts")
-        );
+        let options = RouterOptions { heartbeat_seconds: 0.0, ..RouterOptions::default() };
+        assert_eq!(options.validate().map_err(|error| error.field), Err("heartbeat_seconds"));
+        let options = RouterOptions { max_attempts: 0, ..RouterOptions::default() };
+        assert_eq!(options.validate().map_err(|error| error.field), Err("max_attempts"));
     }
 }

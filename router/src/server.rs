@@ -43,8 +43,7 @@ impl RequestId {
     /// The client's own, if it is one: 1 to 128 visible ASCII characters.
     fn of_client(value: &HeaderValue) -> Option<Self> {
         let text = value.to_str().ok()?;
-        let fits =
-            (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
+        let fits = (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
         fits.then(|| Self(text.to_string()))
     }
 }
@@ -82,11 +81,7 @@ async fn no_method(request: Request) -> Response<Body> {
 }
 
 async fn with_request_id(mut request: Request, next: Next) -> Response<Body> {
-    let id = request
-        .headers()
-        .get(&REQUEST_ID)
-        .and_then(RequestId::of_client)
-        .unwrap_or_else(RequestId::random);
+    let id = request.headers().get(&REQUEST_ID).and_then(RequestId::of_client).unwrap_or_else(RequestId::random);
     let header = HeaderValue::from_str(&id.0);
     request.extensions_mut().insert(id);
     let mut response = next.run(request).await;
@@ -142,15 +137,9 @@ pub async fn serve(
     drop(listener);
     drop(stopping);
     stop.send_replace(());
-    tracing::info!(
-        connections = stop.receiver_count(),
-        "no new connections, finishing open requests"
-    );
+    tracing::info!(connections = stop.receiver_count(), "no new connections, finishing open requests");
     if tokio::time::timeout(grace, stop.closed()).await.is_err() {
-        tracing::warn!(
-            connections = stop.receiver_count(),
-            "connections cut off at the end of the grace period"
-        );
+        tracing::warn!(connections = stop.receiver_count(), "connections cut off at the end of the grace period");
     }
     Ok(())
 }

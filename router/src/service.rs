@@ -7,8 +7,8 @@ use std::{
 };
 
 use crate::{
-    encode::pool::EncodePool, fleet::view::Fleet, metrics::Metrics, models::ModelSpec,
-    options::RouterOptions, relay::resume::Relay,
+    encode::pool::EncodePool, fleet::view::Fleet, metrics::Metrics, models::ModelSpec, options::RouterOptions,
+    relay::resume::Relay,
 };
 
 /// One router's state. None of it must outlive the process.
@@ -27,29 +27,16 @@ impl Service {
     pub fn new(options: RouterOptions, models: HashMap<String, ModelSpec>) -> Self {
         let aliases = models
             .iter()
-            .flat_map(|(name, spec)| {
-                spec.aliases
-                    .iter()
-                    .map(|alias| (alias.clone(), name.clone()))
-            })
+            .flat_map(|(name, spec)| spec.aliases.iter().map(|alias| (alias.clone(), name.clone())))
             .collect();
-        let relay = Relay {
-            fleet: Fleet::new(options.clone()),
-            options: options.clone(),
-            metrics: Metrics::new(),
-        };
+        let relay = Relay { fleet: Fleet::new(options.clone()), options: options.clone(), metrics: Metrics::new() };
         Self {
             pool: EncodePool::new(&options),
-            models: models
-                .into_iter()
-                .map(|(name, spec)| (name, Arc::new(spec)))
-                .collect(),
+            models: models.into_iter().map(|(name, spec)| (name, Arc::new(spec))).collect(),
             aliases,
             ids_only: Arc::default(),
             relay: Arc::new(relay),
-            started_at: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs()),
+            started_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             options,
         }
     }
@@ -87,9 +74,7 @@ impl Service {
     /// The name of a configured model, by name or alias.
     pub fn configured(&self, name: &str) -> Option<&str> {
         let name = self.aliases.get(name).map_or(name, String::as_str);
-        self.models
-            .get_key_value(name)
-            .map(|(name, _)| name.as_str())
+        self.models.get_key_value(name).map(|(name, _)| name.as_str())
     }
 
     /// Seconds since 1970 of the start.
@@ -109,10 +94,6 @@ impl Service {
                 queued / group.record.speed.prefill_tokens_per_second.max(1.0)
             })
             .fold(f64::INFINITY, f64::min);
-        if seconds.is_finite() {
-            seconds.ceil().clamp(1.0, 60.0) as u32
-        } else {
-            2
-        }
+        if seconds.is_finite() { seconds.ceil().clamp(1.0, 60.0) as u32 } else { 2 }
     }
 }

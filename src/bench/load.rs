@@ -6,9 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use bora_proto::v1::{
-    GenerateRequest, Sampling, Stopping, generate_event, inference_client::InferenceClient,
-};
+use bora_proto::v1::{GenerateRequest, Sampling, Stopping, generate_event, inference_client::InferenceClient};
 use clap::Args;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -89,9 +87,7 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     }
     let seconds = started.elapsed().as_secs_f64();
     let cpu = match (args.pid, cpu_before) {
-        (Some(pid), Some(before)) => {
-            Some((cpu_seconds(pid)? - before) / samples.len().max(1) as f64 * 1e6)
-        }
+        (Some(pid), Some(before)) => Some((cpu_seconds(pid)? - before) / samples.len().max(1) as f64 * 1e6),
         _ => None,
     };
     let totals = sorted(samples.iter().map(|sample| sample.total));
@@ -120,11 +116,7 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn drive(
-    args: Arc<LoadArgs>,
-    next: Arc<AtomicUsize>,
-    connection: usize,
-) -> (Vec<Sample>, usize) {
+async fn drive(args: Arc<LoadArgs>, next: Arc<AtomicUsize>, connection: usize) -> (Vec<Sample>, usize) {
     let (mut samples, mut errors) = (Vec::new(), 0);
     let mut client = None;
     let mut turn = 0;
@@ -133,18 +125,10 @@ async fn drive(
         if number >= args.requests {
             return (samples, errors);
         }
-        let request = Request {
-            args: &args,
-            number,
-            connection,
-            turn,
-        };
+        let request = Request { args: &args, number, connection, turn };
         turn += 1;
         if client.is_none() {
-            client = Client::connect(&args)
-                .await
-                .inspect_err(|error| eprintln!("{error:#}"))
-                .ok();
+            client = Client::connect(&args).await.inspect_err(|error| eprintln!("{error:#}")).ok();
         }
         let outcome = match &mut client {
             Some(client) => client.send(request).await,
@@ -174,23 +158,13 @@ struct Request<'a> {
 impl Request<'_> {
     fn body(&self) -> Vec<u8> {
         let args = self.args;
-        let salt = if args.conversation == Conversation::Fresh {
-            self.number
-        } else {
-            self.connection
-        };
-        let salt = if args.conversation == Conversation::Same {
-            0
-        } else {
-            salt
-        };
+        let salt = if args.conversation == Conversation::Fresh { self.number } else { self.connection };
+        let salt = if args.conversation == Conversation::Same { 0 } else { salt };
         let mut messages = vec![json!({"role": "user", "content": code_text(salt, args.bytes)})];
         if args.conversation == Conversation::Growing {
             for turn in 0..self.turn {
                 messages.push(json!({"role": "assistant", "content": "I see."}));
-                messages.push(
-                    json!({"role": "user", "content": code_text(salt + 7919 * (turn + 1), 1024)}),
-                );
+                messages.push(json!({"role": "user", "content": code_text(salt + 7919 * (turn + 1), 1024)}));
             }
         }
         let body = json!({
@@ -207,26 +181,17 @@ fn code_text(salt: usize, bytes: usize) -> String {
     let mut text = String::with_capacity(bytes + 80);
     let mut state = salt as u64 ^ 0x9e37_79b9_7f4a_7c15;
     while text.len() < bytes {
-        state = state
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         let (a, b) = (state >> 40, (state >> 20) & 0xfff);
         // writing to a string can't fail
-        let _ = writeln!(
-            text,
-            "    let value_{a:x} = compute_{b:x}(index + {b}, \"name {a}\")?; // step {}",
-            a % 97
-        );
+        let _ = writeln!(text, "    let value_{a:x} = compute_{b:x}(index + {b}, \"name {a}\")?; // step {}", a % 97);
     }
     text.truncate(bytes);
     text
 }
 
 enum Client {
-    Http {
-        sender: hyper::client::conn::http1::SendRequest<Full<Bytes>>,
-        host: String,
-    },
+    Http { sender: hyper::client::conn::http1::SendRequest<Full<Bytes>>, host: String },
     Grpc(InferenceClient<tonic::transport::Channel>),
 }
 
@@ -237,12 +202,9 @@ impl Client {
             return Ok(Self::Grpc(client));
         }
         let host = args.http.clone().context("neither --http nor --grpc")?;
-        let stream = TcpStream::connect(&host)
-            .await
-            .with_context(|| format!("connecting to {host}"))?;
+        let stream = TcpStream::connect(&host).await.with_context(|| format!("connecting to {host}"))?;
         stream.set_nodelay(true)?;
-        let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);
         Ok(Self::Http { sender, host })
     }
@@ -285,10 +247,7 @@ async fn send_http(
     if request.args.stream && !tail.ends_with(b"data: [DONE]\n\n") {
         bail!("the stream ended without [DONE]");
     }
-    Ok(Sample {
-        first: first.unwrap_or(total),
-        total,
-    })
+    Ok(Sample { first: first.unwrap_or(total), total })
 }
 
 async fn send_grpc(
@@ -296,25 +255,12 @@ async fn send_grpc(
     request: Request<'_>,
 ) -> anyhow::Result<Sample> {
     let args = request.args;
-    let salt = if args.conversation == Conversation::Fresh {
-        request.number as u32
-    } else {
-        0
-    };
+    let salt = if args.conversation == Conversation::Fresh { request.number as u32 } else { 0 };
     let message = GenerateRequest {
         request_id: format!("load-{}", request.number),
-        token_ids: (0..args.bytes.div_ceil(4) as u32)
-            .map(|i| 1000 + (i * 31 + salt) % 8000)
-            .collect(),
-        sampling: Some(Sampling {
-            temperature: Some(0.0),
-            ..Default::default()
-        }),
-        stopping: Some(Stopping {
-            max_tokens: args.max_tokens,
-            ignore_eos: true,
-            ..Default::default()
-        }),
+        token_ids: (0..args.bytes.div_ceil(4) as u32).map(|i| 1000 + (i * 31 + salt) % 8000).collect(),
+        sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
+        stopping: Some(Stopping { max_tokens: args.max_tokens, ignore_eos: true, ..Default::default() }),
         ..Default::default()
     };
     let started = Instant::now();
@@ -333,36 +279,21 @@ async fn send_grpc(
     if !finished {
         bail!("the stream ended without Finished");
     }
-    Ok(Sample {
-        first: first.unwrap_or(total),
-        total,
-    })
+    Ok(Sample { first: first.unwrap_or(total), total })
 }
 
 /// User and system time of a process so far.
 fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .with_context(|| format!("process {pid}"))?;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).with_context(|| format!("process {pid}"))?;
     // fields after the command's name, which may hold spaces: the 12th and 13th are utime and stime in ticks
-    let fields: Vec<&str> = stat
-        .rsplit_once(')')
-        .map_or("", |(_, rest)| rest)
-        .split_whitespace()
-        .collect();
-    let tick = |index: usize| {
-        fields
-            .get(index)
-            .and_then(|field| field.parse::<f64>().ok())
-            .unwrap_or(0.0)
-    };
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+    let tick = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
     const TICKS_PER_SECOND: f64 = 100.0; // USER_HZ on every Linux that Bora runs on
     Ok((tick(11) + tick(12)) / TICKS_PER_SECOND)
 }
 
 fn sorted(durations: impl Iterator<Item = Duration>) -> Vec<f64> {
-    let mut micros: Vec<f64> = durations
-        .map(|duration| duration.as_secs_f64() * 1e6)
-        .collect();
+    let mut micros: Vec<f64> = durations.map(|duration| duration.as_secs_f64() * 1e6).collect();
     micros.sort_by(f64::total_cmp);
     micros
 }

@@ -19,6 +19,6 @@ def fake_cluster():
     with Cluster(model="fake-devstral") as cluster:
         cluster.start_etcd()
         cluster.start_router()
-        cluster.start_worker("fake", device="fake", max_model_len=524288, kv_cache={"blocks": 40000})
+        cluster.start_worker("fake", device="fake", max_model_len=1048576, kv_cache={"blocks": 40000}, fake={"time_scale": 0})
         cluster.wait_ready()
         yield cluster

@@ -1,10 +1,10 @@
 """What a client sees when parts die, and that nothing leaks."""
 
 import concurrent.futures
-import http.client
 import json
 import threading
 import time
+from http.client import HTTPConnection
 
 from cluster import SIGSTOP, Cluster, http, wait_until
 
@@ -31,7 +31,7 @@ def stream(url, body, on_event=None):
 
 
 def http_connection(host):
-    return http.client.HTTPConnection(host, timeout=60)
+    return HTTPConnection(host, timeout=60)
 
 
 def token_ids(events):

@@ -44,10 +44,10 @@ def test_two_processes_answer_like_one():
 
 def test_static_registry_and_a_given_leader():
     with Cluster(registry="static") as cluster:
-        port = free_port()
+        port, peers = free_port(), f"127.0.0.1:{free_port()}"
         cluster.etcd_port = port  # the list of a static registry: the leader's address
-        cluster.start_worker("pair", ranks=[0], size=2, port=port)
-        cluster.start_worker("pair", ranks=[1], size=2, leader=f"127.0.0.1:{port}")
+        cluster.start_worker("pair", ranks=[0], size=2, port=port, peers=peers)
+        cluster.start_worker("pair", ranks=[1], size=2, leader=peers)
         cluster.start_router()
         cluster.wait_ready(1)
         assert cluster.post("/v1/completions", {"model": "tiny", "prompt": [1000, 1001], "max_tokens": 2})[0] == 200

@@ -109,6 +109,82 @@ __device__ __forceinline__ void mma_e4m3(float (&c)[4], const u32 (&a)[4], u32 b
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+
+// ---- warpgroup matrix products: Hopper only (sm_90a), elsewhere these trap and the host takes another kernel -------------
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HOPPER_ASM(text) asm volatile(text ::: "memory")
+#else
+#define HOPPER_ASM(text) __trap()
+#endif
+// Between writing registers or accumulators and the first product; after the last product; until all products are done.
+__device__ __forceinline__ void matrix_unit_begin() { HOPPER_ASM("wgmma.fence.sync.aligned;"); }
+__device__ __forceinline__ void matrix_unit_commit() { HOPPER_ASM("wgmma.commit_group.sync.aligned;"); }
+__device__ __forceinline__ void matrix_unit_wait() { HOPPER_ASM("wgmma.wait_group.sync.aligned 0;"); }
+// Until at most the group committed last is under way.
+__device__ __forceinline__ void matrix_unit_wait_but_one() { HOPPER_ASM("wgmma.wait_group.sync.aligned 1;"); }
+// Tells the compiler that these registers change here: nothing that reads them moves to before a wait, nothing that
+// writes them to behind a begin.
+template <u32 N>
+__device__ __forceinline__ void settle(float (&c)[N][4]) {
+#pragma unroll
+  for (u32 j = 0; j < N; j++)
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) asm volatile("" : "+f"(c[j][i])::"memory");
+}
+// To be called by each thread between its writes to shared memory and the barrier before products that read them.
+__device__ __forceinline__ void show_shared_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ u8* align_shared_1024(u8* p) {
+  const u32 address = shared_address(p);
+  return p + ((1024 - address % 1024) % 1024);
+}
+// A matrix in shared memory with the 128-byte swizzle: byte distances between groups along the two dimensions.
+__device__ __forceinline__ u64 matrix_descriptor(const u8* start, u32 leading, u32 stride) {
+  return (u64)((shared_address(start) & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
+}
+// c[64,64] += a[64,16] b[16,64] over four warps: a in registers (16 rows a warp), b as rows of K.
+__device__ __forceinline__ void warpgroup_multiply_64(float (&c)[8][4], const u32 (&a)[4], u64 b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+               : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+                 "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+                 "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                 "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+                 "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+                 "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+                 "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+                 "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#else
+  __trap();
+#endif
+}
+// c[64,128] += a[64,16] b[16,128]: b as columns of K.
+__device__ __forceinline__ void warpgroup_multiply_128_transposed(float (&c)[16][4], const u32 (&a)[4], u64 b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+               : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+                 "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+                 "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+                 "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+                 "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+                 "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+                 "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+                 "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
+                 "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
+                 "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
+                 "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]),
+                 "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
+                 "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
+                 "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
+                 "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),
+                 "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#else
+  __trap();
+#endif
+}
+
 #endif  // not emulated
 
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }

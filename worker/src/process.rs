@@ -35,6 +35,8 @@ const CPU_KV_BYTES: u64 = 1 << 30;
 const LONGEST_WINDOW: u32 = 262_144;
 /// How often a follower looks for its leader.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// How long a follower tries an address from the registry before it looks there again.
+const LOOK_UP_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// How long the registry may take to forget a group that failed.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(1);
 
@@ -446,19 +448,34 @@ async fn follow_leader(
     let Some(group) = options.group.clone() else {
         return Err(WorkerError::Options("worker.group: a group of several processes needs a name".into()));
     };
-    let (leader, epoch) = tokio::select! {
-        found = find_leader(options, &group, registry.as_ref()) => found?,
-        () = stop.cancelled() => return Ok(()),
-    };
-    tracing::info!(group, leader, epoch, ranks = ?options.local_ranks(), "joining the group");
-    let following = FollowerOptions { member: member_options(&settings, &group), leader, epoch };
-    tokio::select! {
-        ended = follow(following) => {
-            let reason = ended?;
-            tracing::info!(group, reason, "the group ended");
-            Ok(())
+    let deadline = Instant::now() + options.rendezvous_seconds;
+    loop {
+        let (leader, epoch) = tokio::select! {
+            found = find_leader(options, &group, registry.as_ref()) => found?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        tracing::info!(group, leader, epoch, ranks = ?options.local_ranks(), "joining the group");
+        // an address from the registry may be that of a leader that has just died: it is looked up again
+        let looked_up = options.leader.is_none();
+        let connect_within = if looked_up { LOOK_UP_AGAIN_AFTER } else { options.rendezvous_seconds };
+        let member = member_options(&settings, &group);
+        let following = FollowerOptions { member, leader, epoch, connect_within };
+        let ended = tokio::select! {
+            ended = follow(following) => ended,
+            () = stop.cancelled() => return Ok(()),
+        };
+        match ended {
+            Ok(reason) => {
+                tracing::info!(group, reason, "the group ended");
+                return Ok(());
+            }
+            Err(FollowError::Unreachable { .. } | FollowError::OtherEpoch { .. })
+                if looked_up && Instant::now() < deadline =>
+            {
+                sleep(LOOK_AGAIN).await;
+            }
+            Err(error) => return Err(error.into()),
         }
-        () = stop.cancelled() => Ok(()),
     }
 }
 

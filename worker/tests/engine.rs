@@ -34,6 +34,7 @@ fn start(max_num_batched_tokens: u32) -> EngineHandle {
             prefill_seconds_per_token_pair: 1e-7,
             decode_step_seconds: 1e-3,
         },
+        steps_run: 0,
     };
     EngineHandle::start(config, Box::new(runner)).unwrap().0
 }

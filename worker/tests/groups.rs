@@ -1,6 +1,7 @@
 //! Whole groups run steps: ranks as threads and as processes, and what happens when one of them dies.
 //!
 //! Processes are this very test binary, started again with a role in its environment (see `role`).
+#![allow(clippy::disallowed_methods)] // tests wait, and a role ends its process
 
 mod support;
 
@@ -20,6 +21,8 @@ use support::{Goldens, fixture, logsumexp};
 
 const LIMITS: Limits = Limits { step_tokens: 2048, sequences: 4, model_len: 2048, logit_rows: 2048 };
 
+const JOIN: Duration = Duration::from_secs(60);
+
 fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -> MemberOptions {
     MemberOptions {
         group: "tiny".to_owned(),
@@ -30,11 +33,7 @@ fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -
         local_ranks,
         kv: KvBudget::Blocks(64),
         host: "127.0.0.1".to_owned(),
-        timeouts: Timeouts {
-            join: Duration::from_secs(60),
-            heartbeat: Duration::from_secs(3),
-            collective: Duration::from_secs(30),
-        },
+        timeouts: Timeouts { join: JOIN, heartbeat: Duration::from_secs(3), collective: Duration::from_secs(30) },
     }
 }
 
@@ -293,7 +292,9 @@ async fn role() {
         ["follower", address, ranks, from, to, checkpoint] => {
             let local_ranks = from.parse().unwrap()..to.parse().unwrap();
             let member = member(checkpoint, ranks.parse().unwrap(), local_ranks);
-            match follow(FollowerOptions { member, leader: address.to_owned(), epoch: None }).await {
+            match follow(FollowerOptions { member, leader: address.to_owned(), epoch: None, connect_within: JOIN })
+                .await
+            {
                 Ok(reason) => println!("ended in order: {reason}"),
                 Err(error) => {
                     println!("ended: {error}");
@@ -473,7 +474,8 @@ async fn a_follower_notices_the_death_of_its_leader() {
     let (listener, address) = listen().await;
     drop(listener);
     let leader = Process::start(&format!("leader {address}"));
-    let options = FollowerOptions { member: member("tiny_text", 2, 1..2), leader: address, epoch: Some(9) };
+    let options =
+        FollowerOptions { member: member("tiny_text", 2, 1..2), leader: address, epoch: Some(9), connect_within: JOIN };
     let following = tokio::spawn(follow(options));
     // long enough to join and load
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -493,7 +495,9 @@ async fn strangers_are_refused_and_missing_ranks_named() {
     leader.timeouts.join = Duration::from_secs(4);
     let leading =
         tokio::spawn(start_group(LeaderOptions { member: leader, epoch: 7, limits: LIMITS, peers: Some(listener) }));
-    let refused = |member: MemberOptions, epoch| follow(FollowerOptions { member, leader: address.clone(), epoch });
+    let refused = |member: MemberOptions, epoch| {
+        follow(FollowerOptions { member, leader: address.clone(), epoch, connect_within: JOIN })
+    };
     let mut other_group = member("tiny_text", 2, 1..2);
     other_group.group = "huge".to_owned();
     let mut other_numbers = member("tiny_text", 2, 1..2);
@@ -501,7 +505,6 @@ async fn strangers_are_refused_and_missing_ranks_named() {
         DeviceOptions::Cpu(CpuOptions { kv: bora_worker::backend::cpu::KvDtype::Bf16, ..CpuOptions::default() });
     for (member, epoch, expected) in [
         (other_group, None, "this is group `tiny`, not `huge`"),
-        (member("tiny_text", 2, 1..2), Some(6), "this is epoch 7 of the group, not 6"),
         (member("tiny_text", 4, 1..2), None, "the group has 2 ranks, not 4"),
         (member("tiny_text", 2, 0..1), None, "rank 0 is not one of 1..2"),
         (member("tiny_text_fp8", 2, 1..2), None, "both must be the same checkpoint"),
@@ -510,12 +513,20 @@ async fn strangers_are_refused_and_missing_ranks_named() {
         let error = refused(member, epoch).await.unwrap_err();
         assert!(matches!(&error, FollowError::Refused { reason, .. } if reason.contains(expected)), "{error}");
     }
+    for epoch in [6, 8] {
+        let error = refused(member("tiny_text", 2, 1..2), Some(epoch)).await.unwrap_err();
+        assert!(matches!(error, FollowError::OtherEpoch { .. }), "{error}");
+    }
     let error = leading.await.unwrap().err().unwrap();
     let StartError::Rank(RunError::RankLost { rank: 1, reason, .. }) = error else { panic!("{error}") };
     assert_eq!(reason, "it did not join in time");
 
-    let mut lonely = member("tiny_text", 2, 1..2);
-    lonely.timeouts.join = Duration::from_millis(300);
-    let error = follow(FollowerOptions { member: lonely, leader: "127.0.0.1:1".to_owned(), epoch: None }).await;
+    let lonely = FollowerOptions {
+        member: member("tiny_text", 2, 1..2),
+        leader: "127.0.0.1:1".to_owned(),
+        epoch: None,
+        connect_within: Duration::from_millis(300),
+    };
+    let error = follow(lonely).await;
     assert!(matches!(error, Err(FollowError::Unreachable { .. })));
 }

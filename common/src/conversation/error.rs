@@ -79,11 +79,7 @@ pub struct ConversationError {
 impl ConversationError {
     /// An error at a path.
     pub fn new(param: impl fmt::Display, rule: Rule, message: impl Into<String>) -> Self {
-        Self {
-            param: param.to_string(),
-            rule,
-            message: message.into(),
-        }
+        Self { param: param.to_string(), rule, message: message.into() }
     }
 
     /// The `code` of the OpenAI error object.
@@ -118,26 +114,17 @@ enum Step<'a> {
 impl<'a> At<'a> {
     /// A field of the request.
     pub(super) fn root(key: &'a str) -> Self {
-        Self {
-            parent: None,
-            step: Step::Key(key),
-        }
+        Self { parent: None, step: Step::Key(key) }
     }
 
     /// A field of the object here.
     pub(super) fn key(&'a self, key: &'a str) -> Self {
-        Self {
-            parent: Some(self),
-            step: Step::Key(key),
-        }
+        Self { parent: Some(self), step: Step::Key(key) }
     }
 
     /// An item of the array here.
     pub(super) fn index(&'a self, index: usize) -> Self {
-        Self {
-            parent: Some(self),
-            step: Step::Index(index),
-        }
+        Self { parent: Some(self), step: Step::Index(index) }
     }
 
     /// An error here.

@@ -55,17 +55,13 @@ impl ImageSizes for DataUrls {
 }
 
 /// Standard base64 with padding; like Python's decoder it does not mind unused bits in the last character.
-const BASE64: GeneralPurpose = GeneralPurpose::new(
-    &alphabet::STANDARD,
-    GeneralPurposeConfig::new().with_decode_allow_trailing_bits(true),
-);
+const BASE64: GeneralPurpose =
+    GeneralPurpose::new(&alphabet::STANDARD, GeneralPurposeConfig::new().with_decode_allow_trailing_bits(true));
 
 /// The bytes of a `data:<mime>;base64,<payload>` URL. Characters outside the alphabet, line breaks mostly,
 /// are passed over.
 pub fn data_url_bytes(url: &str) -> Result<Vec<u8>, ImageError> {
-    let rest = url
-        .strip_prefix("data:")
-        .ok_or_else(|| ImageError::Scheme(scheme(url)))?;
+    let rest = url.strip_prefix("data:").ok_or_else(|| ImageError::Scheme(scheme(url)))?;
     let (header, payload) = rest.split_once(',').ok_or(ImageError::DataUrl)?;
     if !header.ends_with(";base64") || payload.is_empty() {
         return Err(ImageError::DataUrl);
@@ -73,21 +69,14 @@ pub fn data_url_bytes(url: &str) -> Result<Vec<u8>, ImageError> {
     if let Ok(bytes) = BASE64.decode(payload) {
         return Ok(bytes);
     }
-    let kept: Vec<u8> = payload
-        .bytes()
-        .filter(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'='))
-        .collect();
+    let kept: Vec<u8> =
+        payload.bytes().filter(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'=')).collect();
     BASE64.decode(kept).map_err(|_| ImageError::Base64)
 }
 
 /// What of a URL may be repeated in an error message: its scheme.
 fn scheme(url: &str) -> String {
-    url.split(':')
-        .next()
-        .unwrap_or_default()
-        .chars()
-        .take(32)
-        .collect()
+    url.split(':').next().unwrap_or_default().chars().take(32).collect()
 }
 
 /// The size of the picture in a `data:` URL.
@@ -99,14 +88,7 @@ pub fn data_url_size(url: &str) -> Result<ImageSize, ImageError> {
 pub fn image_size(bytes: &[u8]) -> Result<ImageSize, ImageError> {
     use imagesize::ImageType;
     match imagesize::image_type(bytes) {
-        Ok(
-            ImageType::Png
-            | ImageType::Jpeg
-            | ImageType::Webp
-            | ImageType::Gif
-            | ImageType::Bmp
-            | ImageType::Tiff,
-        ) => {}
+        Ok(ImageType::Png | ImageType::Jpeg | ImageType::Webp | ImageType::Gif | ImageType::Bmp | ImageType::Tiff) => {}
         _ => return Err(ImageError::Format),
     }
     let size = imagesize::blob_size(bytes).map_err(|_| ImageError::Format)?;
@@ -133,18 +115,11 @@ impl ImageGrid {
         let (width, height) = (f64::from(size.width), f64::from(size.height));
         let ratio = (height / longest).max(width / longest);
         let shrink = |side: u32| {
-            if ratio > 1.0 {
-                ((f64::from(side) / ratio).round_ties_even() as u32).max(1)
-            } else {
-                side
-            }
+            if ratio > 1.0 { ((f64::from(side) / ratio).round_ties_even() as u32).max(1) } else { side }
         };
         let square = geometry.patch_size * geometry.spatial_merge_size;
         let squares = |side: u32| (side - 1) / square + 1;
-        Self {
-            columns: squares(shrink(size.width)),
-            rows: squares(shrink(size.height)),
-        }
+        Self { columns: squares(shrink(size.width)), rows: squares(shrink(size.height)) }
     }
 
     /// Number of ids: a row of placeholders and its break, for each row.

@@ -50,12 +50,7 @@ pub enum JsonError {
 impl<'a> Json<'a> {
     /// Reads a text as Python's `json.loads` does.
     pub fn parse(text: &'a str) -> Result<Self, JsonError> {
-        let mut reader = Reader {
-            text,
-            bytes: text.as_bytes(),
-            position: 0,
-            depth: 0,
-        };
+        let mut reader = Reader { text, bytes: text.as_bytes(), position: 0, depth: 0 };
         reader.skip_whitespace();
         let value = reader.value()?;
         reader.skip_whitespace();
@@ -68,10 +63,7 @@ impl<'a> Json<'a> {
     /// The value of a key, if this is an object that has it.
     pub fn get(&self, key: &str) -> Option<&Json<'a>> {
         match self {
-            Self::Object(fields) => fields
-                .iter()
-                .find(|(name, _)| name == key)
-                .map(|(_, value)| value),
+            Self::Object(fields) => fields.iter().find(|(name, _)| name == key).map(|(_, value)| value),
             _ => None,
         }
     }
@@ -140,10 +132,7 @@ impl<'a> Json<'a> {
             Self::String(text) => Value::String(text.clone().into_owned()),
             Self::Array(items) => Value::Array(items.iter().map(Json::to_value).collect()),
             Self::Object(fields) => Value::Object(
-                fields
-                    .iter()
-                    .map(|(name, value)| (name.clone().into_owned(), value.to_value()))
-                    .collect(),
+                fields.iter().map(|(name, value)| (name.clone().into_owned(), value.to_value())).collect(),
             ),
         }
     }
@@ -161,12 +150,9 @@ impl<'a> From<&'a Value> for Json<'a> {
             },
             Value::String(text) => Self::String(text.into()),
             Value::Array(items) => Self::Array(items.iter().map(Json::from).collect()),
-            Value::Object(fields) => Self::Object(
-                fields
-                    .iter()
-                    .map(|(name, value)| (name.into(), value.into()))
-                    .collect(),
-            ),
+            Value::Object(fields) => {
+                Self::Object(fields.iter().map(|(name, value)| (name.into(), value.into())).collect())
+            }
         }
     }
 }
@@ -203,11 +189,7 @@ fn dump_float(number: f64, out: &mut String) {
         return out.push_str("NaN");
     }
     if number.is_infinite() {
-        return out.push_str(if number > 0.0 {
-            "Infinity"
-        } else {
-            "-Infinity"
-        });
+        return out.push_str(if number > 0.0 { "Infinity" } else { "-Infinity" });
     }
     let scientific = format!("{:e}", number.abs());
     let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
@@ -284,10 +266,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn nested(
-        &mut self,
-        read: fn(&mut Self) -> Result<Json<'a>, JsonError>,
-    ) -> Result<Json<'a>, JsonError> {
+    fn nested(&mut self, read: fn(&mut Self) -> Result<Json<'a>, JsonError>) -> Result<Json<'a>, JsonError> {
         if self.depth == MAX_DEPTH {
             return Err(JsonError::Depth);
         }
@@ -363,25 +342,13 @@ impl<'a> Reader<'a> {
             _ => return self.syntax(),
         }
         let whole_end = self.position;
-        if self.peek() == Some(b'.')
-            && self
-                .bytes
-                .get(self.position + 1)
-                .is_some_and(u8::is_ascii_digit)
-        {
+        if self.peek() == Some(b'.') && self.bytes.get(self.position + 1).is_some_and(u8::is_ascii_digit) {
             self.position += 1;
             self.digits();
         }
         if matches!(self.peek(), Some(b'e' | b'E')) {
-            let sign = usize::from(matches!(
-                self.bytes.get(self.position + 1),
-                Some(b'+' | b'-')
-            ));
-            if self
-                .bytes
-                .get(self.position + 1 + sign)
-                .is_some_and(u8::is_ascii_digit)
-            {
+            let sign = usize::from(matches!(self.bytes.get(self.position + 1), Some(b'+' | b'-')));
+            if self.bytes.get(self.position + 1 + sign).is_some_and(u8::is_ascii_digit) {
                 self.position += 1 + sign;
                 self.digits();
             }
@@ -393,11 +360,7 @@ impl<'a> Reader<'a> {
                 Err(_) => self.syntax(),
             };
         }
-        Ok(Json::Integer(if text == "-0" {
-            "0".into()
-        } else {
-            text.into()
-        }))
+        Ok(Json::Integer(if text == "-0" { "0".into() } else { text.into() }))
     }
 
     fn digits(&mut self) {
@@ -438,10 +401,7 @@ impl<'a> Reader<'a> {
     /// Moves to the next quote, backslash or forbidden byte; the end of the text is an error.
     fn skip_plain(&mut self) -> Result<(), JsonError> {
         let rest = &self.bytes[self.position..];
-        match rest
-            .iter()
-            .position(|byte| matches!(byte, b'"' | b'\\' | 0..=0x1F))
-        {
+        match rest.iter().position(|byte| matches!(byte, b'"' | b'\\' | 0..=0x1F)) {
             Some(length) => {
                 self.position += length;
                 Ok(())
@@ -491,9 +451,7 @@ impl<'a> Reader<'a> {
     fn code_unit(&self) -> Option<u32> {
         let escape = self.bytes.get(self.position..self.position + 6)?;
         let digits = escape.strip_prefix(b"\\u")?;
-        digits.iter().try_fold(0, |sum, digit| {
-            Some(sum * 16 + char::from(*digit).to_digit(16)?)
-        })
+        digits.iter().try_fold(0, |sum, digit| Some(sum * 16 + char::from(*digit).to_digit(16)?))
     }
 }
 
@@ -501,17 +459,9 @@ impl<'a> Reader<'a> {
 fn last_wins<'a>(fields: Vec<(Cow<'a, str>, Json<'a>)>) -> Vec<(Cow<'a, str>, Json<'a>)> {
     const FEW: usize = 16;
     let unique = if fields.len() <= FEW {
-        fields
-            .iter()
-            .enumerate()
-            .all(|(index, (name, _))| fields[..index].iter().all(|(other, _)| other != name))
+        fields.iter().enumerate().all(|(index, (name, _))| fields[..index].iter().all(|(other, _)| other != name))
     } else {
-        fields
-            .iter()
-            .map(|(name, _)| name)
-            .collect::<std::collections::HashSet<_>>()
-            .len()
-            == fields.len()
+        fields.iter().map(|(name, _)| name).collect::<std::collections::HashSet<_>>().len() == fields.len()
     };
     if unique {
         return fields;
@@ -536,9 +486,7 @@ mod tests {
 
     fn redump(text: &str) -> String {
         let mut out = String::new();
-        Json::parse(text)
-            .unwrap_or_else(|error| panic!("{text}: {error}"))
-            .dump(&mut out);
+        Json::parse(text).unwrap_or_else(|error| panic!("{text}: {error}")).dump(&mut out);
         out
     }
 
@@ -575,28 +523,13 @@ mod tests {
 
     #[test]
     fn strings_objects_and_whitespace() {
-        assert_eq!(
-            redump(r#""\u00e9\ud83d\ude00\/\u0007\u007f\b\f""#),
-            "\"é😀/\\u0007\u{7f}\\b\\f\""
-        );
-        assert_eq!(
-            redump(r#""\ud83d \ude00\ud83d""#),
-            "\"\u{fffd} \u{fffd}\u{fffd}\""
-        );
-        assert_eq!(
-            redump(" {\"b\" :1,\n\"a\":[ 1 ,{}, [] ]\t} "),
-            r#"{"b": 1, "a": [1, {}, []]}"#
-        );
+        assert_eq!(redump(r#""\u00e9\ud83d\ude00\/\u0007\u007f\b\f""#), "\"é😀/\\u0007\u{7f}\\b\\f\"");
+        assert_eq!(redump(r#""\ud83d \ude00\ud83d""#), "\"\u{fffd} \u{fffd}\u{fffd}\"");
+        assert_eq!(redump(" {\"b\" :1,\n\"a\":[ 1 ,{}, [] ]\t} "), r#"{"b": 1, "a": [1, {}, []]}"#);
         assert_eq!(redump(r#"{"k":1,"a":0,"k":2}"#), r#"{"k": 2, "a": 0}"#);
         let many: String = (0..40).map(|i| format!("\"{}\":{i},", i % 20)).collect();
-        let last: String = (0..20)
-            .map(|i| format!("\"{i}\": {}", i + 20))
-            .collect::<Vec<_>>()
-            .join(", ");
-        assert_eq!(
-            redump(&format!("{{{}}}", many.trim_end_matches(','))),
-            format!("{{{last}}}")
-        );
+        let last: String = (0..20).map(|i| format!("\"{i}\": {}", i + 20)).collect::<Vec<_>>().join(", ");
+        assert_eq!(redump(&format!("{{{}}}", many.trim_end_matches(','))), format!("{{{last}}}"));
     }
 
     #[test]
@@ -632,10 +565,7 @@ mod tests {
             "\u{a0}{}",
             "{}\0",
         ] {
-            assert!(
-                matches!(Json::parse(text), Err(JsonError::Syntax(_))),
-                "{text:?}"
-            );
+            assert!(matches!(Json::parse(text), Err(JsonError::Syntax(_))), "{text:?}");
         }
     }
 
@@ -646,10 +576,7 @@ mod tests {
             assert_eq!(redump(&nested(MAX_DEPTH)), nested(MAX_DEPTH));
             assert_eq!(Json::parse(&nested(MAX_DEPTH + 1)), Err(JsonError::Depth));
         };
-        let thread = std::thread::Builder::new()
-            .stack_size(1 << 20)
-            .spawn(check)
-            .expect("thread");
+        let thread = std::thread::Builder::new().stack_size(1 << 20).spawn(check).expect("thread");
         thread.join().expect("no overflow");
     }
 

@@ -103,10 +103,7 @@ pub struct Part {
 }
 
 /// Lays out valid messages.
-pub(super) fn lay_out(
-    messages: Vec<Message>,
-    tools: &[Tool],
-) -> Result<Vec<Part>, ConversationError> {
+pub(super) fn lay_out(messages: Vec<Message>, tools: &[Tool]) -> Result<Vec<Part>, ConversationError> {
     let mut parts: Vec<Part> = Vec::new();
     let mut tools = (!tools.is_empty()).then_some(tools);
     let mut call_ids: Vec<String> = Vec::new();
@@ -123,24 +120,10 @@ pub(super) fn lay_out(
                 }
                 parts.push(user(contents, tools.take()));
             }
-            Message::Assistant {
-                content,
-                tool_calls,
-                prefix,
-            } => {
-                let mut merged = Assistant {
-                    contents: vec![content],
-                    tool_calls,
-                    prefix,
-                };
-                while let Some((
-                    _,
-                    Message::Assistant {
-                        content,
-                        tool_calls,
-                        prefix,
-                    },
-                )) = messages.next_if(|(_, next)| matches!(next, Message::Assistant { .. }))
+            Message::Assistant { content, tool_calls, prefix } => {
+                let mut merged = Assistant { contents: vec![content], tool_calls, prefix };
+                while let Some((_, Message::Assistant { content, tool_calls, prefix })) =
+                    messages.next_if(|(_, next)| matches!(next, Message::Assistant { .. }))
                 {
                     merged.contents.push(content);
                     merged.tool_calls.extend(tool_calls);
@@ -157,12 +140,7 @@ pub(super) fn lay_out(
                     results.push((call_id, content));
                 }
                 // A call's place is its last one in the list: ids of earlier, unanswered calls may repeat.
-                results.sort_by_key(|(id, _)| {
-                    call_ids
-                        .iter()
-                        .rposition(|call| call == id)
-                        .unwrap_or(usize::MAX)
-                });
+                results.sort_by_key(|(id, _)| call_ids.iter().rposition(|call| call == id).unwrap_or(usize::MAX));
                 call_ids.clear();
                 parts.extend(results.into_iter().map(|(_, content)| tool_result(content)));
             }
@@ -207,31 +185,17 @@ fn push_chunk(chunk: Chunk, segments: &mut Vec<Segment>) {
 
 fn enclosed(begin: Special, content: Vec<Chunk>, end: Special) -> Vec<Segment> {
     let mut segments = vec![Segment::Special(begin)];
-    content
-        .into_iter()
-        .for_each(|chunk| push_chunk(chunk, &mut segments));
+    content.into_iter().for_each(|chunk| push_chunk(chunk, &mut segments));
     segments.push(Segment::Special(end));
     segments
 }
 
 fn system(content: Vec<Chunk>) -> Part {
-    Part {
-        segments: enclosed(
-            Special::BeginSystem,
-            join(vec![content]),
-            Special::EndSystem,
-        ),
-    }
+    Part { segments: enclosed(Special::BeginSystem, join(vec![content]), Special::EndSystem) }
 }
 
 fn tool_result(content: Vec<Chunk>) -> Part {
-    Part {
-        segments: enclosed(
-            Special::BeginToolResult,
-            join(vec![content]),
-            Special::EndToolResult,
-        ),
-    }
+    Part { segments: enclosed(Special::BeginToolResult, join(vec![content]), Special::EndToolResult) }
 }
 
 fn user(contents: Vec<Vec<Chunk>>, tools: Option<&[Tool]>) -> Part {
@@ -246,11 +210,7 @@ fn user(contents: Vec<Vec<Chunk>>, tools: Option<&[Tool]>) -> Part {
         segments.push(Segment::Text(dump_tools(tools)));
         segments.push(Segment::Special(Special::EndTools));
     }
-    segments.extend(enclosed(
-        Special::BeginInstruction,
-        content,
-        Special::EndInstruction,
-    ));
+    segments.extend(enclosed(Special::BeginInstruction, content, Special::EndInstruction));
     Part { segments }
 }
 
@@ -270,9 +230,7 @@ fn assistant(message: Assistant, at: &At<'_>) -> Result<Part, ConversationError>
         text.truncate(text.trim_end_matches(' ').len());
     }
     let mut segments = Vec::new();
-    content
-        .into_iter()
-        .for_each(|chunk| push_chunk(chunk, &mut segments));
+    content.into_iter().for_each(|chunk| push_chunk(chunk, &mut segments));
     for call in message.tool_calls {
         segments.push(Segment::Special(Special::ToolCall));
         segments.push(Segment::Text(call.name));

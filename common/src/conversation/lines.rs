@@ -5,10 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::{
-    Conversation, ConversationError, DataUrls, ImageError, ImageSize, ImageSizes, Json, Rule,
-    image_size,
-};
+use super::{Conversation, ConversationError, DataUrls, ImageError, ImageSize, ImageSizes, Json, Rule, image_size};
 use crate::tokenizer::Tokenizer;
 
 /// Pictures from `data:` and `file:` URLs, and `fixture://` URLs from a folder.
@@ -20,15 +17,13 @@ impl ImageSizes for LocalImages<'_> {
     fn size(&self, url: &str) -> Result<ImageSize, ImageError> {
         let path = if let Some(path) = url.strip_prefix("file://") {
             PathBuf::from(path)
-        } else if let (Some(name), Some(folder)) =
-            (url.strip_prefix("fixture://images/"), self.folder)
-        {
+        } else if let (Some(name), Some(folder)) = (url.strip_prefix("fixture://images/"), self.folder) {
             folder.join(name)
         } else {
             return DataUrls.size(url);
         };
-        let bytes = std::fs::read(&path)
-            .map_err(|error| ImageError::Unavailable(format!("{}: {error}", path.display())))?;
+        let bytes =
+            std::fs::read(&path).map_err(|error| ImageError::Unavailable(format!("{}: {error}", path.display())))?;
         image_size(&bytes)
     }
 }
@@ -58,25 +53,15 @@ pub fn run(
             continue;
         }
         match encode_line(&line, tokenizer, &sizes) {
-            Ok(token_ids) => serde_json::to_writer(
-                &mut writer,
-                &Line {
-                    token_ids: &token_ids,
-                },
-            )?,
+            Ok(token_ids) => serde_json::to_writer(&mut writer, &Line { token_ids: &token_ids })?,
             Err(error) => serde_json::to_writer(&mut writer, &error.to_openai())?,
         }
         writer.write_all(b"\n")?;
     }
 }
 
-fn encode_line(
-    line: &str,
-    tokenizer: &Tokenizer,
-    sizes: &dyn ImageSizes,
-) -> Result<Vec<u32>, ConversationError> {
-    let request = Json::parse(line)
-        .map_err(|error| ConversationError::new("", Rule::Json, error.to_string()))?;
+fn encode_line(line: &str, tokenizer: &Tokenizer, sizes: &dyn ImageSizes) -> Result<Vec<u32>, ConversationError> {
+    let request = Json::parse(line).map_err(|error| ConversationError::new("", Rule::Json, error.to_string()))?;
     let conversation = Conversation::parse_request(&request)?;
     Ok(conversation.encode(tokenizer, sizes)?.token_ids)
 }

@@ -93,18 +93,10 @@ pub(super) fn read_messages(
 ) -> Result<Vec<Message>, ConversationError> {
     let at = At::root("messages");
     let items = array(messages, &at)?;
-    items
-        .iter()
-        .enumerate()
-        .map(|(index, message)| read_message(message, &at.index(index), images))
-        .collect()
+    items.iter().enumerate().map(|(index, message)| read_message(message, &at.index(index), images)).collect()
 }
 
-fn read_message(
-    message: &Json<'_>,
-    at: &At<'_>,
-    images: &mut Vec<ImageSource>,
-) -> Result<Message, ConversationError> {
+fn read_message(message: &Json<'_>, at: &At<'_>, images: &mut Vec<ImageSource>) -> Result<Message, ConversationError> {
     if !matches!(message, Json::Object(_)) {
         return Err(wrong_type(message, at, "an object"));
     }
@@ -113,18 +105,10 @@ fn read_message(
     let content = message.get("content").unwrap_or(&Json::Null);
     let mut read = |role| read_content(content, &content_at, role, images);
     match role {
-        "system" | "developer" => Ok(Message::System {
-            content: read(Role::System)?,
-        }),
-        "user" => Ok(Message::User {
-            content: read(Role::User)?,
-        }),
+        "system" | "developer" => Ok(Message::System { content: read(Role::System)? }),
+        "user" => Ok(Message::User { content: read(Role::User)? }),
         "assistant" => {
-            let content = if *content == Json::Null {
-                Vec::new()
-            } else {
-                read(Role::Assistant)?
-            };
+            let content = if *content == Json::Null { Vec::new() } else { read(Role::Assistant)? };
             let content = with_reasoning(message, at, content)?;
             Ok(Message::Assistant {
                 content,
@@ -139,14 +123,9 @@ fn read_message(
             if let Some(name) = optional_string(message, at, "name")? {
                 validate::function_name(name, &at.key("name"))?;
             }
-            Ok(Message::Tool {
-                call_id: call_id.to_owned(),
-                content,
-            })
+            Ok(Message::Tool { call_id: call_id.to_owned(), content })
         }
-        other => Err(at
-            .key("role")
-            .error(Rule::Value, format!("unknown message role '{other}'"))),
+        other => Err(at.key("role").error(Rule::Value, format!("unknown message role '{other}'"))),
     }
 }
 
@@ -166,16 +145,10 @@ fn read_content(
 ) -> Result<Vec<Chunk>, ConversationError> {
     match content {
         Json::String(text) => Ok(vec![Chunk::Text(text.to_string())]),
-        Json::Array(chunks) => chunks
-            .iter()
-            .enumerate()
-            .map(|(index, chunk)| read_chunk(chunk, &at.index(index), role, images))
-            .collect(),
-        _ => Err(wrong_type(
-            content,
-            at,
-            "a string or an array of content parts",
-        )),
+        Json::Array(chunks) => {
+            chunks.iter().enumerate().map(|(index, chunk)| read_chunk(chunk, &at.index(index), role, images)).collect()
+        }
+        _ => Err(wrong_type(content, at, "a string or an array of content parts")),
     }
 }
 
@@ -196,37 +169,23 @@ fn read_chunk(
             closed: optional_bool(chunk, at, "closed")?.unwrap_or(true),
         }),
         ("image_url", Role::User) => read_image(chunk, at, images),
-        ("thinking" | "image_url", _) => Err(at.key("type").error(
-            Rule::ContentType,
-            format!("content of type '{kind}' cannot stand in a message of this role"),
-        )),
-        ("input_audio" | "audio_url" | "image" | "file" | "input_file", _) => {
-            Err(at.key("type").error(
-                Rule::ContentType,
-                format!("content of type '{kind}' is not supported by this model"),
-            ))
-        }
-        _ => Err(at.key("type").error(
-            Rule::Value,
-            format!("'{kind}' is not a known type of content"),
-        )),
+        ("thinking" | "image_url", _) => Err(at
+            .key("type")
+            .error(Rule::ContentType, format!("content of type '{kind}' cannot stand in a message of this role"))),
+        ("input_audio" | "audio_url" | "image" | "file" | "input_file", _) => Err(at
+            .key("type")
+            .error(Rule::ContentType, format!("content of type '{kind}' is not supported by this model"))),
+        _ => Err(at.key("type").error(Rule::Value, format!("'{kind}' is not a known type of content"))),
     }
 }
 
-fn read_image(
-    chunk: &Json<'_>,
-    at: &At<'_>,
-    images: &mut Vec<ImageSource>,
-) -> Result<Chunk, ConversationError> {
+fn read_image(chunk: &Json<'_>, at: &At<'_>, images: &mut Vec<ImageSource>) -> Result<Chunk, ConversationError> {
     let at = at.key("image_url");
     let (url, param) = match chunk.get("image_url") {
         Some(Json::String(url)) => (url.to_string(), at.to_string()),
         Some(image @ Json::Object(_)) => {
             optional_string(image, &at, "detail")?;
-            (
-                required_string(image, &at, "url")?.to_owned(),
-                at.key("url").to_string(),
-            )
+            (required_string(image, &at, "url")?.to_owned(), at.key("url").to_string())
         }
         Some(other) => return Err(wrong_type(other, &at, "a string or an object with a url")),
         None => return Err(at.error(Rule::Missing, "image_url is missing")),
@@ -236,38 +195,22 @@ fn read_image(
 }
 
 /// Puts `reasoning_content` (or `reasoning`, which must be equal) in front of the content.
-fn with_reasoning(
-    message: &Json<'_>,
-    at: &At<'_>,
-    mut content: Vec<Chunk>,
-) -> Result<Vec<Chunk>, ConversationError> {
+fn with_reasoning(message: &Json<'_>, at: &At<'_>, mut content: Vec<Chunk>) -> Result<Vec<Chunk>, ConversationError> {
     let reasoning_content = optional_string(message, at, "reasoning_content")?;
     let reasoning = optional_string(message, at, "reasoning")?;
     if let (Some(first), Some(second)) = (reasoning_content, reasoning)
         && first != second
     {
-        return Err(at.key("reasoning").error(
-            Rule::Value,
-            "`reasoning_content` and `reasoning` must be equal",
-        ));
+        return Err(at.key("reasoning").error(Rule::Value, "`reasoning_content` and `reasoning` must be equal"));
     }
     let Some(text) = reasoning_content.or(reasoning) else {
         return Ok(content);
     };
-    if content
-        .iter()
-        .any(|chunk| matches!(chunk, Chunk::Thinking { .. }))
-    {
+    if content.iter().any(|chunk| matches!(chunk, Chunk::Thinking { .. })) {
         let message = "a message cannot have both thinking content and a `reasoning_content` or `reasoning` field";
         return Err(at.key("content").error(Rule::Value, message));
     }
-    content.insert(
-        0,
-        Chunk::Thinking {
-            text: text.to_owned(),
-            closed: true,
-        },
-    );
+    content.insert(0, Chunk::Thinking { text: text.to_owned(), closed: true });
     Ok(content)
 }
 
@@ -275,11 +218,9 @@ fn read_tool_calls(message: &Json<'_>, at: &At<'_>) -> Result<Vec<ToolCall>, Con
     let at = at.key("tool_calls");
     match message.get("tool_calls") {
         None | Some(Json::Null) => Ok(Vec::new()),
-        Some(calls) => array(calls, &at)?
-            .iter()
-            .enumerate()
-            .map(|(index, call)| read_tool_call(call, &at.index(index)))
-            .collect(),
+        Some(calls) => {
+            array(calls, &at)?.iter().enumerate().map(|(index, call)| read_tool_call(call, &at.index(index))).collect()
+        }
     }
 }
 
@@ -295,14 +236,9 @@ fn read_tool_call(call: &Json<'_>, at: &At<'_>) -> Result<ToolCall, Conversation
     let name = required_string(function, &function_at, "name")?;
     validate::function_name(name, &function_at.key("name"))?;
     let arguments_at = function_at.key("arguments");
-    let arguments = function
-        .get("arguments")
-        .ok_or_else(|| arguments_at.error(Rule::Missing, "arguments is missing"))?;
-    Ok(ToolCall {
-        id: id.to_owned(),
-        name: name.to_owned(),
-        arguments: read_arguments(arguments, &arguments_at)?,
-    })
+    let arguments =
+        function.get("arguments").ok_or_else(|| arguments_at.error(Rule::Missing, "arguments is missing"))?;
+    Ok(ToolCall { id: id.to_owned(), name: name.to_owned(), arguments: read_arguments(arguments, &arguments_at)? })
 }
 
 /// The arguments as the prompt shows them: parsed and written again the Python way. Empty is `{}`; a text
@@ -328,18 +264,14 @@ pub(super) fn function_type(object: &Json<'_>, at: &At<'_>) -> Result<(), Conver
     match object.get("type") {
         None => Ok(()),
         Some(Json::String(kind)) if kind == "function" => Ok(()),
-        Some(Json::String(kind)) => Err(at.key("type").error(
-            Rule::Value,
-            format!("type must be 'function', not '{kind}'"),
-        )),
+        Some(Json::String(kind)) => {
+            Err(at.key("type").error(Rule::Value, format!("type must be 'function', not '{kind}'")))
+        }
         Some(other) => Err(wrong_type(other, &at.key("type"), "a string")),
     }
 }
 
-pub(super) fn array<'v, 'a>(
-    value: &'v Json<'a>,
-    at: &At<'_>,
-) -> Result<&'v [Json<'a>], ConversationError> {
+pub(super) fn array<'v, 'a>(value: &'v Json<'a>, at: &At<'_>) -> Result<&'v [Json<'a>], ConversationError> {
     match value {
         Json::Array(items) => Ok(items),
         _ => Err(wrong_type(value, at, "an array")),
@@ -354,23 +286,15 @@ pub(super) fn required_object<'v, 'a>(
     match object.get(key) {
         Some(value @ Json::Object(_)) => Ok(value),
         Some(value) => Err(wrong_type(value, &at.key(key), "an object")),
-        None => Err(at
-            .key(key)
-            .error(Rule::Missing, format!("{key} is missing"))),
+        None => Err(at.key(key).error(Rule::Missing, format!("{key} is missing"))),
     }
 }
 
-pub(super) fn required_string<'v>(
-    object: &'v Json<'_>,
-    at: &At<'_>,
-    key: &str,
-) -> Result<&'v str, ConversationError> {
+pub(super) fn required_string<'v>(object: &'v Json<'_>, at: &At<'_>, key: &str) -> Result<&'v str, ConversationError> {
     match object.get(key) {
         Some(Json::String(text)) => Ok(text),
         Some(value) => Err(wrong_type(value, &at.key(key), "a string")),
-        None => Err(at
-            .key(key)
-            .error(Rule::Missing, format!("{key} is missing"))),
+        None => Err(at.key(key).error(Rule::Missing, format!("{key} is missing"))),
     }
 }
 
@@ -386,11 +310,7 @@ pub(super) fn optional_string<'v>(
     }
 }
 
-pub(super) fn optional_bool(
-    object: &Json<'_>,
-    at: &At<'_>,
-    key: &str,
-) -> Result<Option<bool>, ConversationError> {
+pub(super) fn optional_bool(object: &Json<'_>, at: &At<'_>, key: &str) -> Result<Option<bool>, ConversationError> {
     match object.get(key) {
         None | Some(Json::Null) => Ok(None),
         Some(Json::Bool(value)) => Ok(Some(*value)),
@@ -399,8 +319,5 @@ pub(super) fn optional_bool(
 }
 
 fn wrong_type(value: &Json<'_>, at: &At<'_>, expected: &str) -> ConversationError {
-    at.error(
-        Rule::Type,
-        format!("expected {expected}, got {}", value.kind()),
-    )
+    at.error(Rule::Type, format!("expected {expected}, got {}", value.kind()))
 }

@@ -20,10 +20,7 @@ use serde_json::Value;
 use crate::tokenizer::{ImageGeometry, Tokenizer, TokenizerFormat};
 
 pub use error::{ConversationError, Rule};
-pub use image::{
-    DataUrls, ImageError, ImageGrid, ImageSize, ImageSizes, data_url_bytes, data_url_size,
-    image_size,
-};
+pub use image::{DataUrls, ImageError, ImageGrid, ImageSize, ImageSizes, data_url_bytes, data_url_size, image_size};
 pub use json::{Json, JsonError};
 pub use layout::{Part, Segment, Special};
 pub use message::{Chunk, ImageSource, Message, ToolCall};
@@ -114,66 +111,39 @@ impl Conversation {
             match messages.last_mut() {
                 Some(Message::Assistant { prefix, .. }) => *prefix = true,
                 _ => {
-                    let message =
-                        "continue_final_message requires the last message to be the assistant's";
-                    return Err(ConversationError::new(
-                        "continue_final_message",
-                        Rule::Prefix,
-                        message,
-                    ));
+                    let message = "continue_final_message requires the last message to be the assistant's";
+                    return Err(ConversationError::new("continue_final_message", Rule::Prefix, message));
                 }
             }
         }
         validate::messages(&messages)?;
         let tools = tools.map(tool::read_tools).transpose()?.unwrap_or_default();
         let parts = layout::lay_out(messages, &tools)?;
-        Ok(Self {
-            parts,
-            images,
-            tools,
-        })
+        Ok(Self { parts, images, tools })
     }
 
     /// Reads a whole request: `messages`, `tools`, `continue_final_message`, and `reasoning_effort`, which
     /// these models do not have.
     pub fn parse_request(request: &Json<'_>) -> Result<Self, ConversationError> {
         if !matches!(request, Json::Object(_)) {
-            return Err(ConversationError::new(
-                "",
-                Rule::Type,
-                "the request must be a JSON object",
-            ));
+            return Err(ConversationError::new("", Rule::Type, "the request must be a JSON object"));
         }
         let effort = request.get("reasoning_effort").unwrap_or(&Json::Null);
         if *effort != Json::Null {
             let message = "reasoning_effort is not supported for this model";
-            return Err(ConversationError::new(
-                "reasoning_effort",
-                Rule::Unsupported,
-                message,
-            ));
+            return Err(ConversationError::new("reasoning_effort", Rule::Unsupported, message));
         }
         let key = "continue_final_message";
         let continue_final_message = match request.get(key) {
             None | Some(Json::Null) => false,
             Some(Json::Bool(value)) => *value,
             Some(other) => {
-                return Err(At::root(key).error(
-                    Rule::Type,
-                    format!("expected a boolean, got {}", other.kind()),
-                ));
+                return Err(At::root(key).error(Rule::Type, format!("expected a boolean, got {}", other.kind())));
             }
         };
-        let messages = request
-            .get("messages")
-            .ok_or_else(|| At::root("messages").error(Rule::Missing, "messages is missing"))?;
-        Self::parse_json(
-            messages,
-            request.get("tools"),
-            ConversationOptions {
-                continue_final_message,
-            },
-        )
+        let messages =
+            request.get("messages").ok_or_else(|| At::root("messages").error(Rule::Missing, "messages is missing"))?;
+        Self::parse_json(messages, request.get("tools"), ConversationOptions { continue_final_message })
     }
 
     /// The pictures in the order of the request, to be fetched before [`Conversation::encode`].
@@ -192,11 +162,7 @@ impl Conversation {
     }
 
     /// The prompt's ids.
-    pub fn encode(
-        &self,
-        tokenizer: &Tokenizer,
-        sizes: &dyn ImageSizes,
-    ) -> Result<Encoded, ConversationError> {
+    pub fn encode(&self, tokenizer: &Tokenizer, sizes: &dyn ImageSizes) -> Result<Encoded, ConversationError> {
         self.encode_with(tokenizer, tokenizer, sizes)
     }
 
@@ -214,9 +180,7 @@ impl Conversation {
                 match segment {
                     Segment::Special(special) => encoded.token_ids.push(markers.id(*special)?),
                     Segment::Text(text) => texts.encode_into(text, &mut encoded.token_ids),
-                    Segment::Image(index) => {
-                        self.encode_image(*index, &markers, sizes, &mut encoded)?
-                    }
+                    Segment::Image(index) => self.encode_image(*index, &markers, sizes, &mut encoded)?,
                 }
             }
             encoded.message_ends.push(encoded.token_ids.len());
@@ -235,26 +199,15 @@ impl Conversation {
             return Ok(());
         };
         let at = At::root(&source.param);
-        let geometry = markers
-            .image
-            .ok_or_else(|| at.error(Rule::ContentType, "this model does not read images"))?;
-        let size = sizes
-            .size(&source.url)
-            .map_err(|error| at.error(Rule::Image, error.to_string()))?;
+        let geometry = markers.image.ok_or_else(|| at.error(Rule::ContentType, "this model does not read images"))?;
+        let size = sizes.size(&source.url).map_err(|error| at.error(Rule::Image, error.to_string()))?;
         let grid = ImageGrid::of(size, geometry);
         let offset = encoded.token_ids.len();
-        let (image, row_end, end) = (
-            markers.id(Special::Image)?,
-            markers.id(Special::ImageBreak)?,
-            markers.id(Special::ImageEnd)?,
-        );
+        let (image, row_end, end) =
+            (markers.id(Special::Image)?, markers.id(Special::ImageBreak)?, markers.id(Special::ImageEnd)?);
         for row in 1..=grid.rows {
-            encoded
-                .token_ids
-                .extend(std::iter::repeat_n(image, grid.columns as usize));
-            encoded
-                .token_ids
-                .push(if row == grid.rows { end } else { row_end });
+            encoded.token_ids.extend(std::iter::repeat_n(image, grid.columns as usize));
+            encoded.token_ids.push(if row == grid.rows { end } else { row_end });
         }
         encoded.images.push(EncodedImage {
             index,
@@ -289,20 +242,13 @@ impl Markers {
             return Err(ConversationError::new("messages", Rule::Layout, message));
         }
         let ids = Special::ALL.map(|special| tokenizer.special_id(special.name()));
-        Ok(Self {
-            ids,
-            image: tokenizer.image_geometry(),
-        })
+        Ok(Self { ids, image: tokenizer.image_geometry() })
     }
 
     fn id(&self, special: Special) -> Result<u32, ConversationError> {
-        self.ids
-            .get(special as usize)
-            .copied()
-            .flatten()
-            .ok_or_else(|| {
-                let message = format!("the tokenizer has no special token {}", special.name());
-                ConversationError::new("messages", Rule::Layout, message)
-            })
+        self.ids.get(special as usize).copied().flatten().ok_or_else(|| {
+            let message = format!("the tokenizer has no special token {}", special.name());
+            ConversationError::new("messages", Rule::Layout, message)
+        })
     }
 }

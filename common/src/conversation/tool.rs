@@ -2,9 +2,7 @@
 
 use super::error::{At, ConversationError, Rule};
 use super::json::{Json, dump_string};
-use super::message::{
-    array, function_type, optional_bool, optional_string, required_object, required_string,
-};
+use super::message::{array, function_type, optional_bool, optional_string, required_object, required_string};
 use super::validate;
 
 /// A function that the model may call.
@@ -26,19 +24,12 @@ pub(super) fn read_tools(tools: &Json<'_>) -> Result<Vec<Tool>, ConversationErro
     if *tools == Json::Null {
         return Ok(Vec::new());
     }
-    array(tools, &at)?
-        .iter()
-        .enumerate()
-        .map(|(index, tool)| read_tool(tool, &at.index(index)))
-        .collect()
+    array(tools, &at)?.iter().enumerate().map(|(index, tool)| read_tool(tool, &at.index(index))).collect()
 }
 
 fn read_tool(tool: &Json<'_>, at: &At<'_>) -> Result<Tool, ConversationError> {
     if !matches!(tool, Json::Object(_)) {
-        return Err(at.error(
-            Rule::Type,
-            format!("expected an object, got {}", tool.kind()),
-        ));
+        return Err(at.error(Rule::Type, format!("expected an object, got {}", tool.kind())));
     }
     function_type(tool, at)?;
     let function = required_object(tool, at, "function")?;
@@ -53,22 +44,14 @@ fn read_tool(tool: &Json<'_>, at: &At<'_>) -> Result<Tool, ConversationError> {
         None | Some(Json::Null) => &no_parameters,
         Some(schema @ Json::Object(_)) => schema,
         Some(other) => {
-            return Err(parameters_at.error(
-                Rule::Type,
-                format!("expected an object, got {}", other.kind()),
-            ));
+            return Err(parameters_at.error(Rule::Type, format!("expected an object, got {}", other.kind())));
         }
     };
     let schema = parameters.to_value();
     validate::schema(&schema, &parameters_at)?;
     let mut dumped_parameters = String::new();
     parameters.dump(&mut dumped_parameters);
-    Ok(Tool {
-        name: name.to_owned(),
-        description: description.to_owned(),
-        parameters: schema,
-        dumped_parameters,
-    })
+    Ok(Tool { name: name.to_owned(), description: description.to_owned(), parameters: schema, dumped_parameters })
 }
 
 /// The text between `[AVAILABLE_TOOLS]` and `[/AVAILABLE_TOOLS]`.

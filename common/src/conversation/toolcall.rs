@@ -178,18 +178,10 @@ impl ToolCallParser {
         } else {
             self.end_state(&mut deltas);
         }
-        let content = if self.error.is_some() {
-            &self.whole
-        } else {
-            &self.content
-        };
+        let content = if self.error.is_some() { &self.whole } else { &self.content };
         let parse = FinalParse {
             content: (!content.is_empty()).then(|| content.clone()),
-            tool_calls: if self.error.is_some() {
-                Vec::new()
-            } else {
-                self.calls.clone()
-            },
+            tool_calls: if self.error.is_some() { Vec::new() } else { self.calls.clone() },
             error: self.error,
         };
         (deltas, parse)
@@ -228,14 +220,8 @@ impl ToolCallParser {
         match self.state {
             State::Name if !self.name.trim().is_empty() => {
                 let name = std::mem::take(&mut self.name).trim().to_owned();
-                self.calls.push(ParsedCall {
-                    name: name.clone(),
-                    arguments: String::new(),
-                });
-                deltas.push(Delta::CallStart {
-                    index: self.calls.len() - 1,
-                    name,
-                });
+                self.calls.push(ParsedCall { name: name.clone(), arguments: String::new() });
+                deltas.push(Delta::CallStart { index: self.calls.len() - 1, name });
                 self.state = State::Arguments;
             }
             State::Name => self.break_with_held_name(CallError::NoName, deltas),
@@ -252,16 +238,13 @@ impl ToolCallParser {
         match self.state {
             State::Name => self.break_with_held_name(CallError::NoArguments, deltas),
             State::Arguments => {
-                let valid = self.calls.last().is_some_and(|call| {
-                    matches!(Json::parse(&call.arguments), Ok(Json::Object(_)))
-                });
+                let valid =
+                    self.calls.last().is_some_and(|call| matches!(Json::parse(&call.arguments), Ok(Json::Object(_))));
                 if !valid {
                     // The stream has it already; only the whole answer turns into content.
                     self.error = self.error.or(Some(CallError::InvalidArguments));
                 }
-                deltas.push(Delta::CallEnd {
-                    index: self.calls.len().saturating_sub(1),
-                });
+                deltas.push(Delta::CallEnd { index: self.calls.len().saturating_sub(1) });
             }
             State::Content | State::Broken => {}
         }
@@ -283,7 +266,5 @@ impl ToolCallParser {
 /// A fresh tool call id: nine characters of `a-z A-Z 0-9`, as Mistral's clients expect.
 pub fn new_call_id() -> String {
     let mut random = rand::rng();
-    (0..9)
-        .map(|_| char::from(random.sample(rand::distr::Alphanumeric)))
-        .collect()
+    (0..9).map(|_| char::from(random.sample(rand::distr::Alphanumeric))).collect()
 }

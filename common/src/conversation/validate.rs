@@ -17,8 +17,7 @@ pub(super) fn function_name(name: &str, at: &At<'_>) -> Result<(), ConversationE
         return Ok(());
     }
     let shown: String = name.chars().take(80).collect();
-    let message =
-        format!("function name '{shown}' must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash");
+    let message = format!("function name '{shown}' must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash");
     Err(at.error(Rule::FunctionName, message))
 }
 
@@ -27,10 +26,7 @@ pub(super) fn call_id(id: &str, at: &At<'_>) -> Result<(), ConversationError> {
     if !id.is_empty() && id != "null" {
         return Ok(());
     }
-    Err(at.error(
-        Rule::ToolCallId,
-        "a tool call id must be a non-empty string other than 'null'",
-    ))
+    Err(at.error(Rule::ToolCallId, "a tool call id must be a non-empty string other than 'null'"))
 }
 
 /// The meta-schema of draft 7. Only its regular expressions are held to their format, in either dialect:
@@ -41,9 +37,7 @@ static META_SCHEMA: LazyLock<Option<Validator>> = LazyLock::new(|| {
         .should_validate_formats(true)
         .with_format("uri", |_: &str| true)
         .with_format("uri-reference", |_: &str| true)
-        .with_format("regex", move |pattern: &str| {
-            ecma(pattern) || ecma(&pattern.replace("(?P<", "(?<"))
-        })
+        .with_format("regex", move |pattern: &str| ecma(pattern) || ecma(&pattern.replace("(?P<", "(?<")))
         .build(&json!({"$ref": "http://json-schema.org/draft-07/schema#"}))
         .inspect_err(|error| tracing::error!(%error, "the draft 7 meta-schema cannot be built"))
         .ok()
@@ -58,10 +52,7 @@ pub(super) fn schema(schema: &Value, at: &At<'_>) -> Result<(), ConversationErro
     outcome.map_err(|error| {
         let place = error.instance_path().to_string();
         let place = if place.is_empty() { "/" } else { &place };
-        at.error(
-            Rule::ToolSchema,
-            format!("invalid JSON Schema (draft 7) at '{place}': {error}"),
-        )
+        at.error(Rule::ToolSchema, format!("invalid JSON Schema (draft 7) at '{place}': {error}"))
     })
 }
 
@@ -69,10 +60,7 @@ pub(super) fn schema(schema: &Value, at: &At<'_>) -> Result<(), ConversationErro
 pub(super) fn messages(messages: &[Message]) -> Result<(), ConversationError> {
     let at = At::root("messages");
     let Some(last) = messages.last() else {
-        return Err(at.error(
-            Rule::NoMessages,
-            "a conversation must have at least one message",
-        ));
+        return Err(at.error(Rule::NoMessages, "a conversation must have at least one message"));
     };
     let last_at = at.index(messages.len() - 1);
     if messages.len() == 1 && matches!(last, Message::Assistant { .. } | Message::Tool { .. }) {
@@ -80,8 +68,7 @@ pub(super) fn messages(messages: &[Message]) -> Result<(), ConversationError> {
         return Err(at.index(0).key("role").error(Rule::RoleOrder, message));
     }
     if matches!(last, Message::Assistant { prefix: false, .. }) {
-        let message =
-            "the last message must be from the user or a tool, or an assistant message to continue";
+        let message = "the last message must be from the user or a tool, or an assistant message to continue";
         return Err(last_at.key("role").error(Rule::RoleOrder, message));
     }
     role_order(messages, &at)?;
@@ -99,30 +86,14 @@ fn role_order(messages: &[Message], at: &At<'_>) -> Result<(), ConversationError
     for (index, pair) in messages.windows(2).enumerate() {
         let allowed = matches!(
             (&pair[0], &pair[1]),
-            (
-                Message::System { .. },
-                Message::User { .. } | Message::Assistant { .. } | Message::System { .. }
-            ) | (
-                Message::User { .. },
-                Message::Assistant { .. } | Message::System { .. } | Message::User { .. }
-            ) | (
-                Message::Assistant { .. },
-                Message::Assistant { .. } | Message::User { .. } | Message::Tool { .. }
-            ) | (
-                Message::Tool { .. },
-                Message::Assistant { .. } | Message::Tool { .. } | Message::User { .. }
-            )
+            (Message::System { .. }, Message::User { .. } | Message::Assistant { .. } | Message::System { .. })
+                | (Message::User { .. }, Message::Assistant { .. } | Message::System { .. } | Message::User { .. })
+                | (Message::Assistant { .. }, Message::Assistant { .. } | Message::User { .. } | Message::Tool { .. })
+                | (Message::Tool { .. }, Message::Assistant { .. } | Message::Tool { .. } | Message::User { .. })
         );
         if !allowed {
-            let message = format!(
-                "unexpected role '{}' after role '{}'",
-                pair[1].role(),
-                pair[0].role()
-            );
-            return Err(at
-                .index(index + 1)
-                .key("role")
-                .error(Rule::RoleOrder, message));
+            let message = format!("unexpected role '{}' after role '{}'", pair[1].role(), pair[0].role());
+            return Err(at.index(index + 1).key("role").error(Rule::RoleOrder, message));
         }
     }
     Ok(())
@@ -136,10 +107,7 @@ fn tool_pairing(messages: &[Message], at: &At<'_>) -> Result<(), ConversationErr
     let mut caller = 0;
     let unanswered = |caller: usize| {
         let message = "not every tool call of this message is answered by a tool message";
-        Err(at
-            .index(caller)
-            .key("tool_calls")
-            .error(Rule::ToolPairing, message))
+        Err(at.index(caller).key("tool_calls").error(Rule::ToolPairing, message))
     };
     for (index, message) in messages.iter().enumerate().skip(1) {
         match message {
@@ -147,16 +115,14 @@ fn tool_pairing(messages: &[Message], at: &At<'_>) -> Result<(), ConversationErr
                 let here = at.index(index);
                 let here = here.key("tool_call_id");
                 if !expected.contains(call_id.as_str()) {
-                    return Err(here.error(
-                        Rule::ToolPairing,
-                        format!("unexpected tool call id '{call_id}' in tool results"),
-                    ));
+                    return Err(
+                        here.error(Rule::ToolPairing, format!("unexpected tool call id '{call_id}' in tool results"))
+                    );
                 }
                 if !observed.insert(call_id) {
-                    return Err(here.error(
-                        Rule::ToolPairing,
-                        format!("duplicate tool call id '{call_id}' in tool results"),
-                    ));
+                    return Err(
+                        here.error(Rule::ToolPairing, format!("duplicate tool call id '{call_id}' in tool results"))
+                    );
                 }
             }
             Message::Assistant { tool_calls, .. } => {
@@ -168,14 +134,10 @@ fn tool_pairing(messages: &[Message], at: &At<'_>) -> Result<(), ConversationErr
                 caller = index;
                 for (call_index, call) in tool_calls.iter().enumerate() {
                     if !expected.insert(&call.id) {
-                        let message =
-                            format!("duplicate tool call id '{}' in assistant message", call.id);
+                        let message = format!("duplicate tool call id '{}' in assistant message", call.id);
                         let calls = at.index(index);
                         let calls = calls.key("tool_calls");
-                        return Err(calls
-                            .index(call_index)
-                            .key("id")
-                            .error(Rule::ToolPairing, message));
+                        return Err(calls.index(call_index).key("id").error(Rule::ToolPairing, message));
                     }
                 }
             }

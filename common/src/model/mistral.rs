@@ -21,7 +21,8 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, ModelConfigError> {
     }
     let vision = root.object("vision_encoder")?.map(|fields| read_vision(&fields)).transpose()?;
     let rope = read_rope(&root, vision.is_some())?;
-    let stretched = rope.yarn.as_ref().map(|yarn| (yarn.factor * yarn.original_max_position_embeddings as f64) as usize);
+    let stretched =
+        rope.yarn.as_ref().map(|yarn| (yarn.factor * yarn.original_max_position_embeddings as f64) as usize);
     let stated = match root.size("max_position_embeddings")? {
         Some(positions) => Some(positions),
         None => root.size("max_seq_len")?,

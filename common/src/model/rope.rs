@@ -102,9 +102,8 @@ impl Yarn {
     pub fn correction_range(&self, theta: f64, head_dim: usize) -> (f64, f64) {
         let d = head_dim as f64;
         let length = self.original_max_position_embeddings as f64;
-        let pair_of = |rotations: f64| {
-            d * (length / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln())
-        };
+        let pair_of =
+            |rotations: f64| d * (length / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln());
         let low = pair_of(self.beta_fast).floor().max(0.0);
         let high = pair_of(self.beta_slow).ceil().min(d - 1.0);
         (low, high)
@@ -116,11 +115,7 @@ impl Yarn {
             return factor;
         }
         let m = |k: f64| if self.factor <= 1.0 { 1.0 } else { 0.1 * k * self.factor.ln() + 1.0 };
-        if self.mscale != 0.0 && self.mscale_all_dim != 0.0 {
-            m(self.mscale) / m(self.mscale_all_dim)
-        } else {
-            m(1.0)
-        }
+        if self.mscale != 0.0 && self.mscale_all_dim != 0.0 { m(self.mscale) / m(self.mscale_all_dim) } else { m(1.0) }
     }
 }
 

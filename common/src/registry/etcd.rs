@@ -11,15 +11,13 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use etcd_client::{
-    Client, ConnectOptions, EventType, GetOptions, PutOptions, SortOrder, SortTarget, WatchOptions,
-};
+use etcd_client::{Client, ConnectOptions, EventType, GetOptions, PutOptions, SortOrder, SortTarget, WatchOptions};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer,
-    RendezvousRecord, WATCH_BUFFER, difference,
+    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, WATCH_BUFFER,
+    difference,
 };
 
 /// How etcd is reached.
@@ -61,20 +59,11 @@ impl EtcdRegistry {
     }
 
     fn group_key(&self, record: &GroupRecord) -> String {
-        format!(
-            "{}{}/{}",
-            self.groups_prefix(),
-            encode_segment(&record.model),
-            encode_segment(&record.group)
-        )
+        format!("{}{}/{}", self.groups_prefix(), encode_segment(&record.model), encode_segment(&record.group))
     }
 
     fn rendezvous_prefix(&self, group: &str) -> String {
-        format!(
-            "/bora/v1/{}/rendezvous/{}/",
-            encode_segment(&self.options.cluster),
-            encode_segment(group)
-        )
+        format!("/bora/v1/{}/rendezvous/{}/", encode_segment(&self.options.cluster), encode_segment(group))
     }
 
     async fn connect(&self) -> StoreResult<Client> {
@@ -90,10 +79,7 @@ impl EtcdRegistry {
     }
 
     fn unavailable(&self, reason: String) -> RegistryError {
-        RegistryError::Unavailable {
-            endpoints: self.options.endpoints.join(","),
-            reason,
-        }
+        RegistryError::Unavailable { endpoints: self.options.endpoints.join(","), reason }
     }
 
     /// Keeps `value` under `key` until the channel says `None` or its sender is gone.
@@ -167,12 +153,7 @@ impl EtcdRegistry {
         let now: BTreeMap<String, GroupRecord> = all
             .kvs()
             .iter()
-            .filter_map(|kv| {
-                Some((
-                    String::from_utf8_lossy(kv.key()).into_owned(),
-                    parse(kv.key(), kv.value())?,
-                ))
-            })
+            .filter_map(|kv| Some((String::from_utf8_lossy(kv.key()).into_owned(), parse(kv.key(), kv.value())?)))
             .collect();
         for change in difference(seen, now.iter()) {
             if sender.send(change).await.is_err() {
@@ -181,9 +162,7 @@ impl EtcdRegistry {
         }
         *seen = now;
         backoff.reset();
-        let options = WatchOptions::new()
-            .with_prefix()
-            .with_start_revision(revision + 1);
+        let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1);
         let mut events = within(client.watch(prefix, Some(options))).await?;
         loop {
             let response = tokio::select! {
@@ -194,10 +173,7 @@ impl EtcdRegistry {
                 return Err("the watch ended".into());
             };
             if response.canceled() {
-                return Err(format!(
-                    "the watch was cancelled: {}",
-                    response.cancel_reason()
-                ));
+                return Err(format!("the watch was cancelled: {}", response.cancel_reason()));
             }
             for event in response.events() {
                 let Some(kv) = event.kv() else { continue };
@@ -214,10 +190,7 @@ impl EtcdRegistry {
                         let Some(record) = seen.remove(&key) else {
                             continue;
                         };
-                        GroupChange::Gone {
-                            model: record.model,
-                            group: record.group,
-                        }
+                        GroupChange::Gone { model: record.model, group: record.group }
                     }
                 };
                 if sender.send(change).await.is_err() {
@@ -262,11 +235,7 @@ impl Registry for EtcdRegistry {
                 match registry.watch_once(&mut seen, &sender, &mut backoff).await {
                     Ok(()) => return,
                     Err(reason) => {
-                        tracing::warn!(
-                            reason,
-                            groups = seen.len(),
-                            "etcd lost, keeping the groups last seen"
-                        );
+                        tracing::warn!(reason, groups = seen.len(), "etcd lost, keeping the groups last seen");
                     }
                 }
                 tokio::select! {
@@ -278,17 +247,9 @@ impl Registry for EtcdRegistry {
         receiver
     }
 
-    async fn offer_rendezvous(
-        &self,
-        record: RendezvousRecord,
-    ) -> Result<RendezvousOffer, RegistryError> {
-        let key = format!(
-            "{}{:020}",
-            self.rendezvous_prefix(&record.group),
-            record.epoch
-        );
-        let bytes =
-            serde_json::to_vec(&record).map_err(|error| self.unavailable(error.to_string()))?;
+    async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError> {
+        let key = format!("{}{:020}", self.rendezvous_prefix(&record.group), record.epoch);
+        let bytes = serde_json::to_vec(&record).map_err(|error| self.unavailable(error.to_string()))?;
         let (alive, mut gone) = mpsc::channel::<()>(1);
         let registry = self.clone();
         tokio::spawn(async move {
@@ -302,25 +263,14 @@ impl Registry for EtcdRegistry {
         Ok(RendezvousOffer { _alive: alive })
     }
 
-    async fn find_rendezvous(
-        &self,
-        group: &str,
-    ) -> Result<Option<RendezvousRecord>, RegistryError> {
+    async fn find_rendezvous(&self, group: &str) -> Result<Option<RendezvousRecord>, RegistryError> {
         let find = async {
             let mut client = self.connect().await?;
-            let newest = GetOptions::new()
-                .with_prefix()
-                .with_sort(SortTarget::Key, SortOrder::Descend)
-                .with_limit(1);
+            let newest = GetOptions::new().with_prefix().with_sort(SortTarget::Key, SortOrder::Descend).with_limit(1);
             within(client.get(self.rendezvous_prefix(group), Some(newest))).await
         };
-        let found = find
-            .await
-            .map_err(|reason: String| self.unavailable(reason))?;
-        Ok(found
-            .kvs()
-            .first()
-            .and_then(|kv| serde_json::from_slice(kv.value()).ok()))
+        let found = find.await.map_err(|reason: String| self.unavailable(reason))?;
+        Ok(found.kvs().first().and_then(|kv| serde_json::from_slice(kv.value()).ok()))
     }
 }
 
@@ -361,9 +311,7 @@ struct Backoff {
 
 impl Backoff {
     fn new() -> Self {
-        Self {
-            next: FIRST_BACKOFF,
-        }
+        Self { next: FIRST_BACKOFF }
     }
 
     fn reset(&mut self) {

@@ -8,8 +8,7 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer,
-    RendezvousRecord, WATCH_BUFFER,
+    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, WATCH_BUFFER,
 };
 
 const ASK_EVERY: Duration = Duration::from_secs(2);
@@ -50,21 +49,12 @@ impl Registry for FixedRegistry {
         receiver
     }
 
-    async fn offer_rendezvous(
-        &self,
-        _: RendezvousRecord,
-    ) -> Result<RendezvousOffer, RegistryError> {
-        Err(RegistryError::Unsupported {
-            kind: "static",
-            what: "hold a rendezvous: set worker.leader",
-        })
+    async fn offer_rendezvous(&self, _: RendezvousRecord) -> Result<RendezvousOffer, RegistryError> {
+        Err(RegistryError::Unsupported { kind: "static", what: "hold a rendezvous: set worker.leader" })
     }
 
     async fn find_rendezvous(&self, _: &str) -> Result<Option<RendezvousRecord>, RegistryError> {
-        Err(RegistryError::Unsupported {
-            kind: "static",
-            what: "hold a rendezvous: set worker.leader",
-        })
+        Err(RegistryError::Unsupported { kind: "static", what: "hold a rendezvous: set worker.leader" })
     }
 }
 
@@ -78,33 +68,19 @@ async fn follow(endpoint: String, sender: mpsc::Sender<GroupChange>) {
                 misses = 0;
                 if known.as_ref() != Some(&record) {
                     known = Some(record.clone());
-                    if sender
-                        .send(GroupChange::Put(Box::new(record)))
-                        .await
-                        .is_err()
-                    {
+                    if sender.send(GroupChange::Put(Box::new(record))).await.is_err() {
                         return;
                     }
                 }
             }
             failed => {
                 misses += 1;
-                let reason = failed.map_or("no answer".into(), |answer| {
-                    answer.err().unwrap_or_default()
-                });
-                tracing::debug!(
-                    endpoint,
-                    reason,
-                    misses,
-                    "a group of the static list does not answer"
-                );
+                let reason = failed.map_or("no answer".into(), |answer| answer.err().unwrap_or_default());
+                tracing::debug!(endpoint, reason, misses, "a group of the static list does not answer");
                 if misses == MISSES
                     && let Some(record) = known.take()
                 {
-                    let change = GroupChange::Gone {
-                        model: record.model,
-                        group: record.group,
-                    };
+                    let change = GroupChange::Gone { model: record.model, group: record.group };
                     if sender.send(change).await.is_err() {
                         return;
                     }
@@ -119,15 +95,10 @@ async fn follow(endpoint: String, sender: mpsc::Sender<GroupChange>) {
 }
 
 async fn describe(endpoint: &str) -> Result<GroupRecord, String> {
-    let mut client = InferenceClient::connect(format!("http://{endpoint}"))
-        .await
-        .map_err(|error| error.to_string())?;
-    let answer = client
-        .describe(DescribeRequest {})
-        .await
-        .map_err(|status| status.to_string())?;
-    let mut record: GroupRecord = serde_json::from_str(&answer.into_inner().record_json)
-        .map_err(|error| error.to_string())?;
+    let mut client = InferenceClient::connect(format!("http://{endpoint}")).await.map_err(|error| error.to_string())?;
+    let answer = client.describe(DescribeRequest {}).await.map_err(|status| status.to_string())?;
+    let mut record: GroupRecord =
+        serde_json::from_str(&answer.into_inner().record_json).map_err(|error| error.to_string())?;
     // the list knows better than the group how it is reached from here
     record.endpoint = endpoint.to_owned();
     Ok(record)

@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer,
-    RendezvousRecord, WATCH_BUFFER, difference,
+    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, WATCH_BUFFER,
+    difference,
 };
 
 /// Groups of this process. Clones share their groups.
@@ -25,9 +25,7 @@ impl MemoryRegistry {
     }
 
     fn rendezvous(&self) -> MutexGuard<'_, BTreeMap<String, RendezvousRecord>> {
-        self.rendezvous
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.rendezvous.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -79,13 +77,9 @@ impl Registry for MemoryRegistry {
         receiver
     }
 
-    async fn offer_rendezvous(
-        &self,
-        record: RendezvousRecord,
-    ) -> Result<RendezvousOffer, RegistryError> {
+    async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError> {
         let (alive, mut gone) = mpsc::channel(1);
-        self.rendezvous()
-            .insert(record.group.clone(), record.clone());
+        self.rendezvous().insert(record.group.clone(), record.clone());
         let registry = self.clone();
         tokio::spawn(async move {
             let _ = gone.recv().await;
@@ -97,10 +91,7 @@ impl Registry for MemoryRegistry {
         Ok(RendezvousOffer { _alive: alive })
     }
 
-    async fn find_rendezvous(
-        &self,
-        group: &str,
-    ) -> Result<Option<RendezvousRecord>, RegistryError> {
+    async fn find_rendezvous(&self, group: &str) -> Result<Option<RendezvousRecord>, RegistryError> {
         Ok(self.rendezvous().get(group).cloned())
     }
 }
@@ -115,23 +106,14 @@ mod tests {
         let registry = MemoryRegistry::new();
         let first = registry.announce(example("one")).await.unwrap();
         let mut changes = registry.watch();
-        assert_eq!(
-            changes.recv().await,
-            Some(GroupChange::Put(Box::new(example("one"))))
-        );
+        assert_eq!(changes.recv().await, Some(GroupChange::Put(Box::new(example("one")))));
         first.update(|record| record.state = GroupState::Draining);
         match changes.recv().await {
             Some(GroupChange::Put(record)) => assert_eq!(record.state, GroupState::Draining),
             other => panic!("{other:?}"),
         }
         first.withdraw().await;
-        assert_eq!(
-            changes.recv().await,
-            Some(GroupChange::Gone {
-                model: example("one").model,
-                group: "one".into()
-            })
-        );
+        assert_eq!(changes.recv().await, Some(GroupChange::Gone { model: example("one").model, group: "one".into() }));
     }
 
     #[tokio::test]
@@ -141,9 +123,7 @@ mod tests {
         drop(registry.announce(example("one")).await.unwrap());
         // both may have happened before the watcher looked; in the end the group is gone
         let mut last = None;
-        while let Ok(Some(change)) =
-            tokio::time::timeout(std::time::Duration::from_millis(200), changes.recv()).await
-        {
+        while let Ok(Some(change)) = tokio::time::timeout(std::time::Duration::from_millis(200), changes.recv()).await {
             last = Some(change);
         }
         assert!(!matches!(last, Some(GroupChange::Put(_))), "{last:?}");

@@ -63,14 +63,10 @@ pub trait Registry: Send + Sync {
     fn watch(&self) -> mpsc::Receiver<GroupChange>;
 
     /// Says where the ranks of a group meet, until the announcement is withdrawn or dropped.
-    async fn offer_rendezvous(
-        &self,
-        record: RendezvousRecord,
-    ) -> Result<RendezvousOffer, RegistryError>;
+    async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError>;
 
     /// The newest offer for a group.
-    async fn find_rendezvous(&self, group: &str)
-    -> Result<Option<RendezvousRecord>, RegistryError>;
+    async fn find_rendezvous(&self, group: &str) -> Result<Option<RendezvousRecord>, RegistryError>;
 }
 
 /// A group that stays announced as long as this lives.
@@ -83,13 +79,7 @@ pub struct Announcement {
 impl Announcement {
     /// The two ends of an announcement: the caller's handle, and what a registry's task follows. The task
     /// publishes every `Some`, removes the key on `None` or when the sender is gone, and then sets `withdrawn`.
-    fn new(
-        record: GroupRecord,
-    ) -> (
-        Self,
-        watch::Receiver<Option<GroupRecord>>,
-        watch::Sender<bool>,
-    ) {
+    fn new(record: GroupRecord) -> (Self, watch::Receiver<Option<GroupRecord>>, watch::Sender<bool>) {
         let (record, records) = watch::channel(Some(record));
         let (done, withdrawn) = watch::channel(false);
         (Self { record, withdrawn }, records, done)
@@ -139,10 +129,7 @@ fn difference<'a>(
     let now: std::collections::BTreeSet<&String> = after.map(|(key, _)| key).collect();
     for (key, record) in before {
         if !now.contains(key) {
-            changes.push(GroupChange::Gone {
-                model: record.model.clone(),
-                group: record.group.clone(),
-            });
+            changes.push(GroupChange::Gone { model: record.model.clone(), group: record.group.clone() });
         }
     }
     changes

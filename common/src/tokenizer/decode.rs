@@ -58,13 +58,7 @@ fn append_complete<'a>(mut bytes: &'a [u8], text: &mut String) -> &'a [u8] {
 }
 
 /// Appends what one more id makes known.
-pub(super) fn push(
-    tokenizer: &Tokenizer,
-    id: u32,
-    skip_special: bool,
-    pending: &mut PendingBytes,
-    text: &mut String,
-) {
+pub(super) fn push(tokenizer: &Tokenizer, id: u32, skip_special: bool, pending: &mut PendingBytes, text: &mut String) {
     if let Some(bytes) = tokenizer.token_bytes(id) {
         pending.push(bytes, text);
         return;
@@ -89,23 +83,13 @@ pub struct IncrementalDecoder {
 impl IncrementalDecoder {
     /// `skip_special` drops special ids instead of printing their names.
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
-        Self {
-            tokenizer,
-            skip_special,
-            pending: PendingBytes::default(),
-        }
+        Self { tokenizer, skip_special, pending: PendingBytes::default() }
     }
 
     /// The text that one more id makes known; empty while a character is incomplete.
     pub fn push(&mut self, id: u32) -> String {
         let mut text = String::new();
-        push(
-            &self.tokenizer,
-            id,
-            self.skip_special,
-            &mut self.pending,
-            &mut text,
-        );
+        push(&self.tokenizer, id, self.skip_special, &mut self.pending, &mut text);
         text
     }
 

@@ -15,27 +15,16 @@ pub(super) enum Encoder {
 
 impl Encoder {
     /// `ranks` in order of their rank; `pattern` splits text into words; id = `first_id` + rank.
-    pub(super) fn from_ranks(
-        ranks: Vec<Vec<u8>>,
-        pattern: &str,
-        first_id: u32,
-    ) -> Result<Self, String> {
+    pub(super) fn from_ranks(ranks: Vec<Vec<u8>>, pattern: &str, first_id: u32) -> Result<Self, String> {
         let ranks: Vec<(Vec<u8>, u32)> = ranks.into_iter().zip(0..).collect();
         let config = fastokens::TiktokenConfig::new(pattern, Vec::new());
-        let tokenizer = fastokens::Tokenizer::from_tiktoken_ranks(&ranks, config)
-            .map_err(|error| error.to_string())?;
-        Ok(Self::Ranks {
-            tokenizer: Box::new(tokenizer),
-            first_id,
-        })
+        let tokenizer = fastokens::Tokenizer::from_tiktoken_ranks(&ranks, config).map_err(|error| error.to_string())?;
+        Ok(Self::Ranks { tokenizer: Box::new(tokenizer), first_id })
     }
 
     pub(super) fn encode_into(&self, text: &str, ids: &mut Vec<u32>) {
         match self {
-            Self::Ranks {
-                tokenizer,
-                first_id,
-            } => match tokenizer.encode_ordinary(text) {
+            Self::Ranks { tokenizer, first_id } => match tokenizer.encode_ordinary(text) {
                 Ok(ranks) => ids.extend(ranks.into_iter().map(|rank| rank + first_id)),
                 Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),
             },

@@ -13,9 +13,7 @@ use super::{Tokenizer, TokenizerFormat};
 
 /// Reads the text of a `tokenizer.json` found at `path`; the error says what is wrong with it.
 pub(super) fn load(text: &str, path: &Path) -> Result<Tokenizer, String> {
-    let mut tokenizer: tokenizers::Tokenizer = text
-        .parse()
-        .map_err(|error: tokenizers::Error| error.to_string())?;
+    let mut tokenizer: tokenizers::Tokenizer = text.parse().map_err(|error: tokenizers::Error| error.to_string())?;
     tokenizer.set_encode_special_tokens(true);
     let file: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let byte_level = uses_byte_level(&file["decoder"]) || uses_byte_level(&file["pre_tokenizer"]);
@@ -26,13 +24,8 @@ pub(super) fn load(text: &str, path: &Path) -> Result<Tokenizer, String> {
         .filter(|(_, token)| token.special)
         .map(|(id, token)| (id, token.content))
         .collect();
-    let added: std::collections::HashSet<u32> =
-        tokenizer.get_added_tokens_decoder().into_keys().collect();
-    let largest = tokenizer
-        .get_vocab(true)
-        .into_values()
-        .max()
-        .ok_or("the vocabulary is empty")?;
+    let added: std::collections::HashSet<u32> = tokenizer.get_added_tokens_decoder().into_keys().collect();
+    let largest = tokenizer.get_vocab(true).into_values().max().ok_or("the vocabulary is empty")?;
     let entries = (0..=largest).map(|id| {
         if let Some(name) = special.get(&id) {
             return Entry::Special(name.clone());
@@ -45,45 +38,25 @@ pub(super) fn load(text: &str, path: &Path) -> Result<Tokenizer, String> {
         }
     });
     let vocabulary = Vocabulary::new(entries)?;
-    let configs = [
-        "tokenizer_config.json",
-        "generation_config.json",
-        "config.json",
-    ]
-    .map(|name| read_json(&path.with_file_name(name)));
+    let configs = ["tokenizer_config.json", "generation_config.json", "config.json"]
+        .map(|name| read_json(&path.with_file_name(name)));
     let find = |token_key: &str, id_key: &str, usual: &[&str]| {
         let named = configs.iter().flatten().find_map(|config| {
-            let name = config[token_key]
-                .as_str()
-                .or_else(|| config[token_key]["content"].as_str())?;
+            let name = config[token_key].as_str().or_else(|| config[token_key]["content"].as_str())?;
             vocabulary.special_id(name)
         });
         let numbered = || {
             configs.iter().flatten().find_map(|config| {
                 let value = &config[id_key];
-                let id = value
-                    .as_u64()
-                    .or_else(|| value.get(0).and_then(Value::as_u64))?;
-                u32::try_from(id)
-                    .ok()
-                    .filter(|id| (*id as usize) < vocabulary.len())
+                let id = value.as_u64().or_else(|| value.get(0).and_then(Value::as_u64))?;
+                u32::try_from(id).ok().filter(|id| (*id as usize) < vocabulary.len())
             })
         };
-        named
-            .or_else(numbered)
-            .or_else(|| usual.iter().find_map(|name| vocabulary.special_id(name)))
+        named.or_else(numbered).or_else(|| usual.iter().find_map(|name| vocabulary.special_id(name)))
     };
-    let bos_id = find(
-        "bos_token",
-        "bos_token_id",
-        &["<s>", "<|begin_of_text|>", "<bos>"],
-    );
-    let eos_id = find(
-        "eos_token",
-        "eos_token_id",
-        &["</s>", "<|im_end|>", "<|eot_id|>", "<eos>", "<|endoftext|>"],
-    )
-    .ok_or("no end-of-text token is named in it or in the configuration files beside it")?;
+    let bos_id = find("bos_token", "bos_token_id", &["<s>", "<|begin_of_text|>", "<bos>"]);
+    let eos_id = find("eos_token", "eos_token_id", &["</s>", "<|im_end|>", "<|eot_id|>", "<eos>", "<|endoftext|>"])
+        .ok_or("no end-of-text token is named in it or in the configuration files beside it")?;
     Ok(Tokenizer {
         format: TokenizerFormat::HuggingFace,
         version: None,
@@ -104,11 +77,9 @@ fn uses_byte_level(component: &Value) -> bool {
     if component["type"] == "ByteLevel" {
         return true;
     }
-    ["decoders", "pretokenizers"].iter().any(|key| {
-        component[key]
-            .as_array()
-            .is_some_and(|parts| parts.iter().any(uses_byte_level))
-    })
+    ["decoders", "pretokenizers"]
+        .iter()
+        .any(|key| component[key].as_array().is_some_and(|parts| parts.iter().any(uses_byte_level)))
 }
 
 /// Undoes GPT-2's mapping of bytes to printable characters; characters outside the mapping stay themselves.

@@ -82,30 +82,22 @@ impl Tokenizer {
     /// Loads `tekken.json` or `tokenizer.json`; the content decides, not the name.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
-        let text = std::fs::read_to_string(path).map_err(|source| TokenizerError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        let invalid = |reason: String| TokenizerError::Invalid {
-            path: path.to_owned(),
-            reason,
-        };
+        let text =
+            std::fs::read_to_string(path).map_err(|source| TokenizerError::Read { path: path.to_owned(), source })?;
+        let invalid = |reason: String| TokenizerError::Invalid { path: path.to_owned(), reason };
         #[derive(serde::Deserialize)]
         struct Probe {
             config: Option<serde::de::IgnoredAny>,
             model: Option<serde::de::IgnoredAny>,
         }
-        let probe: Probe =
-            serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+        let probe: Probe = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
         if probe.config.is_some() {
             return tekken::load(&text).map_err(invalid);
         }
         if probe.model.is_some() {
             return huggingface::load(&text, path).map_err(invalid);
         }
-        Err(invalid(
-            "it has neither `config` (tekken.json) nor `model` (tokenizer.json)".to_owned(),
-        ))
+        Err(invalid("it has neither `config` (tekken.json) nor `model` (tokenizer.json)".to_owned()))
     }
 
     /// Loads the tokenizer of a model directory: `tekken.json` if there is one, else `tokenizer.json`.

@@ -93,35 +93,22 @@ pub(super) fn load(text: &str) -> Result<Tokenizer, String> {
         .checked_sub(special_count)
         .ok_or("config.default_vocab_size is smaller than config.default_num_special_tokens")?;
     if file.vocab.len() < ordinary_count {
-        return Err(format!(
-            "vocab has {} entries, config asks for {ordinary_count}",
-            file.vocab.len()
-        ));
+        return Err(format!("vocab has {} entries, config asks for {ordinary_count}", file.vocab.len()));
     }
-    let first_id =
-        u32::try_from(special_count).map_err(|_| "too many special tokens".to_owned())?;
+    let first_id = u32::try_from(special_count).map_err(|_| "too many special tokens".to_owned())?;
     let special_names = special_names(file.special_tokens, special_count)?;
     let ranks = ordinary_tokens(&file.vocab[..ordinary_count])?;
 
-    let entries = special_names
-        .into_iter()
-        .map(Entry::Special)
-        .chain(ranks.iter().cloned().map(Entry::Ordinary));
+    let entries = special_names.into_iter().map(Entry::Special).chain(ranks.iter().cloned().map(Entry::Ordinary));
     let vocabulary = Vocabulary::new(entries)?;
-    let required = |name: &str| {
-        vocabulary
-            .special_id(name)
-            .ok_or(format!("there is no special token {name}"))
-    };
+    let required = |name: &str| vocabulary.special_id(name).ok_or(format!("there is no special token {name}"));
     let bos_id = required("<s>")?;
     let eos_id = required("</s>")?;
     let image = match file.image {
         None => None,
-        Some(ImageConfig {
-            image_patch_size: patch,
-            spatial_merge_size: merge,
-            max_image_size: max,
-        }) if patch == 0 || merge == 0 || max == 0 || patch.checked_mul(merge).is_none() => {
+        Some(ImageConfig { image_patch_size: patch, spatial_merge_size: merge, max_image_size: max })
+            if patch == 0 || merge == 0 || max == 0 || patch.checked_mul(merge).is_none() =>
+        {
             return Err("the sizes in `image` must be positive".to_owned());
         }
         Some(config) => Some(ImageGeometry {
@@ -149,27 +136,14 @@ fn special_names(tokens: Option<Vec<SpecialToken>>, count: usize) -> Result<Vec<
             *slot = Some(name);
             Ok(())
         }
-        Some(Some(other)) => Err(format!(
-            "special token {id} is named twice: {other} and {name}"
-        )),
-        None => Err(format!(
-            "special token {name} has id {id}, but there are only {count}"
-        )),
+        Some(Some(other)) => Err(format!("special token {id} is named twice: {other} and {name}")),
+        None => Err(format!("special token {name} has id {id}, but there are only {count}")),
     };
     match tokens {
-        Some(tokens) => tokens
-            .into_iter()
-            .try_for_each(|token| put(token.rank, token.token_str))?,
-        None => OLD_SPECIAL_TOKENS
-            .iter()
-            .enumerate()
-            .try_for_each(|(id, name)| put(id, (*name).to_owned()))?,
+        Some(tokens) => tokens.into_iter().try_for_each(|token| put(token.rank, token.token_str))?,
+        None => OLD_SPECIAL_TOKENS.iter().enumerate().try_for_each(|(id, name)| put(id, (*name).to_owned()))?,
     }
-    Ok(names
-        .into_iter()
-        .enumerate()
-        .map(|(id, name)| name.unwrap_or_else(|| format!("<SPECIAL_{id}>")))
-        .collect())
+    Ok(names.into_iter().enumerate().map(|(id, name)| name.unwrap_or_else(|| format!("<SPECIAL_{id}>"))).collect())
 }
 
 /// The bytes of each rank. The first 256 must be the single bytes, or some text would have no encoding.

@@ -24,12 +24,8 @@ pub(super) enum Entry {
 impl Vocabulary {
     /// `entries[i]` is id `i`. Fails when the bytes of all tokens pass 4 GiB.
     pub(super) fn new(entries: impl IntoIterator<Item = Entry>) -> Result<Self, String> {
-        let mut vocabulary = Self {
-            bytes: Vec::new(),
-            starts: vec![0],
-            special: Vec::new(),
-            special_ids: HashMap::new(),
-        };
+        let mut vocabulary =
+            Self { bytes: Vec::new(), starts: vec![0], special: Vec::new(), special_ids: HashMap::new() };
         for entry in entries {
             let id = vocabulary.special.len() as u32;
             vocabulary.special.push(matches!(entry, Entry::Special(_)));
@@ -41,8 +37,8 @@ impl Vocabulary {
                 }
                 Entry::Unused => {}
             }
-            let end = u32::try_from(vocabulary.bytes.len())
-                .map_err(|_| "the vocabulary is larger than 4 GiB".to_owned())?;
+            let end =
+                u32::try_from(vocabulary.bytes.len()).map_err(|_| "the vocabulary is larger than 4 GiB".to_owned())?;
             vocabulary.starts.push(end);
         }
         Ok(vocabulary)

@@ -7,11 +7,7 @@ use serde_json::{Value, json};
 /// A golden's request with `messages_spec` written out.
 fn expand(request: &Value) -> Value {
     let mut request = request.clone();
-    let Some(spec) = request
-        .as_object_mut()
-        .expect("request")
-        .remove("messages_spec")
-    else {
+    let Some(spec) = request.as_object_mut().expect("request").remove("messages_spec") else {
         return request;
     };
     let mut messages = Vec::new();
@@ -20,13 +16,7 @@ fn expand(request: &Value) -> Value {
             None => messages.push(item.clone()),
             Some(count) => {
                 for _ in 0..count.as_u64().expect("count") {
-                    messages.extend(
-                        item["messages"]
-                            .as_array()
-                            .expect("messages")
-                            .iter()
-                            .cloned(),
-                    );
+                    messages.extend(item["messages"].as_array().expect("messages").iter().cloned());
                 }
             }
         }
@@ -43,24 +33,10 @@ fn little_endian(ids: &[u32]) -> Vec<u8> {
 fn sha256(bytes: &[u8]) -> String {
     use std::io::Write;
     use std::process::{Command, Stdio};
-    let mut child = Command::new("sha256sum")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("sha256sum");
-    child
-        .stdin
-        .take()
-        .expect("stdin")
-        .write_all(bytes)
-        .expect("write");
+    let mut child = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("sha256sum");
+    child.stdin.take().expect("stdin").write_all(bytes).expect("write");
     let output = child.wait_with_output().expect("sha256sum");
-    String::from_utf8(output.stdout)
-        .expect("text")
-        .split_whitespace()
-        .next()
-        .expect("hash")
-        .to_owned()
+    String::from_utf8(output.stdout).expect("text").split_whitespace().next().expect("hash").to_owned()
 }
 
 #[test]
@@ -70,38 +46,23 @@ fn every_encoding_golden_is_met() {
         let name = format!("{} with {}", golden["name"], golden["tokenizer"]);
         let tokenizer = tokenizer(golden["tokenizer"].as_str().expect("tokenizer"));
         let request = expand(&golden["request"]);
-        let conversation = Conversation::parse_request(&Json::from(&request))
-            .unwrap_or_else(|error| panic!("{name}: {error}"));
-        let encoded = conversation
-            .encode(&tokenizer, &FixtureImages)
-            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let conversation =
+            Conversation::parse_request(&Json::from(&request)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let encoded = conversation.encode(&tokenizer, &FixtureImages).unwrap_or_else(|error| panic!("{name}: {error}"));
 
         if golden.get("token_ids").is_some() {
             assert_eq!(encoded.token_ids, ids(&golden["token_ids"]), "{name}");
         } else {
-            assert!(
-                encoded.token_ids.starts_with(&ids(&golden["first_ids"])),
-                "{name}"
-            );
-            assert!(
-                encoded.token_ids.ends_with(&ids(&golden["last_ids"])),
-                "{name}"
-            );
+            assert!(encoded.token_ids.starts_with(&ids(&golden["first_ids"])), "{name}");
+            assert!(encoded.token_ids.ends_with(&ids(&golden["last_ids"])), "{name}");
         }
-        assert_eq!(
-            encoded.token_ids.len() as u64,
-            golden["count"].as_u64().expect("count"),
-            "{name}"
-        );
+        assert_eq!(encoded.token_ids.len() as u64, golden["count"].as_u64().expect("count"), "{name}");
         if let Some(hash) = golden["sha256_u32le"].as_str() {
             assert_eq!(sha256(&little_endian(&encoded.token_ids)), hash, "{name}");
         }
         if let Some(shapes) = golden["images_chw"].as_array() {
-            let sizes: Vec<Value> = encoded
-                .images
-                .iter()
-                .map(|image| json!([3, image.rows * 28, image.columns * 28]))
-                .collect();
+            let sizes: Vec<Value> =
+                encoded.images.iter().map(|image| json!([3, image.rows * 28, image.columns * 28])).collect();
             assert_eq!(&sizes, shapes, "{name}");
         }
         if let Some(text) = golden["text"].as_str() {
@@ -109,18 +70,11 @@ fn every_encoding_golden_is_met() {
         }
         for image in &encoded.images {
             let placeholders = &encoded.token_ids[image.offset..image.offset + image.length];
-            assert!(
-                placeholders.iter().all(|id| [10, 12, 13].contains(id)),
-                "{name}"
-            );
+            assert!(placeholders.iter().all(|id| [10, 12, 13].contains(id)), "{name}");
             let features = placeholders.iter().filter(|id| **id == 10).count();
             assert_eq!(features, (image.rows * image.columns) as usize, "{name}");
         }
-        assert_eq!(
-            encoded.message_ends.last(),
-            Some(&encoded.token_ids.len()),
-            "{name}"
-        );
+        assert_eq!(encoded.message_ends.last(), Some(&encoded.token_ids.len()), "{name}");
         assert!(encoded.message_ends.is_sorted(), "{name}");
         checked += 1;
     }
@@ -132,20 +86,12 @@ fn every_encoding_golden_is_met() {
 fn exact_json_gives_the_same_ids() {
     for line in lines("golden_encodings.jsonl") {
         let golden = Json::parse(&line).expect("golden line");
-        let (Some(request), Some(expected)) = (golden.get("request"), golden.get("token_ids"))
-        else {
+        let (Some(request), Some(expected)) = (golden.get("request"), golden.get("token_ids")) else {
             continue;
         };
-        let tokenizer = tokenizer(
-            golden
-                .get("tokenizer")
-                .and_then(Json::as_str)
-                .expect("tokenizer"),
-        );
+        let tokenizer = tokenizer(golden.get("tokenizer").and_then(Json::as_str).expect("tokenizer"));
         let conversation = Conversation::parse_request(request).expect("valid");
-        let encoded = conversation
-            .encode(&tokenizer, &FixtureImages)
-            .expect("encodes");
+        let encoded = conversation.encode(&tokenizer, &FixtureImages).expect("encodes");
         assert_eq!(encoded.token_ids, ids(&expected.to_value()));
     }
 }
@@ -158,16 +104,9 @@ fn every_rejection_golden_is_met() {
         let name = &golden["name"];
         let outcome = Conversation::parse_request(&Json::from(&golden["request"]))
             .and_then(|conversation| conversation.encode(&tokenizer, &FixtureImages));
-        assert_eq!(
-            outcome.is_ok(),
-            golden["accepted"].as_bool().expect("accepted"),
-            "{name}: {outcome:?}"
-        );
+        assert_eq!(outcome.is_ok(), golden["accepted"].as_bool().expect("accepted"), "{name}: {outcome:?}");
         if let Err(error) = outcome {
-            assert!(
-                !error.param.is_empty() && !error.message.is_empty(),
-                "{name}: {error:?}"
-            );
+            assert!(!error.param.is_empty() && !error.message.is_empty(), "{name}: {error:?}");
             refused += 1;
         }
     }
@@ -180,23 +119,15 @@ fn the_model_cards_requests_are_accepted() {
     let mut checked = 0;
     for entry in std::fs::read_dir(fixture("model_card")).expect("model_card") {
         let path = entry.expect("entry").path();
-        if path.extension().is_none_or(|extension| extension != "json")
-            || path.ends_with("tools.json")
-        {
+        if path.extension().is_none_or(|extension| extension != "json") || path.ends_with("tools.json") {
             continue;
         }
-        let card: Value =
-            serde_json::from_slice(&std::fs::read(&path).expect("card")).expect("card");
+        let card: Value = serde_json::from_slice(&std::fs::read(&path).expect("card")).expect("card");
         let request = expand(&card["request"]);
-        let conversation = Conversation::parse(
-            &request["messages"],
-            request.get("tools"),
-            ConversationOptions::default(),
-        )
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        conversation
-            .encode(&tokenizer, &FixtureImages)
-            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let conversation =
+            Conversation::parse(&request["messages"], request.get("tools"), ConversationOptions::default())
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        conversation.encode(&tokenizer, &FixtureImages).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         checked += 1;
     }
     assert_eq!(checked, 6);
@@ -211,26 +142,10 @@ fn errors_name_the_field() {
         (json!([]), "messages", "empty_array"),
         (json!({"a": 1}), "messages", "invalid_type"),
         (json!([user, 3]), "messages[1]", "invalid_type"),
-        (
-            json!([{"content": "x"}]),
-            "messages[0].role",
-            "missing_required_parameter",
-        ),
-        (
-            json!([{"role": "robot", "content": "x"}]),
-            "messages[0].role",
-            "invalid_value",
-        ),
-        (
-            json!([user, {"role": "user"}]),
-            "messages[1].content",
-            "invalid_type",
-        ),
-        (
-            json!([{"role": "user", "content": ["x"]}]),
-            "messages[0].content[0]",
-            "invalid_type",
-        ),
+        (json!([{"content": "x"}]), "messages[0].role", "missing_required_parameter"),
+        (json!([{"role": "robot", "content": "x"}]), "messages[0].role", "invalid_value"),
+        (json!([user, {"role": "user"}]), "messages[1].content", "invalid_type"),
+        (json!([{"role": "user", "content": ["x"]}]), "messages[0].content[0]", "invalid_type"),
         (
             json!([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "video"}]}]),
             "messages[0].content[1].type",
@@ -271,11 +186,7 @@ fn errors_name_the_field() {
             "messages[1].prefix",
             "invalid_prefix",
         ),
-        (
-            json!([user, {"role": "assistant", "content": ""}, user]),
-            "messages[1].content",
-            "empty_assistant_message",
-        ),
+        (json!([user, {"role": "assistant", "content": ""}, user]), "messages[1].content", "empty_assistant_message"),
         (
             json!([user, {"role": "tool", "content": "r", "tool_call_id": "x"}]),
             "messages[1].role",
@@ -283,23 +194,35 @@ fn errors_name_the_field() {
         ),
     ];
     for (messages, param, code) in cases {
-        let error = Conversation::parse(&messages, None, ConversationOptions::default())
-            .expect_err(&messages.to_string());
-        assert_eq!(
-            (error.param.as_str(), error.code()),
-            (param, code),
-            "{messages}: {error}"
-        );
+        let error =
+            Conversation::parse(&messages, None, ConversationOptions::default()).expect_err(&messages.to_string());
+        assert_eq!((error.param.as_str(), error.code()), (param, code), "{messages}: {error}");
     }
-    let tools =
-        json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}]);
-    let error = Conversation::parse(&json!([user]), Some(&tools), ConversationOptions::default())
-        .expect_err("schema");
-    assert_eq!(
-        (error.param.as_str(), error.code()),
-        (
-            "tools[0].function.parameters",
-            "invalid_function_parameters"
-        )
-    );
+    let tools = json!([{"type": "function", "function": {"name": "f", "parameters": {"type": "objekt"}}}]);
+    let error = Conversation::parse(&json!([user]), Some(&tools), ConversationOptions::default()).expect_err("schema");
+    assert_eq!((error.param.as_str(), error.code()), ("tools[0].function.parameters", "invalid_function_parameters"));
+}
+
+/// Random requests, each with the ids of the reference or its refusal.
+#[test]
+fn random_requests_are_encoded_or_refused_as_by_the_reference() {
+    let tokenizer = tokenizer("tekken-v13-8k.json");
+    let (mut encoded, mut refused) = (0, 0);
+    for golden in goldens("random_conversations.jsonl") {
+        let request = golden["request"].as_str().expect("request");
+        let outcome = Conversation::parse_request(&Json::parse(request).expect("json"))
+            .and_then(|conversation| conversation.encode(&tokenizer, &FixtureImages));
+        match golden.get("token_ids") {
+            Some(expected) => {
+                let outcome = outcome.unwrap_or_else(|error| panic!("{request}: {error}"));
+                assert_eq!(outcome.token_ids, ids(expected), "{request}");
+                encoded += 1;
+            }
+            None => {
+                assert!(outcome.is_err(), "{request} must be refused: {}", golden["refused"]);
+                refused += 1;
+            }
+        }
+    }
+    assert!(encoded >= 300 && refused >= 100, "{encoded} encoded, {refused} refused");
 }

@@ -55,13 +55,9 @@ const FRAGMENTS: [&str; 40] = [
 fn random_text(random: &mut StdRng) -> String {
     let length = random.random_range(0..60);
     match random.random_range(0..4) {
-        0 => (0..length)
-            .map(|_| FRAGMENTS[random.random_range(0..FRAGMENTS.len())])
-            .collect(),
+        0 => (0..length).map(|_| FRAGMENTS[random.random_range(0..FRAGMENTS.len())]).collect(),
         1 => (0..length).map(|_| random.random::<char>()).collect(),
-        2 => (0..length)
-            .map(|_| char::from(random.random_range(0..128u8)))
-            .collect(),
+        2 => (0..length).map(|_| char::from(random.random_range(0..128u8))).collect(),
         _ => FRAGMENTS[random.random_range(0..FRAGMENTS.len())].repeat(length),
     }
 }
@@ -75,10 +71,7 @@ fn decoding_gives_back_any_text() {
             let tokenizer = tokenizer(name);
             let ids = tokenizer.encode(&text);
             assert_eq!(tokenizer.decode(&ids, true), text, "{name}");
-            assert!(
-                ids.iter().all(|id| tokenizer.token_bytes(*id).is_some()),
-                "{name}: {text:?}"
-            );
+            assert!(ids.iter().all(|id| tokenizer.token_bytes(*id).is_some()), "{name}: {text:?}");
             assert_eq!(tokenizer.encode(&text), ids, "{name}: a second time");
         }
     }
@@ -111,29 +104,19 @@ fn any_ids_decode_the_same_at_once_and_one_by_one() {
 fn any_ids_parse_as_an_answer() {
     let mut random = StdRng::seed_from_u64(3);
     let tokenizer = tokenizer("tekken-v13-8k.json");
-    let pieces: Vec<Vec<u32>> = [
-        "f",
-        "{}",
-        "{\"a\": \"é\"}",
-        "{",
-        "}",
-        " ",
-        "text",
-        "[TOOL_CALLS]",
-    ]
-    .iter()
-    .map(|text| tokenizer.encode(text))
-    .chain([vec![9], vec![32], vec![10], vec![1240]])
-    .chain(
-        ["{}", " {\"a\": [1]}\n", "{\"é\": \"[ARGS]\"}"]
-            .map(|arguments| [vec![9, 1102, 32], tokenizer.encode(arguments)].concat()),
-    )
-    .collect();
+    let pieces: Vec<Vec<u32>> = ["f", "{}", "{\"a\": \"é\"}", "{", "}", " ", "text", "[TOOL_CALLS]"]
+        .iter()
+        .map(|text| tokenizer.encode(text))
+        .chain([vec![9], vec![32], vec![10], vec![1240]])
+        .chain(
+            ["{}", " {\"a\": [1]}\n", "{\"é\": \"[ARGS]\"}"]
+                .map(|arguments| [vec![9, 1102, 32], tokenizer.encode(arguments)].concat()),
+        )
+        .collect();
     let (mut parsed, mut failed) = (0, 0);
     for _ in 0..5000 {
-        let ids: Vec<u32> = (0..random.random_range(0..9))
-            .flat_map(|_| pieces[random.random_range(0..pieces.len())].clone())
-            .collect();
+        let ids: Vec<u32> =
+            (0..random.random_range(0..9)).flat_map(|_| pieces[random.random_range(0..pieces.len())].clone()).collect();
         let mut parser = ToolCallParser::new(tokenizer.clone());
         let mut deltas: Vec<Delta> = ids.iter().flat_map(|id| parser.push(*id)).collect();
         let (last, parse) = parser.finish();
@@ -154,33 +137,20 @@ fn any_ids_parse_as_an_answer() {
             }
         }
         if parse.error.is_some() {
-            assert_eq!(
-                parse.content.unwrap_or_default(),
-                tokenizer.decode(&ids, false),
-                "{ids:?}"
-            );
+            assert_eq!(parse.content.unwrap_or_default(), tokenizer.decode(&ids, false), "{ids:?}");
             failed += 1;
             continue;
         }
         assert_eq!(parse.content.unwrap_or_default(), content, "{ids:?}");
-        let whole: Vec<_> = parse
-            .tool_calls
-            .into_iter()
-            .map(|call| (call.name, call.arguments))
-            .collect();
+        let whole: Vec<_> = parse.tool_calls.into_iter().map(|call| (call.name, call.arguments)).collect();
         assert_eq!(whole, calls, "{ids:?}");
         assert!(
-            calls.iter().all(
-                |(_, arguments)| serde_json::from_str::<serde_json::Map<_, _>>(arguments).is_ok()
-            ),
+            calls.iter().all(|(_, arguments)| serde_json::from_str::<serde_json::Map<_, _>>(arguments).is_ok()),
             "{ids:?}"
         );
         parsed += usize::from(!calls.is_empty());
     }
-    assert!(
-        parsed > 100 && failed > 100,
-        "{parsed} parsed, {failed} failed"
-    );
+    assert!(parsed > 100 && failed > 100, "{parsed} parsed, {failed} failed");
 }
 
 /// Inputs that make a careless splitter or merger quadratic: a mebibyte each must stay far from that.
@@ -201,19 +171,14 @@ fn pathological_texts_take_linear_time() {
         "漢".repeat(size / 3),
         " \n".repeat(size / 2),
         (0..size / 4).map(|_| random.random::<char>()).collect(),
-        (0..size)
-            .map(|_| char::from(random.random_range(b'a'..=b'z')))
-            .collect(),
+        (0..size).map(|_| char::from(random.random_range(b'a'..=b'z'))).collect(),
     ];
     for text in texts {
         let start = Instant::now();
         let ids = tokenizer.encode(&text);
         let elapsed = start.elapsed();
         let beginning: String = text.chars().take(8).collect();
-        assert!(
-            elapsed < Duration::from_secs(20),
-            "{beginning:?}...: {elapsed:?}"
-        );
+        assert!(elapsed < Duration::from_secs(20), "{beginning:?}...: {elapsed:?}");
         assert_eq!(tokenizer.decode(&ids, true), text, "{beginning:?}...");
     }
 }
@@ -221,9 +186,7 @@ fn pathological_texts_take_linear_time() {
 #[test]
 fn threads_share_a_tokenizer() {
     let tokenizer = tokenizer("tekken-v13.json");
-    let texts: Vec<String> = (0..64)
-        .map(|seed| random_text(&mut StdRng::seed_from_u64(seed)))
-        .collect();
+    let texts: Vec<String> = (0..64).map(|seed| random_text(&mut StdRng::seed_from_u64(seed))).collect();
     let expected: Vec<Vec<u32>> = texts.iter().map(|text| tokenizer.encode(text)).collect();
     std::thread::scope(|scope| {
         for _ in 0..4 {

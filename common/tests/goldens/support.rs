@@ -20,10 +20,7 @@ pub(crate) fn lines(name: &str) -> Vec<String> {
 
 /// The lines of a golden file, parsed.
 pub(crate) fn goldens(name: &str) -> Vec<Value> {
-    lines(name)
-        .iter()
-        .map(|line| serde_json::from_str(line).expect("golden line"))
-        .collect()
+    lines(name).iter().map(|line| serde_json::from_str(line).expect("golden line")).collect()
 }
 
 static FULL: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| load("tekken-v13.json"));
@@ -60,10 +57,5 @@ impl ImageSizes for FixtureImages {
 /// The ids of a JSON array.
 pub(crate) fn ids(value: &Value) -> Vec<u32> {
     let id = |id: &Value| u32::try_from(id.as_u64().expect("id")).expect("id");
-    value
-        .as_array()
-        .expect("array of ids")
-        .iter()
-        .map(id)
-        .collect()
+    value.as_array().expect("array of ids").iter().map(id).collect()
 }

@@ -60,53 +60,30 @@ fn every_tool_parse_golden_is_met() {
         let (received, parse) = parse(tokenizer, &output);
         assert_eq!(
             (&received, &parse),
-            (
-                &self::parse(tokenizer, &without_end).0,
-                &self::parse(tokenizer, &without_end).1
-            ),
+            (&self::parse(tokenizer, &without_end).0, &self::parse(tokenizer, &without_end).1),
             "{name}"
         );
 
         if golden.get("error").is_some() {
             assert!(parse.error.is_some(), "{name}");
             assert!(parse.tool_calls.is_empty(), "{name}");
-            let text = golden["output_text"]
-                .as_str()
-                .expect("text")
-                .trim_end_matches("</s>");
+            let text = golden["output_text"].as_str().expect("text").trim_end_matches("</s>");
             assert_eq!(parse.content.as_deref(), Some(text), "{name}");
             continue;
         }
         assert_eq!(parse.error, None, "{name}");
-        assert_eq!(
-            parse.content.as_deref(),
-            golden["content"].as_str(),
-            "{name}"
-        );
+        assert_eq!(parse.content.as_deref(), golden["content"].as_str(), "{name}");
         let expected = golden["tool_calls"].as_array().expect("calls");
         assert_eq!(parse.tool_calls.len(), expected.len(), "{name}");
         for (call, expected) in parse.tool_calls.iter().zip(expected) {
-            assert_eq!(
-                call.name,
-                expected["name"].as_str().expect("name"),
-                "{name}"
-            );
+            assert_eq!(call.name, expected["name"].as_str().expect("name"), "{name}");
             let arguments: Value = serde_json::from_str(&call.arguments).expect("arguments");
             let wanted: Value =
-                serde_json::from_str(expected["arguments"].as_str().expect("arguments"))
-                    .expect("arguments");
+                serde_json::from_str(expected["arguments"].as_str().expect("arguments")).expect("arguments");
             assert_eq!(arguments, wanted, "{name}");
         }
-        assert_eq!(
-            received.content,
-            parse.content.clone().unwrap_or_default(),
-            "{name}"
-        );
-        let calls: Vec<_> = parse
-            .tool_calls
-            .iter()
-            .map(|call| (call.name.clone(), call.arguments.clone()))
-            .collect();
+        assert_eq!(received.content, parse.content.clone().unwrap_or_default(), "{name}");
+        let calls: Vec<_> = parse.tool_calls.iter().map(|call| (call.name.clone(), call.arguments.clone())).collect();
         assert_eq!(received.calls, calls, "{name}");
         assert_eq!(received.ended, calls.len(), "{name}");
     }
@@ -124,20 +101,13 @@ fn broken_calls_end_as_content() {
             "a[TOOL_CALLS]f[TOOL_CALLS]g[ARGS]{}",
         ),
         (&[1097, 32, 1098], "a[ARGS]b", "a[ARGS]b"),
-        (
-            &[9, 1102, 32, 30620, 32, 30620],
-            "[ARGS]{}",
-            "[TOOL_CALLS]f[ARGS]{}[ARGS]{}",
-        ),
+        (&[9, 1102, 32, 30620, 32, 30620], "[ARGS]{}", "[TOOL_CALLS]f[ARGS]{}[ARGS]{}"),
     ];
     for (ids, streamed, whole) in cases {
         let (received, parse) = parse("tekken-v13.json", ids);
         assert_eq!(received.content, streamed, "{ids:?}");
         assert_eq!(parse.content.as_deref(), Some(whole), "{ids:?}");
-        assert!(
-            parse.error.is_some() && parse.tool_calls.is_empty(),
-            "{ids:?}"
-        );
+        assert!(parse.error.is_some() && parse.tool_calls.is_empty(), "{ids:?}");
     }
     drop(tokenizer);
 }
@@ -146,8 +116,5 @@ fn broken_calls_end_as_content() {
 fn call_ids_are_nine_letters_and_digits() {
     let ids: std::collections::HashSet<String> = (0..1000).map(|_| new_call_id()).collect();
     assert_eq!(ids.len(), 1000);
-    assert!(
-        ids.iter()
-            .all(|id| id.len() == 9 && id.bytes().all(|byte| byte.is_ascii_alphanumeric()))
-    );
+    assert!(ids.iter().all(|id| id.len() == 9 && id.bytes().all(|byte| byte.is_ascii_alphanumeric())));
 }

@@ -99,12 +99,7 @@ impl Answer {
         context: RequestContext,
         id_prefix: &str,
     ) -> Result<Self, ApiError> {
-        let Prepared {
-            model,
-            served_model,
-            params,
-            prompts,
-        } = prepared;
+        let Prepared { model, served_model, params, prompts } = prepared;
         let deadline = context.arrived + service.options().request_timeout();
         let mut answer = Self {
             id: format!("{id_prefix}-{}", context.request_id),
@@ -130,12 +125,7 @@ impl Answer {
         Ok(answer)
     }
 
-    fn place(
-        &mut self,
-        prompt: PreparedPrompt,
-        model: &str,
-        deadline: Instant,
-    ) -> Result<(), ApiError> {
+    fn place(&mut self, prompt: PreparedPrompt, model: &str, deadline: Instant) -> Result<(), ApiError> {
         let params = &self.params;
         let task = Arc::new(Task {
             request_id: self.context.request_id.clone(),
@@ -169,14 +159,8 @@ impl Answer {
                 logprobs.prompt_top = None; // they are the same for all
             }
             let seed = seed_of(params.seed, choice);
-            let sequence = Sequence::place(
-                self.service.relay(),
-                Arc::clone(&task),
-                stream_id,
-                seed,
-                prompt_logprobs,
-            )
-            .map_err(|error| self.sequence_failed(error))?;
+            let sequence = Sequence::place(self.service.relay(), Arc::clone(&task), stream_id, seed, prompt_logprobs)
+                .map_err(|error| self.sequence_failed(error))?;
             self.choices.push(Choice {
                 sequence: Some(sequence),
                 emitter: Emitter::new(Arc::clone(&params.emit)),
@@ -269,9 +253,7 @@ impl Answer {
             Event::PromptLogprobs(mut part) => choice.prompt_logprobs.append(&mut part.positions),
             Event::Tokens(tokens) => {
                 if !std::mem::replace(&mut self.first_token, true) {
-                    self.service
-                        .metrics()
-                        .first_token(self.context.arrived.elapsed().as_secs_f64());
+                    self.service.metrics().first_token(self.context.arrived.elapsed().as_secs_f64());
                 }
                 if self.params.echo_only {
                     return;
@@ -301,11 +283,7 @@ impl Answer {
         if self.running == 0 {
             let usage = self.usage();
             let cached = usage.prompt_tokens_details.cached_tokens;
-            self.service.metrics().tokens(
-                usage.prompt_tokens.into(),
-                cached.into(),
-                usage.completion_tokens.into(),
-            );
+            self.service.metrics().tokens(usage.prompt_tokens.into(), cached.into(), usage.completion_tokens.into());
         }
     }
 
@@ -323,22 +301,10 @@ impl Answer {
 
     /// Tokens so far.
     pub fn usage(&self) -> Usage {
-        let prompt_tokens = self
-            .tasks
-            .iter()
-            .map(|task| task.token_ids.len() as u32)
-            .sum();
-        let completion_tokens = self
-            .choices
-            .iter()
-            .map(|choice| choice.emitter.completion_tokens())
-            .sum();
-        let cached_tokens = self
-            .choices
-            .iter()
-            .step_by(self.params.n as usize)
-            .map(|choice| choice.cached_tokens)
-            .sum();
+        let prompt_tokens = self.tasks.iter().map(|task| task.token_ids.len() as u32).sum();
+        let completion_tokens = self.choices.iter().map(|choice| choice.emitter.completion_tokens()).sum();
+        let cached_tokens =
+            self.choices.iter().step_by(self.params.n as usize).map(|choice| choice.cached_tokens).sum();
         Usage {
             prompt_tokens,
             completion_tokens,
@@ -349,20 +315,13 @@ impl Answer {
 
     /// How logprobs name tokens.
     pub fn names(&self) -> TokenNames<'_> {
-        TokenNames {
-            tokenizer: self.params.emit.tokenizer.as_deref(),
-            as_ids: self.params.tokens_as_ids,
-        }
+        TokenNames { tokenizer: self.params.emit.tokenizer.as_deref(), as_ids: self.params.tokens_as_ids }
     }
 
     /// The groups that serve it, each once.
     pub fn served_by(&self) -> String {
         let mut groups: Vec<&str> = self.served_by.iter().map(String::as_str).collect();
-        for sequence in self
-            .choices
-            .iter()
-            .filter_map(|choice| choice.sequence.as_ref())
-        {
+        for sequence in self.choices.iter().filter_map(|choice| choice.sequence.as_ref()) {
             groups.extend(sequence.served_by().iter().map(String::as_str));
         }
         groups.sort_unstable();
@@ -407,14 +366,11 @@ impl Answer {
             }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
             SequenceError::Failed { failure, attempts } => match failure {
-                Failure::Full(_) => ApiError::overloaded(
-                    "All groups of this model are full. Please retry later.",
-                    retry_after(),
-                ),
+                Failure::Full(_) => {
+                    ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())
+                }
                 Failure::Refused(reason) => ApiError::unavailable(
-                    format!(
-                        "The group that served the request stopped ({reason}), and no other could take it over."
-                    ),
+                    format!("The group that served the request stopped ({reason}), and no other could take it over."),
                     2,
                 ),
                 Failure::Lost(_) => ApiError::unavailable(

@@ -3,8 +3,8 @@
 use super::{
     answer::{Answer, Choice},
     response::{
-        ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage, ChatObject,
-        PromptLogprobList, TokenNames, ToolCallObject,
+        ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage, ChatObject, PromptLogprobList, TokenNames,
+        ToolCallObject,
     },
     sse::{EventWriter, write_event},
 };
@@ -22,11 +22,7 @@ pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
         .enumerate()
         .map(|(index, choice)| {
             let delta = &choice.delta;
-            let calls: Vec<_> = delta
-                .calls
-                .iter()
-                .map(|call| ToolCallObject::new(call, false))
-                .collect();
+            let calls: Vec<_> = delta.calls.iter().map(|call| ToolCallObject::new(call, false)).collect();
             let only_calls = delta.text.is_empty() && !calls.is_empty();
             ChatChoice {
                 index: index as u32,
@@ -38,9 +34,7 @@ pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
                 logprobs: logprobs(choice, params.top_logprobs, names),
                 finish_reason: choice.finish.map(Finish::as_str),
                 stop_reason: choice.stop_reason(),
-                token_ids: params
-                    .return_token_ids
-                    .then_some(delta.token_ids.as_slice()),
+                token_ids: params.return_token_ids.then_some(delta.token_ids.as_slice()),
             }
         })
         .collect();
@@ -56,17 +50,11 @@ pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
             top,
             names,
         }),
-        prompt_token_ids: params
-            .return_token_ids
-            .then(|| answer.tasks[0].token_ids.as_slice()),
+        prompt_token_ids: params.return_token_ids.then(|| answer.tasks[0].token_ids.as_slice()),
     })
 }
 
-fn logprobs<'a>(
-    choice: &Choice,
-    top: Option<u32>,
-    names: TokenNames<'a>,
-) -> Option<ChatLogprobs<'a>> {
+fn logprobs<'a>(choice: &Choice, top: Option<u32>, names: TokenNames<'a>) -> Option<ChatLogprobs<'a>> {
     top.map(|top| ChatLogprobs::new(&choice.delta.logprobs, top, names))
 }
 
@@ -81,20 +69,13 @@ impl EventWriter for ChatWriter {
         for index in 0..answer.choices.len() {
             let choice = ChatChunkChoice {
                 index: index as u32,
-                delta: ChatDelta {
-                    role: Some("assistant"),
-                    content: Some(""),
-                    tool_calls: None,
-                },
+                delta: ChatDelta { role: Some("assistant"), content: Some(""), tool_calls: None },
                 logprobs: None,
                 finish_reason: None,
                 stop_reason: None,
                 token_ids: None,
             };
-            let ids = answer
-                .params
-                .return_token_ids
-                .then(|| answer.tasks[0].token_ids.as_slice());
+            let ids = answer.params.return_token_ids.then(|| answer.tasks[0].token_ids.as_slice());
             let mut chunk = chunk(answer, [choice]);
             chunk.prompt_token_ids = ids;
             write_event(&chunk, out);
@@ -108,11 +89,7 @@ impl EventWriter for ChatWriter {
             return;
         }
         self.finished += usize::from(choice.finish.is_some());
-        let calls: Vec<_> = delta
-            .calls
-            .iter()
-            .map(|call| ToolCallObject::new(call, true))
-            .collect();
+        let calls: Vec<_> = delta.calls.iter().map(|call| ToolCallObject::new(call, true)).collect();
         let chunk_choice = ChatChunkChoice {
             index: number as u32,
             delta: ChatDelta {
@@ -124,15 +101,11 @@ impl EventWriter for ChatWriter {
                 .filter(|logprobs| !logprobs.content.is_empty()),
             finish_reason: choice.finish.map(Finish::as_str),
             stop_reason: choice.stop_reason(),
-            token_ids: answer
-                .params
-                .return_token_ids
-                .then_some(delta.token_ids.as_slice()),
+            token_ids: answer.params.return_token_ids.then_some(delta.token_ids.as_slice()),
         };
         let mut chunk = chunk(answer, [chunk_choice]);
         // Mistral's client asks for no usage and reads it from the chunk that ends the answer
-        let last_for_mistral =
-            answer.mistral_client() && answer.is_over() && self.finished == answer.choices.len();
+        let last_for_mistral = answer.mistral_client() && answer.is_over() && self.finished == answer.choices.len();
         if answer.params.continuous_usage || last_for_mistral {
             chunk.usage = Some(answer.usage());
         }

@@ -28,9 +28,7 @@ pub fn object(answer: &mut Answer) -> serde_json::Result<Vec<u8>> {
             CompletionChoice {
                 index: index as u32,
                 text: &choice.delta.text,
-                logprobs: params
-                    .top_logprobs
-                    .map(|top| plain_logprobs(answer, choice, first_of_prompt, top)),
+                logprobs: params.top_logprobs.map(|top| plain_logprobs(answer, choice, first_of_prompt, top)),
                 finish_reason: finish_reason(answer, choice),
                 stop_reason: choice.stop_reason(),
                 prompt_logprobs: params.prompt_logprobs.map(|top| PromptLogprobList {
@@ -39,9 +37,7 @@ pub fn object(answer: &mut Answer) -> serde_json::Result<Vec<u8>> {
                     names,
                 }),
                 prompt_token_ids: params.return_token_ids.then_some(prompt_ids),
-                token_ids: params
-                    .return_token_ids
-                    .then_some(choice.delta.token_ids.as_slice()),
+                token_ids: params.return_token_ids.then_some(choice.delta.token_ids.as_slice()),
             }
         })
         .collect();
@@ -110,17 +106,13 @@ impl EventWriter for CompletionWriter {
         self.finished += usize::from(choice.finish.is_some());
         let names = answer.names();
         let mut text_offset = choice.text_offset;
-        let logprobs = answer
-            .params
-            .top_logprobs
-            .filter(|_| !choice.delta.logprobs.is_empty())
-            .map(|top| {
-                let mut logprobs = CompletionLogprobs::default();
-                for position in &choice.delta.logprobs {
-                    logprobs.push(position, top, &mut text_offset, names);
-                }
-                logprobs
-            });
+        let logprobs = answer.params.top_logprobs.filter(|_| !choice.delta.logprobs.is_empty()).map(|top| {
+            let mut logprobs = CompletionLogprobs::default();
+            for position in &choice.delta.logprobs {
+                logprobs.push(position, top, &mut text_offset, names);
+            }
+            logprobs
+        });
         let prompt_ids = answer.tasks[choice.prompt].token_ids.as_slice();
         let send_ids = !std::mem::replace(&mut self.ids_sent[number], true);
         let chunk_choice = CompletionChoice {
@@ -131,14 +123,10 @@ impl EventWriter for CompletionWriter {
             stop_reason: choice.stop_reason(),
             prompt_logprobs: None,
             prompt_token_ids: send_ids.then_some(prompt_ids),
-            token_ids: answer
-                .params
-                .return_token_ids
-                .then_some(choice.delta.token_ids.as_slice()),
+            token_ids: answer.params.return_token_ids.then_some(choice.delta.token_ids.as_slice()),
         };
         let mut chunk = chunk(answer, [chunk_choice]);
-        let last_for_mistral =
-            answer.mistral_client() && answer.is_over() && self.finished == answer.choices.len();
+        let last_for_mistral = answer.mistral_client() && answer.is_over() && self.finished == answer.choices.len();
         if answer.params.continuous_usage || last_for_mistral {
             chunk.usage = Some(answer.usage());
         }

@@ -40,14 +40,7 @@ struct Fields<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            status,
-            kind,
-            code: None,
-            param: None,
-            message: message.into(),
-            retry_after: None,
-        }
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None }
     }
 
     /// 400 for one field of the request.
@@ -72,11 +65,8 @@ impl ApiError {
     /// 404 for a model that nobody serves.
     pub fn model_not_found(model: &str) -> Self {
         let shown: String = model.chars().take(200).collect();
-        let mut error = Self::new(
-            StatusCode::NOT_FOUND,
-            "invalid_request_error",
-            format!("The model `{shown}` does not exist."),
-        );
+        let mut error =
+            Self::new(StatusCode::NOT_FOUND, "invalid_request_error", format!("The model `{shown}` does not exist."));
         error.param = Some("model".into());
         error.code = Some("model_not_found");
         error
@@ -139,11 +129,8 @@ impl ApiError {
 
     /// 504: the request's deadline passed.
     pub fn timed_out() -> Self {
-        let mut error = Self::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            "server_error",
-            "The request did not finish within its time limit.",
-        );
+        let mut error =
+            Self::new(StatusCode::GATEWAY_TIMEOUT, "server_error", "The request did not finish within its time limit.");
         error.code = Some("timeout");
         error
     }
@@ -156,15 +143,9 @@ impl ApiError {
     /// The JSON body, also sent as the event that ends a broken stream.
     pub fn to_json(&self) -> Vec<u8> {
         let envelope = Envelope {
-            error: Fields {
-                message: &self.message,
-                r#type: self.kind,
-                param: self.param.as_deref(),
-                code: self.code,
-            },
+            error: Fields { message: &self.message, r#type: self.kind, param: self.param.as_deref(), code: self.code },
         };
-        serde_json::to_vec(&envelope)
-            .unwrap_or_else(|_| br#"{"error":{"message":"unprintable error"}}"#.to_vec())
+        serde_json::to_vec(&envelope).unwrap_or_else(|_| br#"{"error":{"message":"unprintable error"}}"#.to_vec())
     }
 }
 
@@ -173,10 +154,7 @@ impl IntoResponse for ApiError {
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        );
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

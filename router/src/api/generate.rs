@@ -36,18 +36,11 @@ pub async fn chat(State(service): State<Arc<Service>>, request: Request<Body>) -
 }
 
 /// `POST /v1/completions`
-pub async fn completions(
-    State(service): State<Arc<Service>>,
-    request: Request<Body>,
-) -> Response<Body> {
+pub async fn completions(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
     respond(service, Endpoint::Completions, request).await
 }
 
-async fn respond(
-    service: Arc<Service>,
-    endpoint: Endpoint,
-    request: Request<Body>,
-) -> Response<Body> {
+async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Body>) -> Response<Body> {
     let arrived = Instant::now();
     let name = match endpoint {
         Endpoint::Chat => "chat",
@@ -115,10 +108,7 @@ async fn answer(
     };
     let stream = prepared.params.stream;
     let mut answer = Answer::start(service, prepared, context, id_prefix)?;
-    let accepted = tokio::time::timeout(
-        ACCEPT_PATIENCE,
-        std::future::poll_fn(|cx| answer.poll_accepted(cx)),
-    );
+    let accepted = tokio::time::timeout(ACCEPT_PATIENCE, std::future::poll_fn(|cx| answer.poll_accepted(cx)));
     if let Ok(Err(error)) = accepted.await {
         return Err(answer.refused(error));
     }
@@ -143,10 +133,7 @@ async fn answer(
         let json = json.map_err(|error| ApiError::internal(error.to_string()))?;
         answer.context().open.answered(200);
         let mut response = Response::new(Body::from(json));
-        response.headers_mut().insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        );
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         name_groups(&mut response, &answer.served_by());
         response
     };
@@ -169,24 +156,29 @@ pub async fn read_body(body: Body, headers: &HeaderMap, limit: usize) -> Result<
         .and_then(|value| value.to_str().ok())
         .and_then(|value| value.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limit) {
+        discard(body, limit.saturating_mul(2)).await;
         return Err(ApiError::body_too_large(limit));
     }
     match Limited::new(body, limit).collect().await {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(limit)),
-        Err(_) => Err(ApiError::malformed(
-            "The request body did not arrive whole.",
-        )),
+        Err(_) => Err(ApiError::malformed("The request body did not arrive whole.")),
+    }
+}
+
+/// A client that still sends does not read: takes what it sends, within bounds, so that it sees the refusal.
+async fn discard(mut body: Body, most: usize) {
+    let mut taken = 0;
+    while taken < most
+        && let Some(Ok(frame)) = body.frame().await
+    {
+        taken += frame.data_ref().map_or(0, Bytes::len);
     }
 }
 
 fn client(headers: &HeaderMap) -> Client {
-    let user_agent = headers
-        .get(header::USER_AGENT)
-        .and_then(|value| value.to_str().ok());
-    Client {
-        mistral: user_agent.is_some_and(|agent| agent.contains("mistral-client-python")),
-    }
+    let user_agent = headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
+    Client { mistral: user_agent.is_some_and(|agent| agent.contains("mistral-client-python")) }
 }
 
 fn traceparent(headers: &HeaderMap) -> Option<tonic::metadata::AsciiMetadataValue> {
@@ -196,10 +188,7 @@ fn traceparent(headers: &HeaderMap) -> Option<tonic::metadata::AsciiMetadataValu
 impl From<PoolError> for ApiError {
     fn from(error: PoolError) -> Self {
         match error {
-            PoolError::Full => ApiError::unavailable(
-                "Too many long requests wait to be encoded. Please retry.",
-                1,
-            ),
+            PoolError::Full => ApiError::unavailable("Too many long requests wait to be encoded. Please retry.", 1),
             PoolError::Broken => ApiError::internal("The request could not be encoded."),
         }
     }

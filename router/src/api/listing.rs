@@ -54,21 +54,12 @@ pub async fn list(State(service): State<Arc<Service>>) -> Response<axum::body::B
     let view = service.fleet().view();
     let mut names: Vec<(&str, &Arc<ModelGroups>)> = view.names().collect();
     names.sort_by_key(|(name, _)| *name);
-    let data = names
-        .into_iter()
-        .map(|(name, model)| describe(&service, name, model))
-        .collect();
-    json(&List {
-        object: "list",
-        data,
-    })
+    let data = names.into_iter().map(|(name, model)| describe(&service, name, model)).collect();
+    json(&List { object: "list", data })
 }
 
 /// `GET /v1/models/{id}`; ids may contain slashes.
-pub async fn one(
-    State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
-) -> Response<axum::body::Body> {
+pub async fn one(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Response<axum::body::Body> {
     match super::prepare::resolve(&service, Some(&id)) {
         Ok((name, model, _)) => json(&describe(&service, &name, &model)),
         Err(error) => ApiError::into_response(error),
@@ -77,22 +68,14 @@ pub async fn one(
 
 fn describe(service: &Service, name: &str, model: &ModelGroups) -> ModelObject {
     let has_text = service.spec(&model.name).tokenizer.is_some();
-    let mut aliases: Vec<String> = model
-        .groups
-        .iter()
-        .flat_map(|group| group.record.aliases.iter().cloned())
-        .collect();
+    let mut aliases: Vec<String> = model.groups.iter().flat_map(|group| group.record.aliases.iter().cloned()).collect();
     aliases.sort_unstable();
     aliases.dedup();
     ModelObject {
         id: name.to_string(),
         object: "model",
         created: service.started_at(),
-        owned_by: if model.device == Device::Fake {
-            "bora-fake"
-        } else {
-            "bora"
-        },
+        owned_by: if model.device == Device::Fake { "bora-fake" } else { "bora" },
         root: model.name.clone(),
         parent: None,
         max_model_len: model.max_model_len,

@@ -10,9 +10,7 @@ use super::{
     error::ApiError,
     request::{Body, Integer, LogprobsField},
 };
-use crate::{
-    fleet::view::ModelGroups, models::ModelSpec, options::RouterOptions, relay::emit::EmitOptions,
-};
+use crate::{fleet::view::ModelGroups, models::ModelSpec, options::RouterOptions, relay::emit::EmitOptions};
 
 /// Longest stop string in bytes; text of this length may be held back.
 const MAX_STOP_BYTES: usize = 1024;
@@ -87,10 +85,7 @@ pub fn offers_tools(body: &Body<'_>) -> Result<bool, ApiError> {
         Some(Value::String(choice)) => choice.as_str(),
         Some(Value::Object(_)) => "named",
         Some(_) => {
-            return Err(ApiError::invalid(
-                "tool_choice",
-                "`tool_choice` must be a string or an object.",
-            ));
+            return Err(ApiError::invalid("tool_choice", "`tool_choice` must be a string or an object."));
         }
     };
     match choice {
@@ -108,9 +103,7 @@ pub fn offers_tools(body: &Body<'_>) -> Result<bool, ApiError> {
 }
 
 fn is_empty_array(json: &str) -> bool {
-    json.strip_prefix('[')
-        .and_then(|rest| rest.strip_suffix(']'))
-        .is_some_and(|inside| inside.trim().is_empty())
+    json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
 }
 
 /// Refuses what would change the answer and is not served yet.
@@ -119,9 +112,7 @@ pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
         let harmless = match *name {
             "response_format" => value.get("type").and_then(Value::as_str) == Some("text"),
             "reasoning_effort" => value.as_str() == Some("none"),
-            "modalities" => value
-                .as_array()
-                .is_some_and(|list| list.iter().all(|one| one == "text")),
+            "modalities" => value.as_array().is_some_and(|list| list.iter().all(|one| one == "text")),
             "functions" => value.as_array().is_some_and(Vec::is_empty),
             "function_call" => value == "none" || value == "auto",
             _ => false,
@@ -141,11 +132,9 @@ pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
                     Some("json_object" | "json_schema" | "structural_tag")
                 );
                 if known {
-                    "`response_format` other than {\"type\": \"text\"} is not supported yet."
-                        .to_string()
+                    "`response_format` other than {\"type\": \"text\"} is not supported yet.".to_string()
                 } else {
-                    "`response_format.type` must be \"text\", \"json_object\" or \"json_schema\"."
-                        .to_string()
+                    "`response_format.type` must be \"text\", \"json_object\" or \"json_schema\".".to_string()
                 }
             }
             _ => format!("`{name}` is not supported yet."),
@@ -153,10 +142,7 @@ pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
         return Err(ApiError::invalid(*name, message));
     }
     if body.use_beam_search == Some(true) {
-        return Err(ApiError::invalid(
-            "use_beam_search",
-            "`use_beam_search` is not supported.",
-        ));
+        return Err(ApiError::invalid("use_beam_search", "`use_beam_search` is not supported."));
     }
     match &body.suffix {
         None => Ok(()),
@@ -178,10 +164,7 @@ pub fn check(
     let tool_calls = endpoint == Endpoint::Chat && offers_tools(body)?;
     let stream = body.stream.unwrap_or(false);
     if body.stream_options.is_some() && !stream {
-        return Err(ApiError::invalid(
-            "stream_options",
-            "`stream_options` is only allowed when `stream` is true.",
-        ));
+        return Err(ApiError::invalid("stream_options", "`stream_options` is only allowed when `stream` is true."));
     }
     let n = integer("n", body.n, 1..=i64::from(options.max_choices))?.unwrap_or(1) as u32;
     let best_of = integer("best_of", body.best_of, 1..=i64::from(options.max_choices))?;
@@ -195,15 +178,10 @@ pub fn check(
     let echo = endpoint == Endpoint::Completions && body.echo.unwrap_or(false);
     let echo_only = echo && max_tokens == Some(Integer(0));
     let least = if echo_only { 0 } else { 1 };
-    let max_tokens = integer(max_field, max_tokens, least..=i64::from(u32::MAX))?
-        .map(|value| value.max(1) as u32);
-    let min_tokens =
-        integer("min_tokens", body.min_tokens, 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32;
+    let max_tokens = integer(max_field, max_tokens, least..=i64::from(u32::MAX))?.map(|value| value.max(1) as u32);
+    let min_tokens = integer("min_tokens", body.min_tokens, 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32;
     if max_tokens.is_some_and(|max_tokens| min_tokens > max_tokens) {
-        return Err(ApiError::invalid(
-            "min_tokens",
-            format!("`min_tokens` must not be above `{max_field}`."),
-        ));
+        return Err(ApiError::invalid("min_tokens", format!("`min_tokens` must not be above `{max_field}`.")));
     }
 
     let stops = stop_strings(body, options)?;
@@ -211,46 +189,29 @@ pub fn check(
     if stop_token_ids.len() > options.max_stop_strings {
         return Err(too_many("stop_token_ids", options.max_stop_strings));
     }
-    if let Some(id) = stop_token_ids
-        .iter()
-        .find(|id| **id >= model.vocabulary_size)
-    {
+    if let Some(id) = stop_token_ids.iter().find(|id| **id >= model.vocabulary_size) {
         return Err(no_such_id("stop_token_ids", *id, model.vocabulary_size));
     }
     if spec.tokenizer.is_none() && !stops.is_empty() {
-        return Err(ApiError::invalid(
-            "stop",
-            "`stop` needs text, and this model is served without a tokenizer.",
-        ));
+        return Err(ApiError::invalid("stop", "`stop` needs text, and this model is served without a tokenizer."));
     }
 
     let top_logprobs = top_logprobs(body, endpoint, options)?;
     let most = i64::from(options.max_logprobs);
-    let prompt_logprobs =
-        integer("prompt_logprobs", body.prompt_logprobs, 0..=most)?.map(|top| top as u32);
+    let prompt_logprobs = integer("prompt_logprobs", body.prompt_logprobs, 0..=most)?.map(|top| top as u32);
     if prompt_logprobs.is_some() && stream {
-        return Err(ApiError::invalid(
-            "prompt_logprobs",
-            "`prompt_logprobs` is not available when `stream` is true.",
-        ));
+        return Err(ApiError::invalid("prompt_logprobs", "`prompt_logprobs` is not available when `stream` is true."));
     }
     if echo && top_logprobs.is_some() && stream {
-        return Err(ApiError::invalid(
-            "echo",
-            "`echo` with `logprobs` is not available when `stream` is true.",
-        ));
+        return Err(ApiError::invalid("echo", "`echo` with `logprobs` is not available when `stream` is true."));
     }
     // vLLM gives the echoed prompt logprobs as well
     let prompt_top = prompt_logprobs.max(top_logprobs.filter(|_| echo));
-    let logprobs = (top_logprobs.is_some() || prompt_top.is_some()).then_some(Logprobs {
-        top: top_logprobs,
-        prompt_top,
-    });
+    let logprobs =
+        (top_logprobs.is_some() || prompt_top.is_some()).then_some(Logprobs { top: top_logprobs, prompt_top });
 
     let cache_salt = body.cache_salt.clone().unwrap_or_default();
-    if body.cache_salt.is_some()
-        && (cache_salt.is_empty() || cache_salt.len() > MAX_CACHE_SALT_BYTES)
-    {
+    if body.cache_salt.is_some() && (cache_salt.is_empty() || cache_salt.len() > MAX_CACHE_SALT_BYTES) {
         return Err(ApiError::invalid(
             "cache_salt",
             format!("`cache_salt` must have 1 to {MAX_CACHE_SALT_BYTES} bytes."),
@@ -302,12 +263,7 @@ pub fn check(
 }
 
 /// The bound of a sequence's output, once its prompt's length is known.
-pub fn output_bound(
-    params: &Params,
-    endpoint: Endpoint,
-    prompt_tokens: usize,
-    window: u32,
-) -> Result<u32, ApiError> {
+pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, window: u32) -> Result<u32, ApiError> {
     let prompt_field = match endpoint {
         Endpoint::Chat => "messages",
         Endpoint::Completions => "prompt",
@@ -341,10 +297,7 @@ pub fn output_bound(
     if params.min_tokens > bound {
         return Err(ApiError::invalid(
             "min_tokens",
-            format!(
-                "`min_tokens` is {}, but there is room for {bound} tokens only.",
-                params.min_tokens
-            ),
+            format!("`min_tokens` is {}, but there is room for {bound} tokens only.", params.min_tokens),
         ));
     }
     Ok(bound)
@@ -358,40 +311,24 @@ pub fn check_ids(field: &str, ids: &[u32], vocabulary_size: u32) -> Result<(), A
     }
 }
 
-fn sampling(
-    body: &Body<'_>,
-    model: &ModelGroups,
-    spec: &ModelSpec,
-) -> Result<(Sampling, u64), ApiError> {
+fn sampling(body: &Body<'_>, model: &ModelGroups, spec: &ModelSpec) -> Result<(Sampling, u64), ApiError> {
     let defaults = &spec.defaults;
     let temperature = number("temperature", body.temperature, 0.0..=2.0)?;
     let top_p = number("top_p", body.top_p, 0.0..=1.0)?;
     if top_p == Some(0.0) {
-        return Err(ApiError::invalid(
-            "top_p",
-            "`top_p` must be above 0 and at most 1.",
-        ));
+        return Err(ApiError::invalid("top_p", "`top_p` must be above 0 and at most 1."));
     }
-    let top_k =
-        integer("top_k", body.top_k, -1..=i64::from(u32::MAX))?.map(|top_k| top_k.max(0) as u32);
+    let top_k = integer("top_k", body.top_k, -1..=i64::from(u32::MAX))?.map(|top_k| top_k.max(0) as u32);
     let repetition = number("repetition_penalty", body.repetition_penalty, 0.01..=10.0)?;
     // any 64 bits are a seed
-    let seed = body
-        .seed
-        .map_or_else(rand::random, |Integer(seed)| seed as u64);
+    let seed = body.seed.map_or_else(rand::random, |Integer(seed)| seed as u64);
     let sampling = Sampling {
         temperature: Some(temperature.unwrap_or(defaults.temperature.unwrap_or(1.0))),
         top_p: Some(top_p.unwrap_or(defaults.top_p.unwrap_or(1.0))),
         top_k: Some(top_k.unwrap_or(defaults.top_k.unwrap_or(0))),
-        min_p: Some(
-            number("min_p", body.min_p, 0.0..=1.0)?.unwrap_or(defaults.min_p.unwrap_or(0.0)),
-        ),
-        presence_penalty: Some(
-            number("presence_penalty", body.presence_penalty, -2.0..=2.0)?.unwrap_or(0.0),
-        ),
-        frequency_penalty: Some(
-            number("frequency_penalty", body.frequency_penalty, -2.0..=2.0)?.unwrap_or(0.0),
-        ),
+        min_p: Some(number("min_p", body.min_p, 0.0..=1.0)?.unwrap_or(defaults.min_p.unwrap_or(0.0))),
+        presence_penalty: Some(number("presence_penalty", body.presence_penalty, -2.0..=2.0)?.unwrap_or(0.0)),
+        frequency_penalty: Some(number("frequency_penalty", body.frequency_penalty, -2.0..=2.0)?.unwrap_or(0.0)),
         repetition_penalty: Some(repetition.unwrap_or(defaults.repetition_penalty.unwrap_or(1.0))),
         logit_bias: logit_bias(body, model.vocabulary_size)?,
         seed,
@@ -399,10 +336,7 @@ fn sampling(
     Ok((sampling, seed))
 }
 
-fn logit_bias(
-    body: &Body<'_>,
-    vocabulary_size: u32,
-) -> Result<std::collections::HashMap<u32, f32>, ApiError> {
+fn logit_bias(body: &Body<'_>, vocabulary_size: u32) -> Result<std::collections::HashMap<u32, f32>, ApiError> {
     const MOST: usize = 1024;
     let Some(biases) = &body.logit_bias else {
         return Ok(Default::default());
@@ -415,19 +349,13 @@ fn logit_bias(
         .map(|(key, bias)| {
             let id: u32 = key.parse().map_err(|_| {
                 let shown: String = key.chars().take(40).collect();
-                ApiError::invalid(
-                    "logit_bias",
-                    format!("`logit_bias`: the key `{shown}` is not a token id."),
-                )
+                ApiError::invalid("logit_bias", format!("`logit_bias`: the key `{shown}` is not a token id."))
             })?;
             if id >= vocabulary_size {
                 return Err(no_such_id("logit_bias", id, vocabulary_size));
             }
             if !(-100.0..=100.0).contains(bias) {
-                return Err(ApiError::invalid(
-                    "logit_bias",
-                    "`logit_bias`: a bias must be between -100 and 100.",
-                ));
+                return Err(ApiError::invalid("logit_bias", "`logit_bias`: a bias must be between -100 and 100."));
             }
             Ok((id, *bias as f32))
         })
@@ -439,54 +367,35 @@ fn stop_strings(body: &Body<'_>, options: &RouterOptions) -> Result<Vec<String>,
     if stops.len() > options.max_stop_strings {
         return Err(too_many("stop", options.max_stop_strings));
     }
-    if stops
-        .iter()
-        .any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES)
-    {
-        return Err(ApiError::invalid(
-            "stop",
-            format!("`stop`: a stop string must have 1 to {MAX_STOP_BYTES} bytes."),
-        ));
+    if stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
+        return Err(ApiError::invalid("stop", format!("`stop`: a stop string must have 1 to {MAX_STOP_BYTES} bytes.")));
     }
     Ok(stops)
 }
 
-fn top_logprobs(
-    body: &Body<'_>,
-    endpoint: Endpoint,
-    options: &RouterOptions,
-) -> Result<Option<u32>, ApiError> {
+fn top_logprobs(body: &Body<'_>, endpoint: Endpoint, options: &RouterOptions) -> Result<Option<u32>, ApiError> {
     let most = i64::from(options.max_logprobs);
     let top = integer("top_logprobs", body.top_logprobs, 0..=most)?;
     match (endpoint, body.logprobs) {
         (Endpoint::Chat, None | Some(LogprobsField::Flag(false))) => match top {
-            Some(1..) => Err(ApiError::invalid(
-                "top_logprobs",
-                "`top_logprobs` needs `logprobs` to be true.",
-            )),
+            Some(1..) => Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")),
             _ => Ok(None),
         },
         (Endpoint::Chat, Some(LogprobsField::Flag(true))) => Ok(Some(top.unwrap_or(0) as u32)),
-        (Endpoint::Chat, Some(LogprobsField::Count(_))) => Err(ApiError::invalid(
-            "logprobs",
-            "`logprobs` must be a boolean here; `top_logprobs` is the number.",
-        )),
+        (Endpoint::Chat, Some(LogprobsField::Count(_))) => {
+            Err(ApiError::invalid("logprobs", "`logprobs` must be a boolean here; `top_logprobs` is the number."))
+        }
         (Endpoint::Completions, None) => Ok(None),
         (Endpoint::Completions, Some(LogprobsField::Count(count))) => {
             Ok(integer("logprobs", Some(Integer(count)), 0..=most)?.map(|count| count as u32))
         }
-        (Endpoint::Completions, Some(LogprobsField::Flag(_))) => Err(ApiError::invalid(
-            "logprobs",
-            format!("`logprobs` must be an integer between 0 and {most} here."),
-        )),
+        (Endpoint::Completions, Some(LogprobsField::Flag(_))) => {
+            Err(ApiError::invalid("logprobs", format!("`logprobs` must be an integer between 0 and {most} here.")))
+        }
     }
 }
 
-fn integer(
-    field: &str,
-    value: Option<Integer>,
-    range: RangeInclusive<i64>,
-) -> Result<Option<i64>, ApiError> {
+fn integer(field: &str, value: Option<Integer>, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
     match value {
         Some(Integer(value)) if !range.contains(&value) => {
             let (least, most) = (range.start(), range.end());
@@ -495,46 +404,30 @@ fn integer(
             } else {
                 format!("between {least} and {most}")
             };
-            Err(ApiError::invalid(
-                field,
-                format!("`{field}` must be {limit}, got {value}."),
-            ))
+            Err(ApiError::invalid(field, format!("`{field}` must be {limit}, got {value}.")))
         }
         value => Ok(value.map(|Integer(value)| value)),
     }
 }
 
-fn number(
-    field: &str,
-    value: Option<f64>,
-    range: RangeInclusive<f64>,
-) -> Result<Option<f32>, ApiError> {
+fn number(field: &str, value: Option<f64>, range: RangeInclusive<f64>) -> Result<Option<f32>, ApiError> {
     match value {
         Some(value) if !range.contains(&value) => Err(ApiError::invalid(
             field,
-            format!(
-                "`{field}` must be between {} and {}, got {value}.",
-                range.start(),
-                range.end()
-            ),
+            format!("`{field}` must be between {} and {}, got {value}.", range.start(), range.end()),
         )),
         value => Ok(value.map(|value| value as f32)),
     }
 }
 
 fn too_many(field: &str, most: usize) -> ApiError {
-    ApiError::invalid(
-        field,
-        format!("`{field}` must have at most {most} entries."),
-    )
+    ApiError::invalid(field, format!("`{field}` must have at most {most} entries."))
 }
 
 fn no_such_id(field: &str, id: u32, vocabulary_size: u32) -> ApiError {
     ApiError::invalid(
         field,
-        format!(
-            "`{field}`: {id} is not a token id of this model (ids are below {vocabulary_size})."
-        ),
+        format!("`{field}`: {id} is not a token id of this model (ids are below {vocabulary_size})."),
     )
 }
 
@@ -552,13 +445,7 @@ pub fn tokenize_target(body: &Body<'_>) -> Result<TokenizeTarget, ApiError> {
     match (body.messages, &body.prompt) {
         (Some(_), None) => Ok(TokenizeTarget::Messages),
         (None, Some(_)) => Ok(TokenizeTarget::Prompt),
-        (Some(_), Some(_)) => Err(ApiError::invalid(
-            "prompt",
-            "`prompt` and `messages` can't both be there.",
-        )),
-        (None, None) => Err(ApiError::invalid(
-            "prompt",
-            "`prompt` or `messages` is required.",
-        )),
+        (Some(_), Some(_)) => Err(ApiError::invalid("prompt", "`prompt` and `messages` can't both be there.")),
+        (None, None) => Err(ApiError::invalid("prompt", "`prompt` or `messages` is required.")),
     }
 }

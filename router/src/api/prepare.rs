@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use bora_common::blocks::BlockHash;
 use bytes::Bytes;
-use serde_json::value::RawValue;
 
 use super::{
     error::ApiError,
@@ -45,52 +44,29 @@ pub struct PreparedPrompt {
 }
 
 /// A model by the name that a request gives, or the only one there is.
-pub fn resolve(
-    service: &Service,
-    name: Option<&str>,
-) -> Result<(String, Arc<ModelGroups>, Arc<ModelSpec>), ApiError> {
+pub fn resolve(service: &Service, name: Option<&str>) -> Result<(String, Arc<ModelGroups>, Arc<ModelSpec>), ApiError> {
     let view = service.fleet().view();
     let Some(name) = name else {
         let mut models = view.models();
         return match (models.next(), models.next()) {
-            (Some(only), None) => Ok((
-                only.name.clone(),
-                Arc::clone(only),
-                service.spec(&only.name),
-            )),
+            (Some(only), None) => Ok((only.name.clone(), Arc::clone(only), service.spec(&only.name))),
             _ => Err(ApiError::invalid("model", "`model` is required.")),
         };
     };
     if let Some(model) = view.model(name) {
-        return Ok((
-            name.to_string(),
-            Arc::clone(model),
-            service.spec(&model.name),
-        ));
+        return Ok((name.to_string(), Arc::clone(model), service.spec(&model.name)));
     }
     let Some(configured) = service.configured(name) else {
         return Err(ApiError::model_not_found(name));
     };
     match view.model(configured) {
-        Some(model) => Ok((
-            name.to_string(),
-            Arc::clone(model),
-            service.spec(&model.name),
-        )),
-        None => Err(ApiError::unavailable(
-            format!("No group serves the model `{name}` now."),
-            5,
-        )),
+        Some(model) => Ok((name.to_string(), Arc::clone(model), service.spec(&model.name))),
+        None => Err(ApiError::unavailable(format!("No group serves the model `{name}` now."), 5)),
     }
 }
 
 /// Reads, checks, encodes and hashes a generation request.
-pub fn prepare(
-    service: &Service,
-    endpoint: Endpoint,
-    client: Client,
-    bytes: &Bytes,
-) -> Result<Prepared, ApiError> {
+pub fn prepare(service: &Service, endpoint: Endpoint, client: Client, bytes: &Bytes) -> Result<Prepared, ApiError> {
     let body = Body::parse(bytes)?;
     if body.unknown > 0 {
         service.metrics().unknown_fields(body.unknown);
@@ -99,7 +75,7 @@ pub fn prepare(
     let params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
     let prompts = match endpoint {
         Endpoint::Chat => {
-            let encoded = chat_prompt(&body, &model, &spec, params.emit.tool_calls)?;
+            let encoded = chat_prompt(&body, &spec, model.images)?;
             vec![(encoded, None)]
         }
         Endpoint::Completions => completion_prompts(body, &model, &spec, &params, service)?,
@@ -107,43 +83,17 @@ pub fn prepare(
     let prompts = prompts
         .into_iter()
         .map(|(encoded, text)| {
-            let hashes = Task::hash(
-                &encoded.token_ids,
-                &encoded.images,
-                params.cache_salt.as_bytes(),
-            );
-            let output_bound = params::output_bound(
-                &params,
-                endpoint,
-                encoded.token_ids.len(),
-                model.max_model_len,
-            )?;
-            Ok(PreparedPrompt {
-                encoded,
-                hashes,
-                output_bound,
-                text,
-            })
+            let hashes = Task::hash(&encoded.token_ids, &encoded.images, params.cache_salt.as_bytes());
+            let output_bound = params::output_bound(&params, endpoint, encoded.token_ids.len(), model.max_model_len)?;
+            Ok(PreparedPrompt { encoded, hashes, output_bound, text })
         })
         .collect::<Result<_, ApiError>>()?;
-    Ok(Prepared {
-        model: name,
-        served_model: model.name.clone(),
-        params,
-        prompts,
-    })
+    Ok(Prepared { model: name, served_model: model.name.clone(), params, prompts })
 }
 
 /// The prompt of messages and tools.
-pub fn chat_prompt(
-    body: &Body<'_>,
-    model: &ModelGroups,
-    spec: &ModelSpec,
-    offer_tools: bool,
-) -> Result<EncodedPrompt, ApiError> {
-    let messages = body
-        .messages
-        .ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
+pub fn chat_prompt(body: &Body<'_>, spec: &ModelSpec, takes_images: bool) -> Result<EncodedPrompt, ApiError> {
+    let messages = body.messages.ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
     let continue_final_message = body.continue_final_message.unwrap_or(false);
     if continue_final_message && body.add_generation_prompt == Some(true) {
         return Err(ApiError::invalid(
@@ -157,14 +107,8 @@ pub fn chat_prompt(
             "This model is served without a tokenizer: use /v1/completions with token ids.",
         ));
     };
-    let tools: Option<&RawValue> = body.tools.filter(|_| offer_tools);
-    let encoded = encode::conversation(
-        tokenizer,
-        messages,
-        tools,
-        continue_final_message,
-        model.images,
-    )?;
+    // `tool_choice` does not change the prompt: the reference declares the tools whatever it says
+    let encoded = encode::conversation(tokenizer, messages, body.tools, continue_final_message, takes_images)?;
     Ok(encoded)
 }
 
@@ -176,9 +120,7 @@ fn completion_prompts(
     service: &Service,
 ) -> Result<Vec<(EncodedPrompt, Option<String>)>, ApiError> {
     let special = body.add_special_tokens.unwrap_or(true);
-    let prompt = body
-        .prompt
-        .ok_or_else(|| ApiError::invalid("prompt", "`prompt` is required."))?;
+    let prompt = body.prompt.ok_or_else(|| ApiError::invalid("prompt", "`prompt` is required."))?;
     let count = match &prompt {
         Prompt::Text(_) | Prompt::Ids(_) => 1,
         Prompt::Texts(texts) => texts.len(),
@@ -188,23 +130,14 @@ fn completion_prompts(
     if count * params.n as usize > most {
         return Err(ApiError::invalid(
             "prompt",
-            format!(
-                "{count} prompts with `n` = {} are more than the limit of {most} sequences.",
-                params.n
-            ),
+            format!("{count} prompts with `n` = {} are more than the limit of {most} sequences.", params.n),
         ));
     }
     match prompt {
         Prompt::Text(text) => Ok(vec![text_prompt(text, spec, special, params.echo)?]),
-        Prompt::Texts(texts) => texts
-            .into_iter()
-            .map(|text| text_prompt(text, spec, special, params.echo))
-            .collect(),
+        Prompt::Texts(texts) => texts.into_iter().map(|text| text_prompt(text, spec, special, params.echo)).collect(),
         Prompt::Ids(ids) => Ok(vec![id_prompt(ids, model, spec, params.echo)?]),
-        Prompt::IdLists(lists) => lists
-            .into_iter()
-            .map(|ids| id_prompt(ids, model, spec, params.echo))
-            .collect(),
+        Prompt::IdLists(lists) => lists.into_iter().map(|ids| id_prompt(ids, model, spec, params.echo)).collect(),
     }
 }
 
@@ -216,10 +149,7 @@ pub fn text_prompt(
     echo: bool,
 ) -> Result<(EncodedPrompt, Option<String>), ApiError> {
     let Some(tokenizer) = &spec.tokenizer else {
-        return Err(ApiError::invalid(
-            "prompt",
-            "This model is served without a tokenizer: give token ids.",
-        ));
+        return Err(ApiError::invalid("prompt", "This model is served without a tokenizer: give token ids."));
     };
     let encoded = encode::text(tokenizer, &text, special);
     if encoded.token_ids.is_empty() {
@@ -242,22 +172,14 @@ fn id_prompt(
         Some(tokenizer) if echo => Some(tokenizer.decode(&token_ids, true)),
         _ => None,
     };
-    Ok((
-        EncodedPrompt {
-            token_ids,
-            images: Vec::new(),
-        },
-        text,
-    ))
+    Ok((EncodedPrompt { token_ids, images: Vec::new() }, text))
 }
 
 impl From<EncodeError> for ApiError {
     fn from(error: EncodeError) -> Self {
         match error {
             EncodeError::Json { field, .. } => ApiError::invalid(field, error.to_string()),
-            EncodeError::NoImages { param } => {
-                ApiError::invalid(param, "This model does not take images.")
-            }
+            EncodeError::NoImages { param } => ApiError::invalid(param, "This model does not take images."),
             EncodeError::Conversation(error) => {
                 let code = error.code();
                 let mut answer = ApiError::invalid(error.param, error.message);

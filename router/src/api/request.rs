@@ -113,9 +113,7 @@ impl<'de> Body<'de> {
             if error.classify() != serde_json::error::Category::Data {
                 return ApiError::malformed(format!("The body is not valid JSON: {text}."));
             }
-            let reason = text
-                .rfind(" at line ")
-                .map_or(text.as_str(), |at| &text[..at]);
+            let reason = text.rfind(" at line ").map_or(text.as_str(), |at| &text[..at]);
             match field.get() {
                 "" => ApiError::malformed(format!("The body must be a JSON object: {reason}.")),
                 name => ApiError::invalid(name, format!("`{name}`: {reason}.")),
@@ -152,9 +150,7 @@ impl<'de> Visitor<'de> for BodySeed<'_> {
                 "messages" => body.messages = field(&mut map, at, "messages")?,
                 "tools" => body.tools = field(&mut map, at, "tools")?,
                 "tool_choice" => body.tool_choice = field(&mut map, at, "tool_choice")?,
-                "parallel_tool_calls" => {
-                    body.parallel_tool_calls = field(&mut map, at, "parallel_tool_calls")?
-                }
+                "parallel_tool_calls" => body.parallel_tool_calls = field(&mut map, at, "parallel_tool_calls")?,
                 "prompt" => body.prompt = field(&mut map, at, "prompt")?,
                 "suffix" => body.suffix = field(&mut map, at, "suffix")?,
                 "tokens" => body.tokens = field(&mut map, at, "tokens")?,
@@ -165,15 +161,12 @@ impl<'de> Visitor<'de> for BodySeed<'_> {
                 "top_k" => body.top_k = field(&mut map, at, "top_k")?,
                 "min_p" => body.min_p = field(&mut map, at, "min_p")?,
                 "max_tokens" => body.max_tokens = field(&mut map, at, "max_tokens")?,
-                "max_completion_tokens" => {
-                    body.max_completion_tokens = field(&mut map, at, "max_completion_tokens")?
-                }
+                "max_completion_tokens" => body.max_completion_tokens = field(&mut map, at, "max_completion_tokens")?,
                 "min_tokens" => body.min_tokens = field(&mut map, at, "min_tokens")?,
                 "stop" => body.stop = field(&mut map, at, "stop")?,
                 "stop_token_ids" => body.stop_token_ids = field(&mut map, at, "stop_token_ids")?,
                 "include_stop_str_in_output" => {
-                    body.include_stop_str_in_output =
-                        field(&mut map, at, "include_stop_str_in_output")?;
+                    body.include_stop_str_in_output = field(&mut map, at, "include_stop_str_in_output")?;
                 }
                 "ignore_eos" => body.ignore_eos = field(&mut map, at, "ignore_eos")?,
                 // Mistral's name for it
@@ -181,45 +174,27 @@ impl<'de> Visitor<'de> for BodySeed<'_> {
                 "n" => body.n = field(&mut map, at, "n")?,
                 "best_of" => body.best_of = field(&mut map, at, "best_of")?,
                 "use_beam_search" => body.use_beam_search = field(&mut map, at, "use_beam_search")?,
-                "presence_penalty" => {
-                    body.presence_penalty = field(&mut map, at, "presence_penalty")?
-                }
-                "frequency_penalty" => {
-                    body.frequency_penalty = field(&mut map, at, "frequency_penalty")?
-                }
-                "repetition_penalty" => {
-                    body.repetition_penalty = field(&mut map, at, "repetition_penalty")?
-                }
+                "presence_penalty" => body.presence_penalty = field(&mut map, at, "presence_penalty")?,
+                "frequency_penalty" => body.frequency_penalty = field(&mut map, at, "frequency_penalty")?,
+                "repetition_penalty" => body.repetition_penalty = field(&mut map, at, "repetition_penalty")?,
                 "logit_bias" => {
-                    body.logit_bias =
-                        field::<Biases, A>(&mut map, at, "logit_bias")?.map(|biases| biases.0);
+                    body.logit_bias = field::<Biases, A>(&mut map, at, "logit_bias")?.map(|biases| biases.0);
                 }
                 "logprobs" => body.logprobs = field(&mut map, at, "logprobs")?,
                 "top_logprobs" => body.top_logprobs = field(&mut map, at, "top_logprobs")?,
                 "prompt_logprobs" => body.prompt_logprobs = field(&mut map, at, "prompt_logprobs")?,
                 "echo" => body.echo = field(&mut map, at, "echo")?,
-                "skip_special_tokens" => {
-                    body.skip_special_tokens = field(&mut map, at, "skip_special_tokens")?
-                }
-                "return_token_ids" => {
-                    body.return_token_ids = field(&mut map, at, "return_token_ids")?
-                }
+                "skip_special_tokens" => body.skip_special_tokens = field(&mut map, at, "skip_special_tokens")?,
+                "return_token_ids" => body.return_token_ids = field(&mut map, at, "return_token_ids")?,
                 "return_tokens_as_token_ids" => {
-                    body.return_tokens_as_token_ids =
-                        field(&mut map, at, "return_tokens_as_token_ids")?;
+                    body.return_tokens_as_token_ids = field(&mut map, at, "return_tokens_as_token_ids")?;
                 }
-                "return_token_strs" => {
-                    body.return_token_strs = field(&mut map, at, "return_token_strs")?
-                }
-                "add_generation_prompt" => {
-                    body.add_generation_prompt = field(&mut map, at, "add_generation_prompt")?
-                }
+                "return_token_strs" => body.return_token_strs = field(&mut map, at, "return_token_strs")?,
+                "add_generation_prompt" => body.add_generation_prompt = field(&mut map, at, "add_generation_prompt")?,
                 "continue_final_message" => {
                     body.continue_final_message = field(&mut map, at, "continue_final_message")?;
                 }
-                "add_special_tokens" => {
-                    body.add_special_tokens = field(&mut map, at, "add_special_tokens")?
-                }
+                "add_special_tokens" => body.add_special_tokens = field(&mut map, at, "add_special_tokens")?,
                 "cache_salt" => body.cache_salt = field(&mut map, at, "cache_salt")?,
                 other => {
                     if let Some(name) = REFUSED.iter().find(|name| **name == other) {
@@ -294,9 +269,7 @@ impl<'de> Deserialize<'de> for Integer {
 
             fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Integer, E> {
                 let unexpected = serde::de::Unexpected::Unsigned(value);
-                i64::try_from(value)
-                    .map(Integer)
-                    .map_err(|_| E::invalid_value(unexpected, &self))
+                i64::try_from(value).map(Integer).map_err(|_| E::invalid_value(unexpected, &self))
             }
 
             fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Integer, E> {
@@ -423,9 +396,7 @@ impl<'de> Deserialize<'de> for PromptElement {
 
             fn visit_u64<E: serde::de::Error>(self, id: u64) -> Result<PromptElement, E> {
                 let unexpected = serde::de::Unexpected::Unsigned(id);
-                u32::try_from(id)
-                    .map(PromptElement::Id)
-                    .map_err(|_| E::invalid_value(unexpected, &self))
+                u32::try_from(id).map(PromptElement::Id).map_err(|_| E::invalid_value(unexpected, &self))
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<PromptElement, A::Error> {
@@ -459,8 +430,7 @@ impl<'de> Deserialize<'de> for Prompt {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
-                let mixed =
-                    || A::Error::custom("texts, token ids and arrays of token ids can't be mixed");
+                let mixed = || A::Error::custom("texts, token ids and arrays of token ids can't be mixed");
                 match seq.next_element()? {
                     None => Err(A::Error::custom("an empty array holds no prompt")),
                     Some(PromptElement::Text(first)) => {
@@ -511,16 +481,11 @@ mod tests {
 
     #[test]
     fn null_is_absent_and_unknown_fields_are_counted() {
-        let body = Body::parse(br#"{"model":"m","temperature":null,"max_tokens":3.0,"x":{"y":[1]},"user":"u","seed":-1}"#)
-            .expect("valid");
-        assert_eq!(
-            (body.model.as_deref(), body.temperature, body.unknown),
-            (Some("m"), None, 1)
-        );
-        assert_eq!(
-            (body.max_tokens, body.seed),
-            (Some(Integer(3)), Some(Integer(-1)))
-        );
+        let body =
+            Body::parse(br#"{"model":"m","temperature":null,"max_tokens":3.0,"x":{"y":[1]},"user":"u","seed":-1}"#)
+                .expect("valid");
+        assert_eq!((body.model.as_deref(), body.temperature, body.unknown), (Some("m"), None, 1));
+        assert_eq!((body.max_tokens, body.seed), (Some(Integer(3)), Some(Integer(-1))));
     }
 
     #[test]
@@ -544,15 +509,7 @@ mod tests {
 
     #[test]
     fn what_is_no_json_object_names_no_field() {
-        for body in [
-            "",
-            "[]",
-            "3",
-            "{",
-            r#"{"model":"m"} x"#,
-            r#"{"a":tru}"#,
-            "{\"model\":\"\u{1}\"}",
-        ] {
+        for body in ["", "[]", "3", "{", r#"{"model":"m"} x"#, r#"{"a":tru}"#, "{\"model\":\"\u{1}\"}"] {
             let (param, message) = error(body);
             assert_eq!(param, None, "{body}: {message}");
         }
@@ -565,14 +522,8 @@ mod tests {
             Body::parse(body.as_bytes()).expect(text).prompt
         };
         assert_eq!(prompt(r#""a""#), Some(Prompt::Text("a".into())));
-        assert_eq!(
-            prompt(r#"["a","b"]"#),
-            Some(Prompt::Texts(vec!["a".into(), "b".into()]))
-        );
+        assert_eq!(prompt(r#"["a","b"]"#), Some(Prompt::Texts(vec!["a".into(), "b".into()])));
         assert_eq!(prompt("[1,2]"), Some(Prompt::Ids(vec![1, 2])));
-        assert_eq!(
-            prompt("[[1],[2,3]]"),
-            Some(Prompt::IdLists(vec![vec![1], vec![2, 3]]))
-        );
+        assert_eq!(prompt("[[1],[2,3]]"), Some(Prompt::IdLists(vec![vec![1], vec![2, 3]])));
     }
 }

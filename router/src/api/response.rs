@@ -122,10 +122,7 @@ impl<'a> ToolCallObject<'a> {
             index: in_stream.then_some(call.index),
             id: start.map(|start| start.id.as_str()),
             r#type: "function",
-            function: FunctionObject {
-                name: start.map(|start| start.name.as_str()),
-                arguments: &call.arguments,
-            },
+            function: FunctionObject { name: start.map(|start| start.name.as_str()), arguments: &call.arguments },
         }
     }
 }
@@ -186,11 +183,7 @@ impl<'a> TokenNames<'a> {
 }
 
 fn finite(logprob: f32) -> f32 {
-    if logprob.is_nan() {
-        LEAST_LOGPROB
-    } else {
-        logprob.max(LEAST_LOGPROB)
-    }
+    if logprob.is_nan() { LEAST_LOGPROB } else { logprob.max(LEAST_LOGPROB) }
 }
 
 /// `logprobs` in chat.
@@ -215,17 +208,9 @@ impl<'a> ChatLogprobs<'a> {
         let content = positions
             .iter()
             .filter_map(|position| {
-                let alternatives = position
-                    .top
-                    .iter()
-                    .take(top as usize)
-                    .map(|one| ChatLogprob::new(one, names, None))
-                    .collect();
-                Some(ChatLogprob::new(
-                    position.chosen.as_ref()?,
-                    names,
-                    Some(alternatives),
-                ))
+                let alternatives =
+                    position.top.iter().take(top as usize).map(|one| ChatLogprob::new(one, names, None)).collect();
+                Some(ChatLogprob::new(position.chosen.as_ref()?, names, Some(alternatives)))
             })
             .collect();
         Self { content }
@@ -233,11 +218,7 @@ impl<'a> ChatLogprobs<'a> {
 }
 
 impl<'a> ChatLogprob<'a> {
-    fn new(
-        token: &TokenLogprob,
-        names: TokenNames<'a>,
-        top_logprobs: Option<Vec<ChatLogprob<'a>>>,
-    ) -> Self {
+    fn new(token: &TokenLogprob, names: TokenNames<'a>, top_logprobs: Option<Vec<ChatLogprob<'a>>>) -> Self {
         Self {
             token: names.name(token.token_id),
             logprob: finite(token.logprob),
@@ -265,30 +246,15 @@ impl<'a> CompletionLogprobs<'a> {
     }
 
     /// One position; `offset` counts characters and goes on over chunks.
-    pub fn push(
-        &mut self,
-        position: &PositionLogprobs,
-        top: u32,
-        offset: &mut usize,
-        names: TokenNames<'a>,
-    ) {
+    pub fn push(&mut self, position: &PositionLogprobs, top: u32, offset: &mut usize, names: TokenNames<'a>) {
         let Some(chosen) = &position.chosen else {
             return;
         };
         self.push_token(names.name(chosen.token_id), offset);
         self.token_logprobs.push(Some(finite(chosen.logprob)));
-        let mut alternatives: Vec<(Cow<'a, str>, f32)> = position
-            .top
-            .iter()
-            .take(top as usize)
-            .map(|one| (names.name(one.token_id), finite(one.logprob)))
-            .collect();
-        if !position
-            .top
-            .iter()
-            .take(top as usize)
-            .any(|one| one.token_id == chosen.token_id)
-        {
+        let mut alternatives: Vec<(Cow<'a, str>, f32)> =
+            position.top.iter().take(top as usize).map(|one| (names.name(one.token_id), finite(one.logprob))).collect();
+        if !position.top.iter().take(top as usize).any(|one| one.token_id == chosen.token_id) {
             alternatives.push((names.name(chosen.token_id), finite(chosen.logprob)));
         }
         self.top_logprobs.push(Some(TopLogprobs(alternatives)));
@@ -329,13 +295,8 @@ pub struct PromptLogprobList<'a> {
 impl Serialize for PromptLogprobList<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let first = std::iter::once(None);
-        let rest = self.positions.iter().map(|position| {
-            Some(PromptPosition {
-                position,
-                top: self.top,
-                names: self.names,
-            })
-        });
+        let rest =
+            self.positions.iter().map(|position| Some(PromptPosition { position, top: self.top, names: self.names }));
         serializer.collect_seq(first.chain(rest))
     }
 }

@@ -73,12 +73,7 @@ impl<W: EventWriter> Stream for Events<W> {
     type Item = Bytes;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let Events {
-            answer,
-            writer,
-            out,
-            phase,
-        } = &mut *self;
+        let Events { answer, writer, out, phase } = &mut *self;
         if *phase == Phase::Begin {
             writer.begin(answer, out);
             *phase = Phase::Running;
@@ -88,11 +83,7 @@ impl<W: EventWriter> Stream for Events<W> {
                 Poll::Pending => break,
                 Poll::Ready(Some(Ok(number))) => writer.progress(answer, number, out),
                 Poll::Ready(Some(Err(error))) => {
-                    tracing::warn!(
-                        request_id = answer.id,
-                        message = error.message,
-                        "stream ends with an error"
-                    );
+                    tracing::warn!(request_id = answer.id, message = error.message, "stream ends with an error");
                     answer.context().open.answered(error.status.as_u16());
                     write_error(&error, out);
                     *phase = Phase::Over;
@@ -110,11 +101,7 @@ impl<W: EventWriter> Stream for Events<W> {
             out.clear();
             return Poll::Ready(Some(bytes));
         }
-        if *phase == Phase::Over {
-            Poll::Ready(None)
-        } else {
-            Poll::Pending
-        }
+        if *phase == Phase::Over { Poll::Ready(None) } else { Poll::Pending }
     }
 }
 
@@ -129,12 +116,7 @@ struct Heartbeat<S> {
 impl<S> Heartbeat<S> {
     fn new(events: S, interval: Duration) -> Self {
         let last = Instant::now();
-        Self {
-            events,
-            interval,
-            last,
-            timer: Box::pin(tokio::time::sleep_until(last + interval)),
-        }
+        Self { events, interval, last, timer: Box::pin(tokio::time::sleep_until(last + interval)) }
     }
 }
 
@@ -166,18 +148,10 @@ impl<S: Stream<Item = Bytes> + Unpin> Stream for Heartbeat<S> {
 /// The streamed response; its headers go out at once.
 pub fn respond<W: EventWriter>(answer: Answer, writer: W) -> Response<Body> {
     let interval = answer.service().options().heartbeat();
-    let events = Events {
-        answer,
-        writer,
-        out: Vec::with_capacity(1024),
-        phase: Phase::Begin,
-    };
+    let events = Events { answer, writer, out: Vec::with_capacity(1024), phase: Phase::Begin };
     let mut response = Response::new(Body::from_stream(Heartbeat::new(events, interval)));
     let headers = response.headers_mut();
-    headers.insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/event-stream; charset=utf-8"),
-    );
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // proxies are not to collect it
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -197,15 +171,9 @@ mod tests {
         let mut stream = Heartbeat::new(events, Duration::from_secs(10));
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_secs(6)).await;
-            sender
-                .send(Bytes::from_static(b"a"))
-                .await
-                .expect("received");
+            sender.send(Bytes::from_static(b"a")).await.expect("received");
             tokio::time::sleep(Duration::from_secs(25)).await;
-            sender
-                .send(Bytes::from_static(b"b"))
-                .await
-                .expect("received");
+            sender.send(Bytes::from_static(b"b")).await.expect("received");
         });
         let start = Instant::now();
         let mut seen = Vec::new();
@@ -213,12 +181,8 @@ mod tests {
             seen.push((start.elapsed().as_secs(), bytes));
         }
         let comment = Bytes::from_static(COMMENT);
-        let expected = [
-            (6, Bytes::from_static(b"a")),
-            (16, comment.clone()),
-            (26, comment),
-            (31, Bytes::from_static(b"b")),
-        ];
+        let expected =
+            [(6, Bytes::from_static(b"a")), (16, comment.clone()), (26, comment), (31, Bytes::from_static(b"b"))];
         assert_eq!(seen, expected);
     }
 }

@@ -29,10 +29,7 @@ pub fn json(value: &impl Serialize) -> Response<Body> {
     match serde_json::to_vec(value) {
         Ok(bytes) => {
             let mut response = Response::new(Body::from(bytes));
-            response.headers_mut().insert(
-                header::CONTENT_TYPE,
-                HeaderValue::from_static("application/json"),
-            );
+            response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
             response
         }
         Err(error) => ApiError::internal(error.to_string()).into_response(),
@@ -46,19 +43,11 @@ pub async fn health() -> Response<Body> {
 
 /// At least one group takes requests.
 pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
-    let ready_groups = service
-        .fleet()
-        .view()
-        .groups()
-        .filter(|group| group.is_ready())
-        .count();
+    let ready_groups = service.fleet().view().groups().filter(|group| group.is_ready()).count();
     if ready_groups == 0 {
         return ApiError::unavailable("No group takes requests now.", 2).into_response();
     }
-    json(&Ready {
-        status: "ready",
-        ready_groups,
-    })
+    json(&Ready { status: "ready", ready_groups })
 }
 
 /// Prometheus.
@@ -66,19 +55,14 @@ pub async fn metrics(State(service): State<Arc<Service>>) -> Response<Body> {
     let fleet = service.fleet();
     let view = fleet.view();
     let ready = view.groups().filter(|group| group.is_ready()).count();
-    service
-        .metrics()
-        .fleet(view.groups().count(), ready, fleet.index.len());
+    service.metrics().fleet(view.groups().count(), ready, fleet.index.len());
     let mut response = Response::new(Body::from(service.metrics().text()));
-    let kind =
-        HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response
 }
 
 /// The release.
 pub async fn version() -> Response<Body> {
-    json(&Version {
-        version: env!("CARGO_PKG_VERSION"),
-    })
+    json(&Version { version: env!("CARGO_PKG_VERSION") })
 }

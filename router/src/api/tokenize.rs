@@ -35,18 +35,12 @@ struct Detokenized {
 }
 
 /// `POST /tokenize`
-pub async fn tokenize(
-    State(service): State<Arc<Service>>,
-    request: Request<Body>,
-) -> Response<Body> {
+pub async fn tokenize(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
     run(service, "tokenize", request, tokenize_body).await
 }
 
 /// `POST /detokenize`
-pub async fn detokenize(
-    State(service): State<Arc<Service>>,
-    request: Request<Body>,
-) -> Response<Body> {
+pub async fn detokenize(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
     run(service, "detokenize", request, detokenize_body).await
 }
 
@@ -59,14 +53,10 @@ async fn run<T: Serialize + Send + 'static>(
     let mut open = service.metrics().request(endpoint);
     let (parts, body) = request.into_parts();
     let outcome = async {
-        let bytes: Bytes =
-            read_body(body, &parts.headers, service.options().max_body_bytes).await?;
+        let bytes: Bytes = read_body(body, &parts.headers, service.options().max_body_bytes).await?;
         let size = bytes.len();
         let for_work = Arc::clone(&service);
-        service
-            .pool()
-            .run(size, move || work(&for_work, &bytes))
-            .await?
+        service.pool().run(size, move || work(&for_work, &bytes)).await?
     };
     let response = match outcome.await {
         Ok(value) => json(&value),
@@ -83,13 +73,10 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
     let with_strings = body.return_token_strs.unwrap_or(false);
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
-            let offer_tools = params::offers_tools(&body)?;
-            let mut ids = chat_prompt(&body, &model, &spec, offer_tools)?.token_ids;
+            // images have ids whether or not the model's groups can look at them
+            let mut ids = chat_prompt(&body, &spec, true)?.token_ids;
             if body.add_special_tokens == Some(true)
-                && let Some(bos) = spec
-                    .tokenizer
-                    .as_ref()
-                    .and_then(|tokenizer| tokenizer.bos_id())
+                && let Some(bos) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id())
                 && ids.first() != Some(&bos)
             {
                 ids.insert(0, bos);
@@ -99,10 +86,7 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
         TokenizeTarget::Prompt => {
             let special = body.add_special_tokens.unwrap_or(true);
             let Some(Prompt::Text(text)) = body.prompt else {
-                return Err(ApiError::invalid(
-                    "prompt",
-                    "`prompt` must be a string here.",
-                ));
+                return Err(ApiError::invalid("prompt", "`prompt` must be a string here."));
             };
             match &spec.tokenizer {
                 // an empty text has ids, even if they are none
@@ -111,19 +95,11 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
             }
         }
     };
-    let names = TokenNames {
-        tokenizer: spec.tokenizer.as_deref(),
-        as_ids: false,
-    };
+    let names = TokenNames { tokenizer: spec.tokenizer.as_deref(), as_ids: false };
     Ok(Tokenized {
         count: tokens.len(),
         max_model_len: model.max_model_len,
-        token_strs: with_strings.then(|| {
-            tokens
-                .iter()
-                .map(|id| names.name(*id).into_owned())
-                .collect()
-        }),
+        token_strs: with_strings.then(|| tokens.iter().map(|id| names.name(*id).into_owned()).collect()),
         tokens,
     })
 }
@@ -131,17 +107,10 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
 fn detokenize_body(service: &Service, bytes: &[u8]) -> Result<Detokenized, ApiError> {
     let body = Fields::parse(bytes)?;
     let (_, model, spec) = resolve(service, body.model.as_deref())?;
-    let tokens = body
-        .tokens
-        .ok_or_else(|| ApiError::invalid("tokens", "`tokens` is required."))?;
+    let tokens = body.tokens.ok_or_else(|| ApiError::invalid("tokens", "`tokens` is required."))?;
     let Some(tokenizer) = &spec.tokenizer else {
-        return Err(ApiError::invalid(
-            "model",
-            "This model is served without a tokenizer.",
-        ));
+        return Err(ApiError::invalid("model", "This model is served without a tokenizer."));
     };
     params::check_ids("tokens", &tokens, model.vocabulary_size)?;
-    Ok(Detokenized {
-        prompt: tokenizer.decode(&tokens, false),
-    })
+    Ok(Detokenized { prompt: tokenizer.decode(&tokens, false) })
 }

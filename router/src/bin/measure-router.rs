@@ -19,8 +19,8 @@ use bora_common::{
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::{
-    DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateEvent, GenerateRequest,
-    GroupEvent, Load, Snapshot, Started, State, Tokens, WatchRequest,
+    DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateEvent, GenerateRequest, GroupEvent, Load,
+    Snapshot, Started, State, Tokens, WatchRequest,
     generate_event::Event,
     group_event::Event as Told,
     inference_server::{Inference, InferenceServer},
@@ -39,19 +39,10 @@ fn main() -> Result<(), Failure> {
     let mut arguments: HashMap<String, String> = HashMap::new();
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
-        let name = word
-            .strip_prefix("--")
-            .ok_or_else(|| format!("unexpected argument {word}"))?;
-        arguments.insert(
-            name.into(),
-            words
-                .next()
-                .ok_or_else(|| format!("--{name} needs a value"))?,
-        );
+        let name = word.strip_prefix("--").ok_or_else(|| format!("unexpected argument {word}"))?;
+        arguments.insert(name.into(), words.next().ok_or_else(|| format!("--{name} needs a value"))?);
     }
-    let one_thread = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let one_thread = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match arguments.get("role").map(String::as_str) {
         Some("group") => one_thread.block_on(group()),
         Some("router") => one_thread.block_on(router(&arguments)),
@@ -70,27 +61,12 @@ impl Inference for Group {
     type GenerateStream = Events<GenerateEvent>;
     type WatchStream = Events<GroupEvent>;
 
-    async fn generate(
-        &self,
-        request: Request<GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
         let prompt_tokens = request.token_ids.len() as u32;
-        let count = request
-            .stopping
-            .map_or(1, |stopping| stopping.max_tokens)
-            .min(1024);
-        let started = Event::Started(Started {
-            prompt_tokens,
-            cached_tokens: 0,
-            queued_seconds: 0.0,
-        });
-        let tokens = (0..count).map(|at| {
-            Event::Tokens(Tokens {
-                token_ids: vec![2000 + at],
-                logprobs: Vec::new(),
-            })
-        });
+        let count = request.stopping.map_or(1, |stopping| stopping.max_tokens).min(1024);
+        let started = Event::Started(Started { prompt_tokens, cached_tokens: 0, queued_seconds: 0.0 });
+        let tokens = (0..count).map(|at| Event::Tokens(Tokens { token_ids: vec![2000 + at], logprobs: Vec::new() }));
         let finished = Event::Finished(Finished {
             reason: FinishReason::Length as i32,
             prompt_tokens,
@@ -98,41 +74,25 @@ impl Inference for Group {
             completion_tokens: count,
             timing: None,
         });
-        let events = std::iter::once(started)
-            .chain(tokens)
-            .chain(std::iter::once(finished));
-        let events: Vec<_> = events
-            .map(|event| Ok(GenerateEvent { event: Some(event) }))
-            .collect();
+        let events = std::iter::once(started).chain(tokens).chain(std::iter::once(finished));
+        let events: Vec<_> = events.map(|event| Ok(GenerateEvent { event: Some(event) })).collect();
         Ok(Response::new(Box::pin(futures::stream::iter(events))))
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let told = [
-            Told::Snapshot(Snapshot {
-                block_hashes: Default::default(),
-                last: true,
-            }),
+            Told::Snapshot(Snapshot { block_hashes: Default::default(), last: true }),
             Told::State(State::Ready as i32),
             Told::Load(Load::default()),
         ];
         let events = futures::stream::iter(told)
             .enumerate()
-            .map(|(number, told)| {
-                Ok(GroupEvent {
-                    epoch: 1,
-                    sequence: number as u64,
-                    event: Some(told),
-                })
-            })
+            .map(|(number, told)| Ok(GroupEvent { epoch: 1, sequence: number as u64, event: Some(told) }))
             .chain(heartbeats());
         Ok(Response::new(Box::pin(events)))
     }
 
-    async fn describe(
-        &self,
-        _: Request<DescribeRequest>,
-    ) -> Result<Response<DescribeResponse>, Status> {
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         Err(Status::unimplemented("a scripted group"))
     }
 }
@@ -141,11 +101,7 @@ impl Inference for Group {
 fn heartbeats() -> impl Stream<Item = Result<GroupEvent, Status>> {
     futures::stream::unfold(3, |sequence| async move {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let event = GroupEvent {
-            epoch: 1,
-            sequence,
-            event: Some(Told::Load(Load::default())),
-        };
+        let event = GroupEvent { epoch: 1, sequence, event: Some(Told::Load(Load::default())) };
         Some((Ok(event), sequence + 1))
     })
 }
@@ -170,12 +126,7 @@ async fn router(arguments: &HashMap<String, String>) -> Result<(), Failure> {
     let (changes, receiver) = tokio::sync::mpsc::channel(16);
     let models = HashMap::from([("m".to_string(), ModelSpec::new(Arc::new(tokenizer)))]);
     let router = Router::new(RouterOptions::default(), models, receiver)?;
-    for (number, endpoint) in arguments
-        .get("groups")
-        .ok_or("--groups")?
-        .split(',')
-        .enumerate()
-    {
+    for (number, endpoint) in arguments.get("groups").ok_or("--groups")?.split(',').enumerate() {
         let record = GroupRecord {
             group: format!("g{number}"),
             epoch: 1,
@@ -184,11 +135,7 @@ async fn router(arguments: &HashMap<String, String>) -> Result<(), Failure> {
             aliases: Vec::new(),
             device: Device::Fake,
             weight_fingerprint: String::new(),
-            ranks: vec![RankRecord {
-                rank: 0,
-                host: "localhost".into(),
-                pid: 0,
-            }],
+            ranks: vec![RankRecord { rank: 0, host: "localhost".into(), pid: 0 }],
             block_tokens: 64,
             kv_blocks: 1 << 20,
             max_model_len: 1 << 20,
@@ -219,10 +166,7 @@ struct Role {
 
 impl Role {
     fn start(arguments: &[&str]) -> Result<Self, Failure> {
-        let mut child = Command::new(std::env::current_exe()?)
-            .args(arguments)
-            .stdout(Stdio::piped())
-            .spawn()?;
+        let mut child = Command::new(std::env::current_exe()?).args(arguments).stdout(Stdio::piped()).spawn()?;
         let mut line = String::new();
         BufReader::new(child.stdout.take().ok_or("no output")?).read_line(&mut line)?;
         let address = line.trim().parse()?;
@@ -235,8 +179,8 @@ impl Role {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
         let after_name = stat.rsplit(')').next().ok_or("stat")?;
         let fields: Vec<&str> = after_name.split_whitespace().collect();
-        let ticks: f64 = fields.get(11).ok_or("utime")?.parse::<f64>()?
-            + fields.get(12).ok_or("stime")?.parse::<f64>()?;
+        let ticks: f64 =
+            fields.get(11).ok_or("utime")?.parse::<f64>()? + fields.get(12).ok_or("stime")?.parse::<f64>()?;
         Ok(ticks / TICKS_PER_SECOND)
     }
 }
@@ -255,29 +199,12 @@ struct Case {
 }
 
 async fn measure(arguments: &HashMap<String, String>) -> Result<(), Failure> {
-    let seconds: f64 = arguments
-        .get("seconds")
-        .map_or(Ok(5.0), |text| text.parse())?;
-    let default = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../tests/fixtures/tokenizers/tekken-v13.json"
-    );
+    let seconds: f64 = arguments.get("seconds").map_or(Ok(5.0), |text| text.parse())?;
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13.json");
     let tokenizer = arguments.get("tokenizer").map_or(default, String::as_str);
-    let groups: Vec<Role> = (0..4)
-        .map(|_| Role::start(&["--role", "group"]))
-        .collect::<Result<_, _>>()?;
-    let endpoints: Vec<String> = groups
-        .iter()
-        .map(|group| group.address.to_string())
-        .collect();
-    let router = Role::start(&[
-        "--role",
-        "router",
-        "--tokenizer",
-        tokenizer,
-        "--groups",
-        &endpoints.join(","),
-    ])?;
+    let groups: Vec<Role> = (0..4).map(|_| Role::start(&["--role", "group"])).collect::<Result<_, _>>()?;
+    let endpoints: Vec<String> = groups.iter().map(|group| group.address.to_string()).collect();
+    let router = Role::start(&["--role", "router", "--tokenizer", tokenizer, "--groups", &endpoints.join(",")])?;
     tokio::time::sleep(Duration::from_millis(500)).await;
 
     let source = include_str!("measure-router.rs");
@@ -293,36 +220,12 @@ async fn measure(arguments: &HashMap<String, String>) -> Result<(), Failure> {
             body: serde_json::json!({"model": "m", "prompt": ids, "max_tokens": 1}).to_string(),
             concurrency: 64,
         },
-        Case {
-            name: "1 KB",
-            body: body(1000, false, 1),
-            concurrency: 64,
-        },
-        Case {
-            name: "1 KB, alone",
-            body: body(1000, false, 1),
-            concurrency: 1,
-        },
-        Case {
-            name: "1 KB, 17 chunks",
-            body: body(1000, true, 16),
-            concurrency: 64,
-        },
-        Case {
-            name: "128 KB",
-            body: body(128_000, false, 1),
-            concurrency: 8,
-        },
-        Case {
-            name: "220 KB streamed",
-            body: body(220_000, true, 1),
-            concurrency: 150,
-        },
-        Case {
-            name: "1 MB",
-            body: body(1_000_000, false, 1),
-            concurrency: 4,
-        },
+        Case { name: "1 KB", body: body(1000, false, 1), concurrency: 64 },
+        Case { name: "1 KB, alone", body: body(1000, false, 1), concurrency: 1 },
+        Case { name: "1 KB, 17 chunks", body: body(1000, true, 16), concurrency: 64 },
+        Case { name: "128 KB", body: body(128_000, false, 1), concurrency: 8 },
+        Case { name: "220 KB streamed", body: body(220_000, true, 1), concurrency: 150 },
+        Case { name: "1 MB", body: body(1_000_000, false, 1), concurrency: 4 },
     ];
     println!(
         "{:<18} {:>10} {:>12} {:>9} {:>9} {:>7}",
@@ -331,24 +234,13 @@ async fn measure(arguments: &HashMap<String, String>) -> Result<(), Failure> {
     for case in cases {
         load(router.address, &case, Duration::from_millis(500)).await?; // warm
         let (cpu, begun) = (router.cpu_seconds()?, Instant::now());
-        let (mut latencies, errors) =
-            load(router.address, &case, Duration::from_secs_f64(seconds)).await?;
+        let (mut latencies, errors) = load(router.address, &case, Duration::from_secs_f64(seconds)).await?;
         let (cpu, wall) = (router.cpu_seconds()? - cpu, begun.elapsed().as_secs_f64());
         latencies.sort_unstable();
         let count = latencies.len().max(1);
-        let at = |share: f64| {
-            latencies
-                .get(((count as f64 * share) as usize).min(count - 1))
-                .copied()
-                .unwrap_or(0)
-        };
+        let at = |share: f64| latencies.get(((count as f64 * share) as usize).min(count - 1)).copied().unwrap_or(0);
         let (rate, each) = (count as f64 / wall, cpu / count as f64 * 1e6);
-        println!(
-            "{:<18} {rate:>10.0} {each:>12.1} {:>9} {:>9} {errors:>7}",
-            case.name,
-            at(0.5),
-            at(0.99)
-        );
+        println!("{:<18} {rate:>10.0} {each:>12.1} {:>9} {:>9} {errors:>7}", case.name, at(0.5), at(0.99));
         let line = serde_json::json!({"case": case.name, "concurrency": case.concurrency, "requests_per_second": rate,
             "cpu_us_per_request": each, "p50_us": at(0.5), "p99_us": at(0.99), "errors": errors});
         println!("{line}");
@@ -357,16 +249,8 @@ async fn measure(arguments: &HashMap<String, String>) -> Result<(), Failure> {
 }
 
 /// Keeps `concurrency` connections busy; microseconds of each request, and how many failed.
-async fn load(
-    address: SocketAddr,
-    case: &Case,
-    time: Duration,
-) -> Result<(Vec<u64>, usize), Failure> {
-    let path = if case.body.contains("\"messages\"") {
-        "/v1/chat/completions"
-    } else {
-        "/v1/completions"
-    };
+async fn load(address: SocketAddr, case: &Case, time: Duration) -> Result<(Vec<u64>, usize), Failure> {
+    let path = if case.body.contains("\"messages\"") { "/v1/chat/completions" } else { "/v1/completions" };
     let request: Arc<[u8]> = format!(
         "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}",
         case.body.len(),
@@ -375,8 +259,7 @@ async fn load(
     .into_bytes()
     .into();
     let until = Instant::now() + time;
-    let clients =
-        (0..case.concurrency).map(|_| tokio::spawn(client(address, Arc::clone(&request), until)));
+    let clients = (0..case.concurrency).map(|_| tokio::spawn(client(address, Arc::clone(&request), until)));
     let (mut latencies, mut errors) = (Vec::new(), 0);
     for outcome in futures::future::join_all(clients).await {
         let (some, failed) = outcome??;
@@ -386,11 +269,7 @@ async fn load(
     Ok((latencies, errors))
 }
 
-async fn client(
-    address: SocketAddr,
-    request: Arc<[u8]>,
-    until: Instant,
-) -> Result<(Vec<u64>, usize), Failure> {
+async fn client(address: SocketAddr, request: Arc<[u8]>, until: Instant) -> Result<(Vec<u64>, usize), Failure> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     let (mut latencies, mut errors, mut received) = (Vec::new(), 0, Vec::with_capacity(16 << 10));
@@ -415,10 +294,7 @@ fn is_complete(received: &[u8]) -> bool {
         return false;
     };
     let text = String::from_utf8_lossy(&received[..head]).to_ascii_lowercase();
-    match text
-        .lines()
-        .find_map(|line| line.strip_prefix("content-length: "))
-    {
+    match text.lines().find_map(|line| line.strip_prefix("content-length: ")) {
         Some(length) => received.len() - head - 4 >= length.trim().parse().unwrap_or(usize::MAX),
         None => received.ends_with(b"\r\n0\r\n\r\n"),
     }

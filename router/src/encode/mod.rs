@@ -6,10 +6,7 @@ pub mod pool;
 use std::sync::Arc;
 
 use bora_common::{
-    conversation::{
-        Conversation, ConversationError, ConversationOptions, DataUrls, Json, JsonError,
-        data_url_bytes,
-    },
+    conversation::{Conversation, ConversationError, ConversationOptions, DataUrls, Json, JsonError, data_url_bytes},
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::Image;
@@ -56,27 +53,17 @@ pub fn conversation(
     continue_final_message: bool,
     takes_images: bool,
 ) -> Result<EncodedPrompt, EncodeError> {
-    let messages = Json::parse(messages.get()).map_err(|error| EncodeError::Json {
-        field: "messages",
-        error,
-    })?;
+    let messages = Json::parse(messages.get()).map_err(|error| EncodeError::Json { field: "messages", error })?;
     let tools = tools
         .map(|tools| Json::parse(tools.get()))
         .transpose()
-        .map_err(|error| EncodeError::Json {
-            field: "tools",
-            error,
-        })?;
-    let options = ConversationOptions {
-        continue_final_message,
-    };
+        .map_err(|error| EncodeError::Json { field: "tools", error })?;
+    let options = ConversationOptions { continue_final_message };
     let conversation = Conversation::parse_json(&messages, tools.as_ref(), options)?;
     if let Some(image) = conversation.images().first()
         && !takes_images
     {
-        return Err(EncodeError::NoImages {
-            param: image.param.clone(),
-        });
+        return Err(EncodeError::NoImages { param: image.param.clone() });
     }
     let encoded = conversation.encode(tokenizer, &DataUrls)?;
     let images = encoded
@@ -93,10 +80,7 @@ pub fn conversation(
             }
         })
         .collect();
-    Ok(EncodedPrompt {
-        token_ids: encoded.token_ids,
-        images,
-    })
+    Ok(EncodedPrompt { token_ids: encoded.token_ids, images })
 }
 
 /// A plain text, after the id that begins a prompt if `special` ids are wanted.
@@ -106,8 +90,5 @@ pub fn text(tokenizer: &Tokenizer, text: &str, special: bool) -> EncodedPrompt {
         token_ids.extend(tokenizer.bos_id());
     }
     tokenizer.encode_into(text, &mut token_ids);
-    EncodedPrompt {
-        token_ids,
-        images: Vec::new(),
-    }
+    EncodedPrompt { token_ids, images: Vec::new() }
 }

@@ -66,10 +66,7 @@ impl EncodePool {
             return Err(PoolError::Full);
         }
         let waiting = Waiting(&self.waiting);
-        let permit = Arc::clone(&self.permits)
-            .acquire_owned()
-            .await
-            .map_err(|_| PoolError::Broken)?;
+        let permit = Arc::clone(&self.permits).acquire_owned().await.map_err(|_| PoolError::Broken)?;
         drop(waiting);
         // the permit goes with the work: a client that leaves does not make room before the thread is free
         let running = tokio::task::spawn_blocking(move || {
@@ -87,31 +84,16 @@ mod tests {
 
     #[tokio::test]
     async fn short_work_stays_and_long_work_goes_elsewhere() {
-        let pool = EncodePool::new(&RouterOptions {
-            inline_encode_bytes: 10,
-            ..RouterOptions::default()
-        });
+        let pool = EncodePool::new(&RouterOptions { inline_encode_bytes: 10, ..RouterOptions::default() });
         let here = std::thread::current().id();
-        assert_eq!(
-            pool.run(10, move || std::thread::current().id() == here)
-                .await,
-            Ok(true)
-        );
-        assert_eq!(
-            pool.run(11, move || std::thread::current().id() == here)
-                .await,
-            Ok(false)
-        );
+        assert_eq!(pool.run(10, move || std::thread::current().id() == here).await, Ok(true));
+        assert_eq!(pool.run(11, move || std::thread::current().id() == here).await, Ok(false));
     }
 
     #[tokio::test]
     async fn what_waits_is_bounded() {
-        let options = RouterOptions {
-            encode_threads: 1,
-            encode_queue: 1,
-            inline_encode_bytes: 0,
-            ..RouterOptions::default()
-        };
+        let options =
+            RouterOptions { encode_threads: 1, encode_queue: 1, inline_encode_bytes: 0, ..RouterOptions::default() };
         let pool = Arc::new(EncodePool::new(&options));
         let (release, blocked) = std::sync::mpsc::channel::<()>();
         let running = tokio::spawn({

@@ -72,11 +72,7 @@ impl Breaker {
         if still_open {
             return; // the other streams of the same death
         }
-        state.pause = if state.pause.is_zero() {
-            FIRST_PAUSE
-        } else {
-            (state.pause * 2).min(LONGEST_PAUSE)
-        };
+        state.pause = if state.pause.is_zero() { FIRST_PAUSE } else { (state.pause * 2).min(LONGEST_PAUSE) };
         state.open_until = Some(now + state.pause);
         state.probing_since = None;
     }
@@ -95,15 +91,9 @@ mod tests {
         breaker.failed_at(start + Duration::from_millis(1));
         assert!(!breaker.allows_at(start + Duration::from_millis(400)));
         let later = start + Duration::from_millis(600);
-        assert!(
-            breaker.allows_at(later),
-            "the pause is over, and many failures of one death count once"
-        );
+        assert!(breaker.allows_at(later), "the pause is over, and many failures of one death count once");
         breaker.chosen();
-        assert!(
-            !breaker.allows_at(Instant::now().max(later)),
-            "one probe at a time"
-        );
+        assert!(!breaker.allows_at(Instant::now().max(later)), "one probe at a time");
         breaker.succeeded();
         assert!(breaker.allows_at(later));
     }

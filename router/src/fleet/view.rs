@@ -66,8 +66,7 @@ pub struct Link {
 
 impl Link {
     fn told_state(&self) -> State {
-        State::try_from(i32::from(self.told_state.load(Ordering::Relaxed)))
-            .unwrap_or(State::Unspecified)
+        State::try_from(i32::from(self.told_state.load(Ordering::Relaxed))).unwrap_or(State::Unspecified)
     }
 
     /// The group told its state.
@@ -122,25 +121,14 @@ pub struct ModelGroups {
 impl ModelGroups {
     fn new(groups: Vec<Arc<Group>>) -> Option<Self> {
         let first = groups.first()?;
-        let device = match groups
-            .iter()
-            .find(|group| group.record.device == Device::Fake)
-        {
+        let device = match groups.iter().find(|group| group.record.device == Device::Fake) {
             Some(fake) => fake.record.device,
             None => first.record.device,
         };
         Some(Self {
             name: first.record.model.clone(),
-            max_model_len: groups
-                .iter()
-                .map(|group| group.record.max_model_len)
-                .max()
-                .unwrap_or(0),
-            vocabulary_size: groups
-                .iter()
-                .map(|group| group.record.vocabulary_size)
-                .min()
-                .unwrap_or(0),
+            max_model_len: groups.iter().map(|group| group.record.max_model_len).max().unwrap_or(0),
+            vocabulary_size: groups.iter().map(|group| group.record.vocabulary_size).min().unwrap_or(0),
             images: groups.iter().all(|group| group.record.images),
             device,
             groups,
@@ -160,10 +148,7 @@ impl View {
     fn new(groups: BTreeMap<String, Arc<Group>>) -> Self {
         let mut by_model: BTreeMap<String, Vec<Arc<Group>>> = BTreeMap::new();
         for group in groups.values() {
-            by_model
-                .entry(group.record.model.clone())
-                .or_default()
-                .push(Arc::clone(group));
+            by_model.entry(group.record.model.clone()).or_default().push(Arc::clone(group));
         }
         let models: BTreeMap<String, Arc<ModelGroups>> = by_model
             .into_iter()
@@ -179,11 +164,7 @@ impl View {
         for (name, model) in &models {
             names.insert(name.clone(), Arc::clone(model));
         }
-        Self {
-            groups,
-            models,
-            names,
-        }
+        Self { groups, models, names }
     }
 
     /// The model of this name or alias.
@@ -203,9 +184,7 @@ impl View {
 
     /// Every name that a request may use, with its model.
     pub fn names(&self) -> impl Iterator<Item = (&str, &Arc<ModelGroups>)> {
-        self.names
-            .iter()
-            .map(|(name, model)| (name.as_str(), model))
+        self.names.iter().map(|(name, model)| (name.as_str(), model))
     }
 }
 
@@ -222,12 +201,7 @@ pub struct Fleet {
 impl Fleet {
     /// A fleet without groups.
     pub fn new(options: RouterOptions) -> Arc<Self> {
-        Arc::new(Self {
-            view: RwLock::default(),
-            index: Arc::new(Index::new()),
-            placing: Mutex::new(()),
-            options,
-        })
+        Arc::new(Self { view: RwLock::default(), index: Arc::new(Index::new()), placing: Mutex::new(()), options })
     }
 
     /// The groups now.
@@ -256,9 +230,7 @@ impl Fleet {
         let known = view.groups.get(&record.group);
         let link = match known {
             Some(known) if known.link.epoch > record.epoch => return, // an older start, told late
-            Some(known)
-                if known.link.epoch == record.epoch && known.record.endpoint == record.endpoint =>
-            {
+            Some(known) if known.link.epoch == record.epoch && known.record.endpoint == record.endpoint => {
                 Arc::clone(&known.link)
             }
             _ => match self.connect(&record) {
@@ -270,9 +242,7 @@ impl Fleet {
             },
         };
         link.announced.store(true, Ordering::Relaxed);
-        if known.is_none_or(|known| {
-            known.record.state != record.state || known.link.epoch != record.epoch
-        }) {
+        if known.is_none_or(|known| known.record.state != record.state || known.link.epoch != record.epoch) {
             tracing::info!(
                 group = record.group,
                 model = record.model,
@@ -288,10 +258,7 @@ impl Fleet {
         *view = Arc::new(View::new(groups));
     }
 
-    fn connect(
-        self: &Arc<Self>,
-        record: &GroupRecord,
-    ) -> Result<Arc<Link>, tonic::transport::Error> {
+    fn connect(self: &Arc<Self>, record: &GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
         let link = Arc::new(Link {
             group: record.group.clone(),
             epoch: record.epoch,
@@ -317,10 +284,7 @@ impl Fleet {
         };
         known.link.announced.store(false, Ordering::Relaxed);
         if known.link.is_watched() {
-            tracing::warn!(
-                group,
-                "group is no longer announced but still answers, keeping it"
-            );
+            tracing::warn!(group, "group is no longer announced but still answers, keeping it");
         } else {
             self.remove(&known.link);
         }
@@ -329,11 +293,7 @@ impl Fleet {
     /// Takes a group out of the view, if this start of it is still the one there.
     pub fn remove(&self, link: &Arc<Link>) {
         let mut view = self.view.write();
-        if !view
-            .groups
-            .get(&link.group)
-            .is_some_and(|known| Arc::ptr_eq(&known.link, link))
-        {
+        if !view.groups.get(&link.group).is_some_and(|known| Arc::ptr_eq(&known.link, link)) {
             return;
         }
         tracing::info!(group = link.group, epoch = link.epoch, "group is gone");

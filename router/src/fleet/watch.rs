@@ -90,9 +90,7 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
     let mut client = link.channels.client();
     let opened = tokio::time::timeout(
         OPEN_PATIENCE,
-        client.watch(WatchRequest {
-            watcher: format!("router-{}", std::process::id()),
-        }),
+        client.watch(WatchRequest { watcher: format!("router-{}", std::process::id()) }),
     );
     let mut events = match opened.await {
         Ok(Ok(response)) => response.into_inner(),
@@ -115,22 +113,10 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
         };
         if let Some((epoch, sequence)) = last {
             if event.epoch != epoch {
-                return (
-                    Broken::Epoch {
-                        from: epoch,
-                        to: event.epoch,
-                    },
-                    true,
-                );
+                return (Broken::Epoch { from: epoch, to: event.epoch }, true);
             }
             if event.sequence != sequence + 1 {
-                return (
-                    Broken::Gap {
-                        expected: sequence + 1,
-                        got: event.sequence,
-                    },
-                    true,
-                );
+                return (Broken::Gap { expected: sequence + 1, got: event.sequence }, true);
             }
         } else {
             link.set_watched(true);
@@ -143,18 +129,10 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
 
 fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
     match event.event {
-        Some(Event::Snapshot(snapshot)) => {
-            fleet.index.apply(link.slot, &snapshot.block_hashes, &[])
-        }
-        Some(Event::Blocks(blocks)) => {
-            fleet
-                .index
-                .apply(link.slot, &blocks.stored, &blocks.evicted)
-        }
+        Some(Event::Snapshot(snapshot)) => fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
+        Some(Event::Blocks(blocks)) => fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
         Some(Event::Load(load)) => link.ledger.report(load),
-        Some(Event::State(state)) => {
-            link.tell_state(State::try_from(state).unwrap_or(State::Unspecified))
-        }
+        Some(Event::State(state)) => link.tell_state(State::try_from(state).unwrap_or(State::Unspecified)),
         None => {} // a kind of event that a newer worker sends
     }
 }

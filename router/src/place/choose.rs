@@ -54,13 +54,7 @@ pub struct Placement {
 }
 
 /// Seconds until the first token of a prompt of `tokens`, of which the group holds the first `held`.
-pub fn expected_seconds(
-    speed: &Speed,
-    tokens: usize,
-    held: usize,
-    busy: Busy,
-    max_sequences: u32,
-) -> f64 {
+pub fn expected_seconds(speed: &Speed, tokens: usize, held: usize, busy: Busy, max_sequences: u32) -> f64 {
     let seconds_per_token = 1.0 / speed.prefill_tokens_per_second.max(1.0);
     // at least one token is computed: its logits are needed
     let held = held.min(tokens.saturating_sub(1)) as f64;
@@ -82,22 +76,13 @@ fn decode_pressure(speed: &Speed, sequences: u32, max_sequences: u32) -> f64 {
 }
 
 /// Chooses a group and books the request on it, in one step that no other choice can come between.
-pub fn place(
-    fleet: &Fleet,
-    model: &ModelGroups,
-    wanted: &Wanted<'_>,
-) -> Result<Placement, NoGroup> {
-    let ready: Vec<&Arc<Group>> = model
-        .groups
-        .iter()
-        .filter(|group| group.is_ready())
-        .collect();
+pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<Placement, NoGroup> {
+    let ready: Vec<&Arc<Group>> = model.groups.iter().filter(|group| group.is_ready()).collect();
     if ready.is_empty() {
         return Err(NoGroup::NoneReady);
     }
     let fits = |group: &&Arc<Group>| {
-        wanted.tokens < group.record.max_model_len as usize
-            && !wanted.avoid.contains(&group.link.slot)
+        wanted.tokens < group.record.max_model_len as usize && !wanted.avoid.contains(&group.link.slot)
     };
     let mut candidates: Vec<&Arc<Group>> = ready.iter().copied().filter(fits).collect();
     if candidates.is_empty() {
@@ -117,25 +102,14 @@ pub fn place(
         .map(|(group, blocks)| {
             let held = *blocks as usize * BLOCK_TOKENS;
             let record = &group.record;
-            expected_seconds(
-                &record.speed,
-                wanted.tokens,
-                held,
-                group.link.ledger.busy(),
-                record.max_sequences,
-            )
+            expected_seconds(&record.speed, wanted.tokens, held, group.link.ledger.busy(), record.max_sequences)
         })
         .collect();
     let chosen = pick(&scores);
     let group = Arc::clone(candidates[chosen]);
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
-    let computed = wanted
-        .tokens
-        .saturating_sub(held_blocks * BLOCK_TOKENS)
-        .max(1);
-    let explanation = wanted
-        .explain
-        .then(|| explain(&candidates, &matched, &scores, chosen));
+    let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
+    let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen));
     let booking = Booking::new(
         Arc::clone(&group.link),
         Arc::clone(&fleet.index),
@@ -143,24 +117,14 @@ pub fn place(
         wanted.hashes[held_blocks..].to_vec(),
     );
     group.link.breaker.chosen();
-    Ok(Placement {
-        group,
-        booking,
-        explanation,
-    })
+    Ok(Placement { group, booking, explanation })
 }
 
 /// The least score; one of the equals at random. `scores` is not empty.
 fn pick(scores: &[f64]) -> usize {
     let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
     let limit = least + least.abs() * TIE + 1e-9;
-    let equals = || {
-        scores
-            .iter()
-            .enumerate()
-            .filter(|(_, score)| **score <= limit)
-            .map(|(at, _)| at)
-    };
+    let equals = || scores.iter().enumerate().filter(|(_, score)| **score <= limit).map(|(at, _)| at);
     let number = equals().count();
     if number <= 1 {
         return equals().next().unwrap_or(0);
@@ -185,11 +149,8 @@ fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: 
 mod tests {
     use super::*;
 
-    const SPEED: Speed = Speed {
-        prefill_tokens_per_second: 10_000.0,
-        prefill_seconds_per_token_pair: 1e-8,
-        decode_step_seconds: 0.01,
-    };
+    const SPEED: Speed =
+        Speed { prefill_tokens_per_second: 10_000.0, prefill_seconds_per_token_pair: 1e-8, decode_step_seconds: 0.01 };
 
     #[test]
     fn a_held_prefix_wins_until_the_wait_beats_the_recompute() {
@@ -197,28 +158,14 @@ mod tests {
         let cold = expected_seconds(&SPEED, 20_000, 0, idle, 64);
         let warm = expected_seconds(&SPEED, 20_000, 19_200, idle, 64);
         assert!(warm < cold / 10.0, "{warm} {cold}");
-        let queued = |tokens| Busy {
-            queued_tokens: tokens,
-            sequences: 0,
-        };
+        let queued = |tokens| Busy { queued_tokens: tokens, sequences: 0 };
         assert!(expected_seconds(&SPEED, 20_000, 19_200, queued(10_000), 64) < cold);
         assert!(expected_seconds(&SPEED, 20_000, 19_200, queued(60_000), 64) > cold);
     }
 
     #[test]
     fn more_running_sequences_never_look_better() {
-        let at = |sequences| {
-            expected_seconds(
-                &SPEED,
-                100,
-                0,
-                Busy {
-                    queued_tokens: 0,
-                    sequences,
-                },
-                8,
-            )
-        };
+        let at = |sequences| expected_seconds(&SPEED, 100, 0, Busy { queued_tokens: 0, sequences }, 8);
         for sequences in 0..20 {
             assert!(at(sequences) < at(sequences + 1), "{sequences}");
         }

@@ -148,10 +148,7 @@ impl Index {
         self.with_plane(slot, |plane, bit| {
             for hash in hashes {
                 let expectations = plane.expected.entry(hash.0).or_default();
-                match expectations
-                    .iter_mut()
-                    .find(|expectation| expectation.bit == bit)
-                {
+                match expectations.iter_mut().find(|expectation| expectation.bit == bit) {
                     Some(expectation) => expectation.requests += 1,
                     None => expectations.push(Expectation { bit, requests: 1 }),
                 }
@@ -169,10 +166,7 @@ impl Index {
                 let Some(expectations) = plane.expected.get_mut(&hash.0) else {
                     continue;
                 };
-                if let Some(expectation) = expectations
-                    .iter_mut()
-                    .find(|expectation| expectation.bit == bit)
-                {
+                if let Some(expectation) = expectations.iter_mut().find(|expectation| expectation.bit == bit) {
                     expectation.requests = expectation.requests.saturating_sub(1);
                 }
                 expectations.retain(|expectation| expectation.requests > 0);
@@ -190,10 +184,7 @@ impl Index {
         for (number, plane) in planes.iter().enumerate() {
             let number = number as u32;
             let mut wanted = 0u64;
-            for slot in candidates
-                .iter()
-                .filter(|slot| slot.0 / GROUPS_PER_PLANE == number)
-            {
+            for slot in candidates.iter().filter(|slot| slot.0 / GROUPS_PER_PLANE == number) {
                 wanted |= 1 << (slot.0 % GROUPS_PER_PLANE);
             }
             if wanted == 0 {
@@ -212,11 +203,7 @@ impl Index {
 
     /// Blocks known to be held by at least one group of each plane, for the metrics.
     pub fn len(&self) -> usize {
-        self.planes
-            .read()
-            .iter()
-            .map(|plane| plane.read().held.len())
-            .sum()
+        self.planes.read().iter().map(|plane| plane.read().held.len()).sum()
     }
 
     /// Whether no group holds anything.
@@ -233,12 +220,7 @@ impl Index {
 }
 
 /// Follows the chain until nobody holds the next block; notes for each bit where it fell out.
-fn walk(
-    plane: &Plane,
-    hashes: &[BlockHash],
-    wanted: u64,
-    lengths: &mut [u32; GROUPS_PER_PLANE as usize],
-) {
+fn walk(plane: &Plane, hashes: &[BlockHash], wanted: u64, lengths: &mut [u32; GROUPS_PER_PLANE as usize]) {
     let mut alive = wanted;
     for (position, hash) in hashes.iter().enumerate() {
         let still = alive & plane.holders(hash.0);
@@ -320,12 +302,6 @@ mod tests {
         index.forget(a, &hashes);
         index.forget(b, &hashes[..1]);
         assert_eq!(index.matched(&hashes, &[a, b]), [0, 0]);
-        assert!(
-            index
-                .planes
-                .read()
-                .iter()
-                .all(|plane| plane.read().expected.is_empty())
-        );
+        assert!(index.planes.read().iter().all(|plane| plane.read().expected.is_empty()));
     }
 }

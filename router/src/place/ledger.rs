@@ -58,17 +58,10 @@ impl Ledger {
     /// age, and never less than the report plus what was sent since.
     pub fn busy(&self) -> Busy {
         let entry = self.entry.lock();
-        let reported_sequences = entry
-            .reported
-            .running
-            .saturating_add(entry.reported.waiting);
+        let reported_sequences = entry.reported.running.saturating_add(entry.reported.waiting);
         Busy {
-            queued_tokens: entry
-                .booked_tokens
-                .max(entry.reported.queued_prefill_tokens + entry.fresh_tokens),
-            sequences: entry
-                .booked_sequences
-                .max(reported_sequences.saturating_add(entry.fresh_sequences)),
+            queued_tokens: entry.booked_tokens.max(entry.reported.queued_prefill_tokens + entry.fresh_tokens),
+            sequences: entry.booked_sequences.max(reported_sequences.saturating_add(entry.fresh_sequences)),
         }
     }
 
@@ -110,21 +103,10 @@ pub struct Booking {
 
 impl Booking {
     /// Books `queued_tokens` (those that the group has to compute) and the blocks that it will then hold.
-    pub fn new(
-        link: Arc<Link>,
-        index: Arc<Index>,
-        queued_tokens: u64,
-        expected: Vec<BlockHash>,
-    ) -> Self {
+    pub fn new(link: Arc<Link>, index: Arc<Index>, queued_tokens: u64, expected: Vec<BlockHash>) -> Self {
         let report_number = link.ledger.book(queued_tokens);
         index.expect(link.slot, &expected);
-        Self {
-            link,
-            index,
-            queued_tokens,
-            report_number,
-            expected,
-        }
+        Self { link, index, queued_tokens, report_number, expected }
     }
 
     /// The group this is booked on.
@@ -135,9 +117,7 @@ impl Booking {
     /// The prompt is computed: the first token came.
     pub fn prefilled(&mut self) {
         if self.queued_tokens > 0 {
-            self.link
-                .ledger
-                .give_back_tokens(self.queued_tokens, self.report_number);
+            self.link.ledger.give_back_tokens(self.queued_tokens, self.report_number);
             self.queued_tokens = 0;
         }
     }
@@ -159,45 +139,17 @@ mod tests {
     fn what_was_booked_counts_at_once_and_is_not_counted_twice_after_a_report() {
         let ledger = Ledger::default();
         let number = ledger.book(1000);
-        assert_eq!(
-            ledger.busy(),
-            Busy {
-                queued_tokens: 1000,
-                sequences: 1
-            }
-        );
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
         // the report includes the booking
-        ledger.report(Load {
-            running: 3,
-            queued_prefill_tokens: 1500,
-            ..Load::default()
-        });
-        assert_eq!(
-            ledger.busy(),
-            Busy {
-                queued_tokens: 1500,
-                sequences: 3
-            }
-        );
+        ledger.report(Load { running: 3, queued_prefill_tokens: 1500, ..Load::default() });
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
         let later = ledger.book(200);
-        assert_eq!(
-            ledger.busy(),
-            Busy {
-                queued_tokens: 1700,
-                sequences: 4
-            }
-        );
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 1700, sequences: 4 });
         ledger.give_back_tokens(200, later);
         ledger.give_back_sequence(later);
         ledger.give_back_tokens(1000, number);
         ledger.give_back_sequence(number);
-        assert_eq!(
-            ledger.busy(),
-            Busy {
-                queued_tokens: 1500,
-                sequences: 3
-            }
-        );
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
         ledger.report(Load::default());
         assert_eq!(ledger.busy(), Busy::default());
     }
@@ -207,12 +159,6 @@ mod tests {
         let ledger = Ledger::default();
         let _ = ledger.book(1000);
         ledger.report(Load::default());
-        assert_eq!(
-            ledger.busy(),
-            Busy {
-                queued_tokens: 1000,
-                sequences: 1
-            }
-        );
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
     }
 }

@@ -148,13 +148,8 @@ impl Emitter {
     pub fn new(options: Arc<EmitOptions>) -> Self {
         let decode = match &options.tokenizer {
             None => Decode::IdsOnly,
-            Some(tokenizer) if options.tool_calls => {
-                Decode::ToolCalls(ToolCallParser::new(Arc::clone(tokenizer)))
-            }
-            Some(tokenizer) => Decode::Text(IncrementalDecoder::new(
-                Arc::clone(tokenizer),
-                options.skip_special,
-            )),
+            Some(tokenizer) if options.tool_calls => Decode::ToolCalls(ToolCallParser::new(Arc::clone(tokenizer))),
+            Some(tokenizer) => Decode::Text(IncrementalDecoder::new(Arc::clone(tokenizer), options.skip_special)),
         };
         Self {
             decode,
@@ -291,10 +286,7 @@ impl Emitter {
         }
         let stopped = self.stops.push(text, &mut delta.text);
         if stopped {
-            self.stop_reason = self
-                .stops
-                .found()
-                .map(|stop| StopReason::Text(stop.to_string()));
+            self.stop_reason = self.stops.found().map(|stop| StopReason::Text(stop.to_string()));
         }
         stopped
     }
@@ -310,28 +302,11 @@ impl Emitter {
                 Parsed::CallStart { index, name } => {
                     self.stops.flush(&mut delta.text);
                     self.called = true;
-                    let start = Some(CallStart {
-                        id: new_call_id(),
-                        name,
-                    });
-                    self.call(
-                        CallDelta {
-                            index: index as u32,
-                            start,
-                            arguments: String::new(),
-                        },
-                        delta,
-                    );
+                    let start = Some(CallStart { id: new_call_id(), name });
+                    self.call(CallDelta { index: index as u32, start, arguments: String::new() }, delta);
                 }
                 Parsed::Arguments { index, text } => {
-                    self.call(
-                        CallDelta {
-                            index: index as u32,
-                            start: None,
-                            arguments: text,
-                        },
-                        delta,
-                    );
+                    self.call(CallDelta { index: index as u32, start: None, arguments: text }, delta);
                 }
                 Parsed::CallEnd { .. } => self.close_call(delta),
             }
@@ -364,9 +339,7 @@ impl Emitter {
 /// Pieces of the same call that go out together are one piece.
 fn add_piece(calls: &mut Vec<CallDelta>, piece: CallDelta) {
     match calls.last_mut() {
-        Some(last) if last.index == piece.index && piece.start.is_none() => {
-            last.arguments.push_str(&piece.arguments)
-        }
+        Some(last) if last.index == piece.index && piece.start.is_none() => last.arguments.push_str(&piece.arguments),
         _ => calls.push(piece),
     }
 }

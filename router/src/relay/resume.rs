@@ -15,8 +15,8 @@ use std::{
 
 use bora_common::blocks::{BlockChain, BlockHash, ImageSpan};
 use bora_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, PromptLogprobs,
-    Sampling, Stopping, Tokens, generate_event::Event as Sent,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, PromptLogprobs, Sampling, Stopping,
+    Tokens, generate_event::Event as Sent,
 };
 use bytes::Bytes;
 use futures::Stream as _;
@@ -78,11 +78,7 @@ fn image_spans(images: &[Image]) -> Vec<ImageSpan> {
             let mut hash = [0; 16];
             let length = image.hash.len().min(16);
             hash[..length].copy_from_slice(&image.hash[..length]);
-            ImageSpan {
-                hash: u128::from_le_bytes(hash),
-                offset: image.offset as usize,
-                length: image.length as usize,
-            }
+            ImageSpan { hash: u128::from_le_bytes(hash), offset: image.offset as usize, length: image.length as usize }
         })
         .collect()
 }
@@ -222,10 +218,7 @@ impl Sequence {
     }
 
     /// The next event; `None` after the end.
-    pub fn poll_event(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Event, SequenceError>>> {
+    pub fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, SequenceError>>> {
         loop {
             let Phase::Streaming { events, .. } = &mut self.phase else {
                 match std::mem::replace(&mut self.phase, Phase::Done) {
@@ -243,11 +236,7 @@ impl Sequence {
             let outcome = match ready!(Pin::new(&mut **events).poll_next(cx)) {
                 Some(Ok(event)) => self.receive(event),
                 Some(Err(status)) => self.failed(Failure::from(&status)).map(|()| None),
-                None => self
-                    .failed(Failure::Lost(
-                        "its stream ended before the sequence did".into(),
-                    ))
-                    .map(|()| None),
+                None => self.failed(Failure::Lost("its stream ended before the sequence did".into())).map(|()| None),
             };
             match outcome {
                 Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
@@ -260,20 +249,13 @@ impl Sequence {
     /// Goes on with opening, or with looking for a group.
     fn poll_phase(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SequenceError>> {
         match std::mem::replace(&mut self.phase, Phase::Done) {
-            Phase::Opening {
-                booking,
-                mut opening,
-            } => match opening.as_mut().poll(cx) {
+            Phase::Opening { booking, mut opening } => match opening.as_mut().poll(cx) {
                 Poll::Pending => {
                     self.phase = Phase::Opening { booking, opening };
                     Poll::Pending
                 }
                 Poll::Ready(Ok(events)) => {
-                    self.phase = Phase::Streaming {
-                        booking,
-                        events: Box::new(events),
-                        answered: false,
-                    };
+                    self.phase = Phase::Streaming { booking, events: Box::new(events), answered: false };
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(status)) => {
@@ -282,17 +264,9 @@ impl Sequence {
                     Poll::Ready(self.go_on_elsewhere(Failure::from(&status)))
                 }
             },
-            Phase::Waiting {
-                mut look_again,
-                until,
-                failure,
-            } => {
+            Phase::Waiting { mut look_again, until, failure } => {
                 if look_again.as_mut().poll(cx).is_pending() {
-                    self.phase = Phase::Waiting {
-                        look_again,
-                        until,
-                        failure,
-                    };
+                    self.phase = Phase::Waiting { look_again, until, failure };
                     return Poll::Pending;
                 }
                 let last_look = Instant::now() >= until;
@@ -311,10 +285,7 @@ impl Sequence {
     }
 
     fn receive(&mut self, event: GenerateEvent) -> Result<Option<Event>, SequenceError> {
-        let Phase::Streaming {
-            booking, answered, ..
-        } = &mut self.phase
-        else {
+        let Phase::Streaming { booking, answered, .. } = &mut self.phase else {
             return Ok(None);
         };
         if !*answered {
@@ -324,9 +295,7 @@ impl Sequence {
         match event.event {
             Some(Sent::Started(started)) => {
                 let first = !std::mem::replace(&mut self.started, true);
-                Ok(first.then_some(Event::Started {
-                    cached_tokens: started.cached_tokens,
-                }))
+                Ok(first.then_some(Event::Started { cached_tokens: started.cached_tokens }))
             }
             Some(Sent::PromptLogprobs(mut part)) => {
                 // a second group begins them anew
@@ -347,9 +316,7 @@ impl Sequence {
             }
             Some(Sent::Finished(finished)) => {
                 if finished.reason() == FinishReason::Aborted {
-                    return self
-                        .failed(Failure::Refused("it aborted the sequence".into()))
-                        .map(|()| None);
+                    return self.failed(Failure::Refused("it aborted the sequence".into())).map(|()| None);
                 }
                 self.phase = Phase::Done;
                 Ok(Some(Event::Finished(finished)))
@@ -383,22 +350,13 @@ impl Sequence {
     }
 
     fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), SequenceError> {
-        if matches!(
-            failure,
-            Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)
-        ) {
-            return Err(SequenceError::Failed {
-                failure,
-                attempts: self.attempts,
-            });
+        if matches!(failure, Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)) {
+            return Err(SequenceError::Failed { failure, attempts: self.attempts });
         }
-        if self.attempts >= self.relay.options.max_attempts || Instant::now() >= self.task.deadline
-        {
+        if self.attempts >= self.relay.options.max_attempts || Instant::now() >= self.task.deadline {
             return Err(self.given_up(failure));
         }
-        self.relay
-            .metrics
-            .sequence_moved(!self.generated.is_empty());
+        self.relay.metrics.sequence_moved(!self.generated.is_empty());
         if let Some(finished) = self.already_finished() {
             self.phase = finished;
             return Ok(());
@@ -415,10 +373,7 @@ impl Sequence {
     }
 
     fn given_up(&self, failure: Failure) -> SequenceError {
-        SequenceError::Failed {
-            failure,
-            attempts: self.attempts,
-        }
+        SequenceError::Failed { failure, attempts: self.attempts }
     }
 
     /// The group died between the last id and the word that it was the last.
@@ -444,21 +399,13 @@ impl Sequence {
 
     fn wait(&mut self, until: Instant, failure: Failure) {
         let look_again = Box::pin(tokio::time::sleep(LOOK_AGAIN));
-        self.phase = Phase::Waiting {
-            look_again,
-            until: until.min(self.task.deadline),
-            failure,
-        };
+        self.phase = Phase::Waiting { look_again, until: until.min(self.task.deadline), failure };
     }
 
     fn find_group(&self, avoid_tried: bool) -> Result<Placement, NoGroup> {
         let view = self.relay.fleet.view();
         let model = view.model(&self.task.model).ok_or(NoGroup::NoneReady)?;
-        let avoid: Vec<Slot> = if avoid_tried {
-            self.tried.iter().map(|link| link.slot).collect()
-        } else {
-            Vec::new()
-        };
+        let avoid: Vec<Slot> = if avoid_tried { self.tried.iter().map(|link| link.slot).collect() } else { Vec::new() };
         let wanted = Wanted {
             hashes: &self.task.hashes,
             tokens: self.task.token_ids.len() + self.generated.len(),
@@ -469,11 +416,7 @@ impl Sequence {
     }
 
     fn open(&mut self, placement: Placement) {
-        let Placement {
-            group,
-            booking,
-            explanation,
-        } = placement;
+        let Placement { group, booking, explanation } = placement;
         self.attempts += 1;
         self.served_by.push(group.record.group.clone());
         self.tried.push(Arc::clone(&group.link));
@@ -481,16 +424,9 @@ impl Sequence {
             self.explanation = explanation;
         }
         let time_left = self.task.deadline.saturating_duration_since(Instant::now());
-        let opening = stream::open(
-            group.link.channels.client(),
-            self.message(),
-            time_left,
-            self.task.traceparent.clone(),
-        );
-        self.phase = Phase::Opening {
-            booking,
-            opening: Box::pin(opening),
-        };
+        let opening =
+            stream::open(group.link.channels.client(), self.message(), time_left, self.task.traceparent.clone());
+        self.phase = Phase::Opening { booking, opening: Box::pin(opening) };
     }
 
     fn message(&self) -> GenerateRequest {
@@ -508,10 +444,7 @@ impl Sequence {
             token_ids,
             generated_len: self.generated.len() as u32,
             images: self.task.images.clone(),
-            sampling: Some(Sampling {
-                seed: self.seed,
-                ..self.task.sampling.clone()
-            }),
+            sampling: Some(Sampling { seed: self.seed, ..self.task.sampling.clone() }),
             stopping: Some(self.task.stopping.clone()),
             logprobs,
             cache_salt: self.task.cache_salt.to_vec(),

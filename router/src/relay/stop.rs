@@ -13,12 +13,7 @@ pub struct StopMatcher {
 impl StopMatcher {
     /// `keep_stop`: the stop string itself is part of the output.
     pub fn new(stops: Vec<String>, keep_stop: bool) -> Self {
-        Self {
-            stops,
-            keep_stop,
-            held: String::new(),
-            found: None,
-        }
+        Self { stops, keep_stop, held: String::new(), found: None }
     }
 
     /// Adds text; what is safe to show goes to `out`. Returns true when a stop string was found: then
@@ -33,11 +28,7 @@ impl StopMatcher {
             .stops
             .iter()
             .enumerate()
-            .filter_map(|(number, stop)| {
-                self.held
-                    .find(stop.as_str())
-                    .map(|at| (at, at + stop.len(), number))
-            })
+            .filter_map(|(number, stop)| self.held.find(stop.as_str()).map(|at| (at, at + stop.len(), number)))
             .min();
         if let Some((start, end, number)) = found {
             self.found = Some(number);
@@ -89,8 +80,7 @@ mod tests {
     use super::*;
 
     fn run(stops: &[&str], keep: bool, pieces: &[&str]) -> (Vec<String>, bool) {
-        let mut matcher =
-            StopMatcher::new(stops.iter().map(|stop| stop.to_string()).collect(), keep);
+        let mut matcher = StopMatcher::new(stops.iter().map(|stop| stop.to_string()).collect(), keep);
         let mut shown = Vec::new();
         for piece in pieces {
             let mut out = String::new();
@@ -112,36 +102,21 @@ mod tests {
 
     #[test]
     fn a_stop_string_over_three_pieces_is_never_shown() {
-        assert_eq!(
-            run(&["END"], false, &["abE", "N", "Dxyz"]),
-            (shown(&["ab", "", ""]), true)
-        );
-        assert_eq!(
-            run(&["END"], true, &["abE", "N", "Dxyz"]),
-            (shown(&["ab", "", "END"]), true)
-        );
+        assert_eq!(run(&["END"], false, &["abE", "N", "Dxyz"]), (shown(&["ab", "", ""]), true));
+        assert_eq!(run(&["END"], true, &["abE", "N", "Dxyz"]), (shown(&["ab", "", "END"]), true));
     }
 
     #[test]
     fn what_only_looked_like_one_is_shown_as_soon_as_it_is_clear() {
-        assert_eq!(
-            run(&["END"], false, &["E", "N", "x"]),
-            (shown(&["", "", "ENx", ""]), false)
-        );
-        assert_eq!(
-            run(&["aab"], false, &["aa", "a", "b"]),
-            (shown(&["", "a", ""]), true)
-        );
+        assert_eq!(run(&["END"], false, &["E", "N", "x"]), (shown(&["", "", "ENx", ""]), false));
+        assert_eq!(run(&["aab"], false, &["aa", "a", "b"]), (shown(&["", "a", ""]), true));
         assert_eq!(run(&["END"], false, &["xEN"]), (shown(&["x", "EN"]), false));
     }
 
     #[test]
     fn the_earliest_of_several_wins_and_characters_stay_whole() {
         assert_eq!(run(&["yz", "xy"], false, &["wxyz"]), (shown(&["w"]), true));
-        assert_eq!(
-            run(&["éè"], false, &["aé", "b"]),
-            (shown(&["a", "éb", ""]), false)
-        );
+        assert_eq!(run(&["éè"], false, &["aé", "b"]), (shown(&["a", "éb", ""]), false));
         assert_eq!(run(&["éè"], false, &["aé", "è"]), (shown(&["a", ""]), true));
     }
 
@@ -154,16 +129,11 @@ mod tests {
             let (pieces, stopped) = run(&stops, false, &[text]);
             (pieces.concat(), stopped)
         };
-        let boundaries: Vec<usize> = (0..=text.len())
-            .filter(|at| text.is_char_boundary(*at))
-            .collect();
+        let boundaries: Vec<usize> = (0..=text.len()).filter(|at| text.is_char_boundary(*at)).collect();
         for first in &boundaries {
             for second in boundaries.iter().filter(|second| *second >= first) {
-                let (pieces, stopped) = run(
-                    &stops,
-                    false,
-                    &[&text[..*first], &text[*first..*second], &text[*second..]],
-                );
+                let (pieces, stopped) =
+                    run(&stops, false, &[&text[..*first], &text[*first..*second], &text[*second..]]);
                 assert_eq!((pieces.concat(), stopped), whole, "{first} {second}");
             }
         }

@@ -38,15 +38,9 @@ impl Channels {
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
         let clients = (0..options.connections_per_group)
-            .map(|_| {
-                InferenceClient::new(endpoint.connect_lazy())
-                    .max_decoding_message_size(MAX_EVENT_BYTES)
-            })
+            .map(|_| InferenceClient::new(endpoint.connect_lazy()).max_decoding_message_size(MAX_EVENT_BYTES))
             .collect();
-        Ok(Self {
-            clients,
-            next: AtomicUsize::new(0),
-        })
+        Ok(Self { clients, next: AtomicUsize::new(0) })
     }
 
     /// A client on one of the connections, in turn.
@@ -87,9 +81,7 @@ impl From<&Status> for Failure {
         match status.code() {
             Code::ResourceExhausted if !of_the_connection => Failure::Full(message),
             Code::DeadlineExceeded => Failure::TimedOut,
-            Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition => {
-                Failure::Invalid(message)
-            }
+            Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition => Failure::Invalid(message),
             _ if of_the_connection => Failure::Lost(message),
             Code::Unavailable | Code::Aborted | Code::Cancelled => Failure::Refused(message),
             // a handler that vanished without a status
@@ -121,22 +113,10 @@ mod tests {
     #[test]
     fn what_came_over_the_wire_and_what_broke_it_are_told_apart() {
         let failure = |status: Status| Failure::from(&status);
-        assert_eq!(
-            failure(Status::resource_exhausted("queue")),
-            Failure::Full("queue".into())
-        );
-        assert_eq!(
-            failure(Status::unavailable("draining")),
-            Failure::Refused("draining".into())
-        );
-        assert_eq!(
-            failure(Status::internal("nan")),
-            Failure::Sequence("nan".into())
-        );
-        assert_eq!(
-            failure(Status::invalid_argument("bad")),
-            Failure::Invalid("bad".into())
-        );
+        assert_eq!(failure(Status::resource_exhausted("queue")), Failure::Full("queue".into()));
+        assert_eq!(failure(Status::unavailable("draining")), Failure::Refused("draining".into()));
+        assert_eq!(failure(Status::internal("nan")), Failure::Sequence("nan".into()));
+        assert_eq!(failure(Status::invalid_argument("bad")), Failure::Invalid("bad".into()));
         let io = std::io::Error::new(std::io::ErrorKind::ConnectionReset, "reset");
         let mut broken = Status::unavailable("tcp");
         broken.set_source(std::sync::Arc::new(io));

@@ -17,48 +17,33 @@ fn chat(stream: bool) -> Value {
 }
 
 /// What a group without faults goes on with: the ids of the text after those already generated.
-fn go_on(
-    text: &'static str,
-) -> impl Fn(&bora_proto::v1::GenerateRequest) -> Result<Vec<Act>, Status> {
+fn go_on(text: &'static str) -> impl Fn(&bora_proto::v1::GenerateRequest) -> Result<Vec<Act>, Status> {
     move |request| {
         let ids = [tokenizer().encode(text), vec![EOS]].concat();
         let done = request.generated_len as usize;
         let prompt = request.token_ids.len() - done;
-        assert_eq!(
-            request.token_ids[prompt..],
-            ids[..done],
-            "the ids of the group before come back"
-        );
+        assert_eq!(request.token_ids[prompt..], ids[..done], "the ids of the group before come back");
         Ok(say_ids(&ids[done..], FinishReason::Stop))
     }
 }
 
 /// Both groups get requests: the faulty one is put where the first request goes by making the other busy.
 async fn prefer(harness: &Harness, busy: usize) {
-    harness.groups[busy].tell(Told::Load(Load {
-        queued_prefill_tokens: 1_000_000,
-        ..Load::default()
-    }));
+    harness.groups[busy].tell(Told::Load(Load { queued_prefill_tokens: 1_000_000, ..Load::default() }));
     harness
         .until("the load is known", |harness| {
             let view = harness.router.service().fleet().view();
-            view.groups()
-                .any(|group| group.link.ledger.reported().queued_prefill_tokens == 1_000_000)
+            view.groups().any(|group| group.link.ledger.reported().queued_prefill_tokens == 1_000_000)
         })
         .await;
 }
 
 #[tokio::test]
 async fn a_refusal_before_the_first_token_is_retried_elsewhere() {
-    for status in [
-        Status::resource_exhausted("full"),
-        Status::unavailable("draining"),
-    ] {
+    for status in [Status::resource_exhausted("full"), Status::unavailable("draining")] {
         let refusal = status.clone();
-        let groups = vec![
-            Group::start("bad", move |_| Err(refusal.clone())),
-            Group::start("good", |_| Ok(say("fine"))),
-        ];
+        let groups =
+            vec![Group::start("bad", move |_| Err(refusal.clone())), Group::start("good", |_| Ok(say("fine")))];
         let harness = Harness::start(groups).await;
         prefer(&harness, 1).await;
         let answer = harness.post(CHAT, chat(false)).await;
@@ -67,10 +52,7 @@ async fn a_refusal_before_the_first_token_is_retried_elsewhere() {
         assert_eq!(answer.headers["x-bora-group"], "bad,good");
         assert_eq!(harness.groups[0].seen().len(), 1);
         let view = harness.router.service().fleet().view();
-        assert!(
-            view.groups().all(|group| group.link.breaker.allows()),
-            "a refusal opens no breaker"
-        );
+        assert!(view.groups().all(|group| group.link.breaker.allows()), "a refusal opens no breaker");
     }
 }
 
@@ -80,17 +62,10 @@ async fn a_full_fleet_is_a_429_with_a_time_and_a_stream_gets_the_status_too() {
     let harness = Harness::start(vec![Group::start("a", full), Group::start("b", full)]).await;
     for stream in [false, true] {
         let answer = harness.post(CHAT, chat(stream)).await;
-        assert_eq!(
-            (answer.status, answer.json()["error"]["type"].clone()),
-            (429, json!("rate_limit_error"))
-        );
+        assert_eq!((answer.status, answer.json()["error"]["type"].clone()), (429, json!("rate_limit_error")));
         assert!(answer.headers.contains_key("retry-after"));
     }
-    assert_eq!(
-        harness.groups[0].seen().len() + harness.groups[1].seen().len(),
-        4,
-        "each group once a request"
-    );
+    assert_eq!(harness.groups[0].seen().len() + harness.groups[1].seen().len(), 4, "each group once a request");
 }
 
 #[tokio::test]
@@ -104,14 +79,15 @@ async fn a_group_that_dies_in_mid_stream_is_replaced_and_nothing_is_lost_or_doub
         acts.push(Act::Die);
         Ok(acts)
     };
-    let harness = Harness::start(vec![
-        Group::start("dies", dies),
-        Group::start("lives", go_on(text)),
-    ])
-    .await;
+    let harness = Harness::start(vec![Group::start("dies", dies), Group::start("lives", go_on(text))]).await;
     prefer(&harness, 1).await;
-    let answer = harness.post(CHAT, json!({"model": MODEL, "stream": true, "return_token_ids": true,
-        "stream_options": {"include_usage": true}, "messages": [{"role": "user", "content": "Hi"}]})).await;
+    let answer = harness
+        .post(
+            CHAT,
+            json!({"model": MODEL, "stream": true, "return_token_ids": true,
+        "stream_options": {"include_usage": true}, "messages": [{"role": "user", "content": "Hi"}]}),
+        )
+        .await;
     assert!(answer.is_done(), "{}", answer.text);
     assert_eq!(answer.content(0), text);
     let ids: Vec<u64> = answer
@@ -122,35 +98,19 @@ async fn a_group_that_dies_in_mid_stream_is_replaced_and_nothing_is_lost_or_doub
         .filter_map(Value::as_u64)
         .collect();
     assert_eq!(ids.len(), tokenizer().encode(text).len() + 1);
-    let usage = answer
-        .chunks()
-        .last()
-        .map(|chunk| chunk["usage"]["completion_tokens"].clone());
+    let usage = answer.chunks().last().map(|chunk| chunk["usage"]["completion_tokens"].clone());
     assert_eq!(usage, Some(json!(ids.len())));
     let resumed = &harness.groups[1].seen()[0];
     assert_eq!(resumed.generated_len, 5);
-    assert_eq!(
-        resumed.sampling,
-        harness.groups[0].seen()[0].sampling,
-        "seed included"
-    );
+    assert_eq!(resumed.sampling, harness.groups[0].seen()[0].sampling, "seed included");
     let metrics = harness.get("/metrics").await.text;
-    assert!(
-        metrics.contains("moved_sequences_total{when=\"mid_stream\"} 1"),
-        "{metrics}"
-    );
+    assert!(metrics.contains("moved_sequences_total{when=\"mid_stream\"} 1"), "{metrics}");
 }
 
 #[tokio::test]
 async fn tool_calls_and_stop_strings_survive_the_move() {
-    let ids = [
-        vec![9],
-        tokenizer().encode("read_file"),
-        vec![32],
-        tokenizer().encode("{\"path\": \"a\"}"),
-        vec![EOS],
-    ]
-    .concat();
+    let ids = [vec![9], tokenizer().encode("read_file"), vec![32], tokenizer().encode("{\"path\": \"a\"}"), vec![EOS]]
+        .concat();
     let all = ids.clone();
     let cut = ids.len() - 4;
     let breaks = move |_: &bora_proto::v1::GenerateRequest| {
@@ -161,37 +121,22 @@ async fn tool_calls_and_stop_strings_survive_the_move() {
         ])
     };
     let goes_on = move |request: &bora_proto::v1::GenerateRequest| {
-        Ok(say_ids(
-            &all[request.generated_len as usize..],
-            FinishReason::Stop,
-        ))
+        Ok(say_ids(&all[request.generated_len as usize..], FinishReason::Stop))
     };
-    let harness = Harness::start(vec![
-        Group::start("breaks", breaks),
-        Group::start("lives", goes_on),
-    ])
-    .await;
+    let harness = Harness::start(vec![Group::start("breaks", breaks), Group::start("lives", goes_on)]).await;
     prefer(&harness, 1).await;
     let tools = json!([{"type": "function", "function": {"name": "read_file", "parameters": {}}}]);
-    let body =
-        json!({"model": MODEL, "tools": tools, "messages": [{"role": "user", "content": "Hi"}]});
+    let body = json!({"model": MODEL, "tools": tools, "messages": [{"role": "user", "content": "Hi"}]});
     let answer = harness.post(CHAT, body).await.json();
     let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
-    assert_eq!(
-        call,
-        &json!({"name": "read_file", "arguments": "{\"path\": \"a\"}"})
-    );
+    assert_eq!(call, &json!({"name": "read_file", "arguments": "{\"path\": \"a\"}"}));
 }
 
 #[tokio::test]
 async fn a_death_after_the_last_token_is_an_end() {
     let ids = [tokenizer().encode("done"), vec![EOS]].concat();
     let dies = move |_: &bora_proto::v1::GenerateRequest| {
-        Ok(vec![
-            Act::Start { cached: 0 },
-            Act::Ids(ids.clone()),
-            Act::Fail(Status::unavailable("gone")),
-        ])
+        Ok(vec![Act::Start { cached: 0 }, Act::Ids(ids.clone()), Act::Fail(Status::unavailable("gone"))])
     };
     let harness = Harness::scripted(dies).await;
     let answer = harness.post(CHAT, chat(false)).await.json();
@@ -202,37 +147,22 @@ async fn a_death_after_the_last_token_is_an_end() {
 #[tokio::test]
 async fn a_stream_that_nobody_can_take_over_ends_with_an_error_and_no_done() {
     let dies = |_: &bora_proto::v1::GenerateRequest| {
-        Ok(vec![
-            Act::Start { cached: 0 },
-            Act::Ids(vec![1500]),
-            Act::Pause(Duration::from_millis(50)),
-            Act::Die,
-        ])
+        Ok(vec![Act::Start { cached: 0 }, Act::Ids(vec![1500]), Act::Pause(Duration::from_millis(50)), Act::Die])
     };
     let harness = Harness::scripted(dies).await;
     let answer = harness.post(CHAT, chat(true)).await;
     assert_eq!(answer.status, 200);
     assert!(!answer.text.contains("[DONE]"), "{}", answer.text);
     let last = answer.chunks().last().cloned().expect("chunks");
-    assert_eq!(
-        (&last["error"]["type"], &last["error"]["code"]),
-        (&json!("server_error"), &json!("unavailable"))
-    );
+    assert_eq!((&last["error"]["type"], &last["error"]["code"]), (&json!("server_error"), &json!("unavailable")));
 }
 
 #[tokio::test]
 async fn a_request_that_kills_groups_is_given_three() {
     let kills = |_: &bora_proto::v1::GenerateRequest| {
-        Ok(vec![
-            Act::Start { cached: 0 },
-            Act::Ids(vec![1500]),
-            Act::Pause(Duration::from_millis(30)),
-            Act::Die,
-        ])
+        Ok(vec![Act::Start { cached: 0 }, Act::Ids(vec![1500]), Act::Pause(Duration::from_millis(30)), Act::Die])
     };
-    let groups = ["a", "b", "c", "d", "e"]
-        .map(|name| Group::start(name, kills))
-        .into();
+    let groups = ["a", "b", "c", "d", "e"].map(|name| Group::start(name, kills)).into();
     let harness = Harness::start(groups).await;
     let answer = harness.post(CHAT, chat(false)).await;
     assert_eq!(answer.status, 503, "{}", answer.text);
@@ -243,146 +173,70 @@ async fn a_request_that_kills_groups_is_given_three() {
 #[tokio::test]
 async fn a_failure_of_the_sequence_alone_is_not_retried() {
     let fails = |_: &bora_proto::v1::GenerateRequest| {
-        Ok(vec![
-            Act::Start { cached: 0 },
-            Act::Fail(Status::internal("logits are not numbers")),
-        ])
+        Ok(vec![Act::Start { cached: 0 }, Act::Fail(Status::internal("logits are not numbers"))])
     };
     let harness = Harness::start(vec![Group::start("a", fails), Group::start("b", fails)]).await;
     let answer = harness.post(CHAT, chat(false)).await;
     assert_eq!(answer.status, 500);
-    assert_eq!(
-        harness
-            .groups
-            .iter()
-            .map(|group| group.seen().len())
-            .sum::<usize>(),
-        1
-    );
-    let refuses = |_: &bora_proto::v1::GenerateRequest| {
-        Err(Status::invalid_argument("token id out of range"))
-    };
+    assert_eq!(harness.groups.iter().map(|group| group.seen().len()).sum::<usize>(), 1);
+    let refuses = |_: &bora_proto::v1::GenerateRequest| Err(Status::invalid_argument("token id out of range"));
     let harness = Harness::scripted(refuses).await;
     assert_eq!(harness.post(CHAT, chat(false)).await.status, 400);
 }
 
 #[tokio::test]
 async fn a_client_that_leaves_ends_its_sequences_and_gives_back_what_was_booked() {
-    let hangs = |_: &bora_proto::v1::GenerateRequest| {
-        Ok(vec![
-            Act::Start { cached: 0 },
-            Act::Ids(vec![1500]),
-            Act::Hang,
-        ])
-    };
+    let hangs =
+        |_: &bora_proto::v1::GenerateRequest| Ok(vec![Act::Start { cached: 0 }, Act::Ids(vec![1500]), Act::Hang]);
     let harness = Harness::scripted(hangs).await;
     // streamed: the body is dropped
     let mut body = json!({"model": MODEL, "stream": true, "n": 3, "messages": [{"role": "user", "content": "Hi"}]});
     let mut response = harness.send("POST", CHAT, &[], body.to_string()).await;
-    let first = response
-        .body_mut()
-        .frame()
-        .await
-        .expect("a frame")
-        .expect("data");
-    assert!(
-        first
-            .into_data()
-            .is_ok_and(|data| data.starts_with(b"data: "))
-    );
-    harness
-        .until("three sequences run", |harness| {
-            harness.groups[0].running() == 3
-        })
-        .await;
+    let first = response.body_mut().frame().await.expect("a frame").expect("data");
+    assert!(first.into_data().is_ok_and(|data| data.starts_with(b"data: ")));
+    harness.until("three sequences run", |harness| harness.groups[0].running() == 3).await;
     drop(response);
-    harness
-        .until("they were aborted", |harness| {
-            harness.groups[0].cancelled() == 3
-        })
-        .await;
+    harness.until("they were aborted", |harness| harness.groups[0].cancelled() == 3).await;
     // plain: the handler is dropped
     body["stream"] = json!(false);
     let text = body.to_string();
     let plain = harness.send("POST", CHAT, &[], text);
-    assert!(
-        tokio::time::timeout(Duration::from_millis(300), plain)
-            .await
-            .is_err()
-    );
-    harness
-        .until("they were aborted", |harness| {
-            harness.groups[0].cancelled() == 6
-        })
-        .await;
+    assert!(tokio::time::timeout(Duration::from_millis(300), plain).await.is_err());
+    harness.until("they were aborted", |harness| harness.groups[0].cancelled() == 6).await;
     let view = harness.router.service().fleet().view();
     let group = view.groups().next().expect("there").clone();
-    assert_eq!(
-        group.link.ledger.busy(),
-        bora_router::place::ledger::Busy::default()
-    );
+    assert_eq!(group.link.ledger.busy(), bora_router::place::ledger::Busy::default());
     let metrics = harness.get("/metrics").await.text;
-    assert!(
-        metrics.contains("requests_total{endpoint=\"chat\",status=\"499\"} 2"),
-        "{metrics}"
-    );
+    assert!(metrics.contains("requests_total{endpoint=\"chat\",status=\"499\"} 2"), "{metrics}");
 }
 
 #[tokio::test]
 async fn silence_is_filled_and_a_deadline_ends_it() {
     let hangs = |_: &bora_proto::v1::GenerateRequest| Ok(vec![Act::Start { cached: 0 }, Act::Hang]);
-    let options = RouterOptions {
-        heartbeat_seconds: 0.1,
-        request_timeout_seconds: 0.55,
-        ..options()
-    };
-    let harness = Harness::with(
-        options,
-        bora_router::ModelSpec::new(tokenizer()),
-        vec![Group::start("only", hangs)],
-    )
-    .await;
+    let options = RouterOptions { heartbeat_seconds: 0.1, request_timeout_seconds: 0.55, ..options() };
+    let harness =
+        Harness::with(options, bora_router::ModelSpec::new(tokenizer()), vec![Group::start("only", hangs)]).await;
     let answer = harness.post(CHAT, chat(true)).await;
     let comments = answer.text.matches(": keep-alive\n\n").count();
     assert!((3..=5).contains(&comments), "{comments}: {}", answer.text);
-    assert!(
-        answer.text.contains("\"timeout\"") && !answer.text.contains("[DONE]"),
-        "{}",
-        answer.text
-    );
+    assert!(answer.text.contains("\"timeout\"") && !answer.text.contains("[DONE]"), "{}", answer.text);
     assert_eq!(harness.post(CHAT, chat(false)).await.status, 504);
-    harness
-        .until("both were aborted", |harness| {
-            harness.groups[0].running() == 0
-        })
-        .await;
+    harness.until("both were aborted", |harness| harness.groups[0].running() == 0).await;
 }
 
 #[tokio::test]
 async fn a_known_prefix_draws_its_next_turn_and_load_drives_it_away() {
-    let harness = Harness::start(vec![
-        Group::start("a", |_| Ok(say("x"))),
-        Group::start("b", |_| Ok(say("x"))),
-    ])
-    .await;
+    let harness = Harness::start(vec![Group::start("a", |_| Ok(say("x"))), Group::start("b", |_| Ok(say("x")))]).await;
     let prompt: Vec<u32> = (0..1000).map(|at| 1000 + at % 7000).collect();
     harness.groups[1].tell_stored(&prompt);
     harness
-        .until("the blocks are known", |harness| {
-            harness.router.service().fleet().index.len() == prompt.len() / 64
-        })
+        .until("the blocks are known", |harness| harness.router.service().fleet().index.len() == prompt.len() / 64)
         .await;
     let body = json!({"model": MODEL, "prompt": prompt, "max_tokens": 1});
     for _ in 0..10 {
-        assert_eq!(
-            harness.post("/v1/completions", body.clone()).await.headers["x-bora-group"],
-            "b"
-        );
+        assert_eq!(harness.post("/v1/completions", body.clone()).await.headers["x-bora-group"], "b");
     }
-    harness.groups[1].tell(Told::Load(Load {
-        queued_prefill_tokens: 100_000,
-        ..Load::default()
-    }));
+    harness.groups[1].tell(Told::Load(Load { queued_prefill_tokens: 100_000, ..Load::default() }));
     harness
         .until("the load is known", |harness| {
             harness
@@ -394,10 +248,7 @@ async fn a_known_prefix_draws_its_next_turn_and_load_drives_it_away() {
                 .any(|group| group.link.ledger.busy().queued_tokens == 100_000)
         })
         .await;
-    assert_eq!(
-        harness.post("/v1/completions", body).await.headers["x-bora-group"],
-        "a"
-    );
+    assert_eq!(harness.post("/v1/completions", body).await.headers["x-bora-group"], "a");
 }
 
 #[tokio::test]
@@ -410,56 +261,28 @@ async fn a_burst_of_siblings_is_spread_and_balanced() {
             Act::Finish(FinishReason::Stop),
         ])
     };
-    let harness = Harness::start(
-        ["a", "b", "c", "d"]
-            .map(|name| Group::start(name, slow))
-            .into(),
-    )
-    .await;
+    let harness = Harness::start(["a", "b", "c", "d"].map(|name| Group::start(name, slow)).into()).await;
     let requests = (0..40u32).map(|number| {
-        let prompt: Vec<u32> = (0..200)
-            .map(|at| 1000 + (number * 131 + at * 7) % 8000)
-            .collect();
+        let prompt: Vec<u32> = (0..200).map(|at| 1000 + (number * 131 + at * 7) % 8000).collect();
         let body = json!({"model": MODEL, "prompt": prompt, "max_tokens": 2});
         let harness = &harness;
         async move { harness.post("/v1/completions", body).await.status }
     });
     let statuses = futures::future::join_all(requests).await;
     assert!(statuses.iter().all(|status| *status == 200));
-    let counts: Vec<usize> = harness
-        .groups
-        .iter()
-        .map(|group| group.seen().len())
-        .collect();
-    assert!(
-        counts.iter().all(|count| (8..=12).contains(count)),
-        "{counts:?}"
-    );
+    let counts: Vec<usize> = harness.groups.iter().map(|group| group.seen().len()).collect();
+    assert!(counts.iter().all(|count| (8..=12).contains(count)), "{counts:?}");
 }
 
 #[tokio::test]
 async fn a_group_that_drains_gets_nothing_new_and_debug_tells_why() {
-    let options = RouterOptions {
-        debug: true,
-        ..options()
-    };
-    let groups = vec![
-        Group::start("a", |_| Ok(say("x"))),
-        Group::start("b", |_| Ok(say("x"))),
-    ];
+    let options = RouterOptions { debug: true, ..options() };
+    let groups = vec![Group::start("a", |_| Ok(say("x"))), Group::start("b", |_| Ok(say("x")))];
     let harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
     harness.groups[0].tell(Told::State(State::Draining as i32));
     harness
         .until("one group is left", |harness| {
-            harness
-                .router
-                .service()
-                .fleet()
-                .view()
-                .groups()
-                .filter(|group| group.is_ready())
-                .count()
-                == 1
+            harness.router.service().fleet().view().groups().filter(|group| group.is_ready()).count() == 1
         })
         .await;
     for _ in 0..8 {
@@ -474,19 +297,12 @@ async fn a_group_that_drains_gets_nothing_new_and_debug_tells_why() {
 async fn a_registry_that_forgets_a_group_does_not_take_it_away_while_it_answers() {
     use bora_common::registry::GroupChange;
     let harness = Harness::saying("x").await;
-    let gone = GroupChange::Gone {
-        model: MODEL.into(),
-        group: "only".into(),
-    };
+    let gone = GroupChange::Gone { model: MODEL.into(), group: "only".into() };
     harness.changes.send(gone).await.expect("followed");
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(harness.post(CHAT, chat(false)).await.status, 200);
     harness.groups[0].kill();
-    harness
-        .until("it is gone", |harness| {
-            harness.router.service().fleet().view().groups().count() == 0
-        })
-        .await;
+    harness.until("it is gone", |harness| harness.router.service().fleet().view().groups().count() == 0).await;
     assert!(harness.router.service().fleet().index.is_empty());
     assert_eq!(harness.get("/ready").await.status, 503);
 }
@@ -502,40 +318,23 @@ async fn over_real_sockets_connections_finish_before_the_server_stops() {
             Act::Finish(FinishReason::Stop),
         ])
     };
-    let Harness {
-        router,
-        changes: _changes,
-        groups: _groups,
-    } = Harness::scripted(slow).await;
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
-        .await
-        .expect("a port");
+    let Harness { router, changes: _changes, groups: _groups } = Harness::scripted(slow).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(router.serve(listener, async move {
         let _ = stopped.await;
     }));
     let body = chat(true).to_string();
-    let mut client = tokio::net::TcpStream::connect(address)
-        .await
-        .expect("connected");
-    let head = format!(
-        "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
-        body.len()
-    );
+    let mut client = tokio::net::TcpStream::connect(address).await.expect("connected");
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
     client.write_all(head.as_bytes()).await.expect("sent");
     let mut first = [0; 4096];
     let count = client.read(&mut first).await.expect("headers");
-    assert!(
-        first[..count].starts_with(b"HTTP/1.1 200 OK"),
-        "headers come at once"
-    );
+    assert!(first[..count].starts_with(b"HTTP/1.1 200 OK"), "headers come at once");
     stop.send(()).expect("running");
     let mut rest = String::new();
-    client
-        .read_to_string(&mut rest)
-        .await
-        .expect("the stream goes on to its end and the connection closes");
+    client.read_to_string(&mut rest).await.expect("the stream goes on to its end and the connection closes");
     assert!(rest.contains("data: [DONE]"), "{rest}");
     assert!(server.await.expect("joined").is_ok());
     assert!(tokio::net::TcpStream::connect(address).await.is_err());
@@ -554,18 +353,10 @@ async fn a_panic_is_a_500_in_openais_shape() {
             }),
         )
         .layer(bora_router::server::catch_panics());
-    let request = axum::http::Request::builder()
-        .uri("/")
-        .body(Body::empty())
-        .expect("a request");
+    let request = axum::http::Request::builder().uri("/").body(Body::empty()).expect("a request");
     let response = routes.oneshot(request).await.expect("infallible");
     assert_eq!(response.status(), 500);
-    let bytes = response
-        .into_body()
-        .collect()
-        .await
-        .expect("a body")
-        .to_bytes();
+    let bytes = response.into_body().collect().await.expect("a body").to_bytes();
     let body: Value = serde_json::from_slice(&bytes).expect("JSON");
     assert_eq!(body["error"]["type"], "server_error");
 }
@@ -576,25 +367,12 @@ async fn a_gap_in_a_groups_events_starts_them_anew_with_nothing_believed() {
     let index = |harness: &Harness| harness.router.service().fleet().index.len();
     let prompt: Vec<u32> = (0..640).collect();
     harness.groups[0].tell_stored(&prompt);
-    harness
-        .until("the blocks are known", |harness| index(harness) == 10)
-        .await;
+    harness.until("the blocks are known", |harness| index(harness) == 10).await;
     harness.groups[0].tell_after_a_gap(Told::Load(Load::default()));
-    harness
-        .until("the group is asked again", |harness| {
-            harness.groups[0].watches() == 2
-        })
-        .await;
-    harness
-        .until("nothing is believed", |harness| index(harness) == 0)
-        .await;
+    harness.until("the group is asked again", |harness| harness.groups[0].watches() == 2).await;
+    harness.until("nothing is believed", |harness| index(harness) == 0).await;
     harness.groups[0].tell_stored(&prompt[..128]);
-    harness
-        .until("what is told now counts", |harness| index(harness) == 2)
-        .await;
+    harness.until("what is told now counts", |harness| index(harness) == 2).await;
     let view = harness.router.service().fleet().view();
-    assert!(
-        view.groups().all(|group| group.link.breaker.allows()),
-        "a gap is no failure"
-    );
+    assert!(view.groups().all(|group| group.link.breaker.allows()), "a gap is no failure");
 }

@@ -22,10 +22,7 @@ async fn serving(tokenizer_file: &str) -> Harness {
     let path = format!("{FIXTURES}/tokenizers/{tokenizer_file}");
     let tokenizer = Tokenizer::from_file(path).expect("a tokenizer");
     let group = Group::start("only", |_| Ok(say("never")));
-    let options = RouterOptions {
-        max_body_bytes: 64 << 20,
-        ..options()
-    };
+    let options = RouterOptions { max_body_bytes: 64 << 20, ..options() };
     Harness::with(options, ModelSpec::new(Arc::new(tokenizer)), vec![group]).await
 }
 
@@ -44,15 +41,8 @@ fn as_sent(request: &str) -> String {
         rest = &url[end..];
     }
     sent.push_str(rest);
-    for model in [
-        "mistralai/Devstral-Small-2-24B-Instruct-2512",
-        "devstral-small-2",
-    ] {
-        sent = sent.replacen(
-            &format!("\"model\": \"{model}\""),
-            &format!("\"model\": \"{MODEL}\""),
-            1,
-        );
+    for model in ["mistralai/Devstral-Small-2-24B-Instruct-2512", "devstral-small-2"] {
+        sent = sent.replacen(&format!("\"model\": \"{model}\""), &format!("\"model\": \"{MODEL}\""), 1);
     }
     sent
 }
@@ -60,10 +50,7 @@ fn as_sent(request: &str) -> String {
 /// `messages_spec` written out: items, some of them repeated.
 fn expanded(request: &str) -> String {
     let mut value: Value = serde_json::from_str(request).expect("JSON");
-    let Some(spec) = value
-        .as_object_mut()
-        .and_then(|object| object.remove("messages_spec"))
-    else {
+    let Some(spec) = value.as_object_mut().and_then(|object| object.remove("messages_spec")) else {
         return request.to_string();
     };
     let mut messages = Vec::new();
@@ -78,9 +65,7 @@ fn expanded(request: &str) -> String {
     }
     value["messages"] = Value::Array(messages);
     // as the goldens' file writes it
-    value
-        .to_string()
-        .replacen("\"model\":\"", "\"model\": \"", 1)
+    value.to_string().replacen("\"model\":\"", "\"model\": \"", 1)
 }
 
 #[derive(Deserialize)]
@@ -102,11 +87,7 @@ async fn every_conversation_gives_the_references_ids() {
     let mut checked = 0;
     for line in lines.lines() {
         let golden: Golden<'_> = serde_json::from_str(line).expect("a golden");
-        let harness = if golden.tokenizer == FULL {
-            &full
-        } else {
-            &small
-        };
+        let harness = if golden.tokenizer == FULL { &full } else { &small };
         let request = as_sent(&expanded(golden.request.get()));
         let answer = harness.request("POST", "/tokenize", &[], request).await;
         assert_eq!(answer.status, 200, "{}: {}", golden.name, answer.text);
@@ -116,16 +97,8 @@ async fn every_conversation_gives_the_references_ids() {
         if let Some(expected) = golden.token_ids {
             assert_eq!(ids, expected, "{} {}", golden.name, golden.tokenizer);
         }
-        assert!(
-            ids.starts_with(&golden.first_ids.unwrap_or_default()),
-            "{}",
-            golden.name
-        );
-        assert!(
-            ids.ends_with(&golden.last_ids.unwrap_or_default()),
-            "{}",
-            golden.name
-        );
+        assert!(ids.starts_with(&golden.first_ids.unwrap_or_default()), "{}", golden.name);
+        assert!(ids.ends_with(&golden.last_ids.unwrap_or_default()), "{}", golden.name);
         checked += 1;
     }
     assert!(checked > 60, "{checked}");
@@ -142,19 +115,11 @@ async fn what_the_reference_refuses_is_a_400_that_names_a_field() {
                 #[serde(borrow)]
                 request: &'a RawValue,
             }
-            serde_json::from_str::<Line<'_>>(line)
-                .expect("a golden")
-                .request
+            serde_json::from_str::<Line<'_>>(line).expect("a golden").request
         };
         for path in ["/tokenize", "/v1/chat/completions"] {
-            let answer = small
-                .request("POST", path, &[], as_sent(request.get()))
-                .await;
-            assert_eq!(
-                answer.status, 400,
-                "{} {path}: {}",
-                golden["name"], answer.text
-            );
+            let answer = small.request("POST", path, &[], as_sent(request.get())).await;
+            assert_eq!(answer.status, 400, "{} {path}: {}", golden["name"], answer.text);
             let error = &answer.json()["error"];
             assert!(error["param"].is_string(), "{}: {error}", golden["name"]);
         }
@@ -170,9 +135,7 @@ async fn every_text_gives_the_references_ids_and_comes_back() {
         let body = json!({"model": MODEL, "prompt": golden["text"], "add_special_tokens": false});
         let tokens = small.post("/tokenize", body).await.json()["tokens"].clone();
         assert_eq!(tokens, golden[SMALL], "{line}");
-        let back = small
-            .post("/detokenize", json!({"model": MODEL, "tokens": tokens}))
-            .await;
+        let back = small.post("/detokenize", json!({"model": MODEL, "tokens": tokens})).await;
         assert_eq!(back.json()["prompt"], golden["text"], "{line}");
     }
 }

@@ -44,234 +44,63 @@ fn rows() -> Vec<Row> {
         (COMPLETIONS, "{\"prompt\": \"unterminated".into(), 400, ""),
         (COMPLETIONS, "{\"temperature\": 1e999}".into(), 400, ""),
         // models
-        (
-            CHAT,
-            json!({"model": "none", "messages": [user]}).to_string(),
-            404,
-            "model",
-        ),
-        (
-            CHAT,
-            json!({"model": 7, "messages": [user]}).to_string(),
-            400,
-            "model",
-        ),
-        (
-            COMPLETIONS,
-            json!({"model": "none", "prompt": "x"}).to_string(),
-            404,
-            "model",
-        ),
-        (
-            TOKENIZE,
-            json!({"model": "none", "prompt": "x"}).to_string(),
-            404,
-            "model",
-        ),
-        (
-            DETOKENIZE,
-            json!({"model": "none", "tokens": [1]}).to_string(),
-            404,
-            "model",
-        ),
+        (CHAT, json!({"model": "none", "messages": [user]}).to_string(), 404, "model"),
+        (CHAT, json!({"model": 7, "messages": [user]}).to_string(), 400, "model"),
+        (COMPLETIONS, json!({"model": "none", "prompt": "x"}).to_string(), 404, "model"),
+        (TOKENIZE, json!({"model": "none", "prompt": "x"}).to_string(), 404, "model"),
+        (DETOKENIZE, json!({"model": "none", "tokens": [1]}).to_string(), 404, "model"),
         // prompts
         (CHAT, json!({"model": MODEL}).to_string(), 400, "messages"),
         (CHAT, messages(json!("text")), 400, "messages"),
         (CHAT, messages(json!([])), 400, "messages"),
         (CHAT, messages(json!([7])), 400, "messages[0]"),
-        (
-            CHAT,
-            messages(json!([{"role": "robot", "content": "x"}])),
-            400,
-            "messages[0].role",
-        ),
-        (
-            CHAT,
-            messages(json!([{"role": "user"}])),
-            400,
-            "messages[0].content",
-        ),
-        (
-            CHAT,
-            messages(json!([user, {"role": "assistant", "content": "x"}])),
-            400,
-            "messages[1].role",
-        ),
-        (
-            COMPLETIONS,
-            json!({"model": MODEL}).to_string(),
-            400,
-            "prompt",
-        ),
+        (CHAT, messages(json!([{"role": "robot", "content": "x"}])), 400, "messages[0].role"),
+        (CHAT, messages(json!([{"role": "user"}])), 400, "messages[0].content"),
+        (CHAT, messages(json!([user, {"role": "assistant", "content": "x"}])), 400, "messages[1].role"),
+        (COMPLETIONS, json!({"model": MODEL}).to_string(), 400, "prompt"),
         (COMPLETIONS, completion("prompt", json!([])), 400, "prompt"),
-        (
-            COMPLETIONS,
-            completion("prompt", json!([[]])),
-            400,
-            "prompt",
-        ),
+        (COMPLETIONS, completion("prompt", json!([[]])), 400, "prompt"),
         (COMPLETIONS, completion("prompt", json!({})), 400, "prompt"),
         (COMPLETIONS, completion("prompt", json!(3)), 400, "prompt"),
-        (
-            COMPLETIONS,
-            completion("prompt", json!([1, "a"])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!(["a", 1])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!([[1], 2])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!([-1])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!([1.5])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!([9192])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!([4_294_967_296u64])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!(vec![1; 4096])),
-            400,
-            "prompt",
-        ),
-        (
-            COMPLETIONS,
-            completion("prompt", json!(vec!["a"; 257])),
-            400,
-            "prompt",
-        ),
+        (COMPLETIONS, completion("prompt", json!([1, "a"])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!(["a", 1])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!([[1], 2])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!([-1])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!([1.5])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!([9192])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!([4_294_967_296u64])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!(vec![1; 4096])), 400, "prompt"),
+        (COMPLETIONS, completion("prompt", json!(vec!["a"; 257])), 400, "prompt"),
         (COMPLETIONS, completion("suffix", json!("x")), 400, "suffix"),
         // tools
         (CHAT, chat("tools", json!("x")), 400, "tools"),
+        (CHAT, chat("tools", tool(json!({"name": "bad name"}))), 400, "tools[0].function.name"),
         (
             CHAT,
-            chat("tools", tool(json!({"name": "bad name"}))),
-            400,
-            "tools[0].function.name",
-        ),
-        (
-            CHAT,
-            chat(
-                "tools",
-                tool(json!({"name": "f", "parameters": {"type": 7}})),
-            ),
+            chat("tools", tool(json!({"name": "f", "parameters": {"type": 7}}))),
             400,
             "tools[0].function.parameters",
         ),
-        (
-            CHAT,
-            chat("tool_choice", json!("required")),
-            400,
-            "tool_choice",
-        ),
-        (
-            CHAT,
-            chat(
-                "tool_choice",
-                json!({"type": "function", "function": {"name": "f"}}),
-            ),
-            400,
-            "tool_choice",
-        ),
-        (
-            CHAT,
-            chat("tool_choice", json!("sometimes")),
-            400,
-            "tool_choice",
-        ),
+        (CHAT, chat("tool_choice", json!("required")), 400, "tool_choice"),
+        (CHAT, chat("tool_choice", json!({"type": "function", "function": {"name": "f"}})), 400, "tool_choice"),
+        (CHAT, chat("tool_choice", json!("sometimes")), 400, "tool_choice"),
         (CHAT, chat("tool_choice", json!(1)), 400, "tool_choice"),
-        (
-            CHAT,
-            chat("parallel_tool_calls", json!("no")),
-            400,
-            "parallel_tool_calls",
-        ),
+        (CHAT, chat("parallel_tool_calls", json!("no")), 400, "parallel_tool_calls"),
         // not served
-        (
-            CHAT,
-            chat("response_format", json!({"type": "json_object"})),
-            400,
-            "response_format",
-        ),
-        (
-            CHAT,
-            chat("response_format", json!({"type": "xml"})),
-            400,
-            "response_format",
-        ),
+        (CHAT, chat("response_format", json!({"type": "json_object"})), 400, "response_format"),
+        (CHAT, chat("response_format", json!({"type": "xml"})), 400, "response_format"),
         (CHAT, chat("guided_json", json!({})), 400, "guided_json"),
-        (
-            CHAT,
-            chat("structured_outputs", json!({"regex": "a"})),
-            400,
-            "structured_outputs",
-        ),
-        (
-            CHAT,
-            chat("reasoning_effort", json!("high")),
-            400,
-            "reasoning_effort",
-        ),
-        (
-            CHAT,
-            chat("functions", json!([{"name": "f"}])),
-            400,
-            "functions",
-        ),
-        (
-            CHAT,
-            chat("modalities", json!(["text", "audio"])),
-            400,
-            "modalities",
-        ),
-        (
-            CHAT,
-            chat("use_beam_search", json!(true)),
-            400,
-            "use_beam_search",
-        ),
+        (CHAT, chat("structured_outputs", json!({"regex": "a"})), 400, "structured_outputs"),
+        (CHAT, chat("reasoning_effort", json!("high")), 400, "reasoning_effort"),
+        (CHAT, chat("functions", json!([{"name": "f"}])), 400, "functions"),
+        (CHAT, chat("modalities", json!(["text", "audio"])), 400, "modalities"),
+        (CHAT, chat("use_beam_search", json!(true)), 400, "use_beam_search"),
         (COMPLETIONS, completion("best_of", json!(3)), 400, "best_of"),
         // combinations
-        (
-            CHAT,
-            chat("stream_options", json!({"include_usage": true})),
-            400,
-            "stream_options",
-        ),
+        (CHAT, chat("stream_options", json!({"include_usage": true})), 400, "stream_options"),
         (CHAT, chat("top_logprobs", json!(2)), 400, "top_logprobs"),
         (CHAT, chat("logprobs", json!(3)), 400, "logprobs"),
-        (
-            COMPLETIONS,
-            completion("logprobs", json!(true)),
-            400,
-            "logprobs",
-        ),
+        (COMPLETIONS, completion("logprobs", json!(true)), 400, "logprobs"),
         (
             COMPLETIONS,
             json!({"model": MODEL, "prompt": "x", "max_tokens": 2, "min_tokens": 3}).to_string(),
@@ -280,8 +109,7 @@ fn rows() -> Vec<Row> {
         ),
         (
             COMPLETIONS,
-            json!({"model": MODEL, "prompt": "x", "stream": true, "prompt_logprobs": 1})
-                .to_string(),
+            json!({"model": MODEL, "prompt": "x", "stream": true, "prompt_logprobs": 1}).to_string(),
             400,
             "prompt_logprobs",
         ),
@@ -293,44 +121,14 @@ fn rows() -> Vec<Row> {
             400,
             "continue_final_message",
         ),
-        (
-            CHAT,
-            chat("continue_final_message", json!(true)),
-            400,
-            "continue_final_message",
-        ),
+        (CHAT, chat("continue_final_message", json!(true)), 400, "continue_final_message"),
         // tokenize
         (TOKENIZE, json!({"model": MODEL}).to_string(), 400, "prompt"),
-        (
-            TOKENIZE,
-            json!({"model": MODEL, "prompt": ["a", "b"]}).to_string(),
-            400,
-            "prompt",
-        ),
-        (
-            TOKENIZE,
-            json!({"model": MODEL, "prompt": "a", "messages": [user]}).to_string(),
-            400,
-            "prompt",
-        ),
-        (
-            DETOKENIZE,
-            json!({"model": MODEL}).to_string(),
-            400,
-            "tokens",
-        ),
-        (
-            DETOKENIZE,
-            json!({"model": MODEL, "tokens": "x"}).to_string(),
-            400,
-            "tokens",
-        ),
-        (
-            DETOKENIZE,
-            json!({"model": MODEL, "tokens": [99_999]}).to_string(),
-            400,
-            "tokens",
-        ),
+        (TOKENIZE, json!({"model": MODEL, "prompt": ["a", "b"]}).to_string(), 400, "prompt"),
+        (TOKENIZE, json!({"model": MODEL, "prompt": "a", "messages": [user]}).to_string(), 400, "prompt"),
+        (DETOKENIZE, json!({"model": MODEL}).to_string(), 400, "tokens"),
+        (DETOKENIZE, json!({"model": MODEL, "tokens": "x"}).to_string(), 400, "tokens"),
+        (DETOKENIZE, json!({"model": MODEL, "tokens": [99_999]}).to_string(), 400, "tokens"),
     ];
     // one field, one wrong value: on both endpoints
     for (field, value) in [
@@ -400,37 +198,22 @@ async fn every_row_is_refused_in_openais_shape_and_names_its_field() {
     let mut wrong = Vec::new();
     for (path, body, status, param) in rows {
         let answer = harness.request("POST", path, &[], body.clone()).await;
-        let error: Value = serde_json::from_str::<Value>(&answer.text)
-            .map(|json| json["error"].clone())
-            .unwrap_or_default();
+        let error: Value =
+            serde_json::from_str::<Value>(&answer.text).map(|json| json["error"].clone()).unwrap_or_default();
         let named = error["param"].as_str().unwrap_or_default();
-        let shaped = error["message"]
-            .as_str()
-            .is_some_and(|message| !message.is_empty())
+        let shaped = error["message"].as_str().is_some_and(|message| !message.is_empty())
             && error["type"] == "invalid_request_error"
             && error.get("code").is_some()
             && answer.headers["content-type"] == "application/json";
         // a conversation's error may name the very place within the field
-        let placed = named == param
-            || (!param.is_empty() && named.starts_with(param) && param.starts_with("messages"));
+        let placed = named == param || (!param.is_empty() && named.starts_with(param) && param.starts_with("messages"));
         if answer.status != status || !placed || !shaped {
             let shown: String = body.chars().take(120).collect();
-            wrong.push(format!(
-                "{path} {shown}: expected {status} {param:?}, got {} {}",
-                answer.status, answer.text
-            ));
+            wrong.push(format!("{path} {shown}: expected {status} {param:?}, got {} {}", answer.status, answer.text));
         }
     }
-    assert!(
-        wrong.is_empty(),
-        "{} rows:\n{}",
-        wrong.len(),
-        wrong.join("\n")
-    );
-    assert!(
-        harness.groups[0].seen().is_empty(),
-        "no group saw any of it"
-    );
+    assert!(wrong.is_empty(), "{} rows:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(harness.groups[0].seen().is_empty(), "no group saw any of it");
 }
 
 #[tokio::test]
@@ -446,53 +229,25 @@ async fn unknown_routes_and_methods_have_openais_shape() {
     ] {
         let answer = harness.request(method, path, &[], "").await;
         assert_eq!(answer.status, status, "{method} {path}");
-        assert_eq!(
-            answer.json()["error"]["type"],
-            "invalid_request_error",
-            "{method} {path}"
-        );
-        assert!(
-            answer.headers.contains_key("x-request-id"),
-            "{method} {path}"
-        );
+        assert_eq!(answer.json()["error"]["type"], "invalid_request_error", "{method} {path}");
+        assert!(answer.headers.contains_key("x-request-id"), "{method} {path}");
     }
 }
 
 #[tokio::test]
 async fn a_body_above_the_limit_is_a_413_with_and_without_its_length() {
     let group = Group::start("only", |_| Ok(say("x")));
-    let options = bora_router::RouterOptions {
-        max_body_bytes: 1000,
-        ..options()
-    };
-    let harness = Harness::with(
-        options,
-        bora_router::ModelSpec::new(tokenizer()),
-        vec![group],
-    )
-    .await;
+    let options = bora_router::RouterOptions { max_body_bytes: 1000, ..options() };
+    let harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), vec![group]).await;
     let long = completion("prompt", json!("x".repeat(1000)));
     let length = long.len().to_string();
-    let announced = harness
-        .request(
-            "POST",
-            COMPLETIONS,
-            &[("content-length", &length)],
-            long.clone(),
-        )
-        .await;
-    let pieces: Vec<Result<String, std::io::Error>> = long
-        .as_bytes()
-        .chunks(100)
-        .map(|piece| Ok(String::from_utf8_lossy(piece).into_owned()))
-        .collect();
+    let announced = harness.request("POST", COMPLETIONS, &[("content-length", &length)], long.clone()).await;
+    let pieces: Vec<Result<String, std::io::Error>> =
+        long.as_bytes().chunks(100).map(|piece| Ok(String::from_utf8_lossy(piece).into_owned())).collect();
     let streamed = axum::body::Body::from_stream(futures::stream::iter(pieces));
     let unannounced = harness.request("POST", COMPLETIONS, &[], streamed).await;
     for answer in [announced, unannounced] {
-        assert_eq!(
-            (answer.status, answer.json()["error"]["code"].clone()),
-            (413, json!("request_too_large"))
-        );
+        assert_eq!((answer.status, answer.json()["error"]["code"].clone()), (413, json!("request_too_large")));
     }
 }
 
@@ -512,10 +267,8 @@ async fn what_only_looks_odd_is_served() {
         chat("stop", json!([])),
         chat("logit_bias", json!({"5": -100})),
         chat("top_logprobs", json!(0)),
-        json!({"messages": [{"role": "user", "content": "the only model needs no name"}]})
-            .to_string(),
-        json!({"model": ALIAS, "messages": [{"role": "user", "content": "by its alias"}]})
-            .to_string(),
+        json!({"messages": [{"role": "user", "content": "the only model needs no name"}]}).to_string(),
+        json!({"model": ALIAS, "messages": [{"role": "user", "content": "by its alias"}]}).to_string(),
     ] {
         let answer = harness.request("POST", CHAT, &[], body.clone()).await;
         assert_eq!(answer.status, 200, "{body}: {}", answer.text);

@@ -20,9 +20,8 @@ use bora_common::{
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::{
-    BlocksChanged, DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateEvent,
-    GenerateRequest, GroupEvent, Load, PositionLogprobs, PromptLogprobs, Snapshot, Started, State,
-    TokenLogprob, Tokens, WatchRequest,
+    BlocksChanged, DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateEvent, GenerateRequest,
+    GroupEvent, Load, PositionLogprobs, PromptLogprobs, Snapshot, Started, State, TokenLogprob, Tokens, WatchRequest,
     generate_event::Event,
     group_event::Event as Told,
     inference_server::{Inference, InferenceServer},
@@ -44,10 +43,7 @@ pub const WINDOW: u32 = 4096;
 pub fn tokenizer() -> Arc<Tokenizer> {
     static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
     Arc::clone(TOKENIZER.get_or_init(|| {
-        let path = concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/../tests/fixtures/tokenizers/tekken-v13-8k.json"
-        );
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
         Arc::new(Tokenizer::from_file(path).expect("the fixture is a tokenizer"))
     }))
 }
@@ -76,12 +72,7 @@ pub enum Act {
 /// Text and then the end of the sequence, a token at a time.
 pub fn say(text: &str) -> Vec<Act> {
     let mut acts = vec![Act::Start { cached: 0 }];
-    acts.extend(
-        tokenizer()
-            .encode(text)
-            .into_iter()
-            .map(|id| Act::Ids(vec![id])),
-    );
+    acts.extend(tokenizer().encode(text).into_iter().map(|id| Act::Ids(vec![id])));
     acts.push(Act::Ids(vec![EOS]));
     acts.push(Act::Finish(FinishReason::Stop));
     acts
@@ -131,18 +122,11 @@ fn event(event: Event) -> Option<Result<GenerateEvent, Status>> {
 }
 
 fn logprob(token_id: u32, logprob: f32, rank: u32) -> TokenLogprob {
-    TokenLogprob {
-        token_id,
-        logprob,
-        rank,
-    }
+    TokenLogprob { token_id, logprob, rank }
 }
 
 fn position(id: u32) -> PositionLogprobs {
-    PositionLogprobs {
-        chosen: Some(logprob(id, -0.5, 1)),
-        top: vec![logprob(id, -0.5, 1), logprob(1500, -1.5, 2)],
-    }
+    PositionLogprobs { chosen: Some(logprob(id, -0.5, 1)), top: vec![logprob(id, -0.5, 1), logprob(1500, -1.5, 2)] }
 }
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -152,24 +136,17 @@ impl Inference for Scripted {
     type GenerateStream = Boxed<GenerateEvent>;
     type WatchStream = Boxed<GroupEvent>;
 
-    async fn generate(
-        &self,
-        request: Request<GenerateRequest>,
-    ) -> Result<Response<Self::GenerateStream>, Status> {
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
         self.seen.lock().push(request.clone());
         let script = Arc::clone(&self.script.lock());
         let acts = script(&request)?;
         self.running.fetch_add(1, Ordering::SeqCst);
-        let running = Running {
-            scripted: self.clone(),
-            over: false,
-        };
+        let running = Running { scripted: self.clone(), over: false };
         let prompt_tokens = request.token_ids.len() as u32 - request.generated_len;
         let state = (acts.into_iter(), running, request, prompt_tokens, 0u32);
-        let stream = futures::stream::unfold(
-            state,
-            move |(mut acts, mut running, request, prompt, generated)| async move {
+        let stream =
+            futures::stream::unfold(state, move |(mut acts, mut running, request, prompt, generated)| async move {
                 let mut generated = generated;
                 loop {
                     let item = match acts.next() {
@@ -194,25 +171,16 @@ impl Inference for Scripted {
                         })),
                         Some(Act::PromptLogprobs) => event(Event::PromptLogprobs(PromptLogprobs {
                             start: 1,
-                            positions: request.token_ids[1..]
-                                .iter()
-                                .map(|id| position(*id))
-                                .collect(),
+                            positions: request.token_ids[1..].iter().map(|id| position(*id)).collect(),
                         })),
                         Some(Act::Ids(token_ids)) => {
                             generated += token_ids.len() as u32;
-                            event(Event::Tokens(Tokens {
-                                token_ids,
-                                logprobs: Vec::new(),
-                            }))
+                            event(Event::Tokens(Tokens { token_ids, logprobs: Vec::new() }))
                         }
                         Some(Act::IdsWithLogprobs(token_ids)) => {
                             generated += token_ids.len() as u32;
                             let logprobs = token_ids.iter().map(|id| position(*id)).collect();
-                            event(Event::Tokens(Tokens {
-                                token_ids,
-                                logprobs,
-                            }))
+                            event(Event::Tokens(Tokens { token_ids, logprobs }))
                         }
                         Some(Act::Finish(reason)) => {
                             running.over = true;
@@ -231,50 +199,34 @@ impl Inference for Scripted {
                     };
                     return item.map(|item| (item, (acts, running, request, prompt, generated)));
                 }
-            },
-        );
+            });
         Ok(Response::new(Box::pin(stream)))
     }
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         self.watches.fetch_add(1, Ordering::SeqCst);
         let first = [
-            Told::Snapshot(Snapshot {
-                block_hashes: Default::default(),
-                last: true,
-            }),
+            Told::Snapshot(Snapshot { block_hashes: Default::default(), last: true }),
             Told::State(State::Ready as i32),
-            Told::Load(Load {
-                blocks_total: 1000,
-                ..Load::default()
-            }),
+            Told::Load(Load { blocks_total: 1000, ..Load::default() }),
         ]
         .map(|told| (0, told));
         let reported = Arc::clone(&self.reported);
         let told = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
             .filter_map(|told| async move { told.ok() });
         let every_second = tokio::time::interval(Duration::from_secs(1));
-        let signs_of_life = tokio_stream::wrappers::IntervalStream::new(every_second)
-            .map(move |_| (0, Told::Load(*reported.lock())));
+        let signs_of_life =
+            tokio_stream::wrappers::IntervalStream::new(every_second).map(move |_| (0, Told::Load(*reported.lock())));
         let later = futures::stream::select(told, signs_of_life);
         let mut sequence = 0;
-        let events = futures::stream::iter(first)
-            .chain(later)
-            .map(move |(gap, told)| {
-                sequence += 1 + gap;
-                Ok(GroupEvent {
-                    epoch: 1,
-                    sequence,
-                    event: Some(told),
-                })
-            });
+        let events = futures::stream::iter(first).chain(later).map(move |(gap, told)| {
+            sequence += 1 + gap;
+            Ok(GroupEvent { epoch: 1, sequence, event: Some(told) })
+        });
         Ok(Response::new(Box::pin(events)))
     }
 
-    async fn describe(
-        &self,
-        _: Request<DescribeRequest>,
-    ) -> Result<Response<DescribeResponse>, Status> {
+    async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {
         Err(Status::unimplemented("not needed here"))
     }
 }
@@ -292,11 +244,8 @@ impl Group {
         name: &str,
         script: impl Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync + 'static,
     ) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .expect("a runtime");
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let (died, mut deaths) = mpsc::unbounded_channel();
         let scripted = Scripted {
             script: Arc::new(Mutex::new(Arc::new(script))),
@@ -330,12 +279,7 @@ impl Group {
                 runtime.shutdown_background();
             }
         });
-        Self {
-            name: name.into(),
-            endpoint,
-            scripted,
-            runtime,
-        }
+        Self { name: name.into(), endpoint, scripted, runtime }
     }
 
     pub fn kill(&self) {
@@ -376,14 +320,8 @@ impl Group {
 
     /// Tells its watchers that it holds the blocks of a prompt.
     pub fn tell_stored(&self, token_ids: &[u32]) {
-        let stored: Vec<u8> = hash_blocks(b"", &[], token_ids)
-            .iter()
-            .flat_map(|hash| hash.to_bytes())
-            .collect();
-        self.tell(Told::Blocks(BlocksChanged {
-            stored: stored.into(),
-            evicted: Default::default(),
-        }));
+        let stored: Vec<u8> = hash_blocks(b"", &[], token_ids).iter().flat_map(|hash| hash.to_bytes()).collect();
+        self.tell(Told::Blocks(BlocksChanged { stored: stored.into(), evicted: Default::default() }));
     }
 
     pub fn record(&self) -> GroupRecord {
@@ -395,11 +333,7 @@ impl Group {
             aliases: vec![ALIAS.into()],
             device: Device::Fake,
             weight_fingerprint: "none".into(),
-            ranks: vec![RankRecord {
-                rank: 0,
-                host: "test".into(),
-                pid: 1,
-            }],
+            ranks: vec![RankRecord { rank: 0, host: "test".into(), pid: 1 }],
             block_tokens: 64,
             kv_blocks: 1000,
             max_model_len: WINDOW,
@@ -449,9 +383,7 @@ impl Answered {
             .split("\n\n")
             .filter_map(|event| event.strip_prefix("data: "))
             .filter(|data| *data != "[DONE]")
-            .map(|data| {
-                serde_json::from_str(data).unwrap_or_else(|error| panic!("{error}: {data}"))
-            })
+            .map(|data| serde_json::from_str(data).unwrap_or_else(|error| panic!("{error}: {data}")))
             .collect()
     }
 
@@ -475,10 +407,7 @@ impl Answered {
 }
 
 pub fn options() -> RouterOptions {
-    RouterOptions {
-        failover_wait_seconds: 0.5,
-        ..RouterOptions::default()
-    }
+    RouterOptions { failover_wait_seconds: 0.5, ..RouterOptions::default() }
 }
 
 impl Harness {
@@ -488,31 +417,16 @@ impl Harness {
 
     pub async fn with(options: RouterOptions, spec: ModelSpec, groups: Vec<Group>) -> Self {
         let (changes, receiver) = mpsc::channel(16);
-        let router = Router::new(
-            options,
-            HashMap::from([(MODEL.to_string(), spec)]),
-            receiver,
-        )
-        .expect("valid options");
+        let router = Router::new(options, HashMap::from([(MODEL.to_string(), spec)]), receiver).expect("valid options");
         for group in &groups {
-            changes
-                .send(GroupChange::Put(Box::new(group.record())))
-                .await
-                .expect("followed");
+            changes.send(GroupChange::Put(Box::new(group.record()))).await.expect("followed");
         }
-        let harness = Self {
-            router,
-            changes,
-            groups,
-        };
+        let harness = Self { router, changes, groups };
         let count = harness.groups.len();
         harness
             .until("every group is watched", |harness| {
                 let view = harness.router.service().fleet().view();
-                view.groups()
-                    .filter(|group| group.link.is_watched())
-                    .count()
-                    == count
+                view.groups().filter(|group| group.link.is_watched()).count() == count
             })
             .await;
         harness
@@ -552,20 +466,10 @@ impl Harness {
             request = request.header(*name, *value);
         }
         let request = request.body(body.into()).expect("a request");
-        self.router
-            .routes()
-            .oneshot(request)
-            .await
-            .expect("infallible")
+        self.router.routes().oneshot(request).await.expect("infallible")
     }
 
-    pub async fn request(
-        &self,
-        method: &str,
-        path: &str,
-        headers: &[(&str, &str)],
-        body: impl Into<Body>,
-    ) -> Answered {
+    pub async fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: impl Into<Body>) -> Answered {
         let response = self.send(method, path, headers, body).await;
         let (parts, body) = response.into_parts();
         let bytes = body.collect().await.expect("a body").to_bytes();

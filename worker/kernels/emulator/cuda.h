@@ -183,3 +183,42 @@ inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
 inline void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   emulator::mma<4>(c, a, b0, b1, [](unsigned w, int e) { return emulator::e4m3_value(w >> (8 * e) & 255); });
 }
+
+// ---- warpgroup matrix products, done by each warp at once ------------------------------------------------------------
+inline void matrix_unit_begin() {}
+inline void matrix_unit_commit() {}
+inline void matrix_unit_wait() {}
+inline void matrix_unit_wait_but_one() {}
+template <unsigned N> void settle(float (&)[N][4]) {}
+inline void show_shared_to_matrix_unit() {}
+inline unsigned char* align_shared_1024(unsigned char* p) { return p; }
+namespace emulator {
+// Element (n, k) of a swizzled matrix; the swizzle works on addresses from the start of shared memory.
+inline float element(uint64_t descriptor, unsigned n, unsigned k, bool transposed) {
+  unsigned start = (unsigned)(descriptor & 0x3fff) << 4, leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
+  unsigned at = transposed ? n % 64 * 2 + n / 64 * leading + k % 8 * 128 + k / 8 * stride : n % 8 * 128 + n / 8 * stride + k * 2;
+  at += start;
+  at ^= (at >> 7 & 7) << 4;
+  unsigned short bits; memcpy(&bits, dynamic_shared() + at, 2);
+  return __uint_as_float((unsigned)bits << 16);
+}
+template <unsigned N> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4], uint64_t descriptor, bool transposed) {
+  auto slots = exchange(a, sizeof a);
+  unsigned lane = current->linear % 32, g = lane / 4, t = lane % 4;
+  float row[2][16];
+  for (unsigned half = 0; half < 2; half++) for (unsigned k = 0; k < 16; k++) {
+    unsigned w; memcpy(&w, slots[g * 4 + k % 8 / 2] + 4 * (half + k / 8 * 2), 4);
+    row[half][k] = __uint_as_float(k % 2 ? w & 0xffff0000u : w << 16);
+  }
+  for (unsigned j = 0; j < N / 8; j++) for (unsigned e = 0; e < 2; e++) for (unsigned k = 0; k < 16; k++) {
+    float b = element(descriptor, j * 8 + t * 2 + e, k, transposed);
+    c[j][e] += row[0][k] * b, c[j][2 + e] += row[1][k] * b;
+  }
+  __syncwarp();
+}
+}  // namespace emulator
+inline uint64_t matrix_descriptor(const unsigned char* start, unsigned leading, unsigned stride) {
+  return (uint64_t)(start - emulator::dynamic_shared()) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | 1ull << 62;
+}
+inline void warpgroup_multiply_64(float (&c)[8][4], const unsigned (&a)[4], uint64_t b) { emulator::warpgroup<64>(c, a, b, false); }
+inline void warpgroup_multiply_128_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b) { emulator::warpgroup<128>(c, a, b, true); }

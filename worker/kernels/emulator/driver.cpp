@@ -15,6 +15,9 @@ namespace kernels {
 namespace prefill {
 #include "../attention_prefill.cu"
 }
+namespace wide {
+#include "../attention_prefill_wide.cu"
+}
 #include "../fill.cu"
 #include "../gate.cu"
 #include "../linear.cu"
@@ -47,6 +50,7 @@ template <typename... A> Binder bind(void (*kernel)(A...)) {
 std::map<std::string, Binder>& registry() {
   using namespace kernels;
   using namespace kernels::prefill;
+  using namespace kernels::wide;
   static std::map<std::string, Binder> all = {
 #define REGISTER(NAME) {#NAME, bind(NAME)},
 #include "registry.inc"

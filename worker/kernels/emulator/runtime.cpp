@@ -12,7 +12,7 @@ constexpr size_t STACK_BYTES = 256 << 10, SHARED_BYTES = 232448;
 std::vector<Thread> threads;
 std::vector<Warp> warps;
 std::vector<char*> stacks;
-alignas(128) unsigned char shared_memory[SHARED_BYTES];
+alignas(1024) unsigned char shared_memory[SHARED_BYTES];
 void* scheduler_stack_pointer;
 unsigned barrier_arrived, barrier_generation, alive;
 void (*kernel_body)(void*);

@@ -341,6 +341,7 @@ async fn a_stalled_step_is_noticed() {
     progress.moved(3, 1, 60.0);
     assert_eq!(progress.overdue(), Some((3, Duration::ZERO)), "a long step has its time");
     progress.moved(4, 1, 0.0);
+    #[allow(clippy::disallowed_methods)]
     std::thread::sleep(Duration::from_millis(20));
     let (step, late) = progress.overdue().unwrap();
     assert!(step == 4 && late >= Duration::from_millis(19), "{late:?}");

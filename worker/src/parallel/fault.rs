@@ -83,6 +83,7 @@ impl Fault {
 
     /// What one rank ran into. Where that may be the echo of a failure elsewhere (a connection that closed),
     /// the cause is waited for a moment.
+    #[allow(clippy::disallowed_methods)] // called by ranks' own threads only
     pub(super) fn settle(&self, failure: RunError) -> RunError {
         let may_be_an_echo = matches!(failure, RunError::RankLost { .. });
         for _ in 0..25 {

@@ -51,6 +51,16 @@ pub enum FollowError {
         /// The leader's words.
         reason: String,
     },
+    /// The leader at this address belongs to another start of the group.
+    #[error("the leader of group `{group}` at {leader} is of another epoch: {reason}")]
+    OtherEpoch {
+        /// The group.
+        group: String,
+        /// The leader's address.
+        leader: String,
+        /// The leader's words.
+        reason: String,
+    },
     /// The leader's process ended or can't be reached any more.
     #[error("the leader of group `{group}` at {leader} is gone: {reason}")]
     LeaderGone {
@@ -83,15 +93,13 @@ pub enum FollowError {
 /// Joins the leader's group and runs its steps until the group ends; returns the leader's words where it
 /// stopped in order.
 ///
-/// The leader may start later than this process: it is tried until `timeouts.join` is over.
+/// The leader may start later than this process: it is tried until `connect_within` is over.
 pub async fn follow(options: FollowerOptions) -> Result<String, FollowError> {
     let model = ModelConfig::from_dir(&options.member.model_dir).map_err(StartError::from)?;
     let opening = (options.member.clone(), model.clone());
     let weights = blocking(move || open_weights(&opening.0, &opening.1)).await.map_err(StartError::from)?;
-    let listener = std::net::TcpListener::bind((options.member.host.as_str(), 0))
-        .or_else(|_| std::net::TcpListener::bind(("0.0.0.0", 0)))
-        .map_err(system("listen for the other ranks"))?;
-    let port = listener.local_addr().map_err(system("listen for the other ranks"))?.port();
+    let (listener, collective_address) =
+        options.member.listen_for_ranks().map_err(system("listen for the other ranks"))?;
     let hello = Hello {
         group: options.member.group.clone(),
         epoch: options.epoch.unwrap_or(0),
@@ -100,11 +108,11 @@ pub async fn follow(options: FollowerOptions) -> Result<String, FollowError> {
         weight_fingerprint: weights.fingerprint().to_owned(),
         host: options.member.host.clone(),
         pid: std::process::id(),
-        collective_address: format!("{}:{port}", options.member.host),
+        collective_address,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         settings: options.member.settings(),
     };
-    let deadline = Instant::now() + options.member.timeouts.join;
+    let deadline = Instant::now() + options.connect_within;
     let mut link = Link::join(&options, hello, deadline).await?;
     let progress = GroupProgress::new(options.member.ranks, model.num_hidden_layers);
     let fault = Fault::new();
@@ -259,7 +267,7 @@ impl Link {
             .tcp_nodelay(true)
             .connect_timeout(Duration::from_secs(2))
             .http2_keep_alive_interval(heartbeat / 3)
-            .keep_alive_timeout(heartbeat / 2)
+            .keep_alive_timeout(heartbeat * 2 / 3)
             .keep_alive_while_idle(true);
         loop {
             let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
@@ -274,11 +282,14 @@ impl Link {
                     Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
                         return Err(FollowError::Refused { group, leader, reason: status.message().to_owned() });
                     }
+                    Err(status) if status.code() == Code::Aborted => {
+                        return Err(FollowError::OtherEpoch { group, leader, reason: status.message().to_owned() });
+                    }
                     Err(status) => status.message().to_owned(),
                 },
             };
             if Instant::now() >= deadline {
-                let waited = options.member.timeouts.join;
+                let waited = options.connect_within;
                 return Err(FollowError::Unreachable { group, leader, waited, reason });
             }
             warn!(leader, reason, "the leader is not there yet");

@@ -142,12 +142,9 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
         remotes = Some((rendezvous, deadline));
     }
     if let Some((rendezvous, deadline)) = &remotes {
-        let listener = std::net::TcpListener::bind((member.host.as_str(), 0))
-            .or_else(|_| std::net::TcpListener::bind(("0.0.0.0", 0)))
-            .map_err(system("listen for the other ranks"))?;
-        let port = listener.local_addr().map_err(system("listen for the other ranks"))?.port();
+        let (listener, own_address) = member.listen_for_ranks().map_err(system("listen for the other ranks"))?;
         let key: MeshKey = rand::random();
-        let mut addresses = vec![format!("{}:{port}", member.host); member.ranks];
+        let mut addresses = vec![own_address; member.ranks];
         for (rank, address) in rendezvous.collective_addresses() {
             addresses[rank as usize] = address;
         }

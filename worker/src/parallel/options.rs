@@ -52,6 +52,9 @@ pub struct FollowerOptions {
     pub leader: String,
     /// The epoch that was read in the registry; `None` takes the leader's.
     pub epoch: Option<u64>,
+    /// How long this address is tried. Shorter than `timeouts.join` where the address may be an old one and
+    /// can be looked up again.
+    pub connect_within: Duration,
 }
 
 /// Where weights come from.
@@ -103,6 +106,19 @@ impl MemberOptions {
             cpu @ DeviceOptions::Cpu(_) => cpu,
         };
         format!("{device:?}, weights {:?}", self.load_format)
+    }
+
+    /// Where others reach a port of this process.
+    pub(super) fn address(&self, port: u16) -> String {
+        if self.host.contains(':') { format!("[{}]:{port}", self.host) } else { format!("{}:{port}", self.host) }
+    }
+
+    /// A port for the collective, on the host's own address where that can be bound.
+    pub(super) fn listen_for_ranks(&self) -> std::io::Result<(std::net::TcpListener, String)> {
+        let listener = std::net::TcpListener::bind((self.host.as_str(), 0))
+            .or_else(|_| std::net::TcpListener::bind(("0.0.0.0", 0)))?;
+        let address = self.address(listener.local_addr()?.port());
+        Ok((listener, address))
     }
 
     pub(super) fn all_local(&self) -> bool {

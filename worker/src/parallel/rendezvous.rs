@@ -82,12 +82,8 @@ impl Rendezvous {
         if hello.group != expected.group {
             return refuse(format!("this is group `{}`, not `{}`", expected.group, hello.group));
         }
-        if hello.epoch > expected.epoch {
-            // this leader is about to be replaced; the new one will listen here
-            return Err(Status::unavailable(format!("this is still epoch {} of the group", expected.epoch)));
-        }
         if hello.epoch != 0 && hello.epoch != expected.epoch {
-            return refuse(format!("this is epoch {} of the group, not {}", expected.epoch, hello.epoch));
+            return Err(Status::aborted(format!("this is epoch {} of the group, not {}", expected.epoch, hello.epoch)));
         }
         if hello.version != env!("CARGO_PKG_VERSION") {
             return refuse(format!("the leader runs version {}, you run {}", env!("CARGO_PKG_VERSION"), hello.version));

@@ -73,7 +73,7 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
                     let reason = "it did not connect to the other ranks in time".to_owned();
                     return Err(CollectiveError::Lost { rank: missing, reason });
                 }
-                std::thread::sleep(Duration::from_millis(5));
+                pause(Duration::from_millis(5));
             }
             Err(error) => return Err(listener_failed(options, &error)),
         }
@@ -83,6 +83,12 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
         meshes.push(TcpRank::new(*rank, streams, options.timeout)?);
     }
     Ok(meshes)
+}
+
+/// Meshes are connected on a thread that may block.
+#[allow(clippy::disallowed_methods)]
+fn pause(duration: Duration) {
+    std::thread::sleep(duration);
 }
 
 fn listener_failed(options: &MeshOptions<'_>, error: &std::io::Error) -> CollectiveError {
@@ -114,7 +120,7 @@ fn dial(rank: usize, peer: usize, options: &MeshOptions<'_>) -> Result<TcpStream
                 let reason = format!("rank {rank} can't reach it at {address}: {error}");
                 return Err(CollectiveError::Lost { rank: peer, reason });
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            Err(_) => pause(Duration::from_millis(50)),
         }
     }
 }
@@ -417,6 +423,8 @@ pub fn loopback_mesh(ranks: usize, timeout: Duration) -> Result<Vec<TcpRank>, Co
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::disallowed_methods)] // ranks that stand still
+
     use super::*;
 
     fn run<R: Send>(ranks: Vec<TcpRank>, work: impl Fn(TcpRank) -> R + Sync) -> Vec<R> {

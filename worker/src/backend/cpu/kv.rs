@@ -39,14 +39,15 @@ struct Layer {
 
 enum Numbers {
     F32(Vec<f32>),
-    Bf16(Vec<bf16>),
+    /// As bits: fresh zeros of integers take no memory until they are written.
+    Bf16(Vec<u16>),
 }
 
 impl Numbers {
     fn zeros(count: usize, dtype: KvDtype) -> Self {
         match dtype {
             KvDtype::F32 => Numbers::F32(vec![0.0; count]),
-            KvDtype::Bf16 => Numbers::Bf16(vec![bf16::ZERO; count]),
+            KvDtype::Bf16 => Numbers::Bf16(vec![0; count]),
         }
     }
 
@@ -55,7 +56,7 @@ impl Numbers {
             Numbers::F32(all) => all[start..start + numbers.len()].copy_from_slice(numbers),
             Numbers::Bf16(all) => {
                 for (to, from) in all[start..].iter_mut().zip(numbers) {
-                    *to = bf16::from_f32(*from);
+                    *to = bf16::from_f32(*from).to_bits();
                 }
             }
         }
@@ -64,7 +65,9 @@ impl Numbers {
     fn append_to(&self, start: usize, count: usize, out: &mut Vec<f32>) {
         match self {
             Numbers::F32(all) => out.extend_from_slice(&all[start..start + count]),
-            Numbers::Bf16(all) => out.extend(all[start..start + count].iter().map(|number| number.to_f32())),
+            Numbers::Bf16(all) => {
+                out.extend(all[start..start + count].iter().map(|bits| bf16::from_bits(*bits).to_f32()))
+            }
         }
     }
 }

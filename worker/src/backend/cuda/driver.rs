@@ -27,6 +27,8 @@ pub(super) fn during(doing: &str) -> impl Fn(result::DriverError) -> BackendErro
 pub(super) struct Device {
     pub(super) stream: sys::CUstream,
     pub(super) multiprocessors: u32,
+    /// Compute capability 9.0: has warpgroup matrix instructions.
+    pub(super) hopper: bool,
     pub(super) name: String,
     ordinal: sys::CUdevice,
     context: sys::CUcontext,
@@ -72,7 +74,8 @@ impl Device {
         // SAFETY: the context is live.
         unsafe { result::ctx::set_current(context) }.map_err(refused)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(refused)?;
-        Ok(Self { stream, multiprocessors, name, ordinal: device, context })
+        let hopper = (major, minor) == (9, 0);
+        Ok(Self { stream, multiprocessors, hopper, name, ordinal: device, context })
     }
 
     /// Binds the context to the calling thread.

@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::driver::{Address, Arguments, Buffer, Device, Shape};
 use super::kernels::Kernels;
-use super::matmul::{Formats, Matmul};
+use super::matmul::{Formats, Matmul, Operands, ProductShape};
 use crate::backend::{BackendError, Result};
 use crate::weights::{Dtype, LinearShard, Slice, Source};
 
@@ -134,7 +134,9 @@ impl Linear {
         let (device, kernels, matmul) = tools;
         let part_scales = self.part_scales.clone();
         let result = |format| Tensor { address: target, rows: x.rows, columns: self.outputs, format, part_scales };
-        let Some(weight) = &self.weight else { return Ok(result(TensorFormat::F32)) };
+        let Some(weight) = &self.weight else {
+            return Ok(result(TensorFormat::F32));
+        };
         let fp8 = matches!(self.input_format, InputFormat::E4m3(_));
         let row_bytes = self.inputs * if fp8 { 1 } else { 2 };
         if x.rows <= FEW_ROWS && self.outputs.is_multiple_of(UNIT_ROWS) && row_bytes.is_multiple_of(128) {
@@ -163,7 +165,11 @@ impl Linear {
             (false, false) => (Formats::Bf16ToBf16, TensorFormat::Bf16),
             (false, true) => (Formats::Bf16ToF32, TensorFormat::F32),
         };
-        matmul.run(device, x.rows, self.outputs, self.inputs, formats, x.address, weight.address, target)?;
+        matmul.run(
+            device,
+            ProductShape { m: x.rows, n: self.outputs, k: self.inputs, formats },
+            Operands { x: x.address, w: weight.address, y: target },
+        )?;
         Ok(result(format))
     }
 

@@ -32,12 +32,21 @@ pub(super) enum Formats {
     Bf16ToF32,
 }
 
+/// `y [m, n] = x [m, k] w [n, k]^T`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct ProductShape {
-    m: usize,
-    n: usize,
-    k: usize,
-    formats: Formats,
+pub(super) struct ProductShape {
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) formats: Formats,
+}
+
+/// Addresses of a product's matrices.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operands {
+    pub(super) x: Address,
+    pub(super) w: Address,
+    pub(super) y: Address,
 }
 
 /// The library, its workspace, and the algorithm chosen for each shape seen.
@@ -80,27 +89,18 @@ impl Matmul {
     }
 
     /// Submits a product. The first call with a shape chooses its algorithm (and may not be captured).
-    pub(super) fn run(
-        &mut self,
-        device: &Device,
-        m: usize,
-        n: usize,
-        k: usize,
-        formats: Formats,
-        x: Address,
-        w: Address,
-        y: Address,
-    ) -> Result<()> {
-        let shape = ProductShape { m: Self::padded_rows(m), n, k, formats };
+    pub(super) fn run(&mut self, device: &Device, wanted: ProductShape, operands: Operands) -> Result<()> {
+        let shape = ProductShape { m: Self::padded_rows(wanted.m), ..wanted };
         if !self.plans.contains_key(&shape) {
-            let plan = self.choose(device, shape, x, w, y)?;
+            let plan = self.choose(device, shape, operands)?;
             self.plans.insert(shape, plan);
         }
-        self.submit(device, &self.plans[&shape], x, w, y)
+        self.submit(device, &self.plans[&shape], operands)
     }
 
-    fn submit(&self, device: &Device, plan: &Plan, x: Address, w: Address, y: Address) -> Result<()> {
+    fn submit(&self, device: &Device, plan: &Plan, operands: Operands) -> Result<()> {
         let (one, zero) = (1f32, 0f32);
+        let Operands { x, w, y } = operands;
         // SAFETY: the addresses are of live buffers of the plan's shapes; alpha and beta are read before the call returns.
         unsafe {
             lt::matmul(
@@ -125,7 +125,7 @@ impl Matmul {
         .map_err(during("multiplying matrices"))
     }
 
-    fn choose(&self, device: &Device, shape: ProductShape, x: Address, w: Address, y: Address) -> Result<Plan> {
+    fn choose(&self, device: &Device, shape: ProductShape, operands: Operands) -> Result<Plan> {
         let (mut plan, candidates) = self.propose(shape)?;
         let mut best = f32::INFINITY;
         let (start, end) = (Event::new(true)?, Event::new(true)?);
@@ -135,7 +135,7 @@ impl Matmul {
             let mut times = Vec::with_capacity(TIMINGS);
             for _ in 0..=TIMINGS {
                 start.record(device)?;
-                if self.submit(device, &plan, x, w, y).is_err() {
+                if self.submit(device, &plan, operands).is_err() {
                     break;
                 }
                 end.record(device)?;

@@ -140,7 +140,7 @@ impl Default for CudaOptions {
 const PIPELINE_DEPTH: usize = 2;
 /// Largest step that is recorded as a graph.
 const LARGEST_GRAPH: usize = 256;
-/// Blocks of attention that a decode step should have at least, for each multiprocessor.
+/// Blocks of decode attention that fit on a multiprocessor.
 const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
 /// Most parts that one row's keys are cut into.
 const MOST_KEY_SPLITS: usize = 128;
@@ -311,9 +311,8 @@ impl CudaBackend {
     /// Parts that each row's keys are cut into when `rows` rows are decoded.
     fn key_splits(&self, rows: usize) -> usize {
         let blocks = rows.max(1) * self.setup.plan.kv_heads.len();
-        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR)
-            .div_ceil(blocks)
-            .clamp(1, MOST_KEY_SPLITS)
+        // rounded down: all blocks run at once, and none is left for a second round
+        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / blocks).clamp(1, MOST_KEY_SPLITS)
     }
 
     /// Adds up a partial product over the ranks, through host memory: right everywhere, fast nowhere. The
@@ -333,7 +332,9 @@ impl CudaBackend {
                     *sum = half::bf16::from_le_bytes(*two).to_f32() * scale;
                 }
             }
-            TensorFormat::E4m3 => return Err(BackendError::Device("a partial sum in e4m3".to_owned())),
+            TensorFormat::E4m3 => {
+                return Err(BackendError::Device("a partial sum in e4m3".to_owned()));
+            }
             TensorFormat::F32 | TensorFormat::F32Splits(_) => {
                 let (splits, _) = partial.splits();
                 let mut bytes = vec![0u8; count * 4 * splits as usize];
@@ -646,12 +647,8 @@ impl Backend for CudaBackend {
                 .u32(heads)
                 .u32(kv_heads)
                 .f32(score_scale);
-            let name = format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name());
-            let launch = Shape {
-                grid: [kv_heads, shape.tiles as u32, 1],
-                block: 256,
-                shared: prefill_shared_bytes(head_dim, kv),
-            };
+            let (name, shared) = prefill_kernel(head_dim, kv, suffix, self.device.hopper);
+            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block: 256, shared };
             self.launch(&name, launch, arguments)?;
         }
         if shape.decode_rows > 0 {
@@ -767,14 +764,22 @@ pub struct Embedding {
     count: u32,
 }
 
-/// `prefill_shared_bytes` of attention_prefill.cu.
-fn prefill_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
+/// The kernel for chunks of a prompt and its shared memory (as its file says).
+fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32) {
+    if head_dim == 128 && hopper {
+        let tile = BLOCK_TOKENS * 256;
+        let (kernel, bytes) = match kv {
+            KvDtype::Bf16 => ("piped", 1024 + 6 * tile),
+            KvDtype::E4m3 => ("wide", 1024 + 2 * tile + 4 * BLOCK_TOKENS * 128),
+        };
+        return (format!("{kernel}_attention_{}_to_{suffix}", kv.name()), bytes as u32);
+    }
     let padded = head_dim * 2 + 16;
     let bytes = match kv {
         KvDtype::Bf16 => 4 * BLOCK_TOKENS * padded,
         KvDtype::E4m3 => 4 * BLOCK_TOKENS * head_dim + 2 * BLOCK_TOKENS * padded,
     };
-    bytes as u32
+    (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), bytes as u32)
 }
 
 /// `decode_shared_bytes` of attention_decode.cu.

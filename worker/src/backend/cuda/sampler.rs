@@ -9,7 +9,7 @@ use crate::backend::{BackendError, Limits, Result, SampleRequest, SampleResults}
 use crate::engine::step::{Admission, Drawn, PositionLogprobs, SequenceFault, Slot, TokenLogprob};
 
 /// Alternatives that an answer has room for (`MAX_TOP` in sample.cu).
-pub(super) const MOST_ALTERNATIVES: usize = 20;
+const MOST_ALTERNATIVES: usize = 20;
 /// The target of a request that draws; the id of an answer that could not (`FAULT` in sample.cu).
 const FAULT: u32 = u32::MAX;
 
