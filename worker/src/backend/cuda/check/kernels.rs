@@ -267,6 +267,8 @@ fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                     worst = worst.max(distance(&found, &sums) * 1e3);
                 }
                 let mut expected = Vec::with_capacity(outputs * hidden);
+                // `list` is read only where it is used
+                #[allow(clippy::needless_range_loop)]
                 for output in 0..outputs {
                     let row = if listed { list[output] as usize } else { output };
                     let numbers = &sums[row * hidden..][..hidden];
