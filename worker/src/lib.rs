@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod cache;
 pub mod engine;
+pub mod grammar;
 pub mod model;
 pub mod options;
 pub mod parallel;

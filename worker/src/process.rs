@@ -1,6 +1,7 @@
 //! One worker process from its start to its end: brings its ranks up, and, where it holds rank 0, serves the
 //! group and keeps it announced.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,6 +10,7 @@ use bora_common::config::{HostPort, ModelOptions};
 use bora_common::registry::{
     Device, GroupRecord, GroupState, RankRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, Speed,
 };
+use bora_common::tokenizer::TokenizerError;
 use bora_proto::v1;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -20,6 +22,7 @@ use crate::backend::fake::FakeRunner;
 use crate::backend::{KvBudget, Limits};
 use crate::engine::step::{RunError, StepRunner};
 use crate::engine::{EngineConfig, EngineHandle, EngineStartError, calibrate};
+use crate::grammar::Grammars;
 use crate::options::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, WorkerOptions};
 use crate::parallel::{
     self, DeviceOptions, FollowError, FollowerOptions, GroupProgress, LeaderOptions, MemberOptions, StartError,
@@ -177,8 +180,9 @@ async fn lead(
     ));
 
     let started = Instant::now();
+    let grammars = load_grammars(&settings).await?;
     let ranks = tokio::select! {
-        ranks = bring_up(&settings, device, &group, epoch, registry.as_ref()) => ranks?,
+        ranks = bring_up(&settings, device, &group, epoch, grammars.clone(), registry.as_ref()) => ranks?,
         () = stop.cancelled() => return Ok(()),
     };
     let record = describe(&settings, device, &group, epoch, endpoint.to_string(), &ranks)?;
@@ -193,6 +197,7 @@ async fn lead(
     );
     let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, options.schedule.clone());
     config.steps_run = ranks.steps;
+    config.grammars = grammars;
     let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
     host.ready(engine.clone(), record.clone(), rank_source(&record, ranks.progress));
     let announcement = registry.announce(record).await?;
@@ -241,6 +246,7 @@ async fn bring_up(
     device: Device,
     group: &str,
     epoch: u64,
+    grammars: Option<Arc<Grammars>>,
     registry: &dyn Registry,
 ) -> Result<Ranks, WorkerError> {
     let options = &settings.options;
@@ -264,7 +270,7 @@ async fn bring_up(
     }
     let model_len = options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize;
     let leader = LeaderOptions {
-        member: member_options(settings, group),
+        member: member_options(settings, group, grammars),
         epoch,
         limits: Limits {
             step_tokens: options.schedule.max_num_batched_tokens as usize,
@@ -326,7 +332,7 @@ fn fake_ranks(options: &WorkerOptions) -> Ranks {
     }
 }
 
-fn member_options(settings: &WorkerSettings, group: &str) -> MemberOptions {
+fn member_options(settings: &WorkerSettings, group: &str, grammars: Option<Arc<Grammars>>) -> MemberOptions {
     let options = &settings.options;
     let ranks = options.local_ranks();
     let (first, last) = (ranks.first().copied().unwrap_or(0), ranks.last().copied().unwrap_or(0));
@@ -360,6 +366,18 @@ fn member_options(settings: &WorkerSettings, group: &str) -> MemberOptions {
             heartbeat: options.heartbeat_seconds,
             collective: options.collective_seconds,
         },
+        grammars,
+    }
+}
+
+/// What compiles grammars, where the model has a tokenizer.
+async fn load_grammars(settings: &WorkerSettings) -> Result<Option<Arc<Grammars>>, WorkerError> {
+    let Some(path) = settings.model.tokenizer_path().map(Path::to_owned) else { return Ok(None) };
+    match blocking(move || Grammars::load(&path)).await {
+        Ok(grammars) => Ok(Some(Arc::new(grammars))),
+        // ids in, ids out: the router says whether it needs one
+        Err(TokenizerError::Missing(_)) => Ok(None),
+        Err(error) => Err(WorkerError::Options(error.to_string())),
     }
 }
 
@@ -449,6 +467,7 @@ async fn follow_leader(
         return Err(WorkerError::Options("worker.group: a group of several processes needs a name".into()));
     };
     let deadline = Instant::now() + options.rendezvous_seconds;
+    let grammars = load_grammars(&settings).await?;
     loop {
         let (leader, epoch) = tokio::select! {
             found = find_leader(options, &group, registry.as_ref()) => found?,
@@ -458,7 +477,7 @@ async fn follow_leader(
         // an address from the registry may be that of a leader that has just died: it is looked up again
         let looked_up = options.leader.is_none();
         let connect_within = if looked_up { LOOK_UP_AGAIN_AFTER } else { options.rendezvous_seconds };
-        let member = member_options(&settings, &group);
+        let member = member_options(&settings, &group, grammars.clone());
         let following = FollowerOptions { member, leader, epoch, connect_within };
         let ended = tokio::select! {
             ended = follow(following) => ended,

@@ -141,6 +141,7 @@ impl Answer {
                 ignore_eos: params.ignore_eos,
             },
             end_ids: params.emit.end_ids.clone(),
+            grammar: params.structure.as_ref().map(|structure| structure.grammar.clone()),
             cache_salt: params.cache_salt.clone().into_bytes().into(),
             deadline,
             traceparent: self.context.traceparent.clone(),
@@ -380,7 +381,12 @@ impl Answer {
                     2,
                 ),
                 Failure::TimedOut => ApiError::timed_out(),
-                Failure::Invalid(reason) => ApiError::malformed(reason),
+                Failure::Invalid(reason) => match (&self.params.structure, reason.strip_prefix("grammar: ")) {
+                    (Some(structure), Some(reason)) => {
+                        ApiError::invalid(structure.field, format!("`{}`: {reason}.", structure.field))
+                    }
+                    _ => ApiError::malformed(reason),
+                },
                 Failure::Sequence(reason) => ApiError::internal(reason),
             },
         }

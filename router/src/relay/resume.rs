@@ -15,8 +15,8 @@ use std::{
 
 use bora_common::blocks::{BlockChain, BlockHash, ImageSpan};
 use bora_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, PromptLogprobs, Sampling, Stopping,
-    Tokens, generate_event::Event as Sent,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Grammar, Image, Logprobs, PromptLogprobs, Sampling,
+    Stopping, Tokens, generate_event::Event as Sent,
 };
 use bytes::Bytes;
 use futures::Stream as _;
@@ -56,6 +56,8 @@ pub struct Task {
     pub stopping: Stopping,
     /// Ids that end it: end of sequence (unless ignored) and `stop_token_ids`.
     pub end_ids: Vec<u32>,
+    /// What the generated text must match.
+    pub grammar: Option<Grammar>,
     /// Separates the caches of tenants.
     pub cache_salt: Bytes,
     /// When it is given up.
@@ -449,6 +451,7 @@ impl Sequence {
             logprobs,
             cache_salt: self.task.cache_salt.to_vec(),
             priority: 0,
+            grammar: self.task.grammar.clone(),
         }
     }
 }
