@@ -35,7 +35,7 @@ impl StepRunner for Meeting {
                     return Err(RunError::Device { rank, step: id, reason: "out of luck".to_owned() });
                 }
                 Failure::Panic => panic!("out of mind"),
-                Failure::Silence => std::thread::sleep(Duration::from_millis(1500)),
+                Failure::Silence => std::thread::sleep(Duration::from_secs(6)),
             }
         }
         self.collective.barrier().map_err(|error| match error.rank() {
@@ -53,7 +53,7 @@ fn run_until_failure(failing_rank: usize, failure: Failure) -> (RunError, Durati
     let fault = Fault::new();
     fault.know((0..4).map(|rank| own_record(rank, "node-7")).collect());
     let mut runners: Vec<Box<dyn StepRunner>> = Vec::new();
-    for collective in SharedRank::group(4, Duration::from_millis(700)) {
+    for collective in SharedRank::group(4, Duration::from_secs(3)) {
         fault.watch_over(collective.aborter());
         let fails_in = (collective.rank() == failing_rank).then_some((3, failure));
         runners.push(Box::new(Meeting { collective, fails_in, last: 0 }));
