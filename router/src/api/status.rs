@@ -56,6 +56,8 @@ pub async fn metrics(State(service): State<Arc<Service>>) -> Response<Body> {
     let view = fleet.view();
     let ready = view.groups().filter(|group| group.is_ready()).count();
     service.metrics().fleet(view.groups().count(), ready, fleet.index.len());
+    service.metrics().waiting(fleet.room.waiting());
+    service.metrics().conversation_cache(service.conversations().bytes());
     let mut response = Response::new(Body::from(service.metrics().text()));
     let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
