@@ -9,6 +9,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::fleet::{gauges::GroupGauges, view::Fleet};
+
 /// Labels of a finished HTTP request. Both come from fixed lists.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -19,6 +21,11 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TokenLabels {
     kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelLabels {
+    model: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -39,6 +46,7 @@ pub struct Metrics {
     queued_sequences: Counter,
     waited_seconds: Histogram,
     waiting: Gauge,
+    unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
     cached_tokens: Counter,
@@ -50,6 +58,7 @@ pub struct Metrics {
     groups: Gauge,
     ready_groups: Gauge,
     indexed_blocks: Gauge,
+    group_gauges: GroupGauges,
 }
 
 /// Long prompts take long: the buckets end at ten minutes.
@@ -71,6 +80,7 @@ impl Metrics {
         let queued_sequences = Counter::default();
         let waited_seconds = Histogram::new(WAIT_BUCKETS);
         let waiting = Gauge::default();
+        let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
         let first_token_seconds = Histogram::new(WAIT_BUCKETS);
@@ -98,6 +108,11 @@ impl Metrics {
         registry.register("queued_sequences", "Sequences that waited for a group with room", queued_sequences.clone());
         registry.register("queue_seconds", "How long such sequences waited", waited_seconds.clone());
         registry.register("waiting_sequences", "Sequences that wait for a group with room", waiting.clone());
+        registry.register(
+            "unserved_requests",
+            "Requests for a model that no ready group served",
+            unserved_requests.clone(),
+        );
         registry.register("moved_sequences", "Sequences placed again on another group", moves.clone());
         registry.register("tokens", "Tokens of finished sequences", tokens.clone());
         registry.register(
@@ -123,6 +138,7 @@ impl Metrics {
         registry.register("groups", "Groups known", groups.clone());
         registry.register("ready_groups", "Groups that take requests", ready_groups.clone());
         registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
+        let group_gauges = GroupGauges::new(&mut registry);
         let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
         let encoded_counter = |kind| encoded.get_or_create(&TokenLabels { kind }).clone();
         let move_counter = |when| moves.get_or_create(&MoveLabels { when }).clone();
@@ -144,11 +160,13 @@ impl Metrics {
             queued_sequences,
             waited_seconds,
             waiting,
+            unserved_requests,
             first_token_seconds,
             prepare_seconds,
             groups,
             ready_groups,
             indexed_blocks,
+            group_gauges,
         })
     }
 
@@ -190,6 +208,16 @@ impl Metrics {
         self.waiting.set(sequences as i64);
     }
 
+    /// From now on the model is counted: a counter that is there at zero shows its first increase.
+    pub(crate) fn know_model(&self, model: &str) {
+        let _ = self.unserved_requests.get_or_create(&ModelLabels { model: model.to_owned() });
+    }
+
+    /// `model` is the name of a configured model or of one that groups announce, so that labels are bounded.
+    pub(crate) fn unserved(&self, model: &str) {
+        self.unserved_requests.get_or_create(&ModelLabels { model: model.to_owned() }).inc();
+    }
+
     pub(crate) fn sequence_moved(&self, mid_stream: bool) {
         self.moved[usize::from(mid_stream)].inc();
     }
@@ -217,22 +245,23 @@ impl Metrics {
         self.conversation_cache_bytes.set(bytes as i64);
     }
 
-    pub(crate) fn fleet(&self, groups: usize, ready: usize, indexed_blocks: usize) {
-        self.groups.set(groups as i64);
-        self.ready_groups.set(ready as i64);
-        self.indexed_blocks.set(indexed_blocks as i64);
-    }
-
     /// Lets other parts of this process add theirs, so that `/metrics` shows them too.
     pub fn register(&self, add: impl FnOnce(&mut Registry)) {
         add(&mut self.registry.lock());
     }
 
-    /// Everything in OpenMetrics' text form.
-    pub fn text(&self) -> String {
+    /// Everything in OpenMetrics' text form, with the fleet as it is now.
+    pub fn text(&self, fleet: &Fleet) -> String {
+        // held while the gauges of the groups are set: another scrape must not see half of them
+        let registry = self.registry.lock();
+        let view = fleet.view();
+        self.groups.set(view.groups().count() as i64);
+        self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
+        self.indexed_blocks.set(fleet.index.len() as i64);
+        self.group_gauges.set(&view);
         let mut text = String::new();
         // writing to a String can't fail
-        let _ = encode(&mut text, &self.registry.lock());
+        let _ = encode(&mut text, &registry);
         text
     }
 }

@@ -53,12 +53,9 @@ pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
 /// Prometheus.
 pub async fn metrics(State(service): State<Arc<Service>>) -> Response<Body> {
     let fleet = service.fleet();
-    let view = fleet.view();
-    let ready = view.groups().filter(|group| group.is_ready()).count();
-    service.metrics().fleet(view.groups().count(), ready, fleet.index.len());
     service.metrics().waiting(fleet.room.waiting());
     service.metrics().conversation_cache(service.conversations().bytes());
-    let mut response = Response::new(Body::from(service.metrics().text()));
+    let mut response = Response::new(Body::from(service.metrics().text(fleet)));
     let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response

@@ -205,7 +205,12 @@ impl Sequence {
             phase: Phase::Done,
         };
         sequence.relay.retries.earn(sequence.task.tenant);
-        sequence.place_first().map_err(SequenceError::NoGroup)?;
+        sequence.place_first().map_err(|reason| {
+            if reason == NoGroup::NoneReady {
+                sequence.relay.metrics.unserved(&sequence.task.model);
+            }
+            SequenceError::NoGroup(reason)
+        })?;
         Ok(sequence)
     }
 
