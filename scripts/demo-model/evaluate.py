@@ -21,13 +21,16 @@ from encoder import Encoder
 MODEL = "bora-demo"
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
 
-# name: (kind of episode, conversations, whether the phrases too are ones that training never uses)
+# name: (kind of episode, conversations, whether its words, whether its phrases are ones that training never uses);
+# schemas and values are new everywhere
 SETS = {
-    "one call": (c.one_call, 120, False), "calls in sequence": (c.several_steps, 30, False), "parallel calls": (c.parallel, 60, False),
-    "second call from the first's result": (c.chained, 30, False), "file edits": (c.edit, 30, False), "no tool fits": (c.no_such_tool, 40, False),
-    "JSON answers": (c.as_json, 50, False), "identity": (c.identity, 50, True), "one call, phrases never seen": (c.one_call, 60, True),
+    "one call": (c.one_call, 120, False, False), "one call, words never seen": (c.one_call, 120, True, False),
+    "one call, words and phrases never seen": (c.one_call, 40, True, True),
+    "calls in sequence": (c.several_steps, 25, False, False), "parallel calls": (c.parallel, 40, False, False),
+    "second call from the first's result": (c.chained, 25, False, False), "file edits": (c.edit, 25, False, False), "no tool fits": (c.no_such_tool, 40, False, False),
+    "JSON answers": (c.as_json, 40, True, False), "identity": (c.identity, 50, True, True),
 }
-RECALL = {1024: 30, 4096: 40, 8192: 6, 32768: 4}
+RECALL = {1024: 40, 4096: 40, 8192: 8, 32768: 4}
 
 
 def ask(url, messages, tools, tokens=400):
@@ -89,6 +92,7 @@ def judge(url, request, score, wrong, last_only=False):
             right = not calls and content == message["content"]
             score.answers, score.right_answers = score.answers + 1, score.right_answers + right
         if not right:
+            print("wrong:", json.dumps({"asked": messages[index - 1]["content"][-200:], "expected": expected or message["content"], "got": calls or content}, ensure_ascii=False), flush=True)
             wrong.append({"asked": messages[index - 1]["content"][-300:], "expected": expected or message["content"], "got": calls or content})
         whole = whole and right
     score.conversations, score.whole = score.conversations + 1, score.whole + whole
@@ -96,12 +100,12 @@ def judge(url, request, score, wrong, last_only=False):
 
 def evaluate(url, encoder, scale, only):
     table, wrong = {}, {}
-    for name, (episode, count, unheard) in SETS.items():
+    for name, (episode, count, held, unheard) in SETS.items():
         if only and name not in only:
             continue
         score, wrong[name], started = Score(), [], time.monotonic()
         for i in range(max(1, round(count * scale))):
-            request, _, _ = c.make(encoder, values.generator("evaluate", name, i), 1024, True, [(episode, 1)], fill=False, unheard=unheard)
+            request, _, _ = c.make(encoder, values.generator("evaluate", name, i), 1024, held, [(episode, 1)], fill=False, unheard=unheard)
             judge(url, request, score, wrong[name])
         table[name] = score.row()
         print(name, table[name], f"{time.monotonic() - started:.0f} s", flush=True)
@@ -120,7 +124,7 @@ def evaluate(url, encoder, scale, only):
 
 def compare(urls, encoder, count):
     """Asks every server the same; says how many answers are the same to the last character."""
-    kinds, same, differ = [episode for episode, _, _ in SETS.values()], 0, []
+    kinds, same, differ = [row[0] for row in SETS.values()], 0, []
     for i in range(count):
         request, _, _ = c.make(encoder, values.generator("same", i), 1024, True, [(kinds[i % len(kinds)], 1)], fill=False, unheard=i % 2 == 1)
         last = max(index for index, message in enumerate(request["messages"]) if message["role"] == "assistant")

@@ -18,6 +18,7 @@ use super::{
     response::{TokenNames, Usage},
 };
 use crate::{
+    access::{Caller, limits::Permit},
     metrics::OpenRequest,
     place::choose::NoGroup,
     relay::{
@@ -36,8 +37,14 @@ pub struct RequestContext {
     pub client: super::params::Client,
     /// W3C trace context.
     pub traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+    /// Who sends it, as a hash of the key that came with it; 0 without one.
+    pub tenant: u64,
     /// When it came.
     pub arrived: Instant,
+    /// Whose key came with it; `None` where keys are not asked for.
+    pub caller: Option<Caller>,
+    /// Holds what its tenant's limits allow it.
+    pub permit: Option<Permit>,
     /// Counts it.
     pub open: OpenRequest,
 }
@@ -132,7 +139,9 @@ impl Answer {
             model: model.to_string(),
             token_ids: prompt.encoded.token_ids,
             images: prompt.encoded.images,
-            hashes: prompt.hashes,
+            hashes: prompt.encoded.hashes.into(),
+            class: params.class,
+            tenant: self.context.tenant,
             sampling: params.sampling.clone(),
             stopping: Stopping {
                 max_tokens: prompt.output_bound,
@@ -256,6 +265,9 @@ impl Answer {
                 if !std::mem::replace(&mut self.first_token, true) {
                     self.service.metrics().first_token(self.context.arrived.elapsed().as_secs_f64());
                 }
+                if let Some(permit) = &mut self.context.permit {
+                    permit.completion_tokens += tokens.token_ids.len() as u64;
+                }
                 if self.params.echo_only {
                     return;
                 }
@@ -282,6 +294,9 @@ impl Answer {
         }
         self.running -= 1;
         if self.running == 0 {
+            if let Some(permit) = &mut self.context.permit {
+                permit.finished = true;
+            }
             let usage = self.usage();
             let cached = usage.prompt_tokens_details.cached_tokens;
             self.service.metrics().tokens(usage.prompt_tokens.into(), cached.into(), usage.completion_tokens.into());
@@ -365,7 +380,13 @@ impl Answer {
             SequenceError::NoGroup(NoGroup::NoneReady) => {
                 ApiError::unavailable("No group of this model takes requests now.", 2)
             }
+            SequenceError::NoGroup(NoGroup::QueueFull | NoGroup::WaitedTooLong) => {
+                ApiError::overloaded("All groups of this model are busy. Please retry later.", retry_after())
+            }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
+            SequenceError::Poison { attempts } => ApiError::internal(format!(
+                "Each of the {attempts} groups that took the request failed while it ran; it is not tried again."
+            )),
             SequenceError::Failed { failure, attempts } => match failure {
                 Failure::Full(_) => {
                     ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())
