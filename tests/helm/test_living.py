@@ -212,6 +212,8 @@ def test_a_model_is_fetched_whole(tmp_path):
         # a router takes no weights
         (init,) = named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"]["initContainers"]
         assert "--include=*.json" in init["command"] and "--include=*.safetensors" not in init["command"]
+        volumes = named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"]["volumes"]
+        assert {"name": "model-m", "emptyDir": {"sizeLimit": "1Gi"}} in volumes
         # what is not there is an error at once, with its name
         missing = run(sys.executable, tmp_path / "fetch_model.py", "--endpoint", f"http://127.0.0.1:{server.server_port}", "--repository", "org/none",
                       "--to", tmp_path / "none", env=environment)

@@ -44,6 +44,7 @@ OTHERS = {
     "etcd.builtin.tls.certManager": {"etcd": {"builtin": {"tls": {"source": "certManager", "certManager": {"issuer": "i"}}}}},
     "etcd.builtin.tls.existingSecret": {"etcd": {"builtin": {"tls": {"source": "existing", "existingSecret": "s"}}}},
     "etcd.builtin.tls.source": CHART_CERTIFICATES,
+    "etcd.builtin.storage.kind": {"etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "replicas": 1}}},
     "serviceAccount.create": PLAIN,
     "serviceAccount.name": {"etcd": NO_CERTIFICATES, "serviceAccount": {"create": False}},
     "monitoring.podMonitor": {"etcd": NO_CERTIFICATES, "monitoring": {"podMonitor": {"enabled": True}}},
@@ -61,6 +62,7 @@ FITTING = {
     "workers.autoscaling.minReplicas": {"minReplicas": 3},
     "workers.autoscaling.maxReplicas": {"maxReplicas": 9},
     "etcd.builtin.replicas": {"replicas": 5},
+    "etcd.builtin.storage.kind": {"kind": "emptyDir"},
     "etcd.builtin.tls.days": None,  # see test_certificates_live_as_long_as_days_says
     "nameOverride": {"nameOverride": "other"},
     "bindAddress": {"bindAddress": "::"},
@@ -256,6 +258,11 @@ def test_values_that_do_not_go_together_are_named(wrong, why, tmp_path):
     (tmp_path / "v.json").write_text(json.dumps({"models": {"m": wrong}}))
     outcome = helm("template", "x", CHART, "--values", tmp_path / "v.json")
     assert outcome.returncode != 0 and why in outcome.stderr and "models.m" in outcome.stderr, outcome.stderr
+
+
+def test_several_members_of_etcd_need_volumes():
+    outcome = helm("template", "x", CHART, '--set-json=etcd.builtin.storage.kind="emptyDir"')
+    assert outcome.returncode != 0 and "emptyDir is for a single member" in outcome.stderr
 
 
 def test_a_models_own_section_beats_the_default(tmp_path):
