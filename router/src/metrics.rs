@@ -1,6 +1,9 @@
 //! What the router counts, in Prometheus' text form at `/metrics`.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 use prometheus_client::{
@@ -9,7 +12,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::fleet::{gauges::GroupGauges, view::Fleet};
+use crate::{
+    fleet::{gauges::GroupGauges, view::Fleet},
+    place::admission::Class,
+};
 
 /// Labels of a finished HTTP request. Both come from fixed lists.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -29,6 +35,12 @@ struct ModelLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LineLabels {
+    model: String,
+    class: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MoveLabels {
     when: &'static str,
 }
@@ -45,7 +57,7 @@ pub struct Metrics {
     refused_retries: Counter,
     queued_sequences: Counter,
     waited_seconds: Histogram,
-    waiting: Gauge,
+    waiting: Family<LineLabels, Gauge>,
     unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
@@ -79,7 +91,7 @@ impl Metrics {
         let refused_retries = Counter::default();
         let queued_sequences = Counter::default();
         let waited_seconds = Histogram::new(WAIT_BUCKETS);
-        let waiting = Gauge::default();
+        let waiting = Family::<LineLabels, Gauge>::default();
         let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
@@ -204,8 +216,16 @@ impl Metrics {
         self.waited_seconds.observe(seconds);
     }
 
-    pub(crate) fn waiting(&self, sequences: usize) {
-        self.waiting.set(sequences as i64);
+    /// The requests that stand in line; every known model has its series, so that a line that forms is seen to grow.
+    fn waiting(&self, models: &BTreeSet<String>, lines: &HashMap<(String, Class), usize>) {
+        self.waiting.clear();
+        for model in models {
+            for class in Class::ALL {
+                let waiting = lines.get(&(model.clone(), class)).copied().unwrap_or(0);
+                let labels = LineLabels { model: model.clone(), class: class.name() };
+                self.waiting.get_or_create(&labels).set(waiting as i64);
+            }
+        }
     }
 
     /// From now on the model is counted: a counter that is there at zero shows its first increase.
@@ -250,8 +270,8 @@ impl Metrics {
         add(&mut self.registry.lock());
     }
 
-    /// Everything in OpenMetrics' text form, with the fleet as it is now.
-    pub fn text(&self, fleet: &Fleet) -> String {
+    /// Everything in OpenMetrics' text form, with the fleet and the requests in line as they are now.
+    pub fn text(&self, fleet: &Fleet, models: &BTreeSet<String>, lines: &HashMap<(String, Class), usize>) -> String {
         // held while the gauges of the groups are set: another scrape must not see half of them
         let registry = self.registry.lock();
         let view = fleet.view();
@@ -259,6 +279,7 @@ impl Metrics {
         self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
         self.indexed_blocks.set(fleet.index.len() as i64);
         self.group_gauges.set(&view);
+        self.waiting(models, lines);
         let mut text = String::new();
         // writing to a String can't fail
         let _ = encode(&mut text, &registry);

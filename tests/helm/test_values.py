@@ -19,7 +19,7 @@ EVERYTHING = {
     "router": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer"}},
     "workers": {
         "kind": "LeaderWorkerSet", "tensorParallelSize": 4, "ranksPerPod": 2, "rdma": {"enabled": True},
-        "autoscaling": {"kind": "keda", "sequences": 10},
+        "autoscaling": {"kind": "keda"},
     },
     "etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "backup": {"enabled": True}}},
     "ingress": {"enabled": True, "tlsSecret": "t"},
@@ -310,6 +310,6 @@ def test_notes_name_the_next_command():
     outcome = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client", "--values", PRESETS[0])
     assert outcome.returncode == 0, outcome.stderr
     text = outcome.stdout.split("NOTES:")[1]
-    assert "helm test bora -n llm --logs" in text and "port-forward svc/bora 8000:80" in text and "tiny-devstral" in text
+    assert "helm test bora -n llm --logs" in text and "port-forward svc/bora 8000:80" in text and "bora-demo" in text
     empty = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client").stdout.split("NOTES:")[1]
     assert "It has no model yet" in empty

@@ -40,7 +40,16 @@ pub enum Class {
 }
 
 impl Class {
-    const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+    /// Every class, the most urgent first.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+
+    /// Its name on labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Interactive => "interactive",
+            Class::Batch => "batch",
+        }
+    }
 
     /// Of how many sequences a group may have before a request of this class waits.
     pub fn limit(self, max_sequences: u32) -> u32 {
@@ -152,6 +161,18 @@ impl Admission {
         // room may have come between the caller's look and this
         self.room.changed.notify_one();
         Ok(placed)
+    }
+
+    /// How many requests wait, by model and class; nothing where none does.
+    pub fn lines(&self) -> HashMap<(String, Class), usize> {
+        let mut lines = HashMap::new();
+        if self.room.waiting() > 0 {
+            let state = self.state.lock();
+            for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
+                *lines.entry((waiter.ask.model.clone(), waiter.ask.class)).or_insert(0) += 1;
+            }
+        }
+        lines
     }
 
     /// Places what waits, for as long as the fleet is there.
