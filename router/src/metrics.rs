@@ -1,6 +1,6 @@
 //! What the router counts, in Prometheus' text form at `/metrics`.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 use prometheus_client::{
@@ -46,6 +46,7 @@ pub struct Metrics {
     queued_sequences: Counter,
     waited_seconds: Histogram,
     waiting: Gauge,
+    waiting_tokens: Family<ModelLabels, Gauge>,
     unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
@@ -80,6 +81,7 @@ impl Metrics {
         let queued_sequences = Counter::default();
         let waited_seconds = Histogram::new(WAIT_BUCKETS);
         let waiting = Gauge::default();
+        let waiting_tokens = Family::<ModelLabels, Gauge>::default();
         let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
@@ -108,6 +110,7 @@ impl Metrics {
         registry.register("queued_sequences", "Sequences that waited for a group with room", queued_sequences.clone());
         registry.register("queue_seconds", "How long such sequences waited", waited_seconds.clone());
         registry.register("waiting_sequences", "Sequences that wait for a group with room", waiting.clone());
+        registry.register("waiting_tokens", "Prompt tokens of such sequences", waiting_tokens.clone());
         registry.register(
             "unserved_requests",
             "Requests for a model that no ready group served",
@@ -160,6 +163,7 @@ impl Metrics {
             queued_sequences,
             waited_seconds,
             waiting,
+            waiting_tokens,
             unserved_requests,
             first_token_seconds,
             prepare_seconds,
@@ -204,8 +208,12 @@ impl Metrics {
         self.waited_seconds.observe(seconds);
     }
 
-    pub(crate) fn waiting(&self, sequences: usize) {
+    pub(crate) fn waiting(&self, sequences: usize, tokens_by_model: HashMap<String, u64>) {
         self.waiting.set(sequences as i64);
+        self.waiting_tokens.clear();
+        for (model, tokens) in tokens_by_model {
+            self.waiting_tokens.get_or_create(&ModelLabels { model }).set(tokens as i64);
+        }
     }
 
     /// From now on the model is counted: a counter that is there at zero shows its first increase.

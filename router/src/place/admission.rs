@@ -154,6 +154,16 @@ impl Admission {
         Ok(placed)
     }
 
+    /// Prompt tokens that wait, by model: groups know nothing of them yet.
+    pub fn waiting_tokens(&self) -> HashMap<String, u64> {
+        let state = self.state.lock();
+        let mut tokens: HashMap<String, u64> = HashMap::new();
+        for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
+            *tokens.entry(waiter.ask.model.clone()).or_default() += waiter.ask.tokens as u64;
+        }
+        tokens
+    }
+
     /// Places what waits, for as long as the fleet is there.
     pub async fn serve(self: Arc<Self>, fleet: Arc<Fleet>) {
         loop {
