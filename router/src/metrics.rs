@@ -14,7 +14,7 @@ use prometheus_client::{
 
 use crate::{
     fleet::{gauges::GroupGauges, view::Fleet},
-    place::admission::Class,
+    place::admission::{Class, Line},
 };
 
 /// Labels of a finished HTTP request. Both come from fixed lists.
@@ -58,6 +58,7 @@ pub struct Metrics {
     queued_sequences: Counter,
     waited_seconds: Histogram,
     waiting: Family<LineLabels, Gauge>,
+    waiting_tokens: Family<ModelLabels, Gauge>,
     unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
@@ -92,6 +93,7 @@ impl Metrics {
         let queued_sequences = Counter::default();
         let waited_seconds = Histogram::new(WAIT_BUCKETS);
         let waiting = Family::<LineLabels, Gauge>::default();
+        let waiting_tokens = Family::<ModelLabels, Gauge>::default();
         let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
@@ -119,7 +121,12 @@ impl Metrics {
         registry.register("refused_retries", "Sequences not placed again for want of budget", refused_retries.clone());
         registry.register("queued_sequences", "Sequences that waited for a group with room", queued_sequences.clone());
         registry.register("queue_seconds", "How long such sequences waited", waited_seconds.clone());
-        registry.register("waiting_sequences", "Sequences that wait for a group with room", waiting.clone());
+        registry.register(
+            "waiting_sequences",
+            "Sequences that wait in the router for a group with room",
+            waiting.clone(),
+        );
+        registry.register("waiting_tokens", "Prompt tokens of such sequences", waiting_tokens.clone());
         registry.register(
             "unserved_requests",
             "Requests for a model that no ready group served",
@@ -172,6 +179,7 @@ impl Metrics {
             queued_sequences,
             waited_seconds,
             waiting,
+            waiting_tokens,
             unserved_requests,
             first_token_seconds,
             prepare_seconds,
@@ -216,15 +224,17 @@ impl Metrics {
         self.waited_seconds.observe(seconds);
     }
 
-    /// The requests that stand in line; every known model has its series, so that a line that forms is seen to grow.
-    fn waiting(&self, models: &BTreeSet<String>, lines: &HashMap<(String, Class), usize>) {
+    /// What stands in line; every known model has its series, so that a line that forms is seen to grow.
+    fn waiting(&self, models: &BTreeSet<String>, lines: &HashMap<String, Line>) {
         self.waiting.clear();
+        self.waiting_tokens.clear();
         for model in models {
+            let line = lines.get(model).copied().unwrap_or_default();
             for class in Class::ALL {
-                let waiting = lines.get(&(model.clone(), class)).copied().unwrap_or(0);
                 let labels = LineLabels { model: model.clone(), class: class.name() };
-                self.waiting.get_or_create(&labels).set(waiting as i64);
+                self.waiting.get_or_create(&labels).set(line.requests[class as usize] as i64);
             }
+            self.waiting_tokens.get_or_create(&ModelLabels { model: model.clone() }).set(line.tokens as i64);
         }
     }
 
@@ -271,7 +281,7 @@ impl Metrics {
     }
 
     /// Everything in OpenMetrics' text form, with the fleet and the requests in line as they are now.
-    pub fn text(&self, fleet: &Fleet, models: &BTreeSet<String>, lines: &HashMap<(String, Class), usize>) -> String {
+    pub fn text(&self, fleet: &Fleet, models: &BTreeSet<String>, lines: &HashMap<String, Line>) -> String {
         // held while the gauges of the groups are set: another scrape must not see half of them
         let registry = self.registry.lock();
         let view = fleet.view();

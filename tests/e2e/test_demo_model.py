@@ -2,11 +2,16 @@
 the official client, a conversation that grows, an answer that outlives its group."""
 
 import json
+import os
+import shutil
+import subprocess
 
 import openai
 import pytest
 
 from cluster import FIXTURES, Cluster, serve
+
+VIBE = os.environ.get("VIBE_BIN") or shutil.which("vibe")
 
 WEIGHTS = FIXTURES / "bora-demo"
 MODEL = "bora-demo"
@@ -152,3 +157,39 @@ def test_a_group_that_dies_in_mid_answer():
                 killed = True
         assert killed and finish == "stop"
         assert text == ", ".join(map(str, range(1, 61))) + "."
+
+
+@pytest.mark.skipif(VIBE is None, reason="Mistral Vibe is not installed (mistral-vibe 3, Python 3.12): put it on the PATH or in VIBE_BIN")
+def test_vibe_reads_a_file(tmp_path):
+    """Mistral Vibe's prompt and ten tools are longer than anything the model saw; it gets a call that it can run,
+    and an answer that holds what the tool returned."""
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir(), home.mkdir()
+    (work / "notes.txt").write_text("the owl sleeps at noon\n")
+    with Cluster(model=MODEL, model_dir=WEIGHTS / "fp8") as cluster:
+        serve(cluster, "--served-model-name", MODEL, "--device", "cpu", "--num-kv-blocks", "1024")
+        (home / "config.toml").write_text(f"""active_model = "{MODEL}"
+enable_telemetry = false
+enable_update_checks = false
+enable_auto_update = false
+
+[[providers]]
+name = "bora"
+api_base = "{cluster.router_url}/v1"
+api_key_env_var = "BORA_KEY"
+api_style = "openai"
+backend = "generic"
+
+[[models]]
+name = "{MODEL}"
+alias = "{MODEL}"
+provider = "bora"
+temperature = 0.0
+""")
+        command = [VIBE, "--trust", "--auto-approve", "--workdir", work, "--max-turns", "4", "--output", "json", "-p", "Read the file notes.txt"]
+        run = subprocess.run(command, env={**os.environ, "VIBE_HOME": str(home), "BORA_KEY": "none"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=500)
+        assert run.returncode == 0, run.stderr[-2000:]
+    entries = json.loads(run.stdout)
+    (effect,) = [entry for entry in entries if entry["type"] == "effect"]
+    assert effect["state"]["status"] == "completed" and effect["detail"]["input"]["filePath"] == "notes.txt"
+    assert "the owl sleeps at noon" in entries[-1]["content"][0]["text"] and entries[-1]["role"] == "assistant"

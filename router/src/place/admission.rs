@@ -101,6 +101,15 @@ pub struct Ask {
     pub explain: bool,
 }
 
+/// What waits for the groups of one model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Line {
+    /// Requests of each [`Class`].
+    pub requests: [usize; 2],
+    /// Tokens of their prompts.
+    pub tokens: u64,
+}
+
 struct Waiter {
     ask: Ask,
     answer: oneshot::Sender<Result<Placement, NoGroup>>,
@@ -163,13 +172,15 @@ impl Admission {
         Ok(placed)
     }
 
-    /// How many requests wait, by model and class; nothing where none does.
-    pub fn lines(&self) -> HashMap<(String, Class), usize> {
-        let mut lines = HashMap::new();
+    /// What waits, by model: groups know nothing of it yet. Nothing where nobody waits.
+    pub fn lines(&self) -> HashMap<String, Line> {
+        let mut lines: HashMap<String, Line> = HashMap::new();
         if self.room.waiting() > 0 {
             let state = self.state.lock();
             for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
-                *lines.entry((waiter.ask.model.clone(), waiter.ask.class)).or_insert(0) += 1;
+                let line = lines.entry(waiter.ask.model.clone()).or_default();
+                line.requests[waiter.ask.class as usize] += 1;
+                line.tokens += waiter.ask.tokens as u64;
             }
         }
         lines
