@@ -1,5 +1,7 @@
 //! `bora bench`: measures.
 
+mod fleet;
+mod index;
 mod load;
 
 use clap::{Args, Subcommand};
@@ -15,11 +17,20 @@ pub(crate) struct BenchArgs {
 enum What {
     /// A closed loop of requests against an endpoint, or straight against a group
     Load(load::LoadArgs),
+    /// The router's placement over simulated groups, beside other policies
+    Fleet(fleet::FleetArgs),
+    /// Memory and lookup time of the prefix index
+    Index(index::IndexArgs),
 }
 
 /// Measures, and prints JSON lines.
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.what {
         What::Load(args) => crate::runtime()?.block_on(load::run(args)),
+        What::Fleet(args) => crate::runtime()?.block_on(fleet::run(args)),
+        What::Index(args) => {
+            index::run(&args);
+            Ok(())
+        }
     }
 }
