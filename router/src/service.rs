@@ -1,7 +1,7 @@
 //! What all requests share: options, models, fleet, counters.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -104,6 +104,12 @@ impl Service {
     pub fn configured_names(&self) -> impl Iterator<Item = (&str, &str)> {
         let names = self.models.keys().map(|name| (name.as_str(), name.as_str()));
         names.chain(self.aliases.iter().map(|(alias, name)| (alias.as_str(), name.as_str())))
+    }
+
+    /// The models that are configured or that groups announce.
+    pub fn model_names(&self) -> BTreeSet<String> {
+        let view = self.fleet().view();
+        self.models.keys().cloned().chain(view.models().map(|model| model.name.clone())).collect()
     }
 
     /// Seconds since 1970 of the start.

@@ -40,7 +40,16 @@ pub enum Class {
 }
 
 impl Class {
-    const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+    /// Every class, the most urgent first.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+
+    /// Its name on labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Interactive => "interactive",
+            Class::Batch => "batch",
+        }
+    }
 
     /// Of how many sequences a group may have before a request of this class waits.
     pub fn limit(self, max_sequences: u32) -> u32 {
@@ -90,6 +99,15 @@ pub struct Ask {
     pub until: Instant,
     /// Whether the reasons of its placement are wanted.
     pub explain: bool,
+}
+
+/// What waits for the groups of one model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Line {
+    /// Requests of each [`Class`].
+    pub requests: [usize; 2],
+    /// Tokens of their prompts.
+    pub tokens: u64,
 }
 
 struct Waiter {
@@ -154,14 +172,18 @@ impl Admission {
         Ok(placed)
     }
 
-    /// Prompt tokens that wait, by model: groups know nothing of them yet.
-    pub fn waiting_tokens(&self) -> HashMap<String, u64> {
-        let state = self.state.lock();
-        let mut tokens: HashMap<String, u64> = HashMap::new();
-        for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
-            *tokens.entry(waiter.ask.model.clone()).or_default() += waiter.ask.tokens as u64;
+    /// What waits, by model: groups know nothing of it yet. Nothing where nobody waits.
+    pub fn lines(&self) -> HashMap<String, Line> {
+        let mut lines: HashMap<String, Line> = HashMap::new();
+        if self.room.waiting() > 0 {
+            let state = self.state.lock();
+            for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
+                let line = lines.entry(waiter.ask.model.clone()).or_default();
+                line.requests[waiter.ask.class as usize] += 1;
+                line.tokens += waiter.ask.tokens as u64;
+            }
         }
-        tokens
+        lines
     }
 
     /// Places what waits, for as long as the fleet is there.
