@@ -6,6 +6,7 @@ use bora_common::blocks::BlockHash;
 use bora_router::place::index::Index;
 use clap::Args;
 use serde_json::json;
+use xxhash_rust::xxh3::xxh3_128;
 
 /// How full.
 #[derive(Args, Debug)]
@@ -26,8 +27,10 @@ pub(crate) fn run(args: &IndexArgs) {
     let index = Index::new();
     let slots: Vec<_> = (0..args.groups).map(|_| index.assign()).collect();
     let hash = |group: u32, block: u64| {
-        let seed = (u128::from(group) << 64) | u128::from(block + 1);
-        BlockHash(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835))
+        let mut bytes = [0; 12];
+        bytes[..4].copy_from_slice(&group.to_le_bytes());
+        bytes[4..].copy_from_slice(&block.to_le_bytes());
+        BlockHash(xxh3_128(&bytes))
     };
     let began = Instant::now();
     for (group, slot) in (0..).zip(&slots) {

@@ -9,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU8, Ordering},
     },
+    time::Instant,
 };
 
 use bora_common::cost::{CostModel, GroupLoad};
@@ -41,12 +42,13 @@ pub struct Group {
 
 impl Group {
     /// What it is busy with, for [`CostModel::first_token_seconds`].
-    pub fn load(&self) -> GroupLoad {
+    pub fn load(&self, now: Instant) -> GroupLoad {
         let busy = self.link.ledger.busy();
         GroupLoad {
             queued_tokens: busy.queued_tokens,
             sequences: busy.sequences,
             max_sequences: self.record.max_sequences,
+            utilization: self.link.ledger.utilization(now),
         }
     }
 

@@ -276,7 +276,13 @@ impl State {
 fn try_to_place(ask: &Ask, fleet: &Fleet) -> Result<Placement, NoGroup> {
     let view = fleet.view();
     let model = view.model(&ask.model).ok_or(NoGroup::NoneReady)?;
-    let wanted =
-        Wanted { hashes: &ask.hashes, tokens: ask.tokens, avoid: &[], class: Some(ask.class), explain: ask.explain };
+    let wanted = Wanted {
+        hashes: &ask.hashes,
+        tokens: ask.tokens,
+        avoid: &[],
+        class: Some(ask.class),
+        explain: ask.explain,
+        now: Instant::now().into_std(),
+    };
     place(fleet, model, &wanted)
 }

@@ -504,6 +504,7 @@ impl Sequence {
             avoid: &avoid,
             class,
             explain: self.explains(),
+            now: Instant::now().into_std(),
         };
         place(&self.relay.fleet, model, &wanted)
     }
@@ -521,7 +522,7 @@ impl Sequence {
         }
         let time_left = self.task.deadline.saturating_duration_since(Instant::now());
         let opening =
-            stream::open(group.link.channels.client(), self.message(), time_left, self.task.traceparent.clone());
+            stream::open(group.link.channels.channel(), self.message(), time_left, self.task.traceparent.clone());
         self.phase = Phase::Opening { booking, opening: Box::pin(opening) };
     }
 

@@ -12,7 +12,7 @@ use std::{
     cmp::Ordering,
     collections::{BinaryHeap, HashMap, VecDeque},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bora_common::{
@@ -178,6 +178,7 @@ struct Simulation {
     news: Vec<bool>,
     now: f64,
     number: u64,
+    began: Instant,
     random: StdRng,
     turn: usize,
     assigned: HashMap<u64, usize>,
@@ -214,6 +215,7 @@ impl Simulation {
             news: Vec::new(),
             now: 0.0,
             number: 0,
+            began: Instant::now(),
             random: StdRng::seed_from_u64(args.seed),
             turn: 0,
             assigned: HashMap::new(),
@@ -344,6 +346,7 @@ impl Simulation {
                     avoid: &[],
                     class: Some(Class::Interactive),
                     explain: false,
+                    now: self.began + Duration::from_secs_f64(self.now),
                 };
                 let placement = place(&router.fleet, view.model(MODEL)?, &wanted).ok()?;
                 self.flights[flight].booking = Some(placement.booking);
