@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod cache;
+mod device;
 pub mod engine;
 pub mod model;
 pub mod options;
@@ -14,4 +15,4 @@ pub mod service;
 pub mod weights;
 
 pub use options::{CpuFp8, DeviceChoice, KvCacheOptions, KvDtype, LoadFormat, WorkerOptions};
-pub use process::{WorkerError, WorkerSettings, run};
+pub use process::{WorkerError, WorkerSettings, open_engine, run};

@@ -8,6 +8,11 @@ use crate::backend::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// Whether the build had a compiler for them.
+pub(super) fn built() -> bool {
+    !FAT_BINARIES.is_empty()
+}
+
 /// Every kernel, loaded.
 pub(super) struct Kernels {
     modules: Vec<Module>,
@@ -17,7 +22,7 @@ pub(super) struct Kernels {
 impl Kernels {
     /// Loads the modules. Kernels are looked up when first asked for.
     pub(super) fn load() -> Result<Self> {
-        if FAT_BINARIES.is_empty() {
+        if !built() {
             return Err(CudaUnavailable::NoKernels.into());
         }
         let modules = FAT_BINARIES.iter().map(|(name, image)| Module::load(image, name)).collect::<Result<_>>()?;
