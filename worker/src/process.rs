@@ -7,7 +7,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::config::{HostPort, ModelOptions};
 use bora_common::registry::{
-    Device, GroupRecord, GroupState, MemoryRegistry, RankRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, Speed,
+    Device, GroupRecord, GroupState, MemoryRegistry, RankRecord, Registry, RegistryError, RendezvousOffer,
+    RendezvousRecord, Speed,
 };
 use bora_proto::v1;
 use tokio::net::TcpListener;

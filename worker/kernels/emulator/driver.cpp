@@ -15,12 +15,15 @@ namespace kernels {
 namespace prefill {
 #include "../attention_prefill.cu"
 }
-namespace wide {
-#include "../attention_prefill_wide.cu"
+namespace hopper {
+#include "../attention_prefill_hopper.cu"
 }
 #include "../fill.cu"
 #include "../gate.cu"
 #include "../linear.cu"
+namespace many {
+#include "../linear_many.cu"
+}
 #include "../norm.cu"
 #include "../rope.cu"
 #include "../rows.cu"
@@ -50,7 +53,8 @@ template <typename... A> Binder bind(void (*kernel)(A...)) {
 std::map<std::string, Binder>& registry() {
   using namespace kernels;
   using namespace kernels::prefill;
-  using namespace kernels::wide;
+  using namespace kernels::hopper;
+  using namespace kernels::many;
   static std::map<std::string, Binder> all = {
 #define REGISTER(NAME) {#NAME, bind(NAME)},
 #include "registry.inc"
@@ -81,7 +85,9 @@ EXPORT Status cuDeviceGetAttribute(int* v, int a, int) { *v = a == 75 ? 9 : a ==
 EXPORT Status cuDeviceTotalMem_v2(size_t* n, int) { *n = memory(); return 0; }
 EXPORT Status cuDevicePrimaryCtxRetain(void** c, int) { *c = (void*)0x1000; return 0; }
 EXPORT Status cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-EXPORT Status cuCtxSetCurrent(void*) { return 0; }
+// memory can be taken only by a thread that has a context, as on a device
+thread_local bool has_context = false;
+EXPORT Status cuCtxSetCurrent(void* context) { has_context = context; return 0; }
 EXPORT Status cuCtxGetCurrent(void** c) { *c = (void*)0x1000; return 0; }
 EXPORT Status cuCtxSynchronize() { return 0; }
 EXPORT Status cuMemGetInfo_v2(size_t* f, size_t* t) { *t = memory(); *f = *t - used; return 0; }
@@ -99,6 +105,7 @@ EXPORT Status cuModuleGetFunction(void** f, void*, const char* name) {
 }
 EXPORT Status cuFuncSetAttribute(void*, int, int) { return 0; }
 EXPORT Status cuMemAlloc_v2(DevicePointer* p, size_t n) {
+  if (!has_context) return 201;
   if (used + n > memory()) return 2;
   *p = (DevicePointer)aligned_alloc(256, (n + 255) / 256 * 256);
   memset((void*)*p, 0xff, n);  // NaN in every format

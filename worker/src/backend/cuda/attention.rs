@@ -50,8 +50,8 @@ impl CudaBackend {
                 .u32(heads)
                 .u32(kv_heads)
                 .f32(score_scale);
-            let (name, shared) = prefill_kernel(head_dim, kv, suffix, self.device.hopper);
-            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block: 256, shared };
+            let (name, block, shared) = prefill_kernel(head_dim, kv, suffix, self.device.hopper);
+            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block, shared };
             self.launch(&name, launch, arguments)?;
         }
         if shape.decode_rows > 0 {
@@ -85,33 +85,38 @@ impl CudaBackend {
     }
 }
 
-/// The kernel for chunks of a prompt and its shared memory (as its file says).
-pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32) {
+/// The kernel for chunks of a prompt, its threads and its shared memory (as its file says).
+pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32, u32) {
     if head_dim == 128 && hopper {
-        let tile = BLOCK_TOKENS * 256;
-        let (kernel, bytes) = match kv {
-            KvDtype::Bf16 => ("piped", 1024 + 6 * tile),
-            KvDtype::E4m3 => ("wide", 1024 + 2 * tile + 4 * BLOCK_TOKENS * 128),
-        };
-        return (format!("{kernel}_attention_{}_to_{suffix}", kv.name()), bytes as u32);
+        let raw = if kv == KvDtype::E4m3 { 4 * BLOCK_TOKENS * 128 } else { 0 };
+        let bytes = 1024 + 4 * 2 * BLOCK_TOKENS * 256 + raw;
+        return (format!("hopper_attention_{}_to_{suffix}", kv.name()), 384, bytes as u32);
     }
     let padded = head_dim * 2 + 16;
     let bytes = match kv {
         KvDtype::Bf16 => 4 * BLOCK_TOKENS * padded,
         KvDtype::E4m3 => 4 * BLOCK_TOKENS * head_dim + 2 * BLOCK_TOKENS * padded,
     };
-    (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), bytes as u32)
+    (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), 256, bytes as u32)
 }
 
 /// `decode_shared_bytes` of attention_decode.cu.
 pub(super) fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
-    let (warps, tokens, stages) = (4, 16, 3);
-    let padded = head_dim * 2 + 16;
-    let (raw, unpacked) = match kv {
-        KvDtype::Bf16 => (padded, 0),
-        KvDtype::E4m3 => (head_dim, 2 * tokens * padded),
+    let (warps, tokens) = (4, 16);
+    let (stages, row) = match kv {
+        KvDtype::Bf16 => (3, head_dim * 2 + 16),
+        KvDtype::E4m3 => (6, head_dim),
     };
-    let ring = warps * (stages * 2 * tokens * raw + unpacked);
+    let ring = warps * stages * 2 * tokens * row;
     let merge = warps * 16 * (head_dim + 2) * 4;
     ring.max(merge) as u32
+}
+
+/// `cache_place` of device.cuh: where a token's number lies in a KV head's tile of a block, in numbers.
+pub(super) fn cache_place(head_dim: usize, kv: KvDtype, token: usize, dimension: usize) -> usize {
+    if head_dim * kv.size() != 256 {
+        return token * head_dim + dimension;
+    }
+    let (half, piece) = (dimension / 64, dimension % 64 / 8);
+    half * BLOCK_TOKENS * 64 + token * 64 + (piece ^ (token % 8)) * 8 + dimension % 8
 }

@@ -62,7 +62,7 @@ impl Kernels {
 
 /// The file of `worker/kernels` that holds a kernel.
 fn file_of(kernel: &str) -> &'static str {
-    const FILES: [(&str, &str); 12] = [
+    const FILES: [(&str, &str); 11] = [
         ("embed", "rows"),
         ("prepare_rows", "rows"),
         ("rope", "rope"),
@@ -70,8 +70,7 @@ fn file_of(kernel: &str) -> &'static str {
         ("linear", "linear"),
         ("decode_attention", "attention_decode"),
         ("prefill_attention", "attention_prefill"),
-        ("wide_attention", "attention_prefill_wide"),
-        ("piped_attention", "attention_prefill_wide"),
+        ("hopper_attention", "attention_prefill_hopper"),
         ("random", "fill"),
         ("read_ceiling", "fill"),
         ("sample_rows", "sample"),

@@ -75,7 +75,12 @@ impl Matmul {
     pub(super) fn new() -> Result<Self> {
         load_cublaslt()?;
         let workspace = Buffer::new(WORKSPACE_BYTES, "the workspace of cuBLASLt")?;
-        Ok(Self { handle: lt::create_handle().map_err(during("opening cuBLASLt"))?, workspace, plans: HashMap::new(), tuned: Vec::new() })
+        Ok(Self {
+            handle: lt::create_handle().map_err(during("opening cuBLASLt"))?,
+            workspace,
+            plans: HashMap::new(),
+            tuned: Vec::new(),
+        })
     }
 
     /// Rows that a product of `m` rows is computed with: shapes are few, so that each can be tuned once. The
@@ -121,7 +126,8 @@ impl Matmul {
     /// the library's first proposal.
     fn derive(&self, shape: ProductShape) -> Result<Plan> {
         let (mut plan, _) = self.propose(shape)?;
-        let near = self.tuned.iter().filter(|tuned| ProductShape { m: shape.m, ..**tuned } == shape && tuned.m > shape.m);
+        let near =
+            self.tuned.iter().filter(|tuned| ProductShape { m: shape.m, ..**tuned } == shape && tuned.m > shape.m);
         if let Some(tuned) = near.min_by_key(|tuned| tuned.m).and_then(|tuned| self.plans.get(tuned)) {
             // SAFETY: a plain struct to be written by the call; handles are live, the algorithm came from the library.
             let works = unsafe {

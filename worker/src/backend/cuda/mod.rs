@@ -305,6 +305,7 @@ impl Backend for CudaBackend {
     }
 
     fn kv_capacity(&mut self, shape: &KvShape, budget: KvBudget) -> Result<usize> {
+        self.device.make_current()?;
         self.take_buffers()?;
         let block = shape.block_bytes(self.options.kv.size()) as u64;
         let (free, total) = self.device.memory()?;
@@ -330,6 +331,8 @@ impl Backend for CudaBackend {
     }
 
     fn allocate_kv(&mut self, shape: &KvShape, blocks: usize) -> Result<()> {
+        // a rank is loaded by one thread and run by another
+        self.device.make_current()?;
         self.take_buffers()?;
         let plane_bytes = (blocks + 1) * shape.kv_heads * BLOCK_TOKENS * shape.head_dim * self.options.kv.size();
         let buffer = Buffer::new(2 * shape.layers * plane_bytes, "the KV cache")?;

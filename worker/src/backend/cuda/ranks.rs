@@ -1,8 +1,8 @@
 //! What the ranks of a group exchange: sums of partial products and parts of the logits. Through host memory: right
 //! everywhere, fast nowhere. The place for NCCL and peer memory.
 
-use super::linear::{Tensor, TensorFormat};
 use super::CudaBackend;
+use super::linear::{Tensor, TensorFormat};
 use crate::backend::{BackendError, Result};
 
 impl CudaBackend {
