@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bora_common::config::{ConfigError, LogOptions, ModelOptions, RegistryOptions, read_file};
+use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryOptions, read_file};
 use bora_router::RouterOptions;
 use bora_worker::WorkerOptions;
 use serde::Deserialize;
@@ -35,11 +35,14 @@ pub(crate) struct HttpOptions {
     pub(crate) host: String,
     /// 0 = any free port.
     pub(crate) port: u16,
+    /// Where `/health`, `/ready`, `/metrics`, `/groups` and `/version` are served as well, for probes and for
+    /// Prometheus; nowhere else where it is absent.
+    pub(crate) admin: Option<HostPort>,
 }
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        Self { host: "127.0.0.1".into(), port: 8000 }
+        Self { host: "127.0.0.1".into(), port: 8000, admin: None }
     }
 }
 

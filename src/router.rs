@@ -57,9 +57,23 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("http.host, http.port: listening on {}:{}", address.0, address.1))?;
+    let admin = match &config.http.admin {
+        Some(at) => Some(
+            TcpListener::bind((at.host.as_str(), at.port))
+                .await
+                .with_context(|| format!("http.admin: listening on {at}"))?,
+        ),
+        None => None,
+    };
     let router = Router::new(config.router.clone(), models, registry.watch())?;
     tracing::info!(address = %listener.local_addr()?, "router listens");
-    router.serve(listener, stop.cancelled_owned()).await.context("serving HTTP")
+    // ends with the router: probes and scrapes are answered while open requests finish
+    let admin = admin.map(|listener| tokio::spawn(router.serve_admin(listener)));
+    let served = router.serve(listener, stop.cancelled_owned()).await.context("serving HTTP");
+    if let Some(admin) = admin {
+        admin.abort();
+    }
+    served
 }
 
 fn open_model(model: &ModelOptions) -> anyhow::Result<ModelSpec> {

@@ -19,14 +19,24 @@ pub(crate) struct WorkerArgs {
     #[arg(long)]
     group: Option<String>,
     /// ranks that this process holds, for example 0,1 (worker.ranks)
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', conflicts_with = "process_index")]
     ranks: Option<Vec<u32>>,
+    /// which process of the group this is, counted from 0 (a pod's index): with --ranks-per-process R it holds
+    /// the ranks from index * R on
+    #[arg(long, requires = "ranks_per_process")]
+    process_index: Option<u32>,
+    /// ranks that each process of the group holds
+    #[arg(long, requires = "process_index", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    ranks_per_process: Option<u32>,
     /// host:port of the gRPC services (worker.listen)
     #[arg(long)]
     listen: Option<HostPort>,
     /// host:port by which others reach it (worker.advertise)
     #[arg(long)]
     advertise: Option<HostPort>,
+    /// name or address by which the group's other processes reach this one (worker.host)
+    #[arg(long)]
+    host: Option<String>,
     /// host:port of the process that holds rank 0 (worker.leader)
     #[arg(long)]
     leader: Option<HostPort>,
@@ -43,9 +53,11 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let mut config = Config::read(&args.config)?;
     let worker = &mut config.worker;
     worker.group = args.group.or(worker.group.take());
-    worker.ranks = args.ranks.or(worker.ranks.take());
+    let of_process = args.process_index.zip(args.ranks_per_process).map(ranks_of_process);
+    worker.ranks = args.ranks.or(of_process).or(worker.ranks.take());
     worker.listen = args.listen.unwrap_or(worker.listen.clone());
     worker.advertise = args.advertise.or(worker.advertise.take());
+    worker.host = args.host.or(worker.host.take());
     worker.leader = args.leader.or(worker.leader.take());
     worker.device = args.device.unwrap_or(worker.device);
     worker.tensor_parallel_size = args.tensor_parallel_size.unwrap_or(worker.tensor_parallel_size);
@@ -64,4 +76,23 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         bora_worker::run(settings, registry, shutdown::token()?).await?;
         Ok(())
     })
+}
+
+/// The ranks of the process with this index, where each holds `ranks_per_process` of them.
+fn ranks_of_process((index, ranks_per_process): (u32, u32)) -> Vec<u32> {
+    let first = index.saturating_mul(ranks_per_process);
+    (first..first.saturating_add(ranks_per_process)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_holds_its_share_of_the_ranks() {
+        assert_eq!(ranks_of_process((0, 4)), [0, 1, 2, 3]);
+        assert_eq!(ranks_of_process((1, 4)), [4, 5, 6, 7]);
+        assert_eq!(ranks_of_process((7, 1)), [7]);
+        assert_eq!(ranks_of_process((0, 1)), [0]);
+    }
 }

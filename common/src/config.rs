@@ -169,6 +169,22 @@ pub struct RegistryOptions {
     pub username: Option<String>,
     /// `etcd`: file that holds the user's password.
     pub password_file: Option<PathBuf>,
+    /// `etcd`: TLS; plain text where it is absent.
+    pub tls: Option<RegistryTls>,
+}
+
+/// TLS towards etcd. The files are read anew for each connection, so that renewed certificates are taken.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegistryTls {
+    /// PEM file of the authorities that etcd's certificate is checked against.
+    pub ca_file: PathBuf,
+    /// PEM file of the certificate that is shown to etcd, where it asks for one.
+    #[serde(default)]
+    pub certificate_file: Option<PathBuf>,
+    /// PEM file of that certificate's key.
+    #[serde(default)]
+    pub key_file: Option<PathBuf>,
 }
 
 impl Default for RegistryOptions {
@@ -179,6 +195,7 @@ impl Default for RegistryOptions {
             lease_seconds: Duration::from_secs(10),
             username: None,
             password_file: None,
+            tls: None,
         }
     }
 }
@@ -209,6 +226,12 @@ impl RegistryOptions {
                 "registry.username and registry.password_file: set both or neither".into(),
             ));
         }
+        let halves = self.tls.as_ref().map(|tls| (tls.certificate_file.is_some(), tls.key_file.is_some()));
+        if halves.is_some_and(|(certificate, key)| certificate != key) {
+            return Err(ConfigError::Conflict(
+                "registry.tls.certificate_file and registry.tls.key_file: set both or neither".into(),
+            ));
+        }
         Ok(())
     }
 
@@ -233,6 +256,7 @@ impl RegistryOptions {
                     endpoints,
                     cluster: cluster.to_owned(),
                     credentials,
+                    tls: self.tls.clone(),
                     lease_ttl: self.lease_seconds,
                 }))
             }

@@ -62,6 +62,7 @@ impl Etcd {
             endpoints: vec![format!("127.0.0.1:{}", self.client_port)],
             cluster: "test".into(),
             credentials: None,
+            tls: None,
             lease_ttl: Duration::from_secs(2),
         })
     }

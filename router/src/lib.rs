@@ -16,7 +16,7 @@ pub mod relay;
 pub mod server;
 pub mod service;
 
-use std::{collections::HashMap, future::Future, sync::Arc};
+use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
 use bora_common::registry::GroupChange;
 use tokio::{net::TcpListener, sync::mpsc};
@@ -55,6 +55,12 @@ impl Router {
     /// The HTTP service itself, for tests and for other servers.
     pub fn routes(&self) -> axum::Router {
         server::routes(Arc::clone(&self.service))
+    }
+
+    /// Serves what operators and probes ask for, on a port of its own, until it is dropped.
+    pub fn serve_admin(&self, listener: TcpListener) -> impl Future<Output = std::io::Result<()>> + Send + 'static {
+        let routes = server::admin_routes(Arc::clone(&self.service));
+        server::serve(listener, routes, Duration::ZERO, std::future::pending())
     }
 
     /// Serves until `shutdown` is ready and open requests have ended (or their grace has).

@@ -9,6 +9,8 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::fleet::{gauges::GroupGauges, view::Fleet};
+
 /// Labels of a finished HTTP request. Both come from fixed lists.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -19,6 +21,11 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct TokenLabels {
     kind: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelLabels {
+    model: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -34,6 +41,7 @@ pub struct Metrics {
     unknown_fields: Counter,
     unparsed_tool_calls: Counter,
     failed_sequences: Counter,
+    unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
     cached_tokens: Counter,
@@ -43,6 +51,7 @@ pub struct Metrics {
     groups: Gauge,
     ready_groups: Gauge,
     indexed_blocks: Gauge,
+    group_gauges: GroupGauges,
 }
 
 /// Long prompts take long: the buckets end at ten minutes.
@@ -59,6 +68,7 @@ impl Metrics {
         let unknown_fields = Counter::default();
         let unparsed_tool_calls = Counter::default();
         let failed_sequences = Counter::default();
+        let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
         let first_token_seconds = Histogram::new(WAIT_BUCKETS);
@@ -75,6 +85,11 @@ impl Metrics {
             unparsed_tool_calls.clone(),
         );
         registry.register("failed_sequences", "Sequences that ended in an error", failed_sequences.clone());
+        registry.register(
+            "unserved_requests",
+            "Requests for a model that no ready group served",
+            unserved_requests.clone(),
+        );
         registry.register("moved_sequences", "Sequences placed again on another group", moves.clone());
         registry.register("tokens", "Tokens of finished sequences", tokens.clone());
         registry.register(
@@ -90,6 +105,7 @@ impl Metrics {
         registry.register("groups", "Groups known", groups.clone());
         registry.register("ready_groups", "Groups that take requests", ready_groups.clone());
         registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
+        let group_gauges = GroupGauges::new(&mut registry);
         let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
         let move_counter = |when| moves.get_or_create(&MoveLabels { when }).clone();
         Arc::new(Self {
@@ -103,11 +119,13 @@ impl Metrics {
             unknown_fields,
             unparsed_tool_calls,
             failed_sequences,
+            unserved_requests,
             first_token_seconds,
             prepare_seconds,
             groups,
             ready_groups,
             indexed_blocks,
+            group_gauges,
         })
     }
 
@@ -129,6 +147,16 @@ impl Metrics {
         self.failed_sequences.inc();
     }
 
+    /// From now on the model is counted: a counter that is there at zero shows its first increase.
+    pub(crate) fn know_model(&self, model: &str) {
+        let _ = self.unserved_requests.get_or_create(&ModelLabels { model: model.to_owned() });
+    }
+
+    /// `model` is the name of a configured model or of one that groups announce, so that labels are bounded.
+    pub(crate) fn unserved(&self, model: &str) {
+        self.unserved_requests.get_or_create(&ModelLabels { model: model.to_owned() }).inc();
+    }
+
     pub(crate) fn sequence_moved(&self, mid_stream: bool) {
         self.moved[usize::from(mid_stream)].inc();
     }
@@ -147,22 +175,23 @@ impl Metrics {
         self.prepare_seconds.observe(seconds);
     }
 
-    pub(crate) fn fleet(&self, groups: usize, ready: usize, indexed_blocks: usize) {
-        self.groups.set(groups as i64);
-        self.ready_groups.set(ready as i64);
-        self.indexed_blocks.set(indexed_blocks as i64);
-    }
-
     /// Lets other parts of this process add theirs, so that `/metrics` shows them too.
     pub fn register(&self, add: impl FnOnce(&mut Registry)) {
         add(&mut self.registry.lock());
     }
 
-    /// Everything in OpenMetrics' text form.
-    pub fn text(&self) -> String {
+    /// Everything in OpenMetrics' text form, with the fleet as it is now.
+    pub fn text(&self, fleet: &Fleet) -> String {
+        // held while the gauges of the groups are set: another scrape must not see half of them
+        let registry = self.registry.lock();
+        let view = fleet.view();
+        self.groups.set(view.groups().count() as i64);
+        self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
+        self.indexed_blocks.set(fleet.index.len() as i64);
+        self.group_gauges.set(&view);
         let mut text = String::new();
         // writing to a String can't fail
-        let _ = encode(&mut text, &self.registry.lock());
+        let _ = encode(&mut text, &registry);
         text
     }
 }

@@ -55,21 +55,31 @@ pub fn routes(service: Arc<Service>) -> Router {
         .route("/v1/completions", post(generate::completions))
         .route("/v1/models", get(listing::list))
         .route("/v1/models/{*id}", get(listing::one))
-        .route("/groups", get(groups::list))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/v1/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/v1/detokenize", post(tokenize::detokenize))
-        .route("/health", get(status::health))
-        .route("/ping", get(status::health).post(status::health))
-        .route("/ready", get(status::ready))
-        .route("/metrics", get(status::metrics))
-        .route("/version", get(status::version))
+        .merge(status_routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(middleware::from_fn(with_request_id))
         .layer(catch_panics())
         .with_state(service)
+}
+
+/// What probes, Prometheus and operators ask for, without the API.
+pub fn admin_routes(service: Arc<Service>) -> Router {
+    status_routes().fallback(no_route).method_not_allowed_fallback(no_method).layer(catch_panics()).with_state(service)
+}
+
+fn status_routes() -> Router<Arc<Service>> {
+    Router::new()
+        .route("/groups", get(groups::list))
+        .route("/health", get(status::health))
+        .route("/ping", get(status::health).post(status::health))
+        .route("/ready", get(status::ready))
+        .route("/metrics", get(status::metrics))
+        .route("/version", get(status::version))
 }
 
 async fn no_route(request: Request) -> Response<Body> {

@@ -29,7 +29,11 @@ impl Service {
             .iter()
             .flat_map(|(name, spec)| spec.aliases.iter().map(|alias| (alias.clone(), name.clone())))
             .collect();
-        let relay = Relay { fleet: Fleet::new(options.clone()), options: options.clone(), metrics: Metrics::new() };
+        let metrics = Metrics::new();
+        for name in models.keys() {
+            metrics.know_model(name);
+        }
+        let relay = Relay { fleet: Fleet::new(options.clone()), options: options.clone(), metrics };
         Self {
             pool: EncodePool::new(&options),
             models: models.into_iter().map(|(name, spec)| (name, Arc::new(spec))).collect(),
@@ -75,6 +79,12 @@ impl Service {
     pub fn configured(&self, name: &str) -> Option<&str> {
         let name = self.aliases.get(name).map_or(name, String::as_str);
         self.models.get_key_value(name).map(|(name, _)| name.as_str())
+    }
+
+    /// Every name that requests may use, with the configured model that it stands for.
+    pub fn configured_names(&self) -> impl Iterator<Item = (&str, &str)> {
+        let names = self.models.keys().map(|name| (name.as_str(), name.as_str()));
+        names.chain(self.aliases.iter().map(|(alias, name)| (alias.as_str(), name.as_str())))
     }
 
     /// Seconds since 1970 of the start.

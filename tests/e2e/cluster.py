@@ -163,14 +163,14 @@ class Cluster:
         process.url = url
         return process
 
-    def start_worker(self, group, ranks=None, size=1, device="cpu", port=None, env=None, **options):
-        name = f"{group}-{'-'.join(map(str, ranks))}" if ranks is not None else group
+    def start_worker(self, group, ranks=None, size=1, device="cpu", port=None, env=None, flags=(), **options):
+        name = "-".join(map(str, [group, *(ranks or []), *(flags[1:2])]))
         worker = {"group": group, "device": device, "tensor_parallel_size": size, "listen": f"127.0.0.1:{port or free_port()}",
                   "kv_cache": {"blocks": 512}, **options}
         if ranks is not None:
             worker["ranks"] = ranks
         config = self.config(name, worker=worker)
-        process = self.spawn(name, [BORA, "worker", "--config", config], env)
+        process = self.spawn(name, [BORA, "worker", "--config", config, *flags], env)
         process.address = worker["listen"]
         return process
 

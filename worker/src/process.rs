@@ -468,11 +468,16 @@ async fn follow_leader(
         let following = FollowerOptions { member, leader, epoch, connect_within };
         let ended = tokio::select! {
             ended = follow(following) => ended,
-            () = stop.cancelled() => return Ok(()),
+            () = drained(&stop, options.drain_seconds) => return Ok(()),
         };
         match ended {
             Ok(reason) => {
                 tracing::info!(group, reason, "the group ended");
+                return Ok(());
+            }
+            Err(error) if stop.is_cancelled() => {
+                // the leader's goodbye may be lost when its process ends right after it
+                tracing::info!(group, %error, "the group ended");
                 return Ok(());
             }
             Err(FollowError::Unreachable { .. } | FollowError::OtherEpoch { .. })
@@ -483,6 +488,14 @@ async fn follow_leader(
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Completes when a follower that was told to stop may go. All processes of a group are told so at the same
+/// time, and the leader lets running sequences finish before it says goodbye: until then it needs its ranks.
+async fn drained(stop: &CancellationToken, drain: Duration) {
+    stop.cancelled().await;
+    tracing::info!(seconds = drain.as_secs(), "staying until the leader has drained");
+    sleep(drain).await;
 }
 
 async fn find_leader(

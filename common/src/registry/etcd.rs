@@ -8,10 +8,14 @@
 //! again once etcd answers; a watch reads everything anew and tells only what differs.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use etcd_client::{Client, ConnectOptions, EventType, GetOptions, PutOptions, SortOrder, SortTarget, WatchOptions};
+use etcd_client::{
+    Certificate, Client, ConnectOptions, EventType, GetOptions, Identity, PutOptions, SortOrder, SortTarget,
+    TlsOptions, WatchOptions,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
@@ -19,6 +23,7 @@ use super::{
     Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, WATCH_BUFFER,
     difference,
 };
+use crate::config::RegistryTls;
 
 /// How etcd is reached.
 #[derive(Clone, Debug)]
@@ -29,6 +34,8 @@ pub struct EtcdOptions {
     pub cluster: String,
     /// User and password, where etcd asks for them.
     pub credentials: Option<(String, String)>,
+    /// How TLS is spoken; `None` = plain text.
+    pub tls: Option<RegistryTls>,
     /// Time to live of leases: so long after its death a group may still be listed.
     pub lease_ttl: Duration,
 }
@@ -74,6 +81,9 @@ impl EtcdRegistry {
             .with_require_leader(true);
         if let Some((user, password)) = &self.options.credentials {
             options = options.with_user(user, password);
+        }
+        if let Some(tls) = &self.options.tls {
+            options = options.with_tls(read_tls(tls).await?);
         }
         within(Client::connect(&self.options.endpoints, Some(options))).await
     }
@@ -286,6 +296,18 @@ fn parse(key: &[u8], value: &[u8]) -> Option<GroupRecord> {
             tracing::warn!(%key, %error, "a group record in etcd can't be read and is ignored");
         })
         .ok()
+}
+
+async fn read_tls(tls: &RegistryTls) -> StoreResult<TlsOptions> {
+    let mut options = TlsOptions::new().ca_certificate(Certificate::from_pem(read_pem(&tls.ca_file).await?));
+    if let (Some(certificate), Some(key)) = (&tls.certificate_file, &tls.key_file) {
+        options = options.identity(Identity::from_pem(read_pem(certificate).await?, read_pem(key).await?));
+    }
+    Ok(options)
+}
+
+async fn read_pem(path: &Path) -> StoreResult<Vec<u8>> {
+    tokio::fs::read(path).await.map_err(|error| format!("registry.tls: {}: {error}", path.display()))
 }
 
 fn encode_segment(name: &str) -> String {

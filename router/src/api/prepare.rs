@@ -61,7 +61,10 @@ pub fn resolve(service: &Service, name: Option<&str>) -> Result<(String, Arc<Mod
     };
     match view.model(configured) {
         Some(model) => Ok((name.to_string(), Arc::clone(model), service.spec(&model.name))),
-        None => Err(ApiError::unavailable(format!("No group serves the model `{name}` now."), 5)),
+        None => {
+            service.metrics().unserved(configured);
+            Err(ApiError::unavailable(format!("No group serves the model `{name}` now."), 5))
+        }
     }
 }
 

@@ -52,11 +52,7 @@ pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
 
 /// Prometheus.
 pub async fn metrics(State(service): State<Arc<Service>>) -> Response<Body> {
-    let fleet = service.fleet();
-    let view = fleet.view();
-    let ready = view.groups().filter(|group| group.is_ready()).count();
-    service.metrics().fleet(view.groups().count(), ready, fleet.index.len());
-    let mut response = Response::new(Body::from(service.metrics().text()));
+    let mut response = Response::new(Body::from(service.metrics().text(service.fleet())));
     let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response

@@ -186,7 +186,12 @@ impl Sequence {
             explanation: None,
             phase: Phase::Done,
         };
-        let placement = sequence.find_group(true).map_err(SequenceError::NoGroup)?;
+        let placement = sequence.find_group(true).map_err(|reason| {
+            if reason == NoGroup::NoneReady {
+                sequence.relay.metrics.unserved(&sequence.task.model);
+            }
+            SequenceError::NoGroup(reason)
+        })?;
         sequence.open(placement);
         Ok(sequence)
     }

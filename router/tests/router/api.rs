@@ -500,6 +500,9 @@ async fn health_readiness_and_metrics() {
         "bora_router_unknown_fields_total 1",
         "bora_router_ready_groups 1",
         "bora_router_open_requests 0",
+        "bora_router_group_ready{model=\"devstral-test\",group=\"only\"} 1",
+        "bora_router_group_queued_prefill_seconds{model=\"devstral-test\",group=\"only\"} 0.0",
+        "bora_router_group_kv_blocks{model=\"devstral-test\",group=\"only\",state=\"used\"} 0",
     ] {
         assert!(metrics.contains(line), "{line} is missing in\n{metrics}");
     }
@@ -509,4 +512,10 @@ async fn health_readiness_and_metrics() {
     let refused = empty.post("/v1/chat/completions", chat(json!({}))).await;
     assert_eq!(refused.status, 503, "configured, but nobody serves it");
     assert!(refused.headers.contains_key("retry-after"));
+    let models = empty.get("/v1/models").await.json();
+    assert_eq!((&models["data"][0]["id"], &models["data"][0]["ready_groups"]), (&json!(MODEL), &json!(0)), "{models}");
+    assert_eq!(empty.get(&format!("/v1/models/{MODEL}")).await.json()["groups"], 0);
+    let metrics = empty.get("/metrics").await.text;
+    assert!(metrics.contains("bora_router_unserved_requests_total{model=\"devstral-test\"} 1"), "{metrics}");
+    assert!(!metrics.contains("bora_router_group_ready{"), "{metrics}");
 }

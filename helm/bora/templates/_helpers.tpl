@@ -1,0 +1,308 @@
+{{/* Names, labels, and the parts that several pods share. */}}
+
+{{- define "bora.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "bora.cluster" -}}
+{{- default (include "bora.fullname" .) .Values.cluster -}}
+{{- end -}}
+
+{{/* Labels that select; `component` and, for workers, `model` are added by who calls. */}}
+{{- define "bora.selector" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "bora.labels" -}}
+{{ include "bora.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* dict root, of (an entry of .Values.image) */}}
+{{- define "bora.image" -}}
+{{- $tag := default .root.Chart.AppVersion .of.tag -}}
+{{- $version := ternary (printf "@%s" .of.digest) (printf ":%s" $tag) (ne .of.digest "") -}}
+{{- printf "%s%s%s" .root.Values.image.registry .of.repository $version -}}
+{{- end -}}
+
+{{- define "bora.serviceAccount" -}}
+{{- ternary (printf "%s-%s" (include "bora.fullname" .root) .part) (default "default" .root.Values.serviceAccount.name) .root.Values.serviceAccount.create -}}
+{{- end -}}
+
+{{/* What every pod of Bora has: dict root, part */}}
+{{- define "bora.podBasics" -}}
+serviceAccountName: {{ include "bora.serviceAccount" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "bora.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+runAsUser: 10001
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{/* A model with its defaults: dict root, key, given. As YAML, for fromYaml. */}}
+{{- define "bora.model" -}}
+{{- $values := .root.Values -}}
+{{- $model := deepCopy (omit .given "storage" "download" "workers") -}}
+{{- range $section := list "storage" "download" "workers" -}}
+{{- $given := default dict (get $.given $section) -}}
+{{- $_ := set $model $section (mergeOverwrite (deepCopy (get $values $section)) (deepCopy $given)) -}}
+{{- end -}}
+{{- $_ := set $model "key" .key -}}
+{{- $_ := set $model "name" (default .key .given.name) -}}
+{{- $_ := set $model "fullname" (printf "%s-%s" (include "bora.fullname" .root) .key) -}}
+{{- $volume := printf "%s/%s" (trimSuffix "/" $model.storage.mountPath) .key -}}
+{{- if eq $model.storage.kind "image" -}}
+{{- $volume = "" -}}
+{{- end -}}
+{{- $path := default "" .given.path -}}
+{{- $_ := set $model "mount" $volume -}}
+{{- $_ := set $model "directory" (ternary $path (trimSuffix "/" (printf "%s/%s" $volume $path)) (eq $volume "")) -}}
+{{- with .given.tokenizer -}}
+{{- $_ := set $model "tokenizerPath" (ternary . (printf "%s/%s" $volume .) (eq $volume "")) -}}
+{{- end -}}
+{{- $workers := $model.workers -}}
+{{- if mod (int $workers.tensorParallelSize) (int $workers.ranksPerPod) -}}
+{{- fail (printf "models.%s.workers: tensorParallelSize (%d) must be a multiple of ranksPerPod (%d)" .key (int $workers.tensorParallelSize) (int $workers.ranksPerPod)) -}}
+{{- end -}}
+{{- $pods := div (int $workers.tensorParallelSize) (int $workers.ranksPerPod) -}}
+{{- if and (eq $workers.kind "StatefulSet") (gt (int $pods) 1) -}}
+{{- fail (printf "models.%s.workers: a group of %d pods needs kind LeaderWorkerSet" .key (int $pods)) -}}
+{{- end -}}
+{{- if and (eq $workers.device "fake") (gt (int $pods) 1) -}}
+{{- fail (printf "models.%s.workers: a fake group is one process: ranksPerPod must equal tensorParallelSize" .key) -}}
+{{- end -}}
+{{- if and (eq (int $workers.autoscaling.minReplicas) 0) (eq $workers.autoscaling.kind "hpa") -}}
+{{- fail (printf "models.%s.workers.autoscaling: minReplicas 0 needs kind keda" .key) -}}
+{{- end -}}
+{{- if gt (int $workers.autoscaling.minReplicas) (int $workers.autoscaling.maxReplicas) -}}
+{{- fail (printf "models.%s.workers.autoscaling: minReplicas is above maxReplicas" .key) -}}
+{{- end -}}
+{{- if and (ne $model.download.kind "none") (eq $model.storage.kind "image") -}}
+{{- fail (printf "models.%s: nothing can be downloaded to storage of kind image" .key) -}}
+{{- end -}}
+{{- if and (eq $model.storage.kind "existingClaim") (eq $model.storage.existingClaim "") -}}
+{{- fail (printf "models.%s.storage.existingClaim: expected the name of a claim" .key) -}}
+{{- end -}}
+{{- if and (eq $model.download.kind "huggingFace") (eq $model.download.huggingFace.repository "") -}}
+{{- fail (printf "models.%s.download.huggingFace.repository: expected one" .key) -}}
+{{- end -}}
+{{- if and (eq $model.download.kind "objectStore") (eq $model.download.objectStore.source "") -}}
+{{- fail (printf "models.%s.download.objectStore.source: expected one" .key) -}}
+{{- end -}}
+{{- $_ := set $model "pods" $pods -}}
+{{- toYaml $model -}}
+{{- end -}}
+
+{{/* The volume of a model's storage. */}}
+{{- define "bora.modelVolume" -}}
+{{- $storage := .storage -}}
+- name: model-{{ .key }}
+  {{- if eq $storage.kind "pvc" }}
+  persistentVolumeClaim: {claimName: {{ .fullname }}-model}
+  {{- else if eq $storage.kind "existingClaim" }}
+  persistentVolumeClaim: {claimName: {{ $storage.existingClaim }}}
+  {{- else if eq $storage.kind "hostPath" }}
+  hostPath: {path: {{ $storage.hostPath }}, type: Directory}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ $storage.emptyDirSize }}}
+  {{- end }}
+{{- end -}}
+
+{{/* The init container that fills the storage: dict root, model, metadataOnly (a router needs no weights) */}}
+{{- define "bora.download" -}}
+{{- $download := .model.download -}}
+- name: download-{{ .model.key }}
+  imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+  securityContext: {{- include "bora.containerSecurity" . | nindent 4 }}
+  resources: {{- toYaml $download.resources | nindent 4 }}
+  {{- if eq $download.kind "huggingFace" }}
+  {{- $source := $download.huggingFace }}
+  image: {{ include "bora.image" (dict "root" .root "of" .root.Values.image.tools) }}
+  command:
+    - python3
+    - /scripts/fetch_model.py
+    - --endpoint={{ $source.endpoint }}
+    - --repository={{ $source.repository }}
+    - --revision={{ $source.revision }}
+    - --to={{ .model.directory }}
+    {{- range $source.include }}
+    {{- if or (not $.metadataOnly) (not (hasSuffix "safetensors" .)) }}
+    - --include={{ . }}
+    {{- end }}
+    {{- end }}
+  env:
+    - {name: PYTHONUNBUFFERED, value: "1"}
+    {{- if $source.tokenSecret.name }}
+    - name: HF_TOKEN
+      valueFrom: {secretKeyRef: {name: {{ $source.tokenSecret.name }}, key: {{ $source.tokenSecret.key }}}}
+    {{- end }}
+  {{- else }}
+  {{- $source := $download.objectStore }}
+  image: {{ .root.Values.image.registry }}{{ $source.image }}
+  args:
+    - copy
+    - {{ $source.source }}
+    - {{ .model.directory }}
+    - --checksum
+    - --stats=30s
+    - --stats-one-line
+    - --log-level=NOTICE
+    {{- if .metadataOnly }}
+    - --exclude=*.safetensors
+    {{- end }}
+  env:
+    - {name: RCLONE_CONFIG, value: /tmp/rclone.conf}
+    - {name: RCLONE_CACHE_DIR, value: /tmp}
+  {{- with $source.secret }}
+  envFrom:
+    - secretRef: {name: {{ . }}}
+  {{- end }}
+  {{- end }}
+  volumeMounts:
+    - {name: model-{{ .model.key }}, mountPath: {{ .model.mount }}}
+    - {name: tmp, mountPath: /tmp}
+    {{- if eq $download.kind "huggingFace" }}
+    - {name: scripts, mountPath: /scripts, readOnly: true}
+    {{- end }}
+{{- end -}}
+
+{{/* The `registry` section of the configuration. */}}
+{{- define "bora.registry" -}}
+{{- $etcd := .Values.etcd -}}
+kind: etcd
+lease_seconds: {{ $etcd.leaseSeconds }}
+{{- if eq $etcd.kind "external" }}
+{{- if not $etcd.external.endpoints }}
+{{- fail "etcd.external.endpoints: expected at least one host:port" }}
+{{- end }}
+endpoints: {{- toYaml $etcd.external.endpoints | nindent 2 }}
+{{- if $etcd.external.username }}
+username: {{ $etcd.external.username | quote }}
+password_file: /etc/bora/etcd-password/{{ $etcd.external.passwordSecret.key }}
+{{- end }}
+{{- if $etcd.external.tls.enabled }}
+tls:
+  ca_file: /etc/bora/etcd-tls/ca.crt
+  {{- if $etcd.external.tls.clientCertificate }}
+  certificate_file: /etc/bora/etcd-tls/tls.crt
+  key_file: /etc/bora/etcd-tls/tls.key
+  {{- end }}
+{{- end }}
+{{- else }}
+endpoints:
+  {{- range $index := until (int $etcd.builtin.replicas) }}
+  - {{ include "bora.etcdMember" (dict "root" $ "index" $index) }}:2379
+  {{- end }}
+{{- if $etcd.builtin.tls.enabled }}
+tls:
+  ca_file: /etc/bora/etcd-tls/ca.crt
+  certificate_file: /etc/bora/etcd-tls/tls.crt
+  key_file: /etc/bora/etcd-tls/tls.key
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Host name of a member: dict root, index */}}
+{{- define "bora.etcdMember" -}}
+{{- $name := printf "%s-etcd" (include "bora.fullname" .root) -}}
+{{- printf "%s-%v.%s.%s.svc.%s" $name .index $name .root.Release.Namespace .root.Values.clusterDomain -}}
+{{- end -}}
+
+{{/* Name of the Secret with which Bora shows itself to etcd, or nothing. */}}
+{{- define "bora.etcdClientSecret" -}}
+{{- $etcd := .Values.etcd -}}
+{{- if eq $etcd.kind "external" -}}
+{{- if $etcd.external.tls.enabled -}}
+{{- required "etcd.external.tls.secret: expected the name of a Secret" $etcd.external.tls.secret -}}
+{{- end -}}
+{{- else if $etcd.builtin.tls.enabled -}}
+{{- ternary $etcd.builtin.tls.existingSecret (printf "%s-etcd-client" (include "bora.fullname" .)) (eq $etcd.builtin.tls.source "existing") -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "bora.etcdServerSecret" -}}
+{{- $tls := .Values.etcd.builtin.tls -}}
+{{- if eq $tls.source "existing" -}}
+{{- required "etcd.builtin.tls.existingSecret: expected the name of a Secret" $tls.existingSecret -}}
+{{- else -}}
+{{- printf "%s-etcd-server" (include "bora.fullname" .) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "bora.registryVolumes" -}}
+{{- with include "bora.etcdClientSecret" . }}
+- name: etcd-tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- if and (eq .Values.etcd.kind "external") .Values.etcd.external.username }}
+- name: etcd-password
+  secret:
+    secretName: {{ required "etcd.external.passwordSecret.name: expected the name of a Secret" .Values.etcd.external.passwordSecret.name }}
+    defaultMode: 0440
+{{- end }}
+{{- end -}}
+
+{{- define "bora.registryMounts" -}}
+{{- if include "bora.etcdClientSecret" . }}
+- {name: etcd-tls, mountPath: /etc/bora/etcd-tls, readOnly: true}
+{{- end }}
+{{- if and (eq .Values.etcd.kind "external") .Values.etcd.external.username }}
+- {name: etcd-password, mountPath: /etc/bora/etcd-password, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* An entry of `models` in the configuration. */}}
+{{- define "bora.modelEntry" -}}
+- name: {{ .name | quote }}
+  {{- with .aliases }}
+  aliases: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  path: {{ .directory | quote }}
+  {{- with .tokenizerPath }}
+  tokenizer: {{ . | quote }}
+  {{- end }}
+  {{- if .skipTokenizerInit }}
+  skip_tokenizer_init: true
+  {{- end }}
+{{- end -}}
+
+{{/* host:port to listen on: dict root, port */}}
+{{- define "bora.listen" -}}
+{{- $host := .root.Values.bindAddress -}}
+{{- printf "%s:%d" (ternary (printf "[%s]" $host) $host (contains ":" $host)) (int .port) -}}
+{{- end -}}
+
+{{/* The pod's own address and a port, as others reach it: dict root, port */}}
+{{- define "bora.podAddress" -}}
+{{- printf "%s:%d" (ternary "[$(POD_IP)]" "$(POD_IP)" (contains ":" .root.Values.bindAddress)) (int .port) -}}
+{{- end -}}

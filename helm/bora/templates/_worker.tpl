@@ -1,0 +1,147 @@
+{{/* The pod of a worker: dict root, model, leader (whether it holds rank 0), multi (one of several pods) */}}
+{{- define "bora.workerPod" -}}
+{{- $root := .root -}}
+{{- $model := .model -}}
+{{- $workers := $model.workers -}}
+{{- $gpu := not (has $workers.device (list "cpu" "fake")) -}}
+metadata:
+  labels: {{- include "bora.selector" $root | nindent 4 }}
+    app.kubernetes.io/component: worker
+    bora/model: {{ $model.key }}
+    {{- with $workers.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  annotations:
+    checksum/config: {{ include "bora.workerChecksum" . }}
+    {{- with $workers.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  {{- include "bora.podBasics" (dict "root" $root "part" "worker") | nindent 2 }}
+  # SIGTERM drains: the group takes nothing new, running sequences finish or move to another group
+  terminationGracePeriodSeconds: {{ add $workers.drainSeconds 30 }}
+  {{- if $workers.hostNetwork }}
+  hostNetwork: true
+  dnsPolicy: ClusterFirstWithHostNet
+  {{- end }}
+  {{- if ne $model.download.kind "none" }}
+  initContainers:
+    {{- include "bora.download" (dict "root" $root "model" $model) | nindent 4 }}
+  {{- end }}
+  containers:
+    - name: worker
+      image: {{ include "bora.image" (dict "root" $root "of" $root.Values.image.worker) }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      command: [/usr/local/bin/bora, worker, --config, /etc/bora/bora.yaml]
+      args:
+        - --group=$(BORA_GROUP)
+        - --advertise={{ include "bora.podAddress" (dict "root" $root "port" $workers.ports.grpc) }}
+        - --host=$(POD_IP)
+        - --process-index=$(PROCESS_INDEX)
+        - --ranks-per-process={{ $workers.ranksPerPod }}
+      env:
+        - {name: POD_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
+        {{- if eq $workers.kind "LeaderWorkerSet" }}
+        - name: GROUP_INDEX
+          valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/group-index']"}}
+        - name: PROCESS_INDEX
+          valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/worker-index']"}}
+        - {name: BORA_GROUP, value: {{ $model.fullname }}-$(GROUP_INDEX)}
+        {{- else }}
+        - {name: PROCESS_INDEX, value: "0"}
+        - {name: BORA_GROUP, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+        {{- end }}
+        # what CUDA compiles and NCCL writes goes to memory that is not the root file system
+        - {name: CUDA_CACHE_PATH, value: /tmp/cuda}
+        {{- range $key, $value := $workers.env }}
+        - {name: {{ $key }}, value: {{ $value | quote }}}
+        {{- end }}
+      ports:
+        {{- if .leader }}
+        - {name: grpc, containerPort: {{ $workers.ports.grpc }}}
+        {{- end }}
+        - {name: peers, containerPort: {{ $workers.ports.peers }}}
+      {{- if .leader }}
+      # "serving" means: weights are loaded, every rank is there, and steps make progress
+      startupProbe:
+        grpc: {port: {{ $workers.ports.grpc }}}
+        periodSeconds: 5
+        failureThreshold: {{ max 1 (div $workers.startSeconds 5) }}
+      readinessProbe:
+        grpc: {port: {{ $workers.ports.grpc }}}
+        periodSeconds: 5
+        failureThreshold: 2
+      # A group without progress ends by itself and says which rank it was; the probe only asks for the port, so
+      # that a draining group (which is not "serving") is left in peace.
+      livenessProbe:
+        tcpSocket: {port: {{ $workers.ports.grpc }}}
+        periodSeconds: 10
+        failureThreshold: 6
+      {{- end }}
+      securityContext:
+        {{- if $workers.rdma.ipcLock }}
+        {{- include "bora.containerSecurity" $root | replace "capabilities: {drop: [ALL]}" "capabilities: {drop: [ALL], add: [IPC_LOCK]}" | nindent 8 }}
+        {{- else }}
+        {{- include "bora.containerSecurity" $root | nindent 8 }}
+        {{- end }}
+      {{- $devices := dict }}
+      {{- if $gpu }}
+      {{- $_ := set $devices $workers.gpuResource (int $workers.ranksPerPod) }}
+      {{- end }}
+      {{- if $workers.rdma.enabled }}
+      {{- $_ := set $devices $workers.rdma.resource (int $workers.rdma.count) }}
+      {{- end }}
+      resources:
+        requests: {{- merge (deepCopy (default dict $workers.resources.requests)) $devices | toYaml | nindent 10 }}
+        limits: {{- merge (deepCopy (default dict $workers.resources.limits)) $devices | toYaml | nindent 10 }}
+      volumeMounts:
+        - {name: config, mountPath: /etc/bora/bora.yaml, subPath: bora.yaml, readOnly: true}
+        - {name: shm, mountPath: /dev/shm}
+        - {name: tmp, mountPath: /tmp}
+        {{- include "bora.registryMounts" $root | nindent 8 }}
+        {{- if ne $model.storage.kind "image" }}
+        - {name: model-{{ $model.key }}, mountPath: {{ $model.mount }}, readOnly: true}
+        {{- end }}
+        {{- with $workers.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - name: config
+      configMap: {name: {{ $model.fullname }}}
+    - name: scripts
+      configMap: {name: {{ include "bora.fullname" $root }}-scripts}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ $workers.sharedMemory }}}
+    - name: tmp
+      emptyDir: {sizeLimit: 4Gi}
+    {{- include "bora.registryVolumes" $root | nindent 4 }}
+    {{- if ne $model.storage.kind "image" }}
+    {{- include "bora.modelVolume" $model | nindent 4 }}
+    {{- end }}
+    {{- with $workers.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with $workers.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $workers.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $workers.affinity }}
+  affinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with $workers.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- with $workers.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+{{- end -}}
+
+{{/* Changes with what the model's worker reads, so that a changed configuration is a new group. */}}
+{{- define "bora.workerChecksum" -}}
+{{- $registry := include "bora.registry" .root -}}
+{{- $model := omit .model "storage" "download" -}}
+{{- $workers := omit $model.workers "replicas" "autoscaling" "disruptionBudget" "leaderWorkerSet" -}}
+{{- list $registry .root.Values.log .root.Values.bindAddress (include "bora.cluster" .root) (set (deepCopy $model) "workers" $workers) | toJson | sha256sum -}}
+{{- end -}}

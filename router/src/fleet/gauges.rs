@@ -1,0 +1,121 @@
+//! What the router knows of each group, as gauges at `/metrics`: how long the queue is in the cost model's own
+//! seconds, how full the KV cache is. Autoscalers, alerts and dashboards read these.
+//!
+//! All routers tell the same of a group (it told them), so a query takes the `max` over routers before it adds
+//! up groups. A group that is gone is gone from here: the label values are those of the groups known now.
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{family::Family, gauge::Gauge},
+    registry::Registry,
+};
+use std::sync::atomic::AtomicU64;
+
+use super::view::View;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct GroupLabels {
+    model: String,
+    group: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BlockLabels {
+    model: String,
+    group: String,
+    state: &'static str,
+}
+
+/// One gauge a group.
+pub struct GroupGauges {
+    ready: Family<GroupLabels, Gauge>,
+    running: Family<GroupLabels, Gauge>,
+    waiting: Family<GroupLabels, Gauge>,
+    max_sequences: Family<GroupLabels, Gauge>,
+    queued_prefill_tokens: Family<GroupLabels, Gauge>,
+    queued_prefill_seconds: Family<GroupLabels, Gauge<f64, AtomicU64>>,
+    prefill_rate: Family<GroupLabels, Gauge<f64, AtomicU64>>,
+    kv_blocks: Family<BlockLabels, Gauge>,
+    steps: Family<GroupLabels, Gauge>,
+}
+
+impl GroupGauges {
+    /// Adds them, without a group, to `registry`.
+    pub fn new(registry: &mut Registry) -> Self {
+        let gauges = Self {
+            ready: Family::default(),
+            running: Family::default(),
+            waiting: Family::default(),
+            max_sequences: Family::default(),
+            queued_prefill_tokens: Family::default(),
+            queued_prefill_seconds: Family::default(),
+            prefill_rate: Family::default(),
+            kv_blocks: Family::default(),
+            steps: Family::default(),
+        };
+        registry.register("group_ready", "1 where the group takes requests", gauges.ready.clone());
+        registry.register("group_running_sequences", "Sequences that run on the group", gauges.running.clone());
+        registry.register("group_waiting_sequences", "Sequences that wait in the group", gauges.waiting.clone());
+        registry.register(
+            "group_max_sequences",
+            "Sequences that run on the group at once",
+            gauges.max_sequences.clone(),
+        );
+        registry.register(
+            "group_queued_prefill_tokens",
+            "Prompt tokens that the group has not computed yet",
+            gauges.queued_prefill_tokens.clone(),
+        );
+        registry.register(
+            "group_queued_prefill_seconds",
+            "The same in seconds of the group's measured prefill rate, as placement counts them",
+            gauges.queued_prefill_seconds.clone(),
+        );
+        registry.register(
+            "group_prefill_tokens_per_second",
+            "Prompt tokens that the group computes per second, as measured at its start",
+            gauges.prefill_rate.clone(),
+        );
+        registry.register(
+            "group_kv_blocks",
+            "Blocks of KV cache: used by running sequences, cached (free, but found again) and free",
+            gauges.kv_blocks.clone(),
+        );
+        registry.register("group_steps", "Steps that the group has run since its start", gauges.steps.clone());
+        gauges
+    }
+
+    /// Takes the groups as they are now.
+    pub fn set(&self, view: &View) {
+        self.clear();
+        for group in view.groups() {
+            let labels = GroupLabels { model: group.record.model.clone(), group: group.record.group.clone() };
+            let (told, busy) = (group.link.ledger.reported(), group.link.ledger.busy());
+            let rate = group.record.speed.prefill_tokens_per_second.max(1.0);
+            self.ready.get_or_create(&labels).set(i64::from(group.is_ready()));
+            self.running.get_or_create(&labels).set(i64::from(told.running));
+            self.waiting.get_or_create(&labels).set(i64::from(told.waiting));
+            self.max_sequences.get_or_create(&labels).set(i64::from(group.record.max_sequences));
+            self.queued_prefill_tokens.get_or_create(&labels).set(busy.queued_tokens as i64);
+            self.queued_prefill_seconds.get_or_create(&labels).set(busy.queued_tokens as f64 / rate);
+            self.prefill_rate.get_or_create(&labels).set(group.record.speed.prefill_tokens_per_second);
+            self.steps.get_or_create(&labels).set(told.steps as i64);
+            let free = told.blocks_total.saturating_sub(told.blocks_used).saturating_sub(told.blocks_cached);
+            for (state, blocks) in [("used", told.blocks_used), ("cached", told.blocks_cached), ("free", free)] {
+                let labels = BlockLabels { model: labels.model.clone(), group: labels.group.clone(), state };
+                self.kv_blocks.get_or_create(&labels).set(i64::from(blocks));
+            }
+        }
+    }
+
+    fn clear(&self) {
+        for family in
+            [&self.ready, &self.running, &self.waiting, &self.max_sequences, &self.queued_prefill_tokens, &self.steps]
+        {
+            family.clear();
+        }
+        self.queued_prefill_seconds.clear();
+        self.prefill_rate.clear();
+        self.kv_blocks.clear();
+    }
+}

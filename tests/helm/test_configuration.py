@@ -1,0 +1,109 @@
+"""The configuration that the chart renders is one that the real binary accepts, and so are the flags and the options of the schema."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+
+from chart import BORA, FIXTURES, PRESETS, Loader, named, objects, parse, pod_specs, preset, render_text, run, schema
+
+TOKENIZER = FIXTURES / "tokenizers" / "tekken-v13-8k.json"
+# the real shapes, so that `bora check` also sees whether the model can be split as the preset says
+CONFIGS = {
+    "mistralai/Devstral-2-123B-Instruct-2512": FIXTURES / "configs" / "devstral-2-123b.config.reconstructed.json",
+    "mistralai/Devstral-Small-2-24B-Instruct-2512": FIXTURES / "configs" / "devstral-small-2-24b.config.reconstructed.json",
+    "devstral-small-2-batch": FIXTURES / "configs" / "devstral-small-2-24b.config.reconstructed.json",
+    "tiny-devstral": FIXTURES / "tiny_text" / "config.json",
+}
+
+
+def localized(text, directory):
+    """The configuration with the models' directories replaced by ones that are here."""
+    config = yaml.load(text, Loader)
+    for model in config.get("models", []):
+        path = directory / model["name"].replace("/", "-")
+        path.mkdir(exist_ok=True)
+        shutil.copy(CONFIGS[model["name"]], path / "config.json")
+        shutil.copy(TOKENIZER, path / "tekken.json")
+        assert text.count(f'path: "{model["path"]}"') == 1
+        text = text.replace(f'path: "{model["path"]}"', f'path: "{path}"')
+    return text
+
+
+def check(text, directory):
+    file = directory / "bora.yaml"
+    file.write_text(text)
+    return run(BORA, "check", "--config", file)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_bora_check_accepts_every_configuration(path, tmp_path):
+    checked = 0
+    for config in objects(preset(path), "ConfigMap"):
+        if "bora.yaml" not in config["data"]:
+            continue
+        text = localized(config["data"]["bora.yaml"], tmp_path)
+        if config["metadata"]["name"].endswith("-router") and len(CONFIGS) and text.count("- name:") > 1:
+            # a router has several models; `bora check` wants to know which one a worker would run
+            text += f"worker:\n  model: {json.dumps(yaml.load(text, Loader)['models'][0]['name'])}\n"
+        outcome = check(text, tmp_path)
+        assert outcome.returncode == 0, f"{config['metadata']['name']}: {outcome.stderr}\n{text}"
+        assert "is valid" in outcome.stdout and "Etcd" in outcome.stdout
+        checked += 1
+    assert checked >= 2
+
+
+def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
+    """All options at once, so that no key is misspelt where presets do not use it."""
+    options = {
+        "models": {"demo": {"name": "tiny-devstral", "aliases": ["tiny"], "path": "sub", "tokenizer": "tekken.json", "storage": {"kind": "emptyDir"}}},
+        "etcd": {"kind": "external", "external": {"endpoints": ["a:2379", "[::1]:2379"], "username": "u", "passwordSecret": {"name": "s"},
+                                                  "tls": {"enabled": True, "secret": "t", "clientCertificate": True}}},
+        "router": {"options": sample(schema()["properties"]["router"]["properties"]["options"])},
+        "workers": {"device": "cpu", "maxModelLen": 512, "kvCache": {"blocks": 64, "memory": "1GiB", "dtype": "f32"}, "loadFormat": "dummy",
+                    "schedule": {**sample(schema()["$defs"]["workers"]["properties"]["schedule"]), "max_num_seqs": 8, "max_num_batched_tokens": 512}},
+        "bindAddress": "::",
+    }
+    (tmp_path / "v.json").write_text(json.dumps(options))
+    documents = parse(render_text([tmp_path / "v.json"]))
+    for name in ("bora-router", "bora-demo"):
+        text = named(documents, "ConfigMap", name)["data"]["bora.yaml"]
+        text = text.replace('tokenizer: "/models/demo/tekken.json"', f'tokenizer: "{TOKENIZER}"')
+        outcome = check(localized(text, tmp_path), tmp_path)
+        assert outcome.returncode == 0, outcome.stderr + text
+    assert "certificate_file: /etc/bora/etcd-tls/tls.crt" in text and 'listen: "[::]:9000"' in text
+
+
+def sample(options):
+    """One valid value of each option."""
+    return {name: True if one["type"] == "boolean" else max(one.get("minimum", 0), 1) for name, one in options["properties"].items()}
+
+
+@pytest.mark.parametrize("section, place", [
+    ("router", lambda: schema()["properties"]["router"]["properties"]["options"]),
+    ("worker.schedule", lambda: schema()["$defs"]["workers"]["properties"]["schedule"]),
+])
+def test_the_schema_knows_the_options_of_the_binary(section, place, tmp_path):
+    """The binary names what it expects where it is given something else."""
+    text = "no_such_option: 1"
+    for key in reversed(section.split(".")):
+        text = f"{key}:\n" + "\n".join("  " + line for line in text.splitlines())
+    message = check(text + "\n", tmp_path).stderr
+    expected = set(re.findall(r"`(\w+)`", message.split("expected one of")[1]))
+    known = set(place()["properties"])
+    assert known == expected, f"values.schema.json, {section}: missing {expected - known}, unknown to bora {known - expected}"
+
+
+def test_the_binary_has_the_flags_that_the_chart_uses():
+    for path in PRESETS:
+        for where, spec in pod_specs(preset(path)):
+            for container in spec["containers"]:
+                if container["name"] in ("router", "worker"):
+                    program, subcommand, *flags = container["command"] + container.get("args", [])
+                    assert program == "/usr/local/bin/bora"
+                    usage = run(BORA, subcommand, "--help").stdout
+                    for flag in flags:
+                        if flag.startswith("--"):
+                            assert re.search(rf"{re.escape(flag.split('=')[0])}\b", usage), f"{where}: {flag}"

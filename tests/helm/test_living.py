@@ -1,0 +1,252 @@
+"""What the chart renders runs: etcd with its flags and certificates, router and workers with their commands and configuration,
+the question of `helm test`, and the downloads. Only addresses, ports and directories are replaced."""
+
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from chart import BORA, CHART, FIXTURES, PRESETS, named, parse, preset, render_text, run
+from cluster import free_port, http as ask_http, wait_until
+from living import ChartEtcd
+
+DEMO = next(path for path in PRESETS if path.stem == "values-cpu-demo")
+SCRIPTS = CHART / "files" / "scripts"
+
+
+@pytest.fixture
+def demo_model(tmp_path):
+    """The directory that the demo image has."""
+    directory = tmp_path / "demo-model"
+    directory.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(FIXTURES / "tiny_text" / name, directory)
+    shutil.copy(FIXTURES / "tokenizers" / "tekken-v13-8k.json", directory / "tekken.json")
+    return directory
+
+
+class Pods:
+    """Starts containers of the chart as processes of this machine."""
+
+    def __init__(self, documents, etcd, directory, model):
+        self.documents, self.etcd, self.directory, self.model = documents, etcd, directory, model
+        self.ports = {port: free_port() for port in (8000, 8001, 9000, 9001)}
+        self.running = []
+
+    def local(self, text):
+        text = text.replace("bora-etcd-0.bora-etcd.llm.svc.cluster.local:2379", f"127.0.0.1:{self.etcd.client}")
+        text = text.replace("/etc/bora/etcd-tls", str(self.etcd.directory / "client")).replace("/usr/share/bora/demo-model", str(self.model))
+        for port, own in self.ports.items():
+            text = re.sub(rf"(0\.0\.0\.0:|127\.0\.0\.1:|port: ){port}\b", rf"\g<1>{own}", text)
+        return text.replace("0.0.0.0", "127.0.0.1")
+
+    def start(self, name, spec, pod_name, labels=None):
+        (container,) = spec["containers"]
+        config = self.directory / f"{name}.yaml"
+        config_map = next(volume["configMap"]["name"] for volume in spec["volumes"] if volume["name"] == "config")
+        config.write_text(self.local(named(self.documents, "ConfigMap", config_map)["data"]["bora.yaml"]))
+        environment = {}
+        for variable in container.get("env", []):
+            source = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
+            if source == "status.podIP":
+                value = "127.0.0.1"
+            elif source == "metadata.name":
+                value = pod_name
+            elif source:
+                value = labels[re.fullmatch(r"metadata\.labels\['(.*)'\]", source)[1]]
+            else:
+                value = self.expand(variable["value"], environment)
+            environment[variable["name"]] = value
+        words = [self.local(self.expand(word, environment)) for word in container["command"] + container.get("args", [])]
+        words = [BORA if word == "/usr/local/bin/bora" else str(config) if word == "/etc/bora/bora.yaml" else word for word in words]
+        with open(self.directory / f"{name}.log", "w") as log:
+            child = subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **environment})
+        self.running.append((name, child))
+        return child
+
+    @staticmethod
+    def expand(text, environment):
+        """$(NAME) as Kubernetes does it: what is not defined stays."""
+        return re.sub(r"\$\((\w+)\)", lambda match: environment.get(match[1], match[0]), text)
+
+    def logs(self):
+        return "\n".join(f"---- {name}\n{(self.directory / f'{name}.log').read_text()[-1500:]}" for name, _ in self.running)
+
+    def stop(self):
+        for _, child in self.running:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+
+
+def serve_and_ask(pods, groups):
+    api, admin = (f"http://127.0.0.1:{pods.ports[port]}" for port in (8000, 8001))
+    try:
+        wait_until("the router", lambda: ask_http("GET", f"{admin}/health")[0] == 200, 20)
+        wait_until("the groups", lambda: ask_http("GET", f"{admin}/ready")[2].get("ready_groups") == groups, 60)
+        answer = run(sys.executable, SCRIPTS / "ask.py", api, "tiny-devstral", "30")
+        assert answer.returncode == 0 and re.search(r"16 tokens from tiny-devstral, group bora-demo-0", answer.stdout), answer.stdout + answer.stderr
+        metrics = ask_http("GET", f"{admin}/metrics")[2]
+        assert 'bora_router_group_ready{model="tiny-devstral",group="bora-demo-0"} 1' in metrics
+        # the API's port has the API; the admin port has not
+        assert ask_http("GET", f"{admin}/v1/models")[0] == 404
+        # SIGTERM ends everything in order
+        for _, child in pods.running:
+            child.send_signal(signal.SIGTERM)
+        for name, child in pods.running:
+            assert child.wait(40) == 0, name
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{pods.logs()}") from error
+
+
+def test_the_demo_preset_serves(tmp_path, demo_model):
+    documents = preset(DEMO)
+    (tmp_path / "etcd").mkdir()
+    with ChartEtcd(tmp_path / "etcd") as etcd:
+        # without its certificate nobody is let in
+        refused = run("etcdctl", "--endpoints", f"https://127.0.0.1:{etcd.client}", "--cacert", etcd.directory / "client" / "ca.crt", "--dial-timeout", "2s",
+                      "--command-timeout", "3s", "get", "x", env={**os.environ, "ETCDCTL_API": "3"})
+        assert refused.returncode != 0, refused.stdout
+        pods = Pods(documents, etcd, tmp_path, demo_model)
+        try:
+            pods.start("router", named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"], "bora-router-abc")
+            pods.start("worker", named(documents, "StatefulSet", "bora-demo")["spec"]["template"]["spec"], "bora-demo-0")
+            serve_and_ask(pods, 1)
+        finally:
+            pods.stop()
+
+
+def test_a_group_of_two_pods_forms(tmp_path, demo_model):
+    sets = ['models.demo.workers.kind="LeaderWorkerSet"', "models.demo.workers.ranksPerPod=1"]
+    documents = parse(render_text([DEMO], sets))
+    template = named(documents, "LeaderWorkerSet", "bora-demo")["spec"]["leaderWorkerTemplate"]
+    assert template["size"] == 2
+    (tmp_path / "etcd").mkdir()
+    with ChartEtcd(tmp_path / "etcd") as etcd:
+        pods = Pods(documents, etcd, tmp_path, demo_model)
+        label = "leaderworkerset.sigs.k8s.io/"
+        try:
+            pods.start("router", named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"], "bora-router-abc")
+            pods.start("follower", template["workerTemplate"]["spec"], "bora-demo-0-1", {f"{label}group-index": "0", f"{label}worker-index": "1"})
+            pods.start("leader", template["leaderTemplate"]["spec"], "bora-demo-0", {f"{label}group-index": "0", f"{label}worker-index": "0"})
+            serve_and_ask(pods, 1)
+        finally:
+            pods.stop()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A Hugging Face that breaks off the first transfer of each large file."""
+
+    files = {
+        "config.json": b'{"a": 1}',
+        "model-00001.safetensors": os.urandom(300_000),
+        "sub/tokenizer.json": b"{}",
+        "consolidated.bin": b"not wanted",
+    }
+    broken, ranges, tokens = set(), [], set()
+
+    def do_GET(self):
+        self.tokens.add(self.headers.get("Authorization"))
+        if self.path == "/api/models/org/model/tree/v1?recursive=true":
+            entries = [{"type": "directory", "path": "sub"}]
+            for path, data in self.files.items():
+                entry = {"type": "file", "path": path, "size": len(data)}
+                if len(data) > 1000:
+                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest()}
+                entries.append(entry)
+            return self.answer(json.dumps(entries).encode())
+        data = self.files.get(self.path.removeprefix("/org/model/resolve/v1/"))
+        if data is None:
+            return self.send_error(404)
+        begin = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        self.ranges.append(begin)
+        if len(data) > 1000 and self.path not in self.broken:
+            self.broken.add(self.path)
+            self.send_response(200)
+            self.send_header("content-length", len(data))
+            self.end_headers()
+            self.wfile.write(data[:100_000])
+            return None
+        return self.answer(data[begin:], 206 if begin else 200)
+
+    def answer(self, data, status=200):
+        self.send_response(status)
+        self.send_header("content-length", len(data))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_model_is_fetched_whole(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        documents = parse(render_text(sets=[
+            'models={"m": {}}', 'download.kind="huggingFace"', 'download.huggingFace.repository="org/model"', 'download.huggingFace.revision="v1"',
+            f'download.huggingFace.endpoint="http://127.0.0.1:{server.server_port}"']))
+        (init,) = named(documents, "StatefulSet", "bora-m")["spec"]["template"]["spec"]["initContainers"]
+        script = named(documents, "ConfigMap", "bora-scripts")["data"]["fetch_model.py"]
+        (tmp_path / "fetch_model.py").write_text(script)
+        words = [word.replace("/scripts", str(tmp_path)).replace("/models/m", str(tmp_path / "model")) for word in init["command"][1:]]
+        environment = {"PATH": os.environ["PATH"], "HF_TOKEN": "secret", "FETCH_FIRST_PAUSE": "0.05"}
+        # two pods at the same time
+        pods = [subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+        outputs = [pod.communicate(timeout=60)[0] for pod in pods]
+        assert [pod.returncode for pod in pods] == [0, 0], outputs
+        for name in ("config.json", "model-00001.safetensors"):
+            assert (tmp_path / "model" / name).read_bytes() == Hub.files[name]
+        assert not (tmp_path / "model" / "consolidated.bin").exists() and not list((tmp_path / "model").rglob("*.partial"))
+        assert 100_000 in Hub.ranges, "a broken transfer goes on where it ended"
+        assert sum("there already" in output for output in outputs) == 1 and Hub.tokens == {"Bearer secret"}
+        # a router takes no weights
+        (init,) = named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"]["initContainers"]
+        assert "--include=*.json" in init["command"] and "--include=*.safetensors" not in init["command"]
+        # what is not there is an error at once, with its name
+        missing = run(sys.executable, tmp_path / "fetch_model.py", "--endpoint", f"http://127.0.0.1:{server.server_port}", "--repository", "org/none",
+                      "--to", tmp_path / "none", env=environment)
+        assert missing.returncode != 0 and "HTTP 404" in missing.stderr
+    finally:
+        server.shutdown()
+
+
+def test_old_backups_go_and_the_newest_stays(tmp_path):
+    for name, days in [("a.db", 30), ("b.db", 9), ("c.db", 8), ("other.txt", 99)]:
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    assert run(sys.executable, SCRIPTS / "prune_backups.py", tmp_path, "7").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.db", "other.txt"]
+
+
+def test_a_backup_is_a_snapshot_that_etcd_restores(tmp_path):
+    documents = parse(render_text(sets=["etcd.builtin.replicas=1", "etcd.builtin.backup.enabled=true"]))
+    (job,) = [one for one in documents if one["kind"] == "CronJob" and one["metadata"]["name"] == "bora-etcd-backup"]
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["initContainers"]
+    (tmp_path / "etcd").mkdir()
+    (tmp_path / "backup").mkdir()
+    with ChartEtcd(tmp_path / "etcd") as etcd:
+        environment = {"PATH": os.environ["PATH"]}
+        for variable in container["env"]:
+            value = variable.get("value", "backup-1")
+            value = value.replace("/etc/bora/etcd-tls", str(etcd.directory / "client"))
+            environment[variable["name"]] = value.replace("bora-etcd-0.bora-etcd.llm.svc.cluster.local:2379", f"127.0.0.1:{etcd.client}")
+        words = [word.replace("/backup/", f"{tmp_path}/backup/").replace("$(POD_NAME)", "backup-1") for word in container["command"]]
+        assert run("etcdctl", "put", "k", "v", env=environment).returncode == 0
+        saved = run(*words, env=environment)
+        assert saved.returncode == 0, saved.stderr
+        defrag = next(one for one in documents if one["metadata"]["name"] == "bora-etcd-defrag")
+        (container,) = defrag["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+        done = run(*container["command"], env=environment)
+        assert done.returncode == 0 and "Finished defragmenting" in done.stdout + done.stderr, done.stdout + done.stderr
+    restored = run("etcdctl", "snapshot", "restore", tmp_path / "backup" / "backup-1.db", "--data-dir", tmp_path / "restored", env={**os.environ, "ETCDCTL_API": "3"})
+    assert restored.returncode == 0 and (tmp_path / "restored" / "member").is_dir(), restored.stderr

@@ -1,0 +1,131 @@
+"""Alert and recording rules, their runbooks and the dashboards: checked by promtool, and every metric they use is one that is really there."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from chart import CHART, PRESETS, ROOT, Loader, named, objects, preset, run
+from living import etcd_metrics, router_metrics
+
+RULES = CHART / "files" / "rules"
+DASHBOARDS = sorted((CHART / "files" / "dashboards").glob("*.json"))
+
+
+def rules():
+    for file in ("recording", "alerts"):
+        for group in yaml.load((RULES / f"{file}.yaml").read_text(), Loader)["groups"]:
+            yield from group["rules"]
+
+
+ALERTS = [rule for rule in rules() if "alert" in rule]
+
+
+def test_promtool_accepts_the_rules_and_their_unit_tests_pass(tmp_path):
+    for file in RULES.glob("*.yaml"):
+        shutil.copy(file, tmp_path)
+    shutil.copy(ROOT / "tests" / "helm" / "rules.test.yaml", tmp_path)
+    checked = run("promtool", "check", "rules", "recording.yaml", "alerts.yaml", cwd=tmp_path)
+    assert checked.returncode == 0 and "FAILED" not in checked.stdout + checked.stderr, checked.stdout + checked.stderr
+    tested = run("promtool", "test", "rules", "rules.test.yaml", cwd=tmp_path)
+    assert tested.returncode == 0 and "SUCCESS" in tested.stdout + tested.stderr, tested.stdout + tested.stderr
+
+
+def test_every_alert_has_a_unit_test_that_sees_it_fire():
+    tests = yaml.load((ROOT / "tests" / "helm" / "rules.test.yaml").read_text(), Loader)["tests"]
+    fired = {case["alertname"] for test in tests for case in test.get("alert_rule_test", []) if case["exp_alerts"]}
+    assert fired == {alert["alert"] for alert in ALERTS}
+
+
+def test_the_chart_carries_the_same_rules():
+    for path in PRESETS:
+        for rule in objects(preset(path), "PrometheusRule"):
+            carried = [one for group in rule["spec"]["groups"] for one in group["rules"]]
+            expected = json.loads(json.dumps(list(rules())).replace("RUNBOOKS/", "docs/runbooks/"))
+            assert carried == expected
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_every_alert_has_a_runbook(alert):
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    page = ROOT / "docs" / "runbooks" / f"{alert['alert']}.md"
+    assert alert["annotations"]["runbook_url"] == f"RUNBOOKS/{page.name}"
+    text = page.read_text()
+    assert text.startswith(f"# {alert['alert']}\n") and "\n## Look\n" in text and "\n## Do\n" in text and "**What clients see.**" in text
+    for link in re.findall(r"\]\(([\w/.]+\.md)\)", text):
+        assert (page.parent / link).is_file(), link
+    assert f"[{alert['alert']}]({page.name})" in (page.parent / "README.md").read_text()
+
+
+def test_no_runbook_is_without_its_alert():
+    pages = {page.stem for page in (ROOT / "docs" / "runbooks").glob("*.md")} - {"README"}
+    assert pages == {alert["alert"] for alert in ALERTS}
+
+
+METRIC = re.compile(r"\b((?:bora_router|etcd)_[a-z0-9_]+|bora:[a-z0-9_:]+)")
+
+
+def used():
+    """(where, metric) of everything that rules, dashboards and autoscalers ask for."""
+    for rule in rules():
+        yield from ((rule.get("alert") or rule["record"], name) for name in METRIC.findall(rule["expr"]))
+    for path in DASHBOARDS:
+        yield from ((path.name, name) for name in METRIC.findall(path.read_text()))
+    for path in PRESETS:
+        for scaled in objects(preset(path), "ScaledObject"):
+            for trigger in scaled["spec"]["triggers"]:
+                yield from ((path.name, name) for name in METRIC.findall(trigger["metadata"]["query"]))
+    for name in METRIC.findall((ROOT / "deploy" / "prometheus-adapter.yaml").read_text()):
+        yield "prometheus-adapter.yaml", name
+
+
+def test_every_metric_that_is_used_is_exported():
+    exported = router_metrics() | etcd_metrics() | {rule["record"] for rule in rules() if "record" in rule}
+    missing = sorted({f"{where}: {name}" for where, name in used() if name not in exported})
+    assert not missing, missing
+
+
+def test_what_routers_export_is_shown_on_a_dashboard():
+    shown = "".join(path.read_text() for path in DASHBOARDS) + json.dumps(list(rules()))
+    hidden = {name for name in router_metrics() if name.startswith("bora_router_") and name not in shown
+              and not name.endswith(("_sum", "_count"))}
+    assert not hidden, hidden
+
+
+def test_hpa_metrics_are_those_of_the_adapter():
+    adapter = yaml.load((ROOT / "deploy" / "prometheus-adapter.yaml").read_text(), Loader)
+    offered = {rule["name"]["as"] for rule in adapter["rules"]["external"]}
+    (autoscaler,) = [one for one in objects(preset(next(path for path in PRESETS if "h200x4" in path.stem)), "HorizontalPodAutoscaler")
+                     if one["metadata"]["name"] == "bora-devstral-2"]
+    asked = {metric["external"]["metric"]["name"] for metric in autoscaler["spec"]["metrics"]}
+    assert asked <= offered and len(asked) == 2
+
+
+def test_dashboards_are_what_their_script_writes(tmp_path):
+    committed = {path.name: path.read_text() for path in DASHBOARDS}
+    assert sorted(committed) == ["batch.json", "engine.json", "fleet.json", "service.json"]
+    script = (ROOT / "scripts" / "make-dashboards").read_text()
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "make-dashboards").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "scripts" / "make-dashboards"], check=True, capture_output=True)
+    for name, text in committed.items():
+        assert (tmp_path / "helm" / "bora" / "files" / "dashboards" / name).read_text() == text, f"run scripts/make-dashboards ({name})"
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_a_dashboards_queries_are_promql(path, tmp_path):
+    dashboard = json.loads(path.read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    assert len(queries) > 8
+    groups = [{"name": "queries", "rules": [
+        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "1m").replace("$namespace", ".*").replace("$model", ".*")}
+        for number, query in enumerate(queries)]}]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
+    checked = run("promtool", "check", "rules", tmp_path / "rules.yaml")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids)) and all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in dashboard["panels"])
