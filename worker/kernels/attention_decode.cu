@@ -171,7 +171,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
       const float low = scores[i / 2][i % 2 * 2], high = scores[i / 2][i % 2 * 2 + 1];
-      p[i] = NARROW ? pack_f16(low, high) : pack_bf16(low, high);
+      p[i] = NARROW ? pack_small_f16(low, high) : pack_bf16(low, high);
     }
 #pragma unroll
     for (u32 n = 0; n < D / 8; n++)

@@ -5,23 +5,33 @@
 //
 // A round's keys (and values) lie in shared memory as two halves of 64 numbers each, [half][128 tokens][128 bytes], pieces
 // of a row exchanged by its number: as bf16 tiles lie in the cache, so that they are copied whole. Tiles of e4m3 are
-// copied raw and widened by the warpgroup that brings them.
+// copied raw and widened to f16 by the warpgroup that brings them; queries and weights are then f16 too.
 #include "device.cuh"
 
 constexpr u32 D = 128, ROUND = 2 * KV_BLOCK, STAGES = 2, GROUP_THREADS = 128, COMPUTING = 2;
-constexpr u32 HALF_BYTES = ROUND * 128, STAGE_BYTES = 2 * HALF_BYTES, TILE_HALF = KV_BLOCK * 128, RAW_TILE = KV_BLOCK * D;
+constexpr u32 HALF_BYTES = ROUND * 128, STAGE_BYTES = 2 * HALF_BYTES, TILE_HALF = KV_BLOCK * 128, QUERY_BYTES = 64 * D * 2, RAW_TILE = KV_BLOCK * D;
 constexpr float REACH = 8.f;  // a row's reference may fall so far (in powers of 2) behind its largest score
-// Numbers of barriers: turns at the matrix unit of the two, the last values cleared, the bringing group.
-constexpr u32 TURN = 1, CLEARED = 3, BROUGHT = 4;
+// Numbers of barriers: turns at the matrix unit of the two, the last values cleared, the bringing group,
+// the queries of each computing group.
+constexpr u32 TURN = 1, CLEARED = 3, BROUGHT = 4, QUERIES = 5;
+
+template <bool CHOICE, typename A, typename B>
+struct Choice {
+  using Type = A;
+};
+template <typename A, typename B>
+struct Choice<false, A, B> {
+  using Type = B;
+};
 
 struct Barriers {
   u64 keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES], raw_full[STAGES];
 };
 
-// Dynamic shared memory: 1024 for alignment, stages of K and V, raw tiles of K and V for one round where the cache is e4m3.
+// Dynamic shared memory: 1024 for alignment, queries, stages of K and V, raw tiles of K and V for one round where the cache is e4m3.
 template <typename Kv>
 constexpr u32 hopper_shared_bytes() {
-  return 1024 + 2 * STAGES * STAGE_BYTES + (sizeof(Kv) == 1 ? STAGES * 2 * RAW_TILE : 0);
+  return 1024 + COMPUTING * QUERY_BYTES + 2 * STAGES * STAGE_BYTES + (sizeof(Kv) == 1 ? STAGES * 2 * RAW_TILE : 0);
 }
 
 // Brings rounds 0..rounds: keys of round r + 1 before values of round r, as they are consumed.
@@ -51,10 +61,13 @@ __device__ __forceinline__ void bring(const Kv* k_cache, const Kv* v_cache, cons
     for (u32 i = thread; i < count * KV_BLOCK * 8; i += GROUP_THREADS) {
       const u32 token = i / 8, piece = i % 8;  // sixteen numbers
       const uint4 packed = *reinterpret_cast<const uint4*>(source + i * 16);
-      const uint2 a = e4m3_to_bf16(packed.x), b = e4m3_to_bf16(packed.y), c = e4m3_to_bf16(packed.z), d = e4m3_to_bf16(packed.w);
       u8* row = target + piece / 4 * HALF_BYTES + token * 128;
-      *reinterpret_cast<uint4*>(row + (((piece % 4 * 2) ^ (token % 8)) << 4)) = make_uint4(a.x, a.y, b.x, b.y);
-      *reinterpret_cast<uint4*>(row + (((piece % 4 * 2 + 1) ^ (token % 8)) << 4)) = make_uint4(c.x, c.y, d.x, d.y);
+      const uint4 first = make_uint4(e4m3_to_f16(packed.x), e4m3_to_f16(packed.x >> 16), e4m3_to_f16(packed.y), e4m3_to_f16(packed.y >> 16));
+      const uint4 second = make_uint4(e4m3_to_f16(packed.z), e4m3_to_f16(packed.z >> 16), e4m3_to_f16(packed.w), e4m3_to_f16(packed.w >> 16));
+      // lanes of the second half store in the other order: then eight of them write to all banks
+      const u32 swap = piece / 4;
+      *reinterpret_cast<uint4*>(row + (((piece % 4 * 2 + swap) ^ (token % 8)) << 4)) = swap ? second : first;
+      *reinterpret_cast<uint4*>(row + (((piece % 4 * 2 + 1 - swap) ^ (token % 8)) << 4)) = swap ? first : second;
     }
     show_shared_to_matrix_unit();
     barrier_arrive(&full[stage]);
@@ -100,6 +113,7 @@ template <typename Kv, typename Out>
 __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const u32* tiles,
                                                  const u32* positions, const u32* tables, const u32* table_start, Out* out,
                                                  float out_scale, u32 query_heads, u32 kv_heads, float score_scale) {
+  using Value = typename Choice<sizeof(Kv) == 1, f16, bf16>::Type;
   DYNAMIC_SHARED(unaligned);
   u8* shared = align_shared_1024(unaligned);
   __shared__ Barriers barriers;
@@ -118,33 +132,35 @@ __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cach
   const u32 kv_head = blockIdx.x, sequence = tiles[blockIdx.y * 3], first_row = tiles[blockIdx.y * 3 + 1], tokens = tiles[blockIdx.y * 3 + 2];
   const u32 first_position = positions[first_row], last_position = first_position + tokens - 1;
   const u32 blocks = last_position / KV_BLOCK + 1, rounds = (blocks + 1) / 2;
-  u8* k_stages = shared;
-  u8* v_stages = shared + STAGES * STAGE_BYTES;
+  u8* k_stages = shared + COMPUTING * QUERY_BYTES;
+  u8* v_stages = k_stages + STAGES * STAGE_BYTES;
   if (threadIdx.x < GROUP_THREADS) {
-    give_registers<sizeof(Kv) == 2 ? 24 : 56>();
+    give_registers<sizeof(Kv) == 2 ? 24 : 72>();
     bring<Kv>(k_cache, v_cache, tables + table_start[sequence], blocks, kv_heads, kv_head, k_stages, v_stages,
-              shared + 2 * STAGES * STAGE_BYTES, barriers);
+              v_stages + STAGES * STAGE_BYTES, barriers);
   } else {
-    take_registers<sizeof(Kv) == 2 ? 240 : 224>();
+    take_registers<sizeof(Kv) == 2 ? 240 : 216>();
     const u32 worker = threadIdx.x / GROUP_THREADS - 1;
     const u32 warp = threadIdx.x % GROUP_THREADS / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const u32 group = query_heads / kv_heads, used_rows = tokens * group;
 
-    // This lane's two query rows (g and g + 8 of the warp's sixteen) and their fragments.
-    u32 row_position[2];
-    u32 a[D / 16][4];
-#pragma unroll
-    for (u32 h = 0; h < 2; h++) {
-      const u32 tile_row = worker * 64 + warp * 16 + g + h * 8, token = tile_row / group, head = kv_head * group + tile_row % group;
-      const bool used = tile_row < used_rows;
-      row_position[h] = first_position + min(token, tokens - 1);
-      const bf16* source = q + ((u64)(first_row + token) * query_heads + head) * D;
-#pragma unroll
-      for (u32 k = 0; k < D / 16; k++) {
-        a[k][h] = used ? *reinterpret_cast<const u32*>(source + k * 16 + t * 2) : 0;
-        a[k][h + 2] = used ? *reinterpret_cast<const u32*>(source + k * 16 + 8 + t * 2) : 0;
-      }
+    // The group's 64 rows of queries, as the tiles of keys lie: two halves, pieces exchanged.
+    u8* queries = shared + worker * QUERY_BYTES;
+    for (u32 i = threadIdx.x % GROUP_THREADS; i < 64 * 16; i += GROUP_THREADS) {
+      const u32 row = i / 16, tile_row = worker * 64 + row, token = tile_row / group, head = kv_head * group + tile_row % group;
+      uint4 piece = tile_row < used_rows
+                              ? *reinterpret_cast<const uint4*>(q + ((u64)(first_row + token) * query_heads + head) * D + i % 16 * 8)
+                              : make_uint4(0, 0, 0, 0);
+      if (sizeof(Kv) == 1)
+        piece = make_uint4(pack_f16(low_bf16(piece.x), high_bf16(piece.x)), pack_f16(low_bf16(piece.y), high_bf16(piece.y)),
+                           pack_f16(low_bf16(piece.z), high_bf16(piece.z)), pack_f16(low_bf16(piece.w), high_bf16(piece.w)));
+      *reinterpret_cast<uint4*>(queries + cache_place(256, row, i % 16)) = piece;
     }
+    show_shared_to_matrix_unit();
+    meet(QUERIES + worker, GROUP_THREADS);
+    u32 row_position[2];  // of this lane's rows, g and g + 8 of the warp's sixteen
+#pragma unroll
+    for (u32 h = 0; h < 2; h++) row_position[h] = first_position + min((worker * 64 + warp * 16 + g + h * 8) / group, tokens - 1);
 
     float o[16][4];
     float scores[16][4];
@@ -157,7 +173,8 @@ __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cach
 #pragma unroll
       for (u32 k = 0; k < D / 16; k++)
         // keys as they lie: rows of 128 bytes, eight rows a group of 1024
-        warpgroup_multiply(scores, a[k], matrix_descriptor(keys + k / 4 * HALF_BYTES + k % 4 * 32, 16, 1024), k > 0);
+        warpgroup_multiply<Value>(scores, matrix_descriptor(queries + k / 4 * TILE_HALF + k % 4 * 32, 16, 1024),
+                           matrix_descriptor(keys + k / 4 * HALF_BYTES + k % 4 * 32, 16, 1024), k > 0);
       matrix_unit_commit();
     };
     auto start_values = [&](u32 round) {
@@ -167,7 +184,7 @@ __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cach
 #pragma unroll
       for (u32 k = 0; k < ROUND / 16; k++)
         // values transposed: sixteen tokens are two groups of eight rows; the second half of the numbers lies a half further
-        warpgroup_multiply_transposed(o, p[k], matrix_descriptor(values + k * 2048, HALF_BYTES, 1024), round > 0 || k > 0);
+        warpgroup_multiply_transposed<Value>(o, p[k], matrix_descriptor(values + k * 2048, HALF_BYTES, 1024), round > 0 || k > 0);
       matrix_unit_commit();
     };
     // Turns scores into weights; the output so far is to be multiplied by `rescale`.
@@ -208,10 +225,12 @@ __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cach
     };
     auto pack = [&] {
 #pragma unroll
-      for (u32 k = 0; k < 8; k++) {
-        p[k][0] = pack_bf16(scores[k * 2][0], scores[k * 2][1]), p[k][1] = pack_bf16(scores[k * 2][2], scores[k * 2][3]);
-        p[k][2] = pack_bf16(scores[k * 2 + 1][0], scores[k * 2 + 1][1]), p[k][3] = pack_bf16(scores[k * 2 + 1][2], scores[k * 2 + 1][3]);
-      }
+      for (u32 k = 0; k < 8; k++)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+          const float low = scores[k * 2 + i / 2][i % 2 * 2], high = scores[k * 2 + i / 2][i % 2 * 2 + 1];
+          p[k][i] = sizeof(Kv) == 1 ? pack_small_f16(low, high) : pack_bf16(low, high);
+        }
     };
     auto phase = [](u32 round) { return round / STAGES & 1; };
     auto release = [&](u64* empty) {

@@ -97,7 +97,7 @@ inline unsigned long long atomicMax(unsigned long long* p, unsigned long long v)
 inline unsigned atomicOr(unsigned* p, unsigned v) { unsigned old = *p; *p |= v; return old; }
 
 // ---- what device.cuh says in PTX --------------------------------------------------------------------------------
-struct bf16; struct e4m3;
+struct bf16; struct f16; struct e4m3;
 namespace emulator {
 inline unsigned short bf16_bits(float x) {
   unsigned u = __float_as_uint(x);
@@ -173,9 +173,6 @@ inline void meet(unsigned number, unsigned threads) {
   while (emulator::numbered[number].generation == generation) emulator::yield();
 }
 inline float exp2_flushed(float x) { return exp2f(x); }
-inline uint2 e4m3_to_bf16(unsigned w) {
-  return {pack_bf16(emulator::e4m3_value(w & 255), emulator::e4m3_value(w >> 8 & 255)), pack_bf16(emulator::e4m3_value(w >> 16 & 255), emulator::e4m3_value(w >> 24))};
-}
 namespace emulator {
 inline float f16_value(unsigned short b) {
   int e = b >> 10 & 31, m = b & 1023;
@@ -199,6 +196,7 @@ inline unsigned pack_f16(float low, float high) {
   auto clamp = [](float x) { return fminf(fmaxf(x, -65504.f), 65504.f); };
   return emulator::f16_bits(clamp(low)) | (unsigned)emulator::f16_bits(clamp(high)) << 16;
 }
+inline unsigned pack_small_f16(float low, float high) { return emulator::f16_bits(low) | (unsigned)emulator::f16_bits(high) << 16; }
 inline unsigned e4m3_to_f16(unsigned two) { return emulator::f16_bits(emulator::e4m3_value(two & 255)) | (unsigned)emulator::f16_bits(emulator::e4m3_value(two >> 8 & 255)) << 16; }
 inline unsigned choose_bytes(unsigned a, unsigned b, unsigned choice) {
   unsigned long long both = (unsigned long long)b << 32 | a; unsigned r = 0;
@@ -258,25 +256,29 @@ inline void show_shared_to_matrix_unit() {}
 inline unsigned char* align_shared_1024(unsigned char* p) { return p; }
 namespace emulator {
 // Element (n, k) of a swizzled matrix; the swizzle works on addresses from the start of shared memory.
-inline float element(uint64_t descriptor, unsigned n, unsigned k, bool transposed) {
+inline unsigned short element(uint64_t descriptor, unsigned n, unsigned k, bool transposed) {
   unsigned start = (unsigned)(descriptor & 0x3fff) << 4, leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
   unsigned at = transposed ? n % 64 * 2 + n / 64 * leading + k % 8 * 128 + k / 8 * stride : n % 8 * 128 + n / 8 * stride + k * 2;
   at += start;
   at ^= (at >> 7 & 7) << 4;
   unsigned short bits; memcpy(&bits, dynamic_shared() + at, 2);
+  return bits;
+}
+template <typename Value> float number(unsigned short bits) {
+  if constexpr (std::is_same_v<Value, f16>) return f16_value(bits);
   return __uint_as_float((unsigned)bits << 16);
 }
-template <unsigned N> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4], uint64_t descriptor, bool transposed, bool add) {
+template <unsigned N, typename Value> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4], uint64_t descriptor, bool transposed, bool add) {
   for (unsigned j = 0; !add && j < N / 8; j++) for (float& v : c[j]) v = 0.f;
   auto slots = exchange(a, sizeof a);
   unsigned lane = current->linear % 32, g = lane / 4, t = lane % 4;
   float row[2][16];
   for (unsigned half = 0; half < 2; half++) for (unsigned k = 0; k < 16; k++) {
     unsigned w; memcpy(&w, slots[g * 4 + k % 8 / 2] + 4 * (half + k / 8 * 2), 4);
-    row[half][k] = __uint_as_float(k % 2 ? w & 0xffff0000u : w << 16);
+    row[half][k] = number<Value>((unsigned short)(k % 2 ? w >> 16 : w));
   }
   for (unsigned j = 0; j < N / 8; j++) for (unsigned e = 0; e < 2; e++) for (unsigned k = 0; k < 16; k++) {
-    float b = element(descriptor, j * 8 + t * 2 + e, k, transposed);
+    float b = number<Value>(element(descriptor, j * 8 + t * 2 + e, k, transposed));
     c[j][e] += row[0][k] * b, c[j][2 + e] += row[1][k] * b;
   }
   __syncwarp();
@@ -285,23 +287,17 @@ template <unsigned N> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4
 inline uint64_t matrix_descriptor(const unsigned char* start, unsigned leading, unsigned stride) {
   return (uint64_t)(start - emulator::dynamic_shared()) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | 1ull << 62;
 }
-inline void warpgroup_multiply(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) { emulator::warpgroup<128>(c, a, b, false, add); }
-inline void warpgroup_multiply_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) { emulator::warpgroup<128>(c, a, b, true, add); }
-template <unsigned TILES> void warpgroup_multiply_e4m3(float (&c)[TILES][4], uint64_t a, uint64_t b, bool add) {
-  // both operands are rows of K: element (row, k), swizzled
-  auto value = [](uint64_t descriptor, unsigned row, unsigned k) {
-    unsigned start = (unsigned)(descriptor & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
-    unsigned at = start + row % 8 * 128 + row / 8 * stride + k;
-    at ^= (at >> 7 & 7) << 4;
-    return emulator::e4m3_value(emulator::dynamic_shared()[at]);
-  };
+template <typename Value> void warpgroup_multiply(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
   const unsigned lane = emulator::current->linear % 32, warp = emulator::current->linear / 32 % 4, g = lane / 4, t = lane % 4;
-  for (unsigned j = 0; j < TILES; j++) for (unsigned i = 0; i < 4; i++) {
-    float sum = add ? c[j][i] : 0.f;
-    for (unsigned k = 0; k < 32; k++) sum += value(a, warp * 16 + g + i / 2 * 8, k) * value(b, j * 8 + t * 2 + i % 2, k);
-    c[j][i] = sum;
+  unsigned fragment[4];
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned row = warp * 16 + g + i % 2 * 8, k = i / 2 * 8 + t * 2;
+    fragment[i] = emulator::element(a, row, k, false) | (unsigned)emulator::element(a, row, k + 1, false) << 16;
   }
-  __syncwarp();
+  emulator::warpgroup<128, Value>(c, fragment, b, false, add);
+}
+template <typename Value> void warpgroup_multiply_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) {
+  emulator::warpgroup<128, Value>(c, a, b, true, add);
 }
 template <int> void give_registers() {}
 template <int> void take_registers() {}

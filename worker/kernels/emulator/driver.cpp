@@ -21,9 +21,6 @@ namespace hopper {
 #include "../fill.cu"
 #include "../gate.cu"
 #include "../linear.cu"
-namespace many {
-#include "../linear_many.cu"
-}
 #include "../norm.cu"
 #include "../rope.cu"
 #include "../rows.cu"
@@ -54,7 +51,6 @@ std::map<std::string, Binder>& registry() {
   using namespace kernels;
   using namespace kernels::prefill;
   using namespace kernels::hopper;
-  using namespace kernels::many;
   static std::map<std::string, Binder> all = {
 #define REGISTER(NAME) {#NAME, bind(NAME)},
 #include "registry.inc"

@@ -89,7 +89,7 @@ impl CudaBackend {
 pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32, u32) {
     if head_dim == 128 && hopper {
         let raw = if kv == KvDtype::E4m3 { 4 * BLOCK_TOKENS * 128 } else { 0 };
-        let bytes = 1024 + 4 * 2 * BLOCK_TOKENS * 256 + raw;
+        let bytes = 1024 + 128 * 256 + 4 * 2 * BLOCK_TOKENS * 256 + raw;
         return (format!("hopper_attention_{}_to_{suffix}", kv.name()), 384, bytes as u32);
     }
     let padded = head_dim * 2 + 16;
