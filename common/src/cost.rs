@@ -71,6 +71,39 @@ impl CostModel {
     }
 }
 
+/// What a group is busy with, by its own report and by what was sent to it since.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GroupLoad {
+    /// Prompt tokens that wait to be computed.
+    pub queued_tokens: u64,
+    /// Sequences that run or wait.
+    pub sequences: u32,
+    /// Sequences that it runs at once.
+    pub max_sequences: u32,
+}
+
+impl CostModel {
+    /// Seconds until the first token of a prompt of `tokens` tokens, of which the group holds the first
+    /// `held`: what waits before it, what it has to compute, and the decode steps around it.
+    pub fn first_token_seconds(&self, tokens: u64, held: u64, load: GroupLoad) -> f64 {
+        // at least one token is computed: its logits are needed
+        let held = held.min(tokens.saturating_sub(1));
+        // what those that wait stand behind is not known
+        let queue = load.queued_tokens as f64 * self.seconds_per_token;
+        queue + self.prefill_seconds(held, tokens - held) + self.decode_pressure(load)
+    }
+
+    /// Every running sequence makes the steps that carry the prompt a little longer; a sequence beyond the
+    /// group's capacity waits for another to end.
+    fn decode_pressure(&self, load: GroupLoad) -> f64 {
+        const STEPS_OF_A_SEQUENCE: f64 = 256.0;
+        let capacity = load.max_sequences.max(1);
+        let share = f64::from(load.sequences.min(capacity)) / f64::from(capacity);
+        let above = f64::from((load.sequences + 1).saturating_sub(capacity));
+        self.decode_step_seconds * (share + above * STEPS_OF_A_SEQUENCE / f64::from(capacity))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,5 +156,26 @@ mod tests {
         assert_eq!(model.prefill_seconds(5, 1_000), 0.0);
         assert_eq!(model.prefill_tokens_within(0.05, 5), u64::MAX);
         assert_eq!(model.decode_seconds(3, 9), 0.0);
+    }
+
+    #[test]
+    fn a_held_prefix_wins_until_the_wait_beats_the_recompute() {
+        let load = |queued_tokens| GroupLoad { queued_tokens, sequences: 0, max_sequences: 64 };
+        let cold = model().first_token_seconds(20_000, 0, load(0));
+        let warm = model().first_token_seconds(20_000, 19_200, load(0));
+        assert!(warm < cold / 10.0, "{warm} {cold}");
+        assert!(model().first_token_seconds(20_000, 19_200, load(10_000)) < cold);
+        assert!(model().first_token_seconds(20_000, 19_200, load(60_000)) > cold);
+        assert!(model().first_token_seconds(64, 64, load(0)) > 0.0, "one token is computed always");
+    }
+
+    #[test]
+    fn more_running_sequences_never_look_better() {
+        let at = |sequences| {
+            model().first_token_seconds(100, 0, GroupLoad { queued_tokens: 0, sequences, max_sequences: 8 })
+        };
+        for sequences in 0..20 {
+            assert!(at(sequences) < at(sequences + 1), "{sequences}");
+        }
     }
 }

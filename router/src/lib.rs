@@ -31,6 +31,7 @@ pub use crate::{
 pub struct Router {
     service: Arc<Service>,
     following: tokio::task::JoinHandle<()>,
+    admitting: tokio::task::JoinHandle<()>,
 }
 
 impl Router {
@@ -44,7 +45,9 @@ impl Router {
         options.validate()?;
         let service = Arc::new(Service::new(options, models));
         let following = tokio::spawn(Arc::clone(service.fleet()).follow(changes));
-        Ok(Self { service, following })
+        let admission = Arc::clone(&service.relay().admission);
+        let admitting = tokio::spawn(admission.serve(Arc::clone(service.fleet())));
+        Ok(Self { service, following, admitting })
     }
 
     /// What all requests share: the fleet, the counters.
@@ -72,5 +75,6 @@ impl Router {
 impl Drop for Router {
     fn drop(&mut self) {
         self.following.abort();
+        self.admitting.abort();
     }
 }

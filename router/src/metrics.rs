@@ -41,6 +41,11 @@ pub struct Metrics {
     unknown_fields: Counter,
     unparsed_tool_calls: Counter,
     failed_sequences: Counter,
+    poisonous_sequences: Counter,
+    refused_retries: Counter,
+    queued_sequences: Counter,
+    waited_seconds: Histogram,
+    waiting: Gauge,
     unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
@@ -48,6 +53,8 @@ pub struct Metrics {
     completion_tokens: Counter,
     first_token_seconds: Histogram,
     prepare_seconds: Histogram,
+    encoded_tokens: [Counter; 2],
+    conversation_cache_bytes: Gauge,
     groups: Gauge,
     ready_groups: Gauge,
     indexed_blocks: Gauge,
@@ -68,11 +75,18 @@ impl Metrics {
         let unknown_fields = Counter::default();
         let unparsed_tool_calls = Counter::default();
         let failed_sequences = Counter::default();
+        let poisonous_sequences = Counter::default();
+        let refused_retries = Counter::default();
+        let queued_sequences = Counter::default();
+        let waited_seconds = Histogram::new(WAIT_BUCKETS);
+        let waiting = Gauge::default();
         let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
         let first_token_seconds = Histogram::new(WAIT_BUCKETS);
         let prepare_seconds = Histogram::new(WORK_BUCKETS);
+        let encoded = Family::<TokenLabels, Counter>::default();
+        let conversation_cache_bytes = Gauge::default();
         let groups = Gauge::default();
         let ready_groups = Gauge::default();
         let indexed_blocks = Gauge::default();
@@ -85,6 +99,15 @@ impl Metrics {
             unparsed_tool_calls.clone(),
         );
         registry.register("failed_sequences", "Sequences that ended in an error", failed_sequences.clone());
+        registry.register(
+            "poisonous_sequences",
+            "Sequences stopped because every group that took them died",
+            poisonous_sequences.clone(),
+        );
+        registry.register("refused_retries", "Sequences not placed again for want of budget", refused_retries.clone());
+        registry.register("queued_sequences", "Sequences that waited for a group with room", queued_sequences.clone());
+        registry.register("queue_seconds", "How long such sequences waited", waited_seconds.clone());
+        registry.register("waiting_sequences", "Sequences that wait for a group with room", waiting.clone());
         registry.register(
             "unserved_requests",
             "Requests for a model that no ready group served",
@@ -102,23 +125,41 @@ impl Metrics {
             "Parsing, checking, encoding and hashing a request",
             prepare_seconds.clone(),
         );
+        registry.register(
+            "encoded_tokens",
+            "Tokens of conversations, by whether they were encoded or known",
+            encoded.clone(),
+        );
+        registry.register(
+            "conversation_cache_bytes",
+            "Bytes that known conversations take",
+            conversation_cache_bytes.clone(),
+        );
         registry.register("groups", "Groups known", groups.clone());
         registry.register("ready_groups", "Groups that take requests", ready_groups.clone());
         registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
         let group_gauges = GroupGauges::new(&mut registry);
         let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
+        let encoded_counter = |kind| encoded.get_or_create(&TokenLabels { kind }).clone();
         let move_counter = |when| moves.get_or_create(&MoveLabels { when }).clone();
         Arc::new(Self {
             moved: [move_counter("before_first_token"), move_counter("mid_stream")],
             prompt_tokens: token_counter("prompt"),
             cached_tokens: token_counter("cached"),
             completion_tokens: token_counter("completion"),
+            encoded_tokens: [encoded_counter("new"), encoded_counter("known")],
+            conversation_cache_bytes,
             registry: Mutex::new(registry),
             requests,
             open_requests,
             unknown_fields,
             unparsed_tool_calls,
             failed_sequences,
+            poisonous_sequences,
+            refused_retries,
+            queued_sequences,
+            waited_seconds,
+            waiting,
             unserved_requests,
             first_token_seconds,
             prepare_seconds,
@@ -147,6 +188,26 @@ impl Metrics {
         self.failed_sequences.inc();
     }
 
+    pub(crate) fn poison(&self) {
+        self.poisonous_sequences.inc();
+    }
+
+    pub(crate) fn retry_refused(&self) {
+        self.refused_retries.inc();
+    }
+
+    pub(crate) fn queued(&self) {
+        self.queued_sequences.inc();
+    }
+
+    pub(crate) fn waited(&self, seconds: f64) {
+        self.waited_seconds.observe(seconds);
+    }
+
+    pub(crate) fn waiting(&self, sequences: usize) {
+        self.waiting.set(sequences as i64);
+    }
+
     /// From now on the model is counted: a counter that is there at zero shows its first increase.
     pub(crate) fn know_model(&self, model: &str) {
         let _ = self.unserved_requests.get_or_create(&ModelLabels { model: model.to_owned() });
@@ -173,6 +234,15 @@ impl Metrics {
 
     pub(crate) fn prepared(&self, seconds: f64) {
         self.prepare_seconds.observe(seconds);
+    }
+
+    pub(crate) fn encoded(&self, tokens: usize, known: usize) {
+        self.encoded_tokens[0].inc_by(tokens.saturating_sub(known) as u64);
+        self.encoded_tokens[1].inc_by(known as u64);
+    }
+
+    pub(crate) fn conversation_cache(&self, bytes: usize) {
+        self.conversation_cache_bytes.set(bytes as i64);
     }
 
     /// Lets other parts of this process add theirs, so that `/metrics` shows them too.

@@ -23,20 +23,30 @@ pub struct RouterOptions {
     pub max_stop_strings: usize,
     /// Largest `top_logprobs`, `logprobs` and `prompt_logprobs`.
     pub max_logprobs: u32,
-    /// Groups that a sequence is tried on before its failure is the client's.
+    /// Groups that may die under a sequence: then it is taken for the cause and not given another one.
     pub max_attempts: u32,
+    /// Sequences of one tenant that may be placed again at once; each new one allows one more, up to this.
+    pub retries_per_tenant: u32,
+    /// The same for all tenants together.
+    pub retries: u32,
+    /// Requests that may wait for a group with room; more are answered with 429.
+    pub max_waiting: usize,
+    /// Seconds that an interactive request waits for a group with room; a batch one waits until its deadline.
+    pub max_waiting_seconds: f64,
     /// Seconds that a broken stream waits for a group that can go on with it.
     pub failover_wait_seconds: f64,
     /// HTTP/2 connections to each group.
     pub connections_per_group: usize,
     /// Seconds to wait for a connection to a group.
     pub connect_timeout_seconds: f64,
-    /// Threads that encode long conversations; 0 = one a core.
+    /// Threads that parse and encode requests; 0 = one for every two cores.
     pub encode_threads: usize,
     /// Requests that may wait for such a thread; more are answered with 503.
     pub encode_queue: usize,
-    /// Bodies up to this size are parsed and encoded where they arrive; longer ones on an encode thread.
-    pub inline_encode_bytes: usize,
+    /// Bodies up to this size go before longer ones, and have one of the threads (of two or more) to themselves.
+    pub short_body_bytes: usize,
+    /// Bytes for the ids of conversations seen before.
+    pub conversation_cache_bytes: usize,
     /// Seconds that open requests get to finish when the router stops.
     pub shutdown_grace_seconds: f64,
     /// Names the reasons of each placement in the header `x-bora-decision`.
@@ -54,12 +64,17 @@ impl Default for RouterOptions {
             max_stop_strings: 16,
             max_logprobs: 20,
             max_attempts: 3,
+            retries_per_tenant: 1024,
+            retries: 8192,
+            max_waiting: 4096,
+            max_waiting_seconds: 120.0,
             failover_wait_seconds: 5.0,
             connections_per_group: 2,
             connect_timeout_seconds: 2.0,
             encode_threads: 0,
             encode_queue: 1024,
-            inline_encode_bytes: 16 << 10,
+            short_body_bytes: 32 << 10,
+            conversation_cache_bytes: 1 << 30,
             shutdown_grace_seconds: 30.0,
             debug: false,
         }
@@ -92,6 +107,7 @@ impl RouterOptions {
         let waits = [
             ("failover_wait_seconds", self.failover_wait_seconds),
             ("shutdown_grace_seconds", self.shutdown_grace_seconds),
+            ("max_waiting_seconds", self.max_waiting_seconds),
         ];
         for (field, value) in waits {
             if !(0.0..=1e7).contains(&value) {
@@ -124,6 +140,10 @@ impl RouterOptions {
 
     pub(crate) fn failover_wait(&self) -> Duration {
         Duration::from_secs_f64(self.failover_wait_seconds)
+    }
+
+    pub(crate) fn max_waiting_time(&self) -> Duration {
+        Duration::from_secs_f64(self.max_waiting_seconds)
     }
 
     pub(crate) fn connect_timeout(&self) -> Duration {

@@ -7,8 +7,13 @@ use std::{
 };
 
 use crate::{
-    encode::pool::EncodePool, fleet::view::Fleet, metrics::Metrics, models::ModelSpec, options::RouterOptions,
-    relay::resume::Relay,
+    encode::{cache::ConversationCache, pool::EncodePool},
+    fleet::view::Fleet,
+    metrics::Metrics,
+    models::ModelSpec,
+    options::RouterOptions,
+    place::admission::Admission,
+    relay::{budget::RetryBudget, resume::Relay},
 };
 
 /// One router's state. None of it must outlive the process.
@@ -19,6 +24,7 @@ pub struct Service {
     ids_only: Arc<ModelSpec>,
     relay: Arc<Relay>,
     pool: EncodePool,
+    conversations: ConversationCache,
     started_at: u64,
 }
 
@@ -33,9 +39,17 @@ impl Service {
         for name in models.keys() {
             metrics.know_model(name);
         }
-        let relay = Relay { fleet: Fleet::new(options.clone()), options: options.clone(), metrics };
+        let fleet = Fleet::new(options.clone());
+        let relay = Relay {
+            admission: Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting)),
+            retries: RetryBudget::new(options.retries_per_tenant, options.retries),
+            fleet,
+            options: options.clone(),
+            metrics,
+        };
         Self {
-            pool: EncodePool::new(&options),
+            pool: EncodePool::new(&options, &models),
+            conversations: ConversationCache::new(options.conversation_cache_bytes),
             models: models.into_iter().map(|(name, spec)| (name, Arc::new(spec))).collect(),
             aliases,
             ids_only: Arc::default(),
@@ -65,7 +79,12 @@ impl Service {
         Arc::clone(&self.relay)
     }
 
-    /// Where long requests are encoded.
+    /// What is known of conversations seen before.
+    pub fn conversations(&self) -> &ConversationCache {
+        &self.conversations
+    }
+
+    /// Where requests are parsed and encoded.
     pub fn pool(&self) -> &EncodePool {
         &self.pool
     }
@@ -99,10 +118,7 @@ impl Service {
         let seconds = view
             .groups()
             .filter(|group| group.is_ready())
-            .map(|group| {
-                let queued = group.link.ledger.busy().queued_tokens as f64;
-                queued / group.record.speed.prefill_tokens_per_second.max(1.0)
-            })
+            .map(|group| group.cost.prefill_seconds(0, group.link.ledger.busy().queued_tokens))
             .fold(f64::INFINITY, f64::min);
         if seconds.is_finite() { seconds.ceil().clamp(1.0, 60.0) as u32 } else { 2 }
     }

@@ -104,52 +104,104 @@ pub struct Part {
 
 /// Lays out valid messages.
 pub(super) fn lay_out(messages: Vec<Message>, tools: &[Tool]) -> Result<Vec<Part>, ConversationError> {
-    let mut parts: Vec<Part> = Vec::new();
-    let mut tools = (!tools.is_empty()).then_some(tools);
-    let mut call_ids: Vec<String> = Vec::new();
-    let mut messages = messages.into_iter().enumerate().peekable();
-    while let Some((index, message)) = messages.next() {
-        match message {
-            Message::System { content } => parts.push(system(content)),
-            Message::User { content } => {
-                let mut contents = vec![content];
-                while let Some((_, Message::User { content })) =
-                    messages.next_if(|(_, next)| matches!(next, Message::User { .. }))
-                {
-                    contents.push(content);
+    let mut layout = Layout::new(tools);
+    let mut parts = Vec::new();
+    let mut index = 0;
+    for run in runs(messages) {
+        let messages = run.len();
+        parts.append(&mut layout.lay_out_run(run, index)?);
+        index += messages;
+    }
+    Ok(parts)
+}
+
+/// Neighbours that the layout makes one: users, assistants, results of tools. A system message stands alone.
+pub(super) fn runs(messages: Vec<Message>) -> Vec<Vec<Message>> {
+    let mut runs: Vec<Vec<Message>> = Vec::new();
+    for message in messages {
+        match runs.last_mut() {
+            Some(run) if run.last().is_some_and(|last| are_one(last, &message)) => run.push(message),
+            _ => runs.push(vec![message]),
+        }
+    }
+    runs
+}
+
+/// Whether two neighbours belong to one run.
+pub(super) fn are_one(first: &Message, second: &Message) -> bool {
+    std::mem::discriminant(first) == std::mem::discriminant(second) && !matches!(first, Message::System { .. })
+}
+
+/// What a prompt's beginning leaves behind for what follows.
+pub(super) struct Layout<'t> {
+    tools: Option<&'t [Tool]>,
+    call_ids: Vec<String>,
+    begun: bool,
+}
+
+impl<'t> Layout<'t> {
+    /// At the beginning.
+    pub(super) fn new(tools: &'t [Tool]) -> Self {
+        Self { tools: (!tools.is_empty()).then_some(tools), call_ids: Vec::new(), begun: false }
+    }
+
+    /// Behind these messages, of which only roles and the ids of calls count.
+    pub(super) fn after<'m>(known: impl Iterator<Item = &'m Message>, tools: &'t [Tool]) -> Self {
+        let mut layout = Self::new(tools);
+        for message in known {
+            layout.begun = true;
+            match message {
+                Message::System { .. } => {}
+                Message::User { .. } => layout.tools = None,
+                Message::Assistant { tool_calls, .. } => {
+                    layout.call_ids.extend(tool_calls.iter().map(|call| call.id.clone()));
                 }
-                parts.push(user(contents, tools.take()));
+                Message::Tool { .. } => layout.call_ids.clear(),
             }
-            Message::Assistant { content, tool_calls, prefix } => {
-                let mut merged = Assistant { contents: vec![content], tool_calls, prefix };
-                while let Some((_, Message::Assistant { content, tool_calls, prefix })) =
-                    messages.next_if(|(_, next)| matches!(next, Message::Assistant { .. }))
-                {
+        }
+        layout
+    }
+
+    /// The parts of one run, whose first message is number `index` of the request.
+    pub(super) fn lay_out_run(&mut self, run: Vec<Message>, index: usize) -> Result<Vec<Part>, ConversationError> {
+        let mut users = Vec::new();
+        let mut assistants: Option<Assistant> = None;
+        let mut results = Vec::new();
+        let mut parts = Vec::new();
+        for message in run {
+            match message {
+                Message::System { content } => parts.push(system(content)),
+                Message::User { content } => users.push(content),
+                Message::Assistant { content, tool_calls, prefix } => {
+                    self.call_ids.extend(tool_calls.iter().map(|call| call.id.clone()));
+                    let merged = assistants.get_or_insert_default();
                     merged.contents.push(content);
                     merged.tool_calls.extend(tool_calls);
                     merged.prefix |= prefix;
                 }
-                call_ids.extend(merged.tool_calls.iter().map(|call| call.id.clone()));
-                parts.push(assistant(merged, &At::root("messages").index(index))?);
-            }
-            Message::Tool { call_id, content } => {
-                let mut results = vec![(call_id, content)];
-                while let Some((_, Message::Tool { call_id, content })) =
-                    messages.next_if(|(_, next)| matches!(next, Message::Tool { .. }))
-                {
-                    results.push((call_id, content));
-                }
-                // A call's place is its last one in the list: ids of earlier, unanswered calls may repeat.
-                results.sort_by_key(|(id, _)| call_ids.iter().rposition(|call| call == id).unwrap_or(usize::MAX));
-                call_ids.clear();
-                parts.extend(results.into_iter().map(|(_, content)| tool_result(content)));
+                Message::Tool { call_id, content } => results.push((call_id, content)),
             }
         }
+        if !users.is_empty() {
+            parts.push(user(users, self.tools.take()));
+        }
+        if let Some(merged) = assistants {
+            parts.push(assistant(merged, &At::root("messages").index(index))?);
+        }
+        if !results.is_empty() {
+            // A call's place is its last one in the list: ids of earlier, unanswered calls may repeat.
+            results.sort_by_key(|(id, _)| self.call_ids.iter().rposition(|call| call == id).unwrap_or(usize::MAX));
+            self.call_ids.clear();
+            parts.extend(results.into_iter().map(|(_, content)| tool_result(content)));
+        }
+        if !self.begun
+            && let Some(first) = parts.first_mut()
+        {
+            first.segments.insert(0, Segment::Special(Special::Begin));
+            self.begun = true;
+        }
+        Ok(parts)
     }
-    if let Some(first) = parts.first_mut() {
-        first.segments.insert(0, Segment::Special(Special::Begin));
-    }
-    Ok(parts)
 }
 
 /// The contents of messages that become one: empty text vanishes, adjacent text is joined with a blank
@@ -214,6 +266,7 @@ fn user(contents: Vec<Vec<Chunk>>, tools: Option<&[Tool]>) -> Part {
     Part { segments }
 }
 
+#[derive(Default)]
 struct Assistant {
     contents: Vec<Vec<Chunk>>,
     tool_calls: Vec<ToolCall>,

@@ -6,6 +6,7 @@
 //! version 13; other layouts are refused rather than guessed.
 
 mod error;
+mod growing;
 mod image;
 mod json;
 mod layout;
@@ -20,6 +21,7 @@ use serde_json::Value;
 use crate::tokenizer::{ImageGeometry, Tokenizer, TokenizerFormat};
 
 pub use error::{ConversationError, Rule};
+pub use growing::{Growth, NotGrown, Outline, Run};
 pub use image::{DataUrls, ImageError, ImageGrid, ImageSize, ImageSizes, data_url_bytes, data_url_size, image_size};
 pub use json::{Json, JsonError};
 pub use layout::{Part, Segment, Special};
@@ -116,7 +118,7 @@ impl Conversation {
                 }
             }
         }
-        validate::messages(&messages)?;
+        validate::messages(&messages.iter().collect::<Vec<_>>())?;
         let tools = tools.map(tool::read_tools).transpose()?.unwrap_or_default();
         let parts = layout::lay_out(messages, &tools)?;
         Ok(Self { parts, images, tools })
@@ -173,52 +175,63 @@ impl Conversation {
         texts: &dyn TextEncoder,
         sizes: &dyn ImageSizes,
     ) -> Result<Encoded, ConversationError> {
-        let markers = Markers::of(tokenizer)?;
-        let mut encoded = Encoded::default();
-        for part in &self.parts {
-            for segment in &part.segments {
-                match segment {
-                    Segment::Special(special) => encoded.token_ids.push(markers.id(*special)?),
-                    Segment::Text(text) => texts.encode_into(text, &mut encoded.token_ids),
-                    Segment::Image(index) => self.encode_image(*index, &markers, sizes, &mut encoded)?,
-                }
-            }
-            encoded.message_ends.push(encoded.token_ids.len());
-        }
-        Ok(encoded)
+        encode_parts(&self.parts, &self.images, tokenizer, texts, sizes)
     }
+}
 
-    fn encode_image(
-        &self,
-        index: usize,
-        markers: &Markers,
-        sizes: &dyn ImageSizes,
-        encoded: &mut Encoded,
-    ) -> Result<(), ConversationError> {
-        let Some(source) = self.images.get(index) else {
-            return Ok(());
-        };
-        let at = At::root(&source.param);
-        let geometry = markers.image.ok_or_else(|| at.error(Rule::ContentType, "this model does not read images"))?;
-        let size = sizes.size(&source.url).map_err(|error| at.error(Rule::Image, error.to_string()))?;
-        let grid = ImageGrid::of(size, geometry);
-        let offset = encoded.token_ids.len();
-        let (image, row_end, end) =
-            (markers.id(Special::Image)?, markers.id(Special::ImageBreak)?, markers.id(Special::ImageEnd)?);
-        for row in 1..=grid.rows {
-            encoded.token_ids.extend(std::iter::repeat_n(image, grid.columns as usize));
-            encoded.token_ids.push(if row == grid.rows { end } else { row_end });
+/// The ids of parts, whose pictures are in `images`.
+fn encode_parts(
+    parts: &[Part],
+    images: &[ImageSource],
+    tokenizer: &Tokenizer,
+    texts: &dyn TextEncoder,
+    sizes: &dyn ImageSizes,
+) -> Result<Encoded, ConversationError> {
+    let markers = Markers::of(tokenizer)?;
+    let mut encoded = Encoded::default();
+    for part in parts {
+        for segment in &part.segments {
+            match segment {
+                Segment::Special(special) => encoded.token_ids.push(markers.id(*special)?),
+                Segment::Text(text) => texts.encode_into(text, &mut encoded.token_ids),
+                Segment::Image(index) => encode_image(images, *index, &markers, sizes, &mut encoded)?,
+            }
         }
-        encoded.images.push(EncodedImage {
-            index,
-            source: source.clone(),
-            offset,
-            length: grid.length(),
-            columns: grid.columns,
-            rows: grid.rows,
-        });
-        Ok(())
+        encoded.message_ends.push(encoded.token_ids.len());
     }
+    Ok(encoded)
+}
+
+fn encode_image(
+    images: &[ImageSource],
+    index: usize,
+    markers: &Markers,
+    sizes: &dyn ImageSizes,
+    encoded: &mut Encoded,
+) -> Result<(), ConversationError> {
+    let Some(source) = images.get(index) else {
+        return Ok(());
+    };
+    let at = At::root(&source.param);
+    let geometry = markers.image.ok_or_else(|| at.error(Rule::ContentType, "this model does not read images"))?;
+    let size = sizes.size(&source.url).map_err(|error| at.error(Rule::Image, error.to_string()))?;
+    let grid = ImageGrid::of(size, geometry);
+    let offset = encoded.token_ids.len();
+    let (image, row_end, end) =
+        (markers.id(Special::Image)?, markers.id(Special::ImageBreak)?, markers.id(Special::ImageEnd)?);
+    for row in 1..=grid.rows {
+        encoded.token_ids.extend(std::iter::repeat_n(image, grid.columns as usize));
+        encoded.token_ids.push(if row == grid.rows { end } else { row_end });
+    }
+    encoded.images.push(EncodedImage {
+        index,
+        source: source.clone(),
+        offset,
+        length: grid.length(),
+        columns: grid.columns,
+        rows: grid.rows,
+    });
+    Ok(())
 }
 
 /// The ids of the layout's markers in one tokenizer.

@@ -57,7 +57,7 @@ pub(super) fn schema(schema: &Value, at: &At<'_>) -> Result<(), ConversationErro
 }
 
 /// Checks everything that depends on more than one message.
-pub(super) fn messages(messages: &[Message]) -> Result<(), ConversationError> {
+pub(super) fn messages(messages: &[&Message]) -> Result<(), ConversationError> {
     let at = At::root("messages");
     let Some(last) = messages.last() else {
         return Err(at.error(Rule::NoMessages, "a conversation must have at least one message"));
@@ -82,10 +82,10 @@ pub(super) fn messages(messages: &[Message]) -> Result<(), ConversationError> {
     Ok(())
 }
 
-fn role_order(messages: &[Message], at: &At<'_>) -> Result<(), ConversationError> {
+fn role_order(messages: &[&Message], at: &At<'_>) -> Result<(), ConversationError> {
     for (index, pair) in messages.windows(2).enumerate() {
         let allowed = matches!(
-            (&pair[0], &pair[1]),
+            (pair[0], pair[1]),
             (Message::System { .. }, Message::User { .. } | Message::Assistant { .. } | Message::System { .. })
                 | (Message::User { .. }, Message::Assistant { .. } | Message::System { .. } | Message::User { .. })
                 | (Message::Assistant { .. }, Message::Assistant { .. } | Message::User { .. } | Message::Tool { .. })
@@ -101,7 +101,7 @@ fn role_order(messages: &[Message], at: &At<'_>) -> Result<(), ConversationError
 
 /// Each assistant message's calls must be answered exactly once each before the next assistant message and
 /// before the end. As in the reference, the first message's own calls are not counted.
-fn tool_pairing(messages: &[Message], at: &At<'_>) -> Result<(), ConversationError> {
+fn tool_pairing(messages: &[&Message], at: &At<'_>) -> Result<(), ConversationError> {
     let mut expected: HashSet<&str> = HashSet::new();
     let mut observed: HashSet<&str> = HashSet::new();
     let mut caller = 0;

@@ -8,6 +8,8 @@ pub(super) enum Encoder {
         tokenizer: Box<fastokens::Tokenizer>,
         /// Id of rank 0.
         first_id: u32,
+        /// Whether a text may be cut in front of a line that begins with a letter.
+        cuts_at_lines: bool,
     },
     /// A `tokenizer.json` of any kind.
     HuggingFace(Box<tokenizers::Tokenizer>),
@@ -19,19 +21,81 @@ impl Encoder {
         let ranks: Vec<(Vec<u8>, u32)> = ranks.into_iter().zip(0..).collect();
         let config = fastokens::TiktokenConfig::new(pattern, Vec::new());
         let tokenizer = fastokens::Tokenizer::from_tiktoken_ranks(&ranks, config).map_err(|error| error.to_string())?;
-        Ok(Self::Ranks { tokenizer: Box::new(tokenizer), first_id })
+        Ok(Self::Ranks { tokenizer: Box::new(tokenizer), first_id, cuts_at_lines: pattern == TEKKEN_PATTERN })
     }
 
     pub(super) fn encode_into(&self, text: &str, ids: &mut Vec<u32>) {
         match self {
-            Self::Ranks { tokenizer, first_id } => match tokenizer.encode_ordinary(text) {
-                Ok(ranks) => ids.extend(ranks.into_iter().map(|rank| rank + first_id)),
-                Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),
-            },
+            Self::Ranks { tokenizer, first_id, cuts_at_lines } => {
+                let mut rest = text;
+                while !rest.is_empty() {
+                    let end = if *cuts_at_lines { piece(rest) } else { rest.len() };
+                    let (piece, behind) = rest.split_at(end);
+                    rest = behind;
+                    match tokenizer.encode_ordinary(piece) {
+                        Ok(ranks) => ids.extend(ranks.into_iter().map(|rank| rank + first_id)),
+                        Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),
+                    }
+                }
+            }
             Self::HuggingFace(tokenizer) => match tokenizer.encode_fast(text, false) {
                 Ok(encoding) => ids.extend_from_slice(encoding.get_ids()),
                 Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),
             },
         }
+    }
+}
+
+/// The pattern of every `tekken.json` so far. No word that it matches goes from a line break on to a letter,
+/// so the words of two texts that meet there are those of both together.
+const TEKKEN_PATTERN: &str = concat!(
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
+
+/// From this length on the library spreads a text over threads of its own, which take processors from whoever
+/// serves requests and spin for a while after each text.
+const LIBRARY_SPREADS_FROM: usize = 64 << 10;
+
+/// Length of the first piece of a text that may be encoded by itself.
+fn piece(text: &str) -> usize {
+    if text.len() < LIBRARY_SPREADS_FROM {
+        return text.len();
+    }
+    let bytes = &text.as_bytes()[..LIBRARY_SPREADS_FROM - 1];
+    let cut = bytes.windows(2).rposition(|pair| pair[0] == b'\n' && pair[1].is_ascii_alphabetic());
+    cut.map_or(text.len(), |before| before + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lines of everything that stands beside a line break in real text, cut and not cut.
+    #[test]
+    fn pieces_give_the_ids_of_the_whole() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
+        let tokenizer = crate::tokenizer::Tokenizer::from_file(path).expect("a tokenizer");
+        let ends = ["", " ", "  ", ";", "{/", "}\r", "\t", "\n\n", " \n", "é", "\u{301}", "9", "//", "\u{2028}", "..."];
+        let begins = ["a", "Z", " a", "\tx", "é", "1", "/", "\n", "\r\n", "ab", "_", "\u{301}a"];
+        let mut text = String::new();
+        let mut state = 7u64;
+        while text.len() < 3 * LIBRARY_SPREADS_FROM {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            text.push_str(begins[(state >> 33) as usize % begins.len()]);
+            text.push_str("let x = 1");
+            text.push_str(ends[(state >> 45) as usize % ends.len()]);
+            text.push('\n');
+        }
+        let Encoder::Ranks { tokenizer: library, first_id, cuts_at_lines: true } = &tokenizer.encoder else {
+            panic!("the fixture has the pattern of tekken");
+        };
+        assert!(piece(&text) < LIBRARY_SPREADS_FROM);
+        let whole: Vec<u32> =
+            library.encode_ordinary(&text).expect("ids").into_iter().map(|rank| rank + first_id).collect();
+        assert_eq!(tokenizer.encode(&text), whole);
+        let endless = "x".repeat(LIBRARY_SPREADS_FROM + 5);
+        assert_eq!(piece(&endless), endless.len());
     }
 }

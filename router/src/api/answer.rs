@@ -36,6 +36,8 @@ pub struct RequestContext {
     pub client: super::params::Client,
     /// W3C trace context.
     pub traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+    /// Who sends it, as a hash of the key that came with it; 0 without one.
+    pub tenant: u64,
     /// When it came.
     pub arrived: Instant,
     /// Counts it.
@@ -132,7 +134,9 @@ impl Answer {
             model: model.to_string(),
             token_ids: prompt.encoded.token_ids,
             images: prompt.encoded.images,
-            hashes: prompt.hashes,
+            hashes: prompt.encoded.hashes.into(),
+            class: params.class,
+            tenant: self.context.tenant,
             sampling: params.sampling.clone(),
             stopping: Stopping {
                 max_tokens: prompt.output_bound,
@@ -364,7 +368,13 @@ impl Answer {
             SequenceError::NoGroup(NoGroup::NoneReady) => {
                 ApiError::unavailable("No group of this model takes requests now.", 2)
             }
+            SequenceError::NoGroup(NoGroup::QueueFull | NoGroup::WaitedTooLong) => {
+                ApiError::overloaded("All groups of this model are busy. Please retry later.", retry_after())
+            }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
+            SequenceError::Poison { attempts } => ApiError::internal(format!(
+                "Each of the {attempts} groups that took the request failed while it ran; it is not tried again."
+            )),
             SequenceError::Failed { failure, attempts } => match failure {
                 Failure::Full(_) => {
                     ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())

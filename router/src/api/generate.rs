@@ -55,6 +55,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         request_id,
         client: client(&parts.headers),
         traceparent: traceparent(&parts.headers),
+        tenant: tenant(&parts.headers),
         arrived,
         open: service.metrics().request(name),
     };
@@ -179,6 +180,11 @@ async fn discard(mut body: Body, most: usize) {
 fn client(headers: &HeaderMap) -> Client {
     let user_agent = headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
     Client { mistral: user_agent.is_some_and(|agent| agent.contains("mistral-client-python")) }
+}
+
+/// Who sends a request: whoever holds its key.
+fn tenant(headers: &HeaderMap) -> u64 {
+    headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
 }
 
 fn traceparent(headers: &HeaderMap) -> Option<tonic::metadata::AsciiMetadataValue> {

@@ -8,9 +8,12 @@ use serde_json::Value;
 
 use super::{
     error::ApiError,
-    request::{Body, Integer, LogprobsField},
+    request::{Body, Integer, LogprobsField, PriorityField},
 };
-use crate::{fleet::view::ModelGroups, models::ModelSpec, options::RouterOptions, relay::emit::EmitOptions};
+use crate::{
+    fleet::view::ModelGroups, models::ModelSpec, options::RouterOptions, place::admission::Class,
+    relay::emit::EmitOptions,
+};
 
 /// Longest stop string in bytes; text of this length may be held back.
 const MAX_STOP_BYTES: usize = 1024;
@@ -65,6 +68,8 @@ pub struct Params {
     pub tokens_as_ids: bool,
     /// Separates caches.
     pub cache_salt: String,
+    /// How urgent it is.
+    pub class: Class,
     /// For the emitter.
     pub emit: Arc<EmitOptions>,
 }
@@ -258,6 +263,7 @@ pub fn check(
         return_token_ids,
         tokens_as_ids: body.return_tokens_as_token_ids.unwrap_or(false),
         cache_salt,
+        class: class(body)?,
         emit: Arc::new(emit),
     })
 }
@@ -440,9 +446,22 @@ pub enum TokenizeTarget {
     Prompt,
 }
 
+fn class(body: &Body<'_>) -> Result<Class, ApiError> {
+    match &body.priority {
+        None => Ok(Class::Interactive),
+        Some(PriorityField::Number(number)) if *number > 0 => Ok(Class::Batch),
+        Some(PriorityField::Number(_)) => Ok(Class::Interactive),
+        Some(PriorityField::Name(name)) => match name.as_str() {
+            "interactive" => Ok(Class::Interactive),
+            "batch" => Ok(Class::Batch),
+            _ => Err(ApiError::invalid("priority", "`priority` must be \"interactive\", \"batch\" or an integer.")),
+        },
+    }
+}
+
 /// Exactly one of `messages` and `prompt` must be there.
 pub fn tokenize_target(body: &Body<'_>) -> Result<TokenizeTarget, ApiError> {
-    match (body.messages, &body.prompt) {
+    match (&body.messages, &body.prompt) {
         (Some(_), None) => Ok(TokenizeTarget::Messages),
         (None, Some(_)) => Ok(TokenizeTarget::Prompt),
         (Some(_), Some(_)) => Err(ApiError::invalid("prompt", "`prompt` and `messages` can't both be there.")),

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use bora_common::blocks::BlockHash;
 use bytes::Bytes;
 
 use super::{
@@ -12,10 +11,9 @@ use super::{
     request::{Body, Prompt},
 };
 use crate::{
-    encode::{self, EncodeError, EncodedPrompt},
+    encode::{self, EncodeError, EncodedPrompt, cache::Written},
     fleet::view::ModelGroups,
     models::ModelSpec,
-    relay::resume::Task,
     service::Service,
 };
 
@@ -33,10 +31,8 @@ pub struct Prepared {
 
 /// One prompt.
 pub struct PreparedPrompt {
-    /// Ids and images.
+    /// Ids, images and blocks.
     pub encoded: EncodedPrompt,
-    /// Its full blocks.
-    pub hashes: Vec<BlockHash>,
     /// Most ids that it generates.
     pub output_bound: u32,
     /// Its text, where it is to be echoed.
@@ -78,7 +74,7 @@ pub fn prepare(service: &Service, endpoint: Endpoint, client: Client, bytes: &By
     let params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
     let prompts = match endpoint {
         Endpoint::Chat => {
-            let encoded = chat_prompt(&body, &spec, model.images)?;
+            let encoded = chat_prompt(service, &body, &model.name, &spec, model.images)?;
             vec![(encoded, None)]
         }
         Endpoint::Completions => completion_prompts(body, &model, &spec, &params, service)?,
@@ -86,17 +82,22 @@ pub fn prepare(service: &Service, endpoint: Endpoint, client: Client, bytes: &By
     let prompts = prompts
         .into_iter()
         .map(|(encoded, text)| {
-            let hashes = Task::hash(&encoded.token_ids, &encoded.images, params.cache_salt.as_bytes());
             let output_bound = params::output_bound(&params, endpoint, encoded.token_ids.len(), model.max_model_len)?;
-            Ok(PreparedPrompt { encoded, hashes, output_bound, text })
+            Ok(PreparedPrompt { encoded, output_bound, text })
         })
         .collect::<Result<_, ApiError>>()?;
     Ok(Prepared { model: name, served_model: model.name.clone(), params, prompts })
 }
 
 /// The prompt of messages and tools.
-pub fn chat_prompt(body: &Body<'_>, spec: &ModelSpec, takes_images: bool) -> Result<EncodedPrompt, ApiError> {
-    let messages = body.messages.ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
+pub fn chat_prompt(
+    service: &Service,
+    body: &Body<'_>,
+    model: &str,
+    spec: &ModelSpec,
+    takes_images: bool,
+) -> Result<EncodedPrompt, ApiError> {
+    let messages = body.messages.as_ref().ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
     let continue_final_message = body.continue_final_message.unwrap_or(false);
     if continue_final_message && body.add_generation_prompt == Some(true) {
         return Err(ApiError::invalid(
@@ -111,8 +112,20 @@ pub fn chat_prompt(body: &Body<'_>, spec: &ModelSpec, takes_images: bool) -> Res
         ));
     };
     // `tool_choice` does not change the prompt: the reference declares the tools whatever it says
-    let encoded = encode::conversation(tokenizer, messages, body.tools, continue_final_message, takes_images)?;
-    Ok(encoded)
+    let written = Written {
+        model,
+        messages: messages.list(),
+        tools: body.tools,
+        salt: body.cache_salt.as_deref().unwrap_or_default(),
+        continue_final_message,
+        takes_images,
+    };
+    if let Some(encoded) = service.conversations().encode(tokenizer, &written) {
+        service.metrics().encoded(encoded.token_ids.len(), encoded.reused_tokens);
+        return Ok(encoded);
+    }
+    let messages = messages.to_json().map_err(|error| EncodeError::Json { field: "messages", error })?;
+    Ok(encode::conversation(tokenizer, &messages, &written)?)
 }
 
 fn completion_prompts(
@@ -137,45 +150,51 @@ fn completion_prompts(
         ));
     }
     match prompt {
-        Prompt::Text(text) => Ok(vec![text_prompt(text, spec, special, params.echo)?]),
-        Prompt::Texts(texts) => texts.into_iter().map(|text| text_prompt(text, spec, special, params.echo)).collect(),
-        Prompt::Ids(ids) => Ok(vec![id_prompt(ids, model, spec, params.echo)?]),
-        Prompt::IdLists(lists) => lists.into_iter().map(|ids| id_prompt(ids, model, spec, params.echo)).collect(),
+        Prompt::Text(text) => Ok(vec![text_prompt(text, spec, special, params)?]),
+        Prompt::Texts(texts) => texts.into_iter().map(|text| text_prompt(text, spec, special, params)).collect(),
+        Prompt::Ids(ids) => Ok(vec![id_prompt(ids, model, spec, params)?]),
+        Prompt::IdLists(lists) => lists.into_iter().map(|ids| id_prompt(ids, model, spec, params)).collect(),
     }
 }
 
-/// The prompt of a plain text, and the text if it is to be echoed.
-pub fn text_prompt(
-    text: String,
-    spec: &ModelSpec,
-    special: bool,
-    echo: bool,
-) -> Result<(EncodedPrompt, Option<String>), ApiError> {
+/// The ids of a plain text.
+pub fn text_ids(text: &str, spec: &ModelSpec, special: bool) -> Result<Vec<u32>, ApiError> {
     let Some(tokenizer) = &spec.tokenizer else {
         return Err(ApiError::invalid("prompt", "This model is served without a tokenizer: give token ids."));
     };
-    let encoded = encode::text(tokenizer, &text, special);
-    if encoded.token_ids.is_empty() {
+    let token_ids = encode::text(tokenizer, text, special);
+    if token_ids.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
     }
-    Ok((encoded, echo.then_some(text)))
+    Ok(token_ids)
+}
+
+/// A prompt, and its text if it is to be echoed.
+fn text_prompt(
+    text: String,
+    spec: &ModelSpec,
+    special: bool,
+    params: &Params,
+) -> Result<(EncodedPrompt, Option<String>), ApiError> {
+    let encoded = EncodedPrompt::new(text_ids(&text, spec, special)?, Vec::new(), &params.cache_salt);
+    Ok((encoded, params.echo.then_some(text)))
 }
 
 fn id_prompt(
     token_ids: Vec<u32>,
     model: &ModelGroups,
     spec: &ModelSpec,
-    echo: bool,
+    params: &Params,
 ) -> Result<(EncodedPrompt, Option<String>), ApiError> {
     if token_ids.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
     }
     params::check_ids("prompt", &token_ids, model.vocabulary_size)?;
     let text = match &spec.tokenizer {
-        Some(tokenizer) if echo => Some(tokenizer.decode(&token_ids, true)),
+        Some(tokenizer) if params.echo => Some(tokenizer.decode(&token_ids, true)),
         _ => None,
     };
-    Ok((EncodedPrompt { token_ids, images: Vec::new() }, text))
+    Ok((EncodedPrompt::new(token_ids, Vec::new(), &params.cache_salt), text))
 }
 
 impl From<EncodeError> for ApiError {

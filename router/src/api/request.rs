@@ -7,6 +7,7 @@
 
 use std::{borrow::Cow, cell::Cell, fmt};
 
+use bora_common::conversation::{Json, JsonError};
 use serde::{
     Deserialize,
     de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
@@ -20,7 +21,7 @@ use super::error::ApiError;
 #[allow(missing_docs)] // the names are OpenAI's and vLLM's
 pub struct Body<'de> {
     pub model: Option<String>,
-    pub messages: Option<&'de RawValue>,
+    pub messages: Option<Messages<'de>>,
     pub tools: Option<&'de RawValue>,
     pub tool_choice: Option<Value>,
     pub parallel_tool_calls: Option<bool>,
@@ -60,6 +61,7 @@ pub struct Body<'de> {
     pub continue_final_message: Option<bool>,
     pub add_special_tokens: Option<bool>,
     pub cache_salt: Option<String>,
+    pub priority: Option<PriorityField>,
     /// Fields that would change the answer and are not served yet, in the order they came.
     pub refused: Vec<(&'static str, Value)>,
     /// Fields that were ignored because nobody knows them.
@@ -83,7 +85,7 @@ const REFUSED: [&str; 12] = [
 ];
 
 /// Fields that are known and mean nothing here.
-const WITHOUT_MEANING: [&str; 14] = [
+const WITHOUT_MEANING: [&str; 13] = [
     "user",
     "metadata",
     "store",
@@ -94,7 +96,6 @@ const WITHOUT_MEANING: [&str; 14] = [
     "safe_prompt",
     "prediction",
     "prompt_mode",
-    "priority",
     "request_id",
     "length_penalty",
     "spaces_between_special_tokens",
@@ -195,6 +196,7 @@ impl<'de> Visitor<'de> for BodySeed<'_> {
                     body.continue_final_message = field(&mut map, at, "continue_final_message")?;
                 }
                 "add_special_tokens" => body.add_special_tokens = field(&mut map, at, "add_special_tokens")?,
+                "priority" => body.priority = field(&mut map, at, "priority")?,
                 "cache_salt" => body.cache_salt = field(&mut map, at, "cache_salt")?,
                 other => {
                     if let Some(name) = REFUSED.iter().find(|name| **name == other) {
@@ -222,6 +224,82 @@ fn field<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
 ) -> Result<Option<T>, A::Error> {
     at.set(name);
     map.next_value()
+}
+
+/// `messages`: each as it was written, found in one pass over the body.
+#[derive(Debug)]
+pub enum Messages<'de> {
+    /// An array.
+    List(Vec<&'de RawValue>),
+    /// Something else, of which only the kind is kept: the conversation's reader words the error.
+    Other(Json<'static>),
+}
+
+impl<'de> Messages<'de> {
+    /// The messages; none if they are no array.
+    pub fn list(&self) -> &[&'de RawValue] {
+        match self {
+            Messages::List(list) => list,
+            Messages::Other(_) => &[],
+        }
+    }
+
+    /// The whole value.
+    pub fn to_json(&self) -> Result<Json<'de>, JsonError> {
+        match self {
+            Messages::List(list) => {
+                Ok(Json::Array(list.iter().map(|message| Json::parse(message.get())).collect::<Result<_, _>>()?))
+            }
+            Messages::Other(other) => Ok(other.clone()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Messages<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MessagesVisitor;
+        impl<'de> Visitor<'de> for MessagesVisitor {
+            type Value = Messages<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Messages<'de>, A::Error> {
+                let mut list = Vec::new();
+                while let Some(message) = seq.next_element()? {
+                    list.push(message);
+                }
+                Ok(Messages::List(list))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Messages<'de>, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Messages::Other(Json::Object(Vec::new())))
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<Messages<'de>, E> {
+                Ok(Messages::Other(Json::String("".into())))
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Messages<'de>, E> {
+                Ok(Messages::Other(Json::Bool(value)))
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Messages<'de>, E> {
+                Ok(Messages::Other(Json::Float(0.0)))
+            }
+
+            fn visit_u64<E>(self, _: u64) -> Result<Messages<'de>, E> {
+                Ok(Messages::Other(Json::Float(0.0)))
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Messages<'de>, E> {
+                Ok(Messages::Other(Json::Float(value)))
+            }
+        }
+        deserializer.deserialize_any(MessagesVisitor)
+    }
 }
 
 /// A key, borrowed from the body where it has no escapes.
@@ -321,6 +399,16 @@ pub enum LogprobsField {
     Flag(bool),
     /// Completions.
     Count(i64),
+}
+
+/// `priority`: a class by name, or vLLM's number (the higher, the later).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged, expecting = "\"interactive\", \"batch\" or an integer")]
+pub enum PriorityField {
+    /// A class.
+    Name(String),
+    /// Above 0: batch.
+    Number(i64),
 }
 
 /// `stream_options`.

@@ -14,7 +14,7 @@ use super::{
     error::ApiError,
     generate::read_body,
     params::{self, TokenizeTarget},
-    prepare::{chat_prompt, resolve, text_prompt},
+    prepare::{chat_prompt, resolve, text_ids},
     request::{Body as Fields, Prompt},
     response::TokenNames,
     status::json,
@@ -74,7 +74,7 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
             // images have ids whether or not the model's groups can look at them
-            let mut ids = chat_prompt(&body, &spec, true)?.token_ids;
+            let mut ids = chat_prompt(service, &body, &model.name, &spec, true)?.token_ids;
             if body.add_special_tokens == Some(true)
                 && let Some(bos) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id())
                 && ids.first() != Some(&bos)
@@ -91,7 +91,7 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
             match &spec.tokenizer {
                 // an empty text has ids, even if they are none
                 Some(_) if text.is_empty() && !special => Vec::new(),
-                _ => text_prompt(text, &spec, special, false)?.0.token_ids,
+                _ => text_ids(&text, &spec, special)?,
             }
         }
     };

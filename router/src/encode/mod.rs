@@ -1,18 +1,22 @@
-//! Requests to prompts: messages or texts become token ids and block hashes, off the reactor when they are
-//! long ([`pool`]).
+//! Requests to prompts: messages or texts become token ids and block hashes, on threads of their own
+//! ([`pool`]), and what was seen before is not encoded again ([`cache`]).
 
+pub mod cache;
+mod generations;
 pub mod pool;
 
-use std::sync::Arc;
-
 use bora_common::{
-    conversation::{Conversation, ConversationError, ConversationOptions, DataUrls, Json, JsonError, data_url_bytes},
+    blocks::{BlockChain, BlockHash, ImageSpan},
+    conversation::{
+        Conversation, ConversationError, ConversationOptions, DataUrls, EncodedImage, Json, JsonError, data_url_bytes,
+    },
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::Image;
 use bytes::Bytes;
-use serde_json::value::RawValue;
 use xxhash_rust::xxh3::xxh3_128;
+
+use cache::Written;
 
 /// A prompt in the form that goes to a group.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -21,6 +25,29 @@ pub struct EncodedPrompt {
     pub token_ids: Vec<u32>,
     /// Images and where their placeholders stand.
     pub images: Vec<Image>,
+    /// The hashes of its full blocks.
+    pub hashes: Vec<BlockHash>,
+    /// Ids that were known before.
+    pub reused_tokens: usize,
+}
+
+impl EncodedPrompt {
+    /// Hashes the blocks of a prompt that is not known from before.
+    pub fn new(token_ids: Vec<u32>, images: Vec<Image>, salt: &str) -> Self {
+        let hashes = BlockChain::new(salt.as_bytes(), image_spans(&images)).extend(&token_ids);
+        Self { token_ids, images, hashes, reused_tokens: 0 }
+    }
+}
+
+/// Where images stand, for the hash chain.
+fn image_spans(images: &[Image]) -> Vec<ImageSpan> {
+    let span = |image: &Image| {
+        let mut hash = [0; 16];
+        let length = image.hash.len().min(16);
+        hash[..length].copy_from_slice(&image.hash[..length]);
+        ImageSpan { hash: u128::from_le_bytes(hash), offset: image.offset as usize, length: image.length as usize }
+    };
+    images.iter().map(span).collect()
 }
 
 /// Why messages have no prompt.
@@ -45,50 +72,47 @@ pub enum EncodeError {
     },
 }
 
-/// Messages and tools, in the model's own layout.
+/// Messages and tools, in the model's own layout, all of it read and judged.
 pub fn conversation(
-    tokenizer: &Arc<Tokenizer>,
-    messages: &RawValue,
-    tools: Option<&RawValue>,
-    continue_final_message: bool,
-    takes_images: bool,
+    tokenizer: &Tokenizer,
+    messages: &Json<'_>,
+    written: &Written<'_>,
 ) -> Result<EncodedPrompt, EncodeError> {
-    let messages = Json::parse(messages.get()).map_err(|error| EncodeError::Json { field: "messages", error })?;
-    let tools = tools
+    let tools = written
+        .tools
         .map(|tools| Json::parse(tools.get()))
         .transpose()
         .map_err(|error| EncodeError::Json { field: "tools", error })?;
-    let options = ConversationOptions { continue_final_message };
-    let conversation = Conversation::parse_json(&messages, tools.as_ref(), options)?;
+    let options = ConversationOptions { continue_final_message: written.continue_final_message };
+    let conversation = Conversation::parse_json(messages, tools.as_ref(), options)?;
     if let Some(image) = conversation.images().first()
-        && !takes_images
+        && !written.takes_images
     {
         return Err(EncodeError::NoImages { param: image.param.clone() });
     }
     let encoded = conversation.encode(tokenizer, &DataUrls)?;
-    let images = encoded
-        .images
-        .iter()
-        .map(|image| {
-            // sizes were read from the same URL a moment ago
-            let data = Bytes::from(data_url_bytes(&image.source.url).unwrap_or_default());
-            Image {
-                hash: xxh3_128(&data).to_le_bytes().to_vec(),
-                data,
-                offset: image.offset as u32,
-                length: image.length as u32,
-            }
-        })
-        .collect();
-    Ok(EncodedPrompt { token_ids: encoded.token_ids, images })
+    let images = encoded.images.iter().map(|image| picture(image, 0)).collect();
+    Ok(EncodedPrompt::new(encoded.token_ids, images, written.salt))
 }
 
-/// A plain text, after the id that begins a prompt if `special` ids are wanted.
-pub fn text(tokenizer: &Tokenizer, text: &str, special: bool) -> EncodedPrompt {
+/// A picture as groups take it; `begin` is where the ids that its offset counts from stand in the prompt.
+fn picture(image: &EncodedImage, begin: usize) -> Image {
+    // its size was read from the same URL a moment ago
+    let data = Bytes::from(data_url_bytes(&image.source.url).unwrap_or_default());
+    Image {
+        hash: xxh3_128(&data).to_le_bytes().to_vec(),
+        data,
+        offset: (begin + image.offset) as u32,
+        length: image.length as u32,
+    }
+}
+
+/// The ids of a plain text, after the id that begins a prompt if `special` ids are wanted.
+pub fn text(tokenizer: &Tokenizer, text: &str, special: bool) -> Vec<u32> {
     let mut token_ids = Vec::with_capacity(text.len() / 3 + 1);
     if special {
         token_ids.extend(tokenizer.bos_id());
     }
     tokenizer.encode_into(text, &mut token_ids);
-    EncodedPrompt { token_ids, images: Vec::new() }
+    token_ids
 }

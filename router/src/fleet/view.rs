@@ -11,6 +11,7 @@ use std::{
     },
 };
 
+use bora_common::cost::{CostModel, GroupLoad};
 use bora_common::registry::{Device, GroupChange, GroupRecord, GroupState};
 use bora_proto::v1::State;
 use parking_lot::{Mutex, RwLock};
@@ -19,7 +20,12 @@ use tokio::sync::mpsc;
 use super::{health::Breaker, watch};
 use crate::{
     options::RouterOptions,
-    place::{Slot, index::Index, ledger::Ledger},
+    place::{
+        Slot,
+        admission::{Class, Room},
+        index::Index,
+        ledger::Ledger,
+    },
     relay::stream::Channels,
 };
 
@@ -27,11 +33,30 @@ use crate::{
 pub struct Group {
     /// What the registry says.
     pub record: GroupRecord,
+    /// How long it takes for what.
+    pub cost: CostModel,
     /// What this router knows and holds of it; survives changes of the record.
     pub link: Arc<Link>,
 }
 
 impl Group {
+    /// What it is busy with, for [`CostModel::first_token_seconds`].
+    pub fn load(&self) -> GroupLoad {
+        let busy = self.link.ledger.busy();
+        GroupLoad {
+            queued_tokens: busy.queued_tokens,
+            sequences: busy.sequences,
+            max_sequences: self.record.max_sequences,
+        }
+    }
+
+    /// Whether it can start a request of this class now: a place among its sequences, and none waiting for
+    /// blocks before it.
+    pub fn has_room(&self, class: Class) -> bool {
+        let sequences = self.link.ledger.busy().sequences;
+        self.link.ledger.reported().waiting == 0 && sequences < class.limit(self.record.max_sequences)
+    }
+
     /// Whether it takes requests: its own word is fresher than its record.
     pub fn is_ready(&self) -> bool {
         match self.link.told_state() {
@@ -56,6 +81,8 @@ pub struct Link {
     pub ledger: Ledger,
     /// Whether it answers.
     pub breaker: Breaker,
+    /// Told when it may have got room.
+    pub room: Arc<Room>,
     index: Arc<Index>,
     /// `State` as its event stream told it; unspecified while there is no such stream.
     told_state: AtomicU8,
@@ -72,6 +99,7 @@ impl Link {
     /// The group told its state.
     pub fn tell_state(&self, state: State) {
         self.told_state.store(state as u8, Ordering::Relaxed);
+        self.room.changed();
     }
 
     /// Its event stream began or ended.
@@ -193,6 +221,8 @@ pub struct Fleet {
     view: RwLock<Arc<View>>,
     /// Who holds which block.
     pub index: Arc<Index>,
+    /// Told when a group may have got room.
+    pub room: Arc<Room>,
     /// Held while one request is placed: the next one sees its booking.
     pub placing: Mutex<()>,
     options: RouterOptions,
@@ -201,7 +231,13 @@ pub struct Fleet {
 impl Fleet {
     /// A fleet without groups.
     pub fn new(options: RouterOptions) -> Arc<Self> {
-        Arc::new(Self { view: RwLock::default(), index: Arc::new(Index::new()), placing: Mutex::new(()), options })
+        Arc::new(Self {
+            view: RwLock::default(),
+            index: Arc::new(Index::new()),
+            room: Arc::default(),
+            placing: Mutex::new(()),
+            options,
+        })
     }
 
     /// The groups now.
@@ -254,8 +290,9 @@ impl Fleet {
             );
         }
         let mut groups = view.groups.clone();
-        groups.insert(record.group.clone(), Arc::new(Group { record, link }));
+        groups.insert(record.group.clone(), Arc::new(Group { cost: CostModel::new(&record.speed), record, link }));
         *view = Arc::new(View::new(groups));
+        self.room.changed();
     }
 
     fn connect(self: &Arc<Self>, record: &GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
@@ -266,6 +303,7 @@ impl Fleet {
             channels: Channels::new(&record.endpoint, &self.options)?,
             ledger: Ledger::default(),
             breaker: Breaker::default(),
+            room: Arc::clone(&self.room),
             index: Arc::clone(&self.index),
             told_state: AtomicU8::new(State::Unspecified as u8),
             announced: AtomicBool::new(true),

@@ -131,7 +131,10 @@ fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
     match event.event {
         Some(Event::Snapshot(snapshot)) => fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
         Some(Event::Blocks(blocks)) => fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
-        Some(Event::Load(load)) => link.ledger.report(load),
+        Some(Event::Load(load)) => {
+            link.ledger.report(load);
+            link.room.changed();
+        }
         Some(Event::State(state)) => link.tell_state(State::try_from(state).unwrap_or(State::Unspecified)),
         None => {} // a kind of event that a newer worker sends
     }

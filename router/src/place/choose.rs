@@ -1,20 +1,14 @@
 //! The formula of placement: the group that would give the first token soonest.
 //!
-//! `expected seconds = queued prefill tokens and this prompt's tokens that the group does not hold, at its
-//! measured rate (with the quadratic term of attention), + its decode pressure`. No thresholds: a group
-//! that holds the prefix but is busy loses exactly when waiting there takes longer than computing anew.
+//! [`CostModel::first_token_seconds`](bora_common::cost::CostModel::first_token_seconds) is the formula.
+//! No thresholds: a group that holds the prefix but is busy loses exactly when waiting there takes longer
+//! than computing anew.
 
 use std::{fmt::Write as _, sync::Arc};
 
-use bora_common::{
-    blocks::{BLOCK_TOKENS, BlockHash},
-    registry::Speed,
-};
+use bora_common::blocks::{BLOCK_TOKENS, BlockHash};
 
-use super::{
-    Slot,
-    ledger::{Booking, Busy},
-};
+use super::{Slot, admission::Class, ledger::Booking};
 use crate::fleet::view::{Fleet, Group, ModelGroups};
 
 /// Scores closer than this share of the best one are equal.
@@ -29,6 +23,15 @@ pub enum NoGroup {
     /// The ready ones were all tried, or are too small for the prompt.
     #[error("no other group of this model can take the request")]
     NoneLeft,
+    /// The best one can't start it now.
+    #[error("every group of this model that could take the request is busy")]
+    NoRoom,
+    /// Too many wait for room already.
+    #[error("too many requests wait for a group of this model")]
+    QueueFull,
+    /// It waited for room until its time was over.
+    #[error("no group of this model had room in time")]
+    WaitedTooLong,
 }
 
 /// What is to be placed.
@@ -39,6 +42,8 @@ pub struct Wanted<'a> {
     pub tokens: usize,
     /// Groups that failed it already.
     pub avoid: &'a [Slot],
+    /// To be placed only where it can start now. None: at once, as a stream that lost its group.
+    pub class: Option<Class>,
     /// Whether to write down the reasons.
     pub explain: bool,
 }
@@ -51,28 +56,6 @@ pub struct Placement {
     pub booking: Booking,
     /// The candidates' scores in words, if asked for.
     pub explanation: Option<String>,
-}
-
-/// Seconds until the first token of a prompt of `tokens`, of which the group holds the first `held`.
-pub fn expected_seconds(speed: &Speed, tokens: usize, held: usize, busy: Busy, max_sequences: u32) -> f64 {
-    let seconds_per_token = 1.0 / speed.prefill_tokens_per_second.max(1.0);
-    // at least one token is computed: its logits are needed
-    let held = held.min(tokens.saturating_sub(1)) as f64;
-    let computed = tokens as f64 - held;
-    let queue = busy.queued_tokens as f64 * seconds_per_token;
-    let linear = computed * seconds_per_token;
-    let attention = speed.prefill_seconds_per_token_pair * computed * (held + computed / 2.0);
-    queue + linear + attention + decode_pressure(speed, busy.sequences, max_sequences)
-}
-
-/// Every running sequence makes the steps that carry the prompt a little longer; a sequence beyond the
-/// group's capacity waits for another to end.
-fn decode_pressure(speed: &Speed, sequences: u32, max_sequences: u32) -> f64 {
-    const STEPS_OF_A_SEQUENCE: f64 = 256.0;
-    let capacity = max_sequences.max(1);
-    let share = f64::from(sequences.min(capacity)) / f64::from(capacity);
-    let above = f64::from((sequences + 1).saturating_sub(capacity));
-    speed.decode_step_seconds * (share + above * STEPS_OF_A_SEQUENCE / f64::from(capacity))
 }
 
 /// Chooses a group and books the request on it, in one step that no other choice can come between.
@@ -94,19 +77,25 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     }
     let slots: Vec<Slot> = candidates.iter().map(|group| group.link.slot).collect();
 
+    // The long walk before the lock, what other placements may have changed since behind it.
+    let held = fleet.index.held(wanted.hashes, &slots);
     let _one_at_a_time = fleet.placing.lock();
-    let matched = fleet.index.matched(wanted.hashes, &slots);
+    let matched: Vec<u32> =
+        slots.iter().zip(held).map(|(slot, held)| fleet.index.with_expected(wanted.hashes, *slot, held)).collect();
     let scores: Vec<f64> = candidates
         .iter()
         .zip(&matched)
         .map(|(group, blocks)| {
             let held = *blocks as usize * BLOCK_TOKENS;
-            let record = &group.record;
-            expected_seconds(&record.speed, wanted.tokens, held, group.link.ledger.busy(), record.max_sequences)
+            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, group.load())
         })
         .collect();
     let chosen = pick(&scores);
     let group = Arc::clone(candidates[chosen]);
+    // The score has the wait in it: where the best group has no room, waiting for it beats the others.
+    if wanted.class.is_some_and(|class| !group.has_room(class)) {
+        return Err(NoGroup::NoRoom);
+    }
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
     let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
     let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen));
@@ -148,28 +137,6 @@ fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const SPEED: Speed =
-        Speed { prefill_tokens_per_second: 10_000.0, prefill_seconds_per_token_pair: 1e-8, decode_step_seconds: 0.01 };
-
-    #[test]
-    fn a_held_prefix_wins_until_the_wait_beats_the_recompute() {
-        let idle = Busy::default();
-        let cold = expected_seconds(&SPEED, 20_000, 0, idle, 64);
-        let warm = expected_seconds(&SPEED, 20_000, 19_200, idle, 64);
-        assert!(warm < cold / 10.0, "{warm} {cold}");
-        let queued = |tokens| Busy { queued_tokens: tokens, sequences: 0 };
-        assert!(expected_seconds(&SPEED, 20_000, 19_200, queued(10_000), 64) < cold);
-        assert!(expected_seconds(&SPEED, 20_000, 19_200, queued(60_000), 64) > cold);
-    }
-
-    #[test]
-    fn more_running_sequences_never_look_better() {
-        let at = |sequences| expected_seconds(&SPEED, 100, 0, Busy { queued_tokens: 0, sequences }, 8);
-        for sequences in 0..20 {
-            assert!(at(sequences) < at(sequences + 1), "{sequences}");
-        }
-    }
 
     #[test]
     fn equals_are_chosen_at_random_and_only_they() {

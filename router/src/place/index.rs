@@ -1,66 +1,25 @@
 //! Which group holds which block, exactly: fed by the groups' own events, never guessed.
 //!
-//! A plane serves 64 groups: one map from a block's hash to a bit for each group that holds it. Beside the
-//! facts stand the *expected* blocks: those of requests that were just placed and are not stored yet, so
-//! that a burst of siblings finds its way to the group that computes their common prefix.
+//! A plane serves 64 groups: a [`BlockTable`] from a block's hash to a bit for each group that holds it.
+//! Beside the facts stand the *expected* blocks: those of requests that were just placed and are not stored
+//! yet, so that a burst of siblings finds its way to the group that computes their common prefix. They are
+//! given back by the request that brought them ([`super::ledger::Booking`]).
 
-use std::{
-    collections::HashMap,
-    hash::{BuildHasherDefault, Hasher},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use bora_common::blocks::BlockHash;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
-use super::Slot;
+use super::{Slot, table::BlockTable};
 
 const GROUPS_PER_PLANE: u32 = 64;
 
-/// Block hashes are uniform already: their low half is as good as any hash of them.
-#[derive(Default)]
-struct Truncate(u64);
-
-impl Hasher for Truncate {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-
-    fn write_u128(&mut self, value: u128) {
-        self.0 = value as u64;
-    }
-}
-
-type BlockMap<V> = HashMap<u128, V, BuildHasherDefault<Truncate>>;
-
 #[derive(Default)]
 struct Plane {
-    held: BlockMap<u64>,
-    expected: BlockMap<Vec<Expectation>>,
-}
-
-struct Expectation {
-    bit: u32,
-    requests: u32,
-}
-
-impl Plane {
-    fn holders(&self, hash: u128) -> u64 {
-        let mut mask = self.held.get(&hash).copied().unwrap_or(0);
-        if !self.expected.is_empty()
-            && let Some(expectations) = self.expected.get(&hash)
-        {
-            for expectation in expectations {
-                mask |= 1 << expectation.bit;
-            }
-        }
-        mask
-    }
+    held: BlockTable,
+    expected: BlockTable,
+    /// By how many requests each group's block is expected.
+    requests: Mutex<HashMap<(BlockHash, u32), u32>>,
 }
 
 #[derive(Default)]
@@ -72,8 +31,8 @@ struct Slots {
 /// The index of all groups.
 #[derive(Default)]
 pub struct Index {
-    planes: RwLock<Vec<RwLock<Plane>>>,
-    slots: RwLock<Slots>,
+    planes: RwLock<Vec<Arc<Plane>>>,
+    slots: Mutex<Slots>,
 }
 
 impl Index {
@@ -84,7 +43,7 @@ impl Index {
 
     /// A bit for a new group.
     pub fn assign(&self) -> Slot {
-        let mut slots = self.slots.write();
+        let mut slots = self.slots.lock();
         if let Some(slot) = slots.free.pop() {
             return Slot(slot);
         }
@@ -92,7 +51,7 @@ impl Index {
         slots.next += 1;
         let mut planes = self.planes.write();
         while planes.len() <= (slot / GROUPS_PER_PLANE) as usize {
-            planes.push(RwLock::default());
+            planes.push(Arc::default());
         }
         Slot(slot)
     }
@@ -100,110 +59,109 @@ impl Index {
     /// Gives the bit of a group that is gone to a later one.
     pub fn release(&self, slot: Slot) {
         self.clear(slot);
-        self.with_plane(slot, |plane, bit| {
-            plane.expected.retain(|_, expectations| {
-                expectations.retain(|expectation| expectation.bit != bit);
-                !expectations.is_empty()
-            });
-        });
-        self.slots.write().free.push(slot.0);
+        if let Some((plane, bit)) = self.plane(slot) {
+            let mut requests = plane.requests.lock();
+            requests.retain(|(_, expecting), _| *expecting != bit);
+            requests.shrink_to_fit();
+            plane.expected.clear(bit);
+        }
+        self.slots.lock().free.push(slot.0);
     }
 
     /// Forgets everything that the group was known to hold (its events start anew).
     pub fn clear(&self, slot: Slot) {
-        self.with_plane(slot, |plane, bit| {
-            let others = !(1u64 << bit);
-            plane.held.retain(|_, mask| {
-                *mask &= others;
-                *mask != 0
-            });
-            if plane.held.capacity() > 4 * plane.held.len() {
-                plane.held.shrink_to_fit();
-            }
-        });
+        if let Some((plane, bit)) = self.plane(slot) {
+            plane.held.clear(bit);
+        }
     }
 
     /// The group stored and evicted blocks.
     pub fn apply(&self, slot: Slot, stored: &[u8], evicted: &[u8]) {
-        self.with_plane(slot, |plane, bit| {
-            for hash in BlockHash::parse_many(evicted) {
-                if let Some(mask) = plane.held.get_mut(&hash.0) {
-                    *mask &= !(1 << bit);
-                    if *mask == 0 {
-                        plane.held.remove(&hash.0);
-                    }
-                }
-            }
-            for hash in BlockHash::parse_many(stored) {
-                *plane.held.entry(hash.0).or_insert(0) |= 1 << bit;
-            }
-        });
+        if let Some((plane, bit)) = self.plane(slot) {
+            plane.held.unset(BlockHash::parse_many(evicted), bit);
+            plane.held.set(BlockHash::parse_many(stored), bit);
+        }
     }
 
-    /// A request with these blocks was placed on the group: counts as held until [`forget`](Self::forget).
+    /// A request is on its way that makes the group store these blocks.
     pub fn expect(&self, slot: Slot, hashes: &[BlockHash]) {
-        if hashes.is_empty() {
+        let Some((plane, bit)) = self.plane(slot) else {
             return;
-        }
-        self.with_plane(slot, |plane, bit| {
-            for hash in hashes {
-                let expectations = plane.expected.entry(hash.0).or_default();
-                match expectations.iter_mut().find(|expectation| expectation.bit == bit) {
-                    Some(expectation) => expectation.requests += 1,
-                    None => expectations.push(Expectation { bit, requests: 1 }),
-                }
+        };
+        let mut requests = plane.requests.lock();
+        for hash in hashes {
+            let count = requests.entry((*hash, bit)).or_default();
+            *count += 1;
+            if *count == 1 {
+                plane.expected.set(std::iter::once(*hash), bit);
             }
-        });
+        }
     }
 
-    /// The request ended: what it stored is known as fact by now.
+    /// That request's blocks are stored, or never will be.
     pub fn forget(&self, slot: Slot, hashes: &[BlockHash]) {
-        if hashes.is_empty() {
+        let Some((plane, bit)) = self.plane(slot) else {
             return;
-        }
-        self.with_plane(slot, |plane, bit| {
-            for hash in hashes {
-                let Some(expectations) = plane.expected.get_mut(&hash.0) else {
-                    continue;
-                };
-                if let Some(expectation) = expectations.iter_mut().find(|expectation| expectation.bit == bit) {
-                    expectation.requests = expectation.requests.saturating_sub(1);
-                }
-                expectations.retain(|expectation| expectation.requests > 0);
-                if expectations.is_empty() {
-                    plane.expected.remove(&hash.0);
-                }
+        };
+        let mut requests = plane.requests.lock();
+        for hash in hashes {
+            let Some(count) = requests.get_mut(&(*hash, bit)) else {
+                continue; // the group left in the meantime
+            };
+            *count -= 1;
+            if *count == 0 {
+                requests.remove(&(*hash, bit));
+                plane.expected.unset(std::iter::once(*hash), bit);
             }
-        });
+        }
+        if requests.capacity() > 1024 && requests.capacity() > 8 * requests.len() {
+            requests.shrink_to_fit();
+        }
     }
 
-    /// How many leading blocks of the chain each candidate holds; one entry a candidate.
-    pub fn matched(&self, hashes: &[BlockHash], candidates: &[Slot]) -> Vec<u32> {
-        let mut matched = vec![0; candidates.len()];
-        let planes = self.planes.read();
-        for (number, plane) in planes.iter().enumerate() {
-            let number = number as u32;
-            let mut wanted = 0u64;
-            for slot in candidates.iter().filter(|slot| slot.0 / GROUPS_PER_PLANE == number) {
-                wanted |= 1 << (slot.0 % GROUPS_PER_PLANE);
-            }
-            if wanted == 0 {
+    /// For each group the number of a chain's first blocks that it holds without a gap. Waits for nobody.
+    pub fn held(&self, hashes: &[BlockHash], slots: &[Slot]) -> Vec<u32> {
+        let mut lengths = vec![0; slots.len()];
+        for (number, plane) in self.planes.read().iter().enumerate() {
+            let first = number as u32 * GROUPS_PER_PLANE;
+            let of_plane = |slot: Slot| slot.0.checked_sub(first).filter(|bit| *bit < GROUPS_PER_PLANE);
+            let mut alive = slots.iter().filter_map(|slot| of_plane(*slot)).fold(0u64, |mask, bit| mask | 1 << bit);
+            if alive == 0 {
                 continue;
             }
-            let mut lengths = [0u32; GROUPS_PER_PLANE as usize];
-            walk(&plane.read(), hashes, wanted, &mut lengths);
-            for (slot, length) in candidates.iter().zip(&mut matched) {
-                if slot.0 / GROUPS_PER_PLANE == number {
-                    *length = lengths[(slot.0 % GROUPS_PER_PLANE) as usize];
+            let mut by_bit = [hashes.len() as u32; GROUPS_PER_PLANE as usize];
+            plane.held.walk(hashes, |place, bits| {
+                let mut fallen = alive & !bits;
+                while fallen != 0 {
+                    by_bit[fallen.trailing_zeros() as usize] = place as u32;
+                    fallen &= fallen - 1;
+                }
+                alive &= bits;
+                alive != 0
+            });
+            for (slot, length) in slots.iter().zip(&mut lengths) {
+                if let Some(bit) = of_plane(*slot) {
+                    *length = by_bit[bit as usize];
                 }
             }
         }
-        matched
+        lengths
     }
 
-    /// Blocks known to be held by at least one group of each plane, for the metrics.
+    /// How far the chain goes on in a group behind `held` blocks, with what it is expected to store.
+    pub fn with_expected(&self, hashes: &[BlockHash], slot: Slot, held: u32) -> u32 {
+        let Some((plane, bit)) = self.plane(slot) else {
+            return held;
+        };
+        let rest = hashes.get(held as usize..).unwrap_or_default();
+        let more =
+            rest.iter().take_while(|hash| (plane.expected.bits(**hash) | plane.held.bits(**hash)) & (1 << bit) != 0);
+        held + more.count() as u32
+    }
+
+    /// Blocks known to be held by at least one group of each plane.
     pub fn len(&self) -> usize {
-        self.planes.read().iter().map(|plane| plane.read().held.len()).sum()
+        self.planes.read().iter().map(|plane| plane.held.len()).sum()
     }
 
     /// Whether no group holds anything.
@@ -211,32 +169,23 @@ impl Index {
         self.len() == 0
     }
 
-    fn with_plane(&self, slot: Slot, change: impl FnOnce(&mut Plane, u32)) {
+    /// Blocks that groups are expected to store.
+    pub fn expected(&self) -> usize {
+        self.planes.read().iter().map(|plane| plane.requests.lock().len()).sum()
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        let of_plane = |plane: &Arc<Plane>| {
+            // a key of 32 bytes with its count, padded, and a byte of the map's own
+            plane.held.bytes() + plane.expected.bytes() + plane.requests.lock().capacity() * 49
+        };
+        self.planes.read().iter().map(of_plane).sum()
+    }
+
+    fn plane(&self, slot: Slot) -> Option<(Arc<Plane>, u32)> {
         let planes = self.planes.read();
-        if let Some(plane) = planes.get((slot.0 / GROUPS_PER_PLANE) as usize) {
-            change(&mut plane.write(), slot.0 % GROUPS_PER_PLANE);
-        }
-    }
-}
-
-/// Follows the chain until nobody holds the next block; notes for each bit where it fell out.
-fn walk(plane: &Plane, hashes: &[BlockHash], wanted: u64, lengths: &mut [u32; GROUPS_PER_PLANE as usize]) {
-    let mut alive = wanted;
-    for (position, hash) in hashes.iter().enumerate() {
-        let still = alive & plane.holders(hash.0);
-        note(alive & !still, position as u32, lengths);
-        alive = still;
-        if alive == 0 {
-            return;
-        }
-    }
-    note(alive, hashes.len() as u32, lengths);
-}
-
-fn note(mut mask: u64, length: u32, lengths: &mut [u32; GROUPS_PER_PLANE as usize]) {
-    while mask != 0 {
-        lengths[mask.trailing_zeros() as usize] = length;
-        mask &= mask - 1;
+        Some((Arc::clone(planes.get((slot.0 / GROUPS_PER_PLANE) as usize)?), slot.0 % GROUPS_PER_PLANE))
     }
 }
 
@@ -249,6 +198,12 @@ mod tests {
     fn chain(first: u32, blocks: usize) -> Vec<BlockHash> {
         let ids: Vec<u32> = (0..blocks as u32 * 64).map(|id| id + first).collect();
         hash_blocks(b"", &[], &ids)
+    }
+
+    /// What groups hold and are expected to hold.
+    fn matched(index: &Index, hashes: &[BlockHash], slots: &[Slot]) -> Vec<u32> {
+        let held = index.held(hashes, slots);
+        slots.iter().zip(held).map(|(slot, held)| index.with_expected(hashes, *slot, held)).collect()
     }
 
     fn bytes(hashes: &[BlockHash]) -> Vec<u8> {
@@ -266,9 +221,9 @@ mod tests {
         index.apply(slots[1], &bytes(&hashes), &[]);
         index.apply(slots[1], &[], &bytes(&hashes[2..3]));
         let candidates = [slots[69], slots[0], slots[1], slots[2]];
-        assert_eq!(index.matched(&hashes, &candidates), [10, 4, 2, 0]);
-        assert_eq!(index.matched(&chain(7, 3), &candidates), [0, 0, 0, 0]);
-        assert_eq!(index.matched(&[], &candidates), [0, 0, 0, 0]);
+        assert_eq!(matched(&index, &hashes, &candidates), [10, 4, 2, 0]);
+        assert_eq!(matched(&index, &chain(7, 3), &candidates), [0, 0, 0, 0]);
+        assert_eq!(matched(&index, &[], &candidates), [0, 0, 0, 0]);
     }
 
     #[test]
@@ -283,7 +238,7 @@ mod tests {
         assert_eq!(index.len(), 2);
         let joined = index.assign();
         assert_eq!(joined, left, "the bit is reused");
-        assert_eq!(index.matched(&hashes, &[joined, stayed]), [0, 2]);
+        assert_eq!(matched(&index, &hashes, &[joined, stayed]), [0, 2]);
         index.release(stayed);
         assert!(index.is_empty());
     }
@@ -296,12 +251,40 @@ mod tests {
         index.expect(a, &hashes);
         index.expect(a, &hashes);
         index.expect(b, &hashes[..1]);
-        assert_eq!(index.matched(&hashes, &[a, b]), [3, 1]);
+        assert_eq!(matched(&index, &hashes, &[a, b]), [3, 1]);
         index.forget(a, &hashes);
-        assert_eq!(index.matched(&hashes, &[a, b]), [3, 1]);
+        assert_eq!(matched(&index, &hashes, &[a, b]), [3, 1]);
         index.forget(a, &hashes);
         index.forget(b, &hashes[..1]);
-        assert_eq!(index.matched(&hashes, &[a, b]), [0, 0]);
-        assert!(index.planes.read().iter().all(|plane| plane.read().expected.is_empty()));
+        assert_eq!(matched(&index, &hashes, &[a, b]), [0, 0]);
+        assert_eq!(index.expected(), 0);
+    }
+
+    /// Groups come, fill up, are asked for, die in the middle of requests and come again: nothing is left.
+    #[test]
+    fn groups_that_come_and_go_leave_nothing() {
+        let index = Index::new();
+        let stays = index.assign();
+        let kept = chain(9, 50);
+        index.apply(stays, &bytes(&kept), &[]);
+        let before = index.bytes();
+        for round in 0..100 {
+            let slots: Vec<Slot> = (0..80).map(|_| index.assign()).collect();
+            for (number, slot) in slots.iter().enumerate() {
+                let hashes = chain(round * 7919 + number as u32 * 31, 40);
+                index.apply(*slot, &bytes(&hashes), &[]);
+                let coming = chain(round + 5, 60);
+                index.expect(*slot, &coming);
+                if number % 2 == 0 {
+                    index.forget(*slot, &coming);
+                }
+            }
+            slots.iter().for_each(|slot| index.release(*slot));
+        }
+        assert_eq!(index.len(), 50);
+        assert_eq!(index.expected(), 0);
+        assert_eq!(index.held(&kept, &[stays]), [50]);
+        assert!(index.bytes() < before + 300_000, "{} {before}", index.bytes());
+        assert_eq!(index.slots.lock().next, 81, "bits are used again");
     }
 }

@@ -3,7 +3,10 @@
 //! A placement is booked before the first await, so that the next choice sees it; a [`Booking`] gives it
 //! back on every way out, because it does so when it is dropped.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bora_common::blocks::BlockHash;
 use bora_proto::v1::Load;
@@ -11,6 +14,9 @@ use parking_lot::Mutex;
 
 use super::index::Index;
 use crate::fleet::view::Link;
+
+/// Blocks that a group stored are told well within this time after the first token; what is not was never kept.
+const CONFIRMED_WITHIN: Duration = Duration::from_secs(2);
 
 /// How busy a group is, by its own report and by what was sent to it since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,13 +98,14 @@ impl Ledger {
 }
 
 /// One placed sequence: its prompt tokens count as queued until its first token, it counts as running and
-/// its blocks as held until this is dropped.
+/// its blocks as held until the group must have told of them, or this is dropped.
 pub struct Booking {
     link: Arc<Link>,
     index: Arc<Index>,
     queued_tokens: u64,
     report_number: u64,
     expected: Vec<BlockHash>,
+    prefilled_at: Option<Instant>,
 }
 
 impl Booking {
@@ -106,7 +113,7 @@ impl Booking {
     pub fn new(link: Arc<Link>, index: Arc<Index>, queued_tokens: u64, expected: Vec<BlockHash>) -> Self {
         let report_number = link.ledger.book(queued_tokens);
         index.expect(link.slot, &expected);
-        Self { link, index, queued_tokens, report_number, expected }
+        Self { link, index, queued_tokens, report_number, expected, prefilled_at: None }
     }
 
     /// The group this is booked on.
@@ -114,8 +121,18 @@ impl Booking {
         &self.link
     }
 
-    /// The prompt is computed: the first token came.
-    pub fn prefilled(&mut self) {
+    /// A token came: the prompt is computed, and soon the group has told what it stored.
+    pub fn received_token(&mut self) {
+        let Some(prefilled_at) = self.prefilled_at else {
+            self.prefilled_at = Some(Instant::now());
+            return self.prefilled();
+        };
+        if !self.expected.is_empty() && prefilled_at.elapsed() > CONFIRMED_WITHIN {
+            self.index.forget(self.link.slot, &std::mem::take(&mut self.expected));
+        }
+    }
+
+    fn prefilled(&mut self) {
         if self.queued_tokens > 0 {
             self.link.ledger.give_back_tokens(self.queued_tokens, self.report_number);
             self.queued_tokens = 0;
@@ -127,6 +144,7 @@ impl Drop for Booking {
     fn drop(&mut self) {
         self.prefilled();
         self.link.ledger.give_back_sequence(self.report_number);
+        self.link.room.changed();
         self.index.forget(self.link.slot, &self.expected);
     }
 }

@@ -1,9 +1,11 @@
-//! Where a request goes: who holds its prefix ([`index`]), what is booked on each group ([`ledger`]) and
-//! which one would answer soonest ([`choose`]).
+//! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`ledger`]),
+//! which one would answer soonest ([`choose`]), and who waits while none can start it ([`admission`]).
 
+pub mod admission;
 pub mod choose;
 pub mod index;
 pub mod ledger;
+mod table;
 
 /// A group's bit in the index; reused after the group is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,6 +1,8 @@
 //! The streams between client and group: one upstream call ([`stream`]), the sequence that survives the
-//! death of its group ([`resume`]), and what its token ids mean to the client ([`emit`]).
+//! death of its group ([`resume`], as often as [`budget`] allows), and what its token ids mean to the client
+//! ([`emit`]).
 
+pub mod budget;
 pub mod emit;
 pub mod resume;
 pub mod stop;

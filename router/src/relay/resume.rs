@@ -2,8 +2,9 @@
 //!
 //! The ids generated so far are kept. When a group dies, drains or refuses, the sequence is placed again as
 //! prompt + those ids on another group, which goes on where the first one stopped (sampling depends on seed
-//! and position alone): the client sees a pause, never an error and never a token twice. A sequence is
-//! given `max_attempts` groups, so that one which kills groups can't kill them all.
+//! and position alone): the client sees a pause, never an error and never a token twice. A sequence under
+//! which `max_attempts` groups died is taken for the cause and given no other. Groups that drain or refuse
+//! do not count: a long stream may outlive many of them.
 
 use std::{
     future::Future,
@@ -13,28 +14,39 @@ use std::{
     time::Duration,
 };
 
-use bora_common::blocks::{BlockChain, BlockHash, ImageSpan};
+use bora_common::blocks::BlockHash;
 use bora_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, PromptLogprobs, Sampling, Stopping,
-    Tokens, generate_event::Event as Sent,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, Priority, PromptLogprobs, Sampling,
+    Stopping, Tokens, generate_event::Event as Sent,
 };
 use bytes::Bytes;
 use futures::Stream as _;
-use tokio::time::{Instant, Sleep};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, Sleep},
+};
 use tonic::{Status, Streaming};
 
-use super::stream::{self, Failure};
+use super::{
+    budget::RetryBudget,
+    stream::{self, Failure},
+};
 use crate::{
     fleet::view::{Fleet, Link},
     metrics::Metrics,
     options::RouterOptions,
     place::{
         Slot,
+        admission::{Admission, Ask, Class},
         choose::{NoGroup, Placement, Wanted, place},
         ledger::Booking,
     },
 };
 
+/// Groups that a sequence is tried on in all, those included that only drained or refused.
+const MOST_ATTEMPTS: u32 = 32;
+/// Of a bound on the answer, what counts as work asked for: most answers end long before theirs.
+const MOST_EXPECTED_TOKENS: u32 = 1024;
 /// How often a sequence without a group looks for one.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -49,7 +61,11 @@ pub struct Task {
     /// Its images, in the order of their offsets.
     pub images: Vec<Image>,
     /// The hashes of its full blocks.
-    pub hashes: Vec<BlockHash>,
+    pub hashes: Arc<[BlockHash]>,
+    /// How urgent it is.
+    pub class: Class,
+    /// Who asks.
+    pub tenant: u64,
     /// How ids are drawn; each sequence has a seed of its own.
     pub sampling: Sampling,
     /// When it ends.
@@ -62,25 +78,6 @@ pub struct Task {
     pub deadline: Instant,
     /// W3C trace context of the client.
     pub traceparent: Option<tonic::metadata::AsciiMetadataValue>,
-}
-
-impl Task {
-    /// The hashes of the prompt's blocks.
-    pub fn hash(token_ids: &[u32], images: &[Image], cache_salt: &[u8]) -> Vec<BlockHash> {
-        BlockChain::new(cache_salt, image_spans(images)).extend(token_ids)
-    }
-}
-
-fn image_spans(images: &[Image]) -> Vec<ImageSpan> {
-    images
-        .iter()
-        .map(|image| {
-            let mut hash = [0; 16];
-            let length = image.hash.len().min(16);
-            hash[..length].copy_from_slice(&image.hash[..length]);
-            ImageSpan { hash: u128::from_le_bytes(hash), offset: image.offset as usize, length: image.length as usize }
-        })
-        .collect()
 }
 
 /// What a sequence tells, in this order.
@@ -106,6 +103,12 @@ pub enum SequenceError {
     #[error("{0}")]
     NoGroup(NoGroup),
     /// The last group's failure.
+    #[error("every group that took the sequence died ({attempts} of them)")]
+    Poison {
+        /// Groups that died under it.
+        attempts: u32,
+    },
+    /// The last group's failure, where no other could go on.
     #[error("{failure} (after {attempts} attempts)")]
     Failed {
         /// What it was.
@@ -116,6 +119,11 @@ pub enum SequenceError {
 }
 
 enum Phase {
+    /// No group can start it now.
+    Queued {
+        placed: oneshot::Receiver<Result<Placement, NoGroup>>,
+        since: Instant,
+    },
     Opening {
         booking: Booking,
         opening: Pin<Box<dyn Future<Output = Result<Streaming<GenerateEvent>, Status>> + Send>>,
@@ -139,6 +147,10 @@ enum Phase {
 pub struct Relay {
     /// The groups.
     pub fleet: Arc<Fleet>,
+    /// Who waits for one of them.
+    pub admission: Arc<Admission>,
+    /// How often sequences may be placed again.
+    pub retries: RetryBudget,
     /// Limits.
     pub options: RouterOptions,
     /// Counters.
@@ -156,6 +168,10 @@ pub struct Sequence {
     prompt_logprobs_until: u32,
     started: bool,
     attempts: u32,
+    /// Groups that died under it.
+    deaths: u32,
+    /// Groups that could not be reached: nothing that it is the cause of.
+    unreached: u32,
     tried: Vec<Arc<Link>>,
     served_by: Vec<String>,
     explanation: Option<String>,
@@ -181,19 +197,58 @@ impl Sequence {
             prompt_logprobs_until: 0,
             started: false,
             attempts: 0,
+            deaths: 0,
+            unreached: 0,
             tried: Vec::new(),
             served_by: Vec::new(),
             explanation: None,
             phase: Phase::Done,
         };
-        let placement = sequence.find_group(true).map_err(|reason| {
+        sequence.relay.retries.earn(sequence.task.tenant);
+        sequence.place_first().map_err(|reason| {
             if reason == NoGroup::NoneReady {
                 sequence.relay.metrics.unserved(&sequence.task.model);
             }
             SequenceError::NoGroup(reason)
         })?;
-        sequence.open(placement);
         Ok(sequence)
+    }
+
+    /// At once, where nobody stands in line and a group can start it; else it stands in line.
+    fn place_first(&mut self) -> Result<(), NoGroup> {
+        let class = self.task.class;
+        if !self.relay.admission.has_line(class) {
+            match self.find_group(true, Some(class)) {
+                Ok(placement) => {
+                    self.open(placement);
+                    return Ok(());
+                }
+                Err(NoGroup::NoRoom) => {}
+                Err(other) => return Err(other),
+            }
+        }
+        let until = match class {
+            Class::Interactive => self.task.deadline.min(Instant::now() + self.relay.options.max_waiting_time()),
+            Class::Batch => self.task.deadline,
+        };
+        let ask = Ask {
+            model: self.task.model.clone(),
+            hashes: Arc::clone(&self.task.hashes),
+            tokens: self.task.token_ids.len(),
+            class,
+            tenant: self.task.tenant,
+            cost: self.task.token_ids.len() as f64 + f64::from(self.task.stopping.max_tokens.min(MOST_EXPECTED_TOKENS)),
+            until,
+            explain: self.explains(),
+        };
+        let placed = self.relay.admission.wait(ask)?;
+        self.relay.metrics.queued();
+        self.phase = Phase::Queued { placed, since: Instant::now() };
+        Ok(())
+    }
+
+    fn explains(&self) -> bool {
+        self.relay.options.debug || tracing::enabled!(tracing::Level::DEBUG)
     }
 
     /// The groups that served it, the first one first.
@@ -213,7 +268,7 @@ impl Sequence {
                 Phase::Streaming { .. } | Phase::Ended(_) | Phase::Done => {
                     return Poll::Ready(None);
                 }
-                Phase::Opening { .. } | Phase::Waiting { .. } => {
+                Phase::Queued { .. } | Phase::Opening { .. } | Phase::Waiting { .. } => {
                     if let Err(error) = ready!(self.poll_phase(cx)) {
                         return Poll::Ready(Some(error));
                     }
@@ -254,6 +309,18 @@ impl Sequence {
     /// Goes on with opening, or with looking for a group.
     fn poll_phase(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SequenceError>> {
         match std::mem::replace(&mut self.phase, Phase::Done) {
+            Phase::Queued { mut placed, since } => match Pin::new(&mut placed).poll(cx) {
+                Poll::Pending => {
+                    self.phase = Phase::Queued { placed, since };
+                    Poll::Pending
+                }
+                Poll::Ready(outcome) => {
+                    self.relay.metrics.waited(since.elapsed().as_secs_f64());
+                    let placement = outcome.unwrap_or(Err(NoGroup::WaitedTooLong)).map_err(SequenceError::NoGroup)?;
+                    self.open(placement);
+                    Poll::Ready(Ok(()))
+                }
+            },
             Phase::Opening { booking, mut opening } => match opening.as_mut().poll(cx) {
                 Poll::Pending => {
                     self.phase = Phase::Opening { booking, opening };
@@ -264,6 +331,7 @@ impl Sequence {
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(status)) => {
+                    self.unreached += u32::from(matches!(Failure::from(&status), Failure::Lost(_)));
                     self.note(&booking, &Failure::from(&status));
                     drop(booking);
                     Poll::Ready(self.go_on_elsewhere(Failure::from(&status)))
@@ -275,7 +343,7 @@ impl Sequence {
                     return Poll::Pending;
                 }
                 let last_look = Instant::now() >= until;
-                match self.find_group(!last_look) {
+                match self.find_group(!last_look, None) {
                     Ok(placement) => self.open(placement),
                     Err(_) if last_look => return Poll::Ready(Err(self.given_up(failure))),
                     Err(_) => self.wait(until, failure),
@@ -315,7 +383,7 @@ impl Sequence {
                 Ok(Some(Event::PromptLogprobs(part)))
             }
             Some(Sent::Tokens(tokens)) => {
-                booking.prefilled();
+                booking.received_token();
                 self.generated.extend_from_slice(&tokens.token_ids);
                 Ok(Some(Event::Tokens(tokens)))
             }
@@ -333,6 +401,7 @@ impl Sequence {
     /// The present group failed: notes it, and goes on elsewhere if that can help.
     fn failed(&mut self, failure: Failure) -> Result<(), SequenceError> {
         if let Phase::Streaming { booking, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
+            self.deaths += u32::from(matches!(failure, Failure::Lost(_)));
             self.note(&booking, &failure);
         }
         self.go_on_elsewhere(failure)
@@ -358,7 +427,23 @@ impl Sequence {
         if matches!(failure, Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)) {
             return Err(SequenceError::Failed { failure, attempts: self.attempts });
         }
-        if self.attempts >= self.relay.options.max_attempts || Instant::now() >= self.task.deadline {
+        if self.deaths >= self.relay.options.max_attempts {
+            self.relay.metrics.poison();
+            tracing::error!(
+                request_id = self.stream_id,
+                groups = self.served_by.join(","),
+                "a sequence was stopped: every group that took it died"
+            );
+            return Err(SequenceError::Poison { attempts: self.deaths });
+        }
+        if self.unreached >= self.relay.options.max_attempts
+            || self.attempts >= MOST_ATTEMPTS
+            || Instant::now() >= self.task.deadline
+        {
+            return Err(self.given_up(failure));
+        }
+        if !self.relay.retries.take(self.task.tenant) {
+            self.relay.metrics.retry_refused();
             return Err(self.given_up(failure));
         }
         self.relay.metrics.sequence_moved(!self.generated.is_empty());
@@ -366,7 +451,7 @@ impl Sequence {
             self.phase = finished;
             return Ok(());
         }
-        match self.find_group(true) {
+        match self.find_group(true, None) {
             Ok(placement) => self.open(placement),
             // nothing was lost yet and nobody has room: the client is to come back later
             Err(_) if self.generated.is_empty() && !matches!(failure, Failure::Lost(_)) => {
@@ -407,7 +492,7 @@ impl Sequence {
         self.phase = Phase::Waiting { look_again, until: until.min(self.task.deadline), failure };
     }
 
-    fn find_group(&self, avoid_tried: bool) -> Result<Placement, NoGroup> {
+    fn find_group(&self, avoid_tried: bool, class: Option<Class>) -> Result<Placement, NoGroup> {
         let view = self.relay.fleet.view();
         let model = view.model(&self.task.model).ok_or(NoGroup::NoneReady)?;
         let avoid: Vec<Slot> = if avoid_tried { self.tried.iter().map(|link| link.slot).collect() } else { Vec::new() };
@@ -415,7 +500,8 @@ impl Sequence {
             hashes: &self.task.hashes,
             tokens: self.task.token_ids.len() + self.generated.len(),
             avoid: &avoid,
-            explain: self.relay.options.debug,
+            class,
+            explain: self.explains(),
         };
         place(&self.relay.fleet, model, &wanted)
     }
@@ -425,7 +511,10 @@ impl Sequence {
         self.attempts += 1;
         self.served_by.push(group.record.group.clone());
         self.tried.push(Arc::clone(&group.link));
-        if self.explanation.is_none() {
+        if let Some(decision) = &explanation {
+            tracing::debug!(request_id = self.stream_id, group = group.record.group, decision, "placed");
+        }
+        if self.explanation.is_none() && self.relay.options.debug {
             self.explanation = explanation;
         }
         let time_left = self.task.deadline.saturating_duration_since(Instant::now());
@@ -453,7 +542,10 @@ impl Sequence {
             stopping: Some(self.task.stopping.clone()),
             logprobs,
             cache_salt: self.task.cache_salt.to_vec(),
-            priority: 0,
+            priority: match self.task.class {
+                Class::Interactive => Priority::Interactive as i32,
+                Class::Batch => Priority::Batch as i32,
+            },
         }
     }
 }

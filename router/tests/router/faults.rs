@@ -165,7 +165,7 @@ async fn a_request_that_kills_groups_is_given_three() {
     let groups = ["a", "b", "c", "d", "e"].map(|name| Group::start(name, kills)).into();
     let harness = Harness::start(groups).await;
     let answer = harness.post(CHAT, chat(false)).await;
-    assert_eq!(answer.status, 503, "{}", answer.text);
+    assert_eq!(answer.status, 500, "{}", answer.text);
     let seen: usize = harness.groups.iter().map(|group| group.seen().len()).sum();
     assert_eq!(seen, 3);
 }
@@ -375,4 +375,72 @@ async fn a_gap_in_a_groups_events_starts_them_anew_with_nothing_believed() {
     harness.until("what is told now counts", |harness| index(harness) == 2).await;
     let view = harness.router.service().fleet().view();
     assert!(view.groups().all(|group| group.link.breaker.allows()), "a gap is no failure");
+}
+
+#[tokio::test]
+async fn over_real_sockets_a_client_that_hangs_up_ends_its_sequence() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let hangs = |_: &bora_proto::v1::GenerateRequest| Ok(vec![Act::Start { cached: 0 }, Act::Hang]);
+    let Harness { router, changes: _changes, groups } = Harness::scripted(hangs).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let server = tokio::spawn(router.serve(listener, std::future::pending()));
+    for (number, stream) in [true, false].into_iter().enumerate() {
+        let body = chat(stream).to_string();
+        let mut client = tokio::net::TcpStream::connect(address).await.expect("connected");
+        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        client.write_all(head.as_bytes()).await.expect("sent");
+        if stream {
+            let mut first = [0; 1024];
+            assert!(client.read(&mut first).await.expect("headers") > 0);
+        }
+        for _ in 0..500 {
+            if groups[0].running() == 1 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(groups[0].running(), 1, "stream: {stream}");
+        drop(client);
+        for _ in 0..500 {
+            if groups[0].cancelled() == number + 1 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(groups[0].cancelled(), number + 1, "stream: {stream}");
+    }
+    server.abort();
+}
+
+/// Groups that are restarted one after the other do not count as killed by the stream that outlives them.
+#[tokio::test]
+async fn a_stream_outlives_more_drains_than_deaths() {
+    let names = ["a", "b", "c", "d", "e", "f"];
+    let groups = names.map(|name| {
+        Group::start(name, |request| {
+            let done = request.generated_len;
+            if done == 5 {
+                return Ok(say_ids(&[1505, EOS], FinishReason::Stop));
+            }
+            Ok(vec![Act::Start { cached: 0 }, Act::Ids(vec![1500 + done]), Act::Fail(Status::unavailable("draining"))])
+        })
+    });
+    let harness = Harness::start(groups.into()).await;
+    let body = json!({"model": MODEL, "prompt": [1000, 1001], "max_tokens": 50, "return_token_ids": true});
+    let answer = harness.post("/v1/completions", body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    assert_eq!(answer.json()["choices"][0]["token_ids"], json!([1500, 1501, 1502, 1503, 1504, 1505, EOS]));
+}
+
+#[tokio::test]
+async fn who_has_used_up_his_retries_gets_the_failure() {
+    let breaks = |_: &bora_proto::v1::GenerateRequest| Err(Status::unavailable("draining"));
+    let groups = vec![Group::start("a", breaks), Group::start("b", breaks)];
+    let options = RouterOptions { retries_per_tenant: 0, ..options() };
+    let harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
+    assert_eq!(harness.post(CHAT, chat(false)).await.status, 503);
+    assert_eq!(harness.groups.iter().map(|group| group.seen().len()).sum::<usize>(), 1, "no second try");
+    let metrics = harness.get("/metrics").await.text;
+    assert!(metrics.contains("bora_router_refused_retries_total 1"), "{metrics}");
 }

@@ -235,6 +235,8 @@ impl Inference for Scripted {
 pub struct Group {
     pub name: String,
     pub endpoint: String,
+    /// Of its record.
+    pub max_sequences: u32,
     scripted: Scripted,
     runtime: Arc<Mutex<Option<tokio::runtime::Runtime>>>,
 }
@@ -279,7 +281,7 @@ impl Group {
                 runtime.shutdown_background();
             }
         });
-        Self { name: name.into(), endpoint, scripted, runtime }
+        Self { name: name.into(), endpoint, max_sequences: 64, scripted, runtime }
     }
 
     pub fn kill(&self) {
@@ -338,7 +340,7 @@ impl Group {
             kv_blocks: 1000,
             max_model_len: WINDOW,
             vocabulary_size: 9192,
-            max_sequences: 64,
+            max_sequences: self.max_sequences,
             images: true,
             speed: Speed {
                 prefill_tokens_per_second: 10_000.0,

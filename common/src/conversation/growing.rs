@@ -1,0 +1,138 @@
+//! Conversations that grow: what follows a beginning that was read, checked and laid out before.
+//!
+//! An agent sends its whole conversation again with every turn. What was seen before need not be read
+//! again: of each message only its [`Outline`] (its role and the ids of its calls) takes part in the rules
+//! for what follows. A *run* is what the layout makes one: neighbours of the same role. The beginning must
+//! end where a run ends.
+//!
+//! Whatever is wrong with a conversation is said by [`Conversation::parse_json`](super::Conversation) alone:
+//! here it is only found not to be a growth of what is known.
+
+use super::error::ConversationError;
+use super::image::ImageSizes;
+use super::json::{Json, JsonError};
+use super::layout::{Layout, Part, are_one, runs};
+use super::message::{ImageSource, Message, ToolCall, read_messages};
+use super::{Encoded, TextEncoder, encode_parts, tool, validate};
+use crate::tokenizer::Tokenizer;
+
+/// What the rules need of a message that was read before.
+#[derive(Clone, Debug)]
+pub struct Outline(Message);
+
+impl Outline {
+    fn of(message: &Message) -> Self {
+        let content = Vec::new();
+        Self(match message {
+            Message::System { .. } => Message::System { content },
+            Message::User { .. } => Message::User { content },
+            Message::Assistant { tool_calls, prefix, .. } => {
+                let outline =
+                    |call: &ToolCall| ToolCall { id: call.id.clone(), name: String::new(), arguments: String::new() };
+                Message::Assistant { content, tool_calls: tool_calls.iter().map(outline).collect(), prefix: *prefix }
+            }
+            Message::Tool { call_id, .. } => Message::Tool { call_id: call_id.clone(), content },
+        })
+    }
+
+    /// Bytes that it takes, about.
+    pub fn size(&self) -> usize {
+        let ids = match &self.0 {
+            Message::Assistant { tool_calls, .. } => {
+                tool_calls.iter().map(|call| call.id.len() + size_of::<ToolCall>()).sum()
+            }
+            Message::Tool { call_id, .. } => call_id.len(),
+            Message::System { .. } | Message::User { .. } => 0,
+        };
+        size_of::<Self>() + ids
+    }
+}
+
+/// Why what follows can't be read behind what is known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotGrown {
+    /// The last known run goes on: it must be read again.
+    #[error("the known part ends within a run of messages")]
+    WithinRun,
+    /// The whole conversation is to be read and judged.
+    #[error(transparent)]
+    Invalid(#[from] ConversationError),
+    /// A message or the tools are not JSON.
+    #[error(transparent)]
+    Json(#[from] JsonError),
+}
+
+/// Neighbours of the same role.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// What later rules need of its messages.
+    pub outlines: Vec<Outline>,
+    /// Whether the model goes on with it: then it does not end as it will when it is part of a longer
+    /// conversation.
+    pub is_continued: bool,
+    parts: Vec<Part>,
+}
+
+/// What follows the known part of a conversation.
+#[derive(Clone, Debug)]
+pub struct Growth {
+    /// Its runs, in order.
+    pub runs: Vec<Run>,
+    images: Vec<ImageSource>,
+}
+
+impl Growth {
+    /// Reads `messages` (each a JSON text) behind `known` messages. The conversation as a whole is checked;
+    /// `tools` are only looked at where they become part of what is new.
+    pub fn read<'a>(
+        known: &[&Outline],
+        messages: impl Iterator<Item = &'a str>,
+        tools: Option<&str>,
+        continue_final_message: bool,
+    ) -> Result<Self, NotGrown> {
+        let known: Vec<&Message> = known.iter().map(|outline| &outline.0).collect();
+        let mut images = Vec::new();
+        let messages: Vec<Json<'_>> = messages.map(Json::parse).collect::<Result<_, _>>()?;
+        let mut messages = read_messages(&Json::Array(messages), &mut images)?;
+        if let (Some(last), Some(first)) = (known.last(), messages.first())
+            && are_one(last, first)
+        {
+            return Err(NotGrown::WithinRun);
+        }
+        if continue_final_message {
+            match messages.last_mut() {
+                Some(Message::Assistant { prefix, .. }) => *prefix = true,
+                _ => return Err(NotGrown::WithinRun),
+            }
+        }
+        let all: Vec<&Message> = known.iter().copied().chain(&messages).collect();
+        validate::messages(&all)?;
+        let tools_are_shown = known.iter().any(|message| matches!(message, Message::User { .. }));
+        let tools = match tools {
+            Some(tools) if !tools_are_shown => tool::read_tools(&Json::parse(tools)?)?,
+            _ => Vec::new(),
+        };
+        let mut layout = Layout::after(known.iter().copied(), &tools);
+        let mut index = known.len();
+        let mut laid_out = Vec::new();
+        for run in runs(messages) {
+            let outlines: Vec<Outline> = run.iter().map(Outline::of).collect();
+            let is_continued = run.iter().any(|message| matches!(message, Message::Assistant { prefix: true, .. }));
+            let parts = layout.lay_out_run(run, index)?;
+            index += outlines.len();
+            laid_out.push(Run { outlines, is_continued, parts });
+        }
+        Ok(Self { runs: laid_out, images })
+    }
+
+    /// The ids of one of its runs; offsets of pictures count from the run's first id.
+    pub fn encode(
+        &self,
+        run: &Run,
+        tokenizer: &Tokenizer,
+        texts: &dyn TextEncoder,
+        sizes: &dyn ImageSizes,
+    ) -> Result<Encoded, ConversationError> {
+        encode_parts(&run.parts, &self.images, tokenizer, texts, sizes)
+    }
+}

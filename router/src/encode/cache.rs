@@ -1,0 +1,424 @@
+//! What is known of conversations seen before: their ids and block hashes, message by message.
+//!
+//! A conversation is a path: each *turn* (neighbouring messages of one role) hangs on the turn before it and
+//! is found by a hash over every byte up to its end, the tools and the tenant's salt. An agent's next
+//! request finds the longest path that it shares with an earlier one; only what is new is read, checked,
+//! encoded and hashed. Texts are kept besides by their own hash, so that a message whose past was rewritten
+//! (a client that shortens its history) is not encoded again either.
+//!
+//! Tenants with different salts share nothing, so nobody learns from the time an answer takes what another
+//! one asked. The hash is keyed with a number that no client knows. Both parts are bounded in bytes.
+
+use std::sync::Arc;
+
+use bora_common::{
+    blocks::{BlockChain, BlockHash},
+    conversation::{DataUrls, Growth, NotGrown, Outline, TextEncoder},
+    tokenizer::Tokenizer,
+};
+use bora_proto::v1::Image;
+use serde_json::value::RawValue;
+use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+use super::{EncodedPrompt, generations::Generations};
+
+/// Shorter texts are encoded faster than they are looked up.
+const SHORTEST_KEPT_TEXT: usize = 128;
+/// What a turn takes beside its contents: the map's entry, the counters, the allocations.
+const TURN_BYTES: usize = 320;
+
+/// A conversation as the request wrote it.
+#[derive(Clone, Copy)]
+pub struct Written<'a> {
+    /// The model's name: caches of models do not mix.
+    pub model: &'a str,
+    /// Its messages.
+    pub messages: &'a [&'a RawValue],
+    /// Its tools.
+    pub tools: Option<&'a RawValue>,
+    /// Separates tenants.
+    pub salt: &'a str,
+    /// The model goes on with the last message.
+    pub continue_final_message: bool,
+    /// Whether the model takes images.
+    pub takes_images: bool,
+}
+
+/// Neighbouring messages of one role, and all before them.
+struct Turn {
+    before: Option<Arc<Turn>>,
+    key: u128,
+    /// Messages up to its end.
+    messages: usize,
+    /// Ids up to its end.
+    tokens: usize,
+    outlines: Vec<Outline>,
+    token_ids: Box<[u32]>,
+    hashes: Box<[BlockHash]>,
+    images: Vec<Image>,
+    /// Ready for the id behind it.
+    chain: BlockChain,
+}
+
+impl Turn {
+    fn bytes(&self) -> usize {
+        let images: usize = self.images.iter().map(|image| image.data.len() + size_of::<Image>()).sum();
+        let outlines: usize = self.outlines.iter().map(Outline::size).sum();
+        TURN_BYTES
+            + self.token_ids.len() * 4
+            + self.hashes.len() * 16
+            + self.key.to_le_bytes().len()
+            + images
+            + outlines
+    }
+}
+
+impl Drop for Turn {
+    /// A long conversation is a long chain: dropped link by link, not by recursion.
+    fn drop(&mut self) {
+        let mut next = self.before.take();
+        while let Some(turn) = next {
+            next = Arc::into_inner(turn).and_then(|mut turn| turn.before.take());
+        }
+    }
+}
+
+/// The cache of one router.
+pub struct ConversationCache {
+    turns: Generations<Arc<Turn>>,
+    texts: Generations<Arc<[u32]>>,
+    seed: u64,
+}
+
+impl ConversationCache {
+    /// Holds at most `max_bytes`: three quarters for conversations, one for texts.
+    pub fn new(max_bytes: usize) -> Self {
+        Self {
+            turns: Generations::new(max_bytes / 4 * 3),
+            texts: Generations::new(max_bytes / 4),
+            seed: rand::random(),
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.turns.bytes() + self.texts.bytes()
+    }
+
+    /// The prompt of a conversation. `None`: it is to be read and judged as a whole.
+    pub fn encode(&self, tokenizer: &Tokenizer, written: &Written<'_>) -> Option<EncodedPrompt> {
+        let keys = self.keys(written);
+        let mut known = self.longest_known(&keys, written);
+        let growth = loop {
+            match self.read_behind(known.as_ref(), written) {
+                Ok(growth) => break growth,
+                Err(NotGrown::WithinRun) => known = known?.before.clone(),
+                Err(NotGrown::Invalid(_) | NotGrown::Json(_)) => return None,
+            }
+        };
+        let texts = Texts { tokenizer, cache: self, salt: xxh3_128_with_seed(written.salt.as_bytes(), self.seed) };
+        let mut prompt = Prompt::with(known.as_ref());
+        let reused_tokens = prompt.token_ids.len();
+        let mut last = known;
+        for run in &growth.runs {
+            let encoded = growth.encode(run, tokenizer, &texts, &DataUrls).ok()?;
+            if !encoded.images.is_empty() && !written.takes_images {
+                return None;
+            }
+            let begin = prompt.token_ids.len();
+            let images: Vec<Image> = encoded.images.iter().map(|image| super::picture(image, begin)).collect();
+            let mut chain = last
+                .as_ref()
+                .map_or_else(|| BlockChain::new(written.salt.as_bytes(), Vec::new()), |turn| turn.chain.clone());
+            chain.expect_images(super::image_spans(&images));
+            let hashes = chain.extend(&encoded.token_ids);
+            prompt.token_ids.extend_from_slice(&encoded.token_ids);
+            prompt.hashes.extend_from_slice(&hashes);
+            prompt.images.extend_from_slice(&images);
+            let messages = last.as_ref().map_or(0, |turn| turn.messages) + run.outlines.len();
+            let turn = Arc::new(Turn {
+                before: last.take(),
+                key: *keys.get(messages)?,
+                messages,
+                tokens: prompt.token_ids.len(),
+                outlines: run.outlines.clone(),
+                token_ids: encoded.token_ids.into_boxed_slice(),
+                hashes: hashes.into_boxed_slice(),
+                images,
+                chain,
+            });
+            if !run.is_continued {
+                self.turns.insert(turn.key, Arc::clone(&turn), turn.bytes());
+            }
+            last = Some(turn);
+        }
+        let Prompt { token_ids, hashes, images } = prompt;
+        Some(EncodedPrompt { token_ids, images, hashes, reused_tokens })
+    }
+
+    /// Number `n` is the key of the first `n` messages.
+    fn keys(&self, written: &Written<'_>) -> Vec<u128> {
+        let mut keys = Vec::with_capacity(written.messages.len() + 1);
+        let tools = written.tools.map_or("", RawValue::get);
+        let mut key = self.link(0, written.model);
+        key = self.link(key, written.salt);
+        key = self.link(key, tools);
+        keys.push(key);
+        for message in written.messages {
+            key = self.link(key, message.get());
+            keys.push(key);
+        }
+        keys
+    }
+
+    fn link(&self, before: u128, text: &str) -> u128 {
+        let mut both = [0; 32];
+        both[..16].copy_from_slice(&before.to_le_bytes());
+        both[16..].copy_from_slice(&xxh3_128_with_seed(text.as_bytes(), self.seed).to_le_bytes());
+        xxh3_128_with_seed(&both, self.seed)
+    }
+
+    /// The last turn of the longest known path. The whole path is in use with it.
+    fn longest_known(&self, keys: &[u128], written: &Written<'_>) -> Option<Arc<Turn>> {
+        // the message that the model goes on with is never a known turn
+        let most = written.messages.len() - usize::from(written.continue_final_message && !written.messages.is_empty());
+        let (turn, mut aged) = keys.get(1..=most)?.iter().rev().find_map(|key| self.turns.get(*key))?;
+        let mut path = turn.before.as_ref();
+        while let (true, Some(before)) = (aged, path) {
+            aged = match self.turns.get(before.key) {
+                Some((_, was_old)) => was_old,
+                None => {
+                    self.turns.insert(before.key, Arc::clone(before), before.bytes());
+                    true
+                }
+            };
+            path = before.before.as_ref();
+        }
+        Some(turn)
+    }
+
+    fn read_behind(&self, known: Option<&Arc<Turn>>, written: &Written<'_>) -> Result<Growth, NotGrown> {
+        let mut path = Vec::new();
+        let mut turn = known;
+        while let Some(one) = turn {
+            path.push(one);
+            turn = one.before.as_ref();
+        }
+        let outlines: Vec<&Outline> = path.iter().rev().flat_map(|turn| &turn.outlines).collect();
+        let behind = written.messages.iter().skip(outlines.len()).map(|message| message.get());
+        Growth::read(&outlines, behind, written.tools.map(RawValue::get), written.continue_final_message)
+    }
+}
+
+/// A prompt while it is put together.
+struct Prompt {
+    token_ids: Vec<u32>,
+    hashes: Vec<BlockHash>,
+    images: Vec<Image>,
+}
+
+impl Prompt {
+    fn with(known: Option<&Arc<Turn>>) -> Self {
+        let mut path = Vec::new();
+        let mut turn = known;
+        while let Some(one) = turn {
+            path.push(one);
+            turn = one.before.as_ref();
+        }
+        // room for an answer's worth of new ids, so that the copy is made once
+        let mut prompt = Self {
+            token_ids: Vec::with_capacity(known.map_or(0, |turn| turn.tokens) + 1024),
+            hashes: Vec::new(),
+            images: Vec::new(),
+        };
+        for turn in path.into_iter().rev() {
+            prompt.token_ids.extend_from_slice(&turn.token_ids);
+            prompt.hashes.extend_from_slice(&turn.hashes);
+            prompt.images.extend_from_slice(&turn.images);
+        }
+        prompt
+    }
+}
+
+/// A tokenizer that remembers texts.
+struct Texts<'a> {
+    tokenizer: &'a Tokenizer,
+    cache: &'a ConversationCache,
+    /// Of tenant and router.
+    salt: u128,
+}
+
+impl TextEncoder for Texts<'_> {
+    fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>) {
+        if text.len() < SHORTEST_KEPT_TEXT {
+            return self.tokenizer.encode_into(text, token_ids);
+        }
+        let key = self.salt ^ xxh3_128_with_seed(text.as_bytes(), self.cache.seed);
+        if let Some((ids, _)) = self.cache.texts.get(key) {
+            return token_ids.extend_from_slice(&ids);
+        }
+        let ids: Arc<[u32]> = self.tokenizer.encode(text).into();
+        token_ids.extend_from_slice(&ids);
+        let bytes = TURN_BYTES + ids.len() * 4;
+        self.cache.texts.insert(key, ids, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::OnceLock;
+
+    use bora_common::conversation::Json;
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::encode::conversation;
+
+    const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures");
+
+    fn tokenizer() -> &'static Tokenizer {
+        static TOKENIZER: OnceLock<Tokenizer> = OnceLock::new();
+        TOKENIZER.get_or_init(|| {
+            Tokenizer::from_file(format!("{FIXTURES}/tokenizers/tekken-v13-8k.json")).expect("a tokenizer")
+        })
+    }
+
+    #[derive(Deserialize)]
+    struct Request<'a> {
+        #[serde(borrow)]
+        messages: Option<Vec<&'a RawValue>>,
+        #[serde(borrow)]
+        tools: Option<&'a RawValue>,
+        #[serde(default)]
+        continue_final_message: Option<bool>,
+    }
+
+    #[derive(Deserialize)]
+    struct Line<'a> {
+        #[serde(borrow)]
+        request: &'a RawValue,
+    }
+
+    impl Line<'_> {
+        /// The random conversations are texts within the JSON. Pictures become data URLs.
+        fn request(&self) -> String {
+            let text = match serde_json::from_str::<String>(self.request.get()) {
+                Ok(text) => text,
+                Err(_) => self.request.get().to_string(),
+            };
+            text.replace("fixture://images/wide_600x50.png", PICTURE)
+        }
+    }
+
+    /// One pixel.
+    const PICTURE: &str = "data:image/png;base64,\
+        iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
+
+    fn written<'a>(messages: &'a [&'a RawValue], tools: Option<&'a RawValue>) -> Written<'a> {
+        Written { model: "m", messages, tools, salt: "", continue_final_message: false, takes_images: true }
+    }
+
+    fn whole(written: &Written<'_>) -> Option<EncodedPrompt> {
+        let messages: Result<Vec<Json<'_>>, _> =
+            written.messages.iter().map(|message| Json::parse(message.get())).collect();
+        conversation(tokenizer(), &Json::Array(messages.ok()?), written).ok()
+    }
+
+    /// Every conversation of the fixtures, grown message by message: the prompt is that of reading all of it,
+    /// and what can't be read as a whole has none.
+    #[test]
+    fn grown_conversations_have_the_prompts_of_whole_ones() {
+        let cache = ConversationCache::new(64 << 20);
+        let (mut same, mut refused, mut reused) = (0, 0, 0);
+        for file in ["golden_encodings.jsonl", "golden_rejections.jsonl", "random_conversations.jsonl"] {
+            let lines = std::fs::read_to_string(format!("{FIXTURES}/{file}")).expect("a fixture");
+            for line in lines.lines() {
+                let line: Line<'_> = serde_json::from_str(line).expect("a golden");
+                let text = line.request();
+                let Ok(request) = serde_json::from_str::<Request<'_>>(&text) else {
+                    continue;
+                };
+                let messages = request.messages.unwrap_or_default();
+                let first = messages.len().saturating_sub(40);
+                for end in first..=messages.len() {
+                    let all = end == messages.len();
+                    let continued = all && request.continue_final_message == Some(true);
+                    let written =
+                        Written { continue_final_message: continued, ..written(&messages[..end], request.tools) };
+                    let expected = whole(&written);
+                    let got = cache.encode(tokenizer(), &written);
+                    refused += usize::from(expected.is_none());
+                    let (Some(expected), Some(got)) = (&expected, &got) else {
+                        assert_eq!(expected.is_some(), got.is_some(), "{}", line.request.get());
+                        continue;
+                    };
+                    assert_eq!(got.token_ids, expected.token_ids, "{}", line.request.get());
+                    assert_eq!(got.hashes, expected.hashes);
+                    assert_eq!(got.images, expected.images);
+                    same += 1;
+                    reused += usize::from(got.reused_tokens > 0);
+                }
+            }
+        }
+        assert!(same > 1000 && refused > 100 && reused > 500, "{same} {refused} {reused}");
+    }
+
+    fn raw(json: &str) -> &RawValue {
+        serde_json::from_str(json).expect("JSON")
+    }
+
+    #[test]
+    fn a_message_more_costs_that_message_and_tenants_share_nothing() {
+        let cache = ConversationCache::new(1 << 20);
+        let long = format!(r#"{{"role": "user", "content": "{}"}}"#, "one two three ".repeat(300));
+        let mut messages = vec![raw(&long)];
+        let first = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
+        assert_eq!(first.reused_tokens, 0);
+        messages.push(raw(r#"{"role": "assistant", "content": "I see"}"#));
+        messages.push(raw(r#"{"role": "user", "content": "Go on"}"#));
+        let second = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
+        assert_eq!(second.reused_tokens, first.token_ids.len());
+        let again = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
+        assert_eq!(again.reused_tokens, second.token_ids.len());
+        assert_eq!(again.token_ids, second.token_ids);
+        for other in [
+            Written { salt: "tenant", ..written(&messages, None) },
+            Written { model: "other", ..written(&messages, None) },
+            written(&messages, Some(raw("[]"))),
+        ] {
+            let prompt = cache.encode(tokenizer(), &other).expect("a prompt");
+            assert_eq!((prompt.reused_tokens, &prompt.token_ids), (0, &second.token_ids));
+        }
+    }
+
+    /// Neighbours of one role become one part of the prompt: a turn that goes on is not the one known.
+    #[test]
+    fn a_turn_that_goes_on_is_read_again() {
+        let cache = ConversationCache::new(1 << 20);
+        let messages = [
+            raw(r#"{"role": "user", "content": "a"}"#),
+            raw(r#"{"role": "user", "content": "b"}"#),
+            raw(r#"{"role": "user", "content": "c"}"#),
+        ];
+        for end in 1..=3 {
+            let written = written(&messages[..end], None);
+            let prompt = cache.encode(tokenizer(), &written).expect("a prompt");
+            assert_eq!(prompt.token_ids, whole(&written).expect("a prompt").token_ids);
+        }
+    }
+
+    #[test]
+    fn many_long_conversations_stay_within_the_bound() {
+        let bound = 256 << 10;
+        let cache = ConversationCache::new(bound);
+        for number in 0..200 {
+            let text = format!(r#"{{"role": "user", "content": "{number} {}"}}"#, "four five ".repeat(500));
+            let answer = format!(r#"{{"role": "assistant", "content": "{number}"}}"#);
+            let (text, answer) = (raw(&text), raw(&answer));
+            let messages: Vec<&RawValue> = (0..9).map(|at| if at % 2 == 0 { text } else { answer }).collect();
+            cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
+            assert!(cache.bytes() <= bound, "{}", cache.bytes());
+        }
+        assert!(cache.bytes() > bound / 4);
+    }
+}

@@ -1,0 +1,131 @@
+//! Requests that no group can start now: who waits, who goes first, who is refused.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::support::*;
+use bora_proto::v1::GenerateRequest;
+use bora_router::RouterOptions;
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+/// How long a sequence runs here.
+const RUN: Duration = Duration::from_millis(150);
+
+fn slow(_: &GenerateRequest) -> Result<Vec<Act>, tonic::Status> {
+    let mut acts = say("ok");
+    acts.insert(1, Act::Pause(RUN));
+    Ok(acts)
+}
+
+/// A router over groups that run one sequence at a time.
+async fn one_at_a_time(names: &[&str], options: RouterOptions) -> Arc<Harness> {
+    let groups = names
+        .iter()
+        .map(|name| {
+            let mut group = Group::start(name, slow);
+            group.max_sequences = 1;
+            group
+        })
+        .collect();
+    Arc::new(Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await)
+}
+
+fn chat(text: &str, priority: Value) -> Value {
+    json!({"model": MODEL, "messages": [{"role": "user", "content": text}], "priority": priority})
+}
+
+/// Sends a request for a tenant and returns when it runs or waits.
+async fn send(harness: &Arc<Harness>, tenant: &str, body: Value) -> tokio::task::JoinHandle<Answered> {
+    let before = standing(harness);
+    let for_task = Arc::clone(harness);
+    let key = format!("Bearer {tenant}");
+    let task =
+        tokio::spawn(async move { for_task.request("POST", CHAT, &[("authorization", &key)], body.to_string()).await });
+    harness.until("the request is under way", |harness| standing(harness) > before).await;
+    task
+}
+
+/// Requests that were sent to a group or wait.
+fn standing(harness: &Harness) -> usize {
+    let seen: usize = harness.groups.iter().map(|group| group.seen().len()).sum();
+    seen + harness.router.service().fleet().room.waiting()
+}
+
+/// The texts in the order in which the groups got them.
+fn order(harness: &Harness) -> Vec<String> {
+    let seen = harness.groups[0].seen();
+    seen.iter().map(|request| tokenizer().decode(&request.token_ids, true).trim().to_string()).collect()
+}
+
+#[tokio::test]
+async fn what_has_no_room_waits_in_the_router_and_goes_where_room_comes_first() {
+    let harness = one_at_a_time(&["a", "b"], options()).await;
+    let mut tasks = Vec::new();
+    for number in 0..6 {
+        tasks.push(send(&harness, "t", chat(&number.to_string(), Value::Null)).await);
+    }
+    let sent: usize = harness.groups.iter().map(|group| group.seen().len()).sum();
+    assert_eq!(sent, 2, "one on each group, the others wait here");
+    for task in tasks {
+        assert_eq!(task.await.expect("joined").status, 200);
+    }
+    let each: Vec<usize> = harness.groups.iter().map(|group| group.seen().len()).collect();
+    assert_eq!(each, [3, 3]);
+    assert_eq!(harness.router.service().fleet().room.waiting(), 0);
+}
+
+#[tokio::test]
+async fn interactive_goes_before_batch() {
+    let harness = one_at_a_time(&["a"], options()).await;
+    let mut tasks = vec![send(&harness, "t", chat("first", Value::Null)).await];
+    for (text, priority) in [("batch", json!("batch")), ("later", json!(7)), ("soon", json!("interactive"))] {
+        tasks.push(send(&harness, "t", chat(text, priority)).await);
+    }
+    for task in tasks {
+        assert_eq!(task.await.expect("joined").status, 200);
+    }
+    assert_eq!(order(&harness), ["first", "soon", "batch", "later"]);
+    let refused = harness.post(CHAT, chat("x", json!("urgent"))).await;
+    assert_eq!((refused.status, refused.json()["error"]["param"].clone()), (400, json!("priority")));
+}
+
+#[tokio::test]
+async fn tenants_take_turns() {
+    let harness = one_at_a_time(&["a"], options()).await;
+    let mut tasks = vec![send(&harness, "many", chat("m0", Value::Null)).await];
+    for number in 1..5 {
+        tasks.push(send(&harness, "many", chat(&format!("m{number}"), Value::Null)).await);
+    }
+    tasks.push(send(&harness, "few", chat("f0", Value::Null)).await);
+    for task in tasks {
+        assert_eq!(task.await.expect("joined").status, 200);
+    }
+    let order = order(&harness);
+    let place = order.iter().position(|text| text == "f0").expect("it ran");
+    assert!(place <= 2, "{order:?}");
+}
+
+#[tokio::test]
+async fn who_leaves_while_waiting_is_never_sent_and_a_full_line_is_a_429() {
+    let harness = one_at_a_time(&["a"], RouterOptions { max_waiting: 1, ..options() }).await;
+    let first = send(&harness, "t", chat("first", Value::Null)).await;
+    let leaves = send(&harness, "t", chat("leaves", Value::Null)).await;
+    let refused = harness.post(CHAT, chat("too many", Value::Null)).await;
+    assert_eq!(refused.status, 429, "{}", refused.text);
+    assert!(refused.headers.contains_key("retry-after"));
+    leaves.abort();
+    harness.until("its place in line is free", |harness| harness.router.service().fleet().room.waiting() == 0).await;
+    let last = send(&harness, "t", chat("last", Value::Null)).await;
+    assert_eq!(first.await.expect("joined").status, 200);
+    assert_eq!(last.await.expect("joined").status, 200);
+    assert_eq!(order(&harness), ["first", "last"]);
+}
+
+#[tokio::test]
+async fn waiting_has_an_end() {
+    let harness = one_at_a_time(&["a"], RouterOptions { max_waiting_seconds: 0.05, ..options() }).await;
+    let first = send(&harness, "t", chat("first", Value::Null)).await;
+    let waited = harness.post(CHAT, chat("second", Value::Null)).await;
+    assert_eq!(waited.status, 429, "{}", waited.text);
+    assert_eq!(first.await.expect("joined").status, 200);
+}
