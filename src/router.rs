@@ -67,6 +67,13 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
     };
     let router = Router::new(config.router.clone(), models, registry.watch())?;
     tracing::info!(address = %listener.local_addr()?, "router listens");
+    let loopback = listener.local_addr()?.ip().is_loopback();
+    if !loopback && router.service().access().is_open() {
+        tracing::warn!(
+            "ANYBODY WHO REACHES THIS PORT MAY USE THE MODELS: no API keys are set (router.access.keys, --api-key) \
+             and the router listens beyond loopback"
+        );
+    }
     // ends with the router: probes and scrapes are answered while open requests finish
     let admin = admin.map(|listener| tokio::spawn(router.serve_admin(listener)));
     let served = router.serve(listener, stop.cancelled_owned()).await.context("serving HTTP");

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use bora_common::config::{ByteSize, ModelOptions};
+use bora_router::Digest;
 use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, WorkerSettings};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
@@ -65,6 +66,12 @@ pub(crate) struct ServeArgs {
     /// how FP8 weights are multiplied on the CPU
     #[arg(long, value_enum, default_value = "dequantized")]
     cpu_fp8: CpuFp8,
+    /// key that requests must carry (several may be given); none is needed where absent
+    #[arg(long, env = "BORA_API_KEY", hide_env_values = true, num_args = 1..)]
+    api_key: Vec<String>,
+    /// file of tenants and hashed keys (router.access.keys)
+    #[arg(long)]
+    api_key_file: Option<PathBuf>,
     /// names the reasons of each placement in the header x-bora-decision
     #[arg(long)]
     debug: bool,
@@ -115,6 +122,8 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     config.http.host = args.host;
     config.http.port = args.port;
     config.router.debug = args.debug;
+    config.router.access.keys = args.api_key_file;
+    config.router.access.api_keys = args.api_key.iter().map(|key| Digest::of(key.as_bytes())).collect();
     let worker = &mut config.worker;
     worker.group = Some("local".into());
     worker.device = args.device;

@@ -5,6 +5,7 @@
 //! its group (`relay`). The router keeps nothing that matters: kill it and another answers the same.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod api;
 pub mod encode;
 pub mod fleet;
@@ -22,6 +23,10 @@ use bora_common::registry::GroupChange;
 use tokio::{net::TcpListener, sync::mpsc};
 
 pub use crate::{
+    access::{
+        Access, AccessOptions,
+        keys::{Digest, KeyFileError},
+    },
     models::{DefaultSampling, ModelSpec},
     options::{OptionsError, RouterOptions},
     service::Service,
@@ -32,6 +37,18 @@ pub struct Router {
     service: Arc<Service>,
     following: tokio::task::JoinHandle<()>,
     admitting: tokio::task::JoinHandle<()>,
+    refreshing: tokio::task::JoinHandle<()>,
+}
+
+/// The router can't start like this.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// A value that can't work.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// The file of API keys.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
 }
 
 impl Router {
@@ -41,13 +58,15 @@ impl Router {
         options: RouterOptions,
         models: HashMap<String, ModelSpec>,
         changes: mpsc::Receiver<GroupChange>,
-    ) -> Result<Self, OptionsError> {
+    ) -> Result<Self, RouterError> {
         options.validate()?;
-        let service = Arc::new(Service::new(options, models));
+        let access = Arc::new(Access::open(options.access.clone())?);
+        let refreshing = tokio::spawn(Arc::clone(&access).keep_fresh());
+        let service = Arc::new(Service::new(options, models, access));
         let following = tokio::spawn(Arc::clone(service.fleet()).follow(changes));
         let admission = Arc::clone(&service.relay().admission);
         let admitting = tokio::spawn(admission.serve(Arc::clone(service.fleet())));
-        Ok(Self { service, following, admitting })
+        Ok(Self { service, following, admitting, refreshing })
     }
 
     /// What all requests share: the fleet, the counters.
@@ -76,5 +95,6 @@ impl Drop for Router {
     fn drop(&mut self) {
         self.following.abort();
         self.admitting.abort();
+        self.refreshing.abort();
     }
 }

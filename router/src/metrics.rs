@@ -1,6 +1,9 @@
 //! What the router counts, in Prometheus' text form at `/metrics`.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use parking_lot::Mutex;
 use prometheus_client::{
@@ -9,7 +12,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::fleet::{gauges::GroupGauges, view::Fleet};
+use crate::{
+    fleet::{gauges::GroupGauges, view::Fleet},
+    place::admission::{Class, Line},
+};
 
 /// Labels of a finished HTTP request. Both come from fixed lists.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -29,6 +35,12 @@ struct ModelLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LineLabels {
+    model: String,
+    class: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MoveLabels {
     when: &'static str,
 }
@@ -45,7 +57,8 @@ pub struct Metrics {
     refused_retries: Counter,
     queued_sequences: Counter,
     waited_seconds: Histogram,
-    waiting: Gauge,
+    waiting: Family<LineLabels, Gauge>,
+    waiting_tokens: Family<ModelLabels, Gauge>,
     unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
@@ -79,7 +92,8 @@ impl Metrics {
         let refused_retries = Counter::default();
         let queued_sequences = Counter::default();
         let waited_seconds = Histogram::new(WAIT_BUCKETS);
-        let waiting = Gauge::default();
+        let waiting = Family::<LineLabels, Gauge>::default();
+        let waiting_tokens = Family::<ModelLabels, Gauge>::default();
         let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
@@ -107,7 +121,12 @@ impl Metrics {
         registry.register("refused_retries", "Sequences not placed again for want of budget", refused_retries.clone());
         registry.register("queued_sequences", "Sequences that waited for a group with room", queued_sequences.clone());
         registry.register("queue_seconds", "How long such sequences waited", waited_seconds.clone());
-        registry.register("waiting_sequences", "Sequences that wait for a group with room", waiting.clone());
+        registry.register(
+            "waiting_sequences",
+            "Sequences that wait in the router for a group with room",
+            waiting.clone(),
+        );
+        registry.register("waiting_tokens", "Prompt tokens of such sequences", waiting_tokens.clone());
         registry.register(
             "unserved_requests",
             "Requests for a model that no ready group served",
@@ -160,6 +179,7 @@ impl Metrics {
             queued_sequences,
             waited_seconds,
             waiting,
+            waiting_tokens,
             unserved_requests,
             first_token_seconds,
             prepare_seconds,
@@ -204,8 +224,18 @@ impl Metrics {
         self.waited_seconds.observe(seconds);
     }
 
-    pub(crate) fn waiting(&self, sequences: usize) {
-        self.waiting.set(sequences as i64);
+    /// What stands in line; every known model has its series, so that a line that forms is seen to grow.
+    fn waiting(&self, models: &BTreeSet<String>, lines: &HashMap<String, Line>) {
+        self.waiting.clear();
+        self.waiting_tokens.clear();
+        for model in models {
+            let line = lines.get(model).copied().unwrap_or_default();
+            for class in Class::ALL {
+                let labels = LineLabels { model: model.clone(), class: class.name() };
+                self.waiting.get_or_create(&labels).set(line.requests[class as usize] as i64);
+            }
+            self.waiting_tokens.get_or_create(&ModelLabels { model: model.clone() }).set(line.tokens as i64);
+        }
     }
 
     /// From now on the model is counted: a counter that is there at zero shows its first increase.
@@ -250,8 +280,8 @@ impl Metrics {
         add(&mut self.registry.lock());
     }
 
-    /// Everything in OpenMetrics' text form, with the fleet as it is now.
-    pub fn text(&self, fleet: &Fleet) -> String {
+    /// Everything in OpenMetrics' text form, with the fleet and the requests in line as they are now.
+    pub fn text(&self, fleet: &Fleet, models: &BTreeSet<String>, lines: &HashMap<String, Line>) -> String {
         // held while the gauges of the groups are set: another scrape must not see half of them
         let registry = self.registry.lock();
         let view = fleet.view();
@@ -259,6 +289,7 @@ impl Metrics {
         self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
         self.indexed_blocks.set(fleet.index.len() as i64);
         self.group_gauges.set(&view);
+        self.waiting(models, lines);
         let mut text = String::new();
         // writing to a String can't fail
         let _ = encode(&mut text, &registry);

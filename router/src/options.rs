@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::access::AccessOptions;
+
 /// Limits and habits of the router.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -51,6 +53,8 @@ pub struct RouterOptions {
     pub shutdown_grace_seconds: f64,
     /// Names the reasons of each placement in the header `x-bora-decision`.
     pub debug: bool,
+    /// Who may ask for what.
+    pub access: AccessOptions,
 }
 
 impl Default for RouterOptions {
@@ -77,6 +81,7 @@ impl Default for RouterOptions {
             conversation_cache_bytes: 1 << 30,
             shutdown_grace_seconds: 30.0,
             debug: false,
+            access: AccessOptions::default(),
         }
     }
 }

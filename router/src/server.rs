@@ -5,7 +5,7 @@ use std::{any::Any, future::Future, sync::Arc, time::Duration};
 use axum::{
     Router,
     body::Body,
-    extract::Request,
+    extract::{Request, State},
     http::{HeaderName, HeaderValue, Response},
     middleware::{self, Next},
     response::IntoResponse as _,
@@ -59,6 +59,7 @@ pub fn routes(service: Arc<Service>) -> Router {
         .route("/v1/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/v1/detokenize", post(tokenize::detokenize))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&service), with_caller))
         .merge(status_routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
@@ -99,6 +100,17 @@ async fn with_request_id(mut request: Request, next: Next) -> Response<Body> {
         response.headers_mut().insert(REQUEST_ID, header);
     }
     response
+}
+
+/// Lets requests with a key through that is known, and says whose they are.
+async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response<Body> {
+    match service.access().caller(request.headers()) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
+    }
 }
 
 /// Makes a response of what a handler panicked with.

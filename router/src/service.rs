@@ -1,12 +1,13 @@
 //! What all requests share: options, models, fleet, counters.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use crate::{
+    access::Access,
     encode::{cache::ConversationCache, pool::EncodePool},
     fleet::view::Fleet,
     metrics::Metrics,
@@ -25,12 +26,13 @@ pub struct Service {
     relay: Arc<Relay>,
     pool: EncodePool,
     conversations: ConversationCache,
+    access: Arc<Access>,
     started_at: u64,
 }
 
 impl Service {
     /// A service that knows no group yet.
-    pub fn new(options: RouterOptions, models: HashMap<String, ModelSpec>) -> Self {
+    pub fn new(options: RouterOptions, models: HashMap<String, ModelSpec>, access: Arc<Access>) -> Self {
         let aliases = models
             .iter()
             .flat_map(|(name, spec)| spec.aliases.iter().map(|alias| (alias.clone(), name.clone())))
@@ -54,6 +56,7 @@ impl Service {
             aliases,
             ids_only: Arc::default(),
             relay: Arc::new(relay),
+            access,
             started_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             options,
         }
@@ -62,6 +65,11 @@ impl Service {
     /// What the operator set.
     pub fn options(&self) -> &RouterOptions {
         &self.options
+    }
+
+    /// Who may ask for what.
+    pub fn access(&self) -> &Access {
+        &self.access
     }
 
     /// The groups.
@@ -104,6 +112,12 @@ impl Service {
     pub fn configured_names(&self) -> impl Iterator<Item = (&str, &str)> {
         let names = self.models.keys().map(|name| (name.as_str(), name.as_str()));
         names.chain(self.aliases.iter().map(|(alias, name)| (alias.as_str(), name.as_str())))
+    }
+
+    /// The models that are configured or that groups announce.
+    pub fn model_names(&self) -> BTreeSet<String> {
+        let view = self.fleet().view();
+        self.models.keys().cloned().chain(view.models().map(|model| model.name.clone())).collect()
     }
 
     /// Seconds since 1970 of the start.

@@ -1,6 +1,8 @@
 //! `bora bench`: measures.
 
 mod engine;
+mod fleet;
+mod index;
 mod load;
 
 use clap::{Args, Subcommand};
@@ -18,6 +20,10 @@ enum What {
     Load(load::LoadArgs),
     /// The engine alone: decode steps, prompts, conversations, beside what the machine allows
     Engine(engine::EngineArgs),
+    /// The router's placement over simulated groups, beside other policies
+    Fleet(fleet::FleetArgs),
+    /// Memory and lookup time of the prefix index
+    Index(index::IndexArgs),
 }
 
 /// Measures, and prints JSON lines.
@@ -25,5 +31,10 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.what {
         What::Load(args) => crate::runtime()?.block_on(load::run(args)),
         What::Engine(args) => crate::runtime()?.block_on(engine::run(args)),
+        What::Fleet(args) => crate::runtime()?.block_on(fleet::run(args)),
+        What::Index(args) => {
+            index::run(&args);
+            Ok(())
+        }
     }
 }

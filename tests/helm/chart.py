@@ -21,9 +21,9 @@ RELEASE = "bora"
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def run(*command, **options):
+def run(*command, timeout=90, **options):
     """A command's outcome; never raises on an exit status."""
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, **options)
 
 
 def helm(*arguments, **options):

@@ -15,7 +15,7 @@ CONFIGS = {
     "mistralai/Devstral-2-123B-Instruct-2512": FIXTURES / "configs" / "devstral-2-123b.config.reconstructed.json",
     "mistralai/Devstral-Small-2-24B-Instruct-2512": FIXTURES / "configs" / "devstral-small-2-24b.config.reconstructed.json",
     "devstral-small-2-batch": FIXTURES / "configs" / "devstral-small-2-24b.config.reconstructed.json",
-    "tiny-devstral": FIXTURES / "tiny_text" / "config.json",
+    "bora-demo": FIXTURES / "bora-demo" / "fp8" / "config.json",
 }
 
 
@@ -58,7 +58,7 @@ def test_bora_check_accepts_every_configuration(path, tmp_path):
 def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
     """All options at once, so that no key is misspelt where presets do not use it."""
     options = {
-        "models": {"demo": {"name": "tiny-devstral", "aliases": ["tiny"], "path": "sub", "tokenizer": "tekken.json", "storage": {"kind": "emptyDir"}}},
+        "models": {"demo": {"name": "bora-demo", "aliases": ["tiny"], "path": "sub", "tokenizer": "tekken.json", "storage": {"kind": "emptyDir"}}},
         "etcd": {"kind": "external", "external": {"endpoints": ["a:2379", "[::1]:2379"], "username": "u", "passwordSecret": {"name": "s"},
                                                   "tls": {"enabled": True, "secret": "t", "clientCertificate": True}}},
         "router": {"options": sample(schema()["properties"]["router"]["properties"]["options"])},

@@ -98,7 +98,8 @@ def test_the_build_context_holds_what_cargo_asks_for(tmp_path):
     assert "scripts/protoc" in (tmp_path / ".cargo" / "config.toml").read_text()
     for line in stages()["demo"]["lines"]:
         if line.startswith("COPY"):
-            assert set(line.split()[1:-1]) <= set(files), line
+            folder = line.split()[1]
+            assert {f"{folder}config.json", f"{folder}model.safetensors", f"{folder}tekken.json"} <= set(files), line
 
 
 def test_the_binary_needs_the_c_library_alone_and_fits_the_image(tmp_path):
@@ -120,8 +121,9 @@ def test_nvidias_libraries_are_those_that_the_worker_opens():
 
 def test_the_demo_image_has_the_model_that_the_preset_names():
     preset = yaml.load((CHART / "presets" / "values-cpu-demo.yaml").read_text(), Loader)
-    (target,) = {line.split()[-1].removesuffix("/tekken.json").rstrip("/") for line in stages()["demo"]["lines"] if line.startswith("COPY")}
-    assert preset["models"]["demo"]["path"] == target
+    ((source, target),) = [line.split()[1:] for line in stages()["demo"]["lines"] if line.startswith("COPY")]
+    assert (ROOT / source / "tekken.json").is_file()
+    assert preset["models"]["demo"]["path"] == target.rstrip("/")
 
 
 def test_compose_runs_what_the_binary_knows(tmp_path):

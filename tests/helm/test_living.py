@@ -26,12 +26,7 @@ SCRIPTS = CHART / "files" / "scripts"
 @pytest.fixture
 def demo_model(tmp_path):
     """The directory that the demo image has."""
-    directory = tmp_path / "demo-model"
-    directory.mkdir()
-    for name in ("config.json", "generation_config.json", "model.safetensors"):
-        shutil.copy(FIXTURES / "tiny_text" / name, directory)
-    shutil.copy(FIXTURES / "tokenizers" / "tekken-v13-8k.json", directory / "tekken.json")
-    return directory
+    return shutil.copytree(FIXTURES / "bora-demo" / "fp8", tmp_path / "demo-model")
 
 
 class Pods:
@@ -93,10 +88,10 @@ def serve_and_ask(pods, groups):
     try:
         wait_until("the router", lambda: ask_http("GET", f"{admin}/health")[0] == 200, 20)
         wait_until("the groups", lambda: ask_http("GET", f"{admin}/ready")[2].get("ready_groups") == groups, 60)
-        answer = run(sys.executable, SCRIPTS / "ask.py", api, "tiny-devstral", "30")
-        assert answer.returncode == 0 and re.search(r"16 tokens from tiny-devstral, group bora-demo-0", answer.stdout), answer.stdout + answer.stderr
+        answer = run(sys.executable, SCRIPTS / "ask.py", api, "bora-demo", "30")
+        assert answer.returncode == 0 and re.search(r"\d+ tokens from bora-demo, group bora-demo-0", answer.stdout), answer.stdout + answer.stderr
         metrics = ask_http("GET", f"{admin}/metrics")[2]
-        assert 'bora_router_group_ready{model="tiny-devstral",group="bora-demo-0"} 1' in metrics
+        assert 'bora_router_group_ready{model="bora-demo",group="bora-demo-0"} 1' in metrics
         # the API's port has the API; the admin port has not
         assert ask_http("GET", f"{admin}/v1/models")[0] == 404
         # SIGTERM ends everything in order
@@ -212,6 +207,8 @@ def test_a_model_is_fetched_whole(tmp_path):
         # a router takes no weights
         (init,) = named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"]["initContainers"]
         assert "--include=*.json" in init["command"] and "--include=*.safetensors" not in init["command"]
+        volumes = named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"]["volumes"]
+        assert {"name": "model-m", "emptyDir": {"sizeLimit": "1Gi"}} in volumes
         # what is not there is an error at once, with its name
         missing = run(sys.executable, tmp_path / "fetch_model.py", "--endpoint", f"http://127.0.0.1:{server.server_port}", "--repository", "org/none",
                       "--to", tmp_path / "none", env=environment)

@@ -53,8 +53,30 @@ def test_every_object_is_valid_with_unknown_fields_refused(path):
             raise AssertionError(f"{where}: {error}") from error
 
 
+# what no preset turns on, because not every cluster has its definitions
+OPTIONAL = ["monitoring.serviceMonitor.enabled=true", "httpRoute.enabled=true", 'httpRoute.parentRefs=[{"name": "public", "namespace": "gateways"}]',
+            'httpRoute.hostnames=["bora.example.com"]', 'etcd.builtin.tls.source="certManager"', 'etcd.builtin.tls.certManager.issuer="internal"',
+            "ingress.enabled=true"]
+
+
+def test_what_no_preset_turns_on_is_valid():
+    documents = parse(render_text([next(path for path in PRESETS if path.stem == "values-multinode")], OPTIONAL))
+    for document in documents:
+        validate(document)
+    assert {"ServiceMonitor", "HTTPRoute", "Certificate", "Ingress"} <= {document["kind"] for document in documents}
+
+
+def test_presets_need_nothing_but_keda_leaderworkerset_and_the_prometheus_operator():
+    for path in PRESETS:
+        groups = {document["apiVersion"].split("/")[0] for document in preset(path) if "." in document["apiVersion"].split("/")[0]}
+        assert groups <= {"keda.sh", "leaderworkerset.x-k8s.io", "monitoring.coreos.com", "networking.k8s.io"}, (path.stem, groups)
+        assert {document["kind"] for document in preset(path) if document["apiVersion"].startswith("monitoring")} <= {"PodMonitor", "PrometheusRule"}
+    demo = preset(next(path for path in PRESETS if path.stem == "values-cpu-demo"))
+    assert not objects(demo, "PersistentVolumeClaim") and not any("volumeClaimTemplates" in document.get("spec", {}) for document in demo)
+
+
 def test_the_validators_refuse_what_is_wrong():
-    documents = preset(next(path for path in PRESETS if path.stem == "values-multinode"))
+    documents = parse(render_text([next(path for path in PRESETS if path.stem == "values-multinode")], OPTIONAL))
     deployment = copy.deepcopy(objects(documents, "Deployment")[0])
     deployment["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):

@@ -19,7 +19,7 @@ EVERYTHING = {
     "router": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer"}},
     "workers": {
         "kind": "LeaderWorkerSet", "tensorParallelSize": 4, "ranksPerPod": 2, "rdma": {"enabled": True},
-        "autoscaling": {"kind": "keda", "sequences": 10},
+        "autoscaling": {"kind": "keda"},
     },
     "etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "backup": {"enabled": True}}},
     "ingress": {"enabled": True, "tlsSecret": "t"},
@@ -44,6 +44,7 @@ OTHERS = {
     "etcd.builtin.tls.certManager": {"etcd": {"builtin": {"tls": {"source": "certManager", "certManager": {"issuer": "i"}}}}},
     "etcd.builtin.tls.existingSecret": {"etcd": {"builtin": {"tls": {"source": "existing", "existingSecret": "s"}}}},
     "etcd.builtin.tls.source": CHART_CERTIFICATES,
+    "etcd.builtin.storage.kind": {"etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "replicas": 1}}},
     "serviceAccount.create": PLAIN,
     "serviceAccount.name": {"etcd": NO_CERTIFICATES, "serviceAccount": {"create": False}},
     "monitoring.podMonitor": {"etcd": NO_CERTIFICATES, "monitoring": {"podMonitor": {"enabled": True}}},
@@ -61,6 +62,7 @@ FITTING = {
     "workers.autoscaling.minReplicas": {"minReplicas": 3},
     "workers.autoscaling.maxReplicas": {"maxReplicas": 9},
     "etcd.builtin.replicas": {"replicas": 5},
+    "etcd.builtin.storage.kind": {"kind": "emptyDir"},
     "etcd.builtin.tls.days": None,  # see test_certificates_live_as_long_as_days_says
     "nameOverride": {"nameOverride": "other"},
     "bindAddress": {"bindAddress": "::"},
@@ -258,6 +260,11 @@ def test_values_that_do_not_go_together_are_named(wrong, why, tmp_path):
     assert outcome.returncode != 0 and why in outcome.stderr and "models.m" in outcome.stderr, outcome.stderr
 
 
+def test_several_members_of_etcd_need_volumes():
+    outcome = helm("template", "x", CHART, '--set-json=etcd.builtin.storage.kind="emptyDir"')
+    assert outcome.returncode != 0 and "emptyDir is for a single member" in outcome.stderr
+
+
 def test_a_models_own_section_beats_the_default(tmp_path):
     (tmp_path / "v.json").write_text(json.dumps({
         "workers": {"drainSeconds": 77, "tolerations": [{"key": "a"}]},
@@ -303,6 +310,6 @@ def test_notes_name_the_next_command():
     outcome = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client", "--values", PRESETS[0])
     assert outcome.returncode == 0, outcome.stderr
     text = outcome.stdout.split("NOTES:")[1]
-    assert "helm test bora -n llm --logs" in text and "port-forward svc/bora 8000:80" in text and "tiny-devstral" in text
+    assert "helm test bora -n llm --logs" in text and "port-forward svc/bora 8000:80" in text and "bora-demo" in text
     empty = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client").stdout.split("NOTES:")[1]
     assert "It has no model yet" in empty

@@ -23,6 +23,7 @@ struct Request {
   u32 row, slot, position;
   u32 target;  // FAULT: draw; otherwise score this id
   u32 top;     // alternatives of a score
+  u32 mask;    // which of `masks` bounds the draw; FAULT: none
 };
 
 struct Answer {
@@ -179,8 +180,10 @@ __device__ __forceinline__ u32 select_threshold(const float* x, u32 vocabulary, 
 
 // Launch: grid (requests), block (1024). `logits` [rows][vocabulary] raw; `work` [requests][vocabulary] scratch.
 // Answers [requests]; a drawn id also becomes last_drawn[slot] and is counted. id FAULT = the logits hold no numbers.
+// `masks` [draws with a grammar][ceil(vocabulary / 32)]: bit i % 32 of word i / 32 lets id i be drawn.
 KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, const Request* requests, SlotSampler* samplers,
-                                           u32* last_drawn, u32* generated, Answer* answers, u32 vocabulary) {
+                                           const u32* masks, u32* last_drawn, u32* generated, Answer* answers,
+                                           u32 vocabulary) {
   wait_for_previous_kernel();
   __shared__ u64 scratch64[33];
   __shared__ Histogram histogram;
@@ -217,7 +220,8 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
     // Steps 3 to 5, into the scratch where anything changes the logits.
     const bool greedy = sampler.temperature < GREEDY_BELOW;
     const u32 so_far = generated[request.slot];
-    const bool adjusted = sampler.seen || sampler.bias_count || so_far < sampler.min_tokens;
+    const u32* mask = request.mask == FAULT ? nullptr : masks + (u64)request.mask * ((vocabulary + 31) / 32);
+    const bool adjusted = sampler.seen || sampler.bias_count || so_far < sampler.min_tokens || mask;
     const float temperature = greedy ? 1.f : sampler.temperature;
     if (adjusted) {
       for_each(raw, vocabulary, [&](float v, u32 i) { x[i] = v; });
@@ -236,7 +240,7 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
           if (seen && sampler.repetition != 1.f) v = v > 0.f ? __fdiv_rn(v, sampler.repetition) : __fmul_rn(v, sampler.repetition);
           if (count) v = __fadd_rn(__fadd_rn(v, -__fmul_rn(sampler.frequency, (float)count)), -sampler.presence);
         }
-        x[i] = __fdiv_rn(v, temperature);
+        x[i] = mask && !(mask[i / 32] >> i % 32 & 1) ? NEGATIVE_INFINITY : __fdiv_rn(v, temperature);
       });
       __syncthreads();
     } else if (!greedy) {

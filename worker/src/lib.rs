@@ -5,6 +5,7 @@ pub mod backend;
 pub mod cache;
 mod device;
 pub mod engine;
+pub mod grammar;
 pub mod model;
 pub mod options;
 pub mod parallel;

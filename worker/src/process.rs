@@ -1,6 +1,7 @@
 //! One worker process from its start to its end: brings its ranks up, and, where it holds rank 0, serves the
 //! group and keeps it announced.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +11,7 @@ use bora_common::registry::{
     Device, GroupRecord, GroupState, MemoryRegistry, RankRecord, Registry, RegistryError, RendezvousOffer,
     RendezvousRecord, Speed,
 };
+use bora_common::tokenizer::TokenizerError;
 use bora_proto::v1;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -21,6 +23,7 @@ use crate::backend::fake::FakeRunner;
 use crate::device;
 use crate::engine::step::{RunError, StepRunner};
 use crate::engine::{EngineConfig, EngineHandle, EngineStartError, calibrate};
+use crate::grammar::Grammars;
 use crate::options::{LoadFormat, WorkerOptions};
 use crate::parallel::{
     self, FollowError, FollowerOptions, GroupProgress, LeaderOptions, MemberOptions, StartError, Timeouts, follow,
@@ -222,7 +225,8 @@ async fn open(
     registry: &dyn Registry,
 ) -> Result<OpenGroup, WorkerError> {
     let started = Instant::now();
-    let ranks = bring_up(settings, device, group, epoch, registry).await?;
+    let grammars = load_grammars(settings).await?;
+    let ranks = bring_up(settings, device, group, epoch, grammars.clone(), registry).await?;
     let record = describe(settings, device, group, epoch, endpoint, &ranks)?;
     if device == Device::Fake {
         tracing::warn!(group, "this group is fake: it has no model and only pretends to answer");
@@ -236,6 +240,7 @@ async fn open(
     );
     let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone());
     config.steps_run = ranks.steps;
+    config.grammars = grammars;
     let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
     Ok(OpenGroup { engine, record, progress: ranks.progress, failed: ranks.failed })
 }
@@ -260,6 +265,7 @@ async fn bring_up(
     device: Device,
     group: &str,
     epoch: u64,
+    grammars: Option<Arc<Grammars>>,
     registry: &dyn Registry,
 ) -> Result<Ranks, WorkerError> {
     let options = &settings.options;
@@ -283,7 +289,7 @@ async fn bring_up(
     }
     let model_len = options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize;
     let leader = LeaderOptions {
-        member: member_options(settings, device, group)?,
+        member: member_options(settings, device, group, grammars)?,
         epoch,
         limits: Limits {
             step_tokens: options.schedule.max_num_batched_tokens as usize,
@@ -345,7 +351,12 @@ fn fake_ranks(options: &WorkerOptions) -> Ranks {
     }
 }
 
-fn member_options(settings: &WorkerSettings, device: Device, group: &str) -> Result<MemberOptions, WorkerError> {
+fn member_options(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    grammars: Option<Arc<Grammars>>,
+) -> Result<MemberOptions, WorkerError> {
     let options = &settings.options;
     let ranks = options.local_ranks();
     let (first, last) = (ranks.first().copied().unwrap_or(0), ranks.last().copied().unwrap_or(0));
@@ -366,7 +377,19 @@ fn member_options(settings: &WorkerSettings, device: Device, group: &str) -> Res
             heartbeat: options.heartbeat_seconds,
             collective: options.collective_seconds,
         },
+        grammars,
     })
+}
+
+/// What compiles grammars, where the model has a tokenizer.
+async fn load_grammars(settings: &WorkerSettings) -> Result<Option<Arc<Grammars>>, WorkerError> {
+    let Some(path) = settings.model.tokenizer_path().map(Path::to_owned) else { return Ok(None) };
+    match blocking(move || Grammars::load(&path)).await {
+        Ok(grammars) => Ok(Some(Arc::new(grammars))),
+        // ids in, ids out: the router says whether it needs one
+        Err(TokenizerError::Missing(_)) => Ok(None),
+        Err(error) => Err(WorkerError::Options(error.to_string())),
+    }
 }
 
 /// The group's record, with the window that its cache has room for.
@@ -455,6 +478,7 @@ async fn follow_leader(
         return Err(WorkerError::Options("worker.group: a group of several processes needs a name".into()));
     };
     let deadline = Instant::now() + options.rendezvous_seconds;
+    let grammars = load_grammars(&settings).await?;
     loop {
         let (leader, epoch) = tokio::select! {
             found = find_leader(options, &group, registry.as_ref()) => found?,
@@ -464,7 +488,7 @@ async fn follow_leader(
         // an address from the registry may be that of a leader that has just died: it is looked up again
         let looked_up = options.leader.is_none();
         let connect_within = if looked_up { LOOK_UP_AGAIN_AFTER } else { options.rendezvous_seconds };
-        let member = member_options(&settings, device, &group)?;
+        let member = member_options(&settings, device, &group, grammars.clone())?;
         let following = FollowerOptions { member, leader, epoch, connect_within };
         let ended = tokio::select! {
             ended = follow(following) => ended,

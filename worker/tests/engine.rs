@@ -35,6 +35,7 @@ fn start(max_num_batched_tokens: u32) -> EngineHandle {
             decode_step_seconds: 1e-3,
         },
         steps_run: 0,
+        grammars: None,
     };
     EngineHandle::start(config, Box::new(runner)).unwrap().0
 }

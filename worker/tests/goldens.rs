@@ -99,8 +99,9 @@ fn static_fp8_stays_close_to_the_reference() {
             let ids = goldens.ids(&format!("{case}.input_ids"));
             let rows = rank.run_in_chunks(&ids, &all_blocks(), ids.len());
             let (ours, theirs) = kept(&goldens, case, "w8a8_", &rows);
-            for (ours, theirs) in ours.iter().flatten().zip(theirs.iter().flatten()) {
-                differences.push((ours - theirs).abs());
+            for (ours, theirs) in ours.iter().zip(&theirs) {
+                assert_eq!(argmax(ours), argmax(theirs), "{checkpoint} {case}: the best id of a kept position");
+                differences.extend(ours.iter().zip(theirs).map(|(ours, theirs)| (ours - theirs).abs()));
             }
             let mut agreed = 0;
             for (row, expected) in rows.iter().zip(goldens.ids(&format!("{case}.w8a8_argmax"))) {

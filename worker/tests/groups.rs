@@ -34,6 +34,7 @@ fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -
         kv: KvBudget::Blocks(64),
         host: "127.0.0.1".to_owned(),
         timeouts: Timeouts { join: JOIN, heartbeat: Duration::from_secs(3), collective: Duration::from_secs(30) },
+        grammars: None,
     }
 }
 

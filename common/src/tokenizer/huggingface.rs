@@ -37,7 +37,7 @@ pub(super) fn load(text: &str, path: &Path) -> Result<Tokenizer, String> {
             Some(token) => Entry::Ordinary(from_sentence_piece(&token)),
         }
     });
-    let vocabulary = Vocabulary::new(entries)?;
+    let mut vocabulary = Vocabulary::new(entries)?;
     let configs = ["tokenizer_config.json", "generation_config.json", "config.json"]
         .map(|name| read_json(&path.with_file_name(name)));
     let find = |token_key: &str, id_key: &str, usual: &[&str]| {
@@ -57,13 +57,13 @@ pub(super) fn load(text: &str, path: &Path) -> Result<Tokenizer, String> {
     let bos_id = find("bos_token", "bos_token_id", &["<s>", "<|begin_of_text|>", "<bos>"]);
     let eos_id = find("eos_token", "eos_token_id", &["</s>", "<|im_end|>", "<|eot_id|>", "<eos>", "<|endoftext|>"])
         .ok_or("no end-of-text token is named in it or in the configuration files beside it")?;
+    vocabulary.eos_id = eos_id;
     Ok(Tokenizer {
         format: TokenizerFormat::HuggingFace,
         version: None,
         encoder: Encoder::HuggingFace(Box::new(tokenizer)),
         vocabulary,
         bos_id,
-        eos_id,
         image: None,
     })
 }

@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 
 pub use decode::IncrementalDecoder;
 
+pub use vocabulary::Vocabulary;
+
 use encode::Encoder;
-use vocabulary::Vocabulary;
 
 /// The file name of Mistral's tokenizer in a model directory.
 pub const TEKKEN_FILE: &str = "tekken.json";
@@ -74,7 +75,6 @@ pub struct Tokenizer {
     vocabulary: Vocabulary,
     encoder: Encoder,
     bos_id: Option<u32>,
-    eos_id: u32,
     image: Option<ImageGeometry>,
 }
 
@@ -82,36 +82,17 @@ impl Tokenizer {
     /// Loads `tekken.json` or `tokenizer.json`; the content decides, not the name.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
         let path = path.as_ref();
-        let text =
-            std::fs::read_to_string(path).map_err(|source| TokenizerError::Read { path: path.to_owned(), source })?;
-        let invalid = |reason: String| TokenizerError::Invalid { path: path.to_owned(), reason };
-        #[derive(serde::Deserialize)]
-        struct Probe {
-            config: Option<serde::de::IgnoredAny>,
-            model: Option<serde::de::IgnoredAny>,
-        }
-        let probe: Probe = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
-        if probe.config.is_some() {
-            return tekken::load(&text).map_err(invalid);
-        }
-        if probe.model.is_some() {
-            return huggingface::load(&text, path).map_err(invalid);
-        }
-        Err(invalid("it has neither `config` (tekken.json) nor `model` (tokenizer.json)".to_owned()))
+        let (text, format) = read(path)?;
+        let loaded = match format {
+            TokenizerFormat::Tekken => tekken::load(&text),
+            TokenizerFormat::HuggingFace => huggingface::load(&text, path),
+        };
+        loaded.map_err(|reason| TokenizerError::Invalid { path: path.to_owned(), reason })
     }
 
     /// Loads the tokenizer of a model directory: `tekken.json` if there is one, else `tokenizer.json`.
     pub fn from_dir(directory: impl AsRef<Path>) -> Result<Self, TokenizerError> {
-        let directory = directory.as_ref();
-        for name in [TEKKEN_FILE, HUGGING_FACE_FILE] {
-            let path = directory.join(name);
-            match path.try_exists() {
-                Ok(true) => return Self::from_file(path),
-                Ok(false) => {}
-                Err(source) => return Err(TokenizerError::Read { path, source }),
-            }
-        }
-        Err(TokenizerError::Missing(directory.to_owned()))
+        Self::from_file(file_in(directory.as_ref())?)
     }
 
     /// The ids of a text; special-token names in it are plain text.
@@ -142,7 +123,7 @@ impl Tokenizer {
 
     /// The id that ends an answer.
     pub fn eos_id(&self) -> u32 {
-        self.eos_id
+        self.vocabulary.eos_id
     }
 
     /// The bytes of an ordinary id, which need not be whole characters; `None` for special and unknown ids.
@@ -190,6 +171,52 @@ impl Tokenizer {
         }
         pending.finish(&mut text);
         text
+    }
+}
+
+impl Vocabulary {
+    /// The vocabulary of a tokenizer file, or of the one in a model directory, without what encoding text
+    /// takes (most of the time of loading a tokenizer).
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let path = path.as_ref();
+        let path = if path.is_dir() { file_in(path)? } else { path.to_owned() };
+        let (text, format) = read(&path)?;
+        let loaded = match format {
+            TokenizerFormat::Tekken => tekken::parse(&text).map(|tekken| tekken.vocabulary),
+            TokenizerFormat::HuggingFace => huggingface::load(&text, &path).map(|tokenizer| tokenizer.vocabulary),
+        };
+        loaded.map_err(|reason| TokenizerError::Invalid { path, reason })
+    }
+}
+
+/// The tokenizer file of a model directory.
+fn file_in(directory: &Path) -> Result<PathBuf, TokenizerError> {
+    for name in [TEKKEN_FILE, HUGGING_FACE_FILE] {
+        let path = directory.join(name);
+        match path.try_exists() {
+            Ok(true) => return Ok(path),
+            Ok(false) => {}
+            Err(source) => return Err(TokenizerError::Read { path, source }),
+        }
+    }
+    Err(TokenizerError::Missing(directory.to_owned()))
+}
+
+/// The text of a tokenizer file, and which format it is.
+fn read(path: &Path) -> Result<(String, TokenizerFormat), TokenizerError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| TokenizerError::Read { path: path.to_owned(), source })?;
+    let invalid = |reason: String| TokenizerError::Invalid { path: path.to_owned(), reason };
+    #[derive(serde::Deserialize)]
+    struct Probe {
+        config: Option<serde::de::IgnoredAny>,
+        model: Option<serde::de::IgnoredAny>,
+    }
+    let probe: Probe = serde_json::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+    match probe {
+        Probe { config: Some(_), .. } => Ok((text, TokenizerFormat::Tekken)),
+        Probe { model: Some(_), .. } => Ok((text, TokenizerFormat::HuggingFace)),
+        _ => Err(invalid("it has neither `config` (tekken.json) nor `model` (tokenizer.json)".to_owned())),
     }
 }
 

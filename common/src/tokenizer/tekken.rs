@@ -83,8 +83,32 @@ const OLD_SPECIAL_TOKENS: [&str; 20] = [
     "[TOOL_CONTENT]",
 ];
 
+/// What a `tekken.json` says.
+pub(super) struct Tekken {
+    pub(super) vocabulary: Vocabulary,
+    version: String,
+    pattern: String,
+    ranks: Vec<Vec<u8>>,
+    first_id: u32,
+    bos_id: u32,
+    image: Option<ImageGeometry>,
+}
+
 /// Reads the text of a `tekken.json`; the error says what is wrong with it.
 pub(super) fn load(text: &str) -> Result<Tokenizer, String> {
+    let tekken = parse(text)?;
+    Ok(Tokenizer {
+        format: TokenizerFormat::Tekken,
+        version: Some(tekken.version),
+        encoder: Encoder::from_ranks(tekken.ranks, &tekken.pattern, tekken.first_id)?,
+        vocabulary: tekken.vocabulary,
+        bos_id: Some(tekken.bos_id),
+        image: tekken.image,
+    })
+}
+
+/// All of [`load`] but what encoding needs.
+pub(super) fn parse(text: &str) -> Result<Tekken, String> {
     let file: TekkenFile<'_> = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let special_count = file.config.default_num_special_tokens;
     let ordinary_count = file
@@ -100,10 +124,10 @@ pub(super) fn load(text: &str) -> Result<Tokenizer, String> {
     let ranks = ordinary_tokens(&file.vocab[..ordinary_count])?;
 
     let entries = special_names.into_iter().map(Entry::Special).chain(ranks.iter().cloned().map(Entry::Ordinary));
-    let vocabulary = Vocabulary::new(entries)?;
+    let mut vocabulary = Vocabulary::new(entries)?;
     let required = |name: &str| vocabulary.special_id(name).ok_or(format!("there is no special token {name}"));
     let bos_id = required("<s>")?;
-    let eos_id = required("</s>")?;
+    vocabulary.eos_id = required("</s>")?;
     let image = match file.image {
         None => None,
         Some(ImageConfig { image_patch_size: patch, spatial_merge_size: merge, max_image_size: max })
@@ -117,13 +141,13 @@ pub(super) fn load(text: &str) -> Result<Tokenizer, String> {
             spatial_merge_size: config.spatial_merge_size,
         }),
     };
-    Ok(Tokenizer {
-        format: TokenizerFormat::Tekken,
-        version: Some(file.config.version),
-        encoder: Encoder::from_ranks(ranks, &file.config.pattern, first_id)?,
+    Ok(Tekken {
         vocabulary,
-        bos_id: Some(bos_id),
-        eos_id,
+        version: file.config.version,
+        pattern: file.config.pattern,
+        ranks,
+        first_id,
+        bos_id,
         image,
     })
 }

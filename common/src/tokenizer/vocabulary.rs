@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 /// All ids of a tokenizer in one flat buffer.
-pub(super) struct Vocabulary {
+pub struct Vocabulary {
+    pub(super) eos_id: u32,
     bytes: Vec<u8>,
     /// Where the bytes of id `i` begin; one entry more than there are ids.
     starts: Vec<u32>,
@@ -25,7 +26,7 @@ impl Vocabulary {
     /// `entries[i]` is id `i`. Fails when the bytes of all tokens pass 4 GiB.
     pub(super) fn new(entries: impl IntoIterator<Item = Entry>) -> Result<Self, String> {
         let mut vocabulary =
-            Self { bytes: Vec::new(), starts: vec![0], special: Vec::new(), special_ids: HashMap::new() };
+            Self { eos_id: 0, bytes: Vec::new(), starts: vec![0], special: Vec::new(), special_ids: HashMap::new() };
         for entry in entries {
             let id = vocabulary.special.len() as u32;
             vocabulary.special.push(matches!(entry, Entry::Special(_)));
@@ -44,7 +45,9 @@ impl Vocabulary {
         Ok(vocabulary)
     }
 
-    pub(super) fn len(&self) -> usize {
+    /// Number of ids, special ones included; every id is below it.
+    #[allow(clippy::len_without_is_empty)] // a tokenizer without ids can't be loaded
+    pub fn len(&self) -> usize {
         self.special.len()
     }
 
@@ -55,12 +58,19 @@ impl Vocabulary {
         Some((self.bytes.get(range)?, special))
     }
 
-    pub(super) fn ordinary(&self, id: u32) -> Option<&[u8]> {
+    /// The id that ends an answer.
+    pub fn eos_id(&self) -> u32 {
+        self.eos_id
+    }
+
+    /// The bytes of an ordinary id, which need not be whole characters; `None` for special and unknown ids.
+    pub fn ordinary(&self, id: u32) -> Option<&[u8]> {
         let (bytes, special) = self.entry(id)?;
         (!special && !bytes.is_empty()).then_some(bytes)
     }
 
-    pub(super) fn special_name(&self, id: u32) -> Option<&str> {
+    /// The name of a special id; `None` for ordinary and unknown ids.
+    pub fn special_name(&self, id: u32) -> Option<&str> {
         let (bytes, special) = self.entry(id)?;
         if !special {
             return None;
@@ -68,7 +78,8 @@ impl Vocabulary {
         std::str::from_utf8(bytes).ok()
     }
 
-    pub(super) fn special_id(&self, name: &str) -> Option<u32> {
+    /// The id of a special token.
+    pub fn special_id(&self, name: &str) -> Option<u32> {
         self.special_ids.get(name).copied()
     }
 }

@@ -18,6 +18,7 @@ use super::{
     response::{TokenNames, Usage},
 };
 use crate::{
+    access::{Caller, limits::Permit},
     metrics::OpenRequest,
     place::choose::NoGroup,
     relay::{
@@ -40,6 +41,10 @@ pub struct RequestContext {
     pub tenant: u64,
     /// When it came.
     pub arrived: Instant,
+    /// Whose key came with it; `None` where keys are not asked for.
+    pub caller: Option<Caller>,
+    /// Holds what its tenant's limits allow it.
+    pub permit: Option<Permit>,
     /// Counts it.
     pub open: OpenRequest,
 }
@@ -145,6 +150,7 @@ impl Answer {
                 ignore_eos: params.ignore_eos,
             },
             end_ids: params.emit.end_ids.clone(),
+            grammar: params.structure.as_ref().map(|structure| structure.grammar.clone()),
             cache_salt: params.cache_salt.clone().into_bytes().into(),
             deadline,
             traceparent: self.context.traceparent.clone(),
@@ -259,6 +265,9 @@ impl Answer {
                 if !std::mem::replace(&mut self.first_token, true) {
                     self.service.metrics().first_token(self.context.arrived.elapsed().as_secs_f64());
                 }
+                if let Some(permit) = &mut self.context.permit {
+                    permit.completion_tokens += tokens.token_ids.len() as u64;
+                }
                 if self.params.echo_only {
                     return;
                 }
@@ -285,6 +294,9 @@ impl Answer {
         }
         self.running -= 1;
         if self.running == 0 {
+            if let Some(permit) = &mut self.context.permit {
+                permit.finished = true;
+            }
             let usage = self.usage();
             let cached = usage.prompt_tokens_details.cached_tokens;
             self.service.metrics().tokens(usage.prompt_tokens.into(), cached.into(), usage.completion_tokens.into());
@@ -390,7 +402,12 @@ impl Answer {
                     2,
                 ),
                 Failure::TimedOut => ApiError::timed_out(),
-                Failure::Invalid(reason) => ApiError::malformed(reason),
+                Failure::Invalid(reason) => match (&self.params.structure, reason.strip_prefix("grammar: ")) {
+                    (Some(structure), Some(reason)) => {
+                        ApiError::invalid(structure.field, format!("`{}`: {reason}.", structure.field))
+                    }
+                    _ => ApiError::malformed(reason),
+                },
                 Failure::Sequence(reason) => ApiError::internal(reason),
             },
         }

@@ -62,6 +62,26 @@ impl ApiError {
         error
     }
 
+    /// 401 for a request without a key that is known.
+    pub fn unauthorized(message: &str, code: &'static str) -> Self {
+        let mut error = Self::new(StatusCode::UNAUTHORIZED, "authentication_error", message);
+        error.code = Some(code);
+        error
+    }
+
+    /// 403 for what this key may not do.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", message)
+    }
+
+    /// 429 for a tenant that does too much.
+    pub fn rate_limited(message: impl Into<String>, retry_after: u32) -> Self {
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
+        error.code = Some("rate_limit_exceeded");
+        error.retry_after = Some(retry_after);
+        error
+    }
+
     /// 404 for a model that nobody serves.
     pub fn model_not_found(model: &str) -> Self {
         let shown: String = model.chars().take(200).collect();

@@ -20,7 +20,12 @@ use super::{
     prepare::{Prepared, prepare},
     sse,
 };
-use crate::{encode::pool::PoolError, server::RequestId, service::Service};
+use crate::{
+    access::{Caller, limits::Wish},
+    encode::pool::PoolError,
+    server::RequestId,
+    service::Service,
+};
 
 /// Names the groups that serve the request.
 pub const GROUP_HEADER: HeaderName = HeaderName::from_static("x-bora-group");
@@ -56,6 +61,8 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         client: client(&parts.headers),
         traceparent: traceparent(&parts.headers),
         tenant: tenant(&parts.headers),
+        caller: parts.extensions.get::<Option<Caller>>().cloned().flatten(),
+        permit: None,
         arrived,
         open: service.metrics().request(name),
     };
@@ -66,8 +73,8 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
             return error.into_response();
         }
     };
-    let prepared = prepare_in_pool(&service, endpoint, context.client, body).await;
-    let outcome = match prepared {
+    let prepared = prepare_in_pool(&service, endpoint, context.client, context.caller.clone(), body).await;
+    let outcome = match prepared.and_then(|prepared| admit(prepared, &mut context)) {
         Ok(prepared) => answer(service, endpoint, prepared, context).await,
         Err(error) => {
             context.open.answered(error.status.as_u16());
@@ -81,6 +88,7 @@ async fn prepare_in_pool(
     service: &Arc<Service>,
     endpoint: Endpoint,
     client: Client,
+    caller: Option<Caller>,
     body: Bytes,
 ) -> Result<Prepared, ApiError> {
     let work = {
@@ -88,12 +96,28 @@ async fn prepare_in_pool(
         let bytes = body.clone();
         move || {
             let begun = std::time::Instant::now();
-            let prepared = prepare(&service, endpoint, client, &bytes);
+            let prepared = prepare(&service, endpoint, client, caller.as_ref(), &bytes);
             service.metrics().prepared(begun.elapsed().as_secs_f64());
             prepared
         }
     };
     service.pool().run(body.len(), work).await?
+}
+
+/// Asks the tenant's limits, now that the request's tokens are counted.
+fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, ApiError> {
+    if let Some(caller) = &context.caller {
+        let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len() as u64);
+        let sequences = prepared.prompts.len() as u64 * u64::from(prepared.params.n);
+        let wish = Wish {
+            model: &prepared.served_model,
+            prompt_tokens: lengths.clone().sum(),
+            longest_prompt: lengths.max().unwrap_or(0),
+            max_tokens: u64::from(prepared.params.max_tokens.unwrap_or(0)) * sequences,
+        };
+        context.permit = Some(caller.admit(wish, &context.request_id)?);
+    }
+    Ok(prepared)
 }
 
 /// Places the request and answers it, plain or streamed.
@@ -114,6 +138,10 @@ async fn answer(
         return Err(answer.refused(error));
     }
     let explanation = answer.explanation();
+    let mut limits = HeaderMap::new();
+    if let Some(permit) = &answer.context().permit {
+        permit.write_headers(&mut limits);
+    }
     let mut response = if stream {
         let groups = answer.served_by();
         let mut response = match endpoint {
@@ -138,6 +166,7 @@ async fn answer(
         name_groups(&mut response, &answer.served_by());
         response
     };
+    response.headers_mut().extend(limits);
     if let Some(explanation) = explanation.and_then(|text| HeaderValue::from_str(&text).ok()) {
         response.headers_mut().insert(DECISION_HEADER, explanation);
     }

@@ -15,4 +15,5 @@ pub mod request;
 pub mod response;
 pub mod sse;
 pub mod status;
+pub mod structured;
 pub mod tokenize;

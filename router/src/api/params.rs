@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::{
     error::ApiError,
     request::{Body, Integer, LogprobsField, PriorityField},
+    structured::{self, Structure, ToolChoice},
 };
 use crate::{
     fleet::view::ModelGroups, models::ModelSpec, options::RouterOptions, place::admission::Class,
@@ -18,6 +19,8 @@ use crate::{
 /// Longest stop string in bytes; text of this length may be held back.
 const MAX_STOP_BYTES: usize = 1024;
 const MAX_CACHE_SALT_BYTES: usize = 256;
+/// A bias that no logit outweighs.
+const FORBIDDEN: f32 = -1_000.0;
 /// OpenAI's default where a completion names no `max_tokens`.
 const COMPLETION_MAX_TOKENS: u32 = 16;
 
@@ -68,6 +71,8 @@ pub struct Params {
     pub tokens_as_ids: bool,
     /// Separates caches.
     pub cache_salt: String,
+    /// What the answer has to look like.
+    pub structure: Option<Structure>,
     /// How urgent it is.
     pub class: Class,
     /// For the emitter.
@@ -81,41 +86,10 @@ pub struct Client {
     pub mistral: bool,
 }
 
-/// Whether tools are part of the prompt and calls are looked for.
-pub fn offers_tools(body: &Body<'_>) -> Result<bool, ApiError> {
-    // what is in it is the conversation's business
-    let tools = body.tools.is_some_and(|tools| !is_empty_array(tools.get()));
-    let choice = match &body.tool_choice {
-        None => return Ok(tools),
-        Some(Value::String(choice)) => choice.as_str(),
-        Some(Value::Object(_)) => "named",
-        Some(_) => {
-            return Err(ApiError::invalid("tool_choice", "`tool_choice` must be a string or an object."));
-        }
-    };
-    match choice {
-        "auto" => Ok(tools),
-        "none" => Ok(false),
-        "required" | "any" | "named" => Err(ApiError::invalid(
-            "tool_choice",
-            "`tool_choice` that forces a call is not supported yet: use \"auto\" or \"none\".",
-        )),
-        _ => Err(ApiError::invalid(
-            "tool_choice",
-            "`tool_choice` must be \"auto\", \"none\", \"required\" or an object.",
-        )),
-    }
-}
-
-fn is_empty_array(json: &str) -> bool {
-    json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
-}
-
-/// Refuses what would change the answer and is not served yet.
+/// Refuses what would change the answer and is not served.
 pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
     for (name, value) in &body.refused {
         let harmless = match *name {
-            "response_format" => value.get("type").and_then(Value::as_str) == Some("text"),
             "reasoning_effort" => value.as_str() == Some("none"),
             "modalities" => value.as_array().is_some_and(|list| list.iter().all(|one| one == "text")),
             "functions" => value.as_array().is_some_and(Vec::is_empty),
@@ -131,18 +105,7 @@ pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
                 format!("`{name}` is not supported: use `tools` and `tool_choice`.")
             }
             "modalities" | "audio" => format!("`{name}`: only text is generated."),
-            "response_format" => {
-                let known = matches!(
-                    value.get("type").and_then(Value::as_str),
-                    Some("json_object" | "json_schema" | "structural_tag")
-                );
-                if known {
-                    "`response_format` other than {\"type\": \"text\"} is not supported yet.".to_string()
-                } else {
-                    "`response_format.type` must be \"text\", \"json_object\" or \"json_schema\".".to_string()
-                }
-            }
-            _ => format!("`{name}` is not supported yet."),
+            _ => format!("`{name}` is not supported."),
         };
         return Err(ApiError::invalid(*name, message));
     }
@@ -166,7 +129,8 @@ pub fn check(
     options: &RouterOptions,
 ) -> Result<Params, ApiError> {
     refuse_unserved(body)?;
-    let tool_calls = endpoint == Endpoint::Chat && offers_tools(body)?;
+    let choice = if endpoint == Endpoint::Chat { ToolChoice::of(body)? } else { ToolChoice::NoTools };
+    let structure = structured::structure(body, endpoint, &choice, spec)?;
     let stream = body.stream.unwrap_or(false);
     if body.stream_options.is_some() && !stream {
         return Err(ApiError::invalid("stream_options", "`stream_options` is only allowed when `stream` is true."));
@@ -222,7 +186,18 @@ pub fn check(
             format!("`cache_salt` must have 1 to {MAX_CACHE_SALT_BYTES} bytes."),
         ));
     }
-    let (sampling, seed) = sampling(body, model, spec)?;
+    if structure.is_some() && min_tokens > 0 {
+        return Err(ApiError::invalid(
+            "min_tokens",
+            "`min_tokens` can't be kept where the form of the answer is given.",
+        ));
+    }
+    let (mut sampling, seed) = sampling(body, model, spec)?;
+    if choice == ToolChoice::Forbidden
+        && let Some(id) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_id("[TOOL_CALLS]"))
+    {
+        sampling.logit_bias.entry(id).or_insert(FORBIDDEN);
+    }
     let ignore_eos = body.ignore_eos.unwrap_or(false);
     let mut end_ids = stop_token_ids.clone();
     if !ignore_eos {
@@ -233,7 +208,7 @@ pub fn check(
     let emit = EmitOptions {
         tokenizer: spec.tokenizer.clone(),
         skip_special: body.skip_special_tokens.unwrap_or(true),
-        tool_calls,
+        tool_calls: matches!(choice, ToolChoice::Auto | ToolChoice::Forced(..)),
         streamed: stream,
         whole_calls: client.mistral,
         only_one_call: body.parallel_tool_calls == Some(false),
@@ -263,6 +238,7 @@ pub fn check(
         return_token_ids,
         tokens_as_ids: body.return_tokens_as_token_ids.unwrap_or(false),
         cache_salt,
+        structure,
         class: class(body)?,
         emit: Arc::new(emit),
     })

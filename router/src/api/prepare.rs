@@ -11,9 +11,11 @@ use super::{
     request::{Body, Prompt},
 };
 use crate::{
+    access::{Caller, limits::TenantClass},
     encode::{self, EncodeError, EncodedPrompt, cache::Written},
     fleet::view::ModelGroups,
     models::ModelSpec,
+    place::admission::Class,
     service::Service,
 };
 
@@ -65,13 +67,31 @@ pub fn resolve(service: &Service, name: Option<&str>) -> Result<(String, Arc<Mod
 }
 
 /// Reads, checks, encodes and hashes a generation request.
-pub fn prepare(service: &Service, endpoint: Endpoint, client: Client, bytes: &Bytes) -> Result<Prepared, ApiError> {
-    let body = Body::parse(bytes)?;
+pub fn prepare(
+    service: &Service,
+    endpoint: Endpoint,
+    client: Client,
+    caller: Option<&Caller>,
+    bytes: &Bytes,
+) -> Result<Prepared, ApiError> {
+    let mut body = Body::parse(bytes)?;
     if body.unknown > 0 {
         service.metrics().unknown_fields(body.unknown);
     }
     let (name, model, spec) = resolve(service, body.model.as_deref())?;
-    let params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
+    let mut params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
+    if let Some(caller) = caller {
+        let limits = &caller.tenant.limits;
+        if limits.class == TenantClass::Batch {
+            params.class = Class::Batch;
+        }
+        if let Some(salt) = &limits.cache_salt {
+            // whatever the request adds, it stays within the tenant's own cache
+            let both = xxhash_rust::xxh3::xxh3_128(format!("{salt}\0{}", params.cache_salt).as_bytes());
+            params.cache_salt = format!("{both:032x}");
+            body.cache_salt = Some(params.cache_salt.clone());
+        }
+    }
     let prompts = match endpoint {
         Endpoint::Chat => {
             let encoded = chat_prompt(service, &body, &model.name, &spec, model.images)?;

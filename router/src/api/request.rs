@@ -62,27 +62,20 @@ pub struct Body<'de> {
     pub add_special_tokens: Option<bool>,
     pub cache_salt: Option<String>,
     pub priority: Option<PriorityField>,
-    /// Fields that would change the answer and are not served yet, in the order they came.
+    /// Fields that ask for a form of the answer, in the order they came.
+    pub structured: Vec<(&'static str, Value)>,
+    /// Fields that would change the answer and are not served, in the order they came.
     pub refused: Vec<(&'static str, Value)>,
     /// Fields that were ignored because nobody knows them.
     pub unknown: u32,
 }
 
+/// Fields that say what an answer has to look like.
+const STRUCTURED: [&str; 6] =
+    ["response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"];
+
 /// Fields that ask for something which silence would not do justice to.
-const REFUSED: [&str; 12] = [
-    "response_format",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-    "structural_tag",
-    "reasoning_effort",
-    "functions",
-    "function_call",
-    "modalities",
-    "audio",
-];
+const REFUSED: [&str; 6] = ["structural_tag", "reasoning_effort", "functions", "function_call", "modalities", "audio"];
 
 /// Fields that are known and mean nothing here.
 const WITHOUT_MEANING: [&str; 13] = [
@@ -202,6 +195,10 @@ impl<'de> Visitor<'de> for BodySeed<'_> {
                     if let Some(name) = REFUSED.iter().find(|name| **name == other) {
                         if let Some(value) = field::<Value, A>(&mut map, at, name)? {
                             body.refused.push((name, value));
+                        }
+                    } else if let Some(name) = STRUCTURED.iter().find(|name| **name == other) {
+                        if let Some(value) = field::<Value, A>(&mut map, at, name)? {
+                            body.structured.push((name, value));
                         }
                     } else {
                         at.set("");

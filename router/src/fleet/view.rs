@@ -9,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU8, Ordering},
     },
+    time::Instant,
 };
 
 use bora_common::cost::{CostModel, GroupLoad};
@@ -41,12 +42,13 @@ pub struct Group {
 
 impl Group {
     /// What it is busy with, for [`CostModel::first_token_seconds`].
-    pub fn load(&self) -> GroupLoad {
+    pub fn load(&self, now: Instant) -> GroupLoad {
         let busy = self.link.ledger.busy();
         GroupLoad {
             queued_tokens: busy.queued_tokens,
             sequences: busy.sequences,
             max_sequences: self.record.max_sequences,
+            utilization: self.link.ledger.utilization(now),
         }
     }
 
@@ -296,11 +298,31 @@ impl Fleet {
     }
 
     fn connect(self: &Arc<Self>, record: &GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
-        let link = Arc::new(Link {
+        let link = self.link(record)?;
+        let watching = watch::follow(Arc::downgrade(self), Arc::downgrade(&link));
+        *link.watcher.lock() = Some(tokio::spawn(watching).abort_handle());
+        Ok(link)
+    }
+
+    /// Adds a group that this router does not watch: whoever calls tells what it holds and how busy it is. For
+    /// simulations, where groups are no processes.
+    pub fn put_unwatched(&self, record: GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
+        let link = self.link(&record)?;
+        let mut view = self.view.write();
+        let mut groups = view.groups.clone();
+        let group = Group { cost: CostModel::new(&record.speed), record, link: Arc::clone(&link) };
+        groups.insert(link.group.clone(), Arc::new(group));
+        *view = Arc::new(View::new(groups));
+        Ok(link)
+    }
+
+    fn link(&self, record: &GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
+        let channels = Channels::new(&record.endpoint, &self.options)?;
+        Ok(Arc::new(Link {
             group: record.group.clone(),
             epoch: record.epoch,
             slot: self.index.assign(),
-            channels: Channels::new(&record.endpoint, &self.options)?,
+            channels,
             ledger: Ledger::default(),
             breaker: Breaker::default(),
             room: Arc::clone(&self.room),
@@ -309,10 +331,7 @@ impl Fleet {
             announced: AtomicBool::new(true),
             watched: AtomicBool::new(false),
             watcher: Mutex::new(None),
-        });
-        let watching = watch::follow(Arc::downgrade(self), Arc::downgrade(&link));
-        *link.watcher.lock() = Some(tokio::spawn(watching).abort_handle());
-        Ok(link)
+        }))
     }
 
     /// The registry forgot a group. It stays while its event stream lives.

@@ -40,7 +40,16 @@ pub enum Class {
 }
 
 impl Class {
-    const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+    /// Every class, the most urgent first.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+
+    /// Its name on labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Interactive => "interactive",
+            Class::Batch => "batch",
+        }
+    }
 
     /// Of how many sequences a group may have before a request of this class waits.
     pub fn limit(self, max_sequences: u32) -> u32 {
@@ -90,6 +99,15 @@ pub struct Ask {
     pub until: Instant,
     /// Whether the reasons of its placement are wanted.
     pub explain: bool,
+}
+
+/// What waits for the groups of one model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Line {
+    /// Requests of each [`Class`].
+    pub requests: [usize; 2],
+    /// Tokens of their prompts.
+    pub tokens: u64,
 }
 
 struct Waiter {
@@ -152,6 +170,20 @@ impl Admission {
         // room may have come between the caller's look and this
         self.room.changed.notify_one();
         Ok(placed)
+    }
+
+    /// What waits, by model: groups know nothing of it yet. Nothing where nobody waits.
+    pub fn lines(&self) -> HashMap<String, Line> {
+        let mut lines: HashMap<String, Line> = HashMap::new();
+        if self.room.waiting() > 0 {
+            let state = self.state.lock();
+            for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
+                let line = lines.entry(waiter.ask.model.clone()).or_default();
+                line.requests[waiter.ask.class as usize] += 1;
+                line.tokens += waiter.ask.tokens as u64;
+            }
+        }
+        lines
     }
 
     /// Places what waits, for as long as the fleet is there.
@@ -244,7 +276,13 @@ impl State {
 fn try_to_place(ask: &Ask, fleet: &Fleet) -> Result<Placement, NoGroup> {
     let view = fleet.view();
     let model = view.model(&ask.model).ok_or(NoGroup::NoneReady)?;
-    let wanted =
-        Wanted { hashes: &ask.hashes, tokens: ask.tokens, avoid: &[], class: Some(ask.class), explain: ask.explain };
+    let wanted = Wanted {
+        hashes: &ask.hashes,
+        tokens: ask.tokens,
+        avoid: &[],
+        class: Some(ask.class),
+        explain: ask.explain,
+        now: Instant::now().into_std(),
+    };
     place(fleet, model, &wanted)
 }

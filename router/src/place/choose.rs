@@ -4,7 +4,7 @@
 //! No thresholds: a group that holds the prefix but is busy loses exactly when waiting there takes longer
 //! than computing anew.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{fmt::Write as _, sync::Arc, time::Instant};
 
 use bora_common::blocks::{BLOCK_TOKENS, BlockHash};
 
@@ -46,6 +46,8 @@ pub struct Wanted<'a> {
     pub class: Option<Class>,
     /// Whether to write down the reasons.
     pub explain: bool,
+    /// The time (simulations have their own).
+    pub now: Instant,
 }
 
 /// A choice, already booked.
@@ -87,7 +89,7 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
         .zip(&matched)
         .map(|(group, blocks)| {
             let held = *blocks as usize * BLOCK_TOKENS;
-            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, group.load())
+            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, group.load(wanted.now))
         })
         .collect();
     let chosen = pick(&scores);
@@ -99,11 +101,14 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
     let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
     let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen));
+    let seconds = group.cost.prefill_seconds((wanted.tokens - computed.min(wanted.tokens)) as u64, computed as u64);
     let booking = Booking::new(
         Arc::clone(&group.link),
         Arc::clone(&fleet.index),
         computed as u64,
+        seconds,
         wanted.hashes[held_blocks..].to_vec(),
+        wanted.now,
     );
     group.link.breaker.chosen();
     Ok(Placement { group, booking, explanation })
@@ -127,8 +132,13 @@ fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: 
         let busy = group.link.ledger.busy();
         let _ = write!(
             text,
-            "; {}: {:.6}s held_blocks={} queued_tokens={} sequences={}",
-            group.record.group, score, blocks, busy.queued_tokens, busy.sequences
+            "; {}: {:.6}s held_blocks={} queued_tokens={} sequences={} utilization={:.2}",
+            group.record.group,
+            score,
+            blocks,
+            busy.queued_tokens,
+            busy.sequences,
+            group.link.ledger.utilization(Instant::now())
         );
     }
     text

@@ -18,6 +18,9 @@ use crate::fleet::view::Link;
 /// Blocks that a group stored are told well within this time after the first token; what is not was never kept.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(2);
 
+/// What was booked this long ago counts a third in the utilization.
+const RECENT: Duration = Duration::from_secs(60);
+
 /// How busy a group is, by its own report and by what was sent to it since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Busy {
@@ -37,6 +40,16 @@ struct Entry {
     /// Of `booked_*`, what was booked after the last report.
     fresh_tokens: u64,
     fresh_sequences: u32,
+    /// Seconds of prefills booked, those of the past fading.
+    recent_seconds: f64,
+    recent_at: Option<Instant>,
+}
+
+impl Entry {
+    fn recent_seconds(&self, now: Instant) -> f64 {
+        let age = self.recent_at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.recent_seconds * (-age.as_secs_f64() / RECENT.as_secs_f64()).exp()
+    }
 }
 
 /// What is booked on one group.
@@ -71,8 +84,15 @@ impl Ledger {
         }
     }
 
-    fn book(&self, tokens: u64) -> u64 {
+    /// Share of the last minute that prefills were booked for, by this router.
+    pub fn utilization(&self, now: Instant) -> f64 {
+        self.entry.lock().recent_seconds(now) / RECENT.as_secs_f64()
+    }
+
+    fn book(&self, tokens: u64, seconds: f64, now: Instant) -> u64 {
         let mut entry = self.entry.lock();
+        entry.recent_seconds = entry.recent_seconds(now) + seconds;
+        entry.recent_at = Some(now);
         entry.booked_tokens += tokens;
         entry.fresh_tokens += tokens;
         entry.booked_sequences += 1;
@@ -109,9 +129,17 @@ pub struct Booking {
 }
 
 impl Booking {
-    /// Books `queued_tokens` (those that the group has to compute) and the blocks that it will then hold.
-    pub fn new(link: Arc<Link>, index: Arc<Index>, queued_tokens: u64, expected: Vec<BlockHash>) -> Self {
-        let report_number = link.ledger.book(queued_tokens);
+    /// Books `queued_tokens` (those that the group has to compute, in `seconds`) and the blocks that it will
+    /// then hold.
+    pub fn new(
+        link: Arc<Link>,
+        index: Arc<Index>,
+        queued_tokens: u64,
+        seconds: f64,
+        expected: Vec<BlockHash>,
+        now: Instant,
+    ) -> Self {
+        let report_number = link.ledger.book(queued_tokens, seconds, now);
         index.expect(link.slot, &expected);
         Self { link, index, queued_tokens, report_number, expected, prefilled_at: None }
     }
@@ -156,12 +184,12 @@ mod tests {
     #[test]
     fn what_was_booked_counts_at_once_and_is_not_counted_twice_after_a_report() {
         let ledger = Ledger::default();
-        let number = ledger.book(1000);
+        let number = ledger.book(1000, 0.0, Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
         // the report includes the booking
         ledger.report(Load { running: 3, queued_prefill_tokens: 1500, ..Load::default() });
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
-        let later = ledger.book(200);
+        let later = ledger.book(200, 0.0, Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1700, sequences: 4 });
         ledger.give_back_tokens(200, later);
         ledger.give_back_sequence(later);
@@ -173,9 +201,20 @@ mod tests {
     }
 
     #[test]
+    fn utilization_fades() {
+        let ledger = Ledger::default();
+        let now = Instant::now();
+        assert_eq!(ledger.utilization(now), 0.0);
+        ledger.book(1, 30.0, now);
+        assert!((ledger.utilization(now) - 0.5).abs() < 1e-9);
+        let later = ledger.utilization(now + RECENT);
+        assert!((later - 0.5 / std::f64::consts::E).abs() < 1e-9, "{later}");
+    }
+
+    #[test]
     fn an_old_report_never_hides_what_this_router_sent() {
         let ledger = Ledger::default();
-        let _ = ledger.book(1000);
+        let _ = ledger.book(1000, 0.0, Instant::now());
         ledger.report(Load::default());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
     }

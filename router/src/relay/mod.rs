@@ -3,6 +3,7 @@
 //! ([`emit`]).
 
 pub mod budget;
+mod codec;
 pub mod emit;
 pub mod resume;
 pub mod stop;

@@ -16,8 +16,8 @@ use std::{
 
 use bora_common::blocks::BlockHash;
 use bora_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, Image, Logprobs, Priority, PromptLogprobs, Sampling,
-    Stopping, Tokens, generate_event::Event as Sent,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Grammar, Image, Logprobs, Priority, PromptLogprobs,
+    Sampling, Stopping, Tokens, generate_event::Event as Sent,
 };
 use bytes::Bytes;
 use futures::Stream as _;
@@ -72,6 +72,8 @@ pub struct Task {
     pub stopping: Stopping,
     /// Ids that end it: end of sequence (unless ignored) and `stop_token_ids`.
     pub end_ids: Vec<u32>,
+    /// What the generated text must match.
+    pub grammar: Option<Grammar>,
     /// Separates the caches of tenants.
     pub cache_salt: Bytes,
     /// When it is given up.
@@ -502,6 +504,7 @@ impl Sequence {
             avoid: &avoid,
             class,
             explain: self.explains(),
+            now: Instant::now().into_std(),
         };
         place(&self.relay.fleet, model, &wanted)
     }
@@ -519,7 +522,7 @@ impl Sequence {
         }
         let time_left = self.task.deadline.saturating_duration_since(Instant::now());
         let opening =
-            stream::open(group.link.channels.client(), self.message(), time_left, self.task.traceparent.clone());
+            stream::open(group.link.channels.channel(), self.message(), time_left, self.task.traceparent.clone());
         self.phase = Phase::Opening { booking, opening: Box::pin(opening) };
     }
 
@@ -546,6 +549,7 @@ impl Sequence {
                 Class::Interactive => Priority::Interactive as i32,
                 Class::Batch => Priority::Batch as i32,
             },
+            grammar: self.task.grammar.clone(),
         }
     }
 }

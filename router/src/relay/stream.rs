@@ -7,12 +7,14 @@ use std::{
     time::Duration,
 };
 
+use axum::http::uri::PathAndQuery;
 use bora_proto::v1::{GenerateEvent, GenerateRequest, inference_client::InferenceClient};
 use tonic::{
     Code, Status, Streaming,
     transport::{Channel, Endpoint},
 };
 
+use super::codec::GenerateCodec;
 use crate::options::RouterOptions;
 
 /// A reply with logprobs of a whole prompt is large; token ids alone never come near.
@@ -22,7 +24,7 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// Connections to one group's leader, made when first used and made again when they break.
 pub struct Channels {
-    clients: Vec<InferenceClient<Channel>>,
+    channels: Vec<Channel>,
     next: AtomicUsize,
 }
 
@@ -37,16 +39,19 @@ impl Channels {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
-        let clients = (0..options.connections_per_group)
-            .map(|_| InferenceClient::new(endpoint.connect_lazy()).max_decoding_message_size(MAX_EVENT_BYTES))
-            .collect();
-        Ok(Self { clients, next: AtomicUsize::new(0) })
+        let channels = (0..options.connections_per_group).map(|_| endpoint.connect_lazy()).collect();
+        Ok(Self { channels, next: AtomicUsize::new(0) })
     }
 
-    /// A client on one of the connections, in turn.
-    pub fn client(&self) -> InferenceClient<Channel> {
+    /// One of the connections, in turn.
+    pub fn channel(&self) -> Channel {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        self.clients[turn % self.clients.len()].clone()
+        self.channels[turn % self.channels.len()].clone()
+    }
+
+    /// A client on one of them.
+    pub fn client(&self) -> InferenceClient<Channel> {
+        InferenceClient::new(self.channel()).max_decoding_message_size(MAX_EVENT_BYTES)
     }
 }
 
@@ -93,7 +98,7 @@ impl From<&Status> for Failure {
 
 /// Starts a sequence. The group's deadline is what is left of the request's.
 pub async fn open(
-    mut client: InferenceClient<Channel>,
+    channel: Channel,
     message: GenerateRequest,
     time_left: Duration,
     traceparent: Option<tonic::metadata::AsciiMetadataValue>,
@@ -103,7 +108,10 @@ pub async fn open(
     if let Some(traceparent) = traceparent {
         request.metadata_mut().insert("traceparent", traceparent);
     }
-    Ok(client.generate(request).await?.into_inner())
+    let mut client = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_EVENT_BYTES);
+    client.ready().await.map_err(|error| Status::unknown(format!("the connection is not ready: {error}")))?;
+    let path = PathAndQuery::from_static("/bora.v1.Inference/Generate");
+    Ok(client.server_streaming(request, path, GenerateCodec).await?.into_inner())
 }
 
 #[cfg(test)]

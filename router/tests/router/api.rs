@@ -518,4 +518,6 @@ async fn health_readiness_and_metrics() {
     let metrics = empty.get("/metrics").await.text;
     assert!(metrics.contains("bora_router_unserved_requests_total{model=\"devstral-test\"} 1"), "{metrics}");
     assert!(!metrics.contains("bora_router_group_ready{"), "{metrics}");
+    let line = "bora_router_waiting_sequences{model=\"devstral-test\",class=\"batch\"} 0";
+    assert!(metrics.contains(line), "{metrics}");
 }

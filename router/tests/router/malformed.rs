@@ -87,10 +87,10 @@ fn rows() -> Vec<Row> {
         (CHAT, chat("tool_choice", json!(1)), 400, "tool_choice"),
         (CHAT, chat("parallel_tool_calls", json!("no")), 400, "parallel_tool_calls"),
         // not served
-        (CHAT, chat("response_format", json!({"type": "json_object"})), 400, "response_format"),
+        (CHAT, chat("response_format", json!({"type": "json_schema"})), 400, "response_format"),
         (CHAT, chat("response_format", json!({"type": "xml"})), 400, "response_format"),
-        (CHAT, chat("guided_json", json!({})), 400, "guided_json"),
-        (CHAT, chat("structured_outputs", json!({"regex": "a"})), 400, "structured_outputs"),
+        (CHAT, chat("guided_json", json!(7)), 400, "guided_json"),
+        (CHAT, chat("structured_outputs", json!({"regex": "a", "json": {}})), 400, "structured_outputs"),
         (CHAT, chat("reasoning_effort", json!("high")), 400, "reasoning_effort"),
         (CHAT, chat("functions", json!([{"name": "f"}])), 400, "functions"),
         (CHAT, chat("modalities", json!(["text", "audio"])), 400, "modalities"),

@@ -16,6 +16,7 @@
 use bora_common::model::ModelConfig;
 
 use crate::engine::step::{BlockId, Drawn, SequenceFault, Slot};
+use crate::grammar::Mask;
 use crate::parallel::Collective;
 use crate::weights::ShardPlan;
 
@@ -229,6 +230,8 @@ pub enum SampleRequest {
         slot: Slot,
         /// The position that the drawn id will have (counts the random stream).
         position: u32,
+        /// The ids that may be drawn; `None` = all.
+        mask: Option<Mask>,
     },
     /// Report the logprob of a known id (a prompt position).
     Score {

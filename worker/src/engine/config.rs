@@ -1,11 +1,14 @@
 //! What an engine is told at its start.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::config::seconds;
 use bora_common::registry::{GroupRecord, Speed};
 use serde::Deserialize;
+
+use crate::grammar::Grammars;
 
 /// What an operator may tune.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -48,7 +51,7 @@ impl EngineOptions {
 }
 
 /// Everything the engine has to know of its group.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// What an operator may tune.
     pub options: EngineOptions,
@@ -68,6 +71,8 @@ pub struct EngineConfig {
     pub speed: Speed,
     /// Steps that the runner ran before: the first one of the engine follows them.
     pub steps_run: u64,
+    /// What compiles grammars; `None` refuses them.
+    pub grammars: Option<Arc<Grammars>>,
 }
 
 /// The engine can't start like this.
@@ -88,6 +93,7 @@ impl EngineConfig {
             images: record.images,
             speed: record.speed,
             steps_run: 0,
+            grammars: None,
         }
     }
 

@@ -5,6 +5,7 @@ use bora_proto::v1;
 
 use super::config::EngineConfig;
 use super::error::EngineError;
+use crate::grammar::{GrammarError, GrammarSource};
 use crate::sample::SamplingParams;
 
 /// Bytes of a request id.
@@ -97,6 +98,10 @@ impl Request {
         if sampling.min_tokens > 0 {
             sampling.end_ids.clone_from(&end_ids);
         }
+        sampling.grammar = request.grammar.map(|grammar| check_grammar(grammar, config)).transpose()?;
+        if sampling.grammar.is_some() && sampling.min_tokens > 0 {
+            return Err(EngineError::invalid("stopping.min_tokens", "can't be kept where a grammar ends the text"));
+        }
         Ok(Self {
             request_id: request.request_id,
             prompt_len,
@@ -111,6 +116,17 @@ impl Request {
             class,
         })
     }
+}
+
+/// A grammar that was compiled before, by whoever handed in the request: here it is found.
+fn check_grammar(grammar: v1::Grammar, config: &EngineConfig) -> Result<GrammarSource, EngineError> {
+    let invalid = |GrammarError(reason): GrammarError| EngineError::invalid("grammar", reason);
+    let Some(grammars) = &config.grammars else {
+        return Err(EngineError::invalid("grammar", "this group has no tokenizer, which grammars need"));
+    };
+    let source = GrammarSource::try_from(grammar).map_err(invalid)?;
+    grammars.prepare(&source).map_err(invalid)?;
+    Ok(source)
 }
 
 fn at_most(field: &'static str, what: &str, count: usize, limit: usize) -> Result<(), EngineError> {

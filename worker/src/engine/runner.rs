@@ -1,15 +1,25 @@
 //! Runs steps on one rank: keeps each slot's block table, checks the step, makes the batch, and hands it to
 //! the backend.
 //!
+//! Where a sequence has a grammar, its mask for the next draw depends on the id drawn last. The forward pass of a step is
+//! therefore submitted first, and while the device computes it, the ids of the step before are waited for, the
+//! grammars move on and masks are made; then the drawing is submitted.
+//!
 //! A step that does not fit what this rank knows is a bug of whoever made it, and ends the group with
 //! [`RunError::Invalid`]; it never reaches the backend.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use bora_common::blocks::BLOCK_TOKENS;
+use rayon::iter::{IntoParallelRefMutIterator as _, ParallelIterator as _};
 
-use super::step::{BlockId, PromptOutput, RunError, Sampled, Slot, Step, StepOutput, StepRunner, Tokens, Work};
-use crate::backend::{Backend, BackendError, Batch, BatchSequence, Limits, SampleRequest};
+use super::step::{
+    Admission, BlockId, PromptOutput, RunError, Sampled, SequenceFault, Slot, Step, StepOutput, StepRunner, Tokens,
+    Work,
+};
+use crate::backend::{Backend, BackendError, Batch, BatchSequence, Limits, SampleRequest, SampleResults};
+use crate::grammar::{GrammarError, GrammarState, Grammars, Mask};
 use crate::model::Ministral3;
 use crate::parallel::CollectiveError;
 
@@ -20,8 +30,12 @@ pub struct ModelRunner<B: Backend> {
     rank: u32,
     bounds: Bounds,
     slots: Vec<Option<Sequence>>,
+    grammars: Option<Arc<Grammars>>,
+    admitted: u64,
     last_step: u64,
     pending: VecDeque<Pending>,
+    /// Of the oldest pending steps that ran: collected from the backend before anybody asked.
+    collected: VecDeque<SampleResults>,
 }
 
 /// What steps are checked against.
@@ -37,10 +51,13 @@ pub struct Bounds {
 
 #[derive(Default)]
 struct Sequence {
+    /// Unique: a slot is reused, a number is not.
+    number: u64,
     blocks: Vec<BlockId>,
     /// Positions in the KV cache; unknown until the first work, which may begin behind cached blocks.
     computed: Option<u32>,
     has_sampled: bool,
+    grammar: Option<Result<GrammarState, GrammarError>>,
 }
 
 /// A submitted step whose results are awaited.
@@ -50,13 +67,34 @@ struct Pending {
     ran: bool,
     /// Slot, first position and number of entries of each prompt's logprobs.
     prompts: Vec<(Slot, u32, usize)>,
+    /// Number of the sequence of each draw, in order.
+    draws: Vec<u64>,
+    /// Sequences whose grammar can't go on.
+    faults: Vec<(Slot, SequenceFault)>,
 }
 
 impl<B: Backend> ModelRunner<B> {
     /// A rank whose weights are loaded and whose cache is allocated.
     pub fn new(backend: B, model: Ministral3<B>, rank: u32, bounds: Bounds) -> Self {
         let slots = (0..bounds.limits.sequences).map(|_| None).collect();
-        Self { backend, model, rank, bounds, slots, last_step: 0, pending: VecDeque::new() }
+        Self {
+            backend,
+            model,
+            rank,
+            bounds,
+            slots,
+            grammars: None,
+            admitted: 0,
+            last_step: 0,
+            pending: VecDeque::new(),
+            collected: VecDeque::new(),
+        }
+    }
+
+    /// With what compiles grammars; without it, a sequence that has one fails at its first draw.
+    pub fn with_grammars(mut self, grammars: Option<Arc<Grammars>>) -> Self {
+        self.grammars = grammars;
+        self
     }
 
     /// Checks a step against the tables and changes them; returns what the backend shall do.
@@ -76,7 +114,11 @@ impl<B: Backend> ModelRunner<B> {
             match self.slots.get_mut(admission.slot as usize) {
                 None => return Err(format!("it admits slot {}, there are {slots}", admission.slot)),
                 Some(Some(_)) => return Err(format!("it admits slot {}, which is in use", admission.slot)),
-                Some(free) => *free = Some(Sequence::default()),
+                Some(free @ None) => {
+                    self.admitted += 1;
+                    let grammar = begin_grammar(self.grammars.as_deref(), admission);
+                    *free = Some(Sequence { number: self.admitted, grammar, ..Sequence::default() });
+                }
             }
         }
         let mut batch = Batch::default();
@@ -98,7 +140,13 @@ impl<B: Backend> ModelRunner<B> {
                 limits.logit_rows
             ));
         }
-        Ok((batch, requests, Pending { id: step.id, ran: !step.work.is_empty(), prompts }))
+        let draws = requests.iter().filter_map(|request| match request {
+            SampleRequest::Next { slot, .. } => self.slots[*slot as usize].as_ref().map(|sequence| sequence.number),
+            SampleRequest::Score { .. } => None,
+        });
+        let pending =
+            Pending { id: step.id, ran: !step.work.is_empty(), prompts, draws: draws.collect(), faults: Vec::new() };
+        Ok((batch, requests, pending))
     }
 
     /// Checks a piece of work and changes its sequence's table.
@@ -187,20 +235,81 @@ impl<B: Backend> ModelRunner<B> {
                 batch.logit_rows.push(last);
             }
             let row = batch.logit_rows.len() as u32 - 1;
-            requests.push(SampleRequest::Next { row, slot: work.slot, position: context });
+            requests.push(SampleRequest::Next { row, slot: work.slot, position: context, mask: None });
         }
     }
 
-    fn run(&mut self, step: &Step, batch: &Batch, requests: &[SampleRequest]) -> Result<(), BackendError> {
+    /// Returns the sequences whose grammar failed.
+    fn run(
+        &mut self,
+        step: &Step,
+        batch: &Batch,
+        requests: &mut [SampleRequest],
+    ) -> Result<Vec<(Slot, SequenceFault)>, BackendError> {
         for admission in &step.admit {
             self.backend.admit(admission)?;
         }
         if batch.sequences.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let model = &self.model;
         let logits = self.backend.execute(batch, |backend| model.forward(backend))?;
-        self.backend.sample(logits, requests)
+        let faults = self.mask(requests)?;
+        self.backend.sample(logits, requests)?;
+        Ok(faults)
+    }
+
+    /// Gives the draws of sequences with a grammar their masks.
+    fn mask(&mut self, requests: &mut [SampleRequest]) -> Result<Vec<(Slot, SequenceFault)>, BackendError> {
+        let constrained = |request: &SampleRequest| match request {
+            SampleRequest::Next { slot, .. } => {
+                self.slots[*slot as usize].as_ref().is_some_and(|sequence| sequence.grammar.is_some())
+            }
+            SampleRequest::Score { .. } => false,
+        };
+        if !requests.iter().any(constrained) {
+            return Ok(Vec::new());
+        }
+        while self.collected.len() < self.pending.iter().filter(|pending| pending.ran).count() {
+            self.collect_early()?;
+        }
+        let mut making: Vec<Masking<'_>> = Vec::new();
+        for request in requests {
+            let SampleRequest::Next { slot, position, mask, .. } = request else { continue };
+            let grammar = self.slots[*slot as usize].as_mut().and_then(|sequence| sequence.grammar.take());
+            if let Some(grammar) = grammar {
+                making.push(Masking { slot: *slot, position: *position, grammar, mask });
+            }
+        }
+        making.par_iter_mut().for_each(Masking::make);
+        let mut faults = Vec::new();
+        for Masking { slot, position, grammar, .. } in making {
+            if let Err(GrammarError(reason)) = &grammar {
+                faults.push((slot, SequenceFault::Grammar { position, reason: reason.clone() }));
+            }
+            if let Some(sequence) = &mut self.slots[slot as usize] {
+                sequence.grammar = Some(grammar);
+            }
+        }
+        Ok(faults)
+    }
+
+    /// Waits for the draws of the oldest step that were not collected, and moves the grammars on.
+    fn collect_early(&mut self) -> Result<(), BackendError> {
+        let results = self.backend.collect()?;
+        let pending = self.pending.iter().filter(|pending| pending.ran).nth(self.collected.len());
+        for ((slot, drawn), number) in results.drawn.iter().zip(pending.iter().flat_map(|pending| &pending.draws)) {
+            // not the sequence that has the slot by now
+            let sequence = self.slots[*slot as usize].as_mut().filter(|sequence| sequence.number == *number);
+            let Some(grammar) = sequence.and_then(|sequence| sequence.grammar.as_mut()) else { continue };
+            if let (Ok(state), Ok(drawn)) = (&mut *grammar, drawn)
+                && let Err(error) = state.accept(drawn.token_id)
+            {
+                *grammar = Err(error);
+            }
+        }
+        self.collected.push_back(results);
+        Ok(())
     }
 
     fn failed(&self, step: u64, error: BackendError) -> RunError {
@@ -224,25 +333,34 @@ impl<B: Backend> StepRunner for ModelRunner<B> {
     }
 
     fn submit(&mut self, step: Step) -> Result<(), RunError> {
-        let (batch, requests, pending) =
+        let (batch, mut requests, mut pending) =
             self.prepare(&step).map_err(|reason| RunError::Invalid { step: step.id, reason })?;
-        self.run(&step, &batch, &requests).map_err(|error| self.failed(step.id, error))?;
+        pending.faults = self.run(&step, &batch, &mut requests).map_err(|error| self.failed(step.id, error))?;
         self.pending.push_back(pending);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, RunError> {
-        let Some(pending) = self.pending.pop_front() else {
+        let Some(oldest) = self.pending.front() else {
             let reason = "no step was submitted".to_owned();
             return Err(RunError::Invalid { step: self.last_step, reason });
         };
-        let mut output = StepOutput { id: pending.id, ..StepOutput::default() };
-        if !pending.ran {
-            return Ok(output);
+        let (id, ran) = (oldest.id, oldest.ran);
+        if ran && self.collected.is_empty() {
+            self.collect_early().map_err(|error| self.failed(id, error))?;
         }
-        let results = self.backend.collect().map_err(|error| self.failed(pending.id, error))?;
+        let mut output = StepOutput { id, ..StepOutput::default() };
+        let (Some(pending), true) = (self.pending.pop_front(), ran) else { return Ok(output) };
+        let results = self.collected.pop_front().unwrap_or_default();
         output.seconds = results.seconds;
-        output.sampled = results.drawn.into_iter().map(|(slot, result)| Sampled { slot, result }).collect();
+        output.sampled = results
+            .drawn
+            .into_iter()
+            .map(|(slot, result)| match pending.faults.iter().find(|(faulty, _)| *faulty == slot) {
+                Some((_, fault)) => Sampled { slot, result: Err(fault.clone()) },
+                None => Sampled { slot, result },
+            })
+            .collect();
         let mut scored = results.scored.into_iter();
         for (slot, start, count) in pending.prompts {
             let positions = scored.by_ref().take(count).collect();
@@ -250,4 +368,30 @@ impl<B: Backend> StepRunner for ModelRunner<B> {
         }
         Ok(output)
     }
+}
+
+/// A mask that is being made.
+struct Masking<'a> {
+    slot: Slot,
+    position: u32,
+    grammar: Result<GrammarState, GrammarError>,
+    mask: &'a mut Option<Mask>,
+}
+
+impl Masking<'_> {
+    fn make(&mut self) {
+        let Ok(state) = &mut self.grammar else { return };
+        match state.mask() {
+            Ok(mask) => *self.mask = Some(mask),
+            Err(error) => self.grammar = Err(error),
+        }
+    }
+}
+
+fn begin_grammar(grammars: Option<&Grammars>, admission: &Admission) -> Option<Result<GrammarState, GrammarError>> {
+    let source = admission.sampling.grammar.as_ref()?;
+    Some(match grammars {
+        Some(grammars) => grammars.begin(source, &admission.generated_ids),
+        None => Err(GrammarError("this rank has no tokenizer".into())),
+    })
 }

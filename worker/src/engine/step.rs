@@ -34,7 +34,7 @@ pub struct Admission {
     pub sampling: crate::sample::SamplingParams,
     /// Prompt ids, as far as the sampler needs them (repetition penalty); empty otherwise.
     pub prompt_ids: Vec<u32>,
-    /// Ids generated before by another group (failover): penalties count them.
+    /// Ids generated before by another group (failover): penalties and the grammar count them.
     pub generated_ids: Vec<u32>,
 }
 
@@ -156,6 +156,14 @@ pub enum SequenceFault {
     NotANumber {
         /// Where.
         position: u32,
+    },
+    /// Its grammar can't go on.
+    #[error("the grammar failed at position {position}: {reason}")]
+    Grammar {
+        /// Where.
+        position: u32,
+        /// In llguidance's words.
+        reason: String,
     },
 }
 

@@ -24,6 +24,7 @@ fn config(fake: &FakeOptions) -> EngineConfig {
         images: false,
         speed: fake.speed(),
         steps_run: 0,
+        grammars: None,
     }
 }
 

@@ -141,6 +141,7 @@ mod tests {
             images: false,
             speed: fake.speed(),
             steps_run: 0,
+            grammars: None,
         });
         let mut watchers = Watchers::new(1);
         let mut lazy = watchers.add("lazy".into(), &mut scheduler);

@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::CudaOptions;
 use crate::backend::{KvBudget, Limits};
+use crate::grammar::Grammars;
 
 /// What every process of a group is told; leader and followers alike.
 #[derive(Clone, Debug)]
@@ -29,6 +31,8 @@ pub struct MemberOptions {
     pub host: String,
     /// How long to wait for others.
     pub timeouts: Timeouts,
+    /// What compiles grammars; `None` where there is no tokenizer.
+    pub grammars: Option<Arc<Grammars>>,
 }
 
 /// What the leader is told besides.

@@ -15,6 +15,7 @@ use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::{Backend, BackendError, Limits, RankSetup};
 use crate::engine::runner::{Bounds, ModelRunner};
 use crate::engine::step::{RunError, Step, StepRunner};
+use crate::grammar::Grammars;
 use crate::model::{KvShape, Ministral3};
 use crate::weights::{ShardPlan, WeightError, Weights};
 use bora_common::model::ModelConfig;
@@ -43,6 +44,7 @@ struct Loaded<B: Backend> {
     kv_blocks: usize,
     limits: Limits,
     vocabulary_size: usize,
+    grammars: Option<Arc<Grammars>>,
 }
 
 impl<B: Backend> LoadedRank for Loaded<B>
@@ -58,7 +60,7 @@ where
         let model = &self.model;
         self.backend.warm_up(|backend| model.forward(backend))?;
         let bounds = Bounds { limits: self.limits, kv_blocks, vocabulary_size: self.vocabulary_size };
-        Ok(Box::new(ModelRunner::new(self.backend, self.model, self.rank, bounds)))
+        Ok(Box::new(ModelRunner::new(self.backend, self.model, self.rank, bounds).with_grammars(self.grammars)))
     }
 }
 
@@ -158,6 +160,7 @@ impl Loading<'_> {
             kv_blocks,
             limits: self.limits,
             vocabulary_size: self.weights.config().vocab_size,
+            grammars: self.options.grammars.clone(),
         }))
     }
 }

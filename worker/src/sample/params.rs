@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::grammar::GrammarSource;
+
 /// How a sequence's ids are drawn, already checked. Order of application, as in vLLM: logit bias and
 /// masks, penalties, temperature, min-p, top-k, top-p.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +30,8 @@ pub struct SamplingParams {
     pub min_tokens: u32,
     /// Logprobs of drawn ids with this many alternatives; `None` = no logprobs.
     pub logprobs: Option<u32>,
+    /// What the generated ids must match; `None` = anything.
+    pub grammar: Option<GrammarSource>,
 }
 
 impl Default for SamplingParams {
@@ -45,6 +49,7 @@ impl Default for SamplingParams {
             end_ids: Vec::new(),
             min_tokens: 0,
             logprobs: None,
+            grammar: None,
         }
     }
 }

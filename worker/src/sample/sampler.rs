@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use super::philox::philox4x32_10;
 use super::{SamplingParams, score};
 use crate::engine::step::{Drawn, SequenceFault};
+use crate::grammar::{Mask, allows};
 
 /// Temperatures below this are greedy (as in vLLM).
 pub const GREEDY_BELOW: f32 = 1e-5;
@@ -42,9 +43,26 @@ impl SlotState {
     /// Draws the id at `position` of the sequence and remembers it as generated. `logits` [V] is scratch
     /// afterwards.
     pub fn draw(&mut self, logits: &mut [f32], position: u32) -> Result<Drawn, SequenceFault> {
+        self.draw_within(None, logits, position)
+    }
+
+    /// The same among the ids of a mask.
+    pub fn draw_within(
+        &mut self,
+        mask: Option<&Mask>,
+        logits: &mut [f32],
+        position: u32,
+    ) -> Result<Drawn, SequenceFault> {
         check(logits, position)?;
         let raw = self.params.logprobs.map(|top| (top, logits.to_vec()));
         self.adjust(logits);
+        if let Some(mask) = mask {
+            for (id, logit) in (0..).zip(logits.iter_mut()) {
+                if !allows(mask, id) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
         let token_id =
             if self.params.temperature < GREEDY_BELOW { largest(logits) } else { self.draw_random(logits, position) };
         // bias and masks can leave nothing to draw from

@@ -79,6 +79,7 @@ pub(super) fn config(kv_blocks: u32) -> EngineConfig {
         images: false,
         speed: options.speed(),
         steps_run: 0,
+        grammars: None,
     }
 }
 

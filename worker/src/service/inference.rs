@@ -35,7 +35,15 @@ impl Inference for InferenceService {
             resumed = request.generated_len,
             "generate"
         );
-        let events = self.host.group()?.engine.generate(request)?;
+        let engine = self.host.group()?.engine.clone();
+        let events = if request.grammar.is_some() {
+            // compiling may take a while
+            tokio::task::spawn_blocking(move || engine.generate(request))
+                .await
+                .map_err(|_| Status::internal("the request could not be checked"))??
+        } else {
+            engine.generate(request)?
+        };
         let deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
         Ok(Response::new(GenerateStream { events: Some(events), deadline }))
     }

@@ -319,12 +319,12 @@ impl Backend for CpuBackend {
             }
         }
         for request in requests {
-            if let SampleRequest::Next { row, slot, position } = request {
+            if let SampleRequest::Next { row, slot, position, mask } = request {
                 let row = &mut logits.numbers[*row as usize * columns..(*row as usize + 1) * columns];
                 let Some(state) = self.slots[*slot as usize].as_mut() else {
                     return Err(BackendError::Device(format!("slot {slot} has no sampler")));
                 };
-                let drawn = state.draw(row, *position);
+                let drawn = state.draw_within(mask.as_ref(), row, *position);
                 if let Ok(Drawn { token_id, .. }) = &drawn {
                     self.last_ids[*slot as usize] = *token_id;
                 }

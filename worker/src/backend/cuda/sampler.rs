@@ -7,6 +7,7 @@ use super::kernels::Kernels;
 use super::step::IN_FLIGHT;
 use crate::backend::{BackendError, Limits, Result, SampleRequest, SampleResults};
 use crate::engine::step::{Admission, Drawn, PositionLogprobs, SequenceFault, Slot, TokenLogprob};
+use crate::grammar::Mask;
 
 /// Alternatives that an answer has room for (`MAX_TOP` in sample.cu).
 const MOST_ALTERNATIVES: usize = 20;
@@ -46,6 +47,8 @@ struct Request {
     position: u32,
     target: u32,
     top: u32,
+    /// Which of the step's masks bounds the draw; `FAULT` = none.
+    mask: u32,
 }
 
 /// `Answer` of sample.cu.
@@ -89,6 +92,8 @@ struct Exchange {
     admissions: Pinned,
     /// Slots whose place in `admissions` is in use.
     admitted: Vec<Slot>,
+    /// Made when the first mask comes.
+    masks: Option<Pinned>,
     start: Event,
     done: Event,
 }
@@ -101,6 +106,10 @@ pub(super) struct Sampler {
     generated: Buffer,
     requests: Buffer,
     answers: Buffer,
+    /// [draws of a step, words of a mask]; made when the first mask comes.
+    masks: Option<Buffer>,
+    mask_words: usize,
+    most_draws: usize,
     work: Buffer,
     memory: Vec<SlotMemory>,
     with_logprobs: Vec<bool>,
@@ -119,6 +128,7 @@ impl Sampler {
                 answers: Pinned::new(rows * size_of::<Answer>())?,
                 admissions: Pinned::new(slots * ADMISSION_BYTES)?,
                 admitted: Vec::new(),
+                masks: None,
                 start: Event::new(true)?,
                 done: Event::new(true)?,
             });
@@ -130,6 +140,9 @@ impl Sampler {
             generated: Buffer::new(slots * 4, "the counts of ids drawn")?,
             requests: Buffer::new(rows * size_of::<Request>(), "the sampler's requests")?,
             answers: Buffer::new(rows * size_of::<Answer>(), "the sampler's answers")?,
+            masks: None,
+            mask_words: vocabulary.div_ceil(32),
+            most_draws: slots,
             work: Buffer::new(rows * vocabulary * 4, "the sampler's work space")?,
             memory: (0..slots).map(|_| SlotMemory::default()).collect(),
             with_logprobs: vec![false; slots],
@@ -231,19 +244,26 @@ impl Sampler {
         if requests.len() > room {
             return Err(BackendError::Device(format!("{} rows to sample, at most {room} fit", requests.len())));
         }
+        let masks = masks_of(requests);
+        if masks.len() > self.most_draws {
+            return Err(BackendError::Device(format!("{} masks, at most {} fit", masks.len(), self.most_draws)));
+        }
         let mut kinds = Vec::with_capacity(requests.len());
+        let mut masked = 0;
         let pinned = exchange.requests.as_mut_slice();
         for (request, bytes) in requests.iter().zip(pinned.chunks_exact_mut(size_of::<Request>())) {
             let (request, kind) = match *request {
-                SampleRequest::Next { row, slot, position } => {
+                SampleRequest::Next { row, slot, position, ref mask } => {
                     let with_logprobs = self.with_logprobs[slot as usize];
+                    let number = mask.as_ref().map_or(FAULT, |_| masked);
+                    masked += u32::from(mask.is_some());
                     (
-                        Request { row, slot, position, target: FAULT, top: 0 },
+                        Request { row, slot, position, target: FAULT, top: 0, mask: number },
                         Kind::Draw { slot, position, with_logprobs },
                     )
                 }
                 SampleRequest::Score { row, slot, target, top } => {
-                    (Request { row, slot, position: 0, target, top }, Kind::Score)
+                    (Request { row, slot, position: 0, target, top, mask: FAULT }, Kind::Score)
                 }
             };
             bytes.copy_from_slice(bytes_of(&request));
@@ -254,11 +274,13 @@ impl Sampler {
                 self.requests.address,
                 &exchange.requests.as_slice()[..requests.len() * size_of::<Request>()],
             )?;
+            let masks = upload_masks(device, &masks, self.most_draws, self.mask_words, &mut self.masks, exchange)?;
             let arguments = Arguments::default()
                 .address(logits)
                 .address(self.work.address)
                 .address(self.requests.address)
                 .address(self.samplers.address)
+                .address(masks)
                 .address(self.last_drawn.address)
                 .address(self.generated.address)
                 .address(self.answers.address)
@@ -299,6 +321,45 @@ impl Sampler {
         }
         Ok(results)
     }
+}
+
+fn masks_of(requests: &[SampleRequest]) -> Vec<&Mask> {
+    let mask = |request| match request {
+        &SampleRequest::Next { ref mask, .. } => mask.as_ref(),
+        SampleRequest::Score { .. } => None,
+    };
+    requests.iter().filter_map(mask).collect()
+}
+
+/// Sends the masks of a step, one behind the other; where they lie on the device.
+fn upload_masks(
+    device: &Device,
+    masks: &[&Mask],
+    most: usize,
+    words: usize,
+    on_device: &mut Option<Buffer>,
+    exchange: &mut Exchange,
+) -> Result<Address> {
+    if masks.is_empty() {
+        return Ok(0);
+    }
+    let buffer = match on_device {
+        Some(buffer) => buffer,
+        None => on_device.insert(Buffer::new(most * words * 4, "the masks of grammars")?),
+    };
+    let pinned = match &mut exchange.masks {
+        Some(pinned) => pinned,
+        None => exchange.masks.insert(Pinned::new(most * words * 4)?),
+    };
+    for (mask, bytes) in masks.iter().zip(pinned.as_mut_slice().chunks_exact_mut(words * 4)) {
+        // ids of the model beyond the tokenizer's are never drawn, nor are the tokenizer's beyond the model's
+        let all = mask.iter().copied().chain(std::iter::repeat(0));
+        for (word, bytes) in all.zip(bytes.chunks_exact_mut(4)) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+    }
+    device.upload_async(buffer.address, &pinned.as_slice()[..masks.len() * words * 4])?;
+    Ok(buffer.address)
 }
 
 fn count_ids(

@@ -15,6 +15,7 @@ use super::Outcome;
 use super::reference::{Random, bf16_bytes, distance, f32_bytes, from_bf16, from_f32, round, u32_bytes};
 use crate::backend::{BackendError, Limits, Result, SampleRequest};
 use crate::engine::step::{Admission, SequenceFault};
+use crate::grammar::Mask;
 use crate::sample::{SamplingParams, SlotState, score};
 use crate::weights::{Dtype, Fp8Scales, LinearShard, RandomFill, RowOrder, Slice, Source, e4m3};
 
@@ -860,13 +861,21 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
             logits[5] = f32::NEG_INFINITY;
             let buffer = bench.upload(&f32_bytes(&logits))?;
             let row_of = |slot: usize| slots - 1 - slot;
-            let mut requests: Vec<SampleRequest> = (0..slots)
-                .map(|slot| SampleRequest::Next { row: row_of(slot) as u32, slot: slot as u32, position: 50 + step })
-                .collect();
+            // some slots draw within a mask in some steps, as if they had a grammar
+            let mask: Mask =
+                (0..vocabulary.div_ceil(32)).map(|word| 0x5a5a_1234 ^ (word as u32 * 0x9e37_79b9)).collect();
+            let mask_of = |slot: usize| (slot % 3 == 1 && step % 2 == 1).then(|| mask.clone());
+            let next = |row: usize, slot: usize| SampleRequest::Next {
+                row: row as u32,
+                slot: slot as u32,
+                position: 50 + step,
+                mask: mask_of(slot),
+            };
+            let mut requests: Vec<SampleRequest> = (0..slots).map(|slot| next(row_of(slot), slot)).collect();
             // the first two slots see the rows with a NaN and with equal numbers once
             if step == 3 {
-                requests[0] = SampleRequest::Next { row: slots as u32 + 1, slot: 0, position: 53 };
-                requests[9] = SampleRequest::Next { row: slots as u32 + 2, slot: 9, position: 53 };
+                requests[0] = next(slots + 1, 0);
+                requests[9] = next(slots + 2, 9);
             }
             let target = 77 + step;
             requests.push(SampleRequest::Score { row: slots as u32, slot: 0, target, top: 4 });
@@ -880,7 +889,7 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
                     _ => row_of(slot),
                 };
                 let mut own = logits[row * vocabulary..][..vocabulary].to_vec();
-                let expected = states[slot].draw(&mut own, 50 + step);
+                let expected = states[slot].draw_within(mask_of(slot).as_ref(), &mut own, 50 + step);
                 let fault = Err(SequenceFault::NotANumber { position: 53 });
                 wrong += match (found, &expected) {
                     _ if *found_slot as usize != slot => 1.0,

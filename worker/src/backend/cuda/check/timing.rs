@@ -427,7 +427,7 @@ fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
         }
         for rows in [1usize, 64] {
             let requests: Vec<SampleRequest> =
-                (0..rows as u32).map(|row| SampleRequest::Next { row, slot: row, position: 9 }).collect();
+                (0..rows as u32).map(|row| SampleRequest::Next { row, slot: row, position: 9, mask: None }).collect();
             let mut times = Vec::new();
             for _ in 0..7 {
                 sampler.step_begins(&bench.device)?;

@@ -1,0 +1,416 @@
+//! What an answer has to look like: `response_format`, vLLM's `guided_*` and `structured_outputs`, and
+//! `tool_choice`, made into one grammar for the group.
+//!
+//! A forced call is written in the model's own format, `[TOOL_CALLS]name[ARGS]{...}`, with the special tokens
+//! as ids, so that no text can pass for one. The group compiles the grammar and refuses what it can't; such a
+//! refusal names the field that the grammar came from ([`Structure::field`]).
+
+use std::fmt::Write as _;
+
+use bora_proto::v1::{Grammar, grammar::Kind};
+use serde_json::{Value, json};
+
+use super::{error::ApiError, params::Endpoint, request::Body};
+use crate::models::ModelSpec;
+
+/// Bytes of a grammar; as in the worker.
+const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
+/// Texts of `guided_choice`.
+const MAX_CHOICES: usize = 4_096;
+/// White space between the parts of a JSON text: enough for any indentation, too little to fill the window.
+const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
+
+/// What an answer has to look like.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Structure {
+    /// For the group.
+    pub grammar: Grammar,
+    /// The field of the request that asked for it.
+    pub field: &'static str,
+}
+
+/// What `tool_choice` says about the tools.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToolChoice {
+    /// There are no tools.
+    NoTools,
+    /// They may be called, or not.
+    Auto,
+    /// They are in the prompt, and must not be called.
+    Forbidden,
+    /// One of these must be called; of all tools where it is `None`. The flag allows several calls.
+    Forced(Option<Vec<String>>, bool),
+}
+
+impl ToolChoice {
+    /// Reads `tool_choice`, `parallel_tool_calls` and whether there are tools.
+    pub fn of(body: &Body<'_>) -> Result<Self, ApiError> {
+        // what is in them is the conversation's business
+        let tools = body.tools.is_some_and(|tools| !is_empty_array(tools.get()));
+        let several = body.parallel_tool_calls != Some(false);
+        let choice = match &body.tool_choice {
+            None => Self::Auto,
+            Some(Value::String(choice)) => match choice.as_str() {
+                "auto" => Self::Auto,
+                "none" => Self::Forbidden,
+                // "any" is Mistral's word for it
+                "required" | "any" => Self::Forced(None, several),
+                _ => return Err(unknown_choice()),
+            },
+            Some(Value::Object(choice)) => match choice.get("type").and_then(Value::as_str) {
+                Some("function") => {
+                    let name = choice.get("function").unwrap_or(&Value::Null).get("name").or(choice.get("name"));
+                    let name = name
+                        .and_then(Value::as_str)
+                        .ok_or_else(|| ApiError::invalid("tool_choice", "`tool_choice.function.name` is required."))?;
+                    Self::Forced(Some(vec![name.to_owned()]), false)
+                }
+                Some("allowed_tools") => {
+                    let allowed = choice.get("allowed_tools").unwrap_or(&Value::Null);
+                    let names = allowed.get("tools").and_then(Value::as_array).map(|tools| {
+                        let name = |tool: &Value| Some(tool.get("function")?.get("name")?.as_str()?.to_owned());
+                        tools.iter().filter_map(name).collect()
+                    });
+                    match (allowed.get("mode").and_then(Value::as_str), names) {
+                        (Some("required"), Some(names)) => Self::Forced(Some(names), several),
+                        (Some("auto"), Some(_)) => Self::Auto,
+                        _ => return Err(unknown_choice()),
+                    }
+                }
+                _ => return Err(unknown_choice()),
+            },
+            Some(_) => return Err(unknown_choice()),
+        };
+        match choice {
+            Self::Auto | Self::Forbidden if !tools => Ok(Self::NoTools),
+            Self::Forced(..) if !tools => {
+                Err(ApiError::invalid("tool_choice", "`tool_choice` forces a call, but there are no `tools`."))
+            }
+            choice => Ok(choice),
+        }
+    }
+}
+
+fn unknown_choice() -> ApiError {
+    ApiError::invalid(
+        "tool_choice",
+        "`tool_choice` must be \"auto\", \"none\", \"required\" or an object that names a tool.",
+    )
+}
+
+fn is_empty_array(json: &str) -> bool {
+    json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
+}
+
+/// The grammar of an answer; `None` where anything will do.
+pub fn structure(
+    body: &Body<'_>,
+    endpoint: Endpoint,
+    choice: &ToolChoice,
+    spec: &ModelSpec,
+) -> Result<Option<Structure>, ApiError> {
+    let mut wanted: Option<Structure> = None;
+    for (field, value) in &body.structured {
+        let Some(grammar) = asked_for(field, value)? else { continue };
+        if let Some(other) = &wanted {
+            let message = format!("`{field}` and `{}` can't both be there.", other.field);
+            return Err(ApiError::invalid(*field, message));
+        }
+        wanted = Some(Structure { grammar, field });
+    }
+    if endpoint == Endpoint::Chat {
+        wanted = match (choice, wanted) {
+            (ToolChoice::Forced(names, several), _) => {
+                let calls = calls(body, names.as_deref(), *several, spec)?;
+                let grammar = lark(format!("start: {}\n{}", calls.start, calls.rules));
+                Some(Structure { grammar, field: "tool_choice" })
+            }
+            // an answer in the wanted form, or calls
+            (ToolChoice::Auto, Some(Structure { grammar, field })) if grammar.kind() == Kind::JsonSchema => {
+                let calls = calls(body, None, body.parallel_tool_calls != Some(false), spec)?;
+                let source = &grammar.source;
+                let source = format!("start: answer | {}\nanswer: %json {source}\n{}", calls.start, calls.rules);
+                Some(Structure { grammar: lark(source), field })
+            }
+            (_, wanted) => wanted,
+        };
+    }
+    if let Some(Structure { grammar, field }) = &wanted {
+        if spec.tokenizer.is_none() {
+            let message = format!("`{field}` needs text, and this model is served without a tokenizer.");
+            return Err(ApiError::invalid(*field, message));
+        }
+        if grammar.source.len() > MAX_GRAMMAR_BYTES {
+            let message = format!("`{field}` has more than {MAX_GRAMMAR_BYTES} bytes.");
+            return Err(ApiError::invalid(*field, message));
+        }
+    }
+    Ok(wanted)
+}
+
+/// What one field asks for; `None` where it asks for nothing.
+fn asked_for(field: &'static str, value: &Value) -> Result<Option<Grammar>, ApiError> {
+    let wrong = |what: &str| ApiError::invalid(field, format!("`{field}` must be {what}."));
+    match field {
+        "response_format" => response_format(value),
+        "guided_json" => json_schema(field, value, false).map(Some),
+        "guided_regex" => value.as_str().map(regex).map(Some).ok_or_else(|| wrong("a regular expression")),
+        "guided_grammar" => {
+            value.as_str().map(|source| Some(lark(source.to_owned()))).ok_or_else(|| wrong("a grammar in Lark"))
+        }
+        "guided_choice" => choices(field, value).map(Some),
+        _ => {
+            let options = value.as_object().ok_or_else(|| wrong("an object"))?;
+            let mut asked = None;
+            for (key, value) in options.iter().filter(|(_, value)| !value.is_null()) {
+                let grammar = match (key.as_str(), value) {
+                    ("json", _) => json_schema(field, value, false)?,
+                    ("json_object", Value::Bool(true)) => any_object(),
+                    ("json_object", Value::Bool(false)) => continue,
+                    ("regex", Value::String(source)) => regex(source),
+                    ("choice", _) => choices(field, value)?,
+                    ("grammar", Value::String(source)) => lark(source.clone()),
+                    ("disable_fallback" | "disable_any_whitespace" | "disable_additional_properties", _) => continue,
+                    _ => {
+                        let shown: String = key.chars().take(40).collect();
+                        return Err(ApiError::invalid(field, format!("`{field}.{shown}` is not supported.")));
+                    }
+                };
+                if asked.replace(grammar).is_some() {
+                    return Err(ApiError::invalid(field, format!("`{field}` must ask for one thing.")));
+                }
+            }
+            asked.map(Some).ok_or_else(|| wrong("an object with `json`, `regex`, `choice`, `grammar` or `json_object`"))
+        }
+    }
+}
+
+fn response_format(value: &Value) -> Result<Option<Grammar>, ApiError> {
+    const FIELD: &str = "response_format";
+    match value.get("type").and_then(Value::as_str) {
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some(any_object())),
+        Some("json_schema") => {
+            let format = value.get("json_schema").unwrap_or(&Value::Null);
+            // Mistral's name for it
+            let schema = format.get("schema").or_else(|| format.get("schema_definition"));
+            let schema =
+                schema.ok_or_else(|| ApiError::invalid(FIELD, "`response_format.json_schema.schema` is required."))?;
+            let strict = format.get("strict").and_then(Value::as_bool).unwrap_or(false);
+            json_schema(FIELD, schema, strict).map(Some)
+        }
+        Some("structural_tag") => {
+            Err(ApiError::invalid(FIELD, "`response_format` of type \"structural_tag\" is not supported."))
+        }
+        _ => Err(ApiError::invalid(
+            FIELD,
+            "`response_format.type` must be \"text\", \"json_object\" or \"json_schema\".",
+        )),
+    }
+}
+
+fn lark(source: String) -> Grammar {
+    Grammar { kind: Kind::Lark.into(), source }
+}
+
+fn regex(source: &str) -> Grammar {
+    Grammar { kind: Kind::Regex.into(), source: source.to_owned() }
+}
+
+fn any_object() -> Grammar {
+    Grammar { kind: Kind::JsonSchema.into(), source: with_options(&json!({"type": "object"}), false) }
+}
+
+/// A schema, given as such or as its text.
+fn json_schema(field: &'static str, value: &Value, strict: bool) -> Result<Grammar, ApiError> {
+    let parsed;
+    let schema = match value {
+        Value::String(text) => {
+            parsed = serde_json::from_str(text)
+                .map_err(|error| ApiError::invalid(field, format!("`{field}` is not a JSON schema: {error}.")))?;
+            &parsed
+        }
+        schema => schema,
+    };
+    if !schema.is_object() && !schema.is_boolean() {
+        return Err(ApiError::invalid(field, format!("`{field}`: a JSON schema must be an object.")));
+    }
+    Ok(Grammar { kind: Kind::JsonSchema.into(), source: with_options(schema, strict) })
+}
+
+/// A schema with llguidance's options. Where it is not strict, keywords that can't be kept are left out of
+/// account instead of refused.
+fn with_options(schema: &Value, strict: bool) -> String {
+    let mut schema = schema.clone();
+    if let Some(object) = schema.as_object_mut() {
+        object.insert("x-guidance".into(), json!({"whitespace_pattern": WHITE_SPACE, "lenient": !strict}));
+    }
+    schema.to_string()
+}
+
+fn choices(field: &'static str, value: &Value) -> Result<Grammar, ApiError> {
+    let wrong = || ApiError::invalid(field, format!("`{field}`: choices must be 1 to {MAX_CHOICES} texts."));
+    let texts = value.as_array().filter(|texts| (1..=MAX_CHOICES).contains(&texts.len())).ok_or_else(wrong)?;
+    let mut source = String::from("start: ");
+    for (index, text) in texts.iter().enumerate() {
+        let text = text.as_str().filter(|text| !text.is_empty()).ok_or_else(wrong)?;
+        let separator = if index == 0 { "" } else { " | " };
+        let _ = write!(source, "{separator}{}", literal(text));
+    }
+    Ok(lark(source))
+}
+
+/// A text as Lark writes it: a JSON string.
+fn literal(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+/// Calls as a part of a Lark grammar.
+struct Calls {
+    start: &'static str,
+    rules: String,
+}
+
+/// One call or several of the named tools (of all where none are named).
+fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelSpec) -> Result<Calls, ApiError> {
+    let special = |name: &str| spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_id(name));
+    let (Some(begin), Some(arguments)) = (special("[TOOL_CALLS]"), special("[ARGS]")) else {
+        return Err(ApiError::invalid(
+            "tool_choice",
+            "This model's tokenizer has no tool calls: they can't be forced.",
+        ));
+    };
+    let tools: Vec<Value> = body
+        .tools
+        .map_or(Ok(Vec::new()), |tools| serde_json::from_str(tools.get()))
+        .map_err(|error| ApiError::invalid("tools", format!("`tools`: {error}.")))?;
+    let mut rules = String::from("calls: ");
+    let mut bodies = String::new();
+    let mut count = 0;
+    for function in tools.iter().filter_map(|tool| tool.get("function")) {
+        let Some(name) = function.get("name").and_then(Value::as_str) else { continue };
+        if names.is_some_and(|names| !names.iter().any(|wanted| wanted == name)) {
+            continue;
+        }
+        let strict = function.get("strict").and_then(Value::as_bool).unwrap_or(false);
+        let schema = match function.get("parameters") {
+            Some(schema) if schema.as_object().is_some_and(|schema| !schema.is_empty()) => with_options(schema, strict),
+            _ => with_options(&json!({"type": "object"}), false),
+        };
+        let separator = if count == 0 { "" } else { " | " };
+        let _ = write!(rules, "{separator}call_{count}");
+        let _ = write!(
+            bodies,
+            "call_{count}: <[{begin}]> {} <[{arguments}]> arguments_{count}\narguments_{count}: %json {schema}\n",
+            literal(name)
+        );
+        count += 1;
+    }
+    if count == 0 {
+        return Err(ApiError::invalid("tool_choice", "`tool_choice` names no tool of `tools`."));
+    }
+    let start = if several { "calls+" } else { "calls" };
+    Ok(Calls { start, rules: format!("{rules}\n{bodies}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(body: &Value) -> Result<Option<Structure>, ApiError> {
+        let bytes = body.to_string().into_bytes();
+        let body = Body::parse(&bytes)?;
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
+        let tokenizer = bora_common::tokenizer::Tokenizer::from_file(file).unwrap();
+        let spec = ModelSpec { tokenizer: Some(tokenizer.into()), ..ModelSpec::default() };
+        structure(&body, Endpoint::Chat, &ToolChoice::of(&body)?, &spec)
+    }
+
+    fn tools() -> Value {
+        json!([{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+               {"type": "function", "function": {"name": "say \"hi\""}}])
+    }
+
+    #[test]
+    fn forced_calls_are_spelled_with_ids() {
+        let forced = read(&json!({"tools": tools(), "tool_choice": "required"})).unwrap().unwrap();
+        assert_eq!(forced.field, "tool_choice");
+        assert!(
+            forced.grammar.source.starts_with("start: calls+\ncalls: call_0 | call_1\n"),
+            "{}",
+            forced.grammar.source
+        );
+        assert!(forced.grammar.source.contains(r#"call_0: <[9]> "add" <[32]> arguments_0"#));
+        assert!(forced.grammar.source.contains(r#""say \"hi\"""#));
+
+        let named = json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "add"}}});
+        let named = read(&named).unwrap().unwrap();
+        assert!(named.grammar.source.starts_with("start: calls\ncalls: call_0\n"), "{}", named.grammar.source);
+
+        let one = json!({"tools": tools(), "tool_choice": "any", "parallel_tool_calls": false});
+        assert!(read(&one).unwrap().unwrap().grammar.source.starts_with("start: calls\n"));
+    }
+
+    #[test]
+    fn an_answer_in_json_may_still_be_calls() {
+        let format = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}});
+        let plain = read(&json!({"response_format": format})).unwrap().unwrap();
+        assert_eq!((plain.grammar.kind(), plain.field), (Kind::JsonSchema, "response_format"));
+        let either = read(&json!({"response_format": format, "tools": tools()})).unwrap().unwrap();
+        assert!(
+            either.grammar.source.starts_with("start: answer | calls+\nanswer: %json {"),
+            "{}",
+            either.grammar.source
+        );
+        let never = json!({"response_format": format, "tools": tools(), "tool_choice": "none"});
+        assert_eq!(read(&never).unwrap().unwrap().grammar.kind(), Kind::JsonSchema);
+        assert_eq!(read(&json!({"response_format": {"type": "text"}})).unwrap(), None);
+    }
+
+    #[test]
+    fn what_can_not_be_is_refused_by_name() {
+        for (body, field) in [
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (json!({"tool_choice": "perhaps", "tools": tools()}), "tool_choice"),
+            (json!({"tool_choice": 7}), "tool_choice"),
+            (
+                json!({"tools": tools(), "tool_choice": {"type": "function", "function": {"name": "sub"}}}),
+                "tool_choice",
+            ),
+            (json!({"tools": tools(), "tool_choice": {"type": "function"}}), "tool_choice"),
+            (json!({"response_format": {"type": "xml"}}), "response_format"),
+            (json!({"response_format": {"type": "json_schema"}}), "response_format"),
+            (json!({"guided_json": "{"}), "guided_json"),
+            (json!({"guided_json": 7}), "guided_json"),
+            (json!({"guided_choice": []}), "guided_choice"),
+            (json!({"guided_choice": ["a", 7]}), "guided_choice"),
+            (json!({"guided_regex": 7}), "guided_regex"),
+            (json!({"guided_json": {}, "guided_regex": "a"}), "guided_regex"),
+            (json!({"structured_outputs": {"regex": "a", "json": {}}}), "structured_outputs"),
+            (json!({"structured_outputs": {}}), "structured_outputs"),
+            (json!({"guided_regex": "a".repeat(MAX_GRAMMAR_BYTES + 1)}), "guided_regex"),
+        ] {
+            let error = read(&body).expect_err(&body.to_string());
+            assert_eq!(error.param.as_deref(), Some(field), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn vllm_s_fields_are_understood() {
+        for (body, kind) in [
+            (json!({"guided_json": {"type": "integer"}}), Kind::JsonSchema),
+            (json!({"guided_json": "{\"type\": \"integer\"}"}), Kind::JsonSchema),
+            (json!({"guided_regex": "[ab]+"}), Kind::Regex),
+            (json!({"guided_choice": ["left \"hand\"", "right"]}), Kind::Lark),
+            (json!({"guided_grammar": "start: \"a\""}), Kind::Lark),
+            (json!({"structured_outputs": {"choice": ["a"]}}), Kind::Lark),
+            (json!({"structured_outputs": {"json_object": true, "regex": null}}), Kind::JsonSchema),
+        ] {
+            assert_eq!(read(&body).unwrap().unwrap().grammar.kind(), kind, "{body}");
+        }
+        assert_eq!(
+            read(&json!({"guided_choice": ["left \"hand\"", "right"]})).unwrap().unwrap().grammar.source,
+            r#"start: "left \"hand\"" | "right""#
+        );
+    }
+}

@@ -1,0 +1,490 @@
+//! `bora bench fleet`: the router's own placement over groups in virtual time, beside other policies.
+//!
+//! Everything that decides is the router's real code (the index, the ledger, the formula); groups, clients
+//! and time are simulated. Groups tell what changed 20 ms later, as over a network. Other policies know the
+//! groups' present load without delay. Timing: two H200 with the 24B model (`docs/performance.md`: vLLM's
+//! 0.226, 1.142 and 8.39 s for 8k, 32k and 128k tokens).
+
+mod group;
+mod workload;
+
+use std::{
+    cmp::Ordering,
+    collections::{BinaryHeap, HashMap, VecDeque},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bora_common::{
+    blocks::BlockHash,
+    cost::CostModel,
+    registry::{Device, GroupRecord, GroupState, RankRecord, Speed},
+};
+use bora_router::{
+    RouterOptions,
+    fleet::view::{Fleet, Link},
+    place::{
+        admission::Class,
+        choose::{Wanted, place},
+        ledger::Booking,
+    },
+};
+use clap::Args;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
+use serde_json::json;
+
+use group::{Next, SimulatedGroup};
+use workload::{Session, Workload};
+
+const MODEL: &str = "simulated";
+/// From a change in a group to the routers that hear of it.
+const NEWS_DELAY: f64 = 0.02;
+const MAX_SEQUENCES: u32 = 128;
+/// 1,480,320 tokens.
+const BLOCKS: u32 = 23_130;
+const SPEED: Speed =
+    Speed { prefill_tokens_per_second: 40_000.0, prefill_seconds_per_token_pair: 6e-10, decode_step_seconds: 0.0049 };
+
+/// What to simulate.
+#[derive(Args, Debug)]
+pub(crate) struct FleetArgs {
+    /// shapes of traffic (default: all)
+    #[arg(long, value_enum)]
+    workload: Vec<Workload>,
+    /// policies (default: all)
+    #[arg(long, value_enum)]
+    policy: Vec<Policy>,
+    /// groups
+    #[arg(long, default_value_t = 16)]
+    groups: usize,
+    /// router replicas that share the traffic
+    #[arg(long, default_value_t = 1)]
+    routers: usize,
+    /// seconds of traffic
+    #[arg(long, default_value_t = 600.0)]
+    seconds: f64,
+    /// a third through the traffic another group joins
+    #[arg(long)]
+    join: bool,
+    /// half through the traffic a group dies
+    #[arg(long)]
+    die: bool,
+    /// seed of the traffic
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Who chooses a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Policy {
+    /// Any.
+    Random,
+    /// Each in turn.
+    RoundRobin,
+    /// The one with the fewest sequences.
+    LeastLoaded,
+    /// A session's first turn as least loaded, the others where the first went.
+    Sticky,
+    /// Bora's.
+    Ours,
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+struct Request {
+    session: u64,
+    hashes: Arc<[BlockHash]>,
+    tokens: u64,
+    output: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Arrive(usize),
+    FirstToken { group: usize, request: usize },
+    End { group: usize, request: usize },
+    News(usize),
+    Join,
+    Die(usize),
+}
+
+struct Timed {
+    at: f64,
+    number: u64,
+    event: Event,
+}
+
+impl PartialEq for Timed {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Timed {}
+
+impl PartialOrd for Timed {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Timed {
+    /// The earliest is the greatest: heaps give the greatest first.
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.at.total_cmp(&self.at).then(other.number.cmp(&self.number))
+    }
+}
+
+/// Runs what was asked for and prints a JSON line for each run.
+pub(crate) async fn run(args: FleetArgs) -> anyhow::Result<()> {
+    use clap::ValueEnum as _;
+    let workloads = if args.workload.is_empty() { Workload::value_variants() } else { &args.workload };
+    let policies = if args.policy.is_empty() { Policy::value_variants() } else { &args.policy };
+    for workload in workloads {
+        for policy in policies {
+            let sessions = workload.sessions(args.seconds, args.groups, args.seed);
+            let began = Instant::now();
+            let result = Simulation::new(&args, *policy, sessions)?.run()?;
+            println!("{}", result.line(*workload, *policy, &args, began.elapsed().as_secs_f64()));
+        }
+    }
+    Ok(())
+}
+
+/// A request's way through the fleet.
+struct Flight {
+    session: usize,
+    turn: usize,
+    arrived: f64,
+    router: usize,
+    booking: Option<Booking>,
+    first_token: Option<f64>,
+}
+
+struct RouterReplica {
+    fleet: Arc<Fleet>,
+    links: Vec<Option<Arc<Link>>>,
+    waiting: VecDeque<usize>,
+}
+
+struct Simulation {
+    policy: Policy,
+    groups: Vec<Option<SimulatedGroup>>,
+    routers: Vec<RouterReplica>,
+    sessions: Vec<Session>,
+    flights: Vec<Flight>,
+    events: BinaryHeap<Timed>,
+    /// Groups whose news are on their way.
+    news: Vec<bool>,
+    now: f64,
+    number: u64,
+    began: Instant,
+    random: StdRng,
+    turn: usize,
+    assigned: HashMap<u64, usize>,
+    oracle_tokens: u64,
+    first_token_seconds: Vec<f64>,
+    moved: usize,
+    gone: Vec<SimulatedGroup>,
+}
+
+struct Outcome {
+    requests: usize,
+    hit: f64,
+    oracle: f64,
+    hotspot: f64,
+    first_token_seconds: Vec<f64>,
+    simulated: f64,
+    moved: usize,
+}
+
+impl Simulation {
+    fn new(args: &FleetArgs, policy: Policy, sessions: Vec<Session>) -> anyhow::Result<Self> {
+        let routers = (0..args.routers.max(1)).map(|_| RouterReplica {
+            fleet: Fleet::new(RouterOptions::default()),
+            links: Vec::new(),
+            waiting: VecDeque::new(),
+        });
+        let mut simulation = Self {
+            policy,
+            groups: Vec::new(),
+            routers: routers.collect(),
+            sessions,
+            flights: Vec::new(),
+            events: BinaryHeap::new(),
+            news: Vec::new(),
+            now: 0.0,
+            number: 0,
+            began: Instant::now(),
+            random: StdRng::seed_from_u64(args.seed),
+            turn: 0,
+            assigned: HashMap::new(),
+            oracle_tokens: 0,
+            first_token_seconds: Vec::new(),
+            moved: 0,
+            gone: Vec::new(),
+        };
+        for _ in 0..args.groups {
+            simulation.join()?;
+        }
+        for session in 0..simulation.sessions.len() {
+            simulation.arrives(session, 0, simulation.sessions[session].begins_at);
+        }
+        if args.join {
+            simulation.at(args.seconds / 3.0, Event::Join);
+        }
+        if args.die {
+            simulation.at(args.seconds / 2.0, Event::Die(0));
+        }
+        Ok(simulation)
+    }
+
+    fn at(&mut self, at: f64, event: Event) {
+        self.number += 1;
+        self.events.push(Timed { at, number: self.number, event });
+    }
+
+    fn arrives(&mut self, session: usize, turn: usize, at: f64) {
+        if turn >= self.sessions[session].turns.len() {
+            return;
+        }
+        let router = self.flights.len() % self.routers.len();
+        self.flights.push(Flight { session, turn, arrived: at, router, booking: None, first_token: None });
+        self.at(at, Event::Arrive(self.flights.len() - 1));
+    }
+
+    fn request(&self, flight: usize) -> Request {
+        let flight = &self.flights[flight];
+        self.sessions[flight.session].turns[flight.turn].1.clone()
+    }
+
+    fn join(&mut self) -> anyhow::Result<()> {
+        let number = self.groups.len();
+        self.groups.push(Some(SimulatedGroup::new(CostModel::new(&SPEED), MAX_SEQUENCES, BLOCKS)));
+        self.news.push(false);
+        for router in &mut self.routers {
+            let link = router.fleet.put_unwatched(record(number))?;
+            router.links.push(Some(link));
+        }
+        Ok(())
+    }
+
+    fn run(mut self) -> anyhow::Result<Outcome> {
+        while let Some(timed) = self.events.pop() {
+            self.now = timed.at;
+            match timed.event {
+                Event::Arrive(flight) => {
+                    let hashes = self.request(flight).hashes;
+                    let most = self.groups.iter().flatten().map(|group| group.held(&hashes)).max().unwrap_or(0);
+                    self.oracle_tokens += most as u64 * 64;
+                    self.send(flight);
+                }
+                Event::FirstToken { group, request } => self.first_token(group, request),
+                Event::End { group, request } => self.end(group, request),
+                Event::News(group) => self.tell(group),
+                Event::Join => self.join()?,
+                Event::Die(group) => self.die(group),
+            }
+        }
+        let all = || self.groups.iter().flatten().chain(&self.gone);
+        let prompt: u64 = all().map(|group| group.prompt_tokens).sum();
+        let held: u64 = all().map(|group| group.held_tokens).sum();
+        let busy: Vec<f64> = self.groups.iter().flatten().map(|group| group.busy_seconds).collect();
+        let mean = busy.iter().sum::<f64>() / busy.len().max(1) as f64;
+        let mut first_token_seconds = self.first_token_seconds;
+        first_token_seconds.sort_by(f64::total_cmp);
+        Ok(Outcome {
+            requests: first_token_seconds.len(),
+            hit: held as f64 / prompt.max(1) as f64,
+            oracle: self.oracle_tokens as f64 / prompt.max(1) as f64,
+            hotspot: busy.iter().copied().fold(0.0, f64::max) / mean.max(1e-9),
+            first_token_seconds,
+            simulated: self.now,
+            moved: self.moved,
+        })
+    }
+
+    /// Chooses a group and sends the request there; where there is no room now it waits in its router.
+    fn send(&mut self, flight: usize) {
+        let request = self.request(flight);
+        match self.choose(flight, &request) {
+            Some(group) => self.take(group, flight, &request),
+            None => self.routers[self.flights[flight].router].waiting.push_back(flight),
+        }
+    }
+
+    fn choose(&mut self, flight: usize, request: &Request) -> Option<usize> {
+        let alive: Vec<usize> = (0..self.groups.len()).filter(|group| self.groups[*group].is_some()).collect();
+        let sequences = |group: usize| self.groups[group].as_ref().map_or(usize::MAX, SimulatedGroup::sequences);
+        let random = &mut self.random;
+        let mut least_loaded = || {
+            let least = alive.iter().map(|group| sequences(*group)).min()?;
+            let equals: Vec<usize> = alive.iter().copied().filter(|group| sequences(*group) == least).collect();
+            Some(equals[random.random_range(0..equals.len())])
+        };
+        match self.policy {
+            Policy::Random => Some(alive[self.random.random_range(0..alive.len())]),
+            Policy::RoundRobin => {
+                self.turn += 1;
+                Some(alive[self.turn % alive.len()])
+            }
+            Policy::LeastLoaded => least_loaded(),
+            Policy::Sticky => match self.assigned.get(&request.session) {
+                Some(group) if self.groups[*group].is_some() => Some(*group),
+                _ => {
+                    let group = least_loaded()?;
+                    self.assigned.insert(request.session, group);
+                    Some(group)
+                }
+            },
+            Policy::Ours => {
+                let router = &self.routers[self.flights[flight].router];
+                let view = router.fleet.view();
+                let wanted = Wanted {
+                    hashes: &request.hashes,
+                    tokens: request.tokens as usize,
+                    avoid: &[],
+                    class: Some(Class::Interactive),
+                    explain: false,
+                    now: self.began + Duration::from_secs_f64(self.now),
+                };
+                let placement = place(&router.fleet, view.model(MODEL)?, &wanted).ok()?;
+                self.flights[flight].booking = Some(placement.booking);
+                placement.group.record.group.strip_prefix('g')?.parse().ok()
+            }
+        }
+    }
+
+    fn take(&mut self, group: usize, flight: usize, request: &Request) {
+        let next = self.groups[group].as_mut().and_then(|taker| taker.take(flight, request, self.now));
+        self.follow(group, next);
+    }
+
+    fn follow(&mut self, group: usize, next: Option<Next>) {
+        match next {
+            Some(Next::FirstToken { request, at }) => self.at(at, Event::FirstToken { group, request }),
+            Some(Next::End { request, at }) => self.at(at, Event::End { group, request }),
+            None => {}
+        }
+        if !std::mem::replace(&mut self.news[group], true) {
+            self.at(self.now + NEWS_DELAY, Event::News(group));
+        }
+    }
+
+    fn first_token(&mut self, group: usize, flight: usize) {
+        let Some(nexts) = self.groups[group].as_mut().map(|there| there.first_token(self.now)) else {
+            return;
+        };
+        let flight = &mut self.flights[flight];
+        if flight.first_token.is_none() {
+            flight.first_token = Some(self.now);
+            self.first_token_seconds.push(self.now - flight.arrived);
+        }
+        if let Some(booking) = &mut flight.booking {
+            booking.received_token();
+        }
+        nexts.into_iter().for_each(|next| self.follow(group, next));
+    }
+
+    fn end(&mut self, group: usize, flight: usize) {
+        let Some(next) = self.groups[group].as_mut().map(|there| there.end(flight, self.now)) else {
+            return;
+        };
+        self.follow(group, next);
+        self.flights[flight].booking = None;
+        let (session, turn) = (self.flights[flight].session, self.flights[flight].turn + 1);
+        if let Some((pause, _)) = self.sessions[session].turns.get(turn) {
+            self.arrives(session, turn, self.now + pause);
+        }
+        self.send_waiting();
+    }
+
+    fn send_waiting(&mut self) {
+        for router in 0..self.routers.len() {
+            for _ in 0..self.routers[router].waiting.len().min(32) {
+                if let Some(flight) = self.routers[router].waiting.pop_front() {
+                    self.send(flight);
+                }
+            }
+        }
+    }
+
+    /// Routers hear what changed in a group.
+    fn tell(&mut self, group: usize) {
+        self.news[group] = false;
+        let Some(there) = &mut self.groups[group] else {
+            return;
+        };
+        let (told, load) = (std::mem::take(&mut there.told), there.load());
+        for router in &self.routers {
+            if let Some(Some(link)) = router.links.get(group) {
+                router.fleet.index.apply(link.slot, &told.stored, &told.evicted);
+                link.ledger.report(load);
+            }
+        }
+        self.send_waiting();
+    }
+
+    /// What ran there begins anew elsewhere.
+    fn die(&mut self, group: usize) {
+        let Some(mut dead) = self.groups[group].take() else {
+            return;
+        };
+        for router in &mut self.routers {
+            if let Some(link) = router.links[group].take() {
+                router.fleet.remove(&link);
+            }
+        }
+        let flights = dead.die();
+        self.moved += flights.len();
+        self.gone.push(dead);
+        for flight in flights {
+            self.flights[flight].booking = None;
+            self.send(flight);
+        }
+    }
+}
+
+fn record(number: usize) -> GroupRecord {
+    GroupRecord {
+        group: format!("g{number}"),
+        epoch: 1,
+        endpoint: "127.0.0.1:9".into(),
+        model: MODEL.into(),
+        aliases: Vec::new(),
+        device: Device::Fake,
+        weight_fingerprint: String::new(),
+        ranks: vec![RankRecord { rank: 0, host: "simulated".into(), pid: 0 }],
+        block_tokens: 64,
+        kv_blocks: BLOCKS,
+        max_model_len: 262_144,
+        vocabulary_size: 131_072,
+        max_sequences: MAX_SEQUENCES,
+        images: false,
+        speed: SPEED,
+        state: GroupState::Ready,
+        version: String::new(),
+    }
+}
+
+impl Outcome {
+    fn line(&self, workload: Workload, policy: Policy, args: &FleetArgs, took: f64) -> String {
+        let at = |share: f64| {
+            let place = ((self.first_token_seconds.len() as f64 - 1.0) * share).round() as usize;
+            self.first_token_seconds.get(place).map(|seconds| (seconds * 1e4).round() / 1e4)
+        };
+        let round = |value: f64| (value * 1e3).round() / 1e3;
+        let mut what = format!("{workload:?}").to_lowercase();
+        for (asked, word) in [(args.join, " join"), (args.die, " die")] {
+            what.push_str(if asked { word } else { "" });
+        }
+        let line = json!({
+            "kind": "fleet", "workload": what, "policy": format!("{policy:?}"), "groups": args.groups,
+            "routers": args.routers, "requests": self.requests, "hit": round(self.hit),
+            "oracle": round(self.oracle), "hotspot": round(self.hotspot), "ttft_p50_s": at(0.5),
+            "ttft_p90_s": at(0.9), "ttft_p99_s": at(0.99), "moved": self.moved,
+            "times_life": (self.simulated / took).round(),
+        });
+        line.to_string()
+    }
+}

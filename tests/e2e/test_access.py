@@ -1,0 +1,113 @@
+"""Keys, tenants and limits at the real router: 401, 403, 429, and a key file that changes while it serves."""
+
+import hashlib
+import time
+
+import openai
+import pytest
+
+from cluster import Cluster, http, serve, wait_until
+
+
+def sha(key):
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def key_file(tenants):
+    lines = ["tenants:"]
+    for name, (limits, keys) in tenants.items():
+        lines.append(f"- name: {name}")
+        lines += [f"  {field}: {value}" for field, value in limits.items()]
+        lines.append("  keys: [" + ", ".join(f"{{name: {name}-{i}, sha256: {sha(key)}}}" for i, key in enumerate(keys)) + "]")
+    return "\n".join(lines) + "\n"
+
+
+TENANTS = {
+    "free": ({}, ["free-key"]),
+    "slow": ({"requests_per_minute": 2}, ["slow-key"]),
+    "narrow": ({"max_context": 20}, ["narrow-key"]),
+    "elsewhere": ({"models": "[large]"}, ["elsewhere-key"]),
+    "metered": ({"tokens_per_minute": 5000}, ["metered-key"]),
+}
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    path.write_text(key_file(TENANTS))
+    with Cluster(registry="memory") as cluster:
+        serve(cluster, "--served-model-name", "tiny", "--tokenizer", cluster.tokenizer, "--device", "cpu", "--num-kv-blocks", "64",
+              "--api-key-file", path)
+        cluster.key_path = path
+        yield cluster
+
+
+def ask(cluster, key=None, **more):
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return http("POST", cluster.router_url + "/v1/chat/completions", {**ASK, **more}, headers)
+
+
+def test_without_a_key_nothing_but_probes_is_answered(guarded):
+    status, headers, body = ask(guarded)
+    assert status == 401 and body["error"]["code"] == "missing_api_key" and headers["x-request-id"]
+    assert ask(guarded, "wrong")[0] == 401
+    for path in ("/v1/models", "/v1/models/tiny"):
+        assert http("GET", guarded.router_url + path)[0] == 401
+    assert http("POST", guarded.router_url + "/tokenize", {"prompt": "a"})[0] == 401
+    for path in ("/health", "/ready", "/metrics", "/version"):
+        assert http("GET", guarded.router_url + path)[0] == 200
+
+
+def test_a_key_opens_everything_it_may(guarded):
+    client = openai.OpenAI(base_url=guarded.router_url + "/v1", api_key="free-key", max_retries=0)
+    assert client.chat.completions.create(**ASK).usage.completion_tokens <= 4
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    status, _, _ = http("POST", guarded.router_url + "/tokenize", {"prompt": "a"}, {"x-api-key": "free-key"})
+    assert status == 200
+
+
+def test_what_a_tenant_may_not_is_403(guarded):
+    status, _, body = ask(guarded, "elsewhere-key")
+    assert status == 403 and body["error"]["type"] == "permission_error", body
+    status, _, body = ask(guarded, "narrow-key", messages=[{"role": "user", "content": "word " * 100}])
+    assert status == 403 and "20 tokens" in body["error"]["message"]
+    assert ask(guarded, "narrow-key")[0] == 200
+
+
+def test_requests_a_minute(guarded):
+    for left in ("1", "0"):
+        status, headers, _ = ask(guarded, "slow-key")
+        assert status == 200 and headers["x-ratelimit-remaining-requests"] == left and headers["x-ratelimit-limit-requests"] == "2"
+    status, headers, body = ask(guarded, "slow-key")
+    assert status == 429 and body["error"]["code"] == "rate_limit_exceeded" and 1 <= int(headers["retry-after"]) <= 30
+    client = openai.OpenAI(base_url=guarded.router_url + "/v1", api_key="slow-key", max_retries=0)
+    with pytest.raises(openai.RateLimitError):
+        client.chat.completions.create(**ASK)
+
+
+def test_tokens_are_settled_on_real_use(guarded):
+    first = ask(guarded, "metered-key", max_tokens=1000, stop=["e", "a", "i", "o", " "])
+    assert first[0] == 200
+    used = first[2]["usage"]["total_tokens"]
+    def remaining():
+        # a request of its own: reserves its prompt and max_tokens
+        status, headers, body = ask(guarded, "metered-key", max_tokens=1)
+        return status == 200 and int(headers["x-ratelimit-remaining-tokens"])
+    assert remaining() > 5000 - used - 200
+    assert ask(guarded, "metered-key", messages=[{"role": "user", "content": "word " * 300}], max_tokens=4900)[0] == 429
+
+
+def test_the_key_file_is_read_again(guarded):
+    assert ask(guarded, "new-key")[0] == 401
+    guarded.key_path.write_text(key_file({**TENANTS, "new": ({}, ["new-key"])}))
+    wait_until("the new key works", lambda: ask(guarded, "new-key")[0] == 200, seconds=20, every=0.3)
+    # a broken file changes nothing
+    guarded.key_path.write_text("tenants: 7\n")
+    time.sleep(3)
+    assert ask(guarded, "new-key")[0] == 200 and ask(guarded, "slow-key")[0] == 429
+    log = guarded.processes[-1].log()
+    assert "api keys stay as they were" in log
+    for key in ("free-key", "slow-key", "new-key"):
+        assert key not in log, "a secret in the log"
+    assert "bora::audit" in log and "tenant=\"free\"" in log.replace("tenant=free", 'tenant="free"')

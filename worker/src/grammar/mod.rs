@@ -1,0 +1,214 @@
+//! Structured output: which ids a sequence may draw next, by a grammar (a JSON schema, a regular expression,
+//! or llguidance's Lark).
+//!
+//! llguidance compiles the grammar against the bytes of the model's tokens and computes, at each position, the
+//! set of ids that can still lead to a text of the language. Every rank keeps the state of its sequences
+//! ([`GrammarState`]) and computes the same masks from the same ids, so masks never travel. Compiling takes
+//! milliseconds: callers do it before the step loop sees the request ([`Grammars::prepare`]), and the result is
+//! kept for the ranks and for the next request with the same grammar.
+
+mod state;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bora_common::tokenizer::{TokenizerError, Vocabulary};
+use bora_proto::v1;
+use llguidance::api::TopLevelGrammar;
+use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{Matcher, ParserFactory};
+use serde::{Deserialize, Serialize};
+
+pub(crate) use state::allows;
+pub use state::{GrammarState, Mask};
+
+/// Bytes of a grammar's source.
+pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
+/// Brackets within brackets; more could overrun the stack of the grammar's own parser.
+const MAX_NESTING: usize = 128;
+/// Work spent on building a grammar: llguidance does 50,000 units in a millisecond.
+const COMPILE_FUEL: u64 = 2_500_000;
+/// Compiled grammars that are kept.
+const KEPT: usize = 64;
+/// Stack of the thread that compiles: schemas may be nested as deeply as JSON parsers allow.
+const COMPILE_STACK: usize = 16 << 20;
+
+/// A grammar as it travels: from the router to the leader, and from there to every rank.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GrammarSource {
+    /// Which language `text` is written in.
+    pub kind: GrammarKind,
+    /// At most [`MAX_GRAMMAR_BYTES`].
+    pub text: String,
+}
+
+/// Languages for languages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum GrammarKind {
+    /// A JSON schema.
+    JsonSchema,
+    /// A regular expression in Rust's syntax, anchored at both ends.
+    Regex,
+    /// llguidance's variant of Lark.
+    Lark,
+}
+
+/// A grammar can't be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct GrammarError(pub String);
+
+impl TryFrom<v1::Grammar> for GrammarSource {
+    type Error = GrammarError;
+
+    fn try_from(grammar: v1::Grammar) -> Result<Self, GrammarError> {
+        let kind = match grammar.kind() {
+            v1::grammar::Kind::JsonSchema => GrammarKind::JsonSchema,
+            v1::grammar::Kind::Regex => GrammarKind::Regex,
+            v1::grammar::Kind::Lark => GrammarKind::Lark,
+            v1::grammar::Kind::Unspecified => return Err(GrammarError("its kind is not given".into())),
+        };
+        if grammar.source.len() > MAX_GRAMMAR_BYTES {
+            let length = grammar.source.len();
+            return Err(GrammarError(format!("it has {length} bytes, at most {MAX_GRAMMAR_BYTES} are taken")));
+        }
+        if kind != GrammarKind::JsonSchema && nesting(&grammar.source) > MAX_NESTING {
+            return Err(GrammarError(format!("its brackets are nested more than {MAX_NESTING} deep")));
+        }
+        Ok(Self { kind, text: grammar.source })
+    }
+}
+
+/// The deepest nesting of brackets, wherever they stand.
+fn nesting(text: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    for byte in text.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
+}
+
+/// Compiles grammars for one vocabulary and keeps the newest ones.
+pub struct Grammars {
+    factory: ParserFactory,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    /// Never advanced; each with the number of its last use.
+    compiled: HashMap<GrammarSource, (Matcher, u64)>,
+    uses: u64,
+}
+
+impl Grammars {
+    /// Reads the vocabulary of a tokenizer file or model directory. A few tenths of a second.
+    pub fn load(tokenizer: &Path) -> Result<Self, TokenizerError> {
+        let vocabulary = Vocabulary::load(tokenizer)?;
+        Self::new(&vocabulary)
+            .map_err(|GrammarError(reason)| TokenizerError::Invalid { path: tokenizer.to_owned(), reason })
+    }
+
+    /// For the tokens of this vocabulary.
+    pub fn new(vocabulary: &Vocabulary) -> Result<Self, GrammarError> {
+        let count = vocabulary.len() as u32;
+        let words: Vec<Vec<u8>> = (0..count)
+            .map(|id| match (vocabulary.ordinary(id), vocabulary.special_name(id)) {
+                (Some(bytes), _) => bytes.to_vec(),
+                // the marker keeps text from ever matching a special token
+                (None, Some(name)) => [&[TokTrie::SPECIAL_TOKEN_MARKER], name.as_bytes()].concat(),
+                (None, None) => Vec::new(),
+            })
+            .collect();
+        let trie = TokTrie::from(&TokRxInfo::new(count, vocabulary.eos_id()), &words);
+        let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let slices = llguidance::earley::SlicedBiasComputer::general_slices();
+        let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
+            .map_err(|error| GrammarError(error.to_string()))?;
+        factory.quiet();
+        let limits = factory.limits_mut();
+        limits.initial_lexer_fuel = COMPILE_FUEL;
+        limits.verbose_errors = false;
+        Ok(Self { factory, kept: Mutex::default() })
+    }
+
+    /// Compiles a grammar, or finds it. Up to some tens of milliseconds, on a thread of its own.
+    pub fn prepare(&self, source: &GrammarSource) -> Result<(), GrammarError> {
+        self.matcher(source).map(drop)
+    }
+
+    /// The state of a sequence that has generated `generated_ids` so far.
+    pub fn begin(&self, source: &GrammarSource, generated_ids: &[u32]) -> Result<GrammarState, GrammarError> {
+        let mut matcher = self.matcher(source)?;
+        matcher
+            .consume_tokens(generated_ids)
+            .map_err(|error| GrammarError(format!("the ids generated so far do not match it: {error}")))?;
+        Ok(GrammarState::new(matcher))
+    }
+
+    fn matcher(&self, source: &GrammarSource) -> Result<Matcher, GrammarError> {
+        {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.uses += 1;
+            let now = kept.uses;
+            if let Some((matcher, last_use)) = kept.compiled.get_mut(source) {
+                *last_use = now;
+                return Ok(matcher.deep_clone());
+            }
+        }
+        let matcher = std::thread::scope(|scope| {
+            let compiling = std::thread::Builder::new()
+                .name("grammar".into())
+                .stack_size(COMPILE_STACK)
+                .spawn_scoped(scope, || self.compile(source))
+                .map_err(|error| GrammarError(format!("no thread to compile it: {error}")))?;
+            compiling.join().unwrap_or_else(|_| Err(GrammarError("it can't be compiled".into())))
+        })?;
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.compiled.len() >= KEPT
+            && let Some(oldest) = kept.compiled.iter().min_by_key(|(_, (_, last_use))| *last_use)
+        {
+            let oldest = oldest.0.clone();
+            kept.compiled.remove(&oldest);
+        }
+        let now = kept.uses;
+        kept.compiled.insert(source.clone(), (matcher.deep_clone(), now));
+        Ok(matcher)
+    }
+
+    fn compile(&self, source: &GrammarSource) -> Result<Matcher, GrammarError> {
+        let tag = match source.kind {
+            GrammarKind::JsonSchema => "json_schema",
+            GrammarKind::Regex => "regex",
+            GrammarKind::Lark => "lark",
+        };
+        let failed = |error: &dyn std::fmt::Display| GrammarError(first_line(&error.to_string()));
+        let grammar = TopLevelGrammar::from_tagged_str(tag, &source.text).map_err(|error| failed(&error))?;
+        let matcher = Matcher::new(self.factory.create_parser(grammar));
+        if let Some(error) = matcher.get_error() {
+            return Err(failed(&error));
+        }
+        // a grammar that matches nothing at all
+        let mask = matcher.deep_clone().compute_mask_or_eos().map_err(|error| failed(&error))?;
+        if mask.is_zero() { Err(GrammarError("no text matches it".into())) } else { Ok(matcher) }
+    }
+}
+
+impl std::fmt::Debug for Grammars {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Grammars").finish_non_exhaustive()
+    }
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().chars().take(500).collect()
+}
+
+#[cfg(test)]
+mod tests;

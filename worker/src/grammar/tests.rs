@@ -1,0 +1,134 @@
+use std::path::PathBuf;
+
+use super::*;
+
+fn grammars() -> Grammars {
+    let file = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json"));
+    Grammars::load(&file).unwrap()
+}
+
+fn vocabulary() -> Vocabulary {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
+    Vocabulary::load(file).unwrap()
+}
+
+fn source(kind: GrammarKind, text: &str) -> GrammarSource {
+    GrammarSource { kind, text: text.to_owned() }
+}
+
+/// The text of a walk that always takes the allowed id that `choose` likes best, to its end.
+fn walk(state: &mut GrammarState, vocabulary: &Vocabulary, choose: impl Fn(&[u8], usize) -> i64) -> (String, Vec<u32>) {
+    let (mut text, mut ids) = (Vec::new(), Vec::new());
+    for step in 0..200 {
+        let mask = state.mask().unwrap();
+        let allowed = (0..vocabulary.len() as u32).filter(|id| allows(&mask, *id));
+        let id = allowed.max_by_key(|id| choose(vocabulary.ordinary(*id).unwrap_or_default(), step)).unwrap();
+        ids.push(id);
+        state.accept(id).unwrap();
+        if id == vocabulary.eos_id() {
+            return (String::from_utf8(text).unwrap(), ids);
+        }
+        match vocabulary.ordinary(id) {
+            Some(bytes) => text.extend_from_slice(bytes),
+            None => text.extend_from_slice(vocabulary.special_name(id).unwrap().as_bytes()),
+        }
+    }
+    panic!("no end within 200 ids: {}", String::from_utf8_lossy(&text));
+}
+
+/// Short texts first, and nothing that only fills.
+fn terse(bytes: &[u8], _: usize) -> i64 {
+    if bytes.is_empty() {
+        return 1_000; // the end
+    }
+    -(bytes.len() as i64) - if bytes.iter().any(u8::is_ascii_whitespace) { 1_000 } else { 0 }
+}
+
+#[test]
+fn a_schema_makes_json_that_fits_it() {
+    let (grammars, vocabulary) = (grammars(), vocabulary());
+    let schema = r#"{"type": "object", "properties": {"name": {"type": "string", "maxLength": 3},
+        "age": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["name", "age"], "additionalProperties": false}"#;
+    let mut state = grammars.begin(&source(GrammarKind::JsonSchema, schema), &[]).unwrap();
+    assert!(!state.may_end());
+    let (text, _) = walk(&mut state, &vocabulary, terse);
+    let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(value["name"].is_string() && value["age"].is_u64(), "{text}");
+    assert_eq!(value.as_object().unwrap().len(), 2);
+    assert!(state.may_end());
+    // whatever comes after the end changes nothing
+    state.accept(1_500).unwrap();
+    assert!(allows(&state.mask().unwrap(), vocabulary.eos_id()));
+}
+
+#[test]
+fn a_forced_call_is_made_of_the_special_ids() {
+    let (grammars, vocabulary) = (grammars(), vocabulary());
+    let (calls, args) = (vocabulary.special_id("[TOOL_CALLS]").unwrap(), vocabulary.special_id("[ARGS]").unwrap());
+    let lark = format!(
+        "start: <[{calls}]> \"look_up\" <[{args}]> arguments\narguments: %json {{\"type\": \"object\", \
+         \"properties\": {{\"n\": {{\"const\": 7}}}}, \"required\": [\"n\"], \"additionalProperties\": false}}\n"
+    );
+    let mut state = grammars.begin(&source(GrammarKind::Lark, &lark), &[]).unwrap();
+    let (text, ids) = walk(&mut state, &vocabulary, terse);
+    assert_eq!(ids[0], calls);
+    assert_eq!(ids.iter().filter(|id| **id == args).count(), 1);
+    let (head, json) = text.split_once("[ARGS]").unwrap();
+    assert_eq!(head, "[TOOL_CALLS]look_up");
+    assert_eq!(serde_json::from_str::<serde_json::Value>(json).unwrap(), serde_json::json!({"n": 7}));
+}
+
+#[test]
+fn text_never_stands_for_a_special_id() {
+    let (grammars, vocabulary) = (grammars(), vocabulary());
+    let mut state = grammars.begin(&source(GrammarKind::Regex, r"(?s:.*)"), &[]).unwrap();
+    let mask = state.mask().unwrap();
+    for id in 0..vocabulary.len() as u32 {
+        if vocabulary.special_name(id).is_some() {
+            assert_eq!(allows(&mask, id), id == vocabulary.eos_id(), "{id}");
+        }
+    }
+    assert!(!allows(&mask, vocabulary.len() as u32 + 100), "beyond the vocabulary");
+}
+
+#[test]
+fn a_resumed_sequence_stands_where_the_first_one_stood() {
+    let (grammars, vocabulary) = (grammars(), vocabulary());
+    let choice = source(GrammarKind::Lark, r#"start: "left hand" | "left foot" | "right""#);
+    let mut first = grammars.begin(&choice, &[]).unwrap();
+    let (_, ids) = walk(&mut first, &vocabulary, terse);
+    for cut in 0..ids.len() {
+        let mut resumed = grammars.begin(&choice, &ids[..cut]).unwrap();
+        let mut undisturbed = grammars.begin(&choice, &[]).unwrap();
+        ids[..cut].iter().for_each(|id| undisturbed.accept(*id).unwrap());
+        assert_eq!(resumed.mask().unwrap(), undisturbed.mask().unwrap(), "after {cut}");
+    }
+    let other = vocabulary.special_id("[INST]").unwrap();
+    assert!(grammars.begin(&choice, &[other]).is_err(), "an id that can't have been generated");
+}
+
+#[test]
+fn bad_grammars_are_refused_quickly() {
+    let grammars = grammars();
+    let deep = format!("start: {}\"a\"{}", "(".repeat(100_000), ")".repeat(100_000));
+    let wide = format!(r#"{{"enum": [{}]}}"#, (0..20_000).map(|n| n.to_string()).collect::<Vec<_>>().join(","));
+    for (kind, text) in [
+        (v1::grammar::Kind::JsonSchema, "not json"),
+        (v1::grammar::Kind::JsonSchema, r#"{"type": "nothing"}"#),
+        (v1::grammar::Kind::JsonSchema, r#"{"type": "string", "pattern": "("}"#),
+        (v1::grammar::Kind::JsonSchema, "false"),
+        (v1::grammar::Kind::Regex, "a("),
+        (v1::grammar::Kind::Lark, "start: nowhere"),
+        (v1::grammar::Kind::Lark, deep.as_str()),
+        (v1::grammar::Kind::Lark, ""),
+        (v1::grammar::Kind::Unspecified, "a"),
+    ] {
+        let grammar = v1::Grammar { kind: kind.into(), source: text.to_owned() };
+        let outcome = GrammarSource::try_from(grammar).and_then(|source| grammars.prepare(&source));
+        assert!(outcome.is_err(), "{kind:?} {}", text.chars().take(80).collect::<String>());
+    }
+    // large, and fine
+    grammars.prepare(&source(GrammarKind::JsonSchema, &wide)).unwrap();
+    let long = v1::Grammar { kind: v1::grammar::Kind::Regex.into(), source: "a".repeat(MAX_GRAMMAR_BYTES + 1) };
+    assert!(GrammarSource::try_from(long).is_err());
+}
