@@ -324,11 +324,11 @@ impl Sampler {
 }
 
 fn masks_of(requests: &[SampleRequest]) -> Vec<&Mask> {
-    let mask = |request| match request {
-        &SampleRequest::Next { ref mask, .. } => mask.as_ref(),
+    let masks = requests.iter().filter_map(|request| match request {
+        SampleRequest::Next { mask, .. } => mask.as_ref(),
         SampleRequest::Score { .. } => None,
-    };
-    requests.iter().filter_map(mask).collect()
+    });
+    masks.collect()
 }
 
 /// Sends the masks of a step, one behind the other; where they lie on the device.
