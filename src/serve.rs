@@ -57,6 +57,9 @@ pub(crate) struct ServeArgs {
     /// memory of the KV cache on each rank, for example 4GiB
     #[arg(long)]
     kv_cache_memory: Option<ByteSize>,
+    /// share of a GPU's memory that is used, weights included
+    #[arg(long)]
+    gpu_memory_utilization: Option<f32>,
     /// where weights come from
     #[arg(long, value_enum, default_value = "auto")]
     load_format: LoadFormat,
@@ -131,6 +134,7 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     worker.kv_cache.blocks = args.num_kv_blocks;
     worker.kv_cache.memory = args.kv_cache_memory;
     worker.kv_cache.dtype = args.kv_cache_dtype;
+    worker.kv_cache.device_share = args.gpu_memory_utilization.unwrap_or(worker.kv_cache.device_share);
     let schedule = &mut worker.schedule;
     schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
     schedule.max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);

@@ -1,5 +1,6 @@
 //! `bora bench`: measures.
 
+mod engine;
 mod fleet;
 mod index;
 mod load;
@@ -17,6 +18,8 @@ pub(crate) struct BenchArgs {
 enum What {
     /// A closed loop of requests against an endpoint, or straight against a group
     Load(load::LoadArgs),
+    /// The engine alone: decode steps, prompts, conversations, beside what the machine allows
+    Engine(engine::EngineArgs),
     /// The router's placement over simulated groups, beside other policies
     Fleet(fleet::FleetArgs),
     /// Memory and lookup time of the prefix index
@@ -27,6 +30,7 @@ enum What {
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.what {
         What::Load(args) => crate::runtime()?.block_on(load::run(args)),
+        What::Engine(args) => crate::runtime()?.block_on(engine::run(args)),
         What::Fleet(args) => crate::runtime()?.block_on(fleet::run(args)),
         What::Index(args) => {
             index::run(&args);

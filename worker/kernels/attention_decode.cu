@@ -3,21 +3,32 @@
 // tile. Softmax in base 2 and f32.
 #include "device.cuh"
 
-constexpr u32 DECODE_WARPS = 4, WARP_TOKENS = 16, DECODE_STAGES = 3;
+constexpr u32 DECODE_WARPS = 4, WARP_TOKENS = 16;
 
 // Bytes of one padded bf16 row in shared memory: 8 rows of one 16-byte column lie in different banks.
 template <u32 D>
 constexpr u32 padded_row() { return D * 2 + 16; }
+// e4m3 rows lie unpadded, the pieces of some exchanged.
 template <u32 D, typename Kv>
-constexpr u32 raw_row() { return sizeof(Kv) == 2 ? padded_row<D>() : D; }
+constexpr u32 stored_row() { return sizeof(Kv) == 2 ? padded_row<D>() : D; }
+template <typename Kv>
+constexpr u32 decode_stages() { return sizeof(Kv) == 2 ? 3 : 6; }
 // Dynamic shared memory of decode_attention.
 template <u32 D, typename Kv>
 constexpr u32 decode_shared_bytes() {
-  const u32 ring = DECODE_STAGES * 2 * WARP_TOKENS * raw_row<D, Kv>();
-  const u32 unpacked = sizeof(Kv) == 2 ? 0 : 2 * WARP_TOKENS * padded_row<D>();
+  const u32 ring = DECODE_WARPS * decode_stages<Kv>() * 2 * WARP_TOKENS * stored_row<D, Kv>();
   const u32 merge = DECODE_WARPS * 16 * (D + 2) * 4;
-  const u32 bytes = DECODE_WARPS * (ring + unpacked);
-  return bytes > merge ? bytes : merge;
+  return ring > merge ? ring : merge;
+}
+// Places of a 16-byte piece in a warp's tiles. e4m3 keys are read two rows and four pieces at a time, e4m3 values eight rows
+// and one piece at a time: each from all banks where rows are as long as the banks.
+template <u32 D, typename Kv>
+__device__ __forceinline__ u32 key_place(u32 token, u32 piece) {
+  return token * stored_row<D, Kv>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ (token & 1) << 2 : piece) * 16;
+}
+template <u32 D, typename Kv>
+__device__ __forceinline__ u32 value_place(u32 token, u32 piece) {
+  return token * stored_row<D, Kv>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ token % 8 : piece) * 16;
 }
 
 // q [rows][query heads][D], scaled by s(p); caches [block][kv head][64][D]. A row of position p reads keys 0..=p.
@@ -44,22 +55,22 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
   const u32 active = (blocks + share - 1) / share;  // splits that have keys
   if (split >= active) return;
 
-  constexpr u32 RAW = raw_row<D, Kv>(), PADDED = padded_row<D>();
-  constexpr u32 RAW_TILE = WARP_TOKENS * RAW, TILE = WARP_TOKENS * PADDED;
-  constexpr u32 WARP_BYTES = DECODE_STAGES * 2 * RAW_TILE + (sizeof(Kv) == 2 ? 0 : 2 * TILE);
-  u8* ring = shared + warp * WARP_BYTES;
-  u8* unpacked = ring + DECODE_STAGES * 2 * RAW_TILE;
+  constexpr bool NARROW = sizeof(Kv) == 1;  // e4m3, computed as f16: widened in registers
+  constexpr u32 ROW = stored_row<D, Kv>(), TILE = WARP_TOKENS * ROW, DECODE_STAGES = decode_stages<Kv>();
+  u8* ring = shared + warp * DECODE_STAGES * 2 * TILE;
 
   constexpr u32 PIECES = D * sizeof(Kv) / 16;  // of a row
   auto load = [&](u32 block, u32 stage) {
-    const u64 source = (((u64)table[block] * kv_heads + kv_head) * KV_BLOCK + warp * WARP_TOKENS) * D;
-    u8* k_tile = ring + stage * 2 * RAW_TILE;
-    u8* v_tile = k_tile + RAW_TILE;
+    const u64 source = ((u64)table[block] * kv_heads + kv_head) * KV_BLOCK * D;
+    const u8* keys = reinterpret_cast<const u8*>(k_cache + source);
+    const u8* values = reinterpret_cast<const u8*>(v_cache + source);
+    u8* k_tile = ring + stage * 2 * TILE;
+    u8* v_tile = k_tile + TILE;
 #pragma unroll
     for (u32 i = lane; i < WARP_TOKENS * PIECES; i += WARP) {
-      const u32 token = i / PIECES, piece = i % PIECES;
-      copy_async_16(k_tile + token * RAW + piece * 16, reinterpret_cast<const u8*>(k_cache + source + token * D) + piece * 16);
-      copy_async_16(v_tile + token * RAW + piece * 16, reinterpret_cast<const u8*>(v_cache + source + token * D) + piece * 16);
+      const u32 token = i / PIECES, piece = i % PIECES, place = cache_place(D * sizeof(Kv), warp * WARP_TOKENS + token, piece);
+      copy_async_16(k_tile + key_place<D, Kv>(token, piece), keys + place);
+      copy_async_16(v_tile + value_place<D, Kv>(token, piece), values + place);
     }
   };
   for (u32 s = 0; s < DECODE_STAGES - 1; s++) {
@@ -74,8 +85,11 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
   for (u32 k = 0; k < D / 16; k++)
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
-      const u32 head = g + i % 2 * 8, dimension = k * 16 + i / 2 * 8 + t * 2;
-      a[k][i] = head < group ? *reinterpret_cast<const u32*>(q_heads + head * D + dimension) : 0;
+      // e4m3 keys are read four dimensions at a time: theirs is another order of the dimensions, the same for q
+      const u32 four = D >= 64 ? k / 4 * 64 + t * 16 + k % 4 * 4 : t * 8 + k * 4;
+      const u32 head = g + i % 2 * 8, dimension = NARROW ? four + i / 2 * 2 : k * 16 + i / 2 * 8 + t * 2;
+      const u32 pair = head < group ? *reinterpret_cast<const u32*>(q_heads + head * D + dimension) : 0;
+      a[k][i] = NARROW ? pack_f16(low_bf16(pair), high_bf16(pair)) : pair;
     }
 
   float o[D / 8][4] = {};
@@ -86,39 +100,44 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     const u32 ahead = block + DECODE_STAGES - 1;
     if (ahead < last) load(ahead, (ahead - first) % DECODE_STAGES);
     copy_async_commit();
-    const u8* k_tile = ring + (block - first) % DECODE_STAGES * 2 * RAW_TILE;
-    const u8* v_tile = k_tile + RAW_TILE;
-    if (sizeof(Kv) == 1) {
-      // e4m3 to bf16, K and V tiles in one sweep
-      for (u32 i = lane; i < 2 * WARP_TOKENS * D / 8; i += WARP) {
-        const u32 token = i / (D / 8), piece = i % (D / 8);
-        const uint2 packed = *reinterpret_cast<const uint2*>(k_tile + token * RAW + piece * 8);
-        const float2 v0 = unpack_e4m3((u16)packed.x), v1 = unpack_e4m3((u16)(packed.x >> 16));
-        const float2 v2 = unpack_e4m3((u16)packed.y), v3 = unpack_e4m3((u16)(packed.y >> 16));
-        *reinterpret_cast<uint4*>(unpacked + token * PADDED + piece * 16) =
-            make_uint4(pack_bf16(v0.x, v0.y), pack_bf16(v1.x, v1.y), pack_bf16(v2.x, v2.y), pack_bf16(v3.x, v3.y));
-      }
-      __syncwarp();
-      k_tile = unpacked;
-      v_tile = unpacked + TILE;
-    }
+    const u8* k_tile = ring + (block - first) % DECODE_STAGES * 2 * TILE;
+    const u8* v_tile = k_tile + TILE;
 
     const u32 token = block * KV_BLOCK + warp * WARP_TOKENS;
     if (token + WARP_TOKENS - 1 > position) {
       // nothing was stored behind the row's position; what lies there (a NaN, even) must not meet the weight 0
-      const u32 begin = position < token ? 0 : (position - token + 1) * PADDED;
+      const u32 begin = position < token ? 0 : (position - token + 1) * ROW;
       for (u32 i = lane * 16; i < TILE - begin; i += WARP * 16)
         *reinterpret_cast<uint4*>(const_cast<u8*>(v_tile) + begin + i) = make_uint4(0, 0, 0, 0);
       __syncwarp();
     }
 
     float scores[2][4] = {};
+    if constexpr (NARROW) {
+      constexpr u32 WORDS = D >= 64 ? 4 : 2;  // a lane's bytes of a row at a time
 #pragma unroll
-    for (u32 k = 0; k < D / 16; k++) {
-      u32 b[4];
-      load_matrices(b, k_tile + (lane / 16 * 8 + lane % 8) * PADDED + (k * 2 + lane / 8 % 2) * 16);
-      mma_bf16(scores[0], a[k], b[0], b[1]);
-      mma_bf16(scores[1], a[k], b[2], b[3]);
+      for (u32 j = 0; j < 2; j++)
+#pragma unroll
+        for (u32 k = 0; k < D / 16; k += WORDS) {
+          u32 words[WORDS];
+          if constexpr (WORDS == 4) {
+            const uint4 four = *reinterpret_cast<const uint4*>(k_tile + key_place<D, Kv>(j * 8 + g, k + t));
+            words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+          } else {
+            const uint2 two = *reinterpret_cast<const uint2*>(k_tile + (j * 8 + g) * ROW + t * 8);
+            words[0] = two.x, words[1] = two.y;
+          }
+#pragma unroll
+          for (u32 w = 0; w < WORDS; w++) mma_f16(scores[j], a[k + w], e4m3_to_f16(words[w]), e4m3_to_f16(words[w] >> 16));
+        }
+    } else {
+#pragma unroll
+      for (u32 k = 0; k < D / 16; k++) {
+        u32 b[4];
+        load_matrices(b, k_tile + (lane / 16 * 8 + lane % 8) * ROW + (k * 2 + lane / 8 % 2) * 16);
+        mma_bf16(scores[0], a[k], b[0], b[1]);
+        mma_bf16(scores[1], a[k], b[2], b[3]);
+      }
     }
     float block_largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
 #pragma unroll
@@ -148,18 +167,37 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
         scores[j][i] = p;
         sum[i / 2] += p;
       }
-    const u32 p[4] = {pack_bf16(scores[0][0], scores[0][1]), pack_bf16(scores[0][2], scores[0][3]),
-                      pack_bf16(scores[1][0], scores[1][1]), pack_bf16(scores[1][2], scores[1][3])};
+    u32 p[4];
 #pragma unroll
-    for (u32 n = 0; n < D / 16; n++) {
+    for (u32 i = 0; i < 4; i++) {
+      const float low = scores[i / 2][i % 2 * 2], high = scores[i / 2][i % 2 * 2 + 1];
+      p[i] = NARROW ? pack_small_f16(low, high) : pack_bf16(low, high);
+    }
 #pragma unroll
-      for (u32 j = 0; j < 2; j++)
+    for (u32 n = 0; n < D / 8; n++)
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) o[n * 2 + j][i] *= rescale[i / 2];
-      u32 b[4];
-      load_matrices_transposed(b, v_tile + (lane / 8 % 2 * 8 + lane % 8) * PADDED + (n * 2 + lane / 16) * 16);
-      mma_bf16(o[n * 2], p, b[0], b[1]);
-      mma_bf16(o[n * 2 + 1], p, b[2], b[3]);
+      for (u32 i = 0; i < 4; i++) o[n][i] *= rescale[i / 2];
+    if constexpr (NARROW) {
+#pragma unroll
+      for (u32 n = 0; n < D / 16; n += 2) {
+        // two tokens of two neighbouring dimensions in each word: even dimensions make one tile of the product, odd ones another
+        u32 b[4];
+        load_matrices_transposed(b, v_tile + value_place<D, Kv>(lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+          const u32 first = choose_bytes(b[j * 2], 0, 0x3120), second = choose_bytes(b[j * 2 + 1], 0, 0x3120);
+          mma_f16(o[(n + j) * 2], p, e4m3_to_f16(first), e4m3_to_f16(second));
+          mma_f16(o[(n + j) * 2 + 1], p, e4m3_to_f16(first >> 16), e4m3_to_f16(second >> 16));
+        }
+      }
+    } else {
+#pragma unroll
+      for (u32 n = 0; n < D / 16; n++) {
+        u32 b[4];
+        load_matrices_transposed(b, v_tile + (lane / 8 % 2 * 8 + lane % 8) * ROW + (n * 2 + lane / 16) * 16);
+        mma_bf16(o[n * 2], p, b[0], b[1]);
+        mma_bf16(o[n * 2 + 1], p, b[2], b[3]);
+      }
     }
   }
   copy_async_wait<0>();
@@ -177,7 +215,10 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
 #pragma unroll
   for (u32 n = 0; n < D / 8; n++)
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) merge_o[(warp * 16 + g + i / 2 * 8) * D + n * 8 + t * 2 + i % 2] = o[n][i];
+    for (u32 i = 0; i < 4; i++) {
+      const u32 dimension = NARROW ? n / 2 * 16 + t * 4 + i % 2 * 2 + n % 2 : n * 8 + t * 2 + i % 2;
+      merge_o[(warp * 16 + g + i / 2 * 8) * D + dimension] = o[n][i];
+    }
   if (t == 0) {
     merge_largest[warp * 16 + g] = largest[0], merge_largest[warp * 16 + g + 8] = largest[1];
     merge_sum[warp * 16 + g] = sum[0], merge_sum[warp * 16 + g + 8] = sum[1];

@@ -33,14 +33,17 @@ __device__ __forceinline__ void prefill_attention(const bf16* q, const Kv* k_cac
   const u32 blocks = last_position / KV_BLOCK + 1;
 
   auto load = [&](u32 block) {
-    const u64 source = ((u64)table[block] * kv_heads + kv_head) * KV_BLOCK * D;
+    const u64 tile = ((u64)table[block] * kv_heads + kv_head) * KV_BLOCK * D;
+    const u8* keys = reinterpret_cast<const u8*>(k_cache + tile);
+    const u8* values = reinterpret_cast<const u8*>(v_cache + tile);
     u8* k_tile = shared + block % 2 * 2 * RAW_TILE;
     u8* v_tile = k_tile + RAW_TILE;
 #pragma unroll
     for (u32 i = threadIdx.x; i < KV_BLOCK * PIECES; i += PREFILL_WARPS * WARP) {
       const u32 token = i / PIECES, piece = i % PIECES;
-      copy_async_16(k_tile + token * RAW + piece * 16, reinterpret_cast<const u8*>(k_cache + source + token * D) + piece * 16);
-      copy_async_16(v_tile + token * RAW + piece * 16, reinterpret_cast<const u8*>(v_cache + source + token * D) + piece * 16);
+      const u32 place = cache_place(D * sizeof(Kv), token, piece);
+      copy_async_16(k_tile + token * RAW + piece * 16, keys + place);
+      copy_async_16(v_tile + token * RAW + piece * 16, values + place);
     }
   };
   load(0);

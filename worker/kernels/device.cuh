@@ -18,9 +18,16 @@ typedef unsigned long long u64;
 struct bf16 {
   u16 bits;
 };
+struct f16 {
+  u16 bits;
+};
 struct e4m3 {
   u8 bits;
 };
+template <typename Value>
+constexpr bool is_f16 = false;
+template <>
+constexpr bool is_f16<f16> = true;
 
 constexpr u32 WARP = 32;
 // Tokens in one block of the KV cache.
@@ -81,6 +88,59 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// ---- copies of whole tiles, and barriers that count bytes -------------------------------------------------------------
+
+// `count` arrivals complete a phase (with all bytes that were announced). Then `share_barriers` and a __syncthreads.
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void share_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, and announces bytes that copies will bring.
+__device__ __forceinline__ void barrier_arrive_expecting(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Until the phase of this parity (0, 1, 0, ...) is complete.
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+  asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra ready;\nbra again;\nready:\n}"
+               ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// Copies `bytes` (a multiple of 16); the barrier counts them.
+__device__ __forceinline__ void copy_tile(void* shared, const void* global, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+// Numbered barriers among some of a block's threads: `threads` of them, those that only arrive included.
+__device__ __forceinline__ void meet(u32 number, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+__device__ __forceinline__ void meet_later(u32 number, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+
+// 2^x, 0 where that is below the normal numbers.
+__device__ __forceinline__ float exp2_flushed(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+// Two e4m3 (lower 16 bits) as two f16 in one register; exact.
+__device__ __forceinline__ u32 e4m3_to_f16(u32 two) {
+  u32 r;
+  asm("{.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;}" : "=r"(r) : "r"(two));
+  return r;
+}
+// Two f16 in one register, `low` in the lower half; of numbers that f16 can hold.
+__device__ __forceinline__ u32 pack_small_f16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+// The same; what is too large becomes the largest.
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+  return pack_small_f16(fminf(fmaxf(low, -65504.f), 65504.f), fminf(fmaxf(high, -65504.f), 65504.f));
+}
+// Bytes of `a` and `b` as the four digits of `choice` say (0..3 of a, 4..7 of b), lowest first.
+__device__ __forceinline__ u32 choose_bytes(u32 a, u32 b, u32 choice) { return __byte_perm(a, b, choice); }
+
 // ---- tensor cores -----------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane 8j + i gives the address of row i of matrix j.
@@ -99,6 +159,12 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const void
 // c[16,8] += a[16,16] b[16,8], bf16 in, f32 out.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// The same with f16 in.
+__device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -142,50 +208,86 @@ __device__ __forceinline__ u8* align_shared_1024(u8* p) {
 __device__ __forceinline__ u64 matrix_descriptor(const u8* start, u32 leading, u32 stride) {
   return (u64)((shared_address(start) & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
 }
-// c[64,64] += a[64,16] b[16,64] over four warps: a in registers (16 rows a warp), b as rows of K.
-__device__ __forceinline__ void warpgroup_multiply_64(float (&c)[8][4], const u32 (&a)[4], u64 b) {
+// Products of a warpgroup (four warps) into 64 x 128 f32; the operands are bf16 or f16.
+#define ACCUMULATORS(c) \
+  "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), \
+  "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), \
+  "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
+  "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), \
+  "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), \
+  "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
+  "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), \
+  "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]), \
+  "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), \
+  "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), \
+  "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), \
+  "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]), \
+  "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), \
+  "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), \
+  "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), \
+  "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+#define ACCUMULATOR_NAMES "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+// c[64,128] (+)= a[64,16] b[16,128], both as rows of K in shared memory; `add` or replace c.
+template <typename Value>
+__device__ __forceinline__ void warpgroup_multiply(float (&c)[16][4], u64 a, u64 b, bool add) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-               : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
-                 "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-                 "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-                 "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
-                 "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
-                 "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-                 "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
-                 "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define MULTIPLY(TYPES)                                                                                                  \
+  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES        \
+               " " ACCUMULATOR_NAMES ", %64, %65, add, 1, 1, 0, 0;}"                                                     \
+               : ACCUMULATORS(c)                                                                                         \
+               : "l"(a), "l"(b), "r"((u32)add))
+  if constexpr (is_f16<Value>) {
+    MULTIPLY("f16.f16");
+  } else {
+    MULTIPLY("bf16.bf16");
+  }
+#undef MULTIPLY
 #else
   __trap();
 #endif
 }
-// c[64,128] += a[64,16] b[16,128]: b as columns of K.
-__device__ __forceinline__ void warpgroup_multiply_128_transposed(float (&c)[16][4], const u32 (&a)[4], u64 b) {
+// c[64,128] (+)= a[64,16] b[16,128]: a in registers (16 rows a warp), b as columns of K.
+template <typename Value>
+__device__ __forceinline__ void warpgroup_multiply_transposed(float (&c)[16][4], const u32 (&a)[4], u64 b, bool add) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
-               : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
-                 "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-                 "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-                 "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
-                 "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
-                 "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-                 "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
-                 "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
-                 "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
-                 "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
-                 "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]),
-                 "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
-                 "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
-                 "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
-                 "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),
-                 "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#define MULTIPLY(TYPES)                                                                                                  \
+  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES        \
+               " " ACCUMULATOR_NAMES ", {%64,%65,%66,%67}, %68, add, 1, 1, 1;}"                                        \
+               : ACCUMULATORS(c)                                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)add))
+  if constexpr (is_f16<Value>) {
+    MULTIPLY("f16.f16");
+  } else {
+    MULTIPLY("bf16.bf16");
+  }
+#undef MULTIPLY
 #else
   __trap();
+#endif
+}
+// Registers of each thread of the warpgroup from here on: given back, or taken (until there are enough).
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 #endif
 }
 
 #endif  // not emulated
+
+// Where piece `piece` (16 bytes) of token `token` lies in a KV head's tile of a cache block. Rows of 256 bytes (128 bf16) lie
+// as the warpgroup's matrix instructions want them in shared memory: two halves, rows of 128 bytes, the pieces of a row
+// exchanged by its number. All others lie row by row.
+__device__ __forceinline__ u32 cache_place(u32 row_bytes, u32 token, u32 piece) {
+  if (row_bytes != 256) return token * row_bytes + piece * 16;
+  return piece / 8 * (KV_BLOCK * 128) + token * 128 + (((piece % 8) ^ (token % 8)) << 4);
+}
 
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
 __device__ __forceinline__ float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }

@@ -23,7 +23,7 @@ __device__ __forceinline__ float2 pair_at<float>(const Product<float>& product, 
 }
 
 // Launch: grid (rows, any), block (any): the threads of a row share its (query heads + 2 KV heads) * head_dim / 4 items; an
-// item is dimensions 2i, 2i+1 of a head and their partners half a head further. Cache: [block][kv head][64][head_dim].
+// item is dimensions 2i, 2i+1 of a head and their partners half a head further. Cache: [block][kv head] and a tile as cache_place says.
 template <typename In, typename Kv>
 __device__ __forceinline__ void rotate_and_store(Product<In> qkv, float q_scale, float k_scale, float v_scale, bf16* q, Kv* k_cache,
                                                  Kv* v_cache, const float2* angles, const float* query_scale, const u32* kv_place,
@@ -52,10 +52,13 @@ __device__ __forceinline__ void rotate_and_store(Product<In> qkv, float q_scale,
       store2(target + half, b.x * s, b.y * s);
     } else {
       const u32 kv_head = head - query_heads - (is_key ? 0 : kv_heads);
-      Kv* target = (is_key ? k_cache : v_cache) +
-                   (((u64)(place / KV_BLOCK) * kv_heads + kv_head) * KV_BLOCK + place % KV_BLOCK) * head_dim + i;
-      store2(target, a.x, a.y);
-      store2(target + half, b.x, b.y);
+      Kv* tile = (is_key ? k_cache : v_cache) + ((u64)(place / KV_BLOCK) * kv_heads + kv_head) * KV_BLOCK * head_dim;
+      auto target = [&](u32 dimension) {
+        const u32 byte = dimension * sizeof(Kv);
+        return tile + (cache_place(head_dim * sizeof(Kv), place % KV_BLOCK, byte / 16) + byte % 16) / sizeof(Kv);
+      };
+      store2(target(i), a.x, a.y);
+      store2(target(i + half), b.x, b.y);
     }
   }
 }

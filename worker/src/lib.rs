@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod cache;
+mod device;
 pub mod engine;
 pub mod grammar;
 pub mod model;
@@ -15,4 +16,4 @@ pub mod service;
 pub mod weights;
 
 pub use options::{CpuFp8, DeviceChoice, KvCacheOptions, KvDtype, LoadFormat, WorkerOptions};
-pub use process::{WorkerError, WorkerSettings, run};
+pub use process::{WorkerError, WorkerSettings, open_engine, run};

@@ -125,15 +125,23 @@ pub enum CpuFp8 {
 }
 
 /// The KV cache of a group.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvCacheOptions {
     /// Blocks of 64 tokens; by `memory` where it is absent.
     pub blocks: Option<u32>,
-    /// Memory on each rank; where it is absent, 1 GiB on a CPU and what is left on a GPU.
+    /// Memory on each rank; where it is absent, 1 GiB on a CPU and what `device_share` leaves on a GPU.
     pub memory: Option<ByteSize>,
+    /// Share of a GPU's memory that the rank uses, weights included.
+    pub device_share: f32,
     /// Type of its numbers.
     pub dtype: KvDtype,
+}
+
+impl Default for KvCacheOptions {
+    fn default() -> Self {
+        Self { blocks: None, memory: None, device_share: 0.9, dtype: KvDtype::default() }
+    }
 }
 
 /// Type of the numbers in the KV cache.
@@ -187,6 +195,10 @@ impl WorkerOptions {
                 "worker.schedule.max_num_batched_tokens = {} is below max_num_seqs = {}: a step could not carry one token of each",
                 schedule.max_num_batched_tokens, schedule.max_num_seqs
             ));
+        }
+        let share = self.kv_cache.device_share;
+        if !(share > 0.0 && share <= 1.0) {
+            return conflict(format!("worker.kv_cache.device_share: expected above 0 and at most 1, found {share}"));
         }
         if self.kv_cache.blocks == Some(0) {
             return conflict("worker.kv_cache.blocks: expected at least 1".into());

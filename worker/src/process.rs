@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::config::{HostPort, ModelOptions};
 use bora_common::registry::{
-    Device, GroupRecord, GroupState, RankRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, Speed,
+    Device, GroupRecord, GroupState, MemoryRegistry, RankRecord, Registry, RegistryError, RendezvousOffer,
+    RendezvousRecord, Speed,
 };
 use bora_common::tokenizer::TokenizerError;
 use bora_proto::v1;
@@ -17,23 +18,19 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::backend::cpu::{self, CpuOptions};
+use crate::backend::Limits;
 use crate::backend::fake::FakeRunner;
-use crate::backend::{KvBudget, Limits};
+use crate::device;
 use crate::engine::step::{RunError, StepRunner};
 use crate::engine::{EngineConfig, EngineHandle, EngineStartError, calibrate};
 use crate::grammar::Grammars;
-use crate::options::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, WorkerOptions};
+use crate::options::{LoadFormat, WorkerOptions};
 use crate::parallel::{
-    self, DeviceOptions, FollowError, FollowerOptions, GroupProgress, LeaderOptions, MemberOptions, StartError,
-    Timeouts, follow, start_group,
+    self, FollowError, FollowerOptions, GroupProgress, LeaderOptions, MemberOptions, StartError, Timeouts, follow,
+    start_group,
 };
 use crate::service::{self, Host, RankSource, ServeError, ServiceOptions};
 
-/// Prompt tokens of each calibration chunk: enough to see a rate, little enough for a slow CPU.
-const CALIBRATION_TOKENS: usize = 128;
-/// KV cache of a CPU rank where nothing is said.
-const CPU_KV_BYTES: u64 = 1 << 30;
 /// Longest window where nothing is said: what the models are advertised for.
 const LONGEST_WINDOW: u32 = 262_144;
 /// How often a follower looks for its leader.
@@ -113,21 +110,11 @@ pub async fn run(
     registry: Arc<dyn Registry>,
     stop: CancellationToken,
 ) -> Result<(), WorkerError> {
-    let device = device_of(settings.options.device)?;
+    let device = device::choose(&settings.options)?;
     if settings.options.local_ranks().first() == Some(&0) {
         lead(settings, device, registry, stop).await
     } else {
         follow_leader(settings, device, registry, stop).await
-    }
-}
-
-fn device_of(choice: DeviceChoice) -> Result<Device, WorkerError> {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
-        DeviceChoice::Fake => Ok(Device::Fake),
-        DeviceChoice::Cuda => {
-            Err(WorkerError::Device("cuda: this version does not serve on CUDA devices yet; use cpu".into()))
-        }
     }
 }
 
@@ -179,33 +166,18 @@ async fn lead(
         closing.clone().cancelled_owned(),
     ));
 
-    let started = Instant::now();
-    let grammars = load_grammars(&settings).await?;
-    let ranks = tokio::select! {
-        ranks = bring_up(&settings, device, &group, epoch, grammars.clone(), registry.as_ref()) => ranks?,
+    let opened = tokio::select! {
+        opened = open(&settings, device, &group, epoch, endpoint.to_string(), registry.as_ref()) => opened?,
         () = stop.cancelled() => return Ok(()),
     };
-    let record = describe(&settings, device, &group, epoch, endpoint.to_string(), &ranks)?;
-    if device == Device::Fake {
-        tracing::warn!(group, "this group is fake: it has no model and only pretends to answer");
-    }
-    tracing::info!(
-        group, epoch, %endpoint, model = record.model, device = ?device, ranks = record.ranks.len(),
-        kv_blocks = record.kv_blocks, max_model_len = record.max_model_len,
-        prefill_tokens_per_second = record.speed.prefill_tokens_per_second.round(),
-        seconds = started.elapsed().as_secs_f64(), "group is ready"
-    );
-    let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, options.schedule.clone());
-    config.steps_run = ranks.steps;
-    config.grammars = grammars;
-    let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
-    host.ready(engine.clone(), record.clone(), rank_source(&record, ranks.progress));
+    let OpenGroup { engine, record, progress, failed } = opened;
+    host.ready(engine.clone(), record.clone(), rank_source(&record, progress));
     let announcement = registry.announce(record).await?;
 
     let reason = tokio::select! {
         () = stop.cancelled() => None,
         reason = engine.failed() => Some(reason),
-        reason = idle_failure(ranks.failed) => Some(reason),
+        reason = idle_failure(failed) => Some(reason),
         ended = serving => {
             ended.unwrap_or(Ok(()))?;
             Some("its port was closed".into())
@@ -224,6 +196,53 @@ async fn lead(
     }
     announcement.withdraw().await;
     Ok(())
+}
+
+/// A group whose ranks are up and whose engine runs.
+struct OpenGroup {
+    engine: EngineHandle,
+    record: GroupRecord,
+    progress: Option<Arc<GroupProgress>>,
+    failed: Option<tokio::sync::watch::Receiver<Option<RunError>>>,
+}
+
+/// Starts a group of one process and its engine, without serving it: for benchmarks of the engine itself. The engine
+/// ends when the handle is dropped.
+pub async fn open_engine(settings: WorkerSettings) -> Result<(EngineHandle, GroupRecord), WorkerError> {
+    let device = device::choose(&settings.options)?;
+    let registry = MemoryRegistry::new();
+    let opened = open(&settings, device, "engine", 1, String::new(), &registry).await?;
+    Ok((opened.engine, opened.record))
+}
+
+/// Brings the ranks up, measures them and starts the engine on them.
+async fn open(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    epoch: u64,
+    endpoint: String,
+    registry: &dyn Registry,
+) -> Result<OpenGroup, WorkerError> {
+    let started = Instant::now();
+    let grammars = load_grammars(settings).await?;
+    let ranks = bring_up(settings, device, group, epoch, grammars.clone(), registry).await?;
+    let record = describe(settings, device, group, epoch, endpoint, &ranks)?;
+    if device == Device::Fake {
+        tracing::warn!(group, "this group is fake: it has no model and only pretends to answer");
+    }
+    tracing::info!(
+        group, epoch, endpoint = record.endpoint, model = record.model, device = ?device, ranks = record.ranks.len(),
+        kv_blocks = record.kv_blocks, max_model_len = record.max_model_len,
+        prefill_tokens_per_second = record.speed.prefill_tokens_per_second.round(),
+        decode_step_seconds = record.speed.decode_step_seconds,
+        seconds = started.elapsed().as_secs_f64(), "group is ready"
+    );
+    let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone());
+    config.steps_run = ranks.steps;
+    config.grammars = grammars;
+    let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
+    Ok(OpenGroup { engine, record, progress: ranks.progress, failed: ranks.failed })
 }
 
 /// Completes when a rank failed while no step ran.
@@ -270,7 +289,7 @@ async fn bring_up(
     }
     let model_len = options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize;
     let leader = LeaderOptions {
-        member: member_options(settings, group, grammars),
+        member: member_options(settings, device, group, grammars)?,
         epoch,
         limits: Limits {
             step_tokens: options.schedule.max_num_batched_tokens as usize,
@@ -283,7 +302,7 @@ async fn bring_up(
     let mut started = start_group(leader).await?;
     let kv_blocks = started.kv_blocks;
     let positions = (kv_blocks * BLOCK_TOKENS).min(model_len);
-    let chunk = CALIBRATION_TOKENS.min(options.schedule.max_num_batched_tokens as usize);
+    let chunk = device::calibration_tokens(device).min(options.schedule.max_num_batched_tokens as usize);
     let (runner, measured) = blocking(move || {
         let measured = calibrate(&mut started.runner, chunk, positions);
         (started, measured)
@@ -332,34 +351,26 @@ fn fake_ranks(options: &WorkerOptions) -> Ranks {
     }
 }
 
-fn member_options(settings: &WorkerSettings, group: &str, grammars: Option<Arc<Grammars>>) -> MemberOptions {
+fn member_options(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    grammars: Option<Arc<Grammars>>,
+) -> Result<MemberOptions, WorkerError> {
     let options = &settings.options;
     let ranks = options.local_ranks();
     let (first, last) = (ranks.first().copied().unwrap_or(0), ranks.last().copied().unwrap_or(0));
-    MemberOptions {
+    Ok(MemberOptions {
         group: group.into(),
         model_dir: settings.model.path.clone(),
         load_format: match options.load_format {
             LoadFormat::Auto => parallel::LoadFormat::Safetensors,
             LoadFormat::Dummy => parallel::LoadFormat::Dummy { seed: 0 },
         },
-        device: DeviceOptions::Cpu(CpuOptions {
-            fp8: match options.cpu_fp8 {
-                CpuFp8::Dequantized => cpu::Fp8Mode::Dequantized,
-                CpuFp8::W8a8 => cpu::Fp8Mode::W8A8,
-            },
-            kv: match options.kv_cache.dtype {
-                KvDtype::Bf16 => cpu::KvDtype::Bf16,
-                KvDtype::Auto | KvDtype::F32 | KvDtype::Fp8 => cpu::KvDtype::F32,
-            },
-        }),
+        device: device::options_of(device, options)?,
         ranks: options.tensor_parallel_size as usize,
         local_ranks: first as usize..last as usize + 1,
-        kv: match (options.kv_cache.blocks, options.kv_cache.memory) {
-            (Some(blocks), _) => KvBudget::Blocks(blocks as usize),
-            (None, Some(memory)) => KvBudget::Bytes(memory.0),
-            (None, None) => KvBudget::Bytes(CPU_KV_BYTES),
-        },
+        kv: device::kv_budget(device, options),
         host: own_host(options),
         timeouts: Timeouts {
             join: options.rendezvous_seconds,
@@ -367,7 +378,7 @@ fn member_options(settings: &WorkerSettings, group: &str, grammars: Option<Arc<G
             collective: options.collective_seconds,
         },
         grammars,
-    }
+    })
 }
 
 /// What compiles grammars, where the model has a tokenizer.
@@ -477,7 +488,7 @@ async fn follow_leader(
         // an address from the registry may be that of a leader that has just died: it is looked up again
         let looked_up = options.leader.is_none();
         let connect_within = if looked_up { LOOK_UP_AGAIN_AFTER } else { options.rendezvous_seconds };
-        let member = member_options(&settings, &group, grammars.clone());
+        let member = member_options(&settings, device, &group, grammars.clone())?;
         let following = FollowerOptions { member, leader, epoch, connect_within };
         let ended = tokio::select! {
             ended = follow(following) => ended,

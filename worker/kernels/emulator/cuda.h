@@ -97,7 +97,7 @@ inline unsigned long long atomicMax(unsigned long long* p, unsigned long long v)
 inline unsigned atomicOr(unsigned* p, unsigned v) { unsigned old = *p; *p |= v; return old; }
 
 // ---- what device.cuh says in PTX --------------------------------------------------------------------------------
-struct bf16; struct e4m3;
+struct bf16; struct f16; struct e4m3;
 namespace emulator {
 inline unsigned short bf16_bits(float x) {
   unsigned u = __float_as_uint(x);
@@ -145,6 +145,65 @@ template <int PENDING> void copy_async_wait() {
   groups.erase(groups.begin(), groups.begin() + n);
 }
 namespace emulator {
+// A barrier that counts arrivals and bytes, within its 64 bits.
+struct Counter { int32_t bytes; uint8_t left, count, phase, unused; };
+static_assert(sizeof(Counter) == 8);
+inline void settle(Counter* c) { if (!c->left && !c->bytes) c->left = c->count, c->phase ^= 1; }
+// Barriers by number: arrivals and generations.
+struct Numbered { unsigned arrived, generation; };
+extern Numbered numbered[16];
+}  // namespace emulator
+inline void barrier_init(unsigned long long* b, unsigned count) { *(emulator::Counter*)b = {0, (uint8_t)count, (uint8_t)count, 0, 0}; }
+inline void share_barriers() {}
+inline void barrier_arrive(unsigned long long* b) { auto c = (emulator::Counter*)b; c->left--; emulator::settle(c); }
+inline void barrier_arrive_expecting(unsigned long long* b, unsigned bytes) { auto c = (emulator::Counter*)b; c->bytes += bytes; c->left--; emulator::settle(c); }
+inline void barrier_wait(unsigned long long* b, unsigned parity) { while (((volatile emulator::Counter*)b)->phase == parity) emulator::yield(); }
+inline void copy_tile(void* shared, const void* global, unsigned bytes, unsigned long long* b) {
+  if ((uintptr_t)shared % 16 || (uintptr_t)global % 16 || bytes % 16) { fprintf(stderr, "emulator: misaligned copy\n"); abort(); }
+  memcpy(shared, global, bytes);
+  auto c = (emulator::Counter*)b; c->bytes -= bytes; emulator::settle(c);
+}
+inline void meet_later(unsigned number, unsigned threads) {
+  auto& barrier = emulator::numbered[number];
+  if (++barrier.arrived == threads) barrier.arrived = 0, barrier.generation++;
+}
+inline void meet(unsigned number, unsigned threads) {
+  const unsigned generation = emulator::numbered[number].generation;
+  meet_later(number, threads);
+  while (emulator::numbered[number].generation == generation) emulator::yield();
+}
+inline float exp2_flushed(float x) { return exp2f(x); }
+namespace emulator {
+inline float f16_value(unsigned short b) {
+  int e = b >> 10 & 31, m = b & 1023;
+  float v = e == 31 ? (m ? NAN : INFINITY) : e == 0 ? ldexpf((float)m, -24) : ldexpf(1.f + m / 1024.f, e - 15);
+  return b & 0x8000 ? -v : v;
+}
+inline unsigned short f16_bits(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  unsigned short sign = std::signbit(x) ? 0x8000 : 0;
+  float a = fabsf(x);
+  if (a == 0) return sign;
+  int exponent = a < ldexpf(1, -14) ? -14 : ilogbf(a);
+  float v = nearbyintf(a / ldexpf(1, exponent - 10)) * ldexpf(1, exponent - 10);  // ties to even
+  if (v >= 65520.f) return sign | 0x7c00;
+  if (v < ldexpf(1, -14)) return sign | (unsigned short)(v / ldexpf(1, -24));
+  int e = ilogbf(v);
+  return sign | (unsigned short)((e + 15) << 10 | (int)((v / ldexpf(1, e) - 1) * 1024));
+}
+}  // namespace emulator
+inline unsigned pack_f16(float low, float high) {
+  auto clamp = [](float x) { return fminf(fmaxf(x, -65504.f), 65504.f); };
+  return emulator::f16_bits(clamp(low)) | (unsigned)emulator::f16_bits(clamp(high)) << 16;
+}
+inline unsigned pack_small_f16(float low, float high) { return emulator::f16_bits(low) | (unsigned)emulator::f16_bits(high) << 16; }
+inline unsigned e4m3_to_f16(unsigned two) { return emulator::f16_bits(emulator::e4m3_value(two & 255)) | (unsigned)emulator::f16_bits(emulator::e4m3_value(two >> 8 & 255)) << 16; }
+inline unsigned choose_bytes(unsigned a, unsigned b, unsigned choice) {
+  unsigned long long both = (unsigned long long)b << 32 | a; unsigned r = 0;
+  for (int i = 0; i < 4; i++) r |= (unsigned)(both >> (8 * (choice >> (4 * i) & 7)) & 255) << (8 * i);
+  return r;
+}
+namespace emulator {
 inline void load(unsigned (&r)[4], const void* row, bool transposed) {
   auto slots = exchange(&row, sizeof row);
   unsigned lane = current->linear % 32;
@@ -180,6 +239,9 @@ inline void load_matrices_transposed(unsigned (&r)[4], const void* row) { emulat
 inline void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   emulator::mma<2>(c, a, b0, b1, [](unsigned w, int e) { return __uint_as_float(e ? w & 0xffff0000u : w << 16); });
 }
+inline void mma_f16(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  emulator::mma<2>(c, a, b0, b1, [](unsigned w, int e) { return emulator::f16_value((unsigned short)(e ? w >> 16 : w)); });
+}
 inline void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   emulator::mma<4>(c, a, b0, b1, [](unsigned w, int e) { return emulator::e4m3_value(w >> (8 * e) & 255); });
 }
@@ -194,24 +256,29 @@ inline void show_shared_to_matrix_unit() {}
 inline unsigned char* align_shared_1024(unsigned char* p) { return p; }
 namespace emulator {
 // Element (n, k) of a swizzled matrix; the swizzle works on addresses from the start of shared memory.
-inline float element(uint64_t descriptor, unsigned n, unsigned k, bool transposed) {
+inline unsigned short element(uint64_t descriptor, unsigned n, unsigned k, bool transposed) {
   unsigned start = (unsigned)(descriptor & 0x3fff) << 4, leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
   unsigned at = transposed ? n % 64 * 2 + n / 64 * leading + k % 8 * 128 + k / 8 * stride : n % 8 * 128 + n / 8 * stride + k * 2;
   at += start;
   at ^= (at >> 7 & 7) << 4;
   unsigned short bits; memcpy(&bits, dynamic_shared() + at, 2);
+  return bits;
+}
+template <typename Value> float number(unsigned short bits) {
+  if constexpr (std::is_same_v<Value, f16>) return f16_value(bits);
   return __uint_as_float((unsigned)bits << 16);
 }
-template <unsigned N> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4], uint64_t descriptor, bool transposed) {
+template <unsigned N, typename Value> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4], uint64_t descriptor, bool transposed, bool add) {
+  for (unsigned j = 0; !add && j < N / 8; j++) for (float& v : c[j]) v = 0.f;
   auto slots = exchange(a, sizeof a);
   unsigned lane = current->linear % 32, g = lane / 4, t = lane % 4;
   float row[2][16];
   for (unsigned half = 0; half < 2; half++) for (unsigned k = 0; k < 16; k++) {
     unsigned w; memcpy(&w, slots[g * 4 + k % 8 / 2] + 4 * (half + k / 8 * 2), 4);
-    row[half][k] = __uint_as_float(k % 2 ? w & 0xffff0000u : w << 16);
+    row[half][k] = number<Value>((unsigned short)(k % 2 ? w >> 16 : w));
   }
   for (unsigned j = 0; j < N / 8; j++) for (unsigned e = 0; e < 2; e++) for (unsigned k = 0; k < 16; k++) {
-    float b = element(descriptor, j * 8 + t * 2 + e, k, transposed);
+    float b = number<Value>(element(descriptor, j * 8 + t * 2 + e, k, transposed));
     c[j][e] += row[0][k] * b, c[j][2 + e] += row[1][k] * b;
   }
   __syncwarp();
@@ -220,5 +287,17 @@ template <unsigned N> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4
 inline uint64_t matrix_descriptor(const unsigned char* start, unsigned leading, unsigned stride) {
   return (uint64_t)(start - emulator::dynamic_shared()) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | 1ull << 62;
 }
-inline void warpgroup_multiply_64(float (&c)[8][4], const unsigned (&a)[4], uint64_t b) { emulator::warpgroup<64>(c, a, b, false); }
-inline void warpgroup_multiply_128_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b) { emulator::warpgroup<128>(c, a, b, true); }
+template <typename Value> void warpgroup_multiply(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+  const unsigned lane = emulator::current->linear % 32, warp = emulator::current->linear / 32 % 4, g = lane / 4, t = lane % 4;
+  unsigned fragment[4];
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned row = warp * 16 + g + i % 2 * 8, k = i / 2 * 8 + t * 2;
+    fragment[i] = emulator::element(a, row, k, false) | (unsigned)emulator::element(a, row, k + 1, false) << 16;
+  }
+  emulator::warpgroup<128, Value>(c, fragment, b, false, add);
+}
+template <typename Value> void warpgroup_multiply_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) {
+  emulator::warpgroup<128, Value>(c, a, b, true, add);
+}
+template <int> void give_registers() {}
+template <int> void take_registers() {}

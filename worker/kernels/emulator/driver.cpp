@@ -15,8 +15,8 @@ namespace kernels {
 namespace prefill {
 #include "../attention_prefill.cu"
 }
-namespace wide {
-#include "../attention_prefill_wide.cu"
+namespace hopper {
+#include "../attention_prefill_hopper.cu"
 }
 #include "../fill.cu"
 #include "../gate.cu"
@@ -50,7 +50,7 @@ template <typename... A> Binder bind(void (*kernel)(A...)) {
 std::map<std::string, Binder>& registry() {
   using namespace kernels;
   using namespace kernels::prefill;
-  using namespace kernels::wide;
+  using namespace kernels::hopper;
   static std::map<std::string, Binder> all = {
 #define REGISTER(NAME) {#NAME, bind(NAME)},
 #include "registry.inc"
@@ -81,7 +81,9 @@ EXPORT Status cuDeviceGetAttribute(int* v, int a, int) { *v = a == 75 ? 9 : a ==
 EXPORT Status cuDeviceTotalMem_v2(size_t* n, int) { *n = memory(); return 0; }
 EXPORT Status cuDevicePrimaryCtxRetain(void** c, int) { *c = (void*)0x1000; return 0; }
 EXPORT Status cuDevicePrimaryCtxRelease_v2(int) { return 0; }
-EXPORT Status cuCtxSetCurrent(void*) { return 0; }
+// memory can be taken only by a thread that has a context, as on a device
+thread_local bool has_context = false;
+EXPORT Status cuCtxSetCurrent(void* context) { has_context = context; return 0; }
 EXPORT Status cuCtxGetCurrent(void** c) { *c = (void*)0x1000; return 0; }
 EXPORT Status cuCtxSynchronize() { return 0; }
 EXPORT Status cuMemGetInfo_v2(size_t* f, size_t* t) { *t = memory(); *f = *t - used; return 0; }
@@ -99,6 +101,7 @@ EXPORT Status cuModuleGetFunction(void** f, void*, const char* name) {
 }
 EXPORT Status cuFuncSetAttribute(void*, int, int) { return 0; }
 EXPORT Status cuMemAlloc_v2(DevicePointer* p, size_t n) {
+  if (!has_context) return 201;
   if (used + n > memory()) return 2;
   *p = (DevicePointer)aligned_alloc(256, (n + 255) / 256 * 256);
   memset((void*)*p, 0xff, n);  // NaN in every format
@@ -178,6 +181,11 @@ EXPORT int cublasLtMatmulAlgoGetHeuristic(void*, Matmul* d, Layout* a, Layout* b
   if (a->type == E4M3 && (a->rows % 16 || a->columns % 16)) return 15;
   *got = want < 2 ? want : 2;
   memset(h, 0, *got * sizeof *h);
+  return 0;
+}
+EXPORT int cublasLtMatmulAlgoCheck(void*, Matmul*, Layout*, Layout*, Layout*, Layout*, const void* algorithm, Heuristic* h) {
+  if (!algorithm) return 7;
+  memset(h, 0, sizeof *h);
   return 0;
 }
 EXPORT int cublasLtMatmul(void*, Matmul* d, const float* alpha, const void* A, Layout* la, const void* B, Layout* lb, const float* beta, const void*, Layout*, void* O, Layout* lo, const void* algorithm, void* workspace, size_t, void* stream) {

@@ -6,6 +6,7 @@
 namespace emulator {
 Thread* current = nullptr;
 dim3 block_index, block_size, grid_size;
+Numbered numbered[16];
 
 namespace {
 constexpr size_t STACK_BYTES = 256 << 10, SHARED_BYTES = 232448;
@@ -90,6 +91,7 @@ void launch(dim3 grid, dim3 block, unsigned shared_bytes, void (*body)(void*), v
     threads.assign(count, Thread());
     warps.assign((count + 31) / 32, Warp());
     barrier_arrived = 0, alive = count;
+    memset(numbered, 0, sizeof numbered);
     for (unsigned i = 0; i < count; i++) {
       Thread& t = threads[i];
       t.linear = i, t.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};

@@ -146,8 +146,13 @@ pub trait Backend: Send + Sized + 'static {
     /// Blocks of KV cache that the budget gives, once the weights are loaded.
     fn kv_capacity(&mut self, shape: &crate::model::KvShape, budget: KvBudget) -> Result<usize>;
     /// Allocates the KV cache: `blocks` blocks of 64 tokens for every layer. Called once, after the weights
-    /// and before the first step: the moment to time kernels and to record graphs.
+    /// and before the first step.
     fn allocate_kv(&mut self, shape: &crate::model::KvShape, blocks: usize) -> Result<()>;
+
+    /// Called once, after `allocate_kv`: the moment to time kernels and to record graphs of `forward`.
+    fn warm_up(&mut self, _forward: impl Fn(&mut Self) -> Result<Self::Logits>) -> Result<()> {
+        Ok(())
+    }
 
     // ---- one step ------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ impl Default for EngineOptions {
             max_num_seqs: 256,
             max_num_batched_tokens: 8_192,
             step_seconds: Duration::from_millis(50),
-            idle_step_seconds: Duration::from_millis(500),
+            idle_step_seconds: Duration::from_secs(1),
             max_waiting: 1_024,
             prefix_cache: true,
         }

@@ -57,6 +57,8 @@ where
 
     fn start(mut self: Box<Self>, kv_blocks: usize) -> Result<Box<dyn StepRunner>, BackendError> {
         self.backend.allocate_kv(&self.shape, kv_blocks)?;
+        let model = &self.model;
+        self.backend.warm_up(|backend| model.forward(backend))?;
         let bounds = Bounds { limits: self.limits, kv_blocks, vocabulary_size: self.vocabulary_size };
         Ok(Box::new(ModelRunner::new(self.backend, self.model, self.rank, bounds).with_grammars(self.grammars)))
     }
@@ -131,7 +133,9 @@ impl Loading<'_> {
             DeviceOptions::Cpu(options) => self.load_onto(CpuBackend::new(setup, options), &plan),
             DeviceOptions::Cuda(options) => {
                 let device = options.device + rank - self.options.local_ranks.start;
-                self.load_onto(CudaBackend::new(setup, CudaOptions { device, ..options })?, &plan)
+                let backend = CudaBackend::new(setup, CudaOptions { device, ..options })?;
+                backend.check_room(self.weights.bytes(&plan)?)?;
+                self.load_onto(backend, &plan)
             }
         }
     }

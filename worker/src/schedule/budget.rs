@@ -13,6 +13,10 @@ use crate::engine::step::Slot;
 
 /// A prompt always gets this many tokens a step, however slow the step already is: it has to end.
 const LEAST_CHUNK: usize = BLOCK_TOKENS;
+/// Chunks of at least this many tokens end at a multiple of `PRODUCT_TILE`: large enough that little is lost by it.
+const MANY_TOKENS: usize = 1_024;
+/// Tokens in a tile of a GPU's large matrix products; whole blocks.
+const PRODUCT_TILE: usize = 4 * BLOCK_TOKENS;
 /// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
 pub(crate) const MAX_SCORED_POSITIONS: usize = 256;
 /// Weight of the newest step in the running corrections.
@@ -135,7 +139,9 @@ impl StepBudget {
         if tokens >= candidate.remaining {
             return candidate.remaining;
         }
-        let end = (candidate.context + tokens) / BLOCK_TOKENS * BLOCK_TOKENS;
+        // large chunks end where matrix products fill their tiles
+        let unit = if tokens >= MANY_TOKENS { PRODUCT_TILE } else { BLOCK_TOKENS };
+        let end = (candidate.context + tokens) / unit * unit;
         if end > candidate.context { end - candidate.context } else { tokens }
     }
 

@@ -33,7 +33,7 @@ fn an_idle_engine_takes_big_chunks_and_bounds_them() {
     let (grants, _) = budget().share(0, 0, vec![prompt(0, 0, 50_000)]);
     assert_eq!(granted(&grants, 0), 8_192, "the token budget");
     let (grants, prediction) = budget().share(0, 0, vec![prompt(0, 250_000, 50_000)]);
-    assert!(granted(&grants, 0) < 8_192 && prediction.seconds <= 0.5);
+    assert!(granted(&grants, 0) < 8_192 && prediction.seconds <= 1.0);
 }
 
 #[test]
@@ -62,8 +62,8 @@ fn batch_prompts_get_what_is_left() {
     assert!(granted(&grants, 1) >= 4_096 - 64, "though admitted later");
     let (grants, _) = budget().share(0, 0, vec![batch, prompt(1, 0, 64), prompt(2, 0, 50_000)]);
     assert_eq!(granted(&grants, 1), 64);
-    assert_eq!(granted(&grants, 2), 8_128);
-    assert_eq!(granted(&grants, 0), 0);
+    assert_eq!(granted(&grants, 2), 7_936, "whole tiles of products");
+    assert_eq!(granted(&grants, 0), 192, "what is left of 8,192");
 }
 
 #[test]

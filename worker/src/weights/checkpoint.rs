@@ -164,6 +164,19 @@ impl Weights {
         Ok(LinearShard { weight, scales })
     }
 
+    /// Bytes of the rank's weights on a GPU: e4m3 as it is, everything else as bf16.
+    pub fn bytes(&self, plan: &ShardPlan) -> Result<u64, WeightError> {
+        let size =
+            |slice: &Slice<'_>| (slice.rows * slice.columns * if slice.dtype == Dtype::F8E4M3 { 1 } else { 2 }) as u64;
+        let mut bytes = size(&self.embedding(plan).rows) + size(&self.head(plan).rows);
+        for layer in 0..self.config.num_hidden_layers {
+            for projection in Projection::ALL {
+                bytes += size(&self.projection(layer, projection, plan)?.weight);
+            }
+        }
+        Ok(bytes)
+    }
+
     /// [outputs, inputs] of the whole linear.
     fn projection_shape(&self, projection: Projection) -> (usize, usize) {
         let config = &self.config;

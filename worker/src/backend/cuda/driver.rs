@@ -6,8 +6,7 @@ use std::rc::Rc;
 
 use cudarc::driver::{result, sys};
 
-use super::CudaUnavailable;
-use super::libraries;
+use super::machine::{self, CudaUnavailable};
 use crate::backend::{BackendError, Result};
 
 /// An address on the device.
@@ -40,41 +39,18 @@ unsafe impl Send for Device {}
 impl Device {
     /// Opens GPU number `ordinal`.
     pub(super) fn open(ordinal: usize) -> Result<Self, CudaUnavailable> {
-        libraries::load("libcuda.so.1", "none").map_err(|reason| CudaUnavailable::NoDriver { reason })?;
+        let gpu = machine::find(ordinal)?;
         let refused = |error: result::DriverError| CudaUnavailable::Refused {
             reason: error
                 .error_string()
                 .map_or_else(|_| format!("{error:?}"), |text| text.to_string_lossy().into_owned()),
         };
-        result::init().map_err(refused)?;
-        let mut version = 0;
-        // SAFETY: the pointer is to a live integer.
-        unsafe { sys::cuDriverGetVersion(&raw mut version) }.result().map_err(refused)?;
-        if version < 13_000 {
-            return Err(CudaUnavailable::OldDriver { found: format!("{}.{}", version / 1000, version % 1000 / 10) });
-        }
-        let count = result::device::get_count().map_err(refused)? as usize;
-        if ordinal >= count {
-            return Err(CudaUnavailable::NoSuchDevice { ordinal, count });
-        }
-        let device = result::device::get(ordinal as i32).map_err(refused)?;
-        let name = result::device::get_name(device).map_err(refused)?;
-        // SAFETY: `device` came from the driver.
-        let attribute = |which| unsafe { result::device::get_attribute(device, which) }.map_err(refused);
-        use sys::CUdevice_attribute as Attribute;
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        if major < 9 || shared < 232_448 {
-            return Err(CudaUnavailable::OldDevice { name, capability: format!("{major}.{minor}") });
-        }
-        let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
         // SAFETY: `device` came from the driver; the primary context lives until `drop` releases it.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(refused)?;
+        let context = unsafe { result::primary_ctx::retain(gpu.device) }.map_err(refused)?;
         // SAFETY: the context is live.
         unsafe { result::ctx::set_current(context) }.map_err(refused)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(refused)?;
-        let hopper = (major, minor) == (9, 0);
+        let machine::Gpu { device, name, multiprocessors, hopper } = gpu;
         Ok(Self { stream, multiprocessors, hopper, name, ordinal: device, context })
     }
 

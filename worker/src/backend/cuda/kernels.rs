@@ -8,6 +8,11 @@ use crate::backend::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
+/// Whether the build had a compiler for them.
+pub(super) fn built() -> bool {
+    !FAT_BINARIES.is_empty()
+}
+
 /// Every kernel, loaded.
 pub(super) struct Kernels {
     modules: Vec<Module>,
@@ -17,7 +22,7 @@ pub(super) struct Kernels {
 impl Kernels {
     /// Loads the modules. Kernels are looked up when first asked for.
     pub(super) fn load() -> Result<Self> {
-        if FAT_BINARIES.is_empty() {
+        if !built() {
             return Err(CudaUnavailable::NoKernels.into());
         }
         let modules = FAT_BINARIES.iter().map(|(name, image)| Module::load(image, name)).collect::<Result<_>>()?;
@@ -57,7 +62,7 @@ impl Kernels {
 
 /// The file of `worker/kernels` that holds a kernel.
 fn file_of(kernel: &str) -> &'static str {
-    const FILES: [(&str, &str); 12] = [
+    const FILES: [(&str, &str); 11] = [
         ("embed", "rows"),
         ("prepare_rows", "rows"),
         ("rope", "rope"),
@@ -65,8 +70,7 @@ fn file_of(kernel: &str) -> &'static str {
         ("linear", "linear"),
         ("decode_attention", "attention_decode"),
         ("prefill_attention", "attention_prefill"),
-        ("wide_attention", "attention_prefill_wide"),
-        ("piped_attention", "attention_prefill_wide"),
+        ("hopper_attention", "attention_prefill_hopper"),
         ("random", "fill"),
         ("read_ceiling", "fill"),
         ("sample_rows", "sample"),

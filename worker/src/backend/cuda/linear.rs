@@ -160,17 +160,28 @@ impl Linear {
             kernels.launch(device, &name, shape, arguments, overlap)?;
             return Ok(result(TensorFormat::F32Splits(splits as u32)));
         }
-        let (formats, format) = match (fp8, logits) {
-            (true, _) => (Formats::E4m3ToBf16, TensorFormat::Bf16),
-            (false, false) => (Formats::Bf16ToBf16, TensorFormat::Bf16),
-            (false, true) => (Formats::Bf16ToF32, TensorFormat::F32),
-        };
+        let formats = self.formats(logits);
+        let format = if formats == Formats::Bf16ToF32 { TensorFormat::F32 } else { TensorFormat::Bf16 };
         matmul.run(
             device,
             ProductShape { m: x.rows, n: self.outputs, k: self.inputs, formats },
             Operands { x: x.address, w: weight.address, y: target },
         )?;
         Ok(result(format))
+    }
+
+    /// How cuBLASLt multiplies it.
+    pub(super) fn formats(&self, logits: bool) -> Formats {
+        match (self.input_format, logits) {
+            (InputFormat::E4m3(_), _) => Formats::E4m3ToBf16,
+            (InputFormat::Bf16, false) => Formats::Bf16ToBf16,
+            (InputFormat::Bf16, true) => Formats::Bf16ToF32,
+        }
+    }
+
+    /// Where its weights lie; `None` where this rank has none.
+    pub(super) fn weight_address(&self) -> Option<Address> {
+        self.weight.as_ref().map(|weight| weight.address)
     }
 
     /// Parts that K is cut into, so that every multiprocessor gets work to the end.

@@ -9,9 +9,8 @@ use std::ffi::c_void;
 
 use cudarc::cublaslt::{result as lt, sys};
 
-use super::CudaUnavailable;
 use super::driver::{Address, Buffer, Device, Event};
-use super::libraries;
+use super::machine::load_cublaslt;
 use crate::backend::{BackendError, Result};
 
 /// NVIDIA's advice for Hopper.
@@ -54,6 +53,7 @@ pub(super) struct Matmul {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer,
     plans: HashMap<ProductShape, Plan>,
+    tuned: Vec<ProductShape>,
 }
 
 // SAFETY: a cuBLASLt handle may be used from any thread, one at a time.
@@ -73,9 +73,14 @@ fn during(doing: &'static str) -> impl Fn(lt::CublasError) -> BackendError {
 
 impl Matmul {
     pub(super) fn new() -> Result<Self> {
-        libraries::load("libcublasLt.so.13", "cu13/lib").map_err(|reason| CudaUnavailable::NoCublasLt { reason })?;
+        load_cublaslt()?;
         let workspace = Buffer::new(WORKSPACE_BYTES, "the workspace of cuBLASLt")?;
-        Ok(Self { handle: lt::create_handle().map_err(during("opening cuBLASLt"))?, workspace, plans: HashMap::new() })
+        Ok(Self {
+            handle: lt::create_handle().map_err(during("opening cuBLASLt"))?,
+            workspace,
+            plans: HashMap::new(),
+            tuned: Vec::new(),
+        })
     }
 
     /// Rows that a product of `m` rows is computed with: shapes are few, so that each can be tuned once. The
@@ -88,14 +93,63 @@ impl Matmul {
         }
     }
 
-    /// Submits a product. The first call with a shape chooses its algorithm (and may not be captured).
-    pub(super) fn run(&mut self, device: &Device, wanted: ProductShape, operands: Operands) -> Result<()> {
-        let shape = ProductShape { m: Self::padded_rows(wanted.m), ..wanted };
+    /// Rows that algorithms are timed for, up to `most`; in between, the next larger one's algorithm is taken.
+    pub(super) fn tuned_rows(most: usize) -> Vec<usize> {
+        let few = [16, 32, 48, 64, 128, 192, 256, 384, 512];
+        let many = [768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384];
+        let mut rows: Vec<usize> = few.into_iter().chain(many).take_while(|rows| *rows < most).collect();
+        rows.push(Self::padded_rows(most));
+        rows
+    }
+
+    /// Times the algorithms for a shape. Not to be recorded.
+    pub(super) fn tune(&mut self, device: &Device, shape: ProductShape, operands: Operands) -> Result<()> {
         if !self.plans.contains_key(&shape) {
             let plan = self.choose(device, shape, operands)?;
             self.plans.insert(shape, plan);
+            self.tuned.push(shape);
+        }
+        Ok(())
+    }
+
+    /// Submits a product.
+    pub(super) fn run(&mut self, device: &Device, wanted: ProductShape, operands: Operands) -> Result<()> {
+        let shape = ProductShape { m: Self::padded_rows(wanted.m), ..wanted };
+        if !self.plans.contains_key(&shape) {
+            let plan = self.derive(shape)?;
+            self.plans.insert(shape, plan);
         }
         self.submit(device, &self.plans[&shape], operands)
+    }
+
+    /// A plan without timing: the algorithm of the next larger shape that was timed, where it works for this one, else
+    /// the library's first proposal.
+    fn derive(&self, shape: ProductShape) -> Result<Plan> {
+        let (mut plan, _) = self.propose(shape)?;
+        let near =
+            self.tuned.iter().filter(|tuned| ProductShape { m: shape.m, ..**tuned } == shape && tuned.m > shape.m);
+        if let Some(tuned) = near.min_by_key(|tuned| tuned.m).and_then(|tuned| self.plans.get(tuned)) {
+            // SAFETY: a plain struct to be written by the call; handles are live, the algorithm came from the library.
+            let works = unsafe {
+                let mut result = std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>();
+                sys::cublasLtMatmulAlgoCheck(
+                    self.handle,
+                    plan.description,
+                    plan.w,
+                    plan.x,
+                    plan.y,
+                    plan.y,
+                    &raw const tuned.algorithm,
+                    &raw mut result,
+                )
+                .result()
+                .is_ok_and(|()| result.workspaceSize <= WORKSPACE_BYTES)
+            };
+            if works {
+                plan.algorithm = tuned.algorithm;
+            }
+        }
+        Ok(plan)
     }
 
     fn submit(&self, device: &Device, plan: &Plan, operands: Operands) -> Result<()> {

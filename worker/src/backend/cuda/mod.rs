@@ -2,17 +2,21 @@
 //!
 //! Kernels come from `worker/kernels`, large matrix products from cuBLASLt, both loaded at run time. The
 //! residual stream is f32, everything between kernels bf16 or, before FP8 linears, e4m3. All memory is taken
-//! before the first step. All work goes through one stream; a step of single tokens is recorded as a graph
-//! when its size comes for the second time, and replayed from then on.
+//! before the first step. All work goes through one stream; steps of single tokens are replayed from graphs.
 
 #![allow(unsafe_code)] // the driver's interface is C; each use says why it holds
 
+mod attention;
 pub mod check;
 mod driver;
+mod graphs;
 mod kernels;
 mod libraries;
 mod linear;
+mod machine;
 mod matmul;
+mod options;
+mod ranks;
 mod sampler;
 mod step;
 
@@ -26,124 +30,20 @@ use crate::engine::step::{Admission, Slot};
 use crate::model::KvShape;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
-use driver::{Address, Arguments, Buffer, Device, Graph, Shape};
+use attention::DECODE_BLOCKS_A_MULTIPROCESSOR;
+use driver::{Address, Arguments, Buffer, Device, Shape};
+use graphs::{KnownProduct, Recording};
 use kernels::Kernels;
-use linear::TensorFormat;
-use linear::{InputFormat, load_slice};
+use linear::{InputFormat, TensorFormat, load_slice};
 pub use linear::{Linear, Tensor};
+pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
+pub use options::{CudaOptions, KvDtype};
 use sampler::Sampler;
 use step::StepInputs;
 
-/// Why there is no CUDA backend on this machine.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CudaUnavailable {
-    /// Built without nvcc.
-    #[error(
-        "this build has no GPU kernels: it was built where no nvcc was found (scripts/cuda-toolchain installs one)"
-    )]
-    NoKernels,
-    /// No libcuda.
-    #[error("no NVIDIA driver on this machine: {reason}")]
-    NoDriver {
-        /// In the loader's words.
-        reason: String,
-    },
-    /// The driver is there but does not work.
-    #[error("the NVIDIA driver reports no usable GPU: {reason}")]
-    Refused {
-        /// In the driver's words.
-        reason: String,
-    },
-    /// The driver is older than the kernels.
-    #[error("the NVIDIA driver supports CUDA {found}, 13.0 is needed (driver 580 or later)")]
-    OldDriver {
-        /// The newest CUDA that it supports.
-        found: String,
-    },
-    /// Fewer GPUs than asked for.
-    #[error("there is no GPU {ordinal}, this machine has {count}")]
-    NoSuchDevice {
-        /// The one asked for, from 0.
-        ordinal: usize,
-        /// GPUs that there are.
-        count: usize,
-    },
-    /// A GPU before Hopper.
-    #[error("{name} has compute capability {capability}, 9.0 or later is needed (H100, H200 and what followed)")]
-    OldDevice {
-        /// The GPU.
-        name: String,
-        /// What it has.
-        capability: String,
-    },
-    /// No cuBLASLt.
-    #[error("libcublasLt.so.13 was not found (it comes with CUDA 13 and with NVIDIA's nvidia-cublas wheel): {reason}")]
-    NoCublasLt {
-        /// In the loader's words.
-        reason: String,
-    },
-}
-
-impl From<CudaUnavailable> for BackendError {
-    fn from(error: CudaUnavailable) -> Self {
-        BackendError::Device(error.to_string())
-    }
-}
-
-/// What the KV cache holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KvDtype {
-    /// bfloat16.
-    #[default]
-    Bf16,
-    /// FP8 (e4m3, scale 1): half the memory and half the traffic.
-    E4m3,
-}
-
-impl KvDtype {
-    fn size(self) -> usize {
-        match self {
-            KvDtype::Bf16 => 2,
-            KvDtype::E4m3 => 1,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            KvDtype::Bf16 => "bf16",
-            KvDtype::E4m3 => "e4m3",
-        }
-    }
-}
-
-/// How the CUDA backend computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CudaOptions {
-    /// Which GPU of the machine.
-    pub device: usize,
-    /// What the KV cache holds.
-    pub kv: KvDtype,
-    /// Record steps as graphs.
-    pub graphs: bool,
-    /// Let a kernel start while the one before it ends (programmatic dependent launch).
-    pub overlap: bool,
-}
-
-impl Default for CudaOptions {
-    fn default() -> Self {
-        Self { device: 0, kv: KvDtype::Bf16, graphs: true, overlap: true }
-    }
-}
-
 /// Steps in flight: the CPU prepares one while the GPU runs another.
 const PIPELINE_DEPTH: usize = 2;
-/// Largest step that is recorded as a graph.
-const LARGEST_GRAPH: usize = 256;
-/// Blocks of decode attention that fit on a multiprocessor.
-const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
-/// Most parts that one row's keys are cut into.
-const MOST_KEY_SPLITS: usize = 128;
 /// Left free of KV cache for what is taken later: graphs, kernels' code, samplers with penalties.
 const RESERVED_BYTES: u64 = 512 << 20;
 
@@ -160,16 +60,10 @@ pub struct CudaBackend {
     rope: RopeTable,
     frequencies: Buffer,
     widths: Widths,
+    products: Vec<KnownProduct>,
     setup: RankSetup,
     options: CudaOptions,
     device: Device,
-}
-
-/// A step size's graph.
-enum Recording {
-    /// It ran once: kernels are loaded and matrix products chosen.
-    Warm,
-    Recorded(Graph),
 }
 
 /// What the activation buffers must hold for a row, known once the weights are.
@@ -244,10 +138,35 @@ impl CudaBackend {
             rope,
             frequencies,
             widths: Widths::default(),
+            products: Vec::new(),
             setup,
             options,
             device,
         })
+    }
+
+    /// Refuses weights that leave no room on this GPU, before they are read, and says what would fit.
+    pub fn check_room(&self, weight_bytes: u64) -> Result<()> {
+        let (free, total) = self.device.memory()?;
+        let needed = weight_bytes + RESERVED_BYTES;
+        if needed <= free as u64 {
+            return Ok(());
+        }
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let ranks = self.setup.plan.ranks as u64;
+        // most of what a rank holds is cut by the number of ranks
+        let enough = [2, 4, 8].into_iter().find(|more| *more > ranks && needed * ranks / more <= free as u64 * 9 / 10);
+        let advice = enough.map_or("no number of such GPUs up to 8 would do".to_owned(), |ranks| {
+            format!("{ranks} GPUs would do (--tensor-parallel-size {ranks})")
+        });
+        Err(BackendError::OutOfMemory(format!(
+            "the weights of rank {} take {:.1} GiB, {} has {:.1} of {:.1} GiB free; {advice}",
+            self.setup.plan.rank,
+            gib(weight_bytes),
+            self.device.name,
+            gib(free as u64),
+            gib(total as u64),
+        )))
     }
 
     /// Logits as numbers [rows, vocabulary], for checks.
@@ -308,48 +227,6 @@ impl CudaBackend {
         Ok((keys, keys + cache.plane_bytes))
     }
 
-    /// Parts that each row's keys are cut into when `rows` rows are decoded.
-    fn key_splits(&self, rows: usize) -> usize {
-        let blocks = rows.max(1) * self.setup.plan.kv_heads.len();
-        // rounded down: all blocks run at once, and none is left for a second round
-        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / blocks).clamp(1, MOST_KEY_SPLITS)
-    }
-
-    /// Adds up a partial product over the ranks, through host memory: right everywhere, fast nowhere. The
-    /// hook for NCCL and peer memory.
-    fn reduce_over_ranks(&mut self, partial: Tensor) -> Result<Tensor> {
-        if self.setup.plan.ranks == 1 {
-            return Ok(partial);
-        }
-        let count = partial.rows * partial.columns;
-        let scale = partial.part_scales.first().copied().unwrap_or(1.0);
-        let mut sum = vec![0f32; count];
-        match partial.format {
-            TensorFormat::Bf16 => {
-                let mut bytes = vec![0u8; count * 2];
-                self.device.download(&mut bytes, partial.address, "reading a partial sum")?;
-                for (sum, two) in sum.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *sum = half::bf16::from_le_bytes(*two).to_f32() * scale;
-                }
-            }
-            TensorFormat::E4m3 => {
-                return Err(BackendError::Device("a partial sum in e4m3".to_owned()));
-            }
-            TensorFormat::F32 | TensorFormat::F32Splits(_) => {
-                let (splits, _) = partial.splits();
-                let mut bytes = vec![0u8; count * 4 * splits as usize];
-                self.device.download(&mut bytes, partial.address, "reading a partial sum")?;
-                for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
-                    sum[index % count] += f32::from_le_bytes(*four) * scale;
-                }
-            }
-        }
-        self.setup.collective.all_reduce(&mut sum)?;
-        let bytes: Vec<u8> = sum.iter().flat_map(|number| number.to_le_bytes()).collect();
-        self.device.upload(partial.address, &bytes, "writing a sum over the ranks")?;
-        Ok(Tensor { format: TensorFormat::F32, part_scales: vec![1.0], ..partial })
-    }
-
     /// Submits the norm of the residual's rows (all, or those listed at `rows`).
     fn submit_norm(
         &mut self,
@@ -389,40 +266,6 @@ impl CudaBackend {
         self.launch(&name, Shape { grid: [row_count as u32, 1, 1], block, shared: hidden as u32 * 4 }, arguments)?;
         Ok(Tensor { address: target, rows: row_count, columns: hidden, format: tensor_format, part_scales: Vec::new() })
     }
-
-    fn gather_vocabulary(&mut self, rows: usize, own: usize) -> Result<()> {
-        let (ranks, per_rank) = (self.setup.plan.ranks, self.setup.plan.vocabulary_per_rank);
-        let vocabulary = self.setup.config.vocab_size;
-        let address = self.buffers()?.logits.address;
-        let mut bytes = vec![0u8; rows * own * 4];
-        self.device.download(&mut bytes, address, "reading logits")?;
-        let mut padded = vec![0f32; rows * per_rank];
-        for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
-            padded[index / own * per_rank + index % own] = f32::from_le_bytes(*four);
-        }
-        let mut all = vec![0f32; ranks * padded.len()];
-        self.setup.collective.all_gather(&padded, &mut all)?;
-        let mut gathered = Vec::with_capacity(rows * vocabulary * 4);
-        for row in 0..rows {
-            for rank in 0..ranks {
-                let count = per_rank.min(vocabulary.saturating_sub(rank * per_rank));
-                for number in &all[(rank * rows + row) * per_rank..][..count] {
-                    gathered.extend_from_slice(&number.to_le_bytes());
-                }
-            }
-        }
-        self.device.upload(address, &gathered, "writing logits")
-    }
-
-    /// Rows that a decode step of `rows` is filled up to.
-    fn graph_rows(rows: usize) -> usize {
-        match rows {
-            0..=16 => rows,
-            17..=64 => rows.next_multiple_of(8),
-            65..=128 => rows.next_multiple_of(16),
-            _ => rows.next_multiple_of(32),
-        }
-    }
 }
 
 impl Backend for CudaBackend {
@@ -437,6 +280,7 @@ impl Backend for CudaBackend {
         let size = if linear.input_format == InputFormat::Bf16 { 2 } else { 1 };
         self.widths.input_bytes = self.widths.input_bytes.max(linear.inputs * size);
         self.widths.outputs = self.widths.outputs.max(linear.outputs);
+        self.know_product(&linear, false);
         Ok(linear)
     }
 
@@ -454,10 +298,14 @@ impl Backend for CudaBackend {
     }
 
     fn load_head(&mut self, rows: &VocabularyShard<'_>) -> Result<Linear> {
-        Linear::load(&self.device, &mut self.kernels, &[LinearShard { weight: rows.rows.clone(), scales: None }])
+        let shard = LinearShard { weight: rows.rows.clone(), scales: None };
+        let linear = Linear::load(&self.device, &mut self.kernels, &[shard])?;
+        self.know_product(&linear, true);
+        Ok(linear)
     }
 
     fn kv_capacity(&mut self, shape: &KvShape, budget: KvBudget) -> Result<usize> {
+        self.device.make_current()?;
         self.take_buffers()?;
         let block = shape.block_bytes(self.options.kv.size()) as u64;
         let (free, total) = self.device.memory()?;
@@ -483,6 +331,8 @@ impl Backend for CudaBackend {
     }
 
     fn allocate_kv(&mut self, shape: &KvShape, blocks: usize) -> Result<()> {
+        // a rank is loaded by one thread and run by another
+        self.device.make_current()?;
         self.take_buffers()?;
         let plane_bytes = (blocks + 1) * shape.kv_heads * BLOCK_TOKENS * shape.head_dim * self.options.kv.size();
         let buffer = Buffer::new(2 * shape.layers * plane_bytes, "the KV cache")?;
@@ -492,40 +342,14 @@ impl Backend for CudaBackend {
         self.device.synchronize()
     }
 
-    fn execute(&mut self, batch: &Batch, forward: impl FnOnce(&mut Self) -> Result<Logits>) -> Result<Logits> {
+    fn warm_up(&mut self, forward: impl Fn(&mut Self) -> Result<Logits>) -> Result<()> {
         self.device.make_current()?;
-        let real = batch.token_ids.len();
-        let recorded = self.options.graphs
-            && self.setup.plan.ranks == 1
-            && StepInputs::is_decode(batch)
-            && (1..=LARGEST_GRAPH.min(self.setup.limits.sequences)).contains(&real);
-        let rows = if recorded { Self::graph_rows(real).min(self.setup.limits.sequences.max(real)) } else { real };
-        self.sampler.step_begins(&self.device)?;
-        self.inputs.upload(&self.device, batch, rows)?;
-        if !recorded {
-            return forward(self);
-        }
-        match self.graphs.get(&rows) {
-            None => {
-                let logits = forward(self)?;
-                self.graphs.insert(rows, Recording::Warm);
-                Ok(logits)
-            }
-            Some(Recording::Warm) => {
-                self.device.begin_capture()?;
-                let outcome = forward(self);
-                let graph = self.device.end_capture();
-                let logits = outcome?;
-                let graph = graph?;
-                self.device.replay(&graph)?;
-                self.graphs.insert(rows, Recording::Recorded(graph));
-                Ok(logits)
-            }
-            Some(Recording::Recorded(graph)) => {
-                self.device.replay(graph)?;
-                Ok(Logits { rows: self.inputs.shape.logit_rows })
-            }
-        }
+        self.tune_products()?;
+        self.record_graphs(&forward)
+    }
+
+    fn execute(&mut self, batch: &Batch, forward: impl FnOnce(&mut Self) -> Result<Logits>) -> Result<Logits> {
+        self.run_batch(batch, forward)
     }
 
     fn embed(&mut self, table: &Embedding) -> Result<Tensor> {
@@ -618,67 +442,7 @@ impl Backend for CudaBackend {
     }
 
     fn attend(&mut self, q: Tensor, layer: usize, next: &Linear) -> Result<Tensor> {
-        let head_dim = self.setup.config.head_dim;
-        let (heads, kv_heads) = (self.setup.plan.heads.len() as u32, self.setup.plan.kv_heads.len() as u32);
-        let (keys, values) = self.planes(layer)?;
-        let step = self.inputs.addresses();
-        let shape = self.inputs.shape;
-        let buffers = self.buffers()?;
-        let (target, partial, log_sums) =
-            (buffers.input.address, buffers.partial_attention.address, buffers.log_sums.address);
-        let finished = buffers.finished.address;
-        let (suffix, scale, format) = match next.input_format {
-            InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
-            InputFormat::E4m3(scale) => ("e4m3", scale, TensorFormat::E4m3),
-        };
-        let kv = self.options.kv;
-        let score_scale = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
-        if shape.tiles > 0 {
-            let arguments = Arguments::default()
-                .address(q.address)
-                .address(keys)
-                .address(values)
-                .address(step.tiles)
-                .address(step.positions)
-                .address(step.tables)
-                .address(step.table_start)
-                .address(target)
-                .f32(scale)
-                .u32(heads)
-                .u32(kv_heads)
-                .f32(score_scale);
-            let (name, shared) = prefill_kernel(head_dim, kv, suffix, self.device.hopper);
-            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block: 256, shared };
-            self.launch(&name, launch, arguments)?;
-        }
-        if shape.decode_rows > 0 {
-            let splits = self.key_splits(shape.decode_rows) as u32;
-            let arguments = Arguments::default()
-                .address(q.address)
-                .address(keys)
-                .address(values)
-                .address(step.decode_rows)
-                .address(step.positions)
-                .address(step.row_sequence)
-                .address(step.tables)
-                .address(step.table_start)
-                .address(partial)
-                .address(log_sums)
-                .address(finished)
-                .address(target)
-                .f32(scale)
-                .u32(heads)
-                .u32(kv_heads)
-                .f32(score_scale);
-            let name = format!("decode_attention_{head_dim}_{}_to_{suffix}", kv.name());
-            let launch = Shape {
-                grid: [splits, kv_heads, shape.decode_rows as u32],
-                block: 128,
-                shared: decode_shared_bytes(head_dim, kv),
-            };
-            self.launch(&name, launch, arguments)?;
-        }
-        Ok(Tensor { address: target, rows: q.rows, columns: q.columns, format, part_scales: Vec::new() })
+        self.submit_attention(&q, layer, next.input_format)
     }
 
     fn gate(&mut self, gate_up: Tensor, next: &Linear) -> Result<Tensor> {
@@ -762,35 +526,4 @@ pub struct Embedding {
     table: Buffer,
     first_id: u32,
     count: u32,
-}
-
-/// The kernel for chunks of a prompt and its shared memory (as its file says).
-fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32) {
-    if head_dim == 128 && hopper {
-        let tile = BLOCK_TOKENS * 256;
-        let (kernel, bytes) = match kv {
-            KvDtype::Bf16 => ("piped", 1024 + 6 * tile),
-            KvDtype::E4m3 => ("wide", 1024 + 2 * tile + 4 * BLOCK_TOKENS * 128),
-        };
-        return (format!("{kernel}_attention_{}_to_{suffix}", kv.name()), bytes as u32);
-    }
-    let padded = head_dim * 2 + 16;
-    let bytes = match kv {
-        KvDtype::Bf16 => 4 * BLOCK_TOKENS * padded,
-        KvDtype::E4m3 => 4 * BLOCK_TOKENS * head_dim + 2 * BLOCK_TOKENS * padded,
-    };
-    (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), bytes as u32)
-}
-
-/// `decode_shared_bytes` of attention_decode.cu.
-fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
-    let (warps, tokens, stages) = (4, 16, 3);
-    let padded = head_dim * 2 + 16;
-    let (raw, unpacked) = match kv {
-        KvDtype::Bf16 => (padded, 0),
-        KvDtype::E4m3 => (head_dim, 2 * tokens * padded),
-    };
-    let ring = warps * (stages * 2 * tokens * raw + unpacked);
-    let merge = warps * 16 * (head_dim + 2) * 4;
-    ring.max(merge) as u32
 }

@@ -63,6 +63,9 @@ struct Answer {
     top_logprobs: [f32; MOST_ALTERNATIVES],
 }
 
+/// Bytes of an admission on its way to the device.
+const ADMISSION_BYTES: usize = size_of::<SlotSampler>() + 4;
+
 /// Device memory that a slot's sampler needs beyond its struct; kept for the slot's next sequence.
 #[derive(Default)]
 struct SlotMemory {
@@ -81,10 +84,14 @@ enum Kind {
     Score,
 }
 
-/// Pinned memory and events of one `sample` call.
+/// Pinned memory and events of one `sample` call, and of the admissions before it.
 struct Exchange {
     requests: Pinned,
     answers: Pinned,
+    /// A sampler and a count of generated ids for each slot, on their way to the device.
+    admissions: Pinned,
+    /// Slots whose place in `admissions` is in use.
+    admitted: Vec<Slot>,
     /// Made when the first mask comes.
     masks: Option<Pinned>,
     start: Event,
@@ -119,6 +126,8 @@ impl Sampler {
             exchanges.push(Exchange {
                 requests: Pinned::new(rows * size_of::<Request>())?,
                 answers: Pinned::new(rows * size_of::<Answer>())?,
+                admissions: Pinned::new(slots * ADMISSION_BYTES)?,
+                admitted: Vec::new(),
                 masks: None,
                 start: Event::new(true)?,
                 done: Event::new(true)?,
@@ -146,7 +155,8 @@ impl Sampler {
         Ok(sampler)
     }
 
-    /// A sequence begins in a slot. Waits for the device: admissions are rare beside steps.
+    /// A sequence begins in a slot. Waits for the device only where it needs memory of its own: penalties, biases, end
+    /// ids that are masked.
     pub(super) fn admit(&mut self, device: &Device, kernels: &mut Kernels, admission: &Admission) -> Result<()> {
         let slot = admission.slot as usize;
         let params = &admission.sampling;
@@ -194,13 +204,20 @@ impl Sampler {
             (sampler.bias_ids, sampler.biases, sampler.end_ids) = (lists, lists + 4 * count, lists + 8 * count);
         }
         self.with_logprobs[slot] = params.logprobs.is_some();
-        device.upload(
-            self.samplers.address + (slot * size_of::<SlotSampler>()) as u64,
-            bytes_of(&sampler),
-            "a sampler",
-        )?;
-        let generated = admission.generated_ids.len() as u32;
-        device.upload(self.generated.address + 4 * slot as u64, &generated.to_le_bytes(), "a sampler")
+        let exchange = &mut self.exchanges[self.next];
+        if exchange.admitted.contains(&admission.slot) {
+            // admitted twice before anything was sampled: its place may still be read
+            device.synchronize()?;
+        } else {
+            exchange.admitted.push(admission.slot);
+        }
+        let place = slot * ADMISSION_BYTES..(slot + 1) * ADMISSION_BYTES;
+        let bytes = &mut exchange.admissions.as_mut_slice()[place];
+        let (sampler_bytes, count_bytes) = bytes.split_at_mut(size_of::<SlotSampler>());
+        sampler_bytes.copy_from_slice(bytes_of(&sampler));
+        count_bytes.copy_from_slice(&(admission.generated_ids.len() as u32).to_le_bytes());
+        device.upload_async(self.samplers.address + (slot * size_of::<SlotSampler>()) as u64, sampler_bytes)?;
+        device.upload_async(self.generated.address + 4 * slot as u64, count_bytes)
     }
 
     /// Marks the start of a step, for its time.
@@ -222,6 +239,7 @@ impl Sampler {
         let ring = self.next;
         self.next = (self.next + 1) % self.exchanges.len();
         let exchange = &mut self.exchanges[ring];
+        exchange.admitted.clear();
         let room = exchange.requests.as_slice().len() / size_of::<Request>();
         if requests.len() > room {
             return Err(BackendError::Device(format!("{} rows to sample, at most {room} fit", requests.len())));
@@ -306,11 +324,11 @@ impl Sampler {
 }
 
 fn masks_of(requests: &[SampleRequest]) -> Vec<&Mask> {
-    let mask = |request| match request {
-        &SampleRequest::Next { ref mask, .. } => mask.as_ref(),
+    let masks = requests.iter().filter_map(|request| match request {
+        SampleRequest::Next { mask, .. } => mask.as_ref(),
         SampleRequest::Score { .. } => None,
-    };
-    requests.iter().filter_map(mask).collect()
+    });
+    masks.collect()
 }
 
 /// Sends the masks of a step, one behind the other; where they lie on the device.

@@ -4,12 +4,13 @@
 use bora_common::model::{QueryScale, RopeConfig, Yarn};
 use serde_json::json;
 
+use super::super::KvDtype;
+use super::super::attention::{cache_place, decode_shared_bytes, prefill_kernel};
 use super::super::driver::{Arguments, Buffer, Device, Shape};
 use super::super::kernels::Kernels;
 use super::super::linear::{InputFormat, Linear, Tensor, TensorFormat, load_slice};
 use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::super::sampler::Sampler;
-use super::super::{KvDtype, decode_shared_bytes, prefill_kernel};
 use super::Outcome;
 use super::reference::{Random, bf16_bytes, distance, f32_bytes, from_bf16, from_f32, round, u32_bytes};
 use crate::backend::{BackendError, Limits, Result, SampleRequest};
@@ -381,11 +382,14 @@ fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
                     let mut written = 0;
                     for (row, place) in places.iter().enumerate() {
                         for kv_head in 0..kv_heads {
-                            let at = ((*place as usize / 64 * kv_heads + kv_head) * 64 + *place as usize % 64) * d;
-                            let stored = &bytes[at * kv.size()..][..d * kv.size()];
+                            let tile = (*place as usize / 64 * kv_heads + kv_head) * 64 * d;
+                            let stored: Vec<u8> = (0..d)
+                                .map(|dimension| tile + cache_place(d, kv, *place as usize % 64, dimension))
+                                .flat_map(|at| bytes[at * kv.size()..][..kv.size()].to_vec())
+                                .collect();
                             let expected = head_at(row, heads + part * kv_heads + kv_head);
                             written += stored.len();
-                            worst = worst.max(compare_activation(stored, &expected, kv.name(), 1.0));
+                            worst = worst.max(compare_activation(&stored, &expected, kv.name(), 1.0));
                         }
                     }
                     // everything else is as it was
@@ -600,9 +604,17 @@ impl TestCache {
                 }
             }
         }
-        let bytes = |numbers: &[f32]| match kv {
-            KvDtype::Bf16 => bf16_bytes(numbers),
-            KvDtype::E4m3 => numbers.iter().map(|number| e4m3::encode(*number)).collect(),
+        let bytes = |numbers: &[f32]| {
+            let mut placed = vec![0f32; numbers.len()];
+            for (tile, target) in numbers.chunks_exact(64 * d).zip(placed.chunks_exact_mut(64 * d)) {
+                for (index, number) in tile.iter().enumerate() {
+                    target[cache_place(d, kv, index / d, index % d)] = *number;
+                }
+            }
+            match kv {
+                KvDtype::Bf16 => bf16_bytes(&placed),
+                KvDtype::E4m3 => placed.iter().map(|number| e4m3::encode(*number)).collect(),
+            }
         };
         let (key_buffer, value_buffer) = (bench.upload(&bytes(&keys))?, bench.upload(&bytes(&values))?);
         Ok(Self { keys, values, key_buffer, value_buffer, tables, starts })
@@ -773,7 +785,7 @@ fn prefill_attention(bench: &mut Bench) -> Result<(f64, f64)> {
         if d == 128 && bench.device.hopper {
             launches.push(prefill_kernel(d, kv, suffix, true));
         }
-        for (name, shared) in launches {
+        for (name, block, shared) in launches {
             let out = bench.poisoned(rows * heads * d * size)?;
             let arguments = Arguments::default()
                 .address(buffers[0].address)
@@ -788,7 +800,7 @@ fn prefill_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                 .u32(heads as u32)
                 .u32(kv_heads as u32)
                 .f32(std::f32::consts::LOG2_E / (d as f32).sqrt());
-            bench.launch(&name, [kv_heads as u32, tiles.len() as u32, 1], 256, shared, arguments)?;
+            bench.launch(&name, [kv_heads as u32, tiles.len() as u32, 1], block, shared, arguments)?;
             worst = worst
                 .max(compare_activation(&bench.read(&out, rows * heads * d * size)?, &expected, suffix, scale) / 2.0);
         }

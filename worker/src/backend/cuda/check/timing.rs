@@ -3,10 +3,11 @@
 
 use serde_json::json;
 
+use super::super::KvDtype;
+use super::super::attention::{decode_shared_bytes, prefill_kernel};
 use super::super::driver::{Address, Arguments, Buffer, Event};
 use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::super::sampler::Sampler;
-use super::super::{KvDtype, decode_shared_bytes, prefill_kernel};
 use super::Outcome;
 use super::kernels::Bench;
 use super::reference::{f32_bytes, u32_bytes};
@@ -375,7 +376,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             let tiles: Vec<u32> = (0..count as u32 / 32).rev().flat_map(|tile| [0, tile * 32, 32]).collect();
             let tile_buffer = bench.upload(&u32_bytes(&tiles))?;
             let out = bench.poisoned(count * HEADS * D)?;
-            let (name, shared) = prefill_kernel(D, kv, "e4m3", bench.device.hopper);
+            let (name, block, shared) = prefill_kernel(D, kv, "e4m3", bench.device.hopper);
             let us = microseconds(bench, 2, |bench, _| {
                 let arguments = Arguments::default()
                     .address(q.address)
@@ -390,7 +391,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                     .u32(HEADS as u32)
                     .u32(KV_HEADS as u32)
                     .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
-                bench.launch(&name, [KV_HEADS as u32, count as u32 / 32, 1], 256, shared, arguments)
+                bench.launch(&name, [KV_HEADS as u32, count as u32 / 32, 1], block, shared, arguments)
             })?;
             let pairs = count as f64 * start as f64 + count as f64 * (count as f64 + 1.0) / 2.0;
             tell(

@@ -1,0 +1,70 @@
+//! What the machine allows: the time that the bytes and the arithmetic of a workload take at the datasheet's rates. A
+//! figure is printed beside it.
+
+use bora_common::model::ModelConfig;
+
+/// Rates of one GPU by a part of its name: bytes a second, FP8 and bf16 operations a second.
+const RATES: [(&str, f64, f64, f64); 2] = [("H100", 3.35e12, 1.979e15, 9.89e14), ("H200", 4.8e12, 1.979e15, 9.89e14)];
+
+/// Floors of one model on one group.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Floors {
+    bytes_per_second: f64,
+    fp8: f64,
+    bf16: f64,
+    linear_weights: f64,
+    head_bytes: f64,
+    kv_bytes_per_token: f64,
+    /// Operations of attention for one pair of tokens, over all layers and heads.
+    pair_operations: f64,
+}
+
+impl Floors {
+    /// Of `ranks` such GPUs; `None` where the GPU's rates are not known.
+    pub(super) fn of(model: &ModelConfig, ranks: usize, gpu: &str, kv_bytes: f64) -> Option<Self> {
+        let (_, bytes_per_second, fp8, bf16) = RATES.into_iter().find(|(name, ..)| gpu.contains(name))?;
+        let ranks = ranks as f64;
+        let layers = model.num_hidden_layers as f64;
+        let hidden = model.hidden_size as f64;
+        let heads = (model.num_attention_heads * model.head_dim) as f64;
+        let kv_heads = (model.num_key_value_heads * model.head_dim) as f64;
+        let layer_weights = hidden * (2.0 * heads + 2.0 * kv_heads) + 3.0 * hidden * model.intermediate_size as f64;
+        Some(Self {
+            bytes_per_second: bytes_per_second * ranks,
+            fp8: fp8 * ranks,
+            bf16: bf16 * ranks,
+            linear_weights: layers * layer_weights,
+            head_bytes: 2.0 * hidden * model.vocab_size as f64,
+            kv_bytes_per_token: 2.0 * layers * kv_heads * kv_bytes,
+            pair_operations: 4.0 * layers * heads,
+        })
+    }
+
+    /// Seconds of a step that decodes `batch` sequences at `context`: its bytes.
+    pub(super) fn decode(&self, batch: usize, context: usize) -> f64 {
+        let cache = (batch * context) as f64 * self.kv_bytes_per_token;
+        (self.linear_weights + self.head_bytes + cache) / self.bytes_per_second
+    }
+
+    /// Seconds to compute `tokens` tokens after `context` tokens: its arithmetic.
+    pub(super) fn prefill(&self, context: usize, tokens: usize) -> f64 {
+        let (context, tokens) = (context as f64, tokens as f64);
+        let pairs = tokens * context + tokens * (tokens + 1.0) / 2.0;
+        2.0 * self.linear_weights * tokens / self.fp8 + pairs * self.pair_operations / self.bf16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_24b_on_an_h100_streams_23_gigabytes_a_step() {
+        let config = include_str!("../../../tests/fixtures/configs/devstral-small-2-24b.config.reconstructed.json");
+        let model = ModelConfig::from_huggingface(config).unwrap();
+        let floors = Floors::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();
+        assert!((floors.decode(1, 0) - 7.04e-3).abs() < 5e-5);
+        assert!((floors.prefill(0, 131_072) - 8.6).abs() < 0.2);
+        assert!(Floors::of(&model, 1, "another", 2.0).is_none());
+    }
+}

@@ -1,0 +1,265 @@
+//! `bora bench engine`: the engine as it serves (scheduler, prefix cache, loop, ranks), without router and network:
+//! token ids in, token ids out, greedy, prompts of random ids.
+//!
+//! Workloads, counting and names of the JSON fields are those of the baseline that was measured with vLLM (see
+//! docs/performance.md), so that two files can be compared row by row. Beside a figure stand the machine's floor and
+//! the share of it that was reached.
+//!
+//! - `decode`: B sequences at a context of C tokens; steady milliseconds per token of each, from the moment when all
+//!   decode until the first ends.
+//! - `prefill`: seconds from a prompt to its first id; the best of several.
+//! - `agentic`: conversations whose turns each add to the one before; `throughput`: many prompts at once that share
+//!   their first half.
+
+mod floor;
+mod sections;
+mod trace;
+
+use std::fs::File;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use bora_common::config::{ByteSize, LogOptions, ModelOptions};
+use bora_common::model::ModelConfig;
+use bora_common::registry::{Device, GroupRecord};
+use bora_proto::v1::{GenerateRequest, Sampling, Stopping};
+use bora_worker::engine::{EngineHandle, EventStream};
+use bora_worker::{DeviceChoice, KvDtype, LoadFormat, WorkerOptions, WorkerSettings};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::logging;
+use floor::Floors;
+
+/// What to measure, on what.
+#[derive(Args, Debug)]
+pub(crate) struct EngineArgs {
+    /// directory with the model's config.json (and its weights, unless --load-format dummy)
+    #[arg(long)]
+    model: PathBuf,
+    /// where weights come from
+    #[arg(long, value_enum, default_value = "auto")]
+    load_format: LoadFormat,
+    /// what to run on
+    #[arg(long, value_enum, default_value = "auto")]
+    device: DeviceChoice,
+    /// ranks that the model is split over
+    #[arg(long, short = 't', visible_alias = "tp", default_value_t = 1)]
+    tensor_parallel_size: u32,
+    /// type of the KV cache's numbers
+    #[arg(long, value_enum, default_value = "auto")]
+    kv_cache_dtype: KvDtype,
+    /// memory of the KV cache on each rank
+    #[arg(long)]
+    kv_cache_memory: Option<ByteSize>,
+    /// share of a GPU's memory that is used
+    #[arg(long)]
+    gpu_memory_utilization: Option<f32>,
+    /// longest prompt plus output, tokens
+    #[arg(long, default_value_t = 140_000)]
+    max_model_len: u32,
+    /// tokens in one step
+    #[arg(long)]
+    max_num_batched_tokens: Option<u32>,
+    /// sequences that run at once
+    #[arg(long)]
+    max_num_seqs: Option<u32>,
+    /// what to measure, in this order
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "decode,prefill,agentic,throughput")]
+    workload: Vec<Workload>,
+    /// divide every length by this, for a try
+    #[arg(long, default_value_t = 1)]
+    scale: usize,
+    /// append the JSON lines to this file too
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// A section of the baseline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Workload {
+    /// decode at 1k (1, 8, 32, 64, 128 sequences) and at 32k (1, 4)
+    Decode,
+    /// prompts of 8k, 32k and 128k
+    Prefill,
+    /// 16 conversations of 8 turns
+    Agentic,
+    /// 256 prompts of 4k, half of it shared
+    Throughput,
+    /// decode at 128k (1, 4)
+    Declong,
+    /// a prompt of 255k and decode at 250k
+    Long256,
+}
+
+/// Measures, and prints JSON lines.
+pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
+    logging::start(&LogOptions::default())?;
+    let mut out = Out::open(args.out.as_ref())?;
+    let started = Instant::now();
+    let (engine, record) = bora_worker::open_engine(settings(&args)).await?;
+    let start_seconds = started.elapsed().as_secs_f64();
+    let gpu = gpu_name(record.device, args.tensor_parallel_size as usize);
+    let model = ModelConfig::from_dir(&args.model)?;
+    let kv_bytes = if args.kv_cache_dtype == KvDtype::Fp8 { 1.0 } else { 2.0 };
+    out.line(json!({
+        "kind": "engine", "bora": env!("CARGO_PKG_VERSION"), "device": gpu, "start_s": round(start_seconds, 2),
+        "kv_tokens": u64::from(record.kv_blocks) * u64::from(record.block_tokens), "block": record.block_tokens,
+        "kv_cache_dtype": format!("{:?}", args.kv_cache_dtype).to_lowercase(), "ranks": record.ranks.len(),
+        "max_num_batched_tokens": engine.config().options.max_num_batched_tokens,
+        "max_num_seqs": engine.config().options.max_num_seqs, "max_model_len": record.max_model_len,
+        "speed": record.speed,
+    }))?;
+    let mut bench = Bench {
+        floors: Floors::of(&model, record.ranks.len(), &gpu, kv_bytes),
+        engine,
+        record,
+        out,
+        random: 1234,
+        scale: args.scale.max(1),
+    };
+    bench.warm_up().await?;
+    for workload in &args.workload {
+        bench.section(*workload).await?;
+    }
+    bench.out.line(json!({ "kind": "done", "total_s": round(started.elapsed().as_secs_f64(), 1) }))
+}
+
+fn settings(args: &EngineArgs) -> WorkerSettings {
+    let mut options = WorkerOptions {
+        device: args.device,
+        tensor_parallel_size: args.tensor_parallel_size,
+        load_format: args.load_format,
+        max_model_len: Some(args.max_model_len),
+        ..WorkerOptions::default()
+    };
+    options.kv_cache.dtype = args.kv_cache_dtype;
+    options.kv_cache.memory = args.kv_cache_memory;
+    options.kv_cache.device_share = args.gpu_memory_utilization.unwrap_or(options.kv_cache.device_share);
+    let schedule = &mut options.schedule;
+    schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
+    schedule.max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);
+    let model = ModelOptions {
+        name: "bench".into(),
+        aliases: Vec::new(),
+        path: args.model.clone(),
+        tokenizer: None,
+        skip_tokenizer_init: true,
+    };
+    WorkerSettings { options, model }
+}
+
+fn gpu_name(device: Device, ranks: usize) -> String {
+    if device != Device::Cuda {
+        return format!("{device:?}").to_lowercase();
+    }
+    let names = bora_worker::backend::cuda::survey(0..ranks).unwrap_or_default();
+    names.into_iter().next().unwrap_or_default()
+}
+
+/// Where the lines go.
+struct Out {
+    file: Option<File>,
+    started: Instant,
+}
+
+impl Out {
+    fn open(path: Option<&PathBuf>) -> anyhow::Result<Self> {
+        let open = |path: &PathBuf| File::options().create(true).append(true).open(path);
+        let file = path.map(open).transpose().context("--out")?;
+        Ok(Self { file, started: Instant::now() })
+    }
+
+    fn line(&mut self, mut line: Value) -> anyhow::Result<()> {
+        line["t"] = json!(round(self.started.elapsed().as_secs_f64(), 1));
+        println!("{line}");
+        if let Some(file) = &mut self.file {
+            writeln!(file, "{line}").context("--out")?;
+        }
+        Ok(())
+    }
+}
+
+/// An engine under measurement.
+struct Bench {
+    engine: EngineHandle,
+    record: GroupRecord,
+    floors: Option<Floors>,
+    out: Out,
+    random: u64,
+    scale: usize,
+}
+
+impl Bench {
+    async fn section(&mut self, workload: Workload) -> anyhow::Result<()> {
+        let k = (1024 / self.scale).max(1);
+        match workload {
+            Workload::Decode => {
+                for batch in [1, 8, 32, 64, 128] {
+                    self.decode(batch, k).await?;
+                }
+                self.decode(1, 32 * k).await?;
+                self.decode(4, 32 * k).await?;
+            }
+            Workload::Prefill => {
+                self.prefill(8 * k, 3).await?;
+                self.prefill(32 * k, 2).await?;
+                self.prefill(128 * k, 1).await?;
+            }
+            Workload::Agentic => self.agentic(16, 8, 8 * k, k, (200 / self.scale).max(1)).await?,
+            Workload::Throughput => self.throughput(256, 2 * k, 4 * k, (256 / self.scale).max(1)).await?,
+            Workload::Declong => {
+                self.decode(1, 128 * k).await?;
+                self.decode(4, 128 * k).await?;
+            }
+            Workload::Long256 => {
+                self.prefill(255 * k, 1).await?;
+                self.decode(1, 250 * k).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Random ids, no control ids among them.
+    fn tokens(&mut self, count: usize) -> Vec<u32> {
+        let first = 1000.min(self.record.vocabulary_size / 2);
+        let span = u64::from(self.record.vocabulary_size - first);
+        (0..count).map(|_| first + (self.next_random() % span) as u32).collect()
+    }
+
+    /// SplitMix64.
+    fn next_random(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut value = self.random;
+        value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    }
+}
+
+/// Begins a greedy sequence of exactly `output` ids.
+fn submit(engine: &EngineHandle, prompt: Vec<u32>, output: usize) -> anyhow::Result<EventStream> {
+    Ok(engine.generate(GenerateRequest {
+        request_id: "bench".into(),
+        token_ids: prompt,
+        sampling: Some(Sampling { temperature: Some(0.0), ..Sampling::default() }),
+        stopping: Some(Stopping { max_tokens: output as u32, ignore_eos: true, ..Stopping::default() }),
+        ..GenerateRequest::default()
+    })?)
+}
+
+/// `value` with so many decimals.
+fn round(value: f64, decimals: i32) -> f64 {
+    let unit = 10f64.powi(decimals);
+    (value * unit).round() / unit
+}
+
+/// The value below which the share `q` of all lies, as the baseline counts it.
+fn percentile(values: &[f64], q: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let last = sorted.len().checked_sub(1)?;
+    sorted.get(((q * last as f64).round() as usize).min(last)).copied()
+}

@@ -1,0 +1,122 @@
+//! Attention over the paged cache: which kernel takes which rows.
+
+use bora_common::blocks::BLOCK_TOKENS;
+
+use super::driver::{Arguments, Shape};
+use super::linear::{InputFormat, Tensor, TensorFormat};
+use super::{CudaBackend, KvDtype};
+use crate::backend::Result;
+
+/// Blocks of decode attention that fit on a multiprocessor.
+pub(super) const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
+/// Most parts that one row's keys are cut into.
+const MOST_KEY_SPLITS: usize = 128;
+impl CudaBackend {
+    /// Parts that each row's keys are cut into when `rows` rows are decoded.
+    fn key_splits(&self, rows: usize) -> usize {
+        let blocks = rows.max(1) * self.setup.plan.kv_heads.len();
+        // rounded down: all blocks run at once, and none is left for a second round
+        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / blocks).clamp(1, MOST_KEY_SPLITS)
+    }
+
+    /// Submits causal attention of q over the cache of `layer`: tiles of prompts and single rows.
+    pub(super) fn submit_attention(&mut self, q: &Tensor, layer: usize, input_format: InputFormat) -> Result<Tensor> {
+        let head_dim = self.setup.config.head_dim;
+        let (heads, kv_heads) = (self.setup.plan.heads.len() as u32, self.setup.plan.kv_heads.len() as u32);
+        let (keys, values) = self.planes(layer)?;
+        let step = self.inputs.addresses();
+        let shape = self.inputs.shape;
+        let buffers = self.buffers()?;
+        let (target, partial, log_sums) =
+            (buffers.input.address, buffers.partial_attention.address, buffers.log_sums.address);
+        let finished = buffers.finished.address;
+        let (suffix, scale, format) = match input_format {
+            InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
+            InputFormat::E4m3(scale) => ("e4m3", scale, TensorFormat::E4m3),
+        };
+        let kv = self.options.kv;
+        let score_scale = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
+        if shape.tiles > 0 {
+            let arguments = Arguments::default()
+                .address(q.address)
+                .address(keys)
+                .address(values)
+                .address(step.tiles)
+                .address(step.positions)
+                .address(step.tables)
+                .address(step.table_start)
+                .address(target)
+                .f32(scale)
+                .u32(heads)
+                .u32(kv_heads)
+                .f32(score_scale);
+            let (name, block, shared) = prefill_kernel(head_dim, kv, suffix, self.device.hopper);
+            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block, shared };
+            self.launch(&name, launch, arguments)?;
+        }
+        if shape.decode_rows > 0 {
+            let splits = self.key_splits(shape.decode_rows) as u32;
+            let arguments = Arguments::default()
+                .address(q.address)
+                .address(keys)
+                .address(values)
+                .address(step.decode_rows)
+                .address(step.positions)
+                .address(step.row_sequence)
+                .address(step.tables)
+                .address(step.table_start)
+                .address(partial)
+                .address(log_sums)
+                .address(finished)
+                .address(target)
+                .f32(scale)
+                .u32(heads)
+                .u32(kv_heads)
+                .f32(score_scale);
+            let name = format!("decode_attention_{head_dim}_{}_to_{suffix}", kv.name());
+            let launch = Shape {
+                grid: [splits, kv_heads, shape.decode_rows as u32],
+                block: 128,
+                shared: decode_shared_bytes(head_dim, kv),
+            };
+            self.launch(&name, launch, arguments)?;
+        }
+        Ok(Tensor { address: target, rows: q.rows, columns: q.columns, format, part_scales: Vec::new() })
+    }
+}
+
+/// The kernel for chunks of a prompt, its threads and its shared memory (as its file says).
+pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32, u32) {
+    if head_dim == 128 && hopper {
+        let raw = if kv == KvDtype::E4m3 { 4 * BLOCK_TOKENS * 128 } else { 0 };
+        let bytes = 1024 + 128 * 256 + 4 * 2 * BLOCK_TOKENS * 256 + raw;
+        return (format!("hopper_attention_{}_to_{suffix}", kv.name()), 384, bytes as u32);
+    }
+    let padded = head_dim * 2 + 16;
+    let bytes = match kv {
+        KvDtype::Bf16 => 4 * BLOCK_TOKENS * padded,
+        KvDtype::E4m3 => 4 * BLOCK_TOKENS * head_dim + 2 * BLOCK_TOKENS * padded,
+    };
+    (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), 256, bytes as u32)
+}
+
+/// `decode_shared_bytes` of attention_decode.cu.
+pub(super) fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
+    let (warps, tokens) = (4, 16);
+    let (stages, row) = match kv {
+        KvDtype::Bf16 => (3, head_dim * 2 + 16),
+        KvDtype::E4m3 => (6, head_dim),
+    };
+    let ring = warps * stages * 2 * tokens * row;
+    let merge = warps * 16 * (head_dim + 2) * 4;
+    ring.max(merge) as u32
+}
+
+/// `cache_place` of device.cuh: where a token's number lies in a KV head's tile of a block, in numbers.
+pub(super) fn cache_place(head_dim: usize, kv: KvDtype, token: usize, dimension: usize) -> usize {
+    if head_dim * kv.size() != 256 {
+        return token * head_dim + dimension;
+    }
+    let (half, piece) = (dimension / 64, dimension % 64 / 8);
+    half * BLOCK_TOKENS * 64 + token * 64 + (piece ^ (token % 8)) * 8 + dimension % 8
+}

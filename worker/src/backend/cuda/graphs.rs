@@ -1,0 +1,143 @@
+//! Steps of single tokens as recorded graphs: one for each size that a batch is filled up to, all recorded before the
+//! first request.
+
+use super::driver::Graph;
+use super::linear::Linear;
+use super::matmul::{Formats, Matmul, ProductShape};
+use super::step::StepInputs;
+use super::{CudaBackend, Logits};
+use crate::backend::{Batch, Result};
+
+/// Largest step that is recorded as a graph.
+const LARGEST_GRAPH: usize = 256;
+
+/// A step size's graph.
+pub(super) enum Recording {
+    /// It ran once: kernels are loaded and matrix products chosen.
+    Warm,
+    Recorded(Graph),
+}
+
+/// A shape of the model's matrix products, with weights to time it on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct KnownProduct {
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    pub(super) formats: Formats,
+    pub(super) weight: u64,
+}
+
+/// Rows that a decode step of `rows` is filled up to.
+fn graph_rows(rows: usize) -> usize {
+    match rows {
+        0..=16 => rows,
+        17..=64 => rows.next_multiple_of(8),
+        65..=128 => rows.next_multiple_of(16),
+        _ => rows.next_multiple_of(32),
+    }
+}
+
+impl CudaBackend {
+    /// Remembers a linear's shape, so that its products can be timed before the first step.
+    pub(super) fn know_product(&mut self, linear: &Linear, logits: bool) {
+        let Some(weight) = linear.weight_address() else { return };
+        let formats = linear.formats(logits);
+        let same = |known: &KnownProduct| {
+            (known.outputs, known.inputs, known.formats) == (linear.outputs, linear.inputs, formats)
+        };
+        if !self.products.iter().any(same) {
+            self.products.push(KnownProduct { outputs: linear.outputs, inputs: linear.inputs, formats, weight });
+        }
+    }
+
+    /// Times cuBLASLt's algorithms for the model's shapes, on the model's own weights.
+    pub(super) fn tune_products(&mut self) -> Result<()> {
+        let (x, y, logits) = {
+            let buffers = self.buffers()?;
+            (buffers.input.address, buffers.product.address, buffers.logits.address)
+        };
+        self.device.fill(&self.buffers()?.input, 0x38)?; // 1 in e4m3, a small number in bf16
+        let most = self.setup.limits.step_tokens.max(self.setup.limits.sequences);
+        let most_logits = self.setup.limits.logit_rows.max(self.setup.limits.sequences);
+        for known in self.products.clone() {
+            let (rows, y) = if known.formats == Formats::Bf16ToF32 { (most_logits, logits) } else { (most, y) };
+            for m in Matmul::tuned_rows(rows) {
+                let shape = ProductShape { m, n: known.outputs, k: known.inputs, formats: known.formats };
+                self.matmul.tune(&self.device, shape, super::matmul::Operands { x, w: known.weight, y })?;
+            }
+        }
+        self.device.synchronize()
+    }
+
+    /// Records the graph of every size that a batch can be filled up to.
+    pub(super) fn record_graphs(&mut self, forward: &impl Fn(&mut Self) -> Result<Logits>) -> Result<()> {
+        let most = LARGEST_GRAPH.min(self.setup.limits.sequences);
+        if !self.records() {
+            return Ok(());
+        }
+        let mut sizes: Vec<usize> = (1..=most).map(|rows| graph_rows(rows).min(most)).collect();
+        sizes.dedup();
+        for rows in sizes {
+            self.inputs.upload(&self.device, &Batch::default(), rows)?;
+            // the first time loads kernels, which can't be recorded
+            forward(self)?;
+            let graph = self.record(|backend| forward(backend).map(|_| ()))?;
+            self.graphs.insert(rows, Recording::Recorded(graph));
+        }
+        self.device.synchronize()
+    }
+
+    /// Runs a batch: from a graph where it is one of single tokens.
+    pub(super) fn run_batch(
+        &mut self,
+        batch: &Batch,
+        forward: impl FnOnce(&mut Self) -> Result<Logits>,
+    ) -> Result<Logits> {
+        self.device.make_current()?;
+        let real = batch.token_ids.len();
+        let sequences = self.setup.limits.sequences;
+        let recorded =
+            self.records() && StepInputs::is_decode(batch) && (1..=LARGEST_GRAPH.min(sequences)).contains(&real);
+        let rows = if recorded { graph_rows(real).min(sequences) } else { real };
+        self.sampler.step_begins(&self.device)?;
+        self.inputs.upload(&self.device, batch, rows)?;
+        if !recorded {
+            return forward(self);
+        }
+        match self.graphs.get(&rows) {
+            None => {
+                let logits = forward(self)?;
+                self.graphs.insert(rows, Recording::Warm);
+                Ok(logits)
+            }
+            Some(Recording::Warm) => {
+                let mut logits = None;
+                let graph = self.record(|backend| {
+                    logits = Some(forward(backend)?);
+                    Ok(())
+                })?;
+                self.device.replay(&graph)?;
+                self.graphs.insert(rows, Recording::Recorded(graph));
+                Ok(logits.unwrap_or(Logits { rows: self.inputs.shape.logit_rows }))
+            }
+            Some(Recording::Recorded(graph)) => {
+                self.device.replay(graph)?;
+                Ok(Logits { rows: self.inputs.shape.logit_rows })
+            }
+        }
+    }
+
+    /// Sums over ranks go through host memory, which a graph can't.
+    fn records(&self) -> bool {
+        self.options.graphs && self.setup.plan.ranks == 1
+    }
+
+    fn record(&mut self, forward: impl FnOnce(&mut Self) -> Result<()>) -> Result<Graph> {
+        self.device.begin_capture()?;
+        let outcome = forward(self);
+        // ends the recording also where it failed
+        let graph = self.device.end_capture();
+        outcome?;
+        graph
+    }
+}
