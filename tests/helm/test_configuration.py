@@ -78,7 +78,9 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
 
 def sample(options):
     """One valid value of each option."""
-    return {name: True if one["type"] == "boolean" else max(one.get("minimum", 0), 1) for name, one in options["properties"].items()}
+    of_type = {"boolean": lambda one: True, "object": lambda one: {}}
+    number = lambda one: max(one.get("minimum", 0), 1)
+    return {name: of_type.get(one["type"], number)(one) for name, one in options["properties"].items()}
 
 
 @pytest.mark.parametrize("section, place", [

@@ -56,12 +56,13 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         Some(RequestId(id)) => id.clone(),
         None => RequestId::random().0,
     };
+    let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
     let mut context = RequestContext {
         request_id,
         client: client(&parts.headers),
         traceparent: traceparent(&parts.headers),
-        tenant: tenant(&parts.headers),
-        caller: parts.extensions.get::<Option<Caller>>().cloned().flatten(),
+        tenant: tenant(caller.as_ref(), &parts.headers),
+        caller,
         permit: None,
         arrived,
         open: service.metrics().request(name),
@@ -211,8 +212,11 @@ fn client(headers: &HeaderMap) -> Client {
     Client { mistral: user_agent.is_some_and(|agent| agent.contains("mistral-client-python")) }
 }
 
-/// Who sends a request: whoever holds its key.
-fn tenant(headers: &HeaderMap) -> u64 {
+/// Who sends a request: the tenant of its key, or whoever holds the key where keys are not asked for.
+fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
+    if let Some(caller) = caller {
+        return xxhash_rust::xxh3::xxh3_64(caller.tenant.name.as_bytes());
+    }
     headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
 }
 
