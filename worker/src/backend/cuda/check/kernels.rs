@@ -862,8 +862,9 @@ fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
             let buffer = bench.upload(&f32_bytes(&logits))?;
             let row_of = |slot: usize| slots - 1 - slot;
             // some slots draw within a mask in some steps, as if they had a grammar
-            let mask: Mask =
-                (0..vocabulary.div_ceil(32)).map(|word| 0x5a5a_1234 ^ (word as u32 * 0x9e37_79b9)).collect();
+            let mask: Mask = (0..vocabulary.div_ceil(32))
+                .map(|word| 0x5a5a_1234 ^ (word as u32).wrapping_mul(0x9e37_79b9))
+                .collect();
             let mask_of = |slot: usize| (slot % 3 == 1 && step % 2 == 1).then(|| mask.clone());
             let next = |row: usize, slot: usize| SampleRequest::Next {
                 row: row as u32,
