@@ -34,7 +34,7 @@ fn main() {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let toolchain = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/cuda/nvidia/cu13/bin/nvcc");
-    // once it appears the kernels are built; a path that does not exist must not be named: cargo would rerun each time
+    // a path that does not exist must not be named: cargo would rerun each time; who puts nvcc there touches this file
     println!(
         "cargo:rerun-if-changed={}",
         if toolchain.is_file() { toolchain.display().to_string() } else { "build.rs".into() }
