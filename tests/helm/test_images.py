@@ -96,10 +96,23 @@ def test_the_build_context_holds_what_cargo_asks_for(tmp_path):
     version = next(package["version"] for package in metadata["packages"] if package["name"] == "etcd-client")
     assert (tmp_path / "scripts" / "protoc").is_file() and (tmp_path / f"scripts/protoc.etcd-client-{version}.bin").is_file()
     assert "scripts/protoc" in (tmp_path / ".cargo" / "config.toml").read_text()
+
+
+def test_the_demo_image_holds_the_whole_model(tmp_path):
+    """What the COPY lines put there, without links (they would lead nowhere), is a checkpoint that the binary takes."""
+    files, place = set(context()), "/usr/share/bora/demo-model"
     for line in stages()["demo"]["lines"]:
         if line.startswith("COPY"):
-            folder = line.split()[1]
-            assert {f"{folder}config.json", f"{folder}model.safetensors", f"{folder}tekken.json"} <= set(files), line
+            *sources, target = line.split()[1:]
+            for source in sources:
+                assert source in files and not (ROOT / source).is_symlink(), source
+                name = source.rsplit("/", 1)[1] if target.endswith("/") else target.rsplit("/", 1)[1]
+                assert target.startswith(place)
+                shutil.copy(ROOT / source, tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "tests/fixtures/bora-demo/fp8").iterdir()}
+    (tmp_path / "bora.yaml").write_text(f"models: [{{name: demo, path: {tmp_path}}}]\n")
+    outcome = run(BORA, "check", "--config", tmp_path / "bora.yaml")
+    assert outcome.returncode == 0, outcome.stderr
 
 
 def test_the_binary_needs_the_c_library_alone_and_fits_the_image(tmp_path):

@@ -74,6 +74,7 @@ pub struct KeyFile {
 
 /// One tenant.
 #[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TenantEntry {
     /// In logs and counters.
     pub name: String,
@@ -158,6 +159,8 @@ mod tests {
             ("tenants:\n- name: a\n- name: a\n".to_owned(), "unique"),
             ("tenants:\n- name: a\n  requests_per_minute: 0\n".to_owned(), "requests_per_minute"),
             ("tenants:\n- name: a\n  keys: [{sha256: abc}]\n".to_owned(), "64 hexadecimal"),
+            // a limit that is misspelled would be no limit
+            ("tenants:\n- name: a\n  request_per_minute: 5\n".to_owned(), "request_per_minute"),
             ("tenants:\n- name: a\n  keys: [{key: abc}]\n".to_owned(), "key"),
             (format!("tenants:\n- name: a\n  keys: [{{sha256: {key}}}, {{sha256: {key}}}]\n"), "twice"),
             ("keys: []\n".to_owned(), "keys"),
