@@ -178,6 +178,8 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        // for APIs that say it in another form
+        response.extensions_mut().insert(self);
         response
     }
 }
