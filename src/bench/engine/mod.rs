@@ -155,7 +155,7 @@ fn gpu_name(device: Device, ranks: usize) -> String {
     if device != Device::Cuda {
         return format!("{device:?}").to_lowercase();
     }
-    let names = bora_worker::backend::cuda::survey(0..ranks).unwrap_or_default();
+    let names = bora_worker::backend::cuda::survey(0..ranks, ranks).unwrap_or_default();
     names.into_iter().next().unwrap_or_default()
 }
 

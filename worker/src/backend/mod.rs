@@ -13,11 +13,13 @@
 //!
 //! Images enter with a later issue: `embed` will then be given the rows that features replace.
 
+use std::sync::Arc;
+
 use bora_common::model::ModelConfig;
 
 use crate::engine::step::{BlockId, Drawn, SequenceFault, Slot};
 use crate::grammar::Mask;
-use crate::parallel::Collective;
+use crate::parallel::{Abort, Collective};
 use crate::weights::ShardPlan;
 
 pub mod cpu;
@@ -201,6 +203,11 @@ pub trait Backend: Send + Sized + 'static {
         gain: &Self::Gain,
         head: &Self::Linear,
     ) -> Result<Self::Logits>;
+
+    /// Frees this rank, from any thread, where it waits for the others on its device. `None` where it never does.
+    fn aborter(&self) -> Option<Arc<dyn Abort>> {
+        None
+    }
 
     // ---- sampling ------------------------------------------------------------------------------------
 
