@@ -517,7 +517,8 @@ impl Backend for CudaBackend {
 
     fn sample(&mut self, logits: Logits, requests: &[SampleRequest]) -> Result<()> {
         let wanted = |request: &SampleRequest| match *request {
-            SampleRequest::Next { row, .. } | SampleRequest::Score { row, .. } => row as usize,
+            SampleRequest::Next { row, ref drafts, .. } => row as usize + drafts.len(),
+            SampleRequest::Score { row, .. } => row as usize,
         };
         if requests.iter().any(|request| wanted(request) >= logits.rows) {
             return Err(BackendError::Device("a row of logits is wanted that was not computed".to_owned()));

@@ -240,6 +240,7 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
         tokens,
         new_blocks,
         sample,
+        drafts: 0,
         prompt_logprobs: None,
     };
     let split = ids.len() * 2 / 3;
@@ -276,7 +277,7 @@ fn decode_greedily(rank: Rank, ids: &[u32], count: usize) -> Result<Vec<u32>, Fa
         let output = runner.collect()?;
         for sampled in output.sampled {
             if sampled.slot == 2 {
-                drawn.push(sampled.result?.token_id);
+                drawn.extend(sampled.result?.iter().map(|drawn| drawn.token_id));
             }
         }
     }
