@@ -5,6 +5,7 @@ import anthropic
 import pytest
 
 from cluster import FIXTURES, Cluster, serve
+from files import TASK, TASK_CALLS, Files
 
 MODEL = "bora-demo"
 WEIGHTS = FIXTURES / "bora-demo" / "fp8"
@@ -94,20 +95,11 @@ def loop(client, question, answers, turns=6, stream=False):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 def test_a_loop_of_tools(client, stream):
-    files = {}
-
-    def answers(name, arguments):
-        if name == "write_file":
-            files[arguments["path"]] = arguments["content"]
-            return "ok"
-        return files.get(arguments["path"], f"error: not found: {arguments['path']}")
-
-    question = 'First write "green tree" to notes/a.txt. Then read the file notes/a.txt.'
-    calls, text = loop(client, question, answers, stream=stream)
-    assert calls == [[("write_file", {"path": "notes/a.txt", "content": "green tree"})], [("read_file", {"path": "notes/a.txt"})]]
-    assert files == {"notes/a.txt": "green tree"} and "green tree" in text
+    files = Files()
+    calls, text = loop(client, TASK, files, stream=stream)
+    assert calls == TASK_CALLS and files == {"notes/a.txt": "green tree"} and "green tree" in text
     files["src/main.rs"], files["lib/util.py"] = "one", "two"
-    calls, text = loop(client, "Read the file src/main.rs and also Read the file lib/util.py", answers, stream=stream)
+    calls, text = loop(client, "Read the file src/main.rs and also Read the file lib/util.py", files, stream=stream)
     assert calls == [[("read_file", {"path": "src/main.rs"}), ("read_file", {"path": "lib/util.py"})]]
     assert "one" in text and "two" in text
 

@@ -7,6 +7,7 @@ import pydantic
 import pytest
 
 from cluster import FIXTURES, Cluster, serve
+from files import TASK, TASK_CALLS, Files
 
 MODEL = "bora-demo"
 WEIGHTS = FIXTURES / "bora-demo" / "fp8"
@@ -70,20 +71,11 @@ def loop(client, question, answers, turns=6):
 
 
 def test_a_loop_of_tools(client):
-    files = {}
-
-    def answers(name, arguments):
-        if name == "write_file":
-            files[arguments["path"]] = arguments["content"]
-            return "ok"
-        return files.get(arguments["path"], f"error: not found: {arguments['path']}")
-
-    question = 'First write "green tree" to notes/a.txt. Then read the file notes/a.txt.'
-    calls, text = loop(client, question, answers)
-    assert calls == [[("write_file", {"path": "notes/a.txt", "content": "green tree"})], [("read_file", {"path": "notes/a.txt"})]]
-    assert files == {"notes/a.txt": "green tree"} and "green tree" in text
+    files = Files()
+    calls, text = loop(client, TASK, files)
+    assert calls == TASK_CALLS and files == {"notes/a.txt": "green tree"} and "green tree" in text
     files["src/main.rs"], files["lib/util.py"] = "one", "two"
-    calls, text = loop(client, "Read the file src/main.rs and also Read the file lib/util.py", answers)
+    calls, text = loop(client, "Read the file src/main.rs and also Read the file lib/util.py", files)
     assert calls == [[("read_file", {"path": "src/main.rs"}), ("read_file", {"path": "lib/util.py"})]]
     assert "one" in text and "two" in text
 

@@ -105,7 +105,7 @@ pub fn repair(messages: &[&str], continue_final_message: bool) -> Result<Repaire
     let last = items.len();
     let mut turn = Turn::default();
     for mut item in items {
-        work.content(&mut item);
+        work.complete(&mut item);
         work.stale_prefix(&mut item, last);
         if item.role() == "assistant" {
             if !turn.rest.is_empty() {
@@ -232,7 +232,12 @@ impl<'a> Work<'a> {
         self.repairs.push((index, repair));
     }
 
-    fn content(&mut self, item: &mut Item<'a>) {
+    /// What a message lacks by itself.
+    fn complete(&mut self, item: &mut Item<'a>) {
+        if item.index == 0 && item.role() == "tool" && item.call_id().is_none() {
+            item.set("tool_call_id", Json::String("call0".into()));
+            self.note(item.index, Repair::CallId);
+        }
         let needs_content = matches!(item.role(), "user" | "system" | "developer" | "tool");
         if needs_content && !item.json.get("content").is_some_and(is_not_null) {
             item.set("content", Json::String("".into()));

@@ -153,6 +153,18 @@ pub fn entry<'a, T: serde::Deserialize<'a>>(written: &'a RawValue, place: Place)
     })
 }
 
+/// A field of an entry that must be there.
+pub fn missing(place: Place, name: &str) -> ApiError {
+    ApiError::invalid(format!("{place}.{name}"), format!("`{place}.{name}` is required."))
+}
+
+/// An entry of a kind that nobody serves; `what` are such entries.
+pub fn unsupported(place: Place, what: &str, kind: Option<&str>) -> ApiError {
+    let Some(kind) = kind else { return missing(place, "type") };
+    let kind: String = kind.chars().take(64).collect();
+    ApiError::invalid(format!("{place}.type"), format!("`{place}`: {what} of type \"{kind}\" are not supported."))
+}
+
 /// Whether a JSON value is a string.
 pub fn is_string(written: &RawValue) -> bool {
     written.get().starts_with('"')

@@ -15,7 +15,7 @@ use serde_json::{Value, json, value::RawValue};
 use crate::api::{
     convert::{
         ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, ChatToolFunction, Conversion, Dialect,
-        Origin, Place, Text, entry, is_array, is_string, refuse_foreign,
+        Origin, Place, Text, entry, is_array, is_string, missing, refuse_foreign, unsupported,
     },
     error::ApiError,
     fields::OneOrMany,
@@ -226,14 +226,10 @@ fn tools<'a>(written: &[&'a RawValue]) -> Result<Vec<ChatTool<'a>>, ApiError> {
     let tool = |(index, written): (usize, &&'a RawValue)| {
         let place = Place::Entry("tools", index as u32);
         let Tool { r#type, name, description, input_schema, strict } = entry(written, place)?;
-        if let Some(kind) = r#type.as_deref().filter(|kind| *kind != "custom") {
-            let kind: String = kind.chars().take(64).collect();
-            let message = format!("`{place}`: tools of type \"{kind}\" are not supported, only the client's own are.");
-            return Err(ApiError::invalid(format!("{place}.type"), message));
+        if r#type.as_deref().is_some_and(|kind| kind != "custom") {
+            return Err(unsupported(place, "tools", r#type.as_deref()));
         }
-        let parameters = input_schema.ok_or_else(|| {
-            ApiError::invalid(format!("{place}.input_schema"), format!("`{place}.input_schema` is required."))
-        })?;
+        let parameters = input_schema.ok_or_else(|| missing(place, "input_schema"))?;
         let function = ChatToolFunction { name, description, parameters: Some(parameters), strict };
         Ok(ChatTool { r#type: "function", function })
     };
@@ -270,7 +266,7 @@ fn read_system(written: &RawValue, conversion: &mut Conversion) -> Result<(), Ap
                 parts.push(ChatPart::text(block.text));
                 origin.parts.push(place);
             }
-            kind => return Err(unknown_block(place, kind)),
+            kind => return Err(unsupported(place, "blocks", kind)),
         }
     }
     if parts.is_empty() {
@@ -283,22 +279,10 @@ fn is_billing(text: &RawValue) -> bool {
     text.get().strip_prefix('"').is_some_and(|text| text.starts_with(BILLING))
 }
 
-fn unknown_block(place: Place, kind: Option<&str>) -> ApiError {
-    let param = format!("{place}.type");
-    match kind {
-        Some(kind) => {
-            let kind: String = kind.chars().take(64).collect();
-            ApiError::invalid(param, format!("`{place}`: blocks of type \"{kind}\" are not supported here."))
-        }
-        None => ApiError::invalid(param, format!("`{place}.type` is required.")),
-    }
-}
-
 fn read_message(written: &RawValue, index: u32, is_last: bool, conversion: &mut Conversion) -> Result<(), ApiError> {
     let place = Place::Entry(MESSAGES, index);
     let Message { role, content } = entry(written, place)?;
-    let content = content
-        .ok_or_else(|| ApiError::invalid(format!("{place}.content"), format!("`{place}.content` is required.")))?;
+    let content = content.ok_or_else(|| missing(place, "content"))?;
     let role = match role.as_deref() {
         Some("user") => "user",
         Some("assistant") => "assistant",
@@ -307,7 +291,7 @@ fn read_message(written: &RawValue, index: u32, is_last: bool, conversion: &mut 
             let message = format!("`{place}.role` must be \"user\" or \"assistant\".");
             return Err(ApiError::invalid(format!("{place}.role"), message));
         }
-        None => return Err(ApiError::invalid(format!("{place}.role"), format!("`{place}.role` is required."))),
+        None => return Err(missing(place, "role")),
     };
     if !is_array(content) {
         let prefix = is_last && role == "assistant";
@@ -357,14 +341,13 @@ impl<'a> Blocks<'a> {
                 self.origin.parts.push(place);
             }
             (Some("tool_use"), "assistant") => {
-                let missing =
-                    |name| ApiError::invalid(format!("{place}.{name}"), format!("`{place}.{name}` is required."));
                 let arguments = match block.input {
                     Some(input) => input,
                     None => entry(no_arguments(), place)?,
                 };
-                let function = ChatFunction { name: block.name.ok_or_else(|| missing("name"))?.into(), arguments };
-                self.calls.push(ChatCall { id: block.id.ok_or_else(|| missing("id"))?.into(), function });
+                let function =
+                    ChatFunction { name: block.name.ok_or_else(|| missing(place, "name"))?.into(), arguments };
+                self.calls.push(ChatCall { id: block.id.ok_or_else(|| missing(place, "id"))?.into(), function });
                 self.origin.calls.push(place);
             }
             (Some("tool_result"), "user") => {
@@ -372,15 +355,13 @@ impl<'a> Blocks<'a> {
                 self.result(block, place, conversion)?;
             }
             (Some("thinking" | "redacted_thinking"), "assistant") => self.has_thought = true,
-            (kind, _) => return Err(unknown_block(place, kind)),
+            (kind, _) => return Err(unsupported(place, "blocks", kind)),
         }
         Ok(())
     }
 
     fn result(&mut self, block: Block<'a>, place: Place, conversion: &mut Conversion) -> Result<(), ApiError> {
-        let call_id = block.tool_use_id.ok_or_else(|| {
-            ApiError::invalid(format!("{place}.tool_use_id"), format!("`{place}.tool_use_id` is required."))
-        })?;
+        let call_id = block.tool_use_id.ok_or_else(|| missing(place, "tool_use_id"))?;
         let failed = block.is_error == Some(true);
         let mut origin = Origin::from(place);
         let content = match block.content {
@@ -400,7 +381,7 @@ impl<'a> Blocks<'a> {
                             origin.parts.push(place);
                         }
                         Some("image") => self.pictures.push((picture(block.source, place)?, place)),
-                        kind => return Err(unknown_block(place, kind)),
+                        kind => return Err(unsupported(place, "blocks", kind)),
                     }
                 }
                 ChatContent::Parts(texts)

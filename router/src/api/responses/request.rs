@@ -15,7 +15,7 @@ use serde_json::{Value, json, value::RawValue};
 use crate::api::{
     convert::{
         ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, ChatToolFunction, Conversion, Dialect,
-        Origin, Place, Text, entry, is_array, is_string, refuse_foreign,
+        Origin, Place, Text, entry, is_array, is_string, missing, refuse_foreign, unsupported,
     },
     error::ApiError,
     fields::{Integer, LogprobsField},
@@ -325,12 +325,7 @@ fn tools<'a>(written: &[&'a RawValue]) -> Result<Vec<ChatTool<'a>>, ApiError> {
                     function: ChatToolFunction { name, description, parameters, strict },
                 })
             }
-            Some(kind) => {
-                let kind: String = kind.chars().take(64).collect();
-                let message = format!("`{place}`: tools of type \"{kind}\" are not supported, only functions are.");
-                Err(ApiError::invalid(format!("{place}.type"), message))
-            }
-            None => Err(ApiError::invalid(format!("{place}.type"), format!("`{place}.type` is required."))),
+            kind => Err(unsupported(place, "tools", kind)),
         }
     };
     written.iter().enumerate().map(tool).collect()
@@ -390,14 +385,7 @@ impl<'a, 'c> Items<'a, 'c> {
                     let message = format!("`{place}`: this server keeps no items. Send the item itself.");
                     return Err(ApiError::invalid(format!("{place}.type"), message));
                 }
-                (Some(kind), _) => {
-                    let kind: String = kind.chars().take(64).collect();
-                    let message = format!("`{place}`: items of type \"{kind}\" are not supported.");
-                    return Err(ApiError::invalid(format!("{place}.type"), message));
-                }
-                (None, None) => {
-                    return Err(ApiError::invalid(format!("{place}.type"), format!("`{place}.type` is required.")));
-                }
+                (kind, _) => return Err(unsupported(place, "items", kind)),
             }
         }
         self.end_assistant()?;
@@ -430,7 +418,7 @@ impl<'a, 'c> Items<'a, 'c> {
                 let message = format!("`{place}.role` must be \"user\", \"assistant\", \"system\" or \"developer\".");
                 return Err(ApiError::invalid(format!("{place}.role"), message));
             }
-            None => return Err(ApiError::invalid(format!("{place}.role"), format!("`{place}.role` is required."))),
+            None => return Err(missing(place, "role")),
         };
         let mut origin = Origin::from(place);
         let content = match item.content {
@@ -452,13 +440,11 @@ impl<'a, 'c> Items<'a, 'c> {
 
     fn call(&mut self, item: Item<'a>, place: Place) -> Result<(), ApiError> {
         self.end_results()?;
-        let missing =
-            |name: &str| ApiError::invalid(format!("{place}.{name}"), format!("`{place}.{name}` is required."));
         let call = ChatCall {
-            id: item.call_id.ok_or_else(|| missing("call_id"))?.into(),
+            id: item.call_id.ok_or_else(|| missing(place, "call_id"))?.into(),
             function: ChatFunction {
-                name: item.name.ok_or_else(|| missing("name"))?.into(),
-                arguments: item.arguments.ok_or_else(|| missing("arguments"))?,
+                name: item.name.ok_or_else(|| missing(place, "name"))?.into(),
+                arguments: item.arguments.ok_or_else(|| missing(place, "arguments"))?,
             },
         };
         let (message, origin) = self.assistant.get_or_insert_with(|| (message("assistant", None), Origin::from(place)));
@@ -470,10 +456,8 @@ impl<'a, 'c> Items<'a, 'c> {
     fn result(&mut self, item: Item<'a>, index: u32) -> Result<(), ApiError> {
         self.end_assistant()?;
         let place = Place::Entry(INPUT, index);
-        let missing =
-            |name: &str| ApiError::invalid(format!("{place}.{name}"), format!("`{place}.{name}` is required."));
-        let call_id = item.call_id.ok_or_else(|| missing("call_id"))?;
-        let output = item.output.ok_or_else(|| missing("output"))?;
+        let call_id = item.call_id.ok_or_else(|| missing(place, "call_id"))?;
+        let output = item.output.ok_or_else(|| missing(place, "output"))?;
         let mut origin = Origin::from(place);
         let content = if is_array(output) {
             let mut texts = Vec::new();
@@ -514,12 +498,7 @@ fn parts<'a>(written: &'a RawValue, index: u32, list: &'static str) -> Result<Ve
                 })?;
                 ChatPart::ImageUrl { image_url: Text::Written(url) }
             }
-            Some(kind) => {
-                let kind: String = kind.chars().take(64).collect();
-                let message = format!("`{place}`: content of type \"{kind}\" is not supported.");
-                return Err(ApiError::invalid(format!("{place}.type"), message));
-            }
-            None => return Err(ApiError::invalid(format!("{place}.type"), format!("`{place}.type` is required."))),
+            kind => return Err(unsupported(place, "parts", kind)),
         };
         Ok((chat, place))
     };
