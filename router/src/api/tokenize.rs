@@ -45,12 +45,15 @@ pub async fn detokenize(State(service): State<Arc<Service>>, request: Request<Bo
     run(service, "detokenize", request, detokenize_body).await
 }
 
+/// Makes an answer of a body's bytes.
+type Work<T> = fn(&Service, Option<&Caller>, &[u8]) -> Result<T, ApiError>;
+
 /// Reads a body, does the work where it keeps nobody waiting, and answers with what comes of it.
 pub async fn run<T: Serialize + Send + 'static>(
     service: Arc<Service>,
     endpoint: &'static str,
     request: Request<Body>,
-    work: fn(&Service, Option<&Caller>, &[u8]) -> Result<T, ApiError>,
+    work: Work<T>,
 ) -> Response<Body> {
     let mut open = service.metrics().request(endpoint);
     let (parts, body) = request.into_parts();

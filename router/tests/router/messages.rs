@@ -2,6 +2,7 @@
 
 use crate::support::*;
 use bora_proto::v1::FinishReason;
+use bora_router::{ModelSpec, RouterOptions};
 use serde_json::{Value, json};
 use tonic::Status;
 
@@ -219,6 +220,23 @@ async fn it_ends_for_a_reason_and_breaks_with_an_error() {
         ("error", &json!("error"), &json!("invalid_request_error"))
     );
     assert!(events.iter().all(|(name, _)| name != "message_stop"));
+}
+
+#[tokio::test]
+async fn silence_is_broken_by_pings() {
+    let group = Group::start("only", |_| {
+        let mut acts = say("Hi");
+        acts.insert(0, Act::Pause(std::time::Duration::from_millis(700)));
+        Ok(acts)
+    });
+    let options = RouterOptions { heartbeat_seconds: 0.1, ..options() };
+    let harness = Harness::with(options, ModelSpec::new(tokenizer()), vec![group]).await;
+    let answer = harness.post(PATH, ask(json!({"stream": true}))).await;
+    let events = answer.events();
+    // the message begins when the group has said what it knows of the prompt
+    let begins = events.iter().position(|(name, _)| name == "message_start").expect("a message");
+    assert!(begins >= 1 && events[..begins].iter().all(|(name, _)| name == "ping"), "{}", answer.text);
+    assert!(!answer.text.contains(": keep-alive"));
 }
 
 #[tokio::test]
