@@ -34,7 +34,7 @@ VIBE_EDIT = [
     Turn("Done: greeting.py says good morning."),
 ]
 
-MINI_TASKS = {f"calculator-{number}": f"Ticket {number}: subtract() of calculator.py adds instead." for number in (1, 2)}
+MINI_TASKS = {f"calculator-{number}": f"Ticket {number}: subtract() of calculator.py adds instead of subtracting" for number in (1, 2)}
 
 
 def mini_turns(name):
@@ -50,6 +50,13 @@ def mini_turns(name):
     ]
 
 
+OPENHANDS_TASK = "Make the file made.txt with one line in it."
+OPENHANDS_TURNS = [
+    Turn("I make it with the shell.", Call("terminal", command="echo made by an agent > made.txt && cat made.txt")),
+    Turn("", Call("finish", message="made.txt is there.")),
+]
+
+
 # for bora-demo, in words that it knows
 AS_JSON = "The city is Rome, the color is red. Answer in JSON with the keys color, city."
 
@@ -60,6 +67,7 @@ ALL = {
     LOOP: [*(Turn("", call) for call in LOOP_CALLS), Turn(LOOP_ANSWER)],
     EMPTY_ARGUMENTS: [Turn("", EMPTY_CALL), Turn("It is noon.")],
     VIBE_TASK: VIBE_EDIT,
+    OPENHANDS_TASK: OPENHANDS_TURNS,
     **{task: mini_turns(name) for name, task in MINI_TASKS.items()},
 }
 

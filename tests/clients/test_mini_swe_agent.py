@@ -36,7 +36,7 @@ def test_it_solves_and_hands_in(base_url, tmp_path):
     out = tmp_path / "out"
     command = [mini, "swebench", "--subset", data, "--split", "test", "-w", "2", "-o", out, "-c", "swebench.yaml", "-c", model, "--environment-class", "local"]
     environment = {**os.environ, "MSWEA_GLOBAL_CONFIG_DIR": str(tmp_path / "config"), "MSWEA_CONFIGURED": "true", "MSWEA_SILENT_STARTUP": "1",
-                   "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+                   "LITELLM_LOCAL_MODEL_COST_MAP": "True", "MSWEA_MODEL_RETRY_STOP_AFTER_ATTEMPT": "2", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     run = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     predictions = json.loads((out / "preds.json").read_text())
