@@ -25,11 +25,12 @@ pub(crate) fn choose(options: &WorkerOptions) -> Result<Device, WorkerError> {
         DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Fake => Ok(Device::Fake),
         DeviceChoice::Cuda => {
-            let names = cuda::survey(gpus).map_err(|reason| WorkerError::Device(format!("cuda: {reason}")))?;
+            let names = cuda::survey(gpus, options.tensor_parallel_size as usize)
+                .map_err(|reason| WorkerError::Device(format!("cuda: {reason}")))?;
             tracing::info!(gpus = ?names, "found GPUs");
             Ok(Device::Cuda)
         }
-        DeviceChoice::Auto => match cuda::survey(gpus) {
+        DeviceChoice::Auto => match cuda::survey(gpus, options.tensor_parallel_size as usize) {
             Ok(names) => {
                 tracing::info!(gpus = ?names, "found GPUs");
                 Ok(Device::Cuda)
