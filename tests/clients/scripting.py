@@ -3,7 +3,8 @@ decides the turn.
 
 A fake group knows token ids only (see `worker/src/backend/fake.rs`): a rule holds where the prompt contains some ids. The
 first turn of a conversation is recognised by its `opening`, a text that the client sends; each later turn by the ids of the
-answer before it, which the client sends back. Later turns come first in the script, so that the last answer decides.
+answer before it, which the client sends back. Later turns come first in the script, so that the last answer decides. An
+opening that stands within a longer message does not end in punctuation, which would become one token with a line's end.
 """
 
 import json
