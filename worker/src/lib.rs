@@ -13,7 +13,9 @@ mod process;
 pub mod sample;
 mod schedule;
 pub mod service;
+pub mod telemetry;
 pub mod weights;
 
 pub use options::{CpuFp8, DeviceChoice, KvCacheOptions, KvDtype, LoadFormat, WorkerOptions};
 pub use process::{WorkerError, WorkerSettings, open_engine, run};
+pub use telemetry::WorkerMetrics;

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use bora_common::blocks::{BLOCK_TOKENS, BlockChain, BlockHash};
+use bora_common::telemetry::TraceContext;
 use bora_proto::v1;
 
 use super::places::Place;
@@ -48,6 +49,8 @@ pub(crate) struct Sequence {
     pub(crate) admitted_on_ranks: bool,
     /// Where its events go.
     pub(crate) events: EventSender,
+    /// What its work is traced under.
+    pub(crate) trace: Option<TraceContext>,
     place: Place,
     created: Instant,
     started: Option<Instant>,
@@ -81,6 +84,7 @@ impl Sequence {
             draws_in_flight: 0,
             admitted_on_ranks: false,
             events,
+            trace: None,
             place,
             created: Instant::now(),
             started: None,

@@ -48,6 +48,7 @@ impl Scheduler {
             if !sequence.admitted_on_ranks {
                 sequence.admitted_on_ranks = true;
                 step.admit.push(sequence.admission(slot));
+                step.traces.extend(sequence.trace.map(|trace| (slot, trace)));
             }
             let end = sequence.computed + tokens.unwrap_or(1);
             self.cache.grow(&mut sequence.lease, end.div_ceil(BLOCK_TOKENS));

@@ -4,6 +4,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bora_common::telemetry::TraceContext;
 use bora_proto::v1::{self, inference_server::Inference};
 use futures::{Stream, StreamExt as _};
 use tokio::time::{Instant, Sleep};
@@ -13,6 +14,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::Host;
+use super::watched::Watched;
 use crate::engine::EventStream;
 
 pub(super) struct InferenceService {
@@ -28,24 +30,35 @@ impl Inference for InferenceService {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = deadline(request.metadata())?;
+        let parent = request.metadata().get("traceparent").and_then(|value| TraceContext::parse(value.to_str().ok()?));
         let request = request.into_inner();
         tracing::debug!(
             request_id = request.request_id,
+            trace_id = parent.map(|parent| parent.trace_id_hex()),
             tokens = request.token_ids.len(),
             resumed = request.generated_len,
             "generate"
         );
         let engine = self.host.group()?.engine.clone();
-        let events = if request.grammar.is_some() {
+        let mut watched = Watched::new(engine.metrics(), parent.as_ref(), &request);
+        let trace = watched.context();
+        let taken = if request.grammar.is_some() {
             // compiling may take a while
-            tokio::task::spawn_blocking(move || engine.generate(request))
+            tokio::task::spawn_blocking(move || engine.generate_under(request, trace))
                 .await
-                .map_err(|_| Status::internal("the request could not be checked"))??
+                .map_err(|_| Status::internal("the request could not be checked"))?
         } else {
-            engine.generate(request)?
+            engine.generate_under(request, trace)
+        };
+        let events = match taken {
+            Ok(events) => events,
+            Err(error) => {
+                watched.refused(&error.to_string());
+                return Err(error.into());
+            }
         };
         let deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
-        Ok(Response::new(GenerateStream { events: Some(events), deadline }))
+        Ok(Response::new(GenerateStream { events: Some(events), deadline, watched }))
     }
 
     type WatchStream = BoxStream<v1::GroupEvent>;
@@ -69,6 +82,7 @@ impl Inference for InferenceService {
 pub(super) struct GenerateStream {
     events: Option<EventStream>,
     deadline: Option<Pin<Box<Sleep>>>,
+    watched: Watched,
 }
 
 impl Stream for GenerateStream {
@@ -77,11 +91,13 @@ impl Stream for GenerateStream {
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Some(events) = self.events.as_mut() else { return Poll::Ready(None) };
         if let Poll::Ready(event) = events.poll_next_unpin(context) {
+            self.watched.event(event.as_ref());
             return Poll::Ready(event.map(|event| event.map_err(Status::from)));
         }
         let Some(deadline) = self.deadline.as_mut() else { return Poll::Pending };
         std::task::ready!(deadline.as_mut().poll(context));
         self.events = None;
+        self.watched.failed("the request's deadline passed");
         Poll::Ready(Some(Err(Status::deadline_exceeded("the request's deadline passed"))))
     }
 }

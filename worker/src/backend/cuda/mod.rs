@@ -36,6 +36,7 @@ use graphs::{KnownProduct, Recording};
 use kernels::Kernels;
 use linear::{InputFormat, TensorFormat, load_slice};
 pub use linear::{Linear, Tensor};
+pub(crate) use machine::memory;
 pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
 pub use options::{CudaOptions, KvDtype};
