@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use bora_common::config::{ConfigError, ModelOptions, RegistryKind};
-use bora_common::registry::Registry;
+use bora_common::registry::{Registry, RouterRecord};
 use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_router::{ModelSpec, Router};
 use clap::Args;
@@ -15,6 +16,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::{logging, shutdown, tokenize};
+
+/// Longest wait for etcd to take this router off its list.
+const LEAVE_WITHIN: Duration = Duration::from_secs(2);
 
 /// What to start.
 #[derive(Args, Debug)]
@@ -72,7 +76,9 @@ pub(crate) async fn serve(
         ),
         None => None,
     };
-    let router = Router::new(config.router.clone(), models, registry.watch())?;
+    let mut router = Router::new(config.router.clone(), models, registry.watch())?;
+    let presence = registry.join(record(&listener.local_addr()?));
+    router.share_limits(presence.live());
     if let Some(beside) = beside {
         router.service().metrics().add_source(beside);
     }
@@ -96,12 +102,32 @@ pub(crate) async fn serve(
     }
     // ends with the router: probes and scrapes are answered while open requests finish
     let admin = admin.map(|listener| tokio::spawn(router.serve_admin(listener)));
+    let stopping = stop.clone();
+    let leaving = tokio::spawn(async move {
+        stopping.cancelled().await;
+        // takes nothing new from now on: the others may grant its share
+        presence.leave().await;
+    });
     let served = router.serve(listener, stop.cancelled_owned()).await.context("serving HTTP");
+    if served.is_ok() {
+        // without etcd the lease ends by itself
+        let _ = tokio::time::timeout(LEAVE_WITHIN, leaving).await;
+    }
     if let Some(admin) = admin {
         admin.abort();
     }
     telemetry.stop().await;
     served
+}
+
+/// What others see of this router: its pod's name where there is one, and a part that no other has.
+fn record(address: &std::net::SocketAddr) -> RouterRecord {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    RouterRecord {
+        router: format!("{}-{:08x}", host.trim(), rand::random::<u32>()),
+        address: address.to_string(),
+        version: env!("CARGO_PKG_VERSION").into(),
+    }
 }
 
 fn open_model(model: &ModelOptions) -> anyhow::Result<ModelSpec> {

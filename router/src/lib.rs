@@ -20,7 +20,11 @@ pub mod service;
 use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
 use bora_common::registry::GroupChange;
-use tokio::{net::TcpListener, sync::mpsc};
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
 
 pub use crate::{
     access::{
@@ -38,6 +42,7 @@ pub struct Router {
     following: tokio::task::JoinHandle<()>,
     admitting: tokio::task::JoinHandle<()>,
     refreshing: tokio::task::JoinHandle<()>,
+    sharing: Option<tokio::task::JoinHandle<()>>,
 }
 
 /// The router can't start like this.
@@ -66,7 +71,29 @@ impl Router {
         let following = tokio::spawn(Arc::clone(service.fleet()).follow(changes));
         let admission = Arc::clone(&service.relay().admission);
         let admitting = tokio::spawn(admission.serve(Arc::clone(service.fleet())));
-        Ok(Self { service, following, admitting, refreshing })
+        Ok(Self { service, following, admitting, refreshing, sharing: None })
+    }
+
+    /// Divides the limits of tenants by the number of routers that live, from now on.
+    pub fn share_limits(&mut self, mut live: watch::Receiver<u32>) {
+        let gauge = Gauge::<i64>::default();
+        let counted = gauge.clone();
+        let help = "Routers that live and divide the limits of tenants";
+        self.service.metrics().register(|registry| registry.register("live_routers", help, counted));
+        let service = Arc::clone(&self.service);
+        let sharing = tokio::spawn(async move {
+            loop {
+                let routers = *live.borrow_and_update();
+                service.access().routers().set(routers);
+                gauge.set(i64::from(routers));
+                if live.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+        if let Some(before) = self.sharing.replace(sharing) {
+            before.abort();
+        }
     }
 
     /// What all requests share: the fleet, the counters.
@@ -96,5 +123,8 @@ impl Drop for Router {
         self.following.abort();
         self.admitting.abort();
         self.refreshing.abort();
+        if let Some(sharing) = &self.sharing {
+            sharing.abort();
+        }
     }
 }

@@ -128,21 +128,32 @@ class Cluster:
 
     # ---- parts
 
-    def start_etcd(self):
+    def start_etcd(self, data="etcd"):
         client, peer = f"http://127.0.0.1:{self.etcd_port}", f"http://127.0.0.1:{self.etcd_peer_port}"
-        self.etcd = self.spawn("etcd", ["etcd", "--name", "e", "--data-dir", self.path / "etcd", "--listen-client-urls", client,
+        self.etcd = self.spawn("etcd", ["etcd", "--name", "e", "--data-dir", self.path / data, "--listen-client-urls", client,
                                         "--advertise-client-urls", client, "--listen-peer-urls", peer,
                                         "--initial-advertise-peer-urls", peer, "--initial-cluster", f"e={peer}"])
         self.wait_etcd()
         return self.etcd
 
+    def etcdctl(self, *args):
+        command = ["etcdctl", "--endpoints", f"127.0.0.1:{self.etcd_port}", *map(str, args)]
+        return subprocess.run(command, env={**os.environ, "ETCDCTL_API": "3"}, check=True, capture_output=True, text=True).stdout
+
+    def restore_etcd(self, snapshot):
+        """Starts etcd anew from a snapshot, in a directory of its own."""
+        peer, data = f"http://127.0.0.1:{self.etcd_peer_port}", f"restored-{len(self.processes)}"
+        self.etcdctl("snapshot", "restore", snapshot, "--name", "e", "--data-dir", self.path / data,
+                     "--initial-cluster", f"e={peer}", "--initial-advertise-peer-urls", peer)
+        return self.start_etcd(data)
+
     def wait_etcd(self):
         wait_until("etcd", lambda: http("GET", f"http://127.0.0.1:{self.etcd_port}/health")[2].get("health") == "true")
 
-    def config(self, name, **sections):
+    def config(self, name, registry_port=None, **sections):
         document = {
             "cluster": "e2e",
-            "registry": {"kind": self.registry, "endpoints": [f"127.0.0.1:{self.etcd_port}"], "lease_seconds": 3},
+            "registry": {"kind": self.registry, "endpoints": [f"127.0.0.1:{registry_port or self.etcd_port}"], "lease_seconds": 3},
             "models": [{"name": self.model, "path": self.model_dir}],
             **self.sections,
             **sections,
@@ -155,9 +166,10 @@ class Cluster:
         path.write_text(json.dumps(document, indent=1))  # JSON is YAML
         return path
 
-    def start_router(self, name="router", **options):
+    def start_router(self, name="router", registry_port=None, **options):
+        """`registry_port`: where it finds etcd, if not at its own port. Options of `router:`."""
         port = free_port()
-        config = self.config(name, router=options)
+        config = self.config(name, registry_port, router=options)
         process = self.spawn(name, [BORA, "router", "--config", config, "--port", port])
         url = f"http://127.0.0.1:{port}"
         wait_until(f"{name} is alive", lambda: process.running() and http("GET", f"{url}/health")[0] == 200)
@@ -165,16 +177,25 @@ class Cluster:
         process.url = url
         return process
 
-    def start_worker(self, group, ranks=None, size=1, device="cpu", port=None, env=None, flags=(), **options):
+    def start_worker(self, group, ranks=None, size=1, device="cpu", port=None, env=None, flags=(), registry_port=None, **options):
         name = "-".join(map(str, [group, *(ranks or []), *(flags[1:2])]))
         worker = {"group": group, "device": device, "tensor_parallel_size": size, "listen": f"127.0.0.1:{port or free_port()}",
                   "kv_cache": {"blocks": 512}, **options}
         if ranks is not None:
             worker["ranks"] = ranks
-        config = self.config(name, worker=worker)
+        config = self.config(name, registry_port, worker=worker)
         process = self.spawn(name, [BORA, "worker", "--config", config, *flags], env)
         process.address = worker["listen"]
         return process
+
+    def start_digest(self, group, **options):
+        """A fake group whose every id depends on all ids before it and on the seed."""
+        fake = {"mode": "digest", **options.pop("fake", {})}
+        return self.start_worker(group, device="fake", max_model_len=16384, kv_cache={"blocks": 4096}, fake=fake, **options)
+
+    def groups(self, url=None):
+        """What a router knows, by name."""
+        return {group["group"]: group for group in http("GET", f"{url or self.router_url}/groups")[2]["groups"]}
 
     def wait_ready(self, groups=1, seconds=60, url=None):
         """Waits until the router knows that many ready groups."""

@@ -9,9 +9,9 @@ import json
 import random
 import threading
 import time
-from http.client import HTTPConnection
 
 from cluster import Cluster, http
+from sse import ask
 
 TOOLS = [{"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -21,7 +21,7 @@ def requests(count, seed=1):
     rng = random.Random(seed)
     for number in range(count):
         body = {"temperature": 0.7 if number % 2 else 0, "seed": rng.randrange(2**31), "max_tokens": rng.randrange(40, 120),
-                "ignore_eos": True, "return_token_ids": True, "stream": True, "n": 2 if number % 5 == 0 else 1,
+                "ignore_eos": True, "return_token_ids": True, "n": 2 if number % 5 == 0 else 1,
                 "stream_options": {"include_usage": True}}
         if number % 3 == 0:
             body["messages"] = [{"role": "user", "content": f"Question {number}: " + "why? " * rng.randrange(200)}]
@@ -36,46 +36,6 @@ def requests(count, seed=1):
             yield "/v1/completions", body
 
 
-def answer(host, path, body):
-    """What a client has at the end, in a form that does not depend on how it came in pieces."""
-    connection = HTTPConnection(host, timeout=120)
-    try:
-        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            return {"error": f"status {response.status}: {response.read()[:300]!r}"}, ""
-        choices, usage, done = {}, None, False
-        for line in response:
-            if not line.startswith(b"data: "):
-                continue
-            data = line[6:].strip()
-            if data == b"[DONE]":
-                done = True
-                continue
-            event = json.loads(data)
-            if "error" in event:
-                return {"error": event["error"]}, ""
-            if event.get("usage"):
-                usage = {name: event["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
-            for chunk in event.get("choices", []):
-                choice = choices.setdefault(chunk["index"], {"ids": [], "text": "", "calls": [], "logprobs": [], "finish": None})
-                delta = chunk.get("delta", {})
-                choice["ids"] += chunk.get("token_ids") or []
-                choice["text"] += chunk.get("text") or delta.get("content") or ""
-                for call in delta.get("tool_calls") or []:
-                    choice["calls"].append([call["index"], call["function"].get("name"), call["function"].get("arguments")])
-                logprobs = chunk.get("logprobs") or {}
-                choice["logprobs"] += logprobs.get("content") or logprobs.get("token_logprobs") or []
-                choice["finish"] = chunk.get("finish_reason") or choice["finish"]
-        if not done:
-            return {"error": "no [DONE]"}, ""
-        return {"choices": choices, "usage": usage}, response.headers.get("x-bora-group", "")
-    except OSError as error:
-        return {"error": repr(error)}, ""
-    finally:
-        connection.close()
-
-
 def run(streams, concurrency, kill_every, groups=4, distinct=60, time_scale=1.0):
     """Returns what happened as a dictionary."""
     with Cluster(model="fake-devstral", skip_tokenizer=False) as cluster:
@@ -85,9 +45,8 @@ def run(streams, concurrency, kill_every, groups=4, distinct=60, time_scale=1.0)
         workers = [cluster.start_worker(f"g{number}", device="fake", max_model_len=16384, kv_cache={"blocks": 8192}, fake=fake)
                    for number in range(groups)]
         cluster.wait_ready(groups)
-        host = cluster.router_url.removeprefix("http://")
         wanted = list(requests(distinct))
-        undisturbed = [answer(host, path, body)[0] for path, body in wanted]
+        undisturbed = [ask(cluster.router_url, path, body) for path, body in wanted]
         assert all("error" not in one for one in undisturbed), undisturbed
 
         next_number, lock, over = iter(range(streams)), threading.Lock(), threading.Event()
@@ -101,7 +60,7 @@ def run(streams, concurrency, kill_every, groups=4, distinct=60, time_scale=1.0)
                     number = next(next_number, None)
                 if number is None:
                     return
-                got, _ = answer(host, *wanted[number % distinct])
+                got = ask(cluster.router_url, *wanted[number % distinct])
                 if got == undisturbed[number % distinct]:
                     continue
                 with lock:

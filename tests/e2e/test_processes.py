@@ -1,12 +1,11 @@
 """Ranks as separate processes that meet through etcd."""
 
-import json
 import signal
 import time
-import urllib.request
 
 from cluster import Cluster, free_port
 from goldens import cases
+from sse import Stream, token_ids
 
 
 def test_two_processes_answer_like_one():
@@ -72,19 +71,13 @@ def test_a_group_that_is_stopped_lets_its_streams_finish():
         follower = cluster.start_worker("pair", size=2, host="127.0.0.1", flags=["--process-index", "1", "--ranks-per-process", "1"])
         leader = cluster.start_worker("pair", size=2, host="127.0.0.1", flags=["--process-index", "0", "--ranks-per-process", "1"])
         cluster.wait_ready(1)
-        body = {"model": "tiny", "prompt": [1000, 1001], "max_tokens": 300, "ignore_eos": True, "stream": True, "return_token_ids": True}
-        request = urllib.request.Request(cluster.router_url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
-        ids = []
-        with urllib.request.urlopen(request, timeout=60) as stream:
-            for line in stream:
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                event = json.loads(line[6:])
-                for choice in event["choices"]:
-                    if not ids:
-                        follower.signal(signal.SIGTERM)
-                        leader.signal(signal.SIGTERM)
-                    ids += choice.get("token_ids") or []
+        body = {"model": "tiny", "prompt": [1000, 1001], "max_tokens": 300, "ignore_eos": True, "return_token_ids": True}
+        with Stream(cluster.router_url, "/v1/completions", body) as stream:
+            for number, _ in enumerate(stream):
+                if number == 0:
+                    follower.signal(signal.SIGTERM)
+                    leader.signal(signal.SIGTERM)
+            ids = token_ids(stream.events)
         assert len(ids) == 300
         assert leader.wait_exit(20) == 0, leader.log()[-2000:]
         assert follower.wait_exit(20) == 0, follower.log()[-2000:]

@@ -1,11 +1,14 @@
 //! The registry in etcd.
 //!
-//! Keys: `/bora/v1/{cluster}/groups/{model}/{group}` (JSON [`GroupRecord`]) and
+//! Keys: `/bora/v1/{cluster}/groups/{model}/{group}` (JSON [`GroupRecord`]),
+//! `/bora/v1/{cluster}/routers/{router}` (JSON [`RouterRecord`]) and
 //! `/bora/v1/{cluster}/rendezvous/{group}/{epoch, 20 digits}` (JSON [`RendezvousRecord`]), each under a lease
 //! of its owner. A `/` or `%` in a name is percent-encoded.
 //!
 //! etcd away is no outage: an announcement is kept by a task that grants a new lease and puts the record
 //! again once etcd answers; a watch reads everything anew and tells only what differs.
+
+mod routers;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -20,8 +23,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, WATCH_BUFFER,
-    difference,
+    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, RouterPresence,
+    RouterRecord, WATCH_BUFFER, difference,
 };
 use crate::config::RegistryTls;
 
@@ -255,6 +258,10 @@ impl Registry for EtcdRegistry {
             }
         });
         receiver
+    }
+
+    fn join(&self, router: RouterRecord) -> RouterPresence {
+        self.join_routers(&router)
     }
 
     async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError> {

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 pub use etcd::{EtcdOptions, EtcdRegistry};
 pub use fixed::FixedRegistry;
 pub use memory::MemoryRegistry;
-pub use record::{Device, GroupRecord, GroupState, RankRecord, RendezvousRecord, Speed};
+pub use record::{Device, GroupRecord, GroupState, RankRecord, RendezvousRecord, RouterRecord, Speed};
 
 /// What a watcher is told.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,6 +62,13 @@ pub trait Registry: Send + Sync {
     /// is read; it is silent while the store is away, and tells the difference once it is back.
     fn watch(&self) -> mpsc::Receiver<GroupChange>;
 
+    /// Counts a router among those that live until the presence ends, and tells how many there are. Only etcd
+    /// knows of other routers: elsewhere this one is the only one.
+    fn join(&self, router: RouterRecord) -> RouterPresence {
+        tracing::debug!(router = router.router, "this registry does not count routers");
+        RouterPresence::alone()
+    }
+
     /// Says where the ranks of a group meet, until the announcement is withdrawn or dropped.
     async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError>;
 
@@ -104,6 +111,35 @@ impl Announcement {
         self.record.send_replace(None);
         // an error means that the registry's task is gone, and the lease with it
         let _ = self.withdrawn.wait_for(|done| *done).await;
+    }
+}
+
+/// A router that counts as long as this lives.
+#[derive(Debug)]
+pub struct RouterPresence {
+    live: watch::Receiver<u32>,
+    /// Dropped: the router leaves.
+    alive: Option<mpsc::Sender<()>>,
+    /// Says when its key is removed.
+    left: watch::Receiver<bool>,
+}
+
+impl RouterPresence {
+    fn alone() -> Self {
+        // receivers keep the last value of a sender that is gone
+        Self { live: watch::channel(1).1, alive: None, left: watch::channel(true).1 }
+    }
+
+    /// How many routers live, this one included.
+    pub fn live(&self) -> watch::Receiver<u32> {
+        self.live.clone()
+    }
+
+    /// Leaves, and waits until the others can know (or etcd can't be reached: the lease ends by itself).
+    pub async fn leave(mut self) {
+        self.alive = None;
+        // an error means that the registry's task is gone
+        let _ = self.left.wait_for(|left| *left).await;
     }
 }
 

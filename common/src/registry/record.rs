@@ -102,6 +102,17 @@ pub struct RendezvousRecord {
     pub world_size: u32,
 }
 
+/// A router as it is announced under `/bora/v1/{cluster}/routers/{router}`: others count it, nobody calls it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouterRecord {
+    /// Unique among all that live.
+    pub router: String,
+    /// Where it listens.
+    pub address: String,
+    /// Its release.
+    pub version: String,
+}
+
 /// A record for tests.
 #[cfg(test)]
 pub(crate) fn example(group: &str) -> GroupRecord {

@@ -3,10 +3,13 @@
 //! Requests and tokens per minute are buckets that hold a minute's worth and fill steadily. Tokens are reserved when a
 //! request is admitted (its prompt, and `max_tokens` where it was given) and settled when it ends: what was not used
 //! goes back, what was used beyond is owed. A request larger than a minute's worth passes when the bucket is full.
+//!
+//! Limits are of the whole cluster. Routers do not ask each other: each of them grants its equal share
+//! ([`LiveRouters`]), so together they never grant more, and none of them is needed by the others.
 
 use std::{
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::Instant,
@@ -62,6 +65,28 @@ impl Limits {
     }
 }
 
+/// How many routers live: each grants that share of every limit.
+#[derive(Clone, Debug)]
+pub struct LiveRouters(Arc<AtomicU32>);
+
+impl Default for LiveRouters {
+    fn default() -> Self {
+        Self(Arc::new(AtomicU32::new(1)))
+    }
+}
+
+impl LiveRouters {
+    /// There are that many now, this one included.
+    pub fn set(&self, count: u32) {
+        self.0.store(count.max(1), Ordering::Relaxed);
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A tenant and what it is doing.
 #[derive(Debug)]
 pub struct Tenant {
@@ -72,6 +97,7 @@ pub struct Tenant {
     requests: Option<Bucket>,
     tokens: Option<Bucket>,
     running: AtomicU32,
+    routers: LiveRouters,
 }
 
 /// A request as far as limits go.
@@ -89,11 +115,13 @@ pub struct Wish<'a> {
 
 impl Tenant {
     /// A tenant that has done nothing yet.
-    pub fn new(name: String, limits: Limits) -> Self {
+    pub fn new(name: String, limits: Limits, routers: &LiveRouters) -> Self {
+        let bucket = |limit: f64| Bucket::new(limit, routers.clone());
         Self {
-            requests: limits.requests_per_minute.map(|limit| Bucket::new(f64::from(limit))),
-            tokens: limits.tokens_per_minute.map(|limit| Bucket::new(limit as f64)),
+            requests: limits.requests_per_minute.map(|limit| bucket(f64::from(limit))),
+            tokens: limits.tokens_per_minute.map(|limit| bucket(limit as f64)),
             running: AtomicU32::new(0),
+            routers: routers.clone(),
             name,
             limits,
         }
@@ -133,7 +161,8 @@ impl Caller {
         };
         let running = tenant.running.fetch_add(1, Ordering::Relaxed) + 1;
         // from here on the permit gives back what it took
-        if limits.parallel_requests.is_some_and(|most| running > most) {
+        // rounded up: a limit below the number of routers lets one request a router through
+        if limits.parallel_requests.is_some_and(|most| running > most.div_ceil(tenant.routers.count())) {
             let most = limits.parallel_requests.unwrap_or(0);
             let message = format!("This API key's tenant may run {most} requests at once.");
             return Err(permit.refused(ApiError::rate_limited(message, 1), None));
@@ -197,10 +226,10 @@ impl Permit {
         let tenant = &self.caller.tenant;
         for (bucket, [limit, remaining, reset]) in [&tenant.requests, &tenant.tokens].into_iter().zip(NAMES) {
             let Some(bucket) = bucket else { continue };
-            let level = bucket.level();
-            headers.insert(limit, HeaderValue::from(bucket.limit as u64));
+            let (level, share) = (bucket.level(), bucket.share());
+            headers.insert(limit, HeaderValue::from(share as u64));
             headers.insert(remaining, HeaderValue::from(level.max(0.0) as u64));
-            let seconds = (bucket.limit - level).max(0.0) * 60.0 / bucket.limit;
+            let seconds = (share - level).max(0.0) * 60.0 / share;
             if let Ok(value) = HeaderValue::from_str(&format!("{seconds:.3}s")) {
                 headers.insert(reset, value);
             }
@@ -230,24 +259,32 @@ impl Drop for Permit {
     }
 }
 
-/// Holds a minute's worth of something and fills steadily.
+/// Holds this router's share of a minute's worth of something and fills steadily.
 #[derive(Debug)]
 struct Bucket {
+    /// Of all routers.
     limit: f64,
+    routers: LiveRouters,
     state: Mutex<(f64, Instant)>,
 }
 
 impl Bucket {
-    fn new(limit: f64) -> Self {
-        Self { limit, state: Mutex::new((limit, Instant::now())) }
+    fn new(limit: f64, routers: LiveRouters) -> Self {
+        let full = (limit / f64::from(routers.count())).max(1.0);
+        Self { limit, routers, state: Mutex::new((full, Instant::now())) }
+    }
+
+    /// This router's part; at least one, or a small limit would let nothing through.
+    fn share(&self) -> f64 {
+        (self.limit / f64::from(self.routers.count())).max(1.0)
     }
 
     /// Takes an amount, or says in how many seconds it will be there.
     fn take(&self, amount: f64) -> Result<(), u32> {
         let mut state = self.filled();
-        let needed = amount.min(self.limit);
+        let needed = amount.min(self.share());
         if state.0 + 1e-9 < needed {
-            let seconds = (needed - state.0) * 60.0 / self.limit;
+            let seconds = (needed - state.0) * 60.0 / self.rate();
             return Err(seconds.ceil().clamp(1.0, 3_600.0) as u32);
         }
         state.0 -= amount;
@@ -257,17 +294,22 @@ impl Bucket {
     /// A negative amount is owed.
     fn give_back(&self, amount: f64) {
         let mut state = self.filled();
-        state.0 = (state.0 + amount).min(self.limit);
+        state.0 = (state.0 + amount).min(self.share());
     }
 
     fn level(&self) -> f64 {
         self.filled().0
     }
 
+    /// A minute's worth, as this router grants it: no more than its part, however small.
+    fn rate(&self) -> f64 {
+        self.limit / f64::from(self.routers.count())
+    }
+
     fn filled(&self) -> std::sync::MutexGuard<'_, (f64, Instant)> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        state.0 = (state.0 + (now - state.1).as_secs_f64() * self.limit / 60.0).min(self.limit);
+        state.0 = (state.0 + (now - state.1).as_secs_f64() * self.rate() / 60.0).min(self.share());
         state.1 = now;
         state
     }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::error::ApiError;
 use keys::{Digest, KeyFile, KeyFileError};
-use limits::Tenant;
+use limits::{LiveRouters, Tenant};
 
 /// How often the key file is looked at.
 const RELOAD_EVERY: Duration = Duration::from_secs(2);
@@ -54,21 +54,28 @@ pub struct Access {
     options: AccessOptions,
     /// `None`: everybody may do everything.
     callers: Option<RwLock<Arc<Callers>>>,
+    routers: LiveRouters,
 }
 
 impl Access {
     /// Reads the key file.
     pub fn open(options: AccessOptions) -> Result<Self, KeyFileError> {
         if options.keys.is_none() && options.api_keys.is_empty() {
-            return Ok(Self { options, callers: None });
+            return Ok(Self { options, callers: None, routers: LiveRouters::default() });
         }
-        let callers = read_callers(&options, &HashMap::new())?;
-        Ok(Self { options, callers: Some(RwLock::new(Arc::new(callers))) })
+        let routers = LiveRouters::default();
+        let callers = read_callers(&options, &HashMap::new(), &routers)?;
+        Ok(Self { options, callers: Some(RwLock::new(Arc::new(callers))), routers })
     }
 
     /// Whether requests need no key.
     pub fn is_open(&self) -> bool {
         self.callers.is_none()
+    }
+
+    /// Among how many routers every limit is divided.
+    pub fn routers(&self) -> &LiveRouters {
+        &self.routers
     }
 
     /// Whose request this is; `None` where keys are not asked for.
@@ -97,7 +104,7 @@ impl Access {
             seen = now;
             let old = Arc::clone(&callers.read().unwrap_or_else(PoisonError::into_inner));
             let tenants = old.values().map(|caller| (caller.tenant.name.clone(), Arc::clone(&caller.tenant))).collect();
-            match read_callers(&self.options, &tenants) {
+            match read_callers(&self.options, &tenants, &self.routers) {
                 Ok(fresh) => {
                     tracing::info!(keys = fresh.len(), "api keys were read again");
                     *callers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
@@ -109,13 +116,17 @@ impl Access {
 }
 
 /// Tenants whose limits did not change keep their state.
-fn read_callers(options: &AccessOptions, old: &HashMap<String, Arc<Tenant>>) -> Result<Callers, KeyFileError> {
+fn read_callers(
+    options: &AccessOptions,
+    old: &HashMap<String, Arc<Tenant>>,
+    routers: &LiveRouters,
+) -> Result<Callers, KeyFileError> {
     let mut callers = HashMap::new();
     if let Some(path) = &options.keys {
         for tenant in KeyFile::read(path)?.tenants {
             let state = match old.get(&tenant.name) {
                 Some(state) if state.limits == tenant.limits => Arc::clone(state),
-                _ => Arc::new(Tenant::new(tenant.name, tenant.limits)),
+                _ => Arc::new(Tenant::new(tenant.name, tenant.limits, routers)),
             };
             for key in tenant.keys {
                 let name = key.name.unwrap_or_else(|| key.sha256.short());
@@ -124,7 +135,7 @@ fn read_callers(options: &AccessOptions, old: &HashMap<String, Arc<Tenant>>) -> 
         }
     }
     if !options.api_keys.is_empty() {
-        let everything = Arc::new(Tenant::new("default".to_owned(), limits::Limits::default()));
+        let everything = Arc::new(Tenant::new("default".to_owned(), limits::Limits::default(), routers));
         for key in &options.api_keys {
             callers.insert(*key, Caller { tenant: Arc::clone(&everything), key: key.short().into() });
         }

@@ -5,11 +5,15 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use super::{
     Access, AccessOptions, Caller,
     keys::Digest,
-    limits::{Limits, Tenant, Wish},
+    limits::{Limits, LiveRouters, Tenant, Wish},
 };
 
 fn caller(limits: Limits) -> Caller {
-    Caller { tenant: Arc::new(Tenant::new("acme".into(), limits)), key: "ci".into() }
+    among(limits, &LiveRouters::default())
+}
+
+fn among(limits: Limits, routers: &LiveRouters) -> Caller {
+    Caller { tenant: Arc::new(Tenant::new("acme".into(), limits, routers)), key: "ci".into() }
 }
 
 fn wish(prompt_tokens: u64, max_tokens: u64) -> Wish<'static> {
@@ -106,4 +110,23 @@ fn tokens_are_reserved_and_settled() {
     drop(caller.admit(wish(350, 0), "e").unwrap());
     let error = caller.admit(wish(1, 0), "f").unwrap_err();
     assert!((150..=151).contains(&error.retry_after.unwrap()), "{:?}", error.retry_after);
+}
+
+#[test]
+fn each_of_several_routers_grants_its_share() {
+    let limits = Limits { requests_per_minute: Some(12), parallel_requests: Some(5), ..Limits::default() };
+    let routers = LiveRouters::default();
+    let caller = among(limits, &routers);
+    let admitted = |caller: &Caller| (0..20).filter(|_| caller.admit(wish(1, 0), "a").is_ok()).count();
+    routers.set(3);
+    assert_eq!(admitted(&caller), 4, "what was saved for more shrinks to the share");
+    routers.set(1);
+    assert_eq!(admitted(&caller), 0, "a router that dies leaves a rate, not what it had saved");
+    let caller = among(Limits { parallel_requests: Some(5), ..Limits::default() }, &routers);
+    routers.set(2);
+    let open: Vec<_> = (0..20).map_while(|_| caller.admit(wish(1, 0), "a").ok()).collect();
+    assert_eq!(open.len(), 3, "five among two, rounded up");
+    drop(open);
+    let caller = among(Limits { requests_per_minute: Some(1), ..Limits::default() }, &routers);
+    assert_eq!(admitted(&caller), 1, "the smallest limit lets something through");
 }

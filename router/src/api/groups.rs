@@ -11,6 +11,8 @@ use crate::{fleet::view::Group, service::Service};
 
 #[derive(Serialize)]
 struct Groups {
+    /// Routers that live, this one included: each grants that share of the tenants' limits.
+    routers: u32,
     groups: Vec<GroupObject>,
 }
 
@@ -42,7 +44,7 @@ struct LoadObject {
 pub async fn list(State(service): State<Arc<Service>>) -> Response<Body> {
     let view = service.fleet().view();
     let groups = view.groups().map(|group| describe(group)).collect();
-    json(&Groups { groups })
+    json(&Groups { routers: service.access().routers().count(), groups })
 }
 
 fn describe(group: &Group) -> GroupObject {
