@@ -10,3 +10,4 @@ pub mod model;
 pub mod registry;
 pub mod telemetry;
 pub mod tokenizer;
+pub mod version;

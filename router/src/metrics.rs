@@ -90,6 +90,7 @@ pub struct Metrics {
     conversation_cache_bytes: Gauge,
     groups: Gauge,
     ready_groups: Gauge,
+    refused_groups: Gauge,
     indexed_blocks: Gauge,
     group_gauges: GroupGauges,
     others: Mutex<Option<MetricsSource>>,
@@ -134,6 +135,7 @@ impl Metrics {
         let conversation_cache_bytes = Gauge::default();
         let groups = Gauge::default();
         let ready_groups = Gauge::default();
+        let refused_groups = Gauge::default();
         let indexed_blocks = Gauge::default();
         registry.register("requests", "HTTP requests answered", requests.clone());
         registry.register("open_requests", "HTTP requests not finished yet", open_requests.clone());
@@ -208,6 +210,11 @@ impl Metrics {
         );
         registry.register("groups", "Groups known", groups.clone());
         registry.register("ready_groups", "Groups that take requests", ready_groups.clone());
+        registry.register(
+            "refused_groups",
+            "Groups announced by releases that this router is not made for",
+            refused_groups.clone(),
+        );
         registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
         let group_gauges = GroupGauges::new(&mut registry);
         let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
@@ -244,6 +251,7 @@ impl Metrics {
             prepare_seconds,
             groups,
             ready_groups,
+            refused_groups,
             indexed_blocks,
             group_gauges,
             others: Mutex::default(),
@@ -354,6 +362,11 @@ impl Metrics {
         self.conversation_cache_bytes.set(bytes as i64);
     }
 
+    /// Lets other parts of the router add theirs.
+    pub fn register(&self, add: impl FnOnce(&mut Registry)) {
+        add(&mut self.registry.lock());
+    }
+
     /// Another part of this process (a group beside the router) has metrics too: `/metrics` shows them from now on.
     pub fn add_source(&self, source: MetricsSource) {
         *self.others.lock() = Some(source);
@@ -366,6 +379,7 @@ impl Metrics {
         let view = fleet.view();
         self.groups.set(view.groups().count() as i64);
         self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
+        self.refused_groups.set(fleet.refused() as i64);
         self.indexed_blocks.set(fleet.index.len() as i64);
         self.group_gauges.set(&view);
         self.waiting(models, lines);

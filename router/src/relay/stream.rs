@@ -8,7 +8,7 @@ use std::{
 };
 
 use axum::http::uri::PathAndQuery;
-use bora_common::telemetry::TraceContext;
+use bora_common::{telemetry::TraceContext, version};
 use bora_proto::v1::{GenerateEvent, GenerateRequest, inference_client::InferenceClient};
 use tonic::{
     Code, Status, Streaming,
@@ -123,6 +123,7 @@ pub async fn open(
     let mut request = tonic::Request::new(message);
     request.set_timeout(time_left);
     let metadata = request.metadata_mut();
+    metadata.insert(version::METADATA, AsciiMetadataValue::from_static(env!("CARGO_PKG_VERSION")));
     if let Some(traceparent) = trace.and_then(|trace| AsciiMetadataValue::try_from(trace.to_string()).ok()) {
         metadata.insert("traceparent", traceparent);
     }

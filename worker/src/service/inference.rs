@@ -5,6 +5,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bora_common::telemetry::TraceContext;
+use bora_common::version;
 use bora_proto::v1::{self, inference_server::Inference};
 use futures::{Stream, StreamExt as _};
 use tokio::time::{Instant, Sleep};
@@ -30,6 +31,7 @@ impl Inference for InferenceService {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = deadline(request.metadata())?;
+        check_version(request.metadata())?;
         let parent = request.metadata().get("traceparent").and_then(|value| TraceContext::parse(value.to_str().ok()?));
         let request = request.into_inner();
         tracing::debug!(
@@ -64,6 +66,7 @@ impl Inference for InferenceService {
     type WatchStream = BoxStream<v1::GroupEvent>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        check_version(request.metadata())?;
         let events = self.host.group()?.engine.watch(request.into_inner().watcher).await?;
         let stopping = self.stopping.clone().cancelled_owned();
         let stream = ReceiverStream::new(events).map(Ok).take_until(stopping);
@@ -102,6 +105,12 @@ impl Stream for GenerateStream {
     }
 }
 
+/// Refuses a router of a release that this worker is not made for: it tries elsewhere.
+fn check_version(metadata: &MetadataMap) -> Result<(), Status> {
+    let peer = metadata.get(version::METADATA).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    version::check(env!("CARGO_PKG_VERSION"), peer).map_err(|skew| Status::unavailable(skew.to_string()))
+}
+
 /// The end of the time that the caller gave us, if it did (`grpc-timeout`; tonic itself applies it to the
 /// headers of a stream only).
 fn deadline(metadata: &MetadataMap) -> Result<Option<Instant>, Status> {
@@ -132,6 +141,18 @@ fn parse_timeout(value: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_router_of_another_time_is_refused_with_words() {
+        let mut metadata = MetadataMap::new();
+        assert!(check_version(&metadata).is_ok(), "a tool says nothing");
+        metadata.insert(version::METADATA, env!("CARGO_PKG_VERSION").parse().unwrap());
+        assert!(check_version(&metadata).is_ok());
+        metadata.insert(version::METADATA, "9.0.0".parse().unwrap());
+        let refused = check_version(&metadata).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unavailable);
+        assert!(refused.message().contains("version 9.0.0 can't work with version"), "{}", refused.message());
+    }
 
     #[test]
     fn timeouts_are_read_as_the_specification_says() {

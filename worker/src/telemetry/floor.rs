@@ -8,6 +8,11 @@ use super::engine::StepShape;
 /// Rates of one GPU by a part of its name: bytes a second, FP8 and bf16 operations a second.
 const RATES: [(&str, f64, f64, f64); 2] = [("H100", 3.35e12, 1.979e15, 9.89e14), ("H200", 4.8e12, 1.979e15, 9.89e14)];
 
+/// Bytes a second of a GPU's memory by its datasheet, where it is known.
+pub fn memory_rate(gpu: &str) -> Option<f64> {
+    RATES.into_iter().find(|(name, ..)| gpu.contains(name)).map(|(_, bytes_per_second, ..)| bytes_per_second)
+}
+
 /// Floors of one model on one group.
 #[derive(Clone, Copy, Debug)]
 pub struct Floors {

@@ -10,6 +10,7 @@ mod attention;
 pub mod check;
 mod driver;
 mod graphs;
+pub mod inspect;
 mod kernels;
 mod libraries;
 mod linear;
