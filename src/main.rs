@@ -45,6 +45,7 @@ enum What {
 }
 
 fn main() -> ExitCode {
+    nccl_defaults();
     let outcome = match Command::parse().what {
         What::Serve(args) => serve::run(args),
         What::Router(args) => router::run(args),
@@ -61,6 +62,15 @@ fn main() -> ExitCode {
             eprintln!("bora: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// NVLink multicast stays off unless the operator turns it on: setting it up hangs or fails on some hosts.
+#[allow(unsafe_code)]
+fn nccl_defaults() {
+    if std::env::var_os("NCCL_NVLS_ENABLE").is_none() {
+        // SAFETY: nothing runs yet but this thread.
+        unsafe { std::env::set_var("NCCL_NVLS_ENABLE", "0") };
     }
 }
 

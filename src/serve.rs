@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use bora_common::config::{ByteSize, ModelOptions};
 use bora_router::Digest;
-use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, WorkerMetrics, WorkerSettings};
+use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerMetrics, WorkerSettings};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
@@ -63,6 +63,9 @@ pub(crate) struct ServeArgs {
     /// where weights come from
     #[arg(long, value_enum, default_value = "auto")]
     load_format: LoadFormat,
+    /// speculation as JSON, for example {"method": "ngram", "num_speculative_tokens": 8}; 0 turns it off
+    #[arg(long)]
+    speculative_config: Option<SpeculativeOptions>,
     /// how FP8 weights are multiplied on the CPU
     #[arg(long, value_enum, default_value = "dequantized")]
     cpu_fp8: CpuFp8,
@@ -139,6 +142,7 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     let schedule = &mut worker.schedule;
     schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
     schedule.max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);
+    schedule.speculative = args.speculative_config.or(schedule.speculative.take());
     config.check()?;
     Ok(config)
 }

@@ -45,3 +45,23 @@ NORM(add_bf16_norm_to_bf16, bf16, bf16, true)
 NORM(add_bf16_norm_to_e4m3, bf16, e4m3, true)
 NORM(add_f32_norm_to_bf16, float, bf16, true)
 NORM(add_f32_norm_to_e4m3, float, e4m3, true)
+
+// The parts of a product, [splits][rows * columns], added up in place of the first. grid (quads / 256), block (256).
+KERNEL add_splits(float* product, u32 splits, u64 split_stride, u32 quads) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const u32 quad = blockIdx.x * blockDim.x + threadIdx.x;
+  if (quad < quads) store4(product + (u64)quad * 4, Product<float>{product, splits, split_stride}.at4((u64)quad * 4));
+}
+
+// logits[row][rank * per_rank + i] = gathered[rank][row][i]. A rank's rows are as long as its part of the vocabulary,
+// its part of `gathered` is rows * per_rank. grid (vocabulary / 1024, rows), block (256).
+KERNEL spread_vocabulary(float* logits, const float* gathered, u32 rows, u32 per_rank, u32 vocabulary) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const u32 row = blockIdx.y;
+  for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < min(vocabulary, (blockIdx.x + 1) * 1024); i += blockDim.x) {
+    const u32 rank = i / per_rank, own = min(per_rank, vocabulary - rank * per_rank);
+    logits[(u64)row * vocabulary + i] = gathered[(u64)rank * rows * per_rank + (u64)row * own + i % per_rank];
+  }
+}

@@ -24,6 +24,9 @@ struct Request {
   u32 target;  // FAULT: draw; otherwise score this id
   u32 top;     // alternatives of a score
   u32 mask;    // which of `masks` bounds the draw; FAULT: none
+  u32 link;    // draws of this sequence before this one in the step: only if each drew its request's `guess`
+  u32 guess;   // what the next link takes this one to draw
+  u32 length;  // links of the chain; of more than one, `settle_drafts` says which count
 };
 
 struct Answer {
@@ -210,7 +213,7 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
       answer.id = drawing ? FAULT : request.target, answer.rank = 0, answer.tops = 0;
       answer.logprob = __int_as_float(0x7fc00000);
       // the sequence is dead, but a step that is already on its way may read this
-      if (drawing) last_drawn[request.slot] = 0;
+      if (drawing && request.length == 1) last_drawn[request.slot] = 0;
     }
     return;
   }
@@ -219,7 +222,7 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
   if (drawing) {
     // Steps 3 to 5, into the scratch where anything changes the logits.
     const bool greedy = sampler.temperature < GREEDY_BELOW;
-    const u32 so_far = generated[request.slot];
+    const u32 so_far = generated[request.slot] + request.link;
     const u32* mask = request.mask == FAULT ? nullptr : masks + (u64)request.mask * ((vocabulary + 31) / 32);
     const bool adjusted = sampler.seen || sampler.bias_count || so_far < sampler.min_tokens || mask;
     const float temperature = greedy ? 1.f : sampler.temperature;
@@ -236,7 +239,10 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
       __syncthreads();
       for_each(x, vocabulary, [&](float v, u32 i) {
         if (sampler.seen) {
-          const u32 seen = sampler.seen[i], count = seen & ~IN_PROMPT;
+          // what the links before this one drew, if it counts at all
+          u32 guessed = 0;
+          for (u32 j = 1; j <= request.link; j++) guessed += requests[blockIdx.x - j].guess == i;
+          const u32 seen = sampler.seen[i] + guessed, count = seen & ~IN_PROMPT;
           if (seen && sampler.repetition != 1.f) v = v > 0.f ? __fdiv_rn(v, sampler.repetition) : __fmul_rn(v, sampler.repetition);
           if (count) v = __fadd_rn(__fadd_rn(v, -__fmul_rn(sampler.frequency, (float)count)), -sampler.presence);
         }
@@ -330,11 +336,35 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
   }
   if (threadIdx.x == 0) {
     answer.id = id;
-    if (drawing) {
+    if (drawing && request.length == 1) {
       last_drawn[request.slot] = id == FAULT ? 0 : id;
       generated[request.slot] += 1;
       if (sampler.seen && id < vocabulary) sampler.seen[id] += 1;
     }
+  }
+}
+
+// Of each chain of draws, remembers those that count: up to the first that is not what was guessed. Launch: grid
+// (requests / 128, rounded up), block (128), after sample_rows.
+KERNEL settle_drafts(const Request* requests, u32 count, const Answer* answers, SlotSampler* samplers, u32* last_drawn,
+                     u32* generated, u32 vocabulary) {
+  wait_for_previous_kernel();
+  const u32 first = blockIdx.x * blockDim.x + threadIdx.x;
+  if (first >= count) return;
+  const Request request = requests[first];
+  if (request.target != FAULT || request.link || request.length == 1) return;
+  u32* seen = samplers[request.slot].seen;
+  for (u32 link = 0; link < request.length; link++) {
+    const u32 id = answers[first + link].id;
+    if (id == FAULT) {
+      // met again by the next step, unless it was the first
+      if (link == 0) last_drawn[request.slot] = 0;
+      return;
+    }
+    last_drawn[request.slot] = id;
+    generated[request.slot] += 1;
+    if (seen && id < vocabulary) seen[id] += 1;
+    if (id != requests[first + link].guess) return;
   }
 }
 

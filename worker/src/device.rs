@@ -27,11 +27,12 @@ pub(crate) fn choose(options: &WorkerOptions) -> Result<Device, WorkerError> {
         DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Fake => Ok(Device::Fake),
         DeviceChoice::Cuda => {
-            let names = cuda::survey(gpus).map_err(|reason| WorkerError::Device(format!("cuda: {reason}")))?;
+            let names = cuda::survey(gpus, options.tensor_parallel_size as usize)
+                .map_err(|reason| WorkerError::Device(format!("cuda: {reason}")))?;
             tracing::info!(gpus = ?names, "found GPUs");
             Ok(Device::Cuda)
         }
-        DeviceChoice::Auto => match cuda::survey(gpus) {
+        DeviceChoice::Auto => match cuda::survey(gpus, options.tensor_parallel_size as usize) {
             Ok(names) => {
                 tracing::info!(gpus = ?names, "found GPUs");
                 Ok(Device::Cuda)
@@ -89,7 +90,7 @@ pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfi
     if device != Device::Cuda || model.quantization != Quantization::Fp8Static {
         return None;
     }
-    let gpu = cuda::survey(0..1).ok()?.into_iter().next()?;
+    let gpu = cuda::survey(0..1, 1).ok()?.into_iter().next()?;
     let kv_bytes = if options.kv_cache.dtype == KvDtype::Fp8 { 1.0 } else { 2.0 };
     Floors::of(model, options.tensor_parallel_size as usize, &gpu, kv_bytes)
 }

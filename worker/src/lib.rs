@@ -13,9 +13,11 @@ mod process;
 pub mod sample;
 mod schedule;
 pub mod service;
+pub mod speculate;
 pub mod telemetry;
 pub mod weights;
 
 pub use options::{CpuFp8, DeviceChoice, KvCacheOptions, KvDtype, LoadFormat, WorkerOptions};
 pub use process::{WorkerError, WorkerSettings, open_engine, run};
+pub use speculate::SpeculativeOptions;
 pub use telemetry::WorkerMetrics;

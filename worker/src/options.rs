@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use crate::backend::fake::FakeOptions;
 use crate::engine::EngineOptions;
+use crate::speculate::SpeculativeOptions;
 
 /// One worker process and the group it belongs to. Every process of a group is given the same section but
 /// for `ranks`, `listen` and `advertise`.
@@ -198,6 +199,9 @@ impl WorkerOptions {
                 "worker.schedule.max_num_batched_tokens = {} is below max_num_seqs = {}: a step could not carry one token of each",
                 schedule.max_num_batched_tokens, schedule.max_num_seqs
             ));
+        }
+        if let Some(Err((field, reason))) = schedule.speculative.as_ref().map(SpeculativeOptions::check) {
+            return conflict(format!("worker.schedule.speculative.{field}: {reason}"));
         }
         let share = self.kv_cache.device_share;
         if !(share > 0.0 && share <= 1.0) {

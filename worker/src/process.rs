@@ -257,6 +257,10 @@ async fn open(
         seconds = started.elapsed().as_secs_f64(), "group is ready"
     );
     let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone());
+    // on GPUs by request, until it was measured there; a fake keeps the pace that it was told
+    if device == Device::Cpu {
+        config.options.speculative.get_or_insert_default();
+    }
     config.steps_run = ranks.steps;
     config.grammars = grammars;
     let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;

@@ -3,11 +3,15 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use bora_common::registry::Speed;
 use bora_proto::v1::{self, generate_event::Event};
+use bora_worker::SpeculativeOptions;
 use bora_worker::backend::cpu::CpuOptions;
 use bora_worker::engine::runner::{Bounds, ModelRunner};
 use bora_worker::engine::{EngineConfig, EngineHandle, EngineOptions, EventStream};
+use bora_worker::grammar::Grammars;
 use support::{Goldens, KV_BLOCKS, LIMITS, fixture, single};
 use tokio_stream::StreamExt as _;
 
@@ -15,11 +19,14 @@ const CASES: [&str; 4] = ["card_small_talk", "short", "long", "code"];
 
 /// An engine over `tiny_text` whose steps have at most `max_num_batched_tokens` tokens.
 fn start(max_num_batched_tokens: u32) -> EngineHandle {
+    start_with(EngineOptions { max_num_seqs: 8, max_num_batched_tokens, ..Default::default() }, None)
+}
+
+fn start_with(options: EngineOptions, grammars: Option<Arc<Grammars>>) -> EngineHandle {
     let rank = single(&fixture("tiny_text"), CpuOptions::default());
     let vocabulary_size = rank.config.vocab_size;
     let bounds = Bounds { limits: LIMITS, kv_blocks: KV_BLOCKS, vocabulary_size };
-    let runner = ModelRunner::new(rank.backend, rank.model, 0, bounds);
-    let options = EngineOptions { max_num_seqs: 8, max_num_batched_tokens, ..Default::default() };
+    let runner = ModelRunner::new(rank.backend, rank.model, 0, bounds).with_grammars(grammars.clone());
     assert!(options.max_logit_rows() <= LIMITS.logit_rows);
     let config = EngineConfig {
         options,
@@ -35,7 +42,7 @@ fn start(max_num_batched_tokens: u32) -> EngineHandle {
             decode_step_seconds: 1e-3,
         },
         steps_run: 0,
-        grammars: None,
+        grammars,
     };
     EngineHandle::start(config, Box::new(runner)).unwrap().0
 }
@@ -55,6 +62,7 @@ struct Heard {
     logprobs: Vec<v1::PositionLogprobs>,
     prompt_logprobs: Vec<v1::PositionLogprobs>,
     cached_tokens: u32,
+    finished: v1::Finished,
 }
 
 async fn hear(mut stream: EventStream) -> Heard {
@@ -70,7 +78,7 @@ async fn hear(mut stream: EventStream) -> Heard {
                 heard.ids.extend(tokens.token_ids);
                 heard.logprobs.extend(tokens.logprobs);
             }
-            Event::Finished(_) => {}
+            Event::Finished(finished) => heard.finished = finished,
         }
     }
     heard
@@ -152,4 +160,105 @@ async fn a_sampled_sequence_goes_on_elsewhere_as_if_nothing_had_happened() {
         let rest = hear(start(50).generate(resumed).unwrap()).await.ids;
         assert_eq!(rest, whole[cut..], "cut at {cut}");
     }
+}
+
+/// What a request is asked for beside its prompt.
+fn variants() -> Vec<(&'static str, v1::GenerateRequest)> {
+    let greedy = || v1::Sampling { temperature: Some(0.0), ..Default::default() };
+    let sampled = || v1::Sampling { temperature: Some(0.7), top_p: Some(0.9), seed: 77, ..Default::default() };
+    let request = |sampling| v1::GenerateRequest { sampling: Some(sampling), ..Default::default() };
+    // a few ids that are likely everywhere: what is drawn repeats
+    let few = |weight: f32| (300..304).map(|id| (id, weight)).collect();
+    let schema = r#"{"type": "array", "items": {"enum": ["alpha", "beta"]}, "minItems": 12, "maxItems": 20}"#;
+    let grammar = v1::Grammar { kind: v1::grammar::Kind::JsonSchema.into(), source: schema.into() };
+    vec![
+        ("greedy", request(greedy())),
+        ("greedy with logprobs", {
+            let logprobs = v1::Logprobs { top: Some(3), prompt_top: None };
+            let sampling = v1::Sampling { logit_bias: few(30.0), ..greedy() };
+            v1::GenerateRequest { logprobs: Some(logprobs), ..request(sampling) }
+        }),
+        ("sampled", request(sampled())),
+        ("sampled from few", request(v1::Sampling { logit_bias: few(30.0), ..sampled() })),
+        (
+            "sampled from few with penalties",
+            request(v1::Sampling {
+                logit_bias: few(25.0),
+                presence_penalty: Some(0.4),
+                frequency_penalty: Some(0.1),
+                repetition_penalty: Some(1.05),
+                ..sampled()
+            }),
+        ),
+        ("greedy with penalties", {
+            let sampling = v1::Sampling {
+                logit_bias: few(30.0),
+                frequency_penalty: Some(0.7),
+                repetition_penalty: Some(1.2),
+                ..greedy()
+            };
+            request(sampling)
+        }),
+        ("a grammar", v1::GenerateRequest { grammar: Some(grammar.clone()), ..request(greedy()) }),
+        ("a grammar, sampled", v1::GenerateRequest { grammar: Some(grammar), ..request(sampled()) }),
+    ]
+}
+
+#[tokio::test]
+async fn speculation_changes_the_steps_and_nothing_else() {
+    let goldens = Goldens::of("tiny_text");
+    let tokenizer = fixture("tokenizers/tekken-v13-8k.json");
+    let grammars = Arc::new(Grammars::load(&tokenizer).unwrap());
+    let options = |speculative| EngineOptions {
+        max_num_seqs: 8,
+        max_num_batched_tokens: 300,
+        speculative: Some(speculative),
+        ..Default::default()
+    };
+    let plain = start_with(options(SpeculativeOptions::off()), Some(grammars.clone()));
+    let guessing =
+        start_with(options(SpeculativeOptions { prompt_lookup_min: 1, ..Default::default() }), Some(grammars));
+    let mut without_effect = Vec::new();
+    for (name, mut request) in variants() {
+        request.token_ids = goldens.ids("code.input_ids");
+        request.stopping = Some(v1::Stopping { max_tokens: 90, ..Default::default() });
+        let expected = hear(plain.generate(request.clone()).unwrap()).await;
+        let found = hear(guessing.generate(request.clone()).unwrap()).await;
+        assert_eq!(found.ids, expected.ids, "{name}");
+        assert_eq!(found.finished.reason, expected.finished.reason, "{name}");
+        assert_eq!(found.logprobs.len(), expected.logprobs.len(), "{name}");
+        for (found, expected) in found.logprobs.iter().zip(&expected.logprobs) {
+            let (found, expected) = (found.chosen.unwrap(), expected.chosen.unwrap());
+            assert!(found.token_id == expected.token_id && (found.logprob - expected.logprob).abs() < 1e-3, "{name}");
+        }
+        let steps = |heard: &Heard| heard.finished.timing.unwrap().steps;
+        assert!(steps(&found) <= steps(&expected), "{name}");
+        if steps(&found) == steps(&expected) {
+            without_effect.push(name);
+        }
+        // in one batch with siblings of other seeds, and resumed by another group in mid-stream
+        let siblings: Vec<_> = (0..2u64)
+            .map(|number| {
+                let mut sibling = request.clone();
+                sibling.sampling.as_mut().unwrap().seed += number;
+                guessing.generate(sibling).unwrap()
+            })
+            .collect();
+        for (number, sibling) in siblings.into_iter().enumerate() {
+            let mut alone = request.clone();
+            alone.sampling.as_mut().unwrap().seed += number as u64;
+            let alone = hear(plain.generate(alone).unwrap()).await;
+            assert_eq!(hear(sibling).await.ids, alone.ids, "{name}, sibling {number}");
+        }
+        let cut = expected.ids.len() / 2;
+        let mut resumed = request.clone();
+        resumed.token_ids.extend(&expected.ids[..cut]);
+        resumed.generated_len = cut as u32;
+        assert_eq!(hear(guessing.generate(resumed).unwrap()).await.ids, expected.ids[cut..], "{name}, resumed");
+    }
+    // these do not repeat themselves
+    assert_eq!(without_effect, ["greedy", "sampled"], "nothing was guessed");
+    assert_eq!(plain.load().draft_tokens, 0);
+    let load = guessing.load();
+    assert!(load.accepted_draft_tokens > 0 && load.accepted_draft_tokens <= load.draft_tokens);
 }

@@ -75,19 +75,20 @@ impl<R: StepRunner> Greedy<'_, R> {
                 tokens: Tokens::Ids(piece.to_vec()),
                 new_blocks: if first { blocks.clone() } else { Vec::new() },
                 sample,
+                drafts: 0,
                 prompt_logprobs: None,
             };
             let admit = if first { vec![admission.clone()] } else { Vec::new() };
             let output = self.step(Step { admit, work: vec![work], ..Step::default() })?;
-            ids.extend(output.sampled.iter().map(|sampled| sampled.result.clone().unwrap().token_id));
+            ids.extend(output.sampled.iter().map(|sampled| sampled.result.clone().unwrap()[0].token_id));
             start += piece.len();
         }
         while ids.len() < count {
             let start = (prompt.len() + ids.len() - 1) as u32;
             let (tokens, new_blocks) = (Tokens::Sampled, Vec::new());
-            let work = Work { slot, start, tokens, new_blocks, sample: true, prompt_logprobs: None };
+            let work = Work { slot, start, tokens, new_blocks, sample: true, drafts: 0, prompt_logprobs: None };
             let output = self.step(Step { work: vec![work], ..Step::default() })?;
-            ids.push(output.sampled[0].result.clone().unwrap().token_id);
+            ids.push(output.sampled[0].result.clone().unwrap()[0].token_id);
         }
         self.step(Step { release: vec![slot], ..Step::default() })?;
         Ok(ids)
@@ -130,6 +131,7 @@ async fn prompt_logprobs_equal_the_reference() {
         tokens: Tokens::Ids(tokens.to_vec()),
         new_blocks: blocks,
         sample,
+        drafts: 0,
         prompt_logprobs: Some(PromptLogprobs { top: 2, targets: targets.to_vec() }),
     };
     let steps = [
@@ -170,7 +172,7 @@ async fn prompt_logprobs_equal_the_reference() {
         compared += 1;
     }
     assert!(compared >= 5, "{compared}");
-    let drawn = last.unwrap().result.unwrap();
+    let drawn = last.unwrap().result.unwrap().remove(0);
     assert_eq!(drawn.token_id, goldens.ids("code.greedy_ids")[0]);
     assert_eq!(drawn.logprobs.unwrap().top.len(), 3);
 }
@@ -189,6 +191,7 @@ async fn steps_that_make_no_sense_are_refused() {
         tokens,
         new_blocks: new_blocks.to_vec(),
         sample: false,
+        drafts: 0,
         prompt_logprobs: None,
     };
     let ids = |count: usize| Tokens::Ids(vec![5; count]);

@@ -451,8 +451,11 @@ async fn groups_one_release_apart_serve_and_others_are_refused_by_name() {
     let harness = Harness::start(vec![Group::start("same", |_| Ok(say("same")))]).await;
     let mut parts = env!("CARGO_PKG_VERSION").split('.').map(|part| part.parse::<u32>().expect("a number"));
     let (major, minor) = (parts.next().expect("major"), parts.next().expect("minor"));
-    let others =
-        [("next", format!("{major}.{}.7", minor + 1)), ("far", format!("{major}.{}.0", minor + 2)), ("major", format!("{}.{minor}.0", major + 1))];
+    let others = [
+        ("next", format!("{major}.{}.7", minor + 1)),
+        ("far", format!("{major}.{}.0", minor + 2)),
+        ("major", format!("{}.{minor}.0", major + 1)),
+    ];
     let groups: Vec<Group> = others.iter().map(|(name, _)| Group::start(name, |_| Ok(say("other")))).collect();
     for (group, (_, version)) in groups.iter().zip(&others) {
         let record = bora_common::registry::GroupRecord { version: version.clone(), ..group.record() };
@@ -475,11 +478,13 @@ async fn groups_one_release_apart_serve_and_others_are_refused_by_name() {
     harness.changes.send(GroupChange::Put(Box::new(groups[1].record()))).await.expect("followed");
     harness
         .until("it is no longer refused", |harness| {
-            harness.router.service().fleet().refused() == 1 && harness.router.service().fleet().view().groups().count() == 3
+            harness.router.service().fleet().refused() == 1
+                && harness.router.service().fleet().view().groups().count() == 3
         })
         .await;
     // and one that becomes another release goes
-    let changed = bora_common::registry::GroupRecord { version: "9.9.9".into(), epoch: 2, ..harness.groups[0].record() };
+    let changed =
+        bora_common::registry::GroupRecord { version: "9.9.9".into(), epoch: 2, ..harness.groups[0].record() };
     harness.changes.send(GroupChange::Put(Box::new(changed))).await.expect("followed");
     harness
         .until("it is gone", |harness| {

@@ -25,7 +25,9 @@ use bora_common::model::ModelConfig;
 use bora_common::registry::{Device, GroupRecord};
 use bora_proto::v1::{GenerateRequest, Sampling, Stopping};
 use bora_worker::engine::{EngineHandle, EventStream};
-use bora_worker::{DeviceChoice, KvDtype, LoadFormat, WorkerMetrics, WorkerOptions, WorkerSettings};
+use bora_worker::{
+    DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerMetrics, WorkerOptions, WorkerSettings,
+};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
@@ -65,6 +67,9 @@ pub(crate) struct EngineArgs {
     /// sequences that run at once
     #[arg(long)]
     max_num_seqs: Option<u32>,
+    /// speculation as JSON, for example {"num_speculative_tokens": 8}; none where absent, since random weights repeat themselves
+    #[arg(long)]
+    speculative_config: Option<SpeculativeOptions>,
     /// what to measure, in this order
     #[arg(long, value_enum, value_delimiter = ',', default_value = "decode,prefill,agentic,throughput")]
     workload: Vec<Workload>,
@@ -138,6 +143,7 @@ fn settings(args: &EngineArgs) -> WorkerSettings {
     options.kv_cache.memory = args.kv_cache_memory;
     options.kv_cache.device_share = args.gpu_memory_utilization.unwrap_or(options.kv_cache.device_share);
     let schedule = &mut options.schedule;
+    schedule.speculative = Some(args.speculative_config.clone().unwrap_or_else(SpeculativeOptions::off));
     schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
     schedule.max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);
     let model = ModelOptions {
@@ -154,7 +160,7 @@ fn gpu_name(device: Device, ranks: usize) -> String {
     if device != Device::Cuda {
         return format!("{device:?}").to_lowercase();
     }
-    let names = bora_worker::backend::cuda::survey(0..ranks).unwrap_or_default();
+    let names = bora_worker::backend::cuda::survey(0..ranks, ranks).unwrap_or_default();
     names.into_iter().next().unwrap_or_default()
 }
 

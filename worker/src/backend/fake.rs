@@ -260,7 +260,7 @@ impl FakeRunner {
                 output.prompt_logprobs.push(PromptOutput { slot: work.slot, start: work.start + 1, positions });
             }
             if work.sample {
-                output.sampled.push(self.sample(work.slot)?);
+                output.sampled.push(self.sample_along(work)?);
             }
         }
         Ok(output)
@@ -273,6 +273,7 @@ impl FakeRunner {
         for work in &step.work {
             match &work.tokens {
                 Tokens::Sampled => decoding += 1.0,
+                Tokens::Ids(_) if work.drafts > 0 => decoding += 1.0 + f64::from(work.drafts),
                 Tokens::Ids(ids) => {
                     let (tokens, context) = (ids.len() as f64, f64::from(work.start));
                     let pairs = tokens * context + tokens * (tokens + 1.0) / 2.0;
@@ -327,7 +328,32 @@ impl FakeRunner {
         self.memory[block * BLOCK_TOKENS + position % BLOCK_TOKENS]
     }
 
-    fn sample(&mut self, slot: Slot) -> Result<Sampled, String> {
+    /// Draws an id, and one more for each guess that it drew.
+    fn sample_along(&mut self, work: &Work) -> Result<Sampled, String> {
+        let (slot, drafts) = (work.slot, work.drafts as usize);
+        let guesses = match &work.tokens {
+            Tokens::Ids(ids) if drafts < ids.len() => &ids[ids.len() - drafts..],
+            _ if drafts == 0 => &[],
+            _ => return Err(format!("slot {slot} has {drafts} guesses and nothing else")),
+        };
+        if let Some(sequence) = &mut self.slots[slot as usize] {
+            sequence.context -= drafts;
+        }
+        let mut drawn = Vec::new();
+        loop {
+            match self.sample(slot)? {
+                Ok(one) => drawn.push(one),
+                Err(fault) => return Ok(Sampled { slot, result: Err(fault) }),
+            }
+            let guess = guesses.get(drawn.len() - 1).copied();
+            match &mut self.slots[slot as usize] {
+                Some(sequence) if guess.is_some() && guess == sequence.last => sequence.context += 1,
+                _ => return Ok(Sampled { slot, result: Ok(drawn) }),
+            }
+        }
+    }
+
+    fn sample(&mut self, slot: Slot) -> Result<Result<Drawn, SequenceFault>, String> {
         let missing = || format!("slot {slot} draws but was not admitted");
         let mut sequence = self.slots[slot as usize].take().ok_or_else(missing)?;
         if sequence.prompt_len == 0 {
@@ -354,7 +380,7 @@ impl FakeRunner {
             Ok(Drawn { token_id, logprobs: sequence.logprobs.map(|top| self.logprobs(token_id, top)) })
         };
         self.slots[slot as usize] = Some(sequence);
-        Ok(Sampled { slot, result })
+        Ok(result)
     }
 
     /// The first draw: the prompt is complete.

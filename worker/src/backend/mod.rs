@@ -13,11 +13,13 @@
 //!
 //! Images enter with a later issue: `embed` will then be given the rows that features replace.
 
+use std::sync::Arc;
+
 use bora_common::model::ModelConfig;
 
 use crate::engine::step::{BlockId, Drawn, SequenceFault, Slot};
 use crate::grammar::Mask;
-use crate::parallel::Collective;
+use crate::parallel::{Abort, Collective};
 use crate::weights::ShardPlan;
 
 pub mod cpu;
@@ -202,13 +204,18 @@ pub trait Backend: Send + Sized + 'static {
         head: &Self::Linear,
     ) -> Result<Self::Logits>;
 
+    /// Frees this rank, from any thread, where it waits for the others on its device. `None` where it never does.
+    fn aborter(&self) -> Option<Arc<dyn Abort>> {
+        None
+    }
+
     // ---- sampling ------------------------------------------------------------------------------------
 
     /// A sequence begins in `slot`: the sampler's state for it.
     fn admit(&mut self, admission: &crate::engine::step::Admission) -> Result<()>;
     /// The sequence in `slot` ended.
     fn release(&mut self, slot: Slot);
-    /// Draws the next id of each request and remembers it as the slot's last one. May return before the
+    /// Draws the next ids of each request and remembers the last one as the slot's. May return before the
     /// device is done; results come from [`collect`](Self::collect), in order.
     fn sample(&mut self, logits: Self::Logits, requests: &[SampleRequest]) -> Result<()>;
     /// Waits for the oldest `sample`.
@@ -222,16 +229,19 @@ pub trait Backend: Send + Sized + 'static {
 /// What to read from one row of the logits.
 #[derive(Clone, Debug)]
 pub enum SampleRequest {
-    /// Draw the next id of a sequence.
+    /// Draw the next id of a sequence, and, as long as the ids drawn are those of `drafts`, the id after it from the next
+    /// row.
     Next {
-        /// Index among the wanted rows.
+        /// Index of the first row among the wanted rows; those of the drafts follow it.
         row: u32,
         /// The sequence.
         slot: Slot,
-        /// The position that the drawn id will have (counts the random stream).
+        /// The position that the first id drawn will have (counts the random stream).
         position: u32,
-        /// The ids that may be drawn; `None` = all.
-        mask: Option<Mask>,
+        /// Guesses at what is drawn: `drafts[i]` is the token of row `row + 1 + i`.
+        drafts: Vec<u32>,
+        /// `masks[i]` holds the ids that may be drawn from row `row + i`: one for each row, or none (all ids).
+        masks: Vec<Mask>,
     },
     /// Report the logprob of a known id (a prompt position).
     Score {
@@ -249,8 +259,8 @@ pub enum SampleRequest {
 /// Answers to the requests of one `sample` call, each kind in the order of its requests.
 #[derive(Debug, Default)]
 pub struct SampleResults {
-    /// For each `Next`.
-    pub drawn: Vec<(Slot, std::result::Result<Drawn, SequenceFault>)>,
+    /// For each `Next`: one id at least, or the fault of its first row.
+    pub drawn: Vec<(Slot, std::result::Result<Vec<Drawn>, SequenceFault>)>,
     /// For each `Score`.
     pub scored: Vec<crate::engine::step::PositionLogprobs>,
     /// From the start of the step's `execute` to the end of its `sample`, on the device.

@@ -104,6 +104,7 @@ impl Probe<'_> {
             tokens,
             new_blocks: (self.blocks as u32..blocks as u32).collect(),
             sample: true,
+            drafts: 0,
             prompt_logprobs: None,
         });
         self.blocks = blocks;

@@ -9,6 +9,7 @@ use bora_common::registry::{GroupRecord, Speed};
 use serde::Deserialize;
 
 use crate::grammar::Grammars;
+use crate::speculate::SpeculativeOptions;
 
 /// What an operator may tune.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -28,6 +29,8 @@ pub struct EngineOptions {
     pub max_waiting: u32,
     /// Whether computed blocks are found again.
     pub prefix_cache: bool,
+    /// How ids are guessed; where absent, a CPU guesses as [`SpeculativeOptions`] do by themselves, other devices do not.
+    pub speculative: Option<SpeculativeOptions>,
 }
 
 impl Default for EngineOptions {
@@ -39,6 +42,7 @@ impl Default for EngineOptions {
             idle_step_seconds: Duration::from_secs(1),
             max_waiting: 1_024,
             prefix_cache: true,
+            speculative: None,
         }
     }
 }
@@ -110,6 +114,9 @@ impl EngineConfig {
                  decodes in every step",
                 options.max_num_batched_tokens, options.max_num_seqs
             ));
+        }
+        if let Some(Err((field, reason))) = options.speculative.as_ref().map(SpeculativeOptions::check) {
+            return wrong(format!("speculative.{field}: {reason}"));
         }
         if options.max_waiting == 0 {
             return wrong("max_waiting must be at least 1".into());

@@ -67,7 +67,7 @@ impl EngineLoop {
             if self.scheduler.in_flight() > 0 {
                 let output = self.runner.collect()?;
                 let shape = self.shapes.pop_front().unwrap_or_default();
-                self.metrics.step(&shape, output.seconds, self.scheduler.oldest_predicted_seconds());
+                self.metrics.step(&shape, &output, self.scheduler.oldest_predicted_seconds());
                 self.scheduler.apply(output, Instant::now())?;
                 self.report_progress();
                 let load = self.watchers.tell_changes(&mut self.scheduler);

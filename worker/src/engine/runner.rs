@@ -191,6 +191,10 @@ impl<B: Backend> ModelRunner<B> {
             }
             Tokens::Sampled => {}
         }
+        let drafts = work.drafts as usize;
+        if drafts > 0 && (drafts >= count || !work.sample || work.prompt_logprobs.is_some()) {
+            return Err(format!("{drafts} guesses among {count} tokens of which nothing else is wanted"));
+        }
         if let Some(prompt) = &work.prompt_logprobs {
             if prompt.targets.len() != count && prompt.targets.len() + 1 != count {
                 return Err(format!("{} targets for {count} tokens", prompt.targets.len()));
@@ -231,12 +235,18 @@ impl<B: Backend> ModelRunner<B> {
             prompts.push((work.slot, work.start + 1, prompt.targets.len()));
         }
         if work.sample {
-            let last = first_row + count - 1;
-            if batch.logit_rows.last() != Some(&last) {
-                batch.logit_rows.push(last);
+            let first = first_row + count - 1 - work.drafts;
+            if batch.logit_rows.last() != Some(&first) {
+                batch.logit_rows.push(first);
             }
             let row = batch.logit_rows.len() as u32 - 1;
-            requests.push(SampleRequest::Next { row, slot: work.slot, position: context, mask: None });
+            batch.logit_rows.extend(first + 1..first_row + count);
+            let drafts = match &work.tokens {
+                Tokens::Ids(ids) => ids[ids.len() - work.drafts as usize..].to_vec(),
+                Tokens::Sampled => Vec::new(),
+            };
+            let position = context - work.drafts;
+            requests.push(SampleRequest::Next { row, slot: work.slot, position, drafts, masks: Vec::new() });
         }
     }
 
@@ -276,10 +286,10 @@ impl<B: Backend> ModelRunner<B> {
         }
         let mut making: Vec<Masking<'_>> = Vec::new();
         for request in requests {
-            let SampleRequest::Next { slot, position, mask, .. } = request else { continue };
+            let SampleRequest::Next { slot, position, drafts, masks, .. } = request else { continue };
             let grammar = self.slots[*slot as usize].as_mut().and_then(|sequence| sequence.grammar.take());
             if let Some(grammar) = grammar {
-                making.push(Masking { slot: *slot, position: *position, grammar, mask });
+                making.push(Masking { slot: *slot, position: *position, grammar, drafts, masks });
             }
         }
         let begun = Instant::now();
@@ -307,9 +317,8 @@ impl<B: Backend> ModelRunner<B> {
             // not the sequence that has the slot by now
             let sequence = self.slots[*slot as usize].as_mut().filter(|sequence| sequence.number == *number);
             let Some(grammar) = sequence.and_then(|sequence| sequence.grammar.as_mut()) else { continue };
-            if let (Ok(state), Ok(drawn)) = (&mut *grammar, drawn)
-                && let Err(error) = state.accept(drawn.token_id)
-            {
+            let (Ok(state), Ok(drawn)) = (&mut *grammar, drawn) else { continue };
+            if let Err(error) = drawn.iter().try_for_each(|drawn| state.accept(drawn.token_id)) {
                 *grammar = Err(error);
             }
         }
@@ -375,19 +384,24 @@ impl<B: Backend> StepRunner for ModelRunner<B> {
     }
 }
 
-/// A mask that is being made.
+/// The masks of a sequence that are being made.
 struct Masking<'a> {
     slot: Slot,
     position: u32,
     grammar: Result<GrammarState, GrammarError>,
-    mask: &'a mut Option<Mask>,
+    drafts: &'a mut Vec<u32>,
+    masks: &'a mut Vec<Mask>,
 }
 
 impl Masking<'_> {
     fn make(&mut self) {
         let Ok(state) = &mut self.grammar else { return };
-        match state.mask() {
-            Ok(mask) => *self.mask = Some(mask),
+        match state.masks_along(self.drafts) {
+            Ok(masks) => {
+                // behind a guess that the grammar forbids nothing is drawn
+                self.drafts.truncate(masks.len() - 1);
+                *self.masks = masks;
+            }
             Err(error) => self.grammar = Err(error),
         }
     }

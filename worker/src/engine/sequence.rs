@@ -11,6 +11,7 @@ use super::request::{Class, Request};
 use super::stream::EventSender;
 use crate::cache::Lease;
 use crate::engine::step::{Admission, PositionLogprobs, Slot, TokenLogprob};
+use crate::speculate::Speculator;
 
 /// A sequence that waits or runs.
 pub(crate) struct Sequence {
@@ -47,6 +48,8 @@ pub(crate) struct Sequence {
     pub(crate) draws_in_flight: usize,
     /// Whether the ranks know it.
     pub(crate) admitted_on_ranks: bool,
+    /// What guesses at its ids, once it runs and where that is wanted.
+    pub(crate) speculator: Option<Speculator>,
     /// Where its events go.
     pub(crate) events: EventSender,
     /// What its work is traced under.
@@ -83,6 +86,7 @@ impl Sequence {
             computed: 0,
             draws_in_flight: 0,
             admitted_on_ranks: false,
+            speculator: None,
             events,
             trace: None,
             place,

@@ -55,6 +55,9 @@ pub struct Work {
     pub new_blocks: Vec<BlockId>,
     /// Sample the id that follows the last token of this work.
     pub sample: bool,
+    /// How many of the last tokens are only guessed. The id that follows the last token before them is sampled, and as
+    /// long as the next token is what was sampled, the id behind that one too. Only with `sample` and known ids.
+    pub drafts: u32,
     /// Report logprobs of what follows each token of this work (a prompt with `prompt_logprobs`).
     pub prompt_logprobs: Option<PromptLogprobs>,
 }
@@ -101,13 +104,14 @@ pub struct StepOutput {
     pub seconds: f64,
 }
 
-/// The id drawn for a sequence.
+/// The ids drawn for a sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
     /// Which sequence.
     pub slot: Slot,
-    /// The id, or what went wrong with this sequence alone (a NaN in its logits).
-    pub result: Result<Drawn, SequenceFault>,
+    /// One id, and one more for each guess that came true; or what went wrong with this sequence alone (a NaN in its
+    /// logits). A fault behind a guess only ends the ids: the next step meets it again.
+    pub result: Result<Vec<Drawn>, SequenceFault>,
 }
 
 /// An id and, where asked for, how likely it was.

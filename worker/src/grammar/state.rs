@@ -36,6 +36,26 @@ impl GrammarState {
         Ok(mask.as_slice().into())
     }
 
+    /// The masks of the next id and of those that follow each of `guesses`, as far as they are in the language: one at least.
+    /// The state stays where it is.
+    pub fn masks_along(&mut self, guesses: &[u32]) -> Result<Vec<Mask>, GrammarError> {
+        let mut masks = vec![self.mask()?];
+        let mut accepted = 0;
+        for guess in guesses {
+            // after the end nothing is accepted, and nothing could be taken back
+            if self.matcher.is_stopped() || !allows(&masks[accepted], *guess) {
+                break;
+            }
+            self.matcher.consume_token(*guess).map_err(|error| GrammarError(error.to_string()))?;
+            accepted += 1;
+            masks.push(self.mask()?);
+        }
+        if accepted > 0 {
+            self.matcher.rollback(accepted).map_err(|error| GrammarError(error.to_string()))?;
+        }
+        Ok(masks)
+    }
+
     /// Whether the text may end here.
     pub fn may_end(&mut self) -> bool {
         self.matcher.is_stopped() || self.matcher.is_accepting().unwrap_or(false)

@@ -147,6 +147,9 @@ impl Loading<'_> {
     where
         Ministral3<B>: Send,
     {
+        if let Some(aborter) = backend.aborter() {
+            self.fault.watch_over(aborter);
+        }
         let model = Ministral3::load(&mut backend, self.weights, plan, |layers| {
             self.progress.set_layers(plan.rank, layers);
         })?;

@@ -10,6 +10,7 @@ use crate::engine::error::EngineError;
 use crate::engine::request::Class;
 use crate::engine::sequence::Sequence;
 use crate::engine::step::Slot;
+use crate::speculate::Speculator;
 
 /// What admission makes of a waiting sequence.
 enum Verdict {
@@ -84,6 +85,7 @@ impl Scheduler {
             return Verdict::NoRoom;
         };
         sequence.start(lease, now);
+        sequence.speculator = self.config.options.speculative.as_ref().and_then(Speculator::new);
         for hash in &sequence.hashes[sequence.published..] {
             self.computing.entry(*hash).or_insert(slot);
         }

@@ -5,12 +5,14 @@ use std::time::Instant;
 use bora_common::blocks::BLOCK_TOKENS;
 
 use super::budget::Candidate;
+use super::draft::Drafts;
 use super::{Flight, FlightWork, Scheduler};
 use crate::engine::sequence::Sequence;
 use crate::engine::step::{PromptLogprobs, Slot, Step, Tokens, Work};
 
 impl Scheduler {
-    /// The next step, which has to be submitted; `None` while there is nothing to compute.
+    /// The next step, which has to be submitted; `None` while there is nothing to compute, or where the outcome of the steps
+    /// in flight is worth waiting for.
     pub(crate) fn plan(&mut self, now: Instant) -> Option<Step> {
         self.drop_abandoned();
         self.admit_waiting(now);
@@ -35,7 +37,15 @@ impl Scheduler {
         if decoding.is_empty() && candidates.is_empty() {
             return None;
         }
-        let (chunks, prediction) = self.budget.share(decoding.len(), context_sum, candidates);
+        let mut drafts = match self.drafts(&decoding, context_sum, candidates.iter().any(|candidate| candidate.scored))
+        {
+            Drafts::Wait => return None,
+            Drafts::Of(drafts) => drafts.into_iter(),
+        };
+        let guesses = drafts.as_slice().iter().map(Vec::len).sum::<usize>();
+        let mean_context = context_sum / decoding.len().max(1);
+        let (chunks, prediction) =
+            self.budget.share(decoding.len() + guesses, context_sum + guesses * mean_context, candidates);
         self.last_step += 1;
         let mut step = Step { id: self.last_step, release: std::mem::take(&mut self.releases), ..Default::default() };
         let mut works = Vec::with_capacity(decoding.len() + chunks.len());
@@ -50,18 +60,24 @@ impl Scheduler {
                 step.admit.push(sequence.admission(slot));
                 step.traces.extend(sequence.trace.map(|trace| (slot, trace)));
             }
-            let end = sequence.computed + tokens.unwrap_or(1);
+            let guessed = if tokens.is_none() { drafts.next().unwrap_or_default() } else { Vec::new() };
+            let guesses = guessed.len();
+            let end = sequence.computed + tokens.unwrap_or(1) + guesses;
             self.cache.grow(&mut sequence.lease, end.div_ceil(BLOCK_TOKENS));
             let work = match tokens {
-                None => decode(sequence, slot),
+                None => decode(sequence, slot, guessed),
                 Some(tokens) => chunk(sequence, slot, tokens),
             };
+            if let Some(speculator) = &mut sequence.speculator {
+                speculator.catch_up(&sequence.ids);
+            }
             works.push(FlightWork {
                 slot,
                 key: sequence.key,
                 sampled: work.sample,
                 scored: work.prompt_logprobs.is_some(),
                 completes_prompt: tokens.is_some() && end == sequence.initial_len,
+                drafts: guesses,
             });
             step.work.push(work);
             // steps run in order: whoever is admitted to a later one may read these blocks
@@ -72,20 +88,18 @@ impl Scheduler {
     }
 }
 
-/// Computes the id drawn last and draws the next.
-fn decode(sequence: &mut Sequence, slot: Slot) -> Work {
+/// Computes the id drawn last, and those that are guessed to follow, and draws the next. Only what is certain counts as computed.
+fn decode(sequence: &mut Sequence, slot: Slot, guessed: Vec<u32>) -> Work {
     let start = sequence.computed as u32;
+    let drafts = guessed.len() as u32;
+    let tokens = match sequence.ids.last() {
+        Some(last) if drafts > 0 => Tokens::Ids([&[*last], guessed.as_slice()].concat()),
+        _ => Tokens::Sampled,
+    };
     sequence.computed += 1;
     sequence.draws_in_flight += 1;
     sequence.steps += 1;
-    Work {
-        slot,
-        start,
-        tokens: Tokens::Sampled,
-        new_blocks: unsent_blocks(sequence),
-        sample: true,
-        prompt_logprobs: None,
-    }
+    Work { slot, start, tokens, new_blocks: unsent_blocks(sequence), sample: true, drafts, prompt_logprobs: None }
 }
 
 /// Computes the next tokens of a prompt; the last chunk draws the first id.
@@ -106,6 +120,7 @@ fn chunk(sequence: &mut Sequence, slot: Slot, tokens: usize) -> Work {
         tokens: Tokens::Ids(sequence.ids[start..end].to_vec()),
         new_blocks: unsent_blocks(sequence),
         sample,
+        drafts: 0,
         prompt_logprobs,
     }
 }

@@ -163,6 +163,14 @@ impl StepBudget {
         }
     }
 
+    /// What a further row costs a step that decodes, as a share of the step.
+    pub(crate) fn row_share(&self, decoding: usize, context_sum: usize) -> f64 {
+        let rows = decoding.max(1);
+        let step = self.cost.decode_seconds(rows as u64, context_sum as u64);
+        let more = self.cost.decode_seconds(rows as u64 + 1, (context_sum + context_sum / rows) as u64);
+        if step > 0.0 { (more - step) / step } else { 0.0 }
+    }
+
     /// A step took `taken`: the next predictions are better.
     pub(crate) fn learn(&mut self, predicted: &Prediction, taken: Duration) {
         let taken = taken.as_secs_f64();

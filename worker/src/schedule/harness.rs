@@ -116,10 +116,15 @@ pub(super) fn expected(
 
 impl Harness {
     pub(super) fn new(config: EngineConfig, depth: usize) -> Self {
+        Self::saying(FakeMode::Digest, config, depth)
+    }
+
+    /// With a fake group of another mind.
+    pub(super) fn saying(mode: FakeMode, config: EngineConfig, depth: usize) -> Self {
         let fake = FakeOptions {
             vocabulary_size: config.vocabulary_size,
             kv_blocks: config.kv_blocks,
-            mode: FakeMode::Digest,
+            mode,
             time_scale: 0.0,
             faulty_id: Some(999),
             ..Default::default()
@@ -187,14 +192,17 @@ impl Harness {
             .iter()
             .map(|work| work.prompt_logprobs.as_ref().map_or(0, |wanted| wanted.targets.len()))
             .sum::<usize>()
-            + step.work.iter().filter(|work| work.sample).count();
+            + step.work.iter().filter(|work| work.sample).map(|work| 1 + work.drafts as usize).sum::<usize>();
         assert!(rows <= self.config.options.max_logit_rows());
     }
 
     /// Prompt tokens computed so far.
     pub(super) fn prefilled(&self) -> usize {
         let works = self.steps.iter().flat_map(|step| &step.work);
-        works.filter(|work| matches!(work.tokens, Tokens::Ids(_))).map(|work| work.tokens.count()).sum()
+        works
+            .filter(|work| matches!(work.tokens, Tokens::Ids(_)) && work.drafts == 0)
+            .map(|work| work.tokens.count())
+            .sum()
     }
 
     /// Nothing is left behind.

@@ -5,15 +5,18 @@
 //! - `admit`: who leaves the queue. Blocks are reserved to the sequence's end, so nothing that runs is ever
 //!   evicted.
 //! - `budget`: how many tokens of which prompt fit into a step.
+//! - `draft`: which ids are guessed, and verified in the step that would draw them.
 //! - `batch`: makes the step; `outcome`: takes in what came of it.
 //!
 //! With a pipeline of two, step n + 1 is made before the ids of step n are known: a decode refers to the id
 //! on the device. A sequence that turns out to have ended with step n has then one overrun token in
 //! step n + 1, which is dropped; its blocks and its slot can be reused at once, since steps run in order.
+//! Guesses need the ids before them: the step after one with guesses waits for its outcome, and so does one before it.
 
 mod admit;
 mod batch;
 mod budget;
+mod draft;
 mod outcome;
 
 use std::collections::{HashMap, VecDeque};
@@ -43,6 +46,8 @@ struct FlightWork {
     scored: bool,
     /// It computed the last known token.
     completes_prompt: bool,
+    /// Ids that it guessed.
+    drafts: usize,
 }
 
 /// Decides what runs.
@@ -64,6 +69,9 @@ pub(crate) struct Scheduler {
     flights: VecDeque<Flight>,
     last_step: u64,
     completed: u64,
+    /// Guesses made, and those that came true.
+    drafted: u64,
+    accepted: u64,
 }
 
 impl Scheduler {
@@ -81,6 +89,8 @@ impl Scheduler {
             flights: VecDeque::new(),
             last_step: config.steps_run,
             completed: 0,
+            drafted: 0,
+            accepted: 0,
             config,
         }
     }
@@ -120,6 +130,8 @@ impl Scheduler {
             blocks_used: usage.used as u32,
             blocks_cached: usage.cached as u32,
             steps: self.completed,
+            draft_tokens: self.drafted,
+            accepted_draft_tokens: self.accepted,
         }
     }
 

@@ -29,6 +29,15 @@ impl Scheduler {
         for work in &flight.works {
             let scored = if work.scored { all_scored.next() } else { None };
             let sampled = if work.sampled { all_sampled.next() } else { None };
+            let counted = |sampled: &Sampled| {
+                sampled.result.as_ref().is_ok_and(|drawn| !(1..=1 + work.drafts).contains(&drawn.len()))
+            };
+            if sampled.as_ref().is_some_and(counted) {
+                return Err(RunError::Invalid {
+                    step: output.id,
+                    reason: format!("slot {} drew another number of ids than it could", work.slot),
+                });
+            }
             let complete = scored.as_ref().is_some_and(|scored| scored.slot == work.slot) == work.scored
                 && sampled.as_ref().is_some_and(|sampled| sampled.slot == work.slot) == work.sampled;
             if !complete {
@@ -60,8 +69,16 @@ impl Scheduler {
         let reason = match sampled.map(|sampled| sampled.result) {
             Some(Err(fault)) => return self.fail(work.slot, &fault),
             Some(Ok(drawn)) => {
+                let accepted = drawn.len() - 1;
                 sequence.draws_in_flight -= 1;
-                sequence.push(drawn.token_id, drawn.logprobs.as_ref(), now)
+                sequence.computed += accepted;
+                if let Some(speculator) = &mut sequence.speculator {
+                    speculator.learn(work.drafts, accepted);
+                }
+                self.drafted += work.drafts as u64;
+                self.accepted += accepted as u64;
+                // what was drawn behind the end is dropped
+                drawn.iter().find_map(|drawn| sequence.push(drawn.token_id, drawn.logprobs.as_ref(), now))
             }
             // nothing to generate: it ends with its prompt
             None if work.completes_prompt => sequence.finish_reason(),

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 
 use super::harness::{Harness, Heard, config, expected, request};
 use crate::engine::{EngineConfig, EngineOptions, EventStream};
+use crate::speculate::SpeculativeOptions;
 
 #[derive(Clone, Debug)]
 struct Arrival {
@@ -50,11 +51,11 @@ fn arrival() -> impl Strategy<Value = Arrival> {
         )
 }
 
-fn prompt(arrival: &Arrival, index: usize) -> Vec<u32> {
+fn prompt(arrival: &Arrival, index: usize, vocabulary_size: u32) -> Vec<u32> {
     let common = (0..arrival.common as u32).map(|i| 3 + (arrival.family * 101 + i * 17) % 900);
     // some prompts of a family are equal to the end
     let own = (0..arrival.own as u32).map(|i| 3 + (index as u32 / 2 * 211 + i * 13) % 900);
-    common.chain(own).collect()
+    common.chain(own).map(|id| id % vocabulary_size).collect()
 }
 
 struct Caller {
@@ -75,7 +76,7 @@ fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), 
         prop_assert!(turn < 20_000, "somebody starves");
         while wait == 0 && coming.peek().is_some() {
             let Some((index, arrival)) = coming.next() else { break };
-            let prompt = prompt(arrival, index);
+            let prompt = prompt(arrival, index, config.vocabulary_size);
             let mut asked = request(prompt.clone(), arrival.max_tokens);
             asked.sampling = Some(v1::Sampling { seed: arrival.seed, ..Default::default() });
             asked.set_priority(if arrival.batch { v1::Priority::Batch } else { v1::Priority::Interactive });
@@ -141,13 +142,25 @@ proptest! {
         kv_blocks in 6u32..24,
         max_num_seqs in 1u32..6,
         max_num_batched_tokens in 6u32..300,
-        vocabulary_size in prop_oneof![Just(1_000u32), Just(950)],
+        // with few ids guesses are made, and now and then come true
+        vocabulary_size in prop_oneof![Just(1_000u32), Just(950), Just(3)],
+        guesses in prop::option::of(1u32..7),
         prefix_cache in prop::bool::weighted(0.9),
         tokens_per_second in prop_oneof![Just(1e9), Just(1_000.0), Just(100.0)],
     ) {
         let plain = config(kv_blocks);
         let config = EngineConfig {
-            options: EngineOptions { max_num_seqs, max_num_batched_tokens, prefix_cache, ..plain.options },
+            options: EngineOptions {
+                max_num_seqs,
+                max_num_batched_tokens,
+                prefix_cache,
+                speculative: guesses.map(|num_speculative_tokens| SpeculativeOptions {
+                    num_speculative_tokens,
+                    prompt_lookup_min: 1,
+                    ..Default::default()
+                }),
+                ..plain.options
+            },
             vocabulary_size,
             max_model_len: plain.max_model_len.min(350),
             // every fortieth id or so ends a sequence

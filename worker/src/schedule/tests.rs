@@ -3,8 +3,10 @@
 use bora_proto::v1::{self, FinishReason};
 
 use super::harness::{Harness, Heard, config, expected, request};
+use crate::backend::fake::FakeMode;
 use crate::engine::step::Tokens;
-use crate::engine::{EngineError, EventStream};
+use crate::engine::{EngineConfig, EngineError, EngineOptions, EventStream};
+use crate::speculate::SpeculativeOptions;
 
 fn ids(seed: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| 3 + (seed.wrapping_mul(7_919) + i * 31) % 900).collect()
@@ -291,4 +293,65 @@ fn batch_prefill_is_hurried_when_an_interactive_sequence_needs_it() {
     harness.settle();
     assert_eq!(hear(&mut batch).ids.len(), 1);
     harness.assert_empty();
+}
+
+fn guessing(kv_blocks: u32) -> EngineConfig {
+    let plain = config(kv_blocks);
+    let speculative = Some(SpeculativeOptions::default());
+    EngineConfig { options: EngineOptions { speculative, ..plain.options }, ..plain }
+}
+
+#[test]
+fn what_repeats_is_guessed_and_takes_few_steps() {
+    for depth in [1, 2] {
+        let mut harness = Harness::saying(FakeMode::Echo, guessing(64), depth);
+        let mut streams: Vec<_> = (0..3).map(|i| harness.generate(request(ids(i, 150), 150))).collect();
+        harness.settle();
+        for (i, stream) in streams.iter_mut().enumerate() {
+            let heard = hear(stream);
+            assert_eq!(heard.ids, ids(i as u32, 150));
+            assert_eq!(heard.finished().reason(), FinishReason::Length);
+        }
+        let load = harness.scheduler.load();
+        assert!(load.accepted_draft_tokens > 3 * 120, "{load:?}");
+        assert!(harness.steps.len() < 40, "{} steps", harness.steps.len());
+        harness.assert_empty();
+    }
+}
+
+#[test]
+fn ids_behind_the_end_are_dropped_with_their_blocks() {
+    for depth in [1, 2] {
+        // the echo comes to an end id in the midst of what is guessed
+        let mut harness = Harness::saying(FakeMode::Echo, guessing(64), depth);
+        let mut prompt = ids(1, 200);
+        prompt[100] = 2;
+        let mut stream = harness.generate(request(prompt.clone(), 190));
+        harness.settle();
+        let heard = hear(&mut stream);
+        assert_eq!(heard.ids, prompt[..101]);
+        assert_eq!(heard.finished().reason(), FinishReason::Stop);
+        assert!(harness.scheduler.load().accepted_draft_tokens > 50);
+        harness.assert_empty();
+        // what was computed behind it is not found
+        let mut again = harness.generate(request([&prompt[..], &prompt[..150]].concat(), 1));
+        harness.settle();
+        assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 256, "200 of the prompt and 101 of the answer");
+    }
+}
+
+#[test]
+fn guesses_leave_room_for_prompts_and_stay_within_the_rows() {
+    let plain = guessing(256);
+    let options = EngineOptions { max_num_seqs: 4, max_num_batched_tokens: 70, ..plain.options };
+    let mut harness = Harness::saying(FakeMode::Echo, EngineConfig { options, ..plain }, 2);
+    let mut streams: Vec<_> = (0..3).map(|i| harness.generate(request(ids(i, 150), 400))).collect();
+    let wanted = v1::Logprobs { prompt_top: Some(1), top: Some(1) };
+    let mut scored = harness.generate(v1::GenerateRequest { logprobs: Some(wanted), ..request(ids(9, 700), 5) });
+    harness.settle();
+    assert_eq!(hear(&mut scored).ids.len(), 5);
+    for stream in &mut streams {
+        assert_eq!(hear(stream).ids.len(), 400);
+    }
+    assert!(harness.scheduler.load().accepted_draft_tokens > 0);
 }

@@ -10,7 +10,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::floor::Floors;
-use crate::engine::step::{Step, Tokens};
+use crate::engine::step::{Step, StepOutput, Tokens};
 
 const STEP_BUCKETS: [f64; 16] =
     [0.001, 0.0025, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 5.0];
@@ -53,7 +53,10 @@ impl End {
 /// What one step carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct StepShape {
+    /// Tokens computed of sequences that decode, guessed ones included.
     pub(crate) decoded_tokens: u64,
+    /// Of those, the guessed ones.
+    pub(crate) drafted_tokens: u64,
     pub(crate) prefilled_tokens: u64,
     pub(crate) sequences: u64,
     /// Tokens of KV cache that are read.
@@ -68,12 +71,12 @@ impl StepShape {
         for work in &step.work {
             let (start, count) = (u64::from(work.start), work.tokens.count() as u64);
             shape.context_tokens += start + count;
-            match work.tokens {
-                Tokens::Sampled => shape.decoded_tokens += count,
-                Tokens::Ids(_) => {
-                    shape.prefilled_tokens += count;
-                    shape.pairs += count * start + count * (count + 1) / 2;
-                }
+            if work.drafts > 0 || work.tokens == Tokens::Sampled {
+                shape.decoded_tokens += count;
+                shape.drafted_tokens += u64::from(work.drafts);
+            } else {
+                shape.prefilled_tokens += count;
+                shape.pairs += count * start + count * (count + 1) / 2;
             }
         }
         shape
@@ -97,6 +100,8 @@ pub(crate) struct EngineMetrics {
     step_floor_seconds: Counter<f64, AtomicU64>,
     floors: OnceLock<Floors>,
     tokens: Family<KindLabels, Counter>,
+    drafted_tokens: Counter,
+    accepted_tokens: Counter,
     queue_seconds: Histogram,
     prefill_seconds: Histogram,
     sequences: Family<EndLabels, Counter>,
@@ -114,6 +119,8 @@ impl Default for EngineMetrics {
             step_floor_seconds: Counter::default(),
             floors: OnceLock::new(),
             tokens: Family::default(),
+            drafted_tokens: Counter::default(),
+            accepted_tokens: Counter::default(),
             queue_seconds: Histogram::new(WAIT_BUCKETS),
             prefill_seconds: Histogram::new(WAIT_BUCKETS),
             sequences: Family::default(),
@@ -148,9 +155,11 @@ impl EngineMetrics {
         }
         registry.register(
             "tokens",
-            "Tokens of prompts that were computed (prefill) or found in the prefix cache (cached), and tokens decoded",
+            "Tokens of prompts that were computed (prefill) or found in the prefix cache (cached), and tokens drawn (decode)",
             self.tokens.clone(),
         );
+        registry.register("drafted_tokens", "Tokens that were guessed ahead and verified", self.drafted_tokens.clone());
+        registry.register("accepted_tokens", "Of those, the ones that came true", self.accepted_tokens.clone());
         registry.register("queue_seconds", "From a sequence's arrival to its first step", self.queue_seconds.clone());
         registry.register(
             "prefill_seconds",
@@ -177,7 +186,10 @@ impl EngineMetrics {
     }
 
     /// A step ended.
-    pub(crate) fn step(&self, shape: &StepShape, seconds: f64, predicted: f64) {
+    pub(crate) fn step(&self, shape: &StepShape, output: &StepOutput, predicted: f64) {
+        let seconds = output.seconds;
+        let drawn = output.sampled.iter().filter_map(|sampled| sampled.result.as_ref().ok());
+        let (ids, sequences) = drawn.fold((0, 0), |(ids, count), drawn| (ids + drawn.len() as u64, count + 1));
         if shape.sequences == 0 {
             return;
         }
@@ -188,7 +200,9 @@ impl EngineMetrics {
         if let Some(floors) = self.floors.get() {
             self.step_floor_seconds.inc_by(floors.step(shape));
         }
-        self.tokens.get_or_create(&KindLabels { kind: "decode" }).inc_by(shape.decoded_tokens);
+        self.tokens.get_or_create(&KindLabels { kind: "decode" }).inc_by(ids);
+        self.drafted_tokens.inc_by(shape.drafted_tokens);
+        self.accepted_tokens.inc_by(ids.saturating_sub(sequences));
         self.tokens.get_or_create(&KindLabels { kind: "prefill" }).inc_by(shape.prefilled_tokens);
     }
 
@@ -215,7 +229,7 @@ impl EngineMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::step::Work;
+    use crate::engine::step::{Drawn, Sampled, Work};
 
     #[test]
     fn a_steps_shape_tells_prompts_from_decodes() {
@@ -225,10 +239,14 @@ mod tests {
             tokens,
             new_blocks: Vec::new(),
             sample: true,
+            drafts: 0,
             prompt_logprobs: None,
         };
         let step =
             Step { id: 1, work: vec![work(99, Tokens::Sampled), work(10, Tokens::Ids(vec![1; 4]))], ..Step::default() };
+        let drafted = Work { drafts: 2, ..work(99, Tokens::Ids(vec![1; 3])) };
+        let guessed = StepShape::of(&Step { id: 2, work: vec![drafted], ..Step::default() });
+        assert_eq!((guessed.decoded_tokens, guessed.drafted_tokens, guessed.kind()), (3, 2, "decode"));
         let shape = StepShape::of(&step);
         assert_eq!((shape.decoded_tokens, shape.prefilled_tokens, shape.sequences), (1, 4, 2));
         assert_eq!((shape.context_tokens, shape.pairs), (100 + 14, 40 + 10));
@@ -242,14 +260,20 @@ mod tests {
         let metrics = EngineMetrics::default();
         let mut registry = Registry::with_prefix("w");
         metrics.register(&mut registry);
-        metrics.step(&StepShape { decoded_tokens: 3, sequences: 3, ..StepShape::default() }, 0.01, 0.02);
+        let token = Drawn { token_id: 1, logprobs: None };
+        let sampled = vec![Sampled { slot: 0, result: Ok(vec![token.clone(), token]) }];
+        let output = StepOutput { id: 1, sampled, seconds: 0.01, ..StepOutput::default() };
+        let shape = StepShape { decoded_tokens: 4, drafted_tokens: 3, sequences: 1, ..StepShape::default() };
+        metrics.step(&shape, &output, 0.02);
         metrics.started(64, 0.5);
         metrics.ended(End::Aborted);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         for line in [
             "w_step_seconds_count{kind=\"decode\"} 1",
-            "w_tokens_total{kind=\"decode\"} 3",
+            "w_tokens_total{kind=\"decode\"} 2",
+            "w_drafted_tokens_total 3",
+            "w_accepted_tokens_total 1",
             "w_tokens_total{kind=\"cached\"} 64",
             "w_sequences_total{end=\"aborted\"} 1",
             "w_sequences_total{end=\"failed\"} 0",

@@ -15,7 +15,8 @@ use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::RopeTable;
 
 use super::{Backend, BackendError, Batch, KvBudget, RankSetup, Result, SampleRequest, SampleResults};
-use crate::engine::step::{Admission, Drawn, Slot};
+use crate::engine::step::{Admission, Drawn, SequenceFault, Slot};
+use crate::grammar::Mask;
 use crate::model::KvShape;
 use crate::sample::{SlotState, score};
 use crate::weights::{LinearShard, Slice, VocabularyShard};
@@ -319,13 +320,13 @@ impl Backend for CpuBackend {
             }
         }
         for request in requests {
-            if let SampleRequest::Next { row, slot, position, mask } = request {
-                let row = &mut logits.numbers[*row as usize * columns..(*row as usize + 1) * columns];
+            if let SampleRequest::Next { row, slot, position, drafts, masks } = request {
                 let Some(state) = self.slots[*slot as usize].as_mut() else {
                     return Err(BackendError::Device(format!("slot {slot} has no sampler")));
                 };
-                let drawn = state.draw_within(mask.as_ref(), row, *position);
-                if let Ok(Drawn { token_id, .. }) = &drawn {
+                let rows = logits.numbers[*row as usize * columns..].chunks_exact_mut(columns);
+                let drawn = draw_along(state, rows, *position, drafts, masks);
+                if let Some(Drawn { token_id, .. }) = drawn.as_ref().ok().and_then(|drawn| drawn.last()) {
                     self.last_ids[*slot as usize] = *token_id;
                 }
                 results.drawn.push((*slot, drawn));
@@ -366,6 +367,30 @@ impl CpuBackend {
         }
         Ok(Activations { numbers: logits, columns: vocabulary })
     }
+}
+
+/// Draws from the first row and, while what is drawn is what was guessed, from the next.
+fn draw_along<'a>(
+    state: &mut SlotState,
+    rows: impl Iterator<Item = &'a mut [f32]>,
+    position: u32,
+    drafts: &[u32],
+    masks: &[Mask],
+) -> Result<Vec<Drawn>, SequenceFault> {
+    let mut drawn = Vec::with_capacity(1 + drafts.len());
+    for (index, row) in rows.take(1 + drafts.len()).enumerate() {
+        let one = match state.draw_within(masks.get(index), row, position + index as u32) {
+            Ok(one) => one,
+            Err(fault) if drawn.is_empty() => return Err(fault),
+            Err(_) => break,
+        };
+        let guessed = drafts.get(index) == Some(&one.token_id);
+        drawn.push(one);
+        if !guessed {
+            break;
+        }
+    }
+    Ok(drawn)
 }
 
 /// Rotates one head in place: halves, not interleaved pairs.

@@ -72,7 +72,7 @@ impl CudaBackend {
     /// Records the graph of every size that a batch can be filled up to.
     pub(super) fn record_graphs(&mut self, forward: &impl Fn(&mut Self) -> Result<Logits>) -> Result<()> {
         let most = LARGEST_GRAPH.min(self.setup.limits.sequences);
-        if !self.records() {
+        if !self.options.graphs {
             return Ok(());
         }
         let mut sizes: Vec<usize> = (1..=most).map(|rows| graph_rows(rows).min(most)).collect();
@@ -97,7 +97,7 @@ impl CudaBackend {
         let real = batch.token_ids.len();
         let sequences = self.setup.limits.sequences;
         let recorded =
-            self.records() && StepInputs::is_decode(batch) && (1..=LARGEST_GRAPH.min(sequences)).contains(&real);
+            self.options.graphs && StepInputs::is_decode(batch) && (1..=LARGEST_GRAPH.min(sequences)).contains(&real);
         let rows = if recorded { graph_rows(real).min(sequences) } else { real };
         self.sampler.step_begins(&self.device)?;
         self.inputs.upload(&self.device, batch, rows)?;
@@ -125,11 +125,6 @@ impl CudaBackend {
                 Ok(Logits { rows: self.inputs.shape.logit_rows })
             }
         }
-    }
-
-    /// Sums over ranks go through host memory, which a graph can't.
-    fn records(&self) -> bool {
-        self.options.graphs && self.setup.plan.ranks == 1
     }
 
     fn record(&mut self, forward: impl FnOnce(&mut Self) -> Result<()>) -> Result<Graph> {

@@ -6,6 +6,7 @@ use cudarc::driver::{result, sys};
 
 use super::kernels;
 use super::libraries;
+use super::nccl;
 use crate::backend::BackendError;
 
 /// Shared memory that a block of the largest kernel takes, bytes.
@@ -59,6 +60,14 @@ pub enum CudaUnavailable {
         /// In the loader's words.
         reason: String,
     },
+    /// No NCCL, and several GPUs to connect.
+    #[error(
+        "libnccl.so.2 was not found, which several GPUs need (it comes with NVIDIA's nvidia-nccl-cu13 wheel): {reason}"
+    )]
+    NoNccl {
+        /// In the loader's words.
+        reason: String,
+    },
 }
 
 impl From<CudaUnavailable> for BackendError {
@@ -77,13 +86,16 @@ pub(super) struct Gpu {
     pub(super) hopper: bool,
 }
 
-/// The names of the GPUs with these numbers, all of which can run the backend.
-pub fn survey(ordinals: Range<usize>) -> Result<Vec<String>, CudaUnavailable> {
+/// The names of the GPUs with these numbers, all of which can run the backend in a group of `ranks`.
+pub fn survey(ordinals: Range<usize>, ranks: usize) -> Result<Vec<String>, CudaUnavailable> {
     if !kernels::built() {
         return Err(CudaUnavailable::NoKernels);
     }
     let names = ordinals.map(|ordinal| find(ordinal).map(|gpu| gpu.name)).collect::<Result<_, _>>()?;
     load_cublaslt()?;
+    if ranks > 1 {
+        nccl::load()?;
+    }
     Ok(names)
 }
 

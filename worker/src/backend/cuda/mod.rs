@@ -16,12 +16,14 @@ mod libraries;
 mod linear;
 mod machine;
 mod matmul;
+mod nccl;
 mod options;
 mod ranks;
 mod sampler;
 mod step;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::RopeTable;
@@ -29,6 +31,7 @@ use bora_common::model::RopeTable;
 use super::{Backend, BackendError, Batch, KvBudget, RankSetup, Result, SampleRequest, SampleResults};
 use crate::engine::step::{Admission, Slot};
 use crate::model::KvShape;
+use crate::parallel::Abort;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
 use attention::DECODE_BLOCKS_A_MULTIPROCESSOR;
@@ -40,6 +43,7 @@ pub use linear::{Linear, Tensor};
 pub(crate) use machine::memory;
 pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
+use nccl::Communicator;
 pub use options::{CudaOptions, KvDtype};
 use sampler::Sampler;
 use step::StepInputs;
@@ -53,6 +57,8 @@ const RESERVED_BYTES: u64 = 512 << 20;
 pub struct CudaBackend {
     // fields drop in this order: what was recorded before what it reads, the device last
     graphs: HashMap<usize, Recording>,
+    /// Where there are several ranks.
+    communicator: Option<Communicator>,
     kernels: Kernels,
     matmul: Matmul,
     inputs: StepInputs,
@@ -89,6 +95,8 @@ struct Buffers {
     product: Buffer,
     query: Buffer,
     logits: Buffer,
+    /// [ranks][rows][columns of a rank]: the logits of all ranks, where there are several.
+    gathered: Buffer,
     partial_attention: Buffer,
     log_sums: Buffer,
     finished: Buffer,
@@ -104,7 +112,7 @@ pub struct Logits {
 
 impl CudaBackend {
     /// Opens a GPU. Its memory is taken by the weights as they are loaded and by `allocate_kv`.
-    pub fn new(setup: RankSetup, options: CudaOptions) -> Result<Self> {
+    pub fn new(mut setup: RankSetup, options: CudaOptions) -> Result<Self> {
         let head_dim = setup.config.head_dim;
         if ![32, 64, 128].contains(&head_dim) {
             return Err(BackendError::Unsupported {
@@ -129,8 +137,13 @@ impl CudaBackend {
         let inputs = StepInputs::new(&setup.limits, group)?;
         let sampler = Sampler::new(&device, &setup.limits, setup.config.vocab_size)?;
         tracing::info!(gpu = device.name, multiprocessors = device.multiprocessors, "opened a GPU");
+        let communicator = match setup.plan.ranks {
+            1 => None,
+            _ => Some(Communicator::connect(&mut *setup.collective)?),
+        };
         Ok(Self {
             graphs: HashMap::new(),
+            communicator,
             kernels,
             matmul,
             inputs,
@@ -202,7 +215,11 @@ impl CudaBackend {
                 "the products of linears",
             )?,
             query: Buffer::new(rows * heads * config.head_dim * 2, "the queries")?,
-            logits: Buffer::new(logit_rows * config.vocab_size * 4, "the logits")?,
+            logits: Buffer::new(logit_rows * config.vocab_size.max(plan.vocabulary_per_rank) * 4, "the logits")?,
+            gathered: match plan.ranks {
+                1 => Buffer::new(0, "nothing")?,
+                ranks => Buffer::new(logit_rows * ranks * plan.vocabulary_per_rank * 4, "the logits of all ranks")?,
+            },
             partial_attention: Buffer::new(partials * config.head_dim * 4, "the partial sums of attention")?,
             log_sums: Buffer::new(partials * 4, "the partial sums of attention")?,
             finished: Buffer::new(rows * plan.kv_heads.len() * 4, "the counters of attention")?,
@@ -211,7 +228,8 @@ impl CudaBackend {
             kv_place: Buffer::new(rows * 4, "the places in the cache")?,
         });
         // counters are zero between steps
-        self.device.fill(&self.buffers()?.finished, 0)
+        self.device.fill(&self.buffers()?.finished, 0)?;
+        self.try_communicator()
     }
 
     fn launch(&mut self, name: &str, shape: Shape, arguments: Arguments) -> Result<()> {
@@ -265,7 +283,10 @@ impl CudaBackend {
             .u32(hidden as u32)
             .f32(self.setup.config.rms_norm_eps);
         let block = (hidden / 4).next_multiple_of(32).clamp(32, 1024) as u32;
-        self.launch(&name, Shape { grid: [row_count as u32, 1, 1], block, shared: hidden as u32 * 4 }, arguments)?;
+        let shape = Shape { grid: [row_count as u32, 1, 1], block, shared: hidden as u32 * 4 };
+        // a kernel starts early only behind one of ours, not behind NCCL's
+        let overlap = self.options.overlap && self.communicator.is_none();
+        self.kernels.launch(&self.device, &name, shape, arguments, overlap)?;
         Ok(Tensor { address: target, rows: row_count, columns: hidden, format: tensor_format, part_scales: Vec::new() })
     }
 }
@@ -483,9 +504,7 @@ impl Backend for CudaBackend {
         let normed = self.submit_norm(&residual, partial, &gain.buffer, head.input_format, Some(listed))?;
         let target = self.buffers()?.logits.address;
         head.apply((&self.device, &mut self.kernels, &mut self.matmul), &normed, target, true, self.options.overlap)?;
-        if self.setup.plan.ranks > 1 {
-            self.gather_vocabulary(rows, head.outputs)?;
-        }
+        self.gather_vocabulary(rows)?;
         Ok(Logits { rows })
     }
 
@@ -500,7 +519,8 @@ impl Backend for CudaBackend {
 
     fn sample(&mut self, logits: Logits, requests: &[SampleRequest]) -> Result<()> {
         let wanted = |request: &SampleRequest| match *request {
-            SampleRequest::Next { row, .. } | SampleRequest::Score { row, .. } => row as usize,
+            SampleRequest::Next { row, ref drafts, .. } => row as usize + drafts.len(),
+            SampleRequest::Score { row, .. } => row as usize,
         };
         if requests.iter().any(|request| wanted(request) >= logits.rows) {
             return Err(BackendError::Device("a row of logits is wanted that was not computed".to_owned()));
@@ -510,7 +530,15 @@ impl Backend for CudaBackend {
     }
 
     fn collect(&mut self) -> Result<SampleResults> {
-        self.sampler.collect()
+        let results = self.sampler.collect()?;
+        if let Some(communicator) = &self.communicator {
+            communicator.check()?;
+        }
+        Ok(results)
+    }
+
+    fn aborter(&self) -> Option<Arc<dyn Abort>> {
+        self.communicator.as_ref().map(Communicator::aborter)
     }
 
     fn pipeline_depth(&self) -> usize {

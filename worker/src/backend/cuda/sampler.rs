@@ -49,6 +49,18 @@ struct Request {
     top: u32,
     /// Which of the step's masks bounds the draw; `FAULT` = none.
     mask: u32,
+    /// Draws of the sequence before this one in the step.
+    link: u32,
+    /// What the next link takes this one to draw.
+    guess: u32,
+    /// Links of the chain.
+    length: u32,
+}
+
+impl Request {
+    /// Of row 0, with neither mask nor links.
+    const ALONE: Request =
+        Request { row: 0, slot: 0, position: 0, target: FAULT, top: 0, mask: FAULT, link: 0, guess: FAULT, length: 1 };
 }
 
 /// `Answer` of sample.cu.
@@ -80,7 +92,13 @@ struct Pending {
 }
 
 enum Kind {
-    Draw { slot: Slot, position: u32, with_logprobs: bool },
+    /// One answer, and one more for each guess.
+    Draw {
+        slot: Slot,
+        position: u32,
+        with_logprobs: bool,
+        drafts: Vec<u32>,
+    },
     Score,
 }
 
@@ -106,10 +124,10 @@ pub(super) struct Sampler {
     generated: Buffer,
     requests: Buffer,
     answers: Buffer,
-    /// [draws of a step, words of a mask]; made when the first mask comes.
+    /// [rows of a step, words of a mask]; made when the first mask comes.
     masks: Option<Buffer>,
     mask_words: usize,
-    most_draws: usize,
+    most_masks: usize,
     work: Buffer,
     memory: Vec<SlotMemory>,
     with_logprobs: Vec<bool>,
@@ -142,7 +160,7 @@ impl Sampler {
             answers: Buffer::new(rows * size_of::<Answer>(), "the sampler's answers")?,
             masks: None,
             mask_words: vocabulary.div_ceil(32),
-            most_draws: slots,
+            most_masks: rows,
             work: Buffer::new(rows * vocabulary * 4, "the sampler's work space")?,
             memory: (0..slots).map(|_| SlotMemory::default()).collect(),
             with_logprobs: vec![false; slots],
@@ -241,40 +259,58 @@ impl Sampler {
         let exchange = &mut self.exchanges[ring];
         exchange.admitted.clear();
         let room = exchange.requests.as_slice().len() / size_of::<Request>();
-        if requests.len() > room {
-            return Err(BackendError::Device(format!("{} rows to sample, at most {room} fit", requests.len())));
+        let rows: usize = requests.iter().map(rows_of).sum();
+        if rows > room {
+            return Err(BackendError::Device(format!("{rows} rows to sample, at most {room} fit")));
         }
         let masks = masks_of(requests);
-        if masks.len() > self.most_draws {
-            return Err(BackendError::Device(format!("{} masks, at most {} fit", masks.len(), self.most_draws)));
+        if masks.len() > self.most_masks {
+            return Err(BackendError::Device(format!("{} masks, at most {} fit", masks.len(), self.most_masks)));
         }
         let mut kinds = Vec::with_capacity(requests.len());
+        let mut listed = Vec::with_capacity(rows);
         let mut masked = 0;
-        let pinned = exchange.requests.as_mut_slice();
-        for (request, bytes) in requests.iter().zip(pinned.chunks_exact_mut(size_of::<Request>())) {
-            let (request, kind) = match *request {
-                SampleRequest::Next { row, slot, position, ref mask } => {
-                    let with_logprobs = self.with_logprobs[slot as usize];
-                    let number = mask.as_ref().map_or(FAULT, |_| masked);
-                    masked += u32::from(mask.is_some());
-                    (
-                        Request { row, slot, position, target: FAULT, top: 0, mask: number },
-                        Kind::Draw { slot, position, with_logprobs },
-                    )
+        let mut chained = false;
+        for request in requests {
+            match request {
+                SampleRequest::Next { row, slot, position, drafts, masks } => {
+                    let length = 1 + drafts.len() as u32;
+                    for link in 0..length {
+                        let mask = if masks.is_empty() { FAULT } else { masked + link };
+                        let guess = drafts.get(link as usize).copied().unwrap_or(FAULT);
+                        let (row, position) = (row + link, position + link);
+                        listed.push(Request {
+                            row,
+                            slot: *slot,
+                            position,
+                            target: FAULT,
+                            top: 0,
+                            mask,
+                            link,
+                            guess,
+                            length,
+                        });
+                    }
+                    masked += masks.len() as u32;
+                    chained |= length > 1;
+                    let with_logprobs = self.with_logprobs[*slot as usize];
+                    kinds.push(Kind::Draw { slot: *slot, position: *position, with_logprobs, drafts: drafts.clone() });
                 }
                 SampleRequest::Score { row, slot, target, top } => {
-                    (Request { row, slot, position: 0, target, top, mask: FAULT }, Kind::Score)
+                    let request =
+                        Request { row: *row, slot: *slot, position: 0, target: *target, top: *top, ..Request::ALONE };
+                    listed.push(request);
+                    kinds.push(Kind::Score);
                 }
-            };
-            bytes.copy_from_slice(bytes_of(&request));
-            kinds.push(kind);
+            }
+        }
+        let pinned = exchange.requests.as_mut_slice();
+        for (request, bytes) in listed.iter().zip(pinned.chunks_exact_mut(size_of::<Request>())) {
+            bytes.copy_from_slice(bytes_of(request));
         }
         if !requests.is_empty() {
-            device.upload_async(
-                self.requests.address,
-                &exchange.requests.as_slice()[..requests.len() * size_of::<Request>()],
-            )?;
-            let masks = upload_masks(device, &masks, self.most_draws, self.mask_words, &mut self.masks, exchange)?;
+            device.upload_async(self.requests.address, &exchange.requests.as_slice()[..rows * size_of::<Request>()])?;
+            let masks = upload_masks(device, &masks, self.most_masks, self.mask_words, &mut self.masks, exchange)?;
             let arguments = Arguments::default()
                 .address(logits)
                 .address(self.work.address)
@@ -285,9 +321,21 @@ impl Sampler {
                 .address(self.generated.address)
                 .address(self.answers.address)
                 .u32(self.vocabulary as u32);
-            let shape = Shape { grid: [requests.len() as u32, 1, 1], block: 1024, shared: 0 };
+            let shape = Shape { grid: [rows as u32, 1, 1], block: 1024, shared: 0 };
             kernels.launch(device, "sample_rows", shape, arguments, false)?;
-            let bytes = requests.len() * size_of::<Answer>();
+            if chained {
+                let arguments = Arguments::default()
+                    .address(self.requests.address)
+                    .u32(rows as u32)
+                    .address(self.answers.address)
+                    .address(self.samplers.address)
+                    .address(self.last_drawn.address)
+                    .address(self.generated.address)
+                    .u32(self.vocabulary as u32);
+                let shape = Shape { grid: [rows.div_ceil(128) as u32, 1, 1], block: 128, shared: 0 };
+                kernels.launch(device, "settle_drafts", shape, arguments, false)?;
+            }
+            let bytes = rows * size_of::<Answer>();
             device.download_async(&mut exchange.answers.as_mut_slice()[..bytes], self.answers.address)?;
         }
         exchange.done.record(device)?;
@@ -306,16 +354,13 @@ impl Sampler {
             seconds: f64::from(exchange.done.since(&exchange.start)?) / 1e3,
             ..SampleResults::default()
         };
-        let answers = exchange.answers.as_slice().chunks_exact(size_of::<Answer>()).map(answer_of);
-        for (kind, answer) in pending.kinds.iter().zip(answers) {
-            match *kind {
-                Kind::Score => results.scored.push(logprobs_of(&answer)),
-                Kind::Draw { slot, position, .. } if answer.id == FAULT => {
-                    results.drawn.push((slot, Err(SequenceFault::NotANumber { position })));
-                }
-                Kind::Draw { slot, with_logprobs, .. } => {
-                    let logprobs = with_logprobs.then(|| logprobs_of(&answer));
-                    results.drawn.push((slot, Ok(Drawn { token_id: answer.id, logprobs })));
+        let mut answers = exchange.answers.as_slice().chunks_exact(size_of::<Answer>()).map(answer_of);
+        for kind in &pending.kinds {
+            match kind {
+                Kind::Score => results.scored.extend(answers.next().as_ref().map(logprobs_of)),
+                Kind::Draw { slot, position, with_logprobs, drafts } => {
+                    let chain: Vec<Answer> = answers.by_ref().take(1 + drafts.len()).collect();
+                    results.drawn.push((*slot, drawn_of(&chain, drafts, *position, *with_logprobs)));
                 }
             }
         }
@@ -323,10 +368,38 @@ impl Sampler {
     }
 }
 
+/// The ids of a chain that count, as `settle_drafts` of sample.cu sees it.
+fn drawn_of(
+    chain: &[Answer],
+    drafts: &[u32],
+    position: u32,
+    with_logprobs: bool,
+) -> std::result::Result<Vec<Drawn>, SequenceFault> {
+    let mut drawn = Vec::with_capacity(chain.len());
+    for (link, answer) in chain.iter().enumerate() {
+        if answer.id == FAULT {
+            break;
+        }
+        drawn.push(Drawn { token_id: answer.id, logprobs: with_logprobs.then(|| logprobs_of(answer)) });
+        if drafts.get(link) != Some(&answer.id) {
+            break;
+        }
+    }
+    if drawn.is_empty() { Err(SequenceFault::NotANumber { position }) } else { Ok(drawn) }
+}
+
+/// Rows of logits that a request reads.
+fn rows_of(request: &SampleRequest) -> usize {
+    match request {
+        SampleRequest::Next { drafts, .. } => 1 + drafts.len(),
+        SampleRequest::Score { .. } => 1,
+    }
+}
+
 fn masks_of(requests: &[SampleRequest]) -> Vec<&Mask> {
-    let masks = requests.iter().filter_map(|request| match request {
-        SampleRequest::Next { mask, .. } => mask.as_ref(),
-        SampleRequest::Score { .. } => None,
+    let masks = requests.iter().flat_map(|request| match request {
+        SampleRequest::Next { masks, .. } => masks.as_slice(),
+        SampleRequest::Score { .. } => &[],
     });
     masks.collect()
 }

@@ -108,6 +108,7 @@ impl Driver {
                     tokens,
                     new_blocks,
                     sample: start + count == context,
+                    drafts: 0,
                     prompt_logprobs: None,
                 };
                 self.submit(std::mem::take(&mut admit), vec![work])?;
@@ -170,6 +171,7 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
                         tokens: Tokens::Sampled,
                         new_blocks: Vec::new(),
                         sample: true,
+                        drafts: 0,
                         prompt_logprobs: None,
                     })
                     .collect();
@@ -178,7 +180,7 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
             if index > 0 {
                 let output = driver.runner.collect()?;
                 for sampled in &output.sampled {
-                    equal.insert(sampled.result.clone()?.token_id);
+                    equal.extend(sampled.result.clone()?.iter().map(|drawn| drawn.token_id));
                 }
                 let now = Instant::now();
                 if index > WARM_STEPS {

@@ -50,6 +50,8 @@ pub enum Section {
     Kernels,
     /// The tiny models against their goldens.
     Models,
+    /// The same cut over 2 and 4 GPUs, as far as the machine has them.
+    Ranks,
     /// Every kernel at the shapes of the 24B model, beside its floor.
     Timing,
     /// Decode steps of the 24B shape with random weights, end to end.
@@ -65,7 +67,20 @@ pub fn run(section: Section, fixtures: &Path, config: Option<&Path>, only: &str,
             for overlap in [true, false] {
                 for kv in [KvDtype::Bf16, KvDtype::E4m3] {
                     let options = CudaOptions { kv, overlap, ..CudaOptions::default() };
-                    models::run(fixtures, options, only, report);
+                    models::run(fixtures, options, 1, only, report);
+                }
+            }
+        }
+        Section::Ranks => {
+            for ranks in [2, 4] {
+                let name = format!("{ranks} GPUs");
+                if let Err(reason) = super::survey(0..ranks, ranks) {
+                    report(Outcome::timing(name, json!({ "not run": reason.to_string() })));
+                    continue;
+                }
+                for graphs in [true, false] {
+                    let options = CudaOptions { graphs, ..CudaOptions::default() };
+                    models::run(fixtures, options, ranks, only, report);
                 }
             }
         }

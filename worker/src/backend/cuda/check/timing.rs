@@ -426,8 +426,9 @@ fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             sampler.admit(&bench.device, &mut bench.kernels, &admission)?;
         }
         for rows in [1usize, 64] {
-            let requests: Vec<SampleRequest> =
-                (0..rows as u32).map(|row| SampleRequest::Next { row, slot: row, position: 9, mask: None }).collect();
+            let requests: Vec<SampleRequest> = (0..rows as u32)
+                .map(|row| SampleRequest::Next { row, slot: row, position: 9, drafts: Vec::new(), masks: Vec::new() })
+                .collect();
             let mut times = Vec::new();
             for _ in 0..7 {
                 sampler.step_begins(&bench.device)?;
