@@ -98,11 +98,12 @@ class Process:
 class Cluster:
     """A cluster under test. Use as a context manager: everything it started ends with it."""
 
-    def __init__(self, model_dir=None, model="tiny", tokenizer=TOKENIZER_8K, registry="etcd", skip_tokenizer=False):
+    def __init__(self, model_dir=None, model="tiny", tokenizer=TOKENIZER_8K, registry="etcd", skip_tokenizer=False, models=None):
         self.directory = tempfile.TemporaryDirectory(prefix="bora-e2e-")
         self.path = pathlib.Path(self.directory.name)
         self.processes = []
         self.model = model
+        self.models = models  # as in the configuration, where there are several
         self.model_dir = str(model_dir or FIXTURES / "tiny_text")
         self.tokenizer = None if skip_tokenizer else tokenizer
         self.registry = registry
@@ -158,7 +159,9 @@ class Cluster:
             **self.sections,
             **sections,
         }
-        if self.tokenizer:
+        if self.models:
+            document["models"] = self.models
+        elif self.tokenizer:
             document["models"][0]["tokenizer"] = str(self.tokenizer)
         else:
             document["models"][0]["skip_tokenizer_init"] = True

@@ -466,7 +466,7 @@ fn describe(
         max_model_len: window,
         vocabulary_size: facts.vocabulary_size,
         max_sequences: settings.options.schedule.max_num_seqs,
-        images: false,
+        images: device == Device::Fake && settings.options.fake.images,
         speed: ranks.speed,
         state: GroupState::Ready,
         version: env!("CARGO_PKG_VERSION").into(),

@@ -200,12 +200,15 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// Not let in after all: nothing was used, and a request that was counted is not.
-    fn refused(&mut self, error: ApiError, counted: Option<&Bucket>) -> ApiError {
+    /// Not let in after all: nothing was used, and a request that was counted is not. The refusal says what is left.
+    fn refused(&mut self, mut error: ApiError, counted: Option<&Bucket>) -> ApiError {
         self.prompt_tokens = 0;
         if let Some(bucket) = counted {
             bucket.give_back(1.0);
         }
+        let mut limits = HeaderMap::new();
+        self.write_headers(&mut limits);
+        error.limits = Some(Box::new(limits));
         error
     }
 

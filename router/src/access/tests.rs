@@ -93,6 +93,7 @@ fn a_minute_s_requests_and_then_no_more() {
     let error = caller.admit(wish(1, 0), "a").unwrap_err();
     assert_eq!(error.status, StatusCode::TOO_MANY_REQUESTS);
     assert!((19..=20).contains(&error.retry_after.unwrap()), "a third of a minute: {:?}", error.retry_after);
+    assert_eq!(error.limits.unwrap()["x-ratelimit-remaining-requests"], "0", "the refusal says what is left");
 }
 
 #[test]

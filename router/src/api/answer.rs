@@ -376,7 +376,7 @@ impl Answer {
         &mut self.context
     }
 
-    /// Whether the answer goes to Mistral's client with no word on how it wants its usage.
+    /// Whether the answer goes to a client of Mistral's API with no word on how it wants its usage.
     pub fn mistral_client(&self) -> bool {
         self.context.client.mistral && !self.params.include_usage
     }

@@ -3,7 +3,7 @@
 
 use axum::{
     body::Body,
-    http::{HeaderValue, Response, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Response, StatusCode, header},
     response::IntoResponse,
 };
 use serde::Serialize;
@@ -23,6 +23,8 @@ pub struct ApiError {
     pub message: String,
     /// Seconds after which a retry may succeed.
     pub retry_after: Option<u32>,
+    /// What is left of the limits that the caller has, where it has any.
+    pub limits: Option<Box<HeaderMap>>,
 }
 
 #[derive(Serialize)]
@@ -40,7 +42,7 @@ struct Fields<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None }
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None, limits: None }
     }
 
     /// 400 for one field of the request.
@@ -177,6 +179,9 @@ impl IntoResponse for ApiError {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(limits) = self.limits {
+            headers.extend(*limits);
         }
         response
     }

@@ -214,7 +214,10 @@ async fn discard(mut body: Body, most: usize) {
 
 fn client(headers: &HeaderMap) -> Client {
     let user_agent = headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
-    Client { mistral: user_agent.is_some_and(|agent| agent.contains("mistral-client-python")) }
+    // LangChain's client for Mistral gives the name of its HTTP library and no other sign. Whoever else does so gets
+    // nothing that is wrong: whole tool calls, and usage that was not asked for.
+    let mistral = |agent: &str| agent.contains("mistral-client-") || agent.starts_with("python-httpx/");
+    Client { mistral: user_agent.is_some_and(mistral) }
 }
 
 /// Who sends a request: the tenant of its key, or whoever holds the key where keys are not asked for.
