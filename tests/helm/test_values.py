@@ -54,6 +54,7 @@ OTHERS = {
 # another value where the schema alone does not say one that fits
 FITTING = {
     "telemetry.otlpEndpoint": {"otlpEndpoint": "http://collector:4317"},
+    "telemetry.sampleRatio": {"sampleRatio": 0.5},
     "etcd.kind": {"kind": "external", "external": {"endpoints": ["e:2379"]}},
     "etcd.builtin.tls.source": {"source": "existing", "existingSecret": "s"},
     "storage.kind": {"kind": "emptyDir"},
