@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryOptions, read_file};
+use bora_common::telemetry::TelemetryOptions;
 use bora_router::RouterOptions;
 use bora_worker::WorkerOptions;
 use serde::Deserialize;
@@ -25,6 +26,8 @@ pub(crate) struct Config {
     pub(crate) worker: WorkerOptions,
     /// Log output.
     pub(crate) log: LogOptions,
+    /// Traces and metrics to a collector.
+    pub(crate) telemetry: TelemetryOptions,
 }
 
 /// Where the router listens.
@@ -56,6 +59,7 @@ impl Default for Config {
             router: RouterOptions::default(),
             worker: WorkerOptions::default(),
             log: LogOptions::default(),
+            telemetry: TelemetryOptions::default(),
         }
     }
 }
@@ -73,6 +77,7 @@ impl Config {
         self.registry.check()?;
         self.router.validate().map_err(|error| ConfigError::Conflict(error.to_string()))?;
         self.worker.check()?;
+        self.telemetry.check()?;
         if self.cluster.is_empty() {
             return Err(ConfigError::Conflict("cluster: expected a name".into()));
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use bora_common::config::{ConfigError, ModelOptions, RegistryKind};
 use bora_common::registry::{Registry, RouterRecord};
+use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_router::{ModelSpec, Router};
 use clap::Args;
 use tokio::net::TcpListener;
@@ -47,12 +48,18 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     logging::start(&config.log)?;
     crate::runtime()?.block_on(async {
         let registry = config.registry.open(&config.cluster)?;
-        serve(&config, registry.as_ref(), shutdown::token()?).await
+        serve(&config, "bora-router", None, registry.as_ref(), shutdown::token()?).await
     })
 }
 
-/// Opens the tokenizers, listens and serves until `stop`.
-pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: CancellationToken) -> anyhow::Result<()> {
+/// Opens the tokenizers, listens and serves until `stop`. `beside` makes the metrics of a group in the same process.
+pub(crate) async fn serve(
+    config: &Config,
+    service: &'static str,
+    beside: Option<MetricsSource>,
+    registry: &dyn Registry,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let mut models = HashMap::new();
     for model in &config.models {
         models.insert(model.name.clone(), open_model(model)?);
@@ -72,6 +79,19 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
     let mut router = Router::new(config.router.clone(), models, registry.watch())?;
     let presence = registry.join(record(&listener.local_addr()?));
     router.share_limits(presence.live());
+    if let Some(beside) = beside {
+        router.service().metrics().add_source(beside);
+    }
+    let identity = Identity {
+        service,
+        version: env!("CARGO_PKG_VERSION"),
+        cluster: config.cluster.clone(),
+        attributes: Vec::new(),
+    };
+    // the service owns the metrics: it must not be kept alive by their export
+    let metrics = Arc::downgrade(router.service());
+    let source: MetricsSource = Arc::new(move || metrics.upgrade().map(|one| one.metrics_text()).unwrap_or_default());
+    let telemetry = telemetry::start(config.telemetry.clone(), &identity, Some(source))?;
     tracing::info!(address = %listener.local_addr()?, "router listens");
     let loopback = listener.local_addr()?.ip().is_loopback();
     if !loopback && router.service().access().is_open() {
@@ -96,6 +116,7 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
     if let Some(admin) = admin {
         admin.abort();
     }
+    telemetry.stop().await;
     served
 }
 

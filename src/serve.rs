@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, bail};
 use bora_common::config::{ByteSize, ModelOptions};
 use bora_router::{ConversationRules, Digest};
-use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerSettings};
+use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerMetrics, WorkerSettings};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
@@ -96,10 +96,11 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
         let signalled = shutdown::token()?;
         let group_stop = CancellationToken::new();
         let registry = config.registry.open(&config.cluster)?;
-        let settings = WorkerSettings { options: config.worker.clone(), model };
+        let metrics = WorkerMetrics::new();
+        let settings = WorkerSettings { options: config.worker.clone(), model, metrics: metrics.clone() };
         let mut group = tokio::spawn(bora_worker::run(settings, registry.clone(), group_stop.clone()));
         tokio::select! {
-            routed = router::serve(&config, registry.as_ref(), signalled) => {
+            routed = router::serve(&config, "bora-serve", Some(metrics.source()), registry.as_ref(), signalled) => {
                 // open requests have ended; now the group may
                 group_stop.cancel();
                 group.await.context("the group's task failed")??;

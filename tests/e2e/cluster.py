@@ -108,6 +108,7 @@ class Cluster:
         self.tokenizer = None if skip_tokenizer else tokenizer
         self.registry = registry
         self.router_url = None
+        self.sections = {}  # of every process's configuration
         self.etcd_port, self.etcd_peer_port = free_port(), free_port()
 
     def __enter__(self):
@@ -155,6 +156,7 @@ class Cluster:
             "cluster": "e2e",
             "registry": {"kind": self.registry, "endpoints": [f"127.0.0.1:{registry_port or self.etcd_port}"], "lease_seconds": 3},
             "models": [{"name": self.model, "path": self.model_dir}],
+            **self.sections,
             **sections,
         }
         if self.models:

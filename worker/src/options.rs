@@ -29,6 +29,8 @@ pub struct WorkerOptions {
     pub listen: HostPort,
     /// Where the leader waits for the processes that hold the other ranks.
     pub peers: HostPort,
+    /// Where `/metrics` and `/health` are served, by every process of the group; nowhere where it is absent.
+    pub admin: Option<HostPort>,
     /// How routers reach `listen`; the listening address where it is absent.
     pub advertise: Option<HostPort>,
     /// Name or address under which the group's other processes reach this one; the listening host where it is absent.
@@ -71,6 +73,7 @@ impl Default for WorkerOptions {
             ranks: None,
             listen: HostPort { host: "127.0.0.1".into(), port: 0 },
             peers: HostPort { host: "127.0.0.1".into(), port: 0 },
+            admin: None,
             advertise: None,
             host: None,
             leader: None,

@@ -306,3 +306,15 @@ tls:
 {{- define "bora.podAddress" -}}
 {{- printf "%s:%d" (ternary "[$(POD_IP)]" "$(POD_IP)" (contains ":" .root.Values.bindAddress)) (int .port) -}}
 {{- end -}}
+
+{{- /* The `telemetry` section, where a collector is named. */ -}}
+{{- define "bora.telemetry" -}}
+{{- with .Values.telemetry }}
+{{- if .otlpEndpoint -}}
+telemetry:
+  otlp_endpoint: {{ .otlpEndpoint | quote }}
+  sample_ratio: {{ .sampleRatio }}
+  metrics: {{ .metrics }}
+{{- end }}
+{{- end }}
+{{- end }}

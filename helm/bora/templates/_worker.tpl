@@ -61,6 +61,7 @@ spec:
         - {name: grpc, containerPort: {{ $workers.ports.grpc }}}
         {{- end }}
         - {name: peers, containerPort: {{ $workers.ports.peers }}}
+        - {name: admin, containerPort: {{ $workers.ports.admin }}}
       {{- if .leader }}
       # "serving" means: weights are loaded, every rank is there, and steps make progress
       startupProbe:

@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header},
     response::IntoResponse as _,
 };
+use bora_common::telemetry::Span;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use tokio::time::Instant;
 
@@ -20,7 +21,7 @@ use super::{
     params::{Client, Endpoint},
     prepare::{Form, Prepared, prepare},
     responses::{self, stream::ResponsesWriter},
-    sse,
+    sse, trace,
 };
 use crate::{
     access::{Caller, limits::Wish},
@@ -60,20 +61,20 @@ pub async fn messages(State(service): State<Arc<Service>>, request: Request<Body
 async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Body>) -> Response<Body> {
     let arrived = Instant::now();
     let (parts, body) = request.into_parts();
-    let request_id = match parts.extensions.get::<RequestId>() {
-        Some(RequestId(id)) => id.clone(),
-        None => RequestId::random().0,
-    };
+    let request_id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
     let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
+    let mut open = service.metrics().request(endpoint.name());
+    let trace = trace::arrive(&parts.headers, &parts.uri, &request_id, &mut open);
     let mut context = RequestContext {
-        request_id,
+        request_id: request_id.0,
         client: client(&parts.headers),
-        traceparent: traceparent(&parts.headers),
+        trace,
+        tracestate: parts.headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
         tenant: tenant(caller.as_ref(), &parts.headers),
         caller,
         permit: None,
         arrived,
-        open: service.metrics().request(endpoint.name()),
+        open,
     };
     let body = match read_body(body, &parts.headers, service.options().max_body_bytes).await {
         Ok(body) => body,
@@ -82,7 +83,11 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
             return error.into_response();
         }
     };
+    let encoding = Span::below(context.trace.as_ref(), "encode");
+    let length = body.len();
     let prepared = prepare_in_pool(&service, endpoint, context.client, context.caller.clone(), body).await;
+    let operation = if endpoint == Endpoint::Completions { "text_completion" } else { "chat" };
+    trace::prepared(&prepared, operation, length, encoding, &mut context);
     let outcome = match prepared.and_then(|prepared| admit(prepared, &mut context)) {
         Ok(prepared) => answer(service, endpoint, prepared, context).await,
         Err(error) => {
@@ -230,10 +235,6 @@ fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
         return xxhash_rust::xxh3::xxh3_64(caller.tenant.name.as_bytes());
     }
     headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
-}
-
-fn traceparent(headers: &HeaderMap) -> Option<tonic::metadata::AsciiMetadataValue> {
-    headers.get("traceparent")?.to_str().ok()?.parse().ok()
 }
 
 impl From<PoolError> for ApiError {

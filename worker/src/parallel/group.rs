@@ -21,6 +21,8 @@ use super::shared::SharedRank;
 use super::single::SingleRank;
 use super::tcp::{MeshKey, MeshOptions, connect_mesh};
 use crate::engine::step::{RunError, Step, StepOutput, StepRunner};
+use crate::telemetry::ranks::RankMetrics;
+use crate::telemetry::spans::RankSpans;
 use crate::weights::{ShardError, ShardPlan, WeightError};
 
 /// A group that runs.
@@ -244,6 +246,7 @@ pub struct GroupRunner {
     fault: Arc<Fault>,
     progress: Arc<GroupProgress>,
     stop: CancellationToken,
+    spans: RankSpans,
 }
 
 impl GroupRunner {
@@ -267,7 +270,7 @@ impl GroupRunner {
             });
             others.push(thread.map_err(system("start a rank's thread"))?);
         }
-        Ok(Self { first, others, remotes, fault, progress, stop })
+        Ok(Self { first, others, remotes, fault, progress, stop, spans: RankSpans::new(0) })
     }
 
     fn check(&self) -> Result<(), RunError> {
@@ -305,6 +308,7 @@ impl StepRunner for GroupRunner {
     fn submit(&mut self, step: Step) -> Result<(), RunError> {
         self.check()?;
         self.spread(&step).map_err(|error| self.fault.settle(error))?;
+        self.spans.submitted(&step);
         self.first.submit(step).map_err(|error| self.fault.settle(error))
     }
 
@@ -312,7 +316,13 @@ impl StepRunner for GroupRunner {
         self.check()?;
         let output = self.first.collect().map_err(|error| self.fault.settle(error))?;
         self.progress.set_steps(0, output.id);
+        self.spans.collected(output.id);
+        RankMetrics::global().step(0, output.id);
         Ok(output)
+    }
+
+    fn idle(&mut self) {
+        self.spans.idle();
     }
 }
 

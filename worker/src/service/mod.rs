@@ -7,6 +7,7 @@
 mod admin;
 mod health;
 mod inference;
+mod watched;
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
