@@ -4,6 +4,7 @@ use std::path::Path;
 
 use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryOptions, read_file};
 use bora_common::telemetry::TelemetryOptions;
+use bora_common::tls::{Connector, GrpcTls, HttpTls, TlsError};
 use bora_router::RouterOptions;
 use bora_worker::WorkerOptions;
 use serde::Deserialize;
@@ -20,6 +21,8 @@ pub(crate) struct Config {
     pub(crate) models: Vec<ModelOptions>,
     /// Where the router listens.
     pub(crate) http: HttpOptions,
+    /// How routers, leaders and followers speak with each other.
+    pub(crate) grpc: GrpcOptions,
     /// Limits and habits of the router.
     pub(crate) router: RouterOptions,
     /// One worker process and its group.
@@ -41,11 +44,28 @@ pub(crate) struct HttpOptions {
     /// Where `/health`, `/ready`, `/metrics`, `/groups` and `/version` are served as well, for probes and for
     /// Prometheus; nowhere else where it is absent.
     pub(crate) admin: Option<HostPort>,
+    /// TLS of the API's port; plain text where it is absent. The admin port is always plain.
+    pub(crate) tls: Option<HttpTls>,
+}
+
+/// How routers, leaders and followers speak with each other.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct GrpcOptions {
+    /// Mutual TLS; plain text where it is absent. The same in all processes of a cluster.
+    pub(crate) tls: Option<GrpcTls>,
+}
+
+impl GrpcOptions {
+    /// What opens connections.
+    pub(crate) fn connector(&self) -> Result<Option<Connector>, TlsError> {
+        self.tls.as_ref().map(Connector::new).transpose()
+    }
 }
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        Self { host: "127.0.0.1".into(), port: 8000, admin: None }
+        Self { host: "127.0.0.1".into(), port: 8000, admin: None, tls: None }
     }
 }
 
@@ -56,6 +76,7 @@ impl Default for Config {
             registry: RegistryOptions::default(),
             models: Vec::new(),
             http: HttpOptions::default(),
+            grpc: GrpcOptions::default(),
             router: RouterOptions::default(),
             worker: WorkerOptions::default(),
             log: LogOptions::default(),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use bora_common::config::{ByteSize, ModelOptions};
+use bora_common::tls::HttpTls;
 use bora_router::Digest;
 use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerMetrics, WorkerSettings};
 use clap::Args;
@@ -75,6 +76,12 @@ pub(crate) struct ServeArgs {
     /// file of tenants and hashed keys (router.access.keys)
     #[arg(long)]
     api_key_file: Option<PathBuf>,
+    /// PEM file of the certificate that the API is served with (http.tls)
+    #[arg(long, visible_alias = "ssl-certfile", requires = "tls_key_file")]
+    tls_certificate_file: Option<PathBuf>,
+    /// PEM file of that certificate's key
+    #[arg(long, visible_alias = "ssl-keyfile", requires = "tls_certificate_file")]
+    tls_key_file: Option<PathBuf>,
     /// names the reasons of each placement in the header x-bora-decision
     #[arg(long)]
     debug: bool,
@@ -92,7 +99,7 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     crate::runtime()?.block_on(async {
         let signalled = shutdown::token()?;
         let group_stop = CancellationToken::new();
-        let registry = config.registry.open(&config.cluster)?;
+        let registry = config.registry.open(&config.cluster, None)?;
         let metrics = WorkerMetrics::new();
         let settings = WorkerSettings { options: config.worker.clone(), model, metrics: metrics.clone() };
         let mut group = tokio::spawn(bora_worker::run(settings, registry.clone(), group_stop.clone()));
@@ -125,6 +132,10 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     });
     config.http.host = args.host;
     config.http.port = args.port;
+    config.http.tls = args
+        .tls_certificate_file
+        .zip(args.tls_key_file)
+        .map(|(certificate_file, key_file)| HttpTls { certificate_file, key_file });
     config.router.debug = args.debug;
     config.router.access.keys = args.api_key_file;
     config.router.access.api_keys = args.api_key.iter().map(|key| Digest::of(key.as_bytes())).collect();

@@ -77,7 +77,8 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let model = config.worker_model()?.clone();
     logging::start(&config.log)?;
     crate::runtime()?.block_on(async {
-        let registry = config.registry.open(&config.cluster)?;
+        config.worker.tls = config.grpc.tls.clone();
+        let registry = config.registry.open(&config.cluster, config.grpc.connector()?)?;
         let metrics = WorkerMetrics::new();
         let identity = Identity {
             service: "bora-worker",

@@ -9,5 +9,6 @@ pub mod cost;
 pub mod model;
 pub mod registry;
 pub mod telemetry;
+pub mod tls;
 pub mod tokenizer;
 pub mod version;

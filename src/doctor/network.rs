@@ -69,7 +69,10 @@ async fn etcd(config: &Config) -> Vec<Check> {
 
 /// Reads through a quorum, as workers do when they look for their leader.
 async fn read_registry(config: &Config) -> Result<Check, String> {
-    let registry = config.registry.open(&config.cluster).map_err(|error| error.to_string())?;
+    let registry = {
+        let grpc = config.grpc.connector().map_err(|error| error.to_string())?;
+        config.registry.open(&config.cluster, grpc).map_err(|error| error.to_string())?
+    };
     let mut times = Vec::new();
     for _ in 0..READS {
         let begun = Instant::now();

@@ -16,7 +16,8 @@ NO_CERTIFICATES = {"builtin": {"tls": {"source": "existing", "existingSecret": "
 EVERYTHING = {
     "models": {"m": MODEL},
     "download": {"kind": "huggingFace", "huggingFace": {"repository": "org/model", "tokenSecret": {"name": "hub"}}},
-    "router": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer"}},
+    "router": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer"}, "tls": {"secret": "h"}, "keys": {"secret": "k"}},
+    "grpc": {"tls": {"secret": "g"}},
     "workers": {
         "kind": "LeaderWorkerSet", "tensorParallelSize": 4, "ranksPerPod": 2, "rdma": {"enabled": True},
         "autoscaling": {"kind": "keda"},

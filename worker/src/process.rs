@@ -12,6 +12,7 @@ use bora_common::registry::{
     Device, GroupRecord, GroupState, MemoryRegistry, RankRecord, Registry, RegistryError, RendezvousOffer,
     RendezvousRecord, Speed,
 };
+use bora_common::tls::{Acceptor, TlsError};
 use bora_common::tokenizer::TokenizerError;
 use bora_proto::v1;
 use tokio::net::TcpListener;
@@ -95,6 +96,9 @@ pub enum WorkerError {
     /// A step failed while the group was measured.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// The certificates can't be used.
+    #[error("grpc.tls: {0}")]
+    Tls(#[from] TlsError),
     /// The port can't be served any more.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -166,6 +170,11 @@ async fn lead(
         Some(address) => address.clone(),
         None => HostPort { host: options.listen.host.clone(), port },
     };
+    let health = match &options.health {
+        Some(address) => Some(listen("worker.health", address).await?),
+        None => None,
+    };
+    let tls = options.tls.as_ref().map(Acceptor::for_grpc).transpose()?;
     let group = options.group.clone().unwrap_or_else(|| format!("{}-{port}", host_name()));
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
 
@@ -175,7 +184,7 @@ async fn lead(
     let serving = tokio::spawn(service::serve(
         listener,
         host.clone(),
-        ServiceOptions::default(),
+        ServiceOptions { tls, health, ..ServiceOptions::default() },
         closing.clone().cancelled_owned(),
     ));
 
@@ -405,6 +414,7 @@ fn member_options(
             collective: options.collective_seconds,
         },
         grammars,
+        tls: options.tls.clone(),
     })
 }
 

@@ -19,7 +19,7 @@ use super::{
     response::{TokenNames, Usage},
 };
 use crate::{
-    access::{Caller, limits::Permit},
+    access::{Caller, audit::Audit, limits::Permit},
     metrics::OpenRequest,
     place::choose::NoGroup,
     relay::{
@@ -46,6 +46,8 @@ pub struct RequestContext {
     pub arrived: Instant,
     /// Whose key came with it; `None` where keys are not asked for.
     pub caller: Option<Caller>,
+    /// Its line in the audit log.
+    pub audit: Audit,
     /// Holds what its tenant's limits allow it.
     pub permit: Option<Permit>,
     /// Counts it.
@@ -270,6 +272,7 @@ impl Answer {
                     let seconds = self.context.arrived.elapsed().as_secs_f64();
                     self.service.metrics().first_token(seconds, self.context.trace.as_ref());
                 }
+                self.context.audit.generated(tokens.token_ids.len() as u64);
                 if let Some(permit) = &mut self.context.permit {
                     permit.completion_tokens += tokens.token_ids.len() as u64;
                 }
@@ -299,9 +302,7 @@ impl Answer {
         }
         self.running -= 1;
         if self.running == 0 {
-            if let Some(permit) = &mut self.context.permit {
-                permit.finished = true;
-            }
+            self.context.audit.finished();
             let usage = self.usage();
             let cached = usage.prompt_tokens_details.cached_tokens;
             self.service.metrics().tokens(usage.prompt_tokens.into(), cached.into(), usage.completion_tokens.into());

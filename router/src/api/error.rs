@@ -3,7 +3,7 @@
 
 use axum::{
     body::Body,
-    http::{HeaderMap, HeaderValue, Response, StatusCode, header},
+    http::{HeaderValue, Response, StatusCode, header},
     response::IntoResponse,
 };
 use serde::Serialize;
@@ -23,8 +23,6 @@ pub struct ApiError {
     pub message: String,
     /// Seconds after which a retry may succeed.
     pub retry_after: Option<u32>,
-    /// What is left of the limits that the caller has, where it has any.
-    pub limits: Option<Box<HeaderMap>>,
 }
 
 #[derive(Serialize)]
@@ -42,7 +40,7 @@ struct Fields<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None, limits: None }
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None }
     }
 
     /// 400 for one field of the request.
@@ -180,9 +178,11 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if let Some(limits) = self.limits {
-            headers.extend(*limits);
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        // for the audit log
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -22,7 +22,7 @@ use super::{
     sse, trace,
 };
 use crate::{
-    access::{Caller, limits::Wish},
+    access::{Caller, audit::Audit, limits::Wish},
     encode::pool::PoolError,
     server::RequestId,
     service::Service,
@@ -64,6 +64,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         tracestate: parts.headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
         tenant: tenant(caller.as_ref(), &parts.headers),
         caller,
+        audit: parts.extensions.get::<Audit>().cloned().unwrap_or_default(),
         permit: None,
         arrived,
         open,
@@ -75,6 +76,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
             return error.into_response();
         }
     };
+    context.audit.body(&body);
     let encoding = Span::below(context.trace.as_ref(), "encode");
     let length = body.len();
     let prepared = prepare_in_pool(&service, endpoint, context.client, context.caller.clone(), body).await;
@@ -112,16 +114,18 @@ async fn prepare_in_pool(
 
 /// Asks the tenant's limits, now that the request's tokens are counted.
 fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, ApiError> {
+    let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len() as u64);
+    let prompt_tokens = lengths.clone().sum();
+    context.audit.asks(&prepared.served_model, prompt_tokens);
     if let Some(caller) = &context.caller {
-        let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len() as u64);
         let sequences = prepared.prompts.len() as u64 * u64::from(prepared.params.n);
         let wish = Wish {
             model: &prepared.served_model,
-            prompt_tokens: lengths.clone().sum(),
+            prompt_tokens,
             longest_prompt: lengths.max().unwrap_or(0),
             max_tokens: u64::from(prepared.params.max_tokens.unwrap_or(0)) * sequences,
         };
-        context.permit = Some(caller.admit(wish, &context.request_id)?);
+        context.permit = Some(caller.admit(wish)?);
     }
     Ok(prepared)
 }
@@ -144,10 +148,6 @@ async fn answer(
         return Err(answer.refused(error));
     }
     let explanation = answer.explanation();
-    let mut limits = HeaderMap::new();
-    if let Some(permit) = &answer.context().permit {
-        permit.write_headers(&mut limits);
-    }
     let mut response = if stream {
         let groups = answer.served_by();
         let mut response = match endpoint {
@@ -172,7 +172,6 @@ async fn answer(
         name_groups(&mut response, &answer.served_by());
         response
     };
-    response.headers_mut().extend(limits);
     if let Some(explanation) = explanation.and_then(|text| HeaderValue::from_str(&text).ok()) {
         response.headers_mut().insert(DECISION_HEADER, explanation);
     }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use axum::http::uri::PathAndQuery;
-use bora_common::{telemetry::TraceContext, version};
+use bora_common::{telemetry::TraceContext, tls, version};
 use bora_proto::v1::{GenerateEvent, GenerateRequest, inference_client::InferenceClient};
 use tonic::{
     Code, Status, Streaming,
@@ -41,7 +41,8 @@ impl Channels {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
-        let channels = (0..options.connections_per_group).map(|_| endpoint.connect_lazy()).collect();
+        let channels =
+            (0..options.connections_per_group).map(|_| tls::channel(&endpoint, options.grpc.as_ref())).collect();
         Ok(Self { channels, next: AtomicUsize::new(0) })
     }
 

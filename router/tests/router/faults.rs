@@ -323,7 +323,7 @@ async fn over_real_sockets_connections_finish_before_the_server_stops() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = tokio::spawn(router.serve(listener, async move {
+    let server = tokio::spawn(router.serve(listener, None, async move {
         let _ = stopped.await;
     }));
     let body = chat(true).to_string();
@@ -385,7 +385,7 @@ async fn over_real_sockets_a_client_that_hangs_up_ends_its_sequence() {
     let Harness { router, changes: _changes, groups } = Harness::scripted(hangs).await;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
-    let server = tokio::spawn(router.serve(listener, std::future::pending()));
+    let server = tokio::spawn(router.serve(listener, None, std::future::pending()));
     for (number, stream) in [true, false].into_iter().enumerate() {
         let body = chat(stream).to_string();
         let mut client = tokio::net::TcpStream::connect(address).await.expect("connected");

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bora_common::model::{ModelConfig, ModelConfigError};
 use bora_common::registry::RankRecord;
+use bora_common::tls::{Acceptor, TlsError};
 use bora_proto::v1::{RankAddress, Start, Welcome, from_leader};
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -58,6 +59,9 @@ pub enum StartError {
     /// The options contradict each other.
     #[error("{0}")]
     Options(String),
+    /// The certificates can't be used.
+    #[error("grpc.tls: {0}")]
+    Tls(#[from] TlsError),
     /// The ranks can't be tied together.
     #[error("collective: {0}")]
     Collective(#[from] CollectiveError),
@@ -128,7 +132,8 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
             heartbeat_timeout: member.timeouts.heartbeat,
         };
         let rendezvous = Rendezvous::new(expected, Arc::clone(&fault), Arc::clone(&progress));
-        let serving = serve(listener, Arc::clone(&rendezvous), stop.clone());
+        let tls = member.tls.as_ref().map(Acceptor::for_grpc).transpose()?;
+        let serving = serve(listener, tls, Arc::clone(&rendezvous), stop.clone());
         tokio::spawn(async move {
             if let Err(error) = serving.await {
                 warn!(%error, "the peers service ended");
