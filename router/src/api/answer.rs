@@ -42,6 +42,8 @@ pub struct RequestContext {
     pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
     /// Who sends it, as a hash of the key that came with it; 0 without one.
     pub tenant: u64,
+    /// The conversation that it belongs to, as a hash, where the client says so.
+    pub session: Option<u64>,
     /// When it came.
     pub arrived: Instant,
     /// Whose key came with it; `None` where keys are not asked for.
@@ -143,10 +145,12 @@ impl Answer {
             request_id: self.context.request_id.clone(),
             model: model.to_string(),
             token_ids: prompt.encoded.token_ids,
+            packed: prompt.encoded.packed,
             images: prompt.encoded.images,
             hashes: prompt.encoded.hashes.into(),
             class: params.class,
             tenant: self.context.tenant,
+            session: self.context.session,
             sampling: params.sampling.clone(),
             stopping: Stopping {
                 max_tokens: prompt.output_bound,

@@ -35,6 +35,10 @@ pub const GROUP_HEADER: HeaderName = HeaderName::from_static("x-bora-group");
 /// Names the reasons of its placement, in debug mode.
 pub const DECISION_HEADER: HeaderName = HeaderName::from_static("x-bora-decision");
 
+/// Name the conversation of which a request is a turn.
+const SESSION_HEADERS: [HeaderName; 2] =
+    [HeaderName::from_static("x-session-id"), HeaderName::from_static("x-affinity")];
+
 /// How long the headers of a stream wait for a group's word, so that a refusal can still be a status.
 const ACCEPT_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -63,6 +67,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
     let (parts, body) = request.into_parts();
     let request_id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
     let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
+    let tenant = tenant(caller.as_ref(), &parts.headers);
     let mut open = service.metrics().request(endpoint.name());
     let trace = trace::arrive(&parts.headers, &parts.uri, &request_id, &mut open);
     let mut context = RequestContext {
@@ -70,7 +75,8 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         client: client(&parts.headers),
         trace,
         tracestate: parts.headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
-        tenant: tenant(caller.as_ref(), &parts.headers),
+        tenant,
+        session: session(&parts.headers, tenant),
         caller,
         audit: parts.extensions.get::<Audit>().cloned().unwrap_or_default(),
         permit: None,
@@ -234,6 +240,12 @@ fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
         return xxhash_rust::xxh3::xxh3_64(caller.tenant.name.as_bytes());
     }
     headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
+}
+
+/// The conversation of which this is a turn, where the client names it.
+fn session(headers: &HeaderMap, tenant: u64) -> Option<u64> {
+    let name = SESSION_HEADERS.iter().find_map(|header| headers.get(header)).filter(|name| !name.is_empty())?;
+    Some(xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), tenant))
 }
 
 impl From<PoolError> for ApiError {

@@ -27,6 +27,7 @@ use crate::{
         admission::{Class, Room},
         index::Index,
         ledger::Ledger,
+        sessions::Sessions,
     },
     relay::stream::Channels,
 };
@@ -43,13 +44,14 @@ pub struct Group {
 
 impl Group {
     /// What it is busy with, for [`CostModel::first_token_seconds`].
-    pub fn load(&self, now: Instant) -> GroupLoad {
+    pub fn load(&self, moves_in: f64, now: Instant) -> GroupLoad {
         let busy = self.link.ledger.busy();
         GroupLoad {
             queued_tokens: busy.queued_tokens,
             sequences: busy.sequences,
             max_sequences: self.record.max_sequences,
             utilization: self.link.ledger.utilization(now),
+            moves_in,
         }
     }
 
@@ -219,6 +221,14 @@ impl View {
     }
 }
 
+/// A group that joins is cold, and has done nothing of late: every new conversation would go there at once. It is
+/// taken for as busy as the others are on average, which fades, so that it gets its share of new work and no more.
+fn begin_as_the_others(view: &View, model: &str, link: &Link, now: Instant) {
+    let Some(model) = view.models.get(model) else { return };
+    let sum: f64 = model.groups.iter().map(|group| group.link.ledger.utilization(now)).sum();
+    link.ledger.begin(sum / model.groups.len().max(1) as f64, now);
+}
+
 /// The fleet: the present view, and what all placements share.
 pub struct Fleet {
     view: RwLock<Arc<View>>,
@@ -226,6 +236,8 @@ pub struct Fleet {
     pub index: Arc<Index>,
     /// Told when a group may have got room.
     pub room: Arc<Room>,
+    /// Where sessions are at home.
+    pub sessions: Sessions,
     /// Held while one request is placed: the next one sees its booking.
     pub placing: Mutex<()>,
     /// Groups of releases that this router is not made for.
@@ -240,6 +252,7 @@ impl Fleet {
             view: RwLock::default(),
             index: Arc::new(Index::new()),
             room: Arc::default(),
+            sessions: Sessions::default(),
             placing: Mutex::new(()),
             refused: Mutex::default(),
             options,
@@ -300,6 +313,9 @@ impl Fleet {
             );
         }
         let mut groups = view.groups.clone();
+        if known.is_none() {
+            begin_as_the_others(&view, &record.model, &link, Instant::now());
+        }
         groups.insert(record.group.clone(), Arc::new(Group { cost: CostModel::new(&record.speed), record, link }));
         *view = Arc::new(View::new(groups));
         self.room.changed();
@@ -331,9 +347,10 @@ impl Fleet {
 
     /// Adds a group that this router does not watch: whoever calls tells what it holds and how busy it is. For
     /// simulations, where groups are no processes.
-    pub fn put_unwatched(&self, record: GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
+    pub fn put_unwatched(&self, record: GroupRecord, now: Instant) -> Result<Arc<Link>, tonic::transport::Error> {
         let link = self.link(&record)?;
         let mut view = self.view.write();
+        begin_as_the_others(&view, &record.model, &link, now);
         let mut groups = view.groups.clone();
         let group = Group { cost: CostModel::new(&record.speed), record, link: Arc::clone(&link) };
         groups.insert(link.group.clone(), Arc::new(group));

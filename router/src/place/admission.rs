@@ -89,6 +89,8 @@ pub struct Ask {
     pub hashes: Arc<[BlockHash]>,
     /// Its length in tokens.
     pub tokens: usize,
+    /// The conversation that it belongs to, where the client says so.
+    pub session: Option<u64>,
     /// How urgent it is.
     pub class: Class,
     /// Who asks.
@@ -279,6 +281,7 @@ fn try_to_place(ask: &Ask, fleet: &Fleet) -> Result<Placement, NoGroup> {
     let wanted = Wanted {
         hashes: &ask.hashes,
         tokens: ask.tokens,
+        session: ask.session,
         avoid: &[],
         class: Some(ask.class),
         explain: ask.explain,

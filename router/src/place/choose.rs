@@ -6,12 +6,9 @@
 
 use std::{fmt::Write as _, sync::Arc, time::Instant};
 
-use bora_common::{
-    blocks::{BLOCK_TOKENS, BlockHash},
-    cost::GroupLoad,
-};
+use bora_common::blocks::{BLOCK_TOKENS, BlockHash};
 
-use super::{Slot, admission::Class, ledger::Booking};
+use super::{Slot, admission::Class, index::milestones, ledger::Booking};
 use crate::fleet::view::{Fleet, Group, ModelGroups};
 
 /// Scores closer than this share of the best one are equal.
@@ -43,6 +40,8 @@ pub struct Wanted<'a> {
     pub hashes: &'a [BlockHash],
     /// Its length in tokens, resumed ones included.
     pub tokens: usize,
+    /// The conversation that the client says it belongs to.
+    pub session: Option<u64>,
     /// Groups that failed it already.
     pub avoid: &'a [Slot],
     /// To be placed only where it can start now. None: at once, as a stream that lost its group.
@@ -129,12 +128,14 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     let _one_at_a_time = fleet.placing.lock();
     let matched: Vec<u32> =
         slots.iter().zip(held).map(|(slot, held)| fleet.index.with_expected(wanted.hashes, *slot, held)).collect();
+    let home = wanted.session.and_then(|session| fleet.sessions.home(session));
     let scores: Vec<f64> = candidates
         .iter()
         .zip(&matched)
         .map(|(group, blocks)| {
             let held = *blocks as usize * BLOCK_TOKENS;
-            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, group.load(wanted.now))
+            let load = group.load(moves_in(wanted, home, group, held), wanted.now);
+            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, load)
         })
         .collect();
     let chosen = pick(&scores);
@@ -143,11 +144,14 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     if wanted.class.is_some_and(|class| !group.has_room(class)) {
         return Err(NoGroup::NoRoom);
     }
+    if let Some(session) = wanted.session {
+        fleet.sessions.settle(session, (group.link.slot, group.link.epoch));
+    }
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
     let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
     let reason = Reason::of(&matched, chosen);
     // of this prompt alone: the score also has what its later turns would wait
-    let load = GroupLoad { utilization: 0.0, ..group.load(wanted.now) };
+    let load = group.load(0.0, wanted.now);
     let predicted_seconds =
         group.cost.first_token_seconds(wanted.tokens as u64, (held_blocks * BLOCK_TOKENS) as u64, load);
     let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen));
@@ -157,11 +161,20 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
         Arc::clone(&fleet.index),
         computed as u64,
         seconds,
-        wanted.hashes[held_blocks..].to_vec(),
+        milestones(wanted.hashes, held_blocks),
         wanted.now,
     );
     group.link.breaker.chosen();
     Ok(Placement { group, booking, reason, predicted_seconds, explanation })
+}
+
+/// How much of a conversation would move to a group: what the group does not hold of it, and nothing where it is at
+/// home.
+fn moves_in(wanted: &Wanted<'_>, home: Option<(Slot, u64)>, group: &Group, held: usize) -> f64 {
+    if home == Some((group.link.slot, group.link.epoch)) {
+        return 0.0;
+    }
+    1.0 - held.min(wanted.tokens) as f64 / wanted.tokens.max(1) as f64
 }
 
 /// The least score; one of the equals at random. `scores` is not empty.

@@ -10,3 +10,4 @@ mod messages;
 mod parameters;
 mod responses;
 mod support;
+mod virtual_time;
