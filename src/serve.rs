@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use bora_common::config::{ByteSize, ModelOptions};
-use bora_router::Digest;
+use bora_router::{ConversationRules, Digest};
 use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerSettings};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
@@ -75,6 +75,9 @@ pub(crate) struct ServeArgs {
     /// file of tenants and hashed keys (router.access.keys)
     #[arg(long)]
     api_key_file: Option<PathBuf>,
+    /// repairs conversations that the reference encoder refuses (router.conversation: lenient)
+    #[arg(long)]
+    lenient_conversations: bool,
     /// names the reasons of each placement in the header x-bora-decision
     #[arg(long)]
     debug: bool,
@@ -125,6 +128,9 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     config.http.host = args.host;
     config.http.port = args.port;
     config.router.debug = args.debug;
+    if args.lenient_conversations {
+        config.router.conversation = ConversationRules::Lenient;
+    }
     config.router.access.keys = args.api_key_file;
     config.router.access.api_keys = args.api_key.iter().map(|key| Digest::of(key.as_bytes())).collect();
     let worker = &mut config.worker;

@@ -32,7 +32,7 @@ pub use crate::{
         keys::{Digest, KeyFileError},
     },
     models::{DefaultSampling, ModelSpec},
-    options::{OptionsError, RouterOptions},
+    options::{ConversationRules, OptionsError, RouterOptions},
     service::Service,
 };
 

@@ -41,6 +41,11 @@ struct LineLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RepairLabels {
+    repair: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MoveLabels {
     when: &'static str,
 }
@@ -52,6 +57,7 @@ pub struct Metrics {
     open_requests: Gauge,
     unknown_fields: Counter,
     unparsed_tool_calls: Counter,
+    repairs: Family<RepairLabels, Counter>,
     failed_sequences: Counter,
     poisonous_sequences: Counter,
     refused_retries: Counter,
@@ -87,6 +93,7 @@ impl Metrics {
         let open_requests = Gauge::default();
         let unknown_fields = Counter::default();
         let unparsed_tool_calls = Counter::default();
+        let repairs = Family::<RepairLabels, Counter>::default();
         let failed_sequences = Counter::default();
         let poisonous_sequences = Counter::default();
         let refused_retries = Counter::default();
@@ -112,6 +119,7 @@ impl Metrics {
             "Answers whose tool calls could not be parsed",
             unparsed_tool_calls.clone(),
         );
+        registry.register("repairs", "Repairs of conversations that the model was not trained on", repairs.clone());
         registry.register("failed_sequences", "Sequences that ended in an error", failed_sequences.clone());
         registry.register(
             "poisonous_sequences",
@@ -173,6 +181,7 @@ impl Metrics {
             open_requests,
             unknown_fields,
             unparsed_tool_calls,
+            repairs,
             failed_sequences,
             poisonous_sequences,
             refused_retries,
@@ -202,6 +211,10 @@ impl Metrics {
 
     pub(crate) fn unparsed_tool_call(&self) {
         self.unparsed_tool_calls.inc();
+    }
+
+    pub(crate) fn repaired(&self, repair: &'static str) {
+        self.repairs.get_or_create(&RepairLabels { repair }).inc();
     }
 
     pub(crate) fn sequence_failed(&self) {

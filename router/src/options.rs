@@ -7,6 +7,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::access::AccessOptions;
 
+/// What becomes of a conversation that the reference encoder refuses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ConversationRules {
+    /// A 400 that names the message and the rule.
+    #[default]
+    Strict,
+    /// It is repaired, where [`bora_common::conversation::repair`] knows how.
+    Lenient,
+}
+
 /// Limits and habits of the router.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -49,6 +60,8 @@ pub struct RouterOptions {
     pub short_body_bytes: usize,
     /// Bytes for the ids of conversations seen before.
     pub conversation_cache_bytes: usize,
+    /// Whether faulty conversations are refused or repaired; a tenant may have its own.
+    pub conversation: ConversationRules,
     /// Seconds that open requests get to finish when the router stops.
     pub shutdown_grace_seconds: f64,
     /// Names the reasons of each placement in the header `x-bora-decision`.
@@ -79,6 +92,7 @@ impl Default for RouterOptions {
             encode_queue: 1024,
             short_body_bytes: 32 << 10,
             conversation_cache_bytes: 1 << 30,
+            conversation: ConversationRules::Strict,
             shutdown_grace_seconds: 30.0,
             debug: false,
             access: AccessOptions::default(),

@@ -22,7 +22,7 @@ use tokio::{
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    api::{error::ApiError, generate, groups, listing, status, tokenize},
+    api::{error::ApiError, generate, groups, listing, messages, status, tokenize},
     service::Service,
 };
 
@@ -53,6 +53,9 @@ pub fn routes(service: Arc<Service>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(generate::chat))
         .route("/v1/completions", post(generate::completions))
+        .route("/v1/responses", post(generate::responses))
+        .route("/v1/messages", post(generate::messages))
+        .route("/v1/messages/count_tokens", post(messages::count::count_tokens))
         .route("/v1/models", get(listing::list))
         .route("/v1/models/{*id}", get(listing::one))
         .route("/tokenize", post(tokenize::tokenize))
@@ -63,6 +66,7 @@ pub fn routes(service: Arc<Service>) -> Router {
         .merge(status_routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn(messages::error::in_anthropics_form))
         .layer(middleware::from_fn(with_request_id))
         .layer(catch_panics())
         .with_state(service)

@@ -7,12 +7,12 @@ use std::{
 };
 
 use crate::{
-    access::Access,
+    access::{Access, Caller},
     encode::{cache::ConversationCache, pool::EncodePool},
     fleet::view::Fleet,
     metrics::Metrics,
     models::ModelSpec,
-    options::RouterOptions,
+    options::{ConversationRules, RouterOptions},
     place::admission::Admission,
     relay::{budget::RetryBudget, resume::Relay},
 };
@@ -70,6 +70,11 @@ impl Service {
     /// Who may ask for what.
     pub fn access(&self) -> &Access {
         &self.access
+    }
+
+    /// What becomes of faulty conversations.
+    pub fn conversation_rules(&self, caller: Option<&Caller>) -> ConversationRules {
+        caller.and_then(|caller| caller.tenant.limits.conversation).unwrap_or(self.options.conversation)
     }
 
     /// The groups.

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from cluster import FIXTURES, Cluster, serve
+from files import TASK, TASK_CALLS, Files
 
 VIBE = os.environ.get("VIBE_BIN") or shutil.which("vibe")
 
@@ -68,21 +69,12 @@ def test_one_call_and_its_result(client):
 
 
 def test_calls_in_sequence_and_at_once(client):
-    files = {}
-
-    def answers(name, arguments):
-        if name == "write_file":
-            files[arguments["path"]] = arguments["content"]
-            return "ok"
-        return files.get(arguments["path"], f"error: not found: {arguments['path']}")
-
-    question = 'First write "green tree" to notes/a.txt. Then read the file notes/a.txt.'
-    calls, text = tool_loop(client, [{"role": "user", "content": question}], answers)
-    assert calls == [[("write_file", {"path": "notes/a.txt", "content": "green tree"})], [("read_file", {"path": "notes/a.txt"})]]
-    assert files == {"notes/a.txt": "green tree"} and "green tree" in text
+    files = Files()
+    calls, text = tool_loop(client, [{"role": "user", "content": TASK}], files)
+    assert calls == TASK_CALLS and files == {"notes/a.txt": "green tree"} and "green tree" in text
 
     files["src/main.rs"], files["lib/util.py"] = "one", "two"
-    calls, text = tool_loop(client, [{"role": "user", "content": "Read the file src/main.rs and also Read the file lib/util.py"}], answers)
+    calls, text = tool_loop(client, [{"role": "user", "content": "Read the file src/main.rs and also Read the file lib/util.py"}], files)
     assert calls == [[("read_file", {"path": "src/main.rs"}), ("read_file", {"path": "lib/util.py"})]]
     assert "one" in text and "two" in text
 

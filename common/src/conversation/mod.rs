@@ -12,6 +12,7 @@ mod json;
 mod layout;
 pub mod lines;
 mod message;
+pub mod repair;
 mod tool;
 mod toolcall;
 mod validate;

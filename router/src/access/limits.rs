@@ -19,7 +19,7 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 
 use super::Caller;
-use crate::api::error::ApiError;
+use crate::{api::error::ApiError, options::ConversationRules};
 
 /// Limits of a tenant; absent = none.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -39,6 +39,8 @@ pub struct Limits {
     pub class: TenantClass,
     /// Separates its cached prefixes from those of other tenants.
     pub cache_salt: Option<String>,
+    /// Whether its faulty conversations are refused or repaired; absent: as the router does.
+    pub conversation: Option<ConversationRules>,
 }
 
 /// Classes that a tenant's requests may have.

@@ -106,10 +106,10 @@ impl Answer {
         context: RequestContext,
         id_prefix: &str,
     ) -> Result<Self, ApiError> {
-        let Prepared { model, served_model, params, prompts } = prepared;
+        let Prepared { model, served_model, params, prompts, form: _ } = prepared;
         let deadline = context.arrived + service.options().request_timeout();
         let mut answer = Self {
-            id: format!("{id_prefix}-{}", context.request_id),
+            id: format!("{id_prefix}{}", context.request_id),
             created: std::time::SystemTime::now()
                 .duration_since(std::time::UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs()),

@@ -6,7 +6,7 @@ use super::{
         ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage, ChatObject, PromptLogprobList, TokenNames,
         ToolCallObject,
     },
-    sse::{EventWriter, write_event},
+    sse::{EventWriter, write_done, write_event},
 };
 use crate::relay::emit::Finish;
 
@@ -119,6 +119,7 @@ impl EventWriter for ChatWriter {
             chunk.usage = Some(answer.usage());
             write_event(&chunk, out);
         }
+        write_done(out);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{
     answer::{Answer, Choice},
     response::{CompletionChoice, CompletionLogprobs, CompletionObject, PromptLogprobList},
-    sse::{EventWriter, write_event},
+    sse::{EventWriter, write_done, write_event},
 };
 use crate::relay::emit::Finish;
 
@@ -142,6 +142,7 @@ impl EventWriter for CompletionWriter {
             chunk.usage = Some(answer.usage());
             write_event(&chunk, out);
         }
+        write_done(out);
     }
 }
 

@@ -172,7 +172,7 @@ impl ApiError {
 }
 
 impl IntoResponse for ApiError {
-    fn into_response(self) -> Response<Body> {
+    fn into_response(mut self) -> Response<Body> {
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
@@ -180,9 +180,11 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if let Some(limits) = self.limits {
+        if let Some(limits) = self.limits.take() {
             headers.extend(*limits);
         }
+        // for APIs that say it in another form
+        response.extensions_mut().insert(self);
         response
     }
 }

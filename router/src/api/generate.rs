@@ -1,4 +1,4 @@
-//! The two generation endpoints: what they do alike, from the body's first byte to the response.
+//! The generation endpoints: what they do alike, from the body's first byte to the response.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,8 +16,10 @@ use super::{
     chat::{self, ChatWriter},
     completions::{self, CompletionWriter},
     error::ApiError,
+    messages::{self, stream::MessagesWriter},
     params::{Client, Endpoint},
-    prepare::{Prepared, prepare},
+    prepare::{Form, Prepared, prepare},
+    responses::{self, stream::ResponsesWriter},
     sse,
 };
 use crate::{
@@ -45,12 +47,18 @@ pub async fn completions(State(service): State<Arc<Service>>, request: Request<B
     respond(service, Endpoint::Completions, request).await
 }
 
+/// `POST /v1/responses`
+pub async fn responses(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
+    respond(service, Endpoint::Responses, request).await
+}
+
+/// `POST /v1/messages`
+pub async fn messages(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
+    respond(service, Endpoint::Messages, request).await
+}
+
 async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Body>) -> Response<Body> {
     let arrived = Instant::now();
-    let name = match endpoint {
-        Endpoint::Chat => "chat",
-        Endpoint::Completions => "completions",
-    };
     let (parts, body) = request.into_parts();
     let request_id = match parts.extensions.get::<RequestId>() {
         Some(RequestId(id)) => id.clone(),
@@ -65,7 +73,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         caller,
         permit: None,
         arrived,
-        open: service.metrics().request(name),
+        open: service.metrics().request(endpoint.name()),
     };
     let body = match read_body(body, &parts.headers, service.options().max_body_bytes).await {
         Ok(body) => body,
@@ -125,15 +133,12 @@ fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, A
 async fn answer(
     service: Arc<Service>,
     endpoint: Endpoint,
-    prepared: Prepared,
+    mut prepared: Prepared,
     context: RequestContext,
 ) -> Result<Response<Body>, ApiError> {
-    let id_prefix = match endpoint {
-        Endpoint::Chat => "chatcmpl",
-        Endpoint::Completions => "cmpl",
-    };
     let stream = prepared.params.stream;
-    let mut answer = Answer::start(service, prepared, context, id_prefix)?;
+    let form = std::mem::take(&mut prepared.form);
+    let mut answer = Answer::start(service, prepared, context, endpoint.id_prefix())?;
     let accepted = tokio::time::timeout(ACCEPT_PATIENCE, std::future::poll_fn(|cx| answer.poll_accepted(cx)));
     if let Ok(Err(error)) = accepted.await {
         return Err(answer.refused(error));
@@ -145,9 +150,11 @@ async fn answer(
     }
     let mut response = if stream {
         let groups = answer.served_by();
-        let mut response = match endpoint {
-            Endpoint::Chat => sse::respond(answer, ChatWriter::default()),
-            Endpoint::Completions => sse::respond(answer, CompletionWriter::default()),
+        let mut response = match form {
+            Form::Chat => sse::respond(answer, ChatWriter::default()),
+            Form::Completions => sse::respond(answer, CompletionWriter::default()),
+            Form::Responses(echo) => sse::respond(answer, ResponsesWriter::new(echo)),
+            Form::Messages => sse::respond(answer, MessagesWriter::new()),
         };
         name_groups(&mut response, &groups);
         response
@@ -156,9 +163,11 @@ async fn answer(
         if let Err(error) = finished {
             return Err(answer.refused(error));
         }
-        let json = match endpoint {
-            Endpoint::Chat => chat::object(&answer),
-            Endpoint::Completions => completions::object(&mut answer),
+        let json = match form {
+            Form::Chat => chat::object(&answer),
+            Form::Completions => completions::object(&mut answer),
+            Form::Responses(echo) => responses::output::object(&answer, &echo),
+            Form::Messages => messages::output::object(&answer),
         };
         let json = json.map_err(|error| ApiError::internal(error.to_string()))?;
         answer.context().open.answered(200);

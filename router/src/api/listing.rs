@@ -56,11 +56,11 @@ struct Capabilities {
 /// `GET /v1/models`
 pub async fn list(State(service): State<Arc<Service>>) -> Response<axum::body::Body> {
     let view = service.fleet().view();
-    let served = view.names().map(|(name, model)| describe(&service, name, model));
+    let served = view.names().map(|(name, model)| describe(&service, name, &model.name, Some(model)));
     // a model whose groups are all scaled away is still offered: a request for it brings them back
     let idle = service.configured_names().filter(|(_, model)| view.model(model).is_none());
     let mut data: Vec<ModelObject> =
-        served.chain(idle.map(|(name, model)| describe_idle(&service, name, model))).collect();
+        served.chain(idle.map(|(name, model)| describe(&service, name, model, None))).collect();
     data.sort_by(|one, other| one.id.cmp(&other.id));
     json(&List { object: "list", data })
 }
@@ -68,73 +68,49 @@ pub async fn list(State(service): State<Arc<Service>>) -> Response<axum::body::B
 /// `GET /v1/models/{id}`; ids may contain slashes.
 pub async fn one(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Response<axum::body::Body> {
     let view = service.fleet().view();
-    match (view.model(&id), service.configured(&id)) {
-        (Some(model), _) => json(&describe(&service, &id, model)),
-        (None, Some(configured)) => match view.model(configured) {
-            Some(model) => json(&describe(&service, &id, model)),
-            None => json(&describe_idle(&service, &id, configured)),
-        },
+    let configured = service.configured(&id);
+    let served = view.model(&id).or_else(|| view.model(configured?));
+    match (served, configured) {
+        (Some(served), _) => json(&describe(&service, &id, &served.name, Some(served))),
+        (None, Some(configured)) => json(&describe(&service, &id, configured, None)),
         (None, None) => ApiError::model_not_found(&id).into_response(),
     }
 }
 
-fn describe(service: &Service, name: &str, model: &ModelGroups) -> ModelObject {
-    let has_text = service.spec(&model.name).tokenizer.is_some();
-    let mut aliases: Vec<String> = model.groups.iter().flat_map(|group| group.record.aliases.iter().cloned()).collect();
-    aliases.sort_unstable();
-    aliases.dedup();
-    ModelObject {
-        id: name.to_string(),
-        object: "model",
-        created: service.started_at(),
-        owned_by: if model.device == Device::Fake { "bora-fake" } else { "bora" },
-        root: model.name.clone(),
-        parent: None,
-        max_model_len: Some(model.max_model_len),
-        device: Some(model.device),
-        groups: model.groups.len(),
-        ready_groups: model.groups.iter().filter(|group| group.is_ready()).count(),
-        r#type: "base",
-        name: model.name.clone(),
-        max_context_length: Some(model.max_model_len),
-        aliases,
-        capabilities: Capabilities {
-            completion_chat: has_text,
-            completion_fim: false,
-            function_calling: has_text,
-            fine_tuning: false,
-            vision: model.images,
-        },
-    }
-}
-
-/// A configured model that no group serves now.
-fn describe_idle(service: &Service, name: &str, model: &str) -> ModelObject {
+/// A model by one of its names; `served` are its groups, if it has any now.
+fn describe(service: &Service, name: &str, model: &str, served: Option<&ModelGroups>) -> ModelObject {
     let spec = service.spec(model);
     let has_text = spec.tokenizer.is_some();
-    let mut aliases = spec.aliases.clone();
+    let mut aliases: Vec<String> = match served {
+        Some(served) => served.groups.iter().flat_map(|group| group.record.aliases.iter().cloned()).collect(),
+        None => spec.aliases.clone(),
+    };
     aliases.sort_unstable();
+    aliases.dedup();
+    let max_model_len = served.map(|served| served.max_model_len);
+    let device = served.map(|served| served.device);
+    let groups = served.map_or(&[][..], |served| &served.groups);
     ModelObject {
         id: name.to_string(),
         object: "model",
         created: service.started_at(),
-        owned_by: "bora",
+        owned_by: if device == Some(Device::Fake) { "bora-fake" } else { "bora" },
         root: model.to_string(),
         parent: None,
-        max_model_len: None,
-        device: None,
-        groups: 0,
-        ready_groups: 0,
+        max_model_len,
+        device,
+        groups: groups.len(),
+        ready_groups: groups.iter().filter(|group| group.is_ready()).count(),
         r#type: "base",
         name: model.to_string(),
-        max_context_length: None,
+        max_context_length: max_model_len,
         aliases,
         capabilities: Capabilities {
             completion_chat: has_text,
             completion_fim: false,
             function_calling: has_text,
             fine_tuning: false,
-            vision: false,
+            vision: served.is_some_and(|served| served.images),
         },
     }
 }

@@ -1,18 +1,22 @@
-//! The HTTP surface: OpenAI's API with vLLM's additions, one file a concern. A request is read
-//! ([`request`]), checked ([`params`]), encoded ([`prepare`]), placed and run ([`answer`]), and written as
-//! an object or as events ([`chat`], [`completions`], [`sse`]).
+//! The HTTP surface: OpenAI's API with vLLM's additions, and Anthropic's Messages. A request is read ([`request`]), made
+//! a chat request where it came by another API ([`convert`], [`responses`], [`messages`]), checked ([`params`]), encoded
+//! ([`prepare`]), placed and run ([`answer`]), and written as an object or as events ([`chat`], [`completions`], [`sse`]).
 
 pub mod answer;
 pub mod chat;
 pub mod completions;
+pub mod convert;
 pub mod error;
+pub mod fields;
 pub mod generate;
 pub mod groups;
 pub mod listing;
+pub mod messages;
 pub mod params;
 pub mod prepare;
 pub mod request;
 pub mod response;
+pub mod responses;
 pub mod sse;
 pub mod status;
 pub mod structured;

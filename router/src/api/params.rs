@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use super::{
     error::ApiError,
-    request::{Body, Integer, LogprobsField, PriorityField},
+    fields::{Integer, LogprobsField, PriorityField},
+    request::Body,
     structured::{self, Structure, ToolChoice},
 };
 use crate::{
@@ -31,6 +32,37 @@ pub enum Endpoint {
     Chat,
     /// `/v1/completions`
     Completions,
+    /// `/v1/responses`
+    Responses,
+    /// `/v1/messages`
+    Messages,
+}
+
+impl Endpoint {
+    /// In counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Completions => "completions",
+            Self::Responses => "responses",
+            Self::Messages => "messages",
+        }
+    }
+
+    /// What ids of answers begin with.
+    pub fn id_prefix(self) -> &'static str {
+        match self {
+            Self::Chat => "chatcmpl-",
+            Self::Completions => "cmpl-",
+            Self::Responses => "resp_",
+            Self::Messages => "msg_",
+        }
+    }
+
+    /// Whether requests have a conversation.
+    pub fn is_conversation(self) -> bool {
+        self != Self::Completions
+    }
 }
 
 /// A request's parameters, checked.
@@ -94,6 +126,9 @@ pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
             "modalities" => value.as_array().is_some_and(|list| list.iter().all(|one| one == "text")),
             "functions" => value.as_array().is_some_and(Vec::is_empty),
             "function_call" => value == "none" || value == "auto",
+            "bad_words" | "allowed_token_ids" | "documents" | "logits_processors" => {
+                value.as_array().is_some_and(Vec::is_empty)
+            }
             _ => false,
         };
         if harmless {
@@ -129,7 +164,7 @@ pub fn check(
     options: &RouterOptions,
 ) -> Result<Params, ApiError> {
     refuse_unserved(body)?;
-    let choice = if endpoint == Endpoint::Chat { ToolChoice::of(body)? } else { ToolChoice::NoTools };
+    let choice = if endpoint.is_conversation() { ToolChoice::of(body)? } else { ToolChoice::NoTools };
     let structure = structured::structure(body, endpoint, &choice, spec)?;
     let stream = body.stream.unwrap_or(false);
     if body.stream_options.is_some() && !stream {
@@ -144,7 +179,10 @@ pub fn check(
         Some(_) => ("max_completion_tokens", body.max_completion_tokens),
         None => ("max_tokens", body.max_tokens),
     };
-    let echo = endpoint == Endpoint::Completions && body.echo.unwrap_or(false);
+    let echo = body.echo.unwrap_or(false);
+    if echo && endpoint.is_conversation() {
+        return Err(ApiError::invalid("echo", "`echo` is a field of /v1/completions only."));
+    }
     let echo_only = echo && max_tokens == Some(Integer(0));
     let least = if echo_only { 0 } else { 1 };
     let max_tokens = integer(max_field, max_tokens, least..=i64::from(u32::MAX))?.map(|value| value.max(1) as u32);
@@ -246,11 +284,14 @@ pub fn check(
 
 /// The bound of a sequence's output, once its prompt's length is known.
 pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, window: u32) -> Result<u32, ApiError> {
-    let prompt_field = match endpoint {
-        Endpoint::Chat => "messages",
-        Endpoint::Completions => "prompt",
-    };
+    let prompt_field = if endpoint.is_conversation() { "messages" } else { "prompt" };
     let room = (window as usize).saturating_sub(prompt_tokens) as u32;
+    if room == 0 && endpoint == Endpoint::Messages {
+        // the words by which Anthropic's clients know that they have to shorten the conversation
+        let most = window.saturating_sub(1);
+        let message = format!("prompt is too long: {prompt_tokens} tokens > {most} maximum");
+        return Err(ApiError::context_length(prompt_field, message));
+    }
     if room == 0 {
         return Err(ApiError::context_length(
             prompt_field,
@@ -260,11 +301,11 @@ pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, w
             ),
         ));
     }
-    let bound = match (endpoint, params.max_tokens) {
-        (Endpoint::Chat, None) => room,
-        (Endpoint::Chat, Some(wanted)) => wanted.min(room),
-        (Endpoint::Completions, None) => COMPLETION_MAX_TOKENS.min(room),
-        (Endpoint::Completions, Some(wanted)) if wanted > room => {
+    let bound = match (endpoint.is_conversation(), params.max_tokens) {
+        (true, None) => room,
+        (true, Some(wanted)) => wanted.min(room),
+        (false, None) => COMPLETION_MAX_TOKENS.min(room),
+        (false, Some(wanted)) if wanted > room => {
             return Err(ApiError::context_length(
                 "max_tokens",
                 format!(
@@ -274,7 +315,7 @@ pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, w
                 ),
             ));
         }
-        (Endpoint::Completions, Some(wanted)) => wanted,
+        (false, Some(wanted)) => wanted,
     };
     if params.min_tokens > bound {
         return Err(ApiError::invalid(
@@ -358,20 +399,20 @@ fn stop_strings(body: &Body<'_>, options: &RouterOptions) -> Result<Vec<String>,
 fn top_logprobs(body: &Body<'_>, endpoint: Endpoint, options: &RouterOptions) -> Result<Option<u32>, ApiError> {
     let most = i64::from(options.max_logprobs);
     let top = integer("top_logprobs", body.top_logprobs, 0..=most)?;
-    match (endpoint, body.logprobs) {
-        (Endpoint::Chat, None | Some(LogprobsField::Flag(false))) => match top {
+    match (endpoint.is_conversation(), body.logprobs) {
+        (true, None | Some(LogprobsField::Flag(false))) => match top {
             Some(1..) => Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")),
             _ => Ok(None),
         },
-        (Endpoint::Chat, Some(LogprobsField::Flag(true))) => Ok(Some(top.unwrap_or(0) as u32)),
-        (Endpoint::Chat, Some(LogprobsField::Count(_))) => {
+        (true, Some(LogprobsField::Flag(true))) => Ok(Some(top.unwrap_or(0) as u32)),
+        (true, Some(LogprobsField::Count(_))) => {
             Err(ApiError::invalid("logprobs", "`logprobs` must be a boolean here; `top_logprobs` is the number."))
         }
-        (Endpoint::Completions, None) => Ok(None),
-        (Endpoint::Completions, Some(LogprobsField::Count(count))) => {
+        (false, None) => Ok(None),
+        (false, Some(LogprobsField::Count(count))) => {
             Ok(integer("logprobs", Some(Integer(count)), 0..=most)?.map(|count| count as u32))
         }
-        (Endpoint::Completions, Some(LogprobsField::Flag(_))) => {
+        (false, Some(LogprobsField::Flag(_))) => {
             Err(ApiError::invalid("logprobs", format!("`logprobs` must be an integer between 0 and {most} here.")))
         }
     }

@@ -3,24 +3,50 @@
 
 use std::sync::Arc;
 
+use bora_common::{
+    conversation::repair::{Repaired, RepairedMessage, repair},
+    tokenizer::Tokenizer,
+};
 use bytes::Bytes;
+use serde_json::value::RawValue;
 
 use super::{
+    convert::Conversion,
     error::ApiError,
+    fields::{Messages, Prompt},
+    messages,
     params::{self, Client, Endpoint, Params},
-    request::{Body, Prompt},
+    request::Body,
+    responses,
 };
 use crate::{
     access::{Caller, limits::TenantClass},
     encode::{self, EncodeError, EncodedPrompt, cache::Written},
     fleet::view::ModelGroups,
     models::ModelSpec,
+    options::ConversationRules,
     place::admission::Class,
     service::Service,
 };
 
+/// How an answer is written, with what it repeats of its request.
+#[derive(Default)]
+pub enum Form {
+    /// A chat completion.
+    #[default]
+    Chat,
+    /// A completion.
+    Completions,
+    /// A response.
+    Responses(Box<responses::request::Echo>),
+    /// A message.
+    Messages,
+}
+
 /// A request that is ready to be placed.
 pub struct Prepared {
+    /// How its answer is written.
+    pub form: Form,
     /// The name that the client used; it comes back in the answer.
     pub model: String,
     /// The groups' name of it.
@@ -74,39 +100,77 @@ pub fn prepare(
     caller: Option<&Caller>,
     bytes: &Bytes,
 ) -> Result<Prepared, ApiError> {
-    let mut body = Body::parse(bytes)?;
-    if body.unknown > 0 {
-        service.metrics().unknown_fields(body.unknown);
-    }
-    let (name, model, spec) = resolve(service, body.model.as_deref())?;
-    let mut params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
-    if let Some(caller) = caller {
-        let limits = &caller.tenant.limits;
-        if limits.class == TenantClass::Batch {
-            params.class = Class::Batch;
+    let asked = Asked { service, endpoint, client, caller };
+    match endpoint {
+        Endpoint::Chat => asked.prepare(Body::parse(bytes)?, Form::Chat),
+        Endpoint::Completions => asked.prepare(Body::parse(bytes)?, Form::Completions),
+        Endpoint::Responses => {
+            let (conversion, fields, echo) = responses::request::read(bytes)?;
+            asked.prepare_converted(&conversion, fields, Form::Responses(Box::new(echo)))
         }
-        if let Some(salt) = &limits.cache_salt {
-            // whatever the request adds, it stays within the tenant's own cache
-            let both = xxhash_rust::xxh3::xxh3_128(format!("{salt}\0{}", params.cache_salt).as_bytes());
-            params.cache_salt = format!("{both:032x}");
-            body.cache_salt = Some(params.cache_salt.clone());
+        Endpoint::Messages => {
+            let (conversion, fields) = messages::request::read(bytes, false)?;
+            asked.prepare_converted(&conversion, fields, Form::Messages)
         }
     }
-    let prompts = match endpoint {
-        Endpoint::Chat => {
-            let encoded = chat_prompt(service, &body, &model.name, &spec, model.images)?;
+}
+
+/// What is known of a request besides its body.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    service: &'a Service,
+    endpoint: Endpoint,
+    client: Client,
+    caller: Option<&'a Caller>,
+}
+
+impl Asked<'_> {
+    /// A request of another API, as the chat request that it became.
+    fn prepare_converted(self, conversion: &Conversion, fields: Body<'_>, form: Form) -> Result<Prepared, ApiError> {
+        let prepared = self.prepare(conversion.body(fields), form);
+        let mut prepared = prepared.map_err(|error| conversion.in_words_of_client(error))?;
+        if let Some(structure) = &mut prepared.params.structure {
+            structure.field = conversion.own_field(structure.field);
+        }
+        Ok(prepared)
+    }
+
+    fn prepare(self, mut body: Body<'_>, form: Form) -> Result<Prepared, ApiError> {
+        let Self { service, endpoint, client, caller } = self;
+        if body.unknown > 0 {
+            service.metrics().unknown_fields(body.unknown);
+        }
+        let (name, model, spec) = resolve(service, body.model.as_deref())?;
+        let mut params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
+        if let Some(caller) = caller {
+            let limits = &caller.tenant.limits;
+            if limits.class == TenantClass::Batch {
+                params.class = Class::Batch;
+            }
+            if let Some(salt) = &limits.cache_salt {
+                // whatever the request adds, it stays within the tenant's own cache
+                let both = xxhash_rust::xxh3::xxh3_128(format!("{salt}\0{}", params.cache_salt).as_bytes());
+                params.cache_salt = format!("{both:032x}");
+                body.cache_salt = Some(params.cache_salt.clone());
+            }
+        }
+        let prompts = if endpoint.is_conversation() {
+            let rules = service.conversation_rules(caller);
+            let encoded = chat_prompt(service, &body, &model.name, &spec, model.images, rules)?;
             vec![(encoded, None)]
-        }
-        Endpoint::Completions => completion_prompts(body, &model, &spec, &params, service)?,
-    };
-    let prompts = prompts
-        .into_iter()
-        .map(|(encoded, text)| {
-            let output_bound = params::output_bound(&params, endpoint, encoded.token_ids.len(), model.max_model_len)?;
-            Ok(PreparedPrompt { encoded, output_bound, text })
-        })
-        .collect::<Result<_, ApiError>>()?;
-    Ok(Prepared { model: name, served_model: model.name.clone(), params, prompts })
+        } else {
+            completion_prompts(body, &model, &spec, &params, service)?
+        };
+        let prompts = prompts
+            .into_iter()
+            .map(|(encoded, text)| {
+                let output_bound =
+                    params::output_bound(&params, endpoint, encoded.token_ids.len(), model.max_model_len)?;
+                Ok(PreparedPrompt { encoded, output_bound, text })
+            })
+            .collect::<Result<_, ApiError>>()?;
+        Ok(Prepared { form, model: name, served_model: model.name.clone(), params, prompts })
+    }
 }
 
 /// The prompt of messages and tools.
@@ -116,6 +180,7 @@ pub fn chat_prompt(
     model: &str,
     spec: &ModelSpec,
     takes_images: bool,
+    rules: ConversationRules,
 ) -> Result<EncodedPrompt, ApiError> {
     let messages = body.messages.as_ref().ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
     let continue_final_message = body.continue_final_message.unwrap_or(false);
@@ -144,8 +209,73 @@ pub fn chat_prompt(
         service.metrics().encoded(encoded.token_ids.len(), encoded.reused_tokens);
         return Ok(encoded);
     }
+    if rules == ConversationRules::Lenient
+        && let Some(repaired) = RepairedConversation::of(&written)
+    {
+        return repaired.encode(service, tokenizer, &written);
+    }
     let messages = messages.to_json().map_err(|error| EncodeError::Json { field: "messages", error })?;
     Ok(encode::conversation(tokenizer, &messages, &written)?)
+}
+
+/// A conversation that was not what it should be.
+struct RepairedConversation {
+    messages: Vec<Box<RawValue>>,
+    repaired: Repaired,
+}
+
+impl RepairedConversation {
+    /// `None` where there is nothing to repair.
+    fn of(written: &Written<'_>) -> Option<Self> {
+        let texts: Vec<&str> = written.messages.iter().map(|message| message.get()).collect();
+        let repaired = repair(&texts, written.continue_final_message).ok()?;
+        if repaired.repairs.is_empty() {
+            return None;
+        }
+        let message = |message: &RepairedMessage| match &message.changed {
+            None => Some(written.messages.get(message.index).copied()?.to_owned()),
+            Some(text) => RawValue::from_string(text.clone()).ok(),
+        };
+        let messages = repaired.messages.iter().map(message).collect::<Option<_>>()?;
+        Some(Self { messages, repaired })
+    }
+
+    /// Its prompt; an error names the message as the client wrote it.
+    fn encode(
+        &self,
+        service: &Service,
+        tokenizer: &Tokenizer,
+        written: &Written<'_>,
+    ) -> Result<EncodedPrompt, ApiError> {
+        let messages: Vec<&RawValue> = self.messages.iter().map(|message| &**message).collect();
+        let continue_final_message = self.repaired.continue_final_message;
+        let written = Written { messages: &messages, continue_final_message, ..*written };
+        let encoded = match service.conversations().encode(tokenizer, &written) {
+            Some(encoded) => {
+                service.metrics().encoded(encoded.token_ids.len(), encoded.reused_tokens);
+                encoded
+            }
+            None => {
+                let messages = Messages::List(messages.clone()).to_json();
+                let messages = messages.map_err(|error| EncodeError::Json { field: "messages", error })?;
+                encode::conversation(tokenizer, &messages, &written).map_err(|error| self.as_written(error.into()))?
+            }
+        };
+        for (_, repair) in &self.repaired.repairs {
+            service.metrics().repaired(repair.name());
+        }
+        Ok(encoded)
+    }
+
+    fn as_written(&self, mut error: ApiError) -> ApiError {
+        let index = |param: &str| {
+            let (index, rest) = param.strip_prefix("messages[")?.split_once(']')?;
+            let message = self.repaired.messages.get(index.parse::<usize>().ok()?)?;
+            Some(format!("messages[{}]{rest}", message.index))
+        };
+        error.param = error.param.map(|param| index(&param).unwrap_or(param));
+        error
+    }
 }
 
 fn completion_prompts(

@@ -1,20 +1,23 @@
 //! The body of a generation or tokenize request, read once and typed from the bytes.
 //!
-//! One struct serves all endpoints: they share nearly every field. Every field may be absent or `null`.
+//! One struct serves all endpoints: they share nearly every field. What only one of them has, or means something else
+//! by, is read in the same pass into [`OwnFields`]. Every field may be absent or `null`.
 //! A field of a wrong type is an error that names it; a field that nobody knows is counted and ignored.
 //! Values are not judged here: ranges and limits are in [`params`](super::params). Messages and tools stay
 //! as they came, because their numbers and keys go into the prompt exactly as they were written.
 
-use std::{borrow::Cow, cell::Cell, fmt};
+use std::{cell::Cell, fmt, marker::PhantomData};
 
-use bora_common::conversation::{Json, JsonError};
 use serde::{
     Deserialize,
-    de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::{Value, value::RawValue};
 
-use super::error::ApiError;
+use super::{
+    error::ApiError,
+    fields::{Biases, Integer, Key, LogprobsField, Messages, OneOrMany, PriorityField, Prompt, StreamOptions},
+};
 
 /// All fields that mean something to Bora.
 #[derive(Debug, Default)]
@@ -75,10 +78,26 @@ const STRUCTURED: [&str; 6] =
     ["response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"];
 
 /// Fields that ask for something which silence would not do justice to.
-const REFUSED: [&str; 6] = ["structural_tag", "reasoning_effort", "functions", "function_call", "modalities", "audio"];
+const REFUSED: [&str; 14] = [
+    "structural_tag",
+    "reasoning_effort",
+    "functions",
+    "function_call",
+    "modalities",
+    "audio",
+    "web_search_options",
+    "bad_words",
+    "allowed_token_ids",
+    "truncate_prompt_tokens",
+    "logits_processors",
+    "chat_template",
+    "documents",
+    "prompt_embeds",
+];
 
 /// Fields that are known and mean nothing here.
-const WITHOUT_MEANING: [&str; 13] = [
+const WITHOUT_MEANING: [&str; 14] = [
+    "verbosity",
     "user",
     "metadata",
     "store",
@@ -94,12 +113,30 @@ const WITHOUT_MEANING: [&str; 13] = [
     "spaces_between_special_tokens",
 ];
 
+/// The fields of one endpoint: they go before those that all share.
+pub trait OwnFields<'de>: Default {
+    /// Reads the value of `key` if it is one of these fields; `at` learns its name for the error.
+    fn read<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A, at: &Cell<&'static str>) -> Result<bool, A::Error>;
+}
+
+/// An endpoint without fields of its own.
+impl<'de> OwnFields<'de> for () {
+    fn read<A: MapAccess<'de>>(&mut self, _: &str, _: &mut A, _: &Cell<&'static str>) -> Result<bool, A::Error> {
+        Ok(false)
+    }
+}
+
 impl<'de> Body<'de> {
     /// Reads a body.
     pub fn parse(bytes: &'de [u8]) -> Result<Self, ApiError> {
+        Self::parse_with::<()>(bytes).map(|(body, ())| body)
+    }
+
+    /// Reads a body and the fields of an endpoint.
+    pub fn parse_with<Own: OwnFields<'de>>(bytes: &'de [u8]) -> Result<(Self, Own), ApiError> {
         let field = Cell::new("");
         let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-        let parsed = BodySeed { field: &field }
+        let parsed = BodySeed { field: &field, own: PhantomData }
             .deserialize(&mut deserializer)
             .and_then(|body| deserializer.end().map(|()| body));
         parsed.map_err(|error| {
@@ -116,29 +153,34 @@ impl<'de> Body<'de> {
     }
 }
 
-struct BodySeed<'a> {
+struct BodySeed<'a, Own> {
     field: &'a Cell<&'static str>,
+    own: PhantomData<Own>,
 }
 
-impl<'de> DeserializeSeed<'de> for BodySeed<'_> {
-    type Value = Body<'de>;
+impl<'de, Own: OwnFields<'de>> DeserializeSeed<'de> for BodySeed<'_, Own> {
+    type Value = (Body<'de>, Own);
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Body<'de>, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_map(self)
     }
 }
 
-impl<'de> Visitor<'de> for BodySeed<'_> {
-    type Value = Body<'de>;
+impl<'de, Own: OwnFields<'de>> Visitor<'de> for BodySeed<'_, Own> {
+    type Value = (Body<'de>, Own);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body<'de>, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut own = Own::default();
         let mut body = Body::default();
         let at = self.field;
         while let Some(Key(key)) = map.next_key()? {
+            if own.read(&key, &mut map, at)? {
+                continue;
+            }
             match &*key {
                 "model" => body.model = field(&mut map, at, "model")?,
                 "messages" => body.messages = field(&mut map, at, "messages")?,
@@ -209,350 +251,18 @@ impl<'de> Visitor<'de> for BodySeed<'_> {
             }
         }
         at.set("");
-        Ok(body)
+        Ok((body, own))
     }
 }
 
 /// Reads one value and remembers its name for the error.
-fn field<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
+pub fn field<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
     map: &mut A,
     at: &Cell<&'static str>,
     name: &'static str,
 ) -> Result<Option<T>, A::Error> {
     at.set(name);
     map.next_value()
-}
-
-/// `messages`: each as it was written, found in one pass over the body.
-#[derive(Debug)]
-pub enum Messages<'de> {
-    /// An array.
-    List(Vec<&'de RawValue>),
-    /// Something else, of which only the kind is kept: the conversation's reader words the error.
-    Other(Json<'static>),
-}
-
-impl<'de> Messages<'de> {
-    /// The messages; none if they are no array.
-    pub fn list(&self) -> &[&'de RawValue] {
-        match self {
-            Messages::List(list) => list,
-            Messages::Other(_) => &[],
-        }
-    }
-
-    /// The whole value.
-    pub fn to_json(&self) -> Result<Json<'de>, JsonError> {
-        match self {
-            Messages::List(list) => {
-                Ok(Json::Array(list.iter().map(|message| Json::parse(message.get())).collect::<Result<_, _>>()?))
-            }
-            Messages::Other(other) => Ok(other.clone()),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Messages<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct MessagesVisitor;
-        impl<'de> Visitor<'de> for MessagesVisitor {
-            type Value = Messages<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an array")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Messages<'de>, A::Error> {
-                let mut list = Vec::new();
-                while let Some(message) = seq.next_element()? {
-                    list.push(message);
-                }
-                Ok(Messages::List(list))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Messages<'de>, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Messages::Other(Json::Object(Vec::new())))
-            }
-
-            fn visit_str<E>(self, _: &str) -> Result<Messages<'de>, E> {
-                Ok(Messages::Other(Json::String("".into())))
-            }
-
-            fn visit_bool<E>(self, value: bool) -> Result<Messages<'de>, E> {
-                Ok(Messages::Other(Json::Bool(value)))
-            }
-
-            fn visit_i64<E>(self, _: i64) -> Result<Messages<'de>, E> {
-                Ok(Messages::Other(Json::Float(0.0)))
-            }
-
-            fn visit_u64<E>(self, _: u64) -> Result<Messages<'de>, E> {
-                Ok(Messages::Other(Json::Float(0.0)))
-            }
-
-            fn visit_f64<E>(self, value: f64) -> Result<Messages<'de>, E> {
-                Ok(Messages::Other(Json::Float(value)))
-            }
-        }
-        deserializer.deserialize_any(MessagesVisitor)
-    }
-}
-
-/// A key, borrowed from the body where it has no escapes.
-struct Key<'de>(Cow<'de, str>);
-
-impl<'de> Deserialize<'de> for Key<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct KeyVisitor;
-        impl<'de> Visitor<'de> for KeyVisitor {
-            type Value = Key<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a key")
-            }
-
-            fn visit_borrowed_str<E>(self, key: &'de str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Borrowed(key)))
-            }
-
-            fn visit_str<E>(self, key: &str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Owned(key.to_string())))
-            }
-        }
-        deserializer.deserialize_str(KeyVisitor)
-    }
-}
-
-/// An integer, also written as `3.0`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Integer(pub i64);
-
-impl<'de> Deserialize<'de> for Integer {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct IntegerVisitor;
-        impl Visitor<'_> for IntegerVisitor {
-            type Value = Integer;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an integer of 64 bits")
-            }
-
-            fn visit_i64<E>(self, value: i64) -> Result<Integer, E> {
-                Ok(Integer(value))
-            }
-
-            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Integer, E> {
-                let unexpected = serde::de::Unexpected::Unsigned(value);
-                i64::try_from(value).map(Integer).map_err(|_| E::invalid_value(unexpected, &self))
-            }
-
-            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Integer, E> {
-                if value.fract() == 0.0 && value.abs() < 9e15 {
-                    return Ok(Integer(value as i64));
-                }
-                Err(E::invalid_type(serde::de::Unexpected::Float(value), &self))
-            }
-        }
-        deserializer.deserialize_any(IntegerVisitor)
-    }
-}
-
-/// A text or a list of texts.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OneOrMany(pub Vec<String>);
-
-impl<'de> Deserialize<'de> for OneOrMany {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct TextsVisitor;
-        impl<'de> Visitor<'de> for TextsVisitor {
-            type Value = OneOrMany;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string or an array of strings")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<OneOrMany, E> {
-                Ok(OneOrMany(vec![text.to_string()]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<OneOrMany, A::Error> {
-                let mut texts = Vec::new();
-                while let Some(text) = seq.next_element()? {
-                    texts.push(text);
-                }
-                Ok(OneOrMany(texts))
-            }
-        }
-        deserializer.deserialize_any(TextsVisitor)
-    }
-}
-
-/// `logprobs`: a flag in chat, a number in completions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(untagged, expecting = "a boolean (chat) or an integer (completions)")]
-pub enum LogprobsField {
-    /// Chat.
-    Flag(bool),
-    /// Completions.
-    Count(i64),
-}
-
-/// `priority`: a class by name, or vLLM's number (the higher, the later).
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(untagged, expecting = "\"interactive\", \"batch\" or an integer")]
-pub enum PriorityField {
-    /// A class.
-    Name(String),
-    /// Above 0: batch.
-    Number(i64),
-}
-
-/// `stream_options`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-pub struct StreamOptions {
-    /// A last chunk with the usage.
-    pub include_usage: Option<bool>,
-    /// The usage so far in every chunk (vLLM).
-    pub continuous_usage_stats: Option<bool>,
-}
-
-/// `logit_bias`.
-struct Biases(Vec<(String, f64)>);
-
-impl<'de> Deserialize<'de> for Biases {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct BiasVisitor;
-        impl<'de> Visitor<'de> for BiasVisitor {
-            type Value = Biases;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object from token ids to numbers")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Biases, A::Error> {
-                let mut biases = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    biases.push(entry);
-                }
-                Ok(Biases(biases))
-            }
-        }
-        deserializer.deserialize_map(BiasVisitor)
-    }
-}
-
-/// `prompt` of a completion.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Prompt {
-    /// One text.
-    Text(String),
-    /// Several.
-    Texts(Vec<String>),
-    /// One list of token ids.
-    Ids(Vec<u32>),
-    /// Several.
-    IdLists(Vec<Vec<u32>>),
-}
-
-enum PromptElement {
-    Text(String),
-    Id(u32),
-    Ids(Vec<u32>),
-}
-
-impl<'de> Deserialize<'de> for PromptElement {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ElementVisitor;
-        impl<'de> Visitor<'de> for ElementVisitor {
-            type Value = PromptElement;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string, a token id or an array of token ids")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<PromptElement, E> {
-                Ok(PromptElement::Text(text.to_string()))
-            }
-
-            fn visit_string<E>(self, text: String) -> Result<PromptElement, E> {
-                Ok(PromptElement::Text(text))
-            }
-
-            fn visit_u64<E: serde::de::Error>(self, id: u64) -> Result<PromptElement, E> {
-                let unexpected = serde::de::Unexpected::Unsigned(id);
-                u32::try_from(id).map(PromptElement::Id).map_err(|_| E::invalid_value(unexpected, &self))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<PromptElement, A::Error> {
-                let mut ids = Vec::new();
-                while let Some(id) = seq.next_element()? {
-                    ids.push(id);
-                }
-                Ok(PromptElement::Ids(ids))
-            }
-        }
-        deserializer.deserialize_any(ElementVisitor)
-    }
-}
-
-impl<'de> Deserialize<'de> for Prompt {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct PromptVisitor;
-        impl<'de> Visitor<'de> for PromptVisitor {
-            type Value = Prompt;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string, an array of strings, an array of token ids or an array of such arrays")
-            }
-
-            fn visit_str<E>(self, text: &str) -> Result<Prompt, E> {
-                Ok(Prompt::Text(text.to_string()))
-            }
-
-            fn visit_string<E>(self, text: String) -> Result<Prompt, E> {
-                Ok(Prompt::Text(text))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
-                let mixed = || A::Error::custom("texts, token ids and arrays of token ids can't be mixed");
-                match seq.next_element()? {
-                    None => Err(A::Error::custom("an empty array holds no prompt")),
-                    Some(PromptElement::Text(first)) => {
-                        let mut texts = vec![first];
-                        while let Some(element) = seq.next_element()? {
-                            let PromptElement::Text(text) = element else {
-                                return Err(mixed());
-                            };
-                            texts.push(text);
-                        }
-                        Ok(Prompt::Texts(texts))
-                    }
-                    Some(PromptElement::Id(first)) => {
-                        let mut ids = vec![first];
-                        while let Some(element) = seq.next_element()? {
-                            let PromptElement::Id(id) = element else {
-                                return Err(mixed());
-                            };
-                            ids.push(id);
-                        }
-                        Ok(Prompt::Ids(ids))
-                    }
-                    Some(PromptElement::Ids(first)) => {
-                        let mut lists = vec![first];
-                        while let Some(element) = seq.next_element()? {
-                            let PromptElement::Ids(ids) = element else {
-                                return Err(mixed());
-                            };
-                            lists.push(ids);
-                        }
-                        Ok(Prompt::IdLists(lists))
-                    }
-                }
-            }
-        }
-        deserializer.deserialize_any(PromptVisitor)
-    }
 }
 
 #[cfg(test)]

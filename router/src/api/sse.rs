@@ -1,5 +1,5 @@
-//! Answers as server-sent events: chunks as they come, a comment in every long silence, `[DONE]` at a clean
-//! end and an error event without it at any other.
+//! Answers as server-sent events: what is new as it comes, a sign of life in every long silence, and at the end what the
+//! API says there. An answer that breaks never ends as one that is complete.
 
 use std::{
     convert::Infallible,
@@ -27,12 +27,36 @@ const DONE: &[u8] = b"data: [DONE]\n\n";
 
 /// How one API writes its chunks.
 pub trait EventWriter: Send + Unpin + 'static {
+    /// What is sent in silence.
+    const SIGN_OF_LIFE: &'static [u8] = COMMENT;
     /// What can be said before any group said anything.
     fn begin(&mut self, answer: &mut Answer, out: &mut Vec<u8>);
     /// Choice `number` has something new.
     fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>);
     /// All choices are over.
     fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>);
+    /// The answer ends here, unfinished.
+    fn failed(&mut self, _answer: &mut Answer, error: &ApiError, out: &mut Vec<u8>) {
+        write_error(error, out);
+    }
+}
+
+/// Appends what OpenAI's older APIs send last.
+pub fn write_done(out: &mut Vec<u8>) {
+    out.extend_from_slice(DONE);
+}
+
+/// Appends one event that has a name.
+pub fn write_named_event(name: &str, value: &impl Serialize, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.extend_from_slice(b"event: ");
+    out.extend_from_slice(name.as_bytes());
+    out.push(b'\n');
+    let data = out.len();
+    write_event(value, out);
+    if out.len() == data {
+        out.truncate(start);
+    }
 }
 
 /// Appends one event.
@@ -85,12 +109,11 @@ impl<W: EventWriter> Stream for Events<W> {
                 Poll::Ready(Some(Err(error))) => {
                     tracing::warn!(request_id = answer.id, message = error.message, "stream ends with an error");
                     answer.context().open.answered(error.status.as_u16());
-                    write_error(&error, out);
+                    writer.failed(answer, &error, out);
                     *phase = Phase::Over;
                 }
                 Poll::Ready(None) => {
                     writer.end(answer, out);
-                    out.extend_from_slice(DONE);
                     answer.context().open.answered(200);
                     *phase = Phase::Over;
                 }
@@ -105,18 +128,19 @@ impl<W: EventWriter> Stream for Events<W> {
     }
 }
 
-/// Adds a comment to a stream whenever it was silent for an interval.
+/// Adds a sign of life to a stream whenever it was silent for an interval.
 struct Heartbeat<S> {
     events: S,
+    sign: &'static [u8],
     interval: Duration,
     last: Instant,
     timer: Pin<Box<Sleep>>,
 }
 
 impl<S> Heartbeat<S> {
-    fn new(events: S, interval: Duration) -> Self {
+    fn new(events: S, sign: &'static [u8], interval: Duration) -> Self {
         let last = Instant::now();
-        Self { events, interval, last, timer: Box::pin(tokio::time::sleep_until(last + interval)) }
+        Self { events, sign, interval, last, timer: Box::pin(tokio::time::sleep_until(last + interval)) }
     }
 }
 
@@ -139,7 +163,7 @@ impl<S: Stream<Item = Bytes> + Unpin> Stream for Heartbeat<S> {
             self.last = now;
             let next = now + self.interval;
             self.timer.as_mut().reset(next);
-            return Poll::Ready(Some(Ok(Bytes::from_static(COMMENT))));
+            return Poll::Ready(Some(Ok(Bytes::from_static(self.sign))));
         }
         Poll::Pending
     }
@@ -149,7 +173,7 @@ impl<S: Stream<Item = Bytes> + Unpin> Stream for Heartbeat<S> {
 pub fn respond<W: EventWriter>(answer: Answer, writer: W) -> Response<Body> {
     let interval = answer.service().options().heartbeat();
     let events = Events { answer, writer, out: Vec::with_capacity(1024), phase: Phase::Begin };
-    let mut response = Response::new(Body::from_stream(Heartbeat::new(events, interval)));
+    let mut response = Response::new(Body::from_stream(Heartbeat::new(events, W::SIGN_OF_LIFE, interval)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -168,7 +192,7 @@ mod tests {
     async fn silence_is_broken_by_comments_and_nothing_else_is_changed() {
         let (sender, receiver) = tokio::sync::mpsc::channel(8);
         let events = tokio_stream::wrappers::ReceiverStream::new(receiver);
-        let mut stream = Heartbeat::new(events, Duration::from_secs(10));
+        let mut stream = Heartbeat::new(events, COMMENT, Duration::from_secs(10));
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_secs(6)).await;
             sender.send(Bytes::from_static(b"a")).await.expect("received");

@@ -118,7 +118,7 @@ pub fn structure(
         }
         wanted = Some(Structure { grammar, field });
     }
-    if endpoint == Endpoint::Chat {
+    if endpoint.is_conversation() {
         wanted = match (choice, wanted) {
             (ToolChoice::Forced(names, several), _) => {
                 let calls = calls(body, names.as_deref(), *several, spec)?;

@@ -12,14 +12,15 @@ use serde::Serialize;
 
 use super::{
     error::ApiError,
+    fields::Prompt,
     generate::read_body,
     params::{self, TokenizeTarget},
     prepare::{chat_prompt, resolve, text_ids},
-    request::{Body as Fields, Prompt},
+    request::Body as Fields,
     response::TokenNames,
     status::json,
 };
-use crate::service::Service;
+use crate::{access::Caller, service::Service};
 
 #[derive(Serialize)]
 struct Tokenized {
@@ -44,19 +45,24 @@ pub async fn detokenize(State(service): State<Arc<Service>>, request: Request<Bo
     run(service, "detokenize", request, detokenize_body).await
 }
 
-async fn run<T: Serialize + Send + 'static>(
+/// Makes an answer of a body's bytes.
+type Work<T> = fn(&Service, Option<&Caller>, &[u8]) -> Result<T, ApiError>;
+
+/// Reads a body, does the work where it keeps nobody waiting, and answers with what comes of it.
+pub async fn run<T: Serialize + Send + 'static>(
     service: Arc<Service>,
     endpoint: &'static str,
     request: Request<Body>,
-    work: fn(&Service, &[u8]) -> Result<T, ApiError>,
+    work: Work<T>,
 ) -> Response<Body> {
     let mut open = service.metrics().request(endpoint);
     let (parts, body) = request.into_parts();
+    let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
     let outcome = async {
         let bytes: Bytes = read_body(body, &parts.headers, service.options().max_body_bytes).await?;
         let size = bytes.len();
         let for_work = Arc::clone(&service);
-        service.pool().run(size, move || work(&for_work, &bytes)).await?
+        service.pool().run(size, move || work(&for_work, caller.as_ref(), &bytes)).await?
     };
     let response = match outcome.await {
         Ok(value) => json(&value),
@@ -66,15 +72,16 @@ async fn run<T: Serialize + Send + 'static>(
     response
 }
 
-fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError> {
+fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<Tokenized, ApiError> {
     let body = Fields::parse(bytes)?;
     params::refuse_unserved(&body)?;
     let (_, model, spec) = resolve(service, body.model.as_deref())?;
     let with_strings = body.return_token_strs.unwrap_or(false);
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
+            let rules = service.conversation_rules(caller);
             // images have ids whether or not the model's groups can look at them
-            let mut ids = chat_prompt(service, &body, &model.name, &spec, true)?.token_ids;
+            let mut ids = chat_prompt(service, &body, &model.name, &spec, true, rules)?.token_ids;
             if body.add_special_tokens == Some(true)
                 && let Some(bos) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id())
                 && ids.first() != Some(&bos)
@@ -104,7 +111,7 @@ fn tokenize_body(service: &Service, bytes: &[u8]) -> Result<Tokenized, ApiError>
     })
 }
 
-fn detokenize_body(service: &Service, bytes: &[u8]) -> Result<Detokenized, ApiError> {
+fn detokenize_body(service: &Service, _: Option<&Caller>, bytes: &[u8]) -> Result<Detokenized, ApiError> {
     let body = Fields::parse(bytes)?;
     let (_, model, spec) = resolve(service, body.model.as_deref())?;
     let tokens = body.tokens.ok_or_else(|| ApiError::invalid("tokens", "`tokens` is required."))?;

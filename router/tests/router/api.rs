@@ -24,18 +24,6 @@ fn merge(body: &mut Value, extra: Value) {
     }
 }
 
-fn call_ids(calls: &[(&str, &str)]) -> Vec<u32> {
-    let tokenizer = tokenizer();
-    let mut ids = Vec::new();
-    for (name, arguments) in calls {
-        ids.push(9);
-        ids.extend(tokenizer.encode(name));
-        ids.push(32);
-        ids.extend(tokenizer.encode(arguments));
-    }
-    ids
-}
-
 fn tools() -> Value {
     json!([{"type": "function", "function": {"name": "read_file", "description": "d", "parameters": {"type": "object"}}}])
 }

@@ -389,6 +389,16 @@ impl Answered {
             .collect()
     }
 
+    /// Name and JSON of every event that has a name.
+    pub fn events(&self) -> Vec<(String, Value)> {
+        let event = |text: &str| {
+            let (name, data) = text.strip_prefix("event: ")?.split_once("\ndata: ")?;
+            let json = serde_json::from_str(data).unwrap_or_else(|error| panic!("{error}: {data}"));
+            Some((name.to_owned(), json))
+        };
+        self.text.split("\n\n").filter_map(event).collect()
+    }
+
     pub fn is_done(&self) -> bool {
         self.text.ends_with("data: [DONE]\n\n")
     }
@@ -406,6 +416,19 @@ impl Answered {
         }
         content
     }
+}
+
+/// The ids of calls, as the model writes them.
+pub fn call_ids(calls: &[(&str, &str)]) -> Vec<u32> {
+    let tokenizer = tokenizer();
+    let mut ids = Vec::new();
+    for (name, arguments) in calls {
+        ids.push(9);
+        ids.extend(tokenizer.encode(name));
+        ids.push(32);
+        ids.extend(tokenizer.encode(arguments));
+    }
+    ids
 }
 
 pub fn options() -> RouterOptions {

@@ -102,11 +102,11 @@ EXPORT Status ncclCommGetAsyncError(Communicator* c, Status* state) {
 }
 EXPORT Status ncclAllReduce(const void* own, void* all, size_t count, int type, int operation, Communicator* c, void* stream) {
   if ((type != F32 && type != BF16) || operation != SUM) return INVALID;
-  return run(stream, Work{[=] { exchange(c, (const char*)own, (char*)all, count * (type == F32 ? 4 : 2), type, false); }, true});
+  return run(stream, [=] { exchange(c, (const char*)own, (char*)all, count * (type == F32 ? 4 : 2), type, false); });
 }
 EXPORT Status ncclAllGather(const void* own, void* all, size_t count, int type, Communicator* c, void* stream) {
   if (type != F32 && type != BF16) return INVALID;
-  return run(stream, Work{[=] { exchange(c, (const char*)own, (char*)all, count * (type == F32 ? 4 : 2), type, true); }, true});
+  return run(stream, [=] { exchange(c, (const char*)own, (char*)all, count * (type == F32 ? 4 : 2), type, true); });
 }
 EXPORT Status ncclCommAbort(Communicator* c) {
   c->aborted = true;

@@ -204,9 +204,9 @@ pub trait Backend: Send + Sized + 'static {
         head: &Self::Linear,
     ) -> Result<Self::Logits>;
 
-    /// Frees this rank, from any thread, where it waits for the others on its device. `None` where it never does.
-    fn aborter(&self) -> Option<Arc<dyn Abort>> {
-        None
+    /// What frees this rank, from any thread, where it waits for the others on its device.
+    fn aborters(&self) -> Vec<Arc<dyn Abort>> {
+        Vec::new()
     }
 
     // ---- sampling ------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ impl Loading<'_> {
     where
         Ministral3<B>: Send,
     {
-        if let Some(aborter) = backend.aborter() {
+        for aborter in backend.aborters() {
             self.fault.watch_over(aborter);
         }
         let model = Ministral3::load(&mut backend, self.weights, plan, |layers| {

@@ -127,7 +127,8 @@ impl CudaBackend {
         }
     }
 
-    fn record(&mut self, forward: impl FnOnce(&mut Self) -> Result<()>) -> Result<Graph> {
+    /// Records what `forward` submits.
+    pub(super) fn record(&mut self, forward: impl FnOnce(&mut Self) -> Result<()>) -> Result<Graph> {
         self.device.begin_capture()?;
         let outcome = forward(self);
         // ends the recording also where it failed

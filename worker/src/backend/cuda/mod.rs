@@ -16,7 +16,9 @@ mod linear;
 mod machine;
 mod matmul;
 mod nccl;
+mod norm;
 mod options;
+mod peers;
 mod ranks;
 mod sampler;
 mod step;
@@ -42,7 +44,8 @@ pub use linear::{Linear, Tensor};
 pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
 use nccl::Communicator;
-pub use options::{CudaOptions, KvDtype};
+pub use options::{CudaOptions, KvDtype, Sums};
+use peers::Peers;
 use sampler::Sampler;
 use step::StepInputs;
 
@@ -57,6 +60,8 @@ pub struct CudaBackend {
     graphs: HashMap<usize, Recording>,
     /// Where there are several ranks.
     communicator: Option<Communicator>,
+    /// Where the ranks are GPUs of one host that reach each other.
+    peers: Option<Peers>,
     kernels: Kernels,
     matmul: Matmul,
     inputs: StepInputs,
@@ -139,9 +144,15 @@ impl CudaBackend {
             1 => None,
             _ => Some(Communicator::connect(&mut *setup.collective)?),
         };
+        let peers = match options.sums {
+            _ if communicator.is_none() => None,
+            Sums::Nccl => None,
+            Sums::Measured | Sums::Peers => Peers::connect(&device, &mut *setup.collective, setup.config.hidden_size)?,
+        };
         Ok(Self {
             graphs: HashMap::new(),
             communicator,
+            peers,
             kernels,
             matmul,
             inputs,
@@ -227,7 +238,7 @@ impl CudaBackend {
         });
         // counters are zero between steps
         self.device.fill(&self.buffers()?.finished, 0)?;
-        self.try_communicator()
+        self.try_sums()
     }
 
     fn launch(&mut self, name: &str, shape: Shape, arguments: Arguments) -> Result<()> {
@@ -243,49 +254,6 @@ impl CudaBackend {
         }
         let keys = cache.buffer.address + 2 * layer as u64 * cache.plane_bytes;
         Ok((keys, keys + cache.plane_bytes))
-    }
-
-    /// Submits the norm of the residual's rows (all, or those listed at `rows`).
-    fn submit_norm(
-        &mut self,
-        residual: &Tensor,
-        partial: Option<Tensor>,
-        gain: &Buffer,
-        format: InputFormat,
-        rows: Option<(Address, usize)>,
-    ) -> Result<Tensor> {
-        let hidden = residual.columns;
-        let (rows_address, row_count) = rows.unwrap_or((0, residual.rows));
-        let target = self.buffers()?.input.address;
-        let (suffix, scale, tensor_format) = match format {
-            InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
-            InputFormat::E4m3(scale) => ("e4m3", scale, TensorFormat::E4m3),
-        };
-        let (name, address, (splits, stride), partial_scale) = match &partial {
-            None => (format!("norm_to_{suffix}"), 0, (1, 0), 1.0),
-            Some(partial) => {
-                let name = format!("add_{}_norm_to_{suffix}", partial.product_name());
-                (name, partial.address, partial.splits(), partial.part_scales.first().copied().unwrap_or(1.0))
-            }
-        };
-        let arguments = Arguments::default()
-            .address(residual.address)
-            .address(address)
-            .u32(splits)
-            .u64(stride)
-            .f32(partial_scale)
-            .address(gain.address)
-            .address(target)
-            .f32(scale)
-            .address(rows_address)
-            .u32(hidden as u32)
-            .f32(self.setup.config.rms_norm_eps);
-        let block = (hidden / 4).next_multiple_of(32).clamp(32, 1024) as u32;
-        let shape = Shape { grid: [row_count as u32, 1, 1], block, shared: hidden as u32 * 4 };
-        // a kernel starts early only behind one of ours, not behind NCCL's
-        let overlap = self.options.overlap && self.communicator.is_none();
-        self.kernels.launch(&self.device, &name, shape, arguments, overlap)?;
-        Ok(Tensor { address: target, rows: row_count, columns: hidden, format: tensor_format, part_scales: Vec::new() })
     }
 }
 
@@ -412,7 +380,6 @@ impl Backend for CudaBackend {
     }
 
     fn norm(&mut self, residual: &mut Tensor, partial: Option<Tensor>, gain: &Gain, next: &Linear) -> Result<Tensor> {
-        let partial = partial.map(|partial| self.reduce_over_ranks(partial)).transpose()?;
         self.submit_norm(residual, partial, &gain.buffer, next.input_format, None)
     }
 
@@ -497,7 +464,6 @@ impl Backend for CudaBackend {
             // every rank sees the same batch, so none of them enters a collective here
             return Ok(Logits { rows: 0 });
         }
-        let partial = partial.map(|partial| self.reduce_over_ranks(partial)).transpose()?;
         let listed = (self.inputs.addresses().logit_rows, rows);
         let normed = self.submit_norm(&residual, partial, &gain.buffer, head.input_format, Some(listed))?;
         let target = self.buffers()?.logits.address;
@@ -529,14 +495,15 @@ impl Backend for CudaBackend {
 
     fn collect(&mut self) -> Result<SampleResults> {
         let results = self.sampler.collect()?;
-        if let Some(communicator) = &self.communicator {
-            communicator.check()?;
-        }
+        // what a sum brought that was cut short is not to be used
+        self.communicator.as_ref().map_or(Ok(()), Communicator::check)?;
+        self.peers.as_ref().map_or(Ok(()), Peers::check)?;
         Ok(results)
     }
 
-    fn aborter(&self) -> Option<Arc<dyn Abort>> {
-        self.communicator.as_ref().map(Communicator::aborter)
+    fn aborters(&self) -> Vec<Arc<dyn Abort>> {
+        let communicator = self.communicator.as_ref().map(Communicator::aborter);
+        communicator.into_iter().chain(self.peers.as_ref().map(Peers::aborter)).collect()
     }
 
     fn pipeline_depth(&self) -> usize {

@@ -1,14 +1,16 @@
 //! What the ranks of a group exchange on their GPUs: sums of partial products and parts of the logits.
 
-use super::CudaBackend;
-use super::driver::{Arguments, Shape};
+use super::driver::{Arguments, Event, Shape};
 use super::linear::{Tensor, TensorFormat};
 use super::nccl::Numbers;
+use super::peers::PEER_ROWS;
+use super::{CudaBackend, Sums};
 use crate::backend::{BackendError, Result};
 
 impl CudaBackend {
-    /// Takes what NCCL takes at its first calls (connections, their buffers) before the KV cache is sized.
-    pub(super) fn try_communicator(&self) -> Result<()> {
+    /// Takes what NCCL takes at its first calls (connections, their buffers) before the KV cache is sized, and finds out
+    /// up to how many rows sums go faster through the peers' memory.
+    pub(super) fn try_sums(&mut self) -> Result<()> {
         let (Some(communicator), Some(buffers)) = (&self.communicator, &self.buffers) else { return Ok(()) };
         for numbers in [Numbers::F32, Numbers::Bf16] {
             // few numbers and many travel by different ways
@@ -17,9 +19,67 @@ impl CudaBackend {
             }
         }
         let count = buffers.gathered.bytes / 4 / communicator.ranks();
-        communicator.all_gather(&self.device, buffers.logits.address, buffers.gathered.address, count, Numbers::F32)?;
+        let (own, all) = (buffers.logits.address, buffers.gathered.address);
+        communicator.all_gather(&self.device, own, all, count, Numbers::F32)?;
         self.device.synchronize()?;
-        communicator.check()
+        communicator.check()?;
+        let most =
+            (buffers.product.bytes.min(buffers.residual.bytes) / 4 / self.setup.config.hidden_size).min(PEER_ROWS);
+        if self.options.sums != Sums::Measured || self.peers.is_none() {
+            return Ok(());
+        }
+        let (mut rows, mut faster) = (0, true);
+        let mut found = Vec::new();
+        for candidate in [1, 2, 4, 8, 16, 32, 64].into_iter().filter(|candidate| *candidate <= most) {
+            let (nccl, peers) = (self.time_sum(candidate, false)?, self.time_sum(candidate, true)?);
+            found.push(format!("{candidate}: {nccl:.1}/{peers:.1}"));
+            faster &= peers <= nccl;
+            rows = if faster { candidate } else { rows };
+        }
+        // all ranks do as the first one found
+        let answers = self.setup.collective.exchange(&(rows as u32).to_le_bytes())?;
+        let decided =
+            answers.first().and_then(|answer| answer.first_chunk()).map_or(0, |four| u32::from_le_bytes(*four));
+        if let Some(peers) = &mut self.peers {
+            peers.rows = decided as usize;
+            peers.check()?;
+        }
+        let rank = self.setup.plan.rank;
+        tracing::info!(
+            rank,
+            rows = decided,
+            times = found.join(", "),
+            "sums over ranks: rows, us by NCCL/by peer memory"
+        );
+        Ok(())
+    }
+
+    /// Microseconds of a sum over the ranks of `rows` rows with the norm behind it, recorded as in a step.
+    fn time_sum(&mut self, rows: usize, by_peers: bool) -> Result<f32> {
+        const SUMS: usize = 20;
+        let (buffers, hidden) = (self.buffers()?, self.setup.config.hidden_size);
+        let tensor = |address, format| Tensor { address, rows, columns: hidden, format, part_scales: vec![1.0] };
+        let residual = tensor(buffers.residual.address, TensorFormat::F32);
+        let partial = tensor(buffers.product.address, TensorFormat::F32);
+        // any numbers will do
+        let (gain, y) = (buffers.logits.address, tensor(buffers.input.address, TensorFormat::Bf16));
+        let sums = |backend: &mut Self| {
+            for _ in 0..SUMS {
+                let partial = if by_peers { partial.clone() } else { backend.reduce_over_ranks(partial.clone())? };
+                backend.launch_norm(by_peers, &residual, Some(&partial), gain, &y, "bf16", 0)?;
+            }
+            Ok(())
+        };
+        // loads the kernels, which can't be recorded
+        sums(self)?;
+        let graph = self.record(sums)?;
+        let (start, end) = (Event::new(true)?, Event::new(true)?);
+        self.device.replay(&graph)?;
+        start.record(&self.device)?;
+        self.device.replay(&graph)?;
+        end.record(&self.device)?;
+        end.wait()?;
+        Ok(end.since(&start)? * 1e3 / SUMS as f32)
     }
 
     /// Adds up a partial product over the ranks. Every rank has multiplied by the same scales.

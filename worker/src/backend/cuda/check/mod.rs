@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{CudaOptions, KvDtype};
+use super::{CudaOptions, KvDtype, Sums};
 
 /// What one check found.
 #[derive(Clone, Debug)]
@@ -78,9 +78,11 @@ pub fn run(section: Section, fixtures: &Path, config: Option<&Path>, only: &str,
                     report(Outcome::timing(name, json!({ "not run": reason.to_string() })));
                     continue;
                 }
-                for graphs in [true, false] {
-                    let options = CudaOptions { graphs, ..CudaOptions::default() };
-                    models::run(fixtures, options, ranks, only, report);
+                for sums in [Sums::Peers, Sums::Nccl] {
+                    for graphs in [true, false] {
+                        let options = CudaOptions { graphs, sums, ..CudaOptions::default() };
+                        models::run(fixtures, options, ranks, only, report);
+                    }
                 }
             }
         }

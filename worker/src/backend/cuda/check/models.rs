@@ -38,7 +38,11 @@ pub(super) fn run(fixtures: &Path, options: CudaOptions, ranks: usize, only: &st
     for (folder, prefix) in [("tiny_text", ""), ("tiny_text_fp8", "w8a8_")] {
         for case in CASES {
             let kv = options.kv.name();
-            let over = if ranks == 1 { String::new() } else { format!(" over {ranks}") };
+            let over = if ranks == 1 {
+                String::new()
+            } else {
+                format!(" over {ranks}, sums {:?}{}", options.sums, if options.graphs { "" } else { ", no graphs" })
+            };
             let name = format!("{folder}/{case} kv {kv}{over}{}", if options.overlap { "" } else { " no overlap" });
             if name.contains(only) {
                 let outcome = check_case(&fixtures.join(folder), case, prefix, options, ranks);

@@ -1,0 +1,157 @@
+//! The answer as events: the message begins, its blocks begin, grow and end, the message ends.
+
+use serde::Serialize;
+
+use super::{
+    error::error_json,
+    output::{ContentBlock, MessageObject, MessageUsage, empty, stop_reason, tool_use_id},
+};
+use crate::api::{
+    answer::Answer,
+    error::ApiError,
+    sse::{EventWriter, write_named_event},
+};
+
+/// One event.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Event<'a> {
+    MessageStart { message: MessageObject<'a> },
+    ContentBlockStart { index: usize, content_block: ContentBlock<'a> },
+    ContentBlockDelta { index: usize, delta: BlockDelta<'a> },
+    ContentBlockStop { index: usize },
+    MessageDelta { delta: MessageEnd<'a>, usage: MessageUsage },
+    MessageStop,
+}
+
+impl Event<'_> {
+    fn name(&self) -> &'static str {
+        match self {
+            Event::MessageStart { .. } => "message_start",
+            Event::ContentBlockStart { .. } => "content_block_start",
+            Event::ContentBlockDelta { .. } => "content_block_delta",
+            Event::ContentBlockStop { .. } => "content_block_stop",
+            Event::MessageDelta { .. } => "message_delta",
+            Event::MessageStop => "message_stop",
+        }
+    }
+
+    fn write(&self, out: &mut Vec<u8>) {
+        write_named_event(self.name(), self, out);
+    }
+}
+
+/// What a block grows by.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum BlockDelta<'a> {
+    TextDelta { text: &'a str },
+    InputJsonDelta { partial_json: &'a str },
+}
+
+/// Why the message ended.
+#[derive(Serialize)]
+struct MessageEnd<'a> {
+    stop_reason: Option<&'static str>,
+    stop_sequence: Option<&'a str>,
+}
+
+/// The block that may grow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Open {
+    None,
+    Text,
+    ToolUse,
+}
+
+/// Writes the events of a streamed message.
+pub struct MessagesWriter {
+    begun: bool,
+    open: Open,
+    /// Blocks so far.
+    blocks: usize,
+}
+
+impl MessagesWriter {
+    /// For one message.
+    pub fn new() -> Self {
+        Self { begun: false, open: Open::None, blocks: 0 }
+    }
+
+    /// The message begins when the group has said what it found in its cache.
+    fn begin_message(&mut self, answer: &Answer, out: &mut Vec<u8>) {
+        if !std::mem::replace(&mut self.begun, true) {
+            let message =
+                MessageObject { stop_reason: None, stop_sequence: None, ..MessageObject::new(answer, vec![]) };
+            Event::MessageStart { message }.write(out);
+            out.extend_from_slice(MessagesWriter::SIGN_OF_LIFE);
+        }
+    }
+
+    fn begin_block(&mut self, open: Open, content_block: ContentBlock<'_>, out: &mut Vec<u8>) {
+        self.end_block(out);
+        Event::ContentBlockStart { index: self.blocks, content_block }.write(out);
+        self.open = open;
+        self.blocks += 1;
+    }
+
+    fn grow(&self, delta: BlockDelta<'_>, out: &mut Vec<u8>) {
+        Event::ContentBlockDelta { index: self.blocks.saturating_sub(1), delta }.write(out);
+    }
+
+    fn end_block(&mut self, out: &mut Vec<u8>) {
+        if std::mem::replace(&mut self.open, Open::None) != Open::None {
+            Event::ContentBlockStop { index: self.blocks.saturating_sub(1) }.write(out);
+        }
+    }
+}
+
+impl Default for MessagesWriter {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl EventWriter for MessagesWriter {
+    const SIGN_OF_LIFE: &'static [u8] = b"event: ping\ndata: {\"type\":\"ping\"}\n\n";
+
+    fn begin(&mut self, _answer: &mut Answer, _out: &mut Vec<u8>) {}
+
+    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
+        self.begin_message(answer, out);
+        let choice = &answer.choices[number];
+        let delta = &choice.delta;
+        let says_nothing = self.blocks == 0 && delta.calls.is_empty() && choice.finish.is_some();
+        if !delta.text.is_empty() || says_nothing {
+            if self.open != Open::Text {
+                self.begin_block(Open::Text, ContentBlock::Text { text: "" }, out);
+            }
+            self.grow(BlockDelta::TextDelta { text: &delta.text }, out);
+        }
+        for call in &delta.calls {
+            if let Some(start) = &call.start {
+                let (id, name) = (tool_use_id(&start.id), start.name.as_str());
+                self.begin_block(Open::ToolUse, ContentBlock::ToolUse { id, name, input: empty() }, out);
+            }
+            if !call.arguments.is_empty() {
+                self.grow(BlockDelta::InputJsonDelta { partial_json: &call.arguments }, out);
+            }
+        }
+        answer.choices[number].delta.clear();
+    }
+
+    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
+        self.end_block(out);
+        let (stop_reason, stop_sequence) = stop_reason(&answer.choices[0]);
+        let delta = MessageEnd { stop_reason, stop_sequence };
+        Event::MessageDelta { delta, usage: MessageUsage::of(answer) }.write(out);
+        Event::MessageStop.write(out);
+    }
+
+    fn failed(&mut self, answer: &mut Answer, error: &ApiError, out: &mut Vec<u8>) {
+        let id = answer.context().request_id.clone();
+        out.extend_from_slice(b"event: error\ndata: ");
+        out.extend_from_slice(&error_json(error, &id));
+        out.extend_from_slice(b"\n\n");
+    }
+}

@@ -1,0 +1,330 @@
+//! The answer as a response object: a list of items, each a message or a call, and what the request asked for.
+
+use bora_proto::v1::PositionLogprobs;
+use serde::Serialize;
+use serde_json::{Map, Value, value::RawValue};
+
+use super::request::{Echo, TextOptions};
+use crate::{
+    api::{
+        answer::{Answer, Choice},
+        error::ApiError,
+        response::{ChatLogprob, ChatLogprobs},
+    },
+    relay::emit::{CallDelta, Finish},
+};
+
+/// `status` of a response or of an item.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Status {
+    /// More will come.
+    InProgress,
+    /// It came to its end.
+    Completed,
+    /// It was cut off.
+    Incomplete,
+    /// It broke.
+    Failed,
+}
+
+/// An item of the answer while it comes into being.
+pub enum Item {
+    /// Text.
+    Message {
+        /// Its id.
+        id: String,
+        /// So far.
+        text: String,
+        /// Of its tokens, if wanted.
+        logprobs: Vec<PositionLogprobs>,
+    },
+    /// A call.
+    Call {
+        /// Its id as an item.
+        id: String,
+        /// Its id as a call.
+        call_id: String,
+        /// The function.
+        name: String,
+        /// JSON so far.
+        arguments: String,
+    },
+}
+
+impl Item {
+    /// A message as item number `number` of a response.
+    pub fn message(response: &str, number: usize) -> Self {
+        let id = format!("msg_{}_{number}", bare(response));
+        Self::Message { id, text: String::new(), logprobs: Vec::new() }
+    }
+
+    /// A call as item number `number` of a response; `None` for a piece that begins no call.
+    pub fn call(response: &str, number: usize, piece: &CallDelta) -> Option<Self> {
+        let start = piece.start.as_ref()?;
+        Some(Self::Call {
+            id: format!("fc_{}_{number}", bare(response)),
+            call_id: format!("call_{}", start.id),
+            name: start.name.clone(),
+            arguments: String::new(),
+        })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        match self {
+            Item::Message { id, .. } | Item::Call { id, .. } => id,
+        }
+    }
+
+    /// As the client sees it.
+    pub fn object<'a>(&'a self, status: Status, answer: &'a Answer) -> ItemObject<'a> {
+        match self {
+            Item::Message { id, .. } => {
+                let content =
+                    if status == Status::InProgress { Vec::new() } else { self.part(answer).into_iter().collect() };
+                ItemObject::Message { id, status, role: "assistant", content }
+            }
+            Item::Call { id, call_id, name, arguments } => {
+                ItemObject::FunctionCall { id, status, call_id, name, arguments }
+            }
+        }
+    }
+
+    /// The text of a message.
+    pub fn part<'a>(&'a self, answer: &'a Answer) -> Option<TextPart<'a>> {
+        let Item::Message { text, logprobs, .. } = self else { return None };
+        Some(TextPart { r#type: "output_text", text, annotations: [], logprobs: logprobs_of(logprobs, answer) })
+    }
+}
+
+/// The id of a response without its prefix.
+fn bare(response: &str) -> &str {
+    response.strip_prefix("resp_").unwrap_or(response)
+}
+
+/// Logprobs as chat has them; none if none were asked for.
+pub fn logprobs_of<'a>(positions: &[PositionLogprobs], answer: &'a Answer) -> Vec<ChatLogprob<'a>> {
+    match answer.params.top_logprobs {
+        Some(top) => ChatLogprobs::new(positions, top, answer.names()).content,
+        None => Vec::new(),
+    }
+}
+
+/// An item as the client sees it.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ItemObject<'a> {
+    /// Text.
+    Message {
+        /// Its id.
+        id: &'a str,
+        /// Whether it is over.
+        status: Status,
+        /// `assistant`
+        role: &'static str,
+        /// One part, or none while it begins.
+        content: Vec<TextPart<'a>>,
+    },
+    /// A call.
+    FunctionCall {
+        /// Its id as an item.
+        id: &'a str,
+        /// Whether it is over.
+        status: Status,
+        /// Names it in its result.
+        call_id: &'a str,
+        /// The function.
+        name: &'a str,
+        /// JSON.
+        arguments: &'a str,
+    },
+}
+
+/// The text of a message.
+#[derive(Serialize)]
+pub struct TextPart<'a> {
+    /// `output_text`
+    pub r#type: &'static str,
+    /// The text.
+    pub text: &'a str,
+    /// None.
+    pub annotations: [Value; 0],
+    /// Of its tokens, if wanted.
+    pub logprobs: Vec<ChatLogprob<'a>>,
+}
+
+/// The response object.
+#[derive(Serialize)]
+pub struct ResponseObject<'a> {
+    id: &'a str,
+    object: &'static str,
+    created_at: u64,
+    status: Status,
+    background: bool,
+    error: Option<ResponseError<'a>>,
+    incomplete_details: Option<IncompleteDetails>,
+    instructions: Option<&'a RawValue>,
+    max_output_tokens: Option<i64>,
+    max_tool_calls: Option<i64>,
+    metadata: &'a Map<String, Value>,
+    model: &'a str,
+    output: Vec<ItemObject<'a>>,
+    parallel_tool_calls: bool,
+    previous_response_id: Option<&'a str>,
+    prompt_cache_key: Option<&'a str>,
+    reasoning: Value,
+    safety_identifier: Option<&'a str>,
+    service_tier: &'static str,
+    store: bool,
+    temperature: f32,
+    text: &'a TextOptions,
+    tool_choice: &'a Value,
+    tools: &'a [Box<RawValue>],
+    top_logprobs: u32,
+    top_p: f32,
+    truncation: &'static str,
+    usage: Option<ResponseUsage>,
+    user: Option<&'a str>,
+}
+
+/// Why a response failed.
+#[derive(Serialize)]
+pub struct ResponseError<'a> {
+    code: &'a str,
+    message: &'a str,
+}
+
+/// Why a response is incomplete.
+#[derive(Serialize)]
+pub struct IncompleteDetails {
+    reason: &'static str,
+}
+
+/// `usage`.
+#[derive(Clone, Copy, Serialize)]
+pub struct ResponseUsage {
+    /// Ids of the prompt.
+    pub input_tokens: u32,
+    /// What of them was known.
+    pub input_tokens_details: InputTokensDetails,
+    /// Ids generated.
+    pub output_tokens: u32,
+    /// What of them was reasoning: nothing.
+    pub output_tokens_details: OutputTokensDetails,
+    /// Both.
+    pub total_tokens: u32,
+}
+
+/// Part of [`ResponseUsage`].
+#[derive(Clone, Copy, Serialize)]
+pub struct InputTokensDetails {
+    /// Ids found in the group's prefix cache.
+    pub cached_tokens: u32,
+    /// Writing to the cache costs nothing.
+    pub cache_write_tokens: u32,
+}
+
+/// Part of [`ResponseUsage`].
+#[derive(Clone, Copy, Serialize)]
+pub struct OutputTokensDetails {
+    /// None.
+    pub reasoning_tokens: u32,
+}
+
+impl<'a> ResponseObject<'a> {
+    /// The response as it is now, with these items. Only one that is over has a usage.
+    pub fn new(
+        answer: &'a Answer,
+        echo: &'a Echo,
+        status: Status,
+        output: Vec<ItemObject<'a>>,
+        error: Option<&'a ApiError>,
+    ) -> Self {
+        let sampling = &answer.params.sampling;
+        let is_over = matches!(status, Status::Completed | Status::Incomplete);
+        Self {
+            id: &answer.id,
+            object: "response",
+            created_at: answer.created,
+            status,
+            background: false,
+            error: error.map(|error| ResponseError { code: error.code.unwrap_or(error.kind), message: &error.message }),
+            incomplete_details: (status == Status::Incomplete)
+                .then_some(IncompleteDetails { reason: "max_output_tokens" }),
+            instructions: echo.instructions.as_deref(),
+            max_output_tokens: echo.max_output_tokens,
+            max_tool_calls: echo.max_tool_calls,
+            metadata: &echo.metadata,
+            model: &answer.model,
+            output,
+            parallel_tool_calls: echo.parallel_tool_calls,
+            previous_response_id: None,
+            prompt_cache_key: echo.prompt_cache_key.as_deref(),
+            reasoning: serde_json::json!({"effort": null, "summary": null}),
+            safety_identifier: echo.safety_identifier.as_deref(),
+            service_tier: "default",
+            store: false,
+            temperature: sampling.temperature.unwrap_or(1.0),
+            text: &echo.text,
+            tool_choice: &echo.tool_choice,
+            tools: &echo.tools,
+            top_logprobs: answer.params.top_logprobs.unwrap_or(0),
+            top_p: sampling.top_p.unwrap_or(1.0),
+            truncation: "disabled",
+            usage: is_over.then(|| usage(answer)),
+            user: echo.user.as_deref(),
+        }
+    }
+}
+
+fn usage(answer: &Answer) -> ResponseUsage {
+    let usage = answer.usage();
+    ResponseUsage {
+        input_tokens: usage.prompt_tokens,
+        input_tokens_details: InputTokensDetails {
+            cached_tokens: usage.prompt_tokens_details.cached_tokens,
+            cache_write_tokens: 0,
+        },
+        output_tokens: usage.completion_tokens,
+        output_tokens_details: OutputTokensDetails { reasoning_tokens: 0 },
+        total_tokens: usage.total_tokens,
+    }
+}
+
+/// How an answer ended.
+pub fn final_status(choice: &Choice) -> Status {
+    if choice.finish == Some(Finish::Length) { Status::Incomplete } else { Status::Completed }
+}
+
+/// The items of an answer that is over; what was cut off is the last of them.
+pub fn objects<'a>(items: &'a [Item], status: Status, answer: &'a Answer) -> Vec<ItemObject<'a>> {
+    let last = items.len().saturating_sub(1);
+    let status_of = |number: usize| if number == last { status } else { Status::Completed };
+    items.iter().enumerate().map(|(number, item)| item.object(status_of(number), answer)).collect()
+}
+
+/// The plain answer, complete.
+pub fn object(answer: &Answer, echo: &Echo) -> serde_json::Result<Vec<u8>> {
+    let choice = &answer.choices[0];
+    let delta = &choice.delta;
+    let mut items = Vec::with_capacity(1 + delta.calls.len());
+    if !delta.text.is_empty() || delta.calls.is_empty() {
+        let mut item = Item::message(&answer.id, 0);
+        if let Item::Message { text, logprobs, .. } = &mut item {
+            text.clone_from(&delta.text);
+            logprobs.clone_from(&delta.logprobs);
+        }
+        items.push(item);
+    }
+    for piece in &delta.calls {
+        if let Some(mut item) = Item::call(&answer.id, items.len(), piece) {
+            if let Item::Call { arguments, .. } = &mut item {
+                arguments.clone_from(&piece.arguments);
+            }
+            items.push(item);
+        }
+    }
+    let status = final_status(choice);
+    serde_json::to_vec(&ResponseObject::new(answer, echo, status, objects(&items, status, answer), None))
+}
