@@ -3,11 +3,13 @@
 mod bench;
 mod check;
 mod config;
+mod doctor;
 mod logging;
 mod router;
 mod serve;
 mod shutdown;
 mod tokenize;
+mod top;
 mod worker;
 
 use std::process::ExitCode;
@@ -32,6 +34,10 @@ enum What {
     Worker(worker::WorkerArgs),
     /// Validates a configuration without starting anything
     Check(check::CheckArgs),
+    /// Looks at a node and says what is wrong with it and what to do
+    Doctor(doctor::DoctorArgs),
+    /// Groups, ranks, queues, cache and rates of a cluster, on a terminal or as text
+    Top(top::TopArgs),
     /// Reads one OpenAI-style request a line and writes its token ids, one JSON object a line
     Tokenize(tokenize::TokenizeArgs),
     /// Measures
@@ -45,6 +51,8 @@ fn main() -> ExitCode {
         What::Router(args) => router::run(args),
         What::Worker(args) => worker::run(args),
         What::Check(args) => check::run(args),
+        What::Doctor(args) => doctor::run(args),
+        What::Top(args) => top::run(args),
         What::Tokenize(args) => tokenize::run(args),
         What::Bench(args) => bench::run(args),
     };

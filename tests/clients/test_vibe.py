@@ -36,7 +36,7 @@ def test_vibe_edits_a_file(base_url, tmp_path, backend, api_style):
     work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir(), home.mkdir()
     (work / "greeting.py").write_text(f"def greet():\n{VIBE_LINE_BEFORE}\n")
-    (home / "config.toml").write_text(CONFIG.format(model=SCRIPTED, base_url=base_url, backend=backend, api_style=api_style))
+    (home / "config.toml").write_text(CONFIG.format(model=SCRIPTED, base_url=base_url.removesuffix("/v1") if api_style == "anthropic" else base_url, backend=backend, api_style=api_style))
     command = [vibe, "--trust", "--auto-approve", "--workdir", work, "--max-turns", "6", "--output", "json", "-p", VIBE_TASK]
     environment = {**os.environ, "VIBE_HOME": str(home), "BORA_KEY": KEY, "MISTRAL_API_KEY": KEY}
     run = subprocess.run(command, env=environment, capture_output=True, timeout=300)

@@ -23,12 +23,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-def http(method, url, body=None, headers=None, timeout=60):
+def http(method, url, body=None, headers=None, timeout=60, context=None):
     """(status, headers, parsed JSON or text); never raises on an HTTP status."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, method=method, headers={"content-type": "application/json", **(headers or {})})
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=timeout, context=context)
     except urllib.error.HTTPError as error:
         response = error
     text = response.read().decode("utf-8", "replace")
@@ -107,7 +107,9 @@ class Cluster:
         self.model_dir = str(model_dir or FIXTURES / "tiny_text")
         self.tokenizer = None if skip_tokenizer else tokenizer
         self.registry = registry
+        self.sections = {}  # of every configuration file, for example {"grpc": {"tls": ...}}
         self.router_url = None
+        self.sections = {}  # of every process's configuration
         self.etcd_port, self.etcd_peer_port = free_port(), free_port()
 
     def __enter__(self):
@@ -155,6 +157,7 @@ class Cluster:
             "cluster": "e2e",
             "registry": {"kind": self.registry, "endpoints": [f"127.0.0.1:{registry_port or self.etcd_port}"], "lease_seconds": 3},
             "models": [{"name": self.model, "path": self.model_dir}],
+            **self.sections,
             **sections,
         }
         if self.models:

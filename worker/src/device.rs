@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use bora_common::model::{ModelConfig, Quantization};
 use bora_common::registry::Device;
 
 use crate::backend::KvBudget;
@@ -10,6 +11,7 @@ use crate::backend::cuda::{self, CudaOptions};
 use crate::options::{CpuFp8, DeviceChoice, KvDtype, WorkerOptions};
 use crate::parallel::DeviceOptions;
 use crate::process::WorkerError;
+use crate::telemetry::floor::Floors;
 
 /// KV cache of a CPU rank where nothing is said.
 const CPU_KV_BYTES: u64 = 1 << 30;
@@ -81,6 +83,16 @@ pub(crate) fn kv_budget(device: Device, options: &WorkerOptions) -> KvBudget {
         (None, None) if device == Device::Cuda => KvBudget::DeviceShare(cache.device_share),
         (None, None) => KvBudget::Bytes(CPU_KV_BYTES),
     }
+}
+
+/// What the machine allows, where its datasheet and the checkpoint's number format are known.
+pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfig) -> Option<Floors> {
+    if device != Device::Cuda || model.quantization != Quantization::Fp8Static {
+        return None;
+    }
+    let gpu = cuda::survey(0..1, 1).ok()?.into_iter().next()?;
+    let kv_bytes = if options.kv_cache.dtype == KvDtype::Fp8 { 1.0 } else { 2.0 };
+    Floors::of(model, options.tensor_parallel_size as usize, &gpu, kv_bytes)
 }
 
 /// Tokens of the prompts that the group's speed is measured with.

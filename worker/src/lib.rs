@@ -14,8 +14,10 @@ pub mod sample;
 mod schedule;
 pub mod service;
 pub mod speculate;
+pub mod telemetry;
 pub mod weights;
 
 pub use options::{CpuFp8, DeviceChoice, KvCacheOptions, KvDtype, LoadFormat, WorkerOptions};
 pub use process::{WorkerError, WorkerSettings, open_engine, run};
 pub use speculate::SpeculativeOptions;
+pub use telemetry::WorkerMetrics;

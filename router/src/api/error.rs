@@ -3,7 +3,7 @@
 
 use axum::{
     body::Body,
-    http::{HeaderMap, HeaderValue, Response, StatusCode, header},
+    http::{HeaderValue, Response, StatusCode, header},
     response::IntoResponse,
 };
 use serde::Serialize;
@@ -23,8 +23,6 @@ pub struct ApiError {
     pub message: String,
     /// Seconds after which a retry may succeed.
     pub retry_after: Option<u32>,
-    /// What is left of the limits that the caller has, where it has any.
-    pub limits: Option<Box<HeaderMap>>,
 }
 
 #[derive(Serialize)]
@@ -42,7 +40,7 @@ struct Fields<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None, limits: None }
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None }
     }
 
     /// 400 for one field of the request.
@@ -172,7 +170,7 @@ impl ApiError {
 }
 
 impl IntoResponse for ApiError {
-    fn into_response(mut self) -> Response<Body> {
+    fn into_response(self) -> Response<Body> {
         let mut response = Response::new(Body::from(self.to_json()));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
@@ -180,10 +178,10 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if let Some(limits) = self.limits.take() {
-            headers.extend(*limits);
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        // for APIs that say it in another form
+        // for the audit log, and for APIs that say it in another form
         response.extensions_mut().insert(self);
         response
     }

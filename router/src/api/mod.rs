@@ -21,3 +21,4 @@ pub mod sse;
 pub mod status;
 pub mod structured;
 pub mod tokenize;
+mod trace;

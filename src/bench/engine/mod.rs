@@ -11,7 +11,6 @@
 //! - `agentic`: conversations whose turns each add to the one before; `throughput`: many prompts at once that share
 //!   their first half.
 
-mod floor;
 mod sections;
 mod trace;
 
@@ -26,12 +25,14 @@ use bora_common::model::ModelConfig;
 use bora_common::registry::{Device, GroupRecord};
 use bora_proto::v1::{GenerateRequest, Sampling, Stopping};
 use bora_worker::engine::{EngineHandle, EventStream};
-use bora_worker::{DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerOptions, WorkerSettings};
+use bora_worker::{
+    DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerMetrics, WorkerOptions, WorkerSettings,
+};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::logging;
-use floor::Floors;
+use bora_worker::telemetry::floor::Floors;
 
 /// What to measure, on what.
 #[derive(Args, Debug)]
@@ -152,7 +153,7 @@ fn settings(args: &EngineArgs) -> WorkerSettings {
         tokenizer: None,
         skip_tokenizer_init: true,
     };
-    WorkerSettings { options, model }
+    WorkerSettings { options, model, metrics: WorkerMetrics::new() }
 }
 
 fn gpu_name(device: Device, ranks: usize) -> String {

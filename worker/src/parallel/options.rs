@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bora_common::tls::GrpcTls;
+
 use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::CudaOptions;
 use crate::backend::{KvBudget, Limits};
@@ -33,6 +35,8 @@ pub struct MemberOptions {
     pub timeouts: Timeouts,
     /// What compiles grammars; `None` where there is no tokenizer.
     pub grammars: Option<Arc<Grammars>>,
+    /// Mutual TLS between the group's processes; plain text where it is absent. Tensors are never encrypted.
+    pub tls: Option<GrpcTls>,
 }
 
 /// What the leader is told besides.

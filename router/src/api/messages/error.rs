@@ -61,7 +61,7 @@ pub async fn in_anthropics_form(request: Request, next: Next) -> Response<Body> 
     }
     let id = request.extensions().get::<RequestId>().map(|RequestId(id)| id.clone()).unwrap_or_default();
     let mut response = next.run(request).await;
-    if let Some(error) = response.extensions_mut().remove::<ApiError>() {
+    if let Some(error) = response.extensions().get::<ApiError>().cloned() {
         *response.body_mut() = Body::from(error_json(&error, &id));
         response.headers_mut().remove(header::CONTENT_LENGTH);
     }

@@ -136,3 +136,19 @@ pub(super) fn find(ordinal: usize) -> Result<Gpu, CudaUnavailable> {
     let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
     Ok(Gpu { device, name, multiprocessors, hopper: (major, minor) == (9, 0) })
 }
+
+/// Free and total bytes of GPU number `ordinal`, where a rank of this process has it open: asking takes no context of
+/// its own, and a machine without the driver says nothing.
+pub(crate) fn memory(ordinal: usize) -> Option<(usize, usize)> {
+    let gpu = find(ordinal).ok()?;
+    // SAFETY: `device` came from the driver; what is retained is released below.
+    let context = unsafe { result::primary_ctx::retain(gpu.device) }.ok()?;
+    // SAFETY: the context is retained.
+    let bound = unsafe { result::ctx::set_current(context) };
+    let answer = bound.and_then(|()| result::mem_get_info());
+    // SAFETY: retained above; this thread uses no context any more.
+    let _ = unsafe { result::ctx::set_current(std::ptr::null_mut()) };
+    // SAFETY: retained above.
+    let _ = unsafe { result::primary_ctx::release(gpu.device) };
+    answer.ok()
+}

@@ -80,7 +80,7 @@ impl Driver {
             release
         };
         self.live.extend(admit.iter().map(|admission| admission.slot));
-        Ok(self.runner.submit(Step { id: self.step, release, admit, work })?)
+        Ok(self.runner.submit(Step { id: self.step, release, admit, work, traces: Vec::new() })?)
     }
 
     /// `batch` prompts of `context` random tokens, one after the other; seconds.
