@@ -27,7 +27,7 @@ use crate::{
     access::audit::Audit,
     api::{error::ApiError, generate, groups, listing, messages, status, tokenize},
     console,
-    openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, requests, responses},
+    openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, agents, requests, responses},
     service::Service,
 };
 
@@ -58,9 +58,6 @@ pub fn routes(service: Arc<Service>) -> Router {
     let mut document = Document::default();
     let mut router = document
         .serve(api())
-        .route("/v1/responses", post(generate::responses))
-        .route("/v1/messages", post(generate::messages))
-        .route("/v1/messages/count_tokens", post(messages::count::count_tokens))
         // vLLM's and OpenAI's ways to write it
         .route("/v1/tokenize", post(tokenize::tokenize))
         .route("/v1/detokenize", post(tokenize::detokenize))
@@ -109,6 +106,25 @@ fn api() -> Vec<Route<Arc<Service>>> {
             .answers::<responses::Completion>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS),
+        Route::post("/v1/responses", generate::responses)
+            .says("generation", "OpenAI's Responses, without memory; streamed as typed events.")
+            .takes::<agents::ResponsesRequest>()
+            .answers::<agents::ResponseObject>()
+            .answers_text("text/event-stream")
+            .errors(REQUEST_ERRORS),
+        Route::post("/v1/messages", generate::messages)
+            .says("generation", "Anthropic's Messages; streamed as typed events.")
+            .takes::<agents::MessagesRequest>()
+            .answers::<agents::MessageObject>()
+            .answers_text("text/event-stream")
+            .errors(REQUEST_ERRORS)
+            .errors_as::<agents::AgentError>(),
+        Route::post("/v1/messages/count_tokens", messages::count::count_tokens)
+            .says("tokens", "The number of tokens of a prompt.")
+            .takes::<agents::CountRequest>()
+            .answers::<agents::TokenCount>()
+            .errors(REQUEST_ERRORS)
+            .errors_as::<agents::AgentError>(),
         Route::get("/v1/models", listing::list)
             .says("models", "Every model that is served or configured, under each of its names.")
             .answers::<responses::ModelList>()

@@ -65,6 +65,7 @@ def cluster():
     with Cluster(models=models) as cluster:
         cluster.start_etcd()
         cluster.start_router(access={"keys": str(key_file(cluster.path / "keys.yaml"))}, heartbeat_seconds=0.5)
+        cluster.key = KEY
         cluster.start_worker("demo", model=DEMO, kv_cache={"blocks": 1024})
         for name in ("scripted-one", "scripted-two"):
             cluster.start_worker(name, model=SCRIPTED, device="fake", max_model_len=262144, kv_cache={"blocks": 8192},
@@ -84,5 +85,4 @@ def base_url(cluster):
 
 def load(cluster, group):
     """What the group last said of its load."""
-    groups = {g["group"]: g for g in cluster.get("/groups")[2]["groups"]}
-    return groups[group]["load"]
+    return cluster.groups()[group]["load"]

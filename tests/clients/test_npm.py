@@ -32,3 +32,7 @@ def run(script, base_url):
 def test_openai(base_url, cluster):
     run("openai.mjs", base_url)
     wait_until("nothing runs", lambda: load(cluster, "slow")["running"] == 0, seconds=10)
+
+
+def test_anthropic(base_url):
+    run("anthropic.mjs", base_url)

@@ -1,4 +1,4 @@
-"""Mistral Vibe 3.0.3, the agent that Devstral is trained for, with both of its backends: it reads a file, edits it by the
+"""Mistral Vibe 3.0.3, the agent that Devstral is trained for, with both of its backends and the other APIs it speaks: it reads a file, edits it by the
 scripted answers, and ends well."""
 
 import json
@@ -19,7 +19,7 @@ enable_auto_update = false
 name = "bora"
 api_base = "{base_url}"
 api_key_env_var = "BORA_KEY"
-api_style = "openai"
+api_style = "{api_style}"
 backend = "{backend}"
 
 [[models]]
@@ -30,13 +30,13 @@ temperature = 0.0
 """
 
 
-@pytest.mark.parametrize("backend", ["generic", "mistral"])
-def test_vibe_edits_a_file(base_url, tmp_path, backend):
+@pytest.mark.parametrize("backend, api_style", [("generic", "openai"), ("mistral", "openai"), ("generic", "openai-responses"), ("generic", "anthropic")])
+def test_vibe_edits_a_file(base_url, tmp_path, backend, api_style):
     vibe = tool_path("VIBE_BIN", "vibe/bin/vibe")
     work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir(), home.mkdir()
     (work / "greeting.py").write_text(f"def greet():\n{VIBE_LINE_BEFORE}\n")
-    (home / "config.toml").write_text(CONFIG.format(model=SCRIPTED, base_url=base_url, backend=backend))
+    (home / "config.toml").write_text(CONFIG.format(model=SCRIPTED, base_url=base_url.removesuffix("/v1") if api_style == "anthropic" else base_url, backend=backend, api_style=api_style))
     command = [vibe, "--trust", "--auto-approve", "--workdir", work, "--max-turns", "6", "--output", "json", "-p", VIBE_TASK]
     environment = {**os.environ, "VIBE_HOME": str(home), "BORA_KEY": KEY, "MISTRAL_API_KEY": KEY}
     run = subprocess.run(command, env=environment, capture_output=True, timeout=300)

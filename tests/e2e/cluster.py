@@ -109,6 +109,7 @@ class Cluster:
         self.registry = registry
         self.sections = {}  # of every configuration file, for example {"grpc": {"tls": ...}}
         self.router_url = None
+        self.key = None
         self.sections = {}  # of every process's configuration
         self.etcd_port, self.etcd_peer_port = free_port(), free_port()
 
@@ -199,14 +200,18 @@ class Cluster:
 
     def groups(self, url=None):
         """What a router knows, by name."""
-        return {group["group"]: group for group in http("GET", f"{url or self.router_url}/groups")[2]["groups"]}
+        return {group["group"]: group for group in self.ask_groups(url or self.router_url)[2]["groups"]}
+
+    def ask_groups(self, url):
+        """Where the router has keys, the list of groups wants one."""
+        return http("GET", f"{url}/groups", headers={"authorization": f"Bearer {self.key}"} if self.key else None)
 
     def wait_ready(self, groups=1, seconds=60, url=None):
         """Waits until the router knows that many ready groups."""
         url = url or self.router_url
 
         def ready():
-            status, _, body = http("GET", f"{url}/groups")
+            status, _, body = self.ask_groups(url)
             return status == 200 and sum(g["state"] == "ready" and g["watched"] for g in body["groups"]) == groups
 
         for process in self.processes:

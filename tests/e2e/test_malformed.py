@@ -52,6 +52,22 @@ def detokenize(**body):
     return "/detokenize", {"model": "tiny", **body}
 
 
+def respond(**changes):
+    return "/v1/responses", {"model": "tiny", "input": "hi", "max_output_tokens": 2, **changes}
+
+
+def item(**fields):
+    return respond(input=[fields])
+
+
+def message(**changes):
+    return "/v1/messages", {"model": "tiny", "messages": USER, "max_tokens": 2, **changes}
+
+
+def block(**fields):
+    return message(messages=[{"role": "user", "content": [fields]}])
+
+
 def with_deep_schema(request, depth=2000):
     """The request as bytes, with a schema in place of "SCHEMA" that is deeper than Python writes by itself."""
     path, body = request
@@ -330,6 +346,44 @@ TABLE = [
     ("too many prompts", completion(prompt=["a"] * 1000), 400, "prompt"),
     ("too many prompts times n", completion(prompt=["a"] * 100, n=10), 400, None),
     ("prompt with max_tokens beyond the window", completion(max_tokens=100_000), 400, "max_tokens"),
+    # ---- responses
+    ("responses, no body", ("/v1/responses", b""), 400, None),
+    ("responses, an array", ("/v1/responses", b"[]"), 400, None),
+    ("responses, unknown model", respond(model="gpt-5"), 404, "model"),
+    ("input absent", ("/v1/responses", {"model": "tiny"}), 400, "input"),
+    ("input null", respond(input=None), 400, "input"),
+    ("input a number", respond(input=3), 400, "input"),
+    ("input an object", respond(input={}), 400, "input"),
+    ("input empty", respond(input=[]), 400, "input"),
+    ("item null", respond(input=[None]), 400, "input[0]"),
+    ("item a string", respond(input=["hi"]), 400, "input[0]"),
+    ("item of an unknown type", item(type="smell"), 400, "input[0].type"),
+    ("item of a role unknown", item(role="wizard", content="x"), 400, "input[0].role"),
+    ("item content a number", item(role="user", content=3), 400, None),
+    ("item part of an unknown type", item(role="user", content=[{"type": "smell"}]), 400, None),
+    ("item part text a number", item(role="user", content=[{"type": "input_text", "text": 3}]), 400, None),
+    ("item reference", item(type="item_reference", id="x"), 400, None),
+    ("output without a call", item(type="function_call_output", call_id="x", output="y"), 400, None),
+    ("output a number", respond(input=[{"type": "function_call", "call_id": "x", "name": "f", "arguments": "{}"}, {"type": "function_call_output", "call_id": "x", "output": 3}]), 400, None),
+    ("call without name", item(type="function_call", call_id="x", arguments="{}"), 400, None),
+    ("input too long", respond(input="x y " * 3000), 400, "input"),
+    ("instructions a number", respond(instructions=3), 400, "instructions"),
+    ("previous_response_id", respond(previous_response_id="resp_1"), 400, "previous_response_id"),
+    ("conversation", respond(conversation="conv_1"), 400, "conversation"),
+    ("background", respond(background=True), 400, "background"),
+    ("prompt template", respond(prompt={"id": "p"}), 400, "prompt"),
+    ("reasoning", respond(reasoning={"effort": "high"}), 400, None),
+    ("max_output_tokens zero", respond(max_output_tokens=0), 400, "max_output_tokens"),
+    ("max_output_tokens a string", respond(max_output_tokens="2"), 400, "max_output_tokens"),
+    ("responses, temperature high", respond(temperature=9), 400, "temperature"),
+    ("responses, tool of the server's", respond(tools=[{"type": "web_search"}]), 400, None),
+    ("responses, tool without name", respond(tools=[{"type": "function"}]), 400, None),
+    ("responses, tools a string", respond(tools="x"), 400, "tools"),
+    ("responses, tool_choice of a stranger", respond(tools=[{"type": "function", "name": "f", "parameters": {}}], tool_choice={"type": "function", "name": "g"}), 400, "tool_choice"),
+    ("text.format unknown", respond(text={"format": {"type": "xml"}}), 400, None),
+    ("text a string", respond(text="x"), 400, "text"),
+    ("text.format with a broken schema", respond(text={"format": {"type": "json_schema", "name": "n", "schema": {"type": "nothing"}}}), 400, None),
+    ("responses, stream a string", respond(stream="x"), 400, "stream"),
     # ---- tokenize, detokenize
     ("tokenize for nobody", tokenize(model="gpt-5", prompt="x"), 404, "model"),
     ("tokenize a number", tokenize(prompt=4), 400, "prompt"),
@@ -345,6 +399,72 @@ TABLE = [
     ("detokenize nested", detokenize(tokens=[[1]]), 400, "tokens"),
     ("detokenize beyond 32 bits", detokenize(tokens=[2**40]), 400, "tokens"),
 ]
+
+
+# the same for the Messages API, whose errors have Anthropic's shape: what the message names
+MESSAGES = [
+    ("no body", ("/v1/messages", b""), 400, ""),
+    ("not JSON", ("/v1/messages", b"{"), 400, ""),
+    ("an array", ("/v1/messages", b"[]"), 400, ""),
+    ("unknown model", message(model="claude"), 404, "claude"),
+    ("model a number", message(model=3), 400, "model"),
+    ("no max_tokens", message(max_tokens=None), 400, "max_tokens"),
+    ("max_tokens zero", message(max_tokens=0), 400, "max_tokens"),
+    ("max_tokens a string", message(max_tokens="2"), 400, "max_tokens"),
+    ("no messages", message(messages=None), 400, "messages"),
+    ("messages empty", message(messages=[]), 400, "messages"),
+    ("messages a string", message(messages="hi"), 400, "messages"),
+    ("message null", message(messages=[None]), 400, "messages[0]"),
+    ("role unknown", message(messages=[{"role": "wizard", "content": "x"}]), 400, "role"),
+    ("role tool", message(messages=[{"role": "tool", "content": "x"}]), 400, "role"),
+    ("content a number", message(messages=[{"role": "user", "content": 3}]), 400, "content"),
+    ("content absent", message(messages=[{"role": "user"}]), 400, "content"),
+    ("block null", message(messages=[{"role": "user", "content": [None]}]), 400, "content[0]"),
+    ("block of an unknown type", block(type="smell"), 400, "content[0]"),
+    ("block without type", block(text="x"), 400, "content[0]"),
+    ("text a number", block(type="text", text=3), 400, "content[0]"),
+    ("document", block(type="document", source={"type": "text", "media_type": "text/plain", "data": "x"}), 400, "content[0]"),
+    ("picture for a model without eyes", block(type="image", source={"type": "base64", "media_type": "image/png", "data": PIXEL.split(",")[1]}), 400, ""),
+    ("picture that is none", block(type="image", source={"type": "base64", "media_type": "image/png", "data": "AAAA"}), 400, ""),
+    ("picture without source", block(type="image"), 400, "source"),
+    ("picture from a file", block(type="image", source={"type": "file", "file_id": "f"}), 400, "source"),
+    ("result without a call", block(type="tool_result", tool_use_id="x", content="y"), 400, "messages[0].content[0]"),
+    ("result without id", block(type="tool_result", content="y"), 400, ""),
+    ("call without name", message(messages=[*USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "input": {}}]}]), 400, "name"),
+    ("system a number", message(system=3), 400, "system"),
+    ("system of pictures", message(system=[{"type": "image"}]), 400, "system"),
+    ("temperature high", message(temperature=9), 400, "temperature"),
+    ("top_k a fraction", message(top_k=1.5), 400, "top_k"),
+    ("stop_sequences a string", message(stop_sequences="x"), 400, "stop_sequences"),
+    ("stop_sequences empty", message(stop_sequences=[""]), 400, "stop_sequences"),
+    ("tools a string", message(tools="x"), 400, "tools"),
+    ("tool without schema", message(tools=[{"name": "f"}]), 400, "tools[0]"),
+    ("tool without name", message(tools=[{"input_schema": {}}]), 400, "tools[0]"),
+    ("tool of the server's", message(tools=[{"type": "web_search_20250305", "name": "web_search"}]), 400, "tools[0]"),
+    ("tool_choice unknown", message(tools=[{"name": "f", "input_schema": {}}], tool_choice={"type": "perhaps"}), 400, "tool_choice"),
+    ("tool_choice without tools", message(tool_choice={"type": "any"}), 400, "tool_choice"),
+    ("tool_choice of a stranger", message(tools=[{"name": "f", "input_schema": {}}], tool_choice={"type": "tool", "name": "g"}), 400, "tool_choice"),
+    ("mcp_servers", message(mcp_servers=[{"type": "url", "url": "x", "name": "y"}]), 400, "mcp_servers"),
+    ("container", message(container="x"), 400, "container"),
+    ("output_config.format unknown", message(output_config={"format": {"type": "xml"}}), 400, "output_config"),
+    ("too long", message(messages=[{"role": "user", "content": "x y " * 3000}]), 400, "too long"),
+    ("stream a string", message(stream="x"), 400, "stream"),
+    ("count without messages", ("/v1/messages/count_tokens", {"model": "tiny"}), 400, "messages"),
+    ("count for nobody", ("/v1/messages/count_tokens", {"model": "claude", "messages": USER}), 404, "claude"),
+]
+
+
+@pytest.mark.parametrize("what, request_of, status, named", MESSAGES, ids=[row[0] for row in MESSAGES])
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+def test_messages_are_refused_in_their_own_way(served, what, request_of, status, named, streamed):
+    path, body = request_of
+    if streamed and isinstance(body, dict) and "stream" not in body:
+        body = {**body, "stream": True}
+    got, headers, answer = served.post(path, body)
+    assert got == status, answer
+    assert answer["type"] == "error" and answer["error"]["type"] == {400: "invalid_request_error", 404: "not_found_error"}[status]
+    assert named in answer["error"]["message"] and answer["error"]["message"]
+    assert headers["request-id"] or headers["x-request-id"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -59,7 +59,9 @@ def test_limits_hold_for_all_routers_together():
         file = cluster.path / "keys.yaml"
         file.write_text(KEYS.format(sha=hashlib.sha256(key.encode()).hexdigest()))
         routers = [cluster.start_router(f"r{number}", access={"keys": str(file)}) for number in range(3)]
+        cluster.key = key
         cluster.start_digest("g")
+        live = lambda router: cluster.ask_groups(router.url)[2]["routers"]
         for router in routers:
             cluster.wait_ready(1, url=router.url)
             wait_until("three routers", lambda: live(router) == 3)
@@ -76,7 +78,3 @@ def test_limits_hold_for_all_routers_together():
         routers[2].kill()
         wait_until("one router", lambda: live(routers[0]) == 1, 15)
         wait_until("its share is all there is", lambda: ask(routers[0])[1].get("x-ratelimit-limit-requests") == "12", 10)
-
-
-def live(router):
-    return http("GET", router.url + "/groups")[2]["routers"]

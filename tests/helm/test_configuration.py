@@ -96,7 +96,8 @@ def sample(options):
     """One valid value of each option."""
     of_type = {"boolean": lambda one: True, "object": lambda one: {}}
     number = lambda one: max(one.get("minimum", 0), 1)
-    return {name: of_type.get(one["type"], number)(one) for name, one in options["properties"].items()}
+    value = lambda one: one["enum"][0] if "enum" in one else of_type.get(one["type"], number)(one)
+    return {name: value(one) for name, one in options["properties"].items()}
 
 
 @pytest.mark.parametrize("section, place", [

@@ -1,10 +1,11 @@
 //! `GET /openapi.json`: what the API takes and answers, for people and for tools.
 //!
 //! A [`Route`] is what serves a path and what is said of it, in one: nothing is served without a description. Schemas are
-//! derived from the types of [`requests`] and [`responses`]. Bodies are read by hand and answers borrow from where they
+//! derived from the types of [`requests`], [`responses`] and [`agents`]. Bodies are read by hand and answers borrow from where they
 //! are made, so those types are not the ones that the router works with; `tests/e2e/test_openapi.py` holds them together:
 //! it asks the real server, and a field that is not described fails it.
 
+pub mod agents;
 pub mod requests;
 pub mod responses;
 
@@ -33,6 +34,7 @@ pub struct Route<S> {
     takes: Option<Describe>,
     answers: Vec<Answer>,
     errors: &'static [u16],
+    error: Describe,
     keyless: bool,
 }
 
@@ -59,7 +61,19 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
 
     fn new(path: &'static str, method: &'static str, handler: MethodRouter<S>) -> Self {
         let (takes, answers) = (None, Vec::new());
-        Self { path, method, handler, summary: "", tag: "operation", takes, answers, errors: &[], keyless: false }
+        let error: Describe = |generator| generator.subschema_for::<responses::ErrorObject>();
+        Self {
+            path,
+            method,
+            handler,
+            summary: "",
+            tag: "operation",
+            takes,
+            answers,
+            errors: &[],
+            error,
+            keyless: false,
+        }
     }
 
     /// In one sentence.
@@ -90,6 +104,12 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
     /// Statuses of refusals.
     pub fn errors(mut self, errors: &'static [u16]) -> Self {
         self.errors = errors;
+        self
+    }
+
+    /// The form of refusals, where it is not OpenAI's.
+    pub fn errors_as<T: JsonSchema>(mut self) -> Self {
+        self.error = |generator| generator.subschema_for::<T>();
         self
     }
 
@@ -141,7 +161,7 @@ impl Document {
         let mut responses = Map::new();
         responses.insert("200".into(), json!({"description": "What was asked for.", "content": content}));
         for status in route.errors {
-            let schema = self.answers.subschema_for::<responses::ErrorObject>();
+            let schema = (route.error)(&mut self.answers);
             let mut response =
                 json!({"description": meaning(*status), "content": {"application/json": {"schema": schema}}});
             if matches!(status, 429 | 503) {

@@ -220,7 +220,7 @@ async fn every_row_is_refused_in_openais_shape_and_names_its_field() {
 async fn unknown_routes_and_methods_have_openais_shape() {
     let harness = Harness::start(Vec::new()).await;
     for (method, path, status) in [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("POST", "/v1/nothing", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),

@@ -66,6 +66,13 @@ for (const streamed of [false, true]) {
   assert.deepEqual(called, ["add", "multiply"]);
 }
 
+// the Responses API
+const response = await client.responses.create({ model, input: cases.plain });
+assert.equal(response.output_text, cases.plain_answer);
+const typed = client.responses.stream({ model, input: cases.parallel, tools: tools.map(({ function: f }) => ({ type: "function", strict: false, ...f })) });
+const responded = await typed.finalResponse();
+assert.deepEqual(responded.output.filter((item) => item.type === "function_call").map((item) => [item.name, item.arguments]), cases.parallel_calls);
+
 // errors
 const refusals = [
   [connect("wrong"), {}, OpenAI.AuthenticationError, "invalid_api_key"],

@@ -12,6 +12,7 @@ use std::{
 use axum::http::{Request, Uri, header};
 use bora_common::tls;
 use bytes::Bytes;
+use futures::FutureExt as _;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
@@ -187,6 +188,8 @@ impl KeyStore {
                 seen = Some(outcome);
             }
             self.fetched.send_replace(Some(Instant::now()));
+            // who asked while this fetch ran has been served by it
+            let _ = self.wanted.notified().now_or_never();
             if matches!(self.source, KeySource::File(_)) {
                 tokio::time::sleep(LOOK_EVERY).await;
                 continue;
@@ -196,7 +199,7 @@ impl KeyStore {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.wanted.notified() => {
-                    // a wish from just before the last fetch
+                    // where someone looked at the time of the last fetch just before it ended
                     tokio::time::sleep_until(began + FETCH_EVERY.min(pause)).await;
                 }
             }
