@@ -82,23 +82,27 @@ pub struct GroupLoad {
     pub max_sequences: u32,
     /// Share of the last minutes that it was given prefills for.
     pub utilization: f64,
-    /// How much of the conversation's later turns would come to the group with this one: 1 for a conversation
-    /// that is new there, 0 for one that is at home there.
+    /// How much of the conversation is new to the group and would come there with its later turns: 1 where the group
+    /// holds nothing of it, 0 where it holds all.
     pub moves_in: f64,
+    /// Whether the conversation's last turn went there, by the client's own word.
+    pub at_home: bool,
 }
 
 impl CostModel {
     /// Seconds until the first token of a prompt of `tokens` tokens, of which the group holds the first
     /// `held`: what waits before it, what it has to compute, and the decode steps around it. Conversations
     /// come back: what their later turns will wait at a group that is busy as it was of late counts too, or
-    /// every new one would go where a few common tokens are held already. It counts where a conversation moves
-    /// in, not where it is at home.
+    /// every new one would go where a few common tokens are held already. It counts as far as a conversation moves
+    /// in. Where it is at home it counts less, by what the prompt takes to compute and no more: a client that gives
+    /// all its conversations one name does not heap them on one group.
     pub fn first_token_seconds(&self, tokens: u64, held: u64, load: GroupLoad) -> f64 {
         // at least one token is computed: its logits are needed
         let held = held.min(tokens.saturating_sub(1));
         // what those that wait stand behind is not known
         let queue = load.queued_tokens as f64 * self.seconds_per_token;
-        let later = load.moves_in.clamp(0.0, 1.0) * self.later_waits(load);
+        let stays = if load.at_home { self.prefill_seconds(0, tokens) } else { 0.0 };
+        let later = (load.moves_in.clamp(0.0, 1.0) * self.later_waits(load) - stays).max(0.0);
         queue + self.prefill_seconds(held, tokens - held) + self.decode_pressure(load) + later
     }
 
@@ -196,6 +200,18 @@ mod tests {
         };
         assert!(at(8_000, 4_000, 0.3) > at(8_000, 0, 0.1), "a few common tokens do not hold it");
         assert!(at(60_000, 59_000, 0.3) < at(60_000, 0, 0.1), "a whole conversation does");
+    }
+
+    #[test]
+    fn a_conversation_stays_at_home_as_long_as_that_costs_less_than_its_prompt() {
+        let at = |tokens, utilization, at_home| {
+            let load = GroupLoad { utilization, max_sequences: 64, moves_in: 1.0, at_home, ..GroupLoad::default() };
+            model().first_token_seconds(tokens, 0, load)
+        };
+        assert!(at(40_000, 0.2, true) < at(40_000, 0.2, false), "equals: home");
+        assert!(at(40_000, 0.8, true) > at(40_000, 0.2, false), "home is too busy");
+        let gained = at(2_000, 0.9, false) - at(2_000, 0.9, true);
+        assert!(gained <= model().prefill_seconds(0, 2_000) + 1e-9, "{gained}");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use super::{
     chat::{self, ChatWriter},
     completions::{self, CompletionWriter},
     error::ApiError,
+    fields::Name,
     messages::{self, stream::MessagesWriter},
     params::{Client, Endpoint},
     prepare::{Form, Prepared, prepare},
@@ -67,7 +68,6 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
     let (parts, body) = request.into_parts();
     let request_id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
     let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
-    let tenant = tenant(caller.as_ref(), &parts.headers);
     let mut open = service.metrics().request(endpoint.name());
     let trace = trace::arrive(&parts.headers, &parts.uri, &request_id, &mut open);
     let mut context = RequestContext {
@@ -75,8 +75,8 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         client: client(&parts.headers),
         trace,
         tracestate: parts.headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
-        tenant,
-        session: session(&parts.headers, tenant),
+        tenant: tenant(caller.as_ref(), &parts.headers),
+        session: session(&parts.headers),
         caller,
         audit: parts.extensions.get::<Audit>().cloned().unwrap_or_default(),
         permit: None,
@@ -243,9 +243,8 @@ fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
 }
 
 /// The conversation of which this is a turn, where the client names it.
-fn session(headers: &HeaderMap, tenant: u64) -> Option<u64> {
-    let name = SESSION_HEADERS.iter().find_map(|header| headers.get(header)).filter(|name| !name.is_empty())?;
-    Some(xxhash_rust::xxh3::xxh3_64_with_seed(name.as_bytes(), tenant))
+fn session(headers: &HeaderMap) -> Option<u64> {
+    SESSION_HEADERS.iter().filter_map(|header| headers.get(header)).find_map(|name| Name::of(name.as_bytes()).0)
 }
 
 impl From<PoolError> for ApiError {

@@ -17,6 +17,7 @@ use bora_common::registry::{Device, GroupChange, GroupRecord, GroupState};
 use bora_common::version;
 use bora_proto::v1::State;
 use parking_lot::{Mutex, RwLock};
+use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::mpsc;
 
 use super::{health::Breaker, watch};
@@ -43,15 +44,15 @@ pub struct Group {
 }
 
 impl Group {
-    /// What it is busy with, for [`CostModel::first_token_seconds`].
-    pub fn load(&self, moves_in: f64, now: Instant) -> GroupLoad {
+    /// What it is busy with, for [`CostModel::first_token_seconds`]; nothing is said of the conversation.
+    pub fn load(&self, now: Instant) -> GroupLoad {
         let busy = self.link.ledger.busy();
         GroupLoad {
             queued_tokens: busy.queued_tokens,
             sequences: busy.sequences,
             max_sequences: self.record.max_sequences,
             utilization: self.link.ledger.utilization(now),
-            moves_in,
+            ..GroupLoad::default()
         }
     }
 
@@ -238,8 +239,8 @@ pub struct Fleet {
     pub room: Arc<Room>,
     /// Where sessions are at home.
     pub sessions: Sessions,
-    /// Held while one request is placed: the next one sees its booking.
-    pub placing: Mutex<()>,
+    /// Held while one request is placed: the next one sees its booking. Draws one of several equal groups.
+    pub placing: Mutex<StdRng>,
     /// Groups of releases that this router is not made for.
     refused: Mutex<BTreeSet<String>>,
     options: RouterOptions,
@@ -248,12 +249,21 @@ pub struct Fleet {
 impl Fleet {
     /// A fleet without groups.
     pub fn new(options: RouterOptions) -> Arc<Self> {
+        Self::with_random(options, StdRng::from_os_rng())
+    }
+
+    /// One that draws the same from the same seed, for simulations.
+    pub fn seeded(options: RouterOptions, seed: u64) -> Arc<Self> {
+        Self::with_random(options, StdRng::seed_from_u64(seed))
+    }
+
+    fn with_random(options: RouterOptions, random: StdRng) -> Arc<Self> {
         Arc::new(Self {
             view: RwLock::default(),
             index: Arc::new(Index::new()),
             room: Arc::default(),
             sessions: Sessions::default(),
-            placing: Mutex::new(()),
+            placing: Mutex::new(random),
             refused: Mutex::default(),
             options,
         })
@@ -312,12 +322,15 @@ impl Fleet {
                 "group announced"
             );
         }
-        let mut groups = view.groups.clone();
-        if known.is_none() {
+        if known.is_none_or(|known| !Arc::ptr_eq(&known.link, &link)) {
             begin_as_the_others(&view, &record.model, &link, Instant::now());
         }
+        let mut groups = view.groups.clone();
         groups.insert(record.group.clone(), Arc::new(Group { cost: CostModel::new(&record.speed), record, link }));
-        *view = Arc::new(View::new(groups));
+        let before = std::mem::replace(&mut *view, Arc::new(View::new(groups)));
+        drop(view);
+        // A link that was replaced takes its blocks out of the index as it goes, while others look at the view.
+        drop(before);
         self.room.changed();
     }
 

@@ -6,7 +6,7 @@
 //! once delays himself. What waits is bounded, by number and by time.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -126,7 +126,8 @@ struct Tenant {
 
 #[derive(Default)]
 struct State {
-    tenants: HashMap<u64, Tenant>,
+    /// In an order that does not change from run to run.
+    tenants: BTreeMap<u64, Tenant>,
     /// Virtual time: the start of the work that was given last.
     now: f64,
     waiting: usize,

@@ -168,7 +168,7 @@ impl Index {
         let Some((plane, bit)) = self.plane(slot) else {
             return held;
         };
-        let coming = |hash: BlockHash| (plane.expected.bits(hash) | plane.held.bits(hash)) & (1 << bit) != 0;
+        let coming = |hash: BlockHash| plane.expected.bits(hash) & (1 << bit) != 0;
         let first = held as usize / STRIDE * STRIDE + STRIDE - 1;
         let places = (first..hashes.len()).step_by(STRIDE);
         places.take_while(|place| coming(hashes[*place])).last().map_or(held, |place| place as u32 + 1)

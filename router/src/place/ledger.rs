@@ -45,7 +45,7 @@ struct Entry {
     /// Seconds of prefills that the group told of, whoever sent them.
     recent_told: Recent,
     /// Of the booked ones, those after the last report.
-    fresh_seconds: f64,
+    recent_fresh: Recent,
 }
 
 /// A sum whose summands fade with their age.
@@ -78,8 +78,9 @@ impl Ledger {
         let mut entry = self.entry.lock();
         // the first report tells of a past that is as old as the group
         let told = if entry.report_number == 0 { 0.0 } else { load.prefill_seconds - entry.reported.prefill_seconds };
-        entry.recent_told.add(told.max(0.0), now);
-        entry.fresh_seconds = 0.0;
+        // what a group says is bounded: nobody computes for longer than there was time
+        entry.recent_told.add(told.max(0.0).min(RECENT.as_secs_f64()), now);
+        entry.recent_fresh = Recent::default();
         entry.reported = load;
         entry.report_number += 1;
         entry.fresh_tokens = 0;
@@ -111,14 +112,14 @@ impl Ledger {
     /// the same of it, and by what this one sent since.
     pub fn utilization(&self, now: Instant) -> f64 {
         let entry = self.entry.lock();
-        let seconds = entry.recent_booked.at(now).max(entry.recent_told.at(now) + entry.fresh_seconds);
+        let seconds = entry.recent_booked.at(now).max(entry.recent_told.at(now) + entry.recent_fresh.at(now));
         seconds / RECENT.as_secs_f64()
     }
 
     fn book(&self, tokens: u64, seconds: f64, now: Instant) -> u64 {
         let mut entry = self.entry.lock();
         entry.recent_booked.add(seconds, now);
-        entry.fresh_seconds += seconds;
+        entry.recent_fresh.add(seconds, now);
         entry.booked_tokens += tokens;
         entry.fresh_tokens += tokens;
         entry.booked_sequences += 1;
@@ -255,6 +256,10 @@ mod tests {
         assert!((seconds() - 15.0).abs() < 1e-6);
         told(0.0);
         assert!((seconds() - 15.0).abs() < 1e-6, "a group that began anew takes nothing back");
+        told(f64::NAN);
+        assert!((seconds() - 15.0).abs() < 1e-6);
+        told(f64::INFINITY);
+        assert!(seconds() < 15.0 + 2.0 * RECENT.as_secs_f64(), "whatever it says");
     }
 
     #[test]

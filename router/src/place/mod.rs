@@ -1,5 +1,6 @@
 //! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`ledger`]),
-//! which one would answer soonest ([`choose`]), where its session is at home ([`sessions`]), and who waits while none can start it ([`admission`]).
+//! which one would answer soonest ([`choose`]), where its session is at home ([`sessions`]), and who waits while none
+//! can start it ([`admission`]).
 
 pub mod admission;
 pub mod choose;

@@ -2,16 +2,23 @@
 //! index says who holds its blocks, this says who had its last turn. It matters where the blocks say little: where
 //! the history was rewritten, the conversation stays, if the wait there is not the longer one.
 //!
-//! Bounded: two generations, of which the older one is forgotten when the younger is full.
+//! Bounded: two generations, of which the older one is forgotten when the younger is full. A tenant that makes up
+//! names without end makes others lose a hint, and nothing else: what they hold, the index knows.
 
 use std::collections::HashMap;
 
 use parking_lot::Mutex;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::Slot;
 
 /// Sessions of one generation.
 const GENERATION: usize = 32_768;
+
+/// The key of a session: its name means something to one tenant and for one model only.
+pub fn key(tenant: u64, model: &str, name: u64) -> u64 {
+    xxh3_64(&[&tenant.to_le_bytes()[..], &name.to_le_bytes(), model.as_bytes()].concat())
+}
 
 /// One start of one group.
 type Home = (Slot, u64);
@@ -48,6 +55,14 @@ impl Sessions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_belongs_to_its_tenant_and_its_model() {
+        let keys = [key(1, "m", 7), key(2, "m", 7), key(1, "n", 7), key(1, "m", 8)];
+        let distinct: std::collections::HashSet<u64> = keys.into_iter().collect();
+        assert_eq!(distinct.len(), keys.len());
+        assert_eq!(key(1, "m", 7), keys[0]);
+    }
 
     #[test]
     fn sessions_in_use_are_remembered_and_their_number_is_bounded() {

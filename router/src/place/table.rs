@@ -6,9 +6,10 @@
 //! memory from front to back instead of missing the processor's cache with every block. A map of 64 shards (open
 //! addressing; half of a slot is part of the key, the other half the entry's place) finds what stands elsewhere.
 //!
-//! There is one writer at a time. Readers never wait: they hold the arrays that they look into, which change in
-//! place or are replaced by larger ones. The key is half of the hash: that two blocks of a fleet share it has a
-//! chance of one in a hundred thousand with 19 million blocks, and costs one placement that expects too much.
+//! There is one writer at a time, for a batch of blocks, so that a group that tells of all its blocks does not keep
+//! the others waiting. Readers never wait: they hold the arrays that they look into, which change in place or are
+//! replaced by larger ones. The key is half of the hash: that two blocks of a fleet share it has a chance of one in a
+//! hundred thousand with 19 million blocks, and costs one placement that expects too much.
 
 use std::sync::{
     Arc,
@@ -16,7 +17,7 @@ use std::sync::{
 };
 
 use bora_common::blocks::BlockHash;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 const SHARDS: usize = 64;
 /// Hashes that are looked for together.
@@ -26,11 +27,14 @@ const SMALLEST: usize = 16;
 const CHUNK: usize = 4096;
 /// A chunk is filled again when so many of its entries are free: enough for long runs.
 const WORTH_FILLING: usize = CHUNK / 4;
+/// Blocks that are written before others may write.
+const BATCH: usize = 1024;
 
 /// A slot of the map without an entry, which once had one.
 const REMOVED: u64 = u64::MAX;
 
-/// Written in this order: key 0, bits, key. Read in this order: bits, key. So bits are those of the key.
+/// Written in this order: key 0, bits, key. Read in this order: key, bits, key. So bits are those of the key, unless
+/// the entry was given to another block and back between the two looks: that costs one placement at most.
 #[derive(Default)]
 struct Entry {
     bits: AtomicU64,
@@ -41,8 +45,11 @@ struct Entry {
 impl Entry {
     /// The bits, if this is the key's entry.
     fn bits_of(&self, key: u64) -> Option<u64> {
+        if self.key.load(Ordering::Acquire) != key {
+            return None;
+        }
         let bits = self.bits.load(Ordering::Acquire);
-        (self.key.load(Ordering::Acquire) == key).then_some(bits)
+        (self.key.load(Ordering::Relaxed) == key).then_some(bits)
     }
 }
 
@@ -119,6 +126,8 @@ struct ShardUse {
 /// What only the writer knows.
 struct Writer {
     shards: [ShardUse; SHARDS],
+    /// Blocks of each group.
+    of_group: [usize; 64],
     /// Entries in use of each chunk.
     used: Vec<usize>,
     /// Where the next entry is looked for.
@@ -131,43 +140,59 @@ struct Writer {
 pub(super) struct BlockTable {
     arrays: RwLock<Arc<Arrays>>,
     writer: Mutex<Writer>,
+    /// Held while a group's bits are taken away: entries keep their places meanwhile.
+    clearing: Mutex<()>,
     live: AtomicUsize,
 }
 
 impl Default for Writer {
     fn default() -> Self {
-        Self { shards: [ShardUse::default(); SHARDS], used: Vec::new(), chunk: 0, place: 0 }
+        Self { shards: [ShardUse::default(); SHARDS], of_group: [0; 64], used: Vec::new(), chunk: 0, place: 0 }
     }
 }
 
 impl Writer {
-    /// Sets a bit of a key.
-    fn set(&mut self, arrays: &Arrays, key: u64, bit: u64) -> bool {
+    /// Sets a group's bit of a key; true if it is the key's first one.
+    fn set(&mut self, arrays: &Arrays, key: u64, group: u32) -> bool {
+        let bit = 1 << group;
         if let Some((_, entry)) = find(&arrays.shards[shard_of(key)].read(), &arrays.chunks.read(), key) {
-            entry.bits.fetch_or(bit, Ordering::Relaxed);
+            let before = entry.bits.fetch_or(bit, Ordering::Relaxed);
+            self.of_group[group as usize] += usize::from(before & bit == 0);
             return false;
         }
+        self.put(arrays, key, bit);
+        self.of_group[group as usize] += 1;
+        true
+    }
+
+    /// A key that is not there yet.
+    fn put(&mut self, arrays: &Arrays, key: u64, bits: u64) {
         let (place, chunks) = self.free_place(arrays);
         if let Some(entry) = entry(&chunks, place) {
-            entry.bits.store(bit, Ordering::Release);
+            entry.bits.store(bits, Ordering::Release);
             entry.key.store(key, Ordering::Release);
             self.used[place / CHUNK] += 1;
         }
         self.put_in_map(arrays, key, place);
-        true
     }
 
-    /// Takes a bit of a key away; true if it was the last one.
-    fn unset(&mut self, arrays: &Arrays, key: u64, bit: u64) -> bool {
+    /// Takes a group's bit of a key away; true if it was the last one.
+    fn unset(&mut self, arrays: &Arrays, key: u64, group: u32) -> bool {
         let slots = Arc::clone(&arrays.shards[shard_of(key)].read());
         let chunks = Arc::clone(&arrays.chunks.read());
         let Some((place, entry)) = find(&slots, &chunks, key) else { return false };
+        self.unset_in(arrays, key, place, entry, group)
+    }
+
+    fn unset_in(&mut self, arrays: &Arrays, key: u64, place: usize, entry: &Entry, group: u32) -> bool {
+        let bit = 1 << group;
         let before = entry.bits.fetch_and(!bit, Ordering::Relaxed);
-        if before & !bit != 0 {
-            return false;
+        self.of_group[group as usize] -= usize::from(before & bit != 0);
+        let last = before == bit;
+        if last {
+            self.remove(arrays, key, place, entry);
         }
-        self.remove(arrays, key, place, entry);
-        true
+        last
     }
 
     fn remove(&mut self, arrays: &Arrays, key: u64, place: usize, entry: &Entry) {
@@ -263,52 +288,73 @@ impl Writer {
 
 impl BlockTable {
     /// Sets a group's bit for these blocks. In the order of their chain they are found fastest.
-    pub(super) fn set(&self, hashes: impl Iterator<Item = BlockHash>, bit: u32) {
-        let mut writer = self.writer.lock();
-        let arrays = Arc::clone(&self.arrays.read());
-        let new = hashes.filter(|hash| writer.set(&arrays, key_of(*hash), 1 << bit)).count();
-        self.live.fetch_add(new, Ordering::Relaxed);
+    pub(super) fn set(&self, hashes: impl Iterator<Item = BlockHash>, group: u32) {
+        self.write(hashes, |writer, arrays, live, key| *live += usize::from(writer.set(arrays, key, group)));
     }
 
     /// Takes it away.
-    pub(super) fn unset(&self, hashes: impl Iterator<Item = BlockHash>, bit: u32) {
-        let mut writer = self.writer.lock();
-        let arrays = Arc::clone(&self.arrays.read());
-        let gone = hashes.filter(|hash| writer.unset(&arrays, key_of(*hash), 1 << bit)).count();
-        self.live.fetch_sub(gone, Ordering::Relaxed);
+    pub(super) fn unset(&self, hashes: impl Iterator<Item = BlockHash>, group: u32) {
+        self.write(hashes, |writer, arrays, live, key| *live -= usize::from(writer.unset(arrays, key, group)));
     }
 
-    /// Takes away all of a group's bits; a table that lost most of its blocks gives its memory back.
-    pub(super) fn clear(&self, bit: u32) {
-        let mut writer = self.writer.lock();
-        let arrays = Arc::clone(&self.arrays.read());
-        let chunks = Arc::clone(&arrays.chunks.read());
-        let mut gone = 0;
-        for (number, chunk) in chunks.iter().enumerate() {
+    fn write(&self, hashes: impl Iterator<Item = BlockHash>, change: impl Fn(&mut Writer, &Arrays, &mut usize, u64)) {
+        let mut hashes = hashes.peekable();
+        while hashes.peek().is_some() {
+            let mut writer = self.writer.lock();
+            let arrays = Arc::clone(&self.arrays.read());
+            // only the writer changes it
+            let mut live = self.live.load(Ordering::Relaxed);
+            for hash in hashes.by_ref().take(BATCH) {
+                change(&mut writer, &arrays, &mut live, key_of(hash));
+            }
+            self.live.store(live, Ordering::Relaxed);
+            drop(arrays);
+            MutexGuard::unlock_fair(writer);
+        }
+    }
+
+    /// Takes away all of a group's bits; a table that lost most of its blocks gives its memory back. Nobody may set
+    /// bits of this group meanwhile.
+    pub(super) fn clear(&self, group: u32) {
+        let _clearing = self.clearing.lock();
+        let mut number = 0;
+        loop {
+            let mut writer = self.writer.lock();
+            let arrays = Arc::clone(&self.arrays.read());
+            let chunk = arrays.chunks.read().get(number).cloned();
+            let (Some(chunk), true) = (chunk, writer.of_group[group as usize] > 0) else {
+                return self.give_back(&mut writer, &arrays);
+            };
+            let mut gone = 0;
             for (place, entry) in chunk.iter().enumerate() {
-                if entry.bits.fetch_and(!(1 << bit), Ordering::Relaxed) == 1 << bit {
+                if entry.bits.load(Ordering::Relaxed) & (1 << group) != 0 {
                     let key = entry.key.load(Ordering::Relaxed);
-                    writer.remove(&arrays, key, number * CHUNK + place, entry);
-                    gone += 1;
+                    gone += usize::from(writer.unset_in(&arrays, key, number * CHUNK + place, entry, group));
                 }
             }
+            self.live.fetch_sub(gone, Ordering::Relaxed);
+            number += 1;
         }
-        let live = self.live.fetch_sub(gone, Ordering::Relaxed) - gone;
+    }
+
+    /// Copies what is left to smaller arrays, where these have become too large for it.
+    fn give_back(&self, writer: &mut Writer, arrays: &Arrays) {
+        let live = self.live.load(Ordering::Relaxed);
         let room = arrays.chunks.read().iter().map(|chunk| chunk.len()).sum::<usize>();
         let slots = arrays.shards.iter().map(|shard| shard.read().len()).sum::<usize>();
         if room > (4 * live).max(2 * CHUNK) || slots > (8 * live).max(2 * SHARDS * SMALLEST) {
-            self.rebuild(&mut writer, &arrays);
+            self.rebuild(writer, arrays);
         }
     }
 
     /// Copies what is left, in its order, to new arrays.
     fn rebuild(&self, writer: &mut Writer, old: &Arrays) {
         let new = Arrays::default();
-        *writer = Writer::default();
+        *writer = Writer { of_group: writer.of_group, ..Writer::default() };
         for entry in old.chunks.read().iter().flat_map(|chunk| chunk.iter()) {
             let bits = entry.bits.load(Ordering::Relaxed);
             if bits != 0 {
-                writer.set(&new, entry.key.load(Ordering::Relaxed), bits);
+                writer.put(&new, entry.key.load(Ordering::Relaxed), bits);
             }
         }
         *self.arrays.write() = Arc::new(new);

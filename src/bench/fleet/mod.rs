@@ -214,8 +214,8 @@ struct Outcome {
 
 impl Simulation {
     fn new(args: &FleetArgs, policy: Policy, sessions: Vec<Session>) -> anyhow::Result<Self> {
-        let routers = (0..args.routers.max(1)).map(|_| RouterReplica {
-            fleet: Fleet::new(RouterOptions::default()),
+        let routers = (0..args.routers.max(1)).map(|number| RouterReplica {
+            fleet: Fleet::seeded(RouterOptions::default(), args.seed.wrapping_add(number as u64)),
             links: Vec::new(),
             waiting: VecDeque::new(),
         });
