@@ -3,6 +3,7 @@
 mod bench;
 mod check;
 mod config;
+mod flags;
 mod logging;
 mod router;
 mod serve;
