@@ -10,6 +10,7 @@ mod attention;
 pub mod check;
 mod driver;
 mod graphs;
+mod host;
 mod kernels;
 mod libraries;
 mod linear;
@@ -25,22 +26,23 @@ use std::collections::HashMap;
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::RopeTable;
 
-use super::{Backend, BackendError, Batch, KvBudget, RankSetup, Result, SampleRequest, SampleResults};
-use crate::engine::step::{Admission, Slot};
+use super::{Backend, BackendError, Batch, KvBudget, KvDtype, RankSetup, Result, SampleRequest, SampleResults};
+use crate::engine::step::{Admission, BlockCopy, Slot};
 use crate::model::KvShape;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
 use attention::DECODE_BLOCKS_A_MULTIPROCESSOR;
 use driver::{Address, Arguments, Buffer, Device, Shape};
-use graphs::{KnownProduct, Recording};
+use graphs::{GraphSize, KnownProduct, Recording};
+use host::HostBlocks;
 use kernels::Kernels;
 use linear::{InputFormat, TensorFormat, load_slice};
 pub use linear::{Linear, Tensor};
 pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
-pub use options::{CudaOptions, KvDtype};
+pub use options::CudaOptions;
 use sampler::Sampler;
-use step::StepInputs;
+use step::{ITEM_ROWS, StepInputs};
 
 /// Steps in flight: the CPU prepares one while the GPU runs another.
 const PIPELINE_DEPTH: usize = 2;
@@ -50,12 +52,13 @@ const RESERVED_BYTES: u64 = 512 << 20;
 /// One rank on a GPU.
 pub struct CudaBackend {
     // fields drop in this order: what was recorded before what it reads, the device last
-    graphs: HashMap<usize, Recording>,
+    graphs: HashMap<GraphSize, Recording>,
     kernels: Kernels,
     matmul: Matmul,
     inputs: StepInputs,
     sampler: Sampler,
     cache: Option<Cache>,
+    host: Option<HostBlocks>,
     buffers: Option<Buffers>,
     rope: RopeTable,
     frequencies: Buffer,
@@ -110,6 +113,13 @@ impl CudaBackend {
                 reason: format!("{head_dim}: the kernels know 32, 64 and 128"),
             });
         }
+        let options = CudaOptions { kv: options.kv.or(KvDtype::Bf16), ..options };
+        if options.kv == KvDtype::F32 {
+            return Err(BackendError::Unsupported {
+                tensor: "the KV cache".to_owned(),
+                reason: "f32 is for the CPU, a GPU takes bf16 or fp8".to_owned(),
+            });
+        }
         let group = setup.plan.query_group();
         if group > 16 {
             return Err(BackendError::Unsupported {
@@ -134,6 +144,7 @@ impl CudaBackend {
             inputs,
             sampler,
             cache: None,
+            host: None,
             buffers: None,
             rope,
             frequencies,
@@ -188,10 +199,8 @@ impl CudaBackend {
         let rows = Matmul::padded_rows(limits.step_tokens.max(limits.sequences));
         let logit_rows = Matmul::padded_rows(limits.logit_rows.max(limits.sequences));
         let heads = plan.heads.len();
-        let decode_blocks =
-            (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR).max(rows * plan.kv_heads.len());
-        // each block leaves one row a head of its group; splits are rounded up
-        let partials = (decode_blocks + rows * plan.kv_heads.len()) * plan.query_group();
+        // a block leaves the rows of its tile where keys are split, and then all blocks run at once
+        let partials = self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR * ITEM_ROWS;
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,
             input: Buffer::new(rows * self.widths.input_bytes.max(config.hidden_size * 2), "the inputs of linears")?,
@@ -346,6 +355,18 @@ impl Backend for CudaBackend {
         self.device.make_current()?;
         self.tune_products()?;
         self.record_graphs(&forward)
+    }
+
+    fn block_bytes(&self, shape: &KvShape) -> usize {
+        shape.block_bytes(self.options.kv.size())
+    }
+
+    fn allocate_host(&mut self, shape: &KvShape, blocks: usize) -> Result<f64> {
+        self.take_host_memory(shape, blocks)
+    }
+
+    fn copy_blocks(&mut self, first: &[BlockCopy], beside: &[BlockCopy]) -> Result<()> {
+        self.submit_copies(first, beside)
     }
 
     fn execute(&mut self, batch: &Batch, forward: impl FnOnce(&mut Self) -> Result<Logits>) -> Result<Logits> {
