@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use bora_common::config::ModelOptions;
 use bora_common::model::ModelConfig;
+use bora_common::tls::{Acceptor, Connector};
 use clap::Args;
 
 use crate::config::Config;
@@ -44,6 +46,14 @@ pub(crate) fn run(args: CheckArgs) -> anyhow::Result<()> {
         config.registry.endpoints.len(),
         config.cluster
     );
+    if let Some(files) = &config.http.tls {
+        Acceptor::for_http(files).context("http.tls")?;
+        println!("http: TLS with {}", files.certificate_file.display());
+    }
+    if let Some(files) = &config.grpc.tls {
+        Acceptor::for_grpc(files).and_then(|_| Connector::new(files)).context("grpc.tls")?;
+        println!("grpc: mutual TLS with {}", files.certificate_file.display());
+    }
     println!("worker: {:?}, {} rank(s), {:?} of them here", config.worker.device, ranks, config.worker.local_ranks());
     println!("{} is valid", args.config.display());
     Ok(())

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryOptions, read_file};
+use bora_common::telemetry::TelemetryOptions;
+use bora_common::tls::{Connector, GrpcTls, HttpTls, TlsError};
 use bora_router::RouterOptions;
 use bora_worker::WorkerOptions;
 use serde::Deserialize;
@@ -19,12 +21,16 @@ pub(crate) struct Config {
     pub(crate) models: Vec<ModelOptions>,
     /// Where the router listens.
     pub(crate) http: HttpOptions,
+    /// How routers, leaders and followers speak with each other.
+    pub(crate) grpc: GrpcOptions,
     /// Limits and habits of the router.
     pub(crate) router: RouterOptions,
     /// One worker process and its group.
     pub(crate) worker: WorkerOptions,
     /// Log output.
     pub(crate) log: LogOptions,
+    /// Traces and metrics to a collector.
+    pub(crate) telemetry: TelemetryOptions,
 }
 
 /// Where the router listens.
@@ -38,11 +44,28 @@ pub(crate) struct HttpOptions {
     /// Where `/health`, `/ready`, `/metrics`, `/groups` and `/version` are served as well, for probes and for
     /// Prometheus; nowhere else where it is absent.
     pub(crate) admin: Option<HostPort>,
+    /// TLS of the API's port; plain text where it is absent. The admin port is always plain.
+    pub(crate) tls: Option<HttpTls>,
+}
+
+/// How routers, leaders and followers speak with each other.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct GrpcOptions {
+    /// Mutual TLS; plain text where it is absent. The same in all processes of a cluster.
+    pub(crate) tls: Option<GrpcTls>,
+}
+
+impl GrpcOptions {
+    /// What opens connections.
+    pub(crate) fn connector(&self) -> Result<Option<Connector>, TlsError> {
+        self.tls.as_ref().map(Connector::new).transpose()
+    }
 }
 
 impl Default for HttpOptions {
     fn default() -> Self {
-        Self { host: "127.0.0.1".into(), port: 8000, admin: None }
+        Self { host: "127.0.0.1".into(), port: 8000, admin: None, tls: None }
     }
 }
 
@@ -53,9 +76,11 @@ impl Default for Config {
             registry: RegistryOptions::default(),
             models: Vec::new(),
             http: HttpOptions::default(),
+            grpc: GrpcOptions::default(),
             router: RouterOptions::default(),
             worker: WorkerOptions::default(),
             log: LogOptions::default(),
+            telemetry: TelemetryOptions::default(),
         }
     }
 }
@@ -73,6 +98,7 @@ impl Config {
         self.registry.check()?;
         self.router.validate().map_err(|error| ConfigError::Conflict(error.to_string()))?;
         self.worker.check()?;
+        self.telemetry.check()?;
         if self.cluster.is_empty() {
             return Err(ConfigError::Conflict("cluster: expected a name".into()));
         }

@@ -3,12 +3,14 @@
 mod bench;
 mod check;
 mod config;
+mod doctor;
 mod flags;
 mod logging;
 mod router;
 mod serve;
 mod shutdown;
 mod tokenize;
+mod top;
 mod worker;
 
 use std::process::ExitCode;
@@ -33,6 +35,10 @@ enum What {
     Worker(worker::WorkerArgs),
     /// Validates a configuration without starting anything
     Check(check::CheckArgs),
+    /// Looks at a node and says what is wrong with it and what to do
+    Doctor(doctor::DoctorArgs),
+    /// Groups, ranks, queues, cache and rates of a cluster, on a terminal or as text
+    Top(top::TopArgs),
     /// Reads one OpenAI-style request a line and writes its token ids, one JSON object a line
     Tokenize(tokenize::TokenizeArgs),
     /// Measures
@@ -40,11 +46,14 @@ enum What {
 }
 
 fn main() -> ExitCode {
+    nccl_defaults();
     let outcome = match Command::parse().what {
         What::Serve(args) => serve::run(args),
         What::Router(args) => router::run(args),
         What::Worker(args) => worker::run(args),
         What::Check(args) => check::run(args),
+        What::Doctor(args) => doctor::run(args),
+        What::Top(args) => top::run(args),
         What::Tokenize(args) => tokenize::run(args),
         What::Bench(args) => bench::run(args),
     };
@@ -54,6 +63,15 @@ fn main() -> ExitCode {
             eprintln!("bora: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// NVLink multicast stays off unless the operator turns it on: setting it up hangs or fails on some hosts.
+#[allow(unsafe_code)]
+fn nccl_defaults() {
+    if std::env::var_os("NCCL_NVLS_ENABLE").is_none() {
+        // SAFETY: nothing runs yet but this thread.
+        unsafe { std::env::set_var("NCCL_NVLS_ENABLE", "0") };
     }
 }
 

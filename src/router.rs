@@ -1,14 +1,17 @@
 //! `bora router`: a router of a cluster.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use bora_common::config::{ConfigError, ModelOptions, RegistryKind};
+use bora_common::config::{ConfigError, LogFormat, ModelOptions, RegistryKind};
 use bora_common::registry::{Registry, RouterRecord};
-use bora_router::{ModelSpec, Router};
+use bora_common::telemetry::{self, Identity, MetricsSource};
+use bora_common::tls::Acceptor;
+use bora_router::{ModelSpec, Router, RouterOptions};
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -46,13 +49,20 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     }
     logging::start(&config.log)?;
     crate::runtime()?.block_on(async {
-        let registry = config.registry.open(&config.cluster)?;
-        serve(&config, registry.as_ref(), shutdown::token()?).await
+        config.router.grpc = config.grpc.connector()?;
+        let registry = config.registry.open(&config.cluster, config.router.grpc.clone())?;
+        serve(&config, "bora-router", None, registry.as_ref(), shutdown::token()?).await
     })
 }
 
-/// Opens the tokenizers, listens and serves until `stop`.
-pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: CancellationToken) -> anyhow::Result<()> {
+/// Opens the tokenizers, listens and serves until `stop`. `beside` makes the metrics of a group in the same process.
+pub(crate) async fn serve(
+    config: &Config,
+    service: &'static str,
+    beside: Option<MetricsSource>,
+    registry: &dyn Registry,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
     let mut models = HashMap::new();
     for model in &config.models {
         models.insert(model.name.clone(), open_model(model)?);
@@ -61,6 +71,7 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("http.host, http.port: listening on {}:{}", address.0, address.1))?;
+    let tls = config.http.tls.as_ref().map(Acceptor::for_http).transpose().context("http.tls")?;
     let admin = match &config.http.admin {
         Some(at) => Some(
             TcpListener::bind((at.host.as_str(), at.port))
@@ -69,16 +80,27 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
         ),
         None => None,
     };
-    let mut router = Router::new(config.router.clone(), models, registry.watch())?;
+    let options = RouterOptions { admin_elsewhere: admin.is_some(), ..config.router.clone() };
+    let mut router = Router::new(options, models, registry.watch())?;
     let presence = registry.join(record(&listener.local_addr()?));
     router.share_limits(presence.live());
-    tracing::info!(address = %listener.local_addr()?, "router listens");
+    if let Some(beside) = beside {
+        router.service().metrics().add_source(beside);
+    }
+    let identity = Identity {
+        service,
+        version: env!("CARGO_PKG_VERSION"),
+        cluster: config.cluster.clone(),
+        attributes: Vec::new(),
+    };
+    // the service owns the metrics: it must not be kept alive by their export
+    let metrics = Arc::downgrade(router.service());
+    let source: MetricsSource = Arc::new(move || metrics.upgrade().map(|one| one.metrics_text()).unwrap_or_default());
+    let telemetry = telemetry::start(config.telemetry.clone(), &identity, Some(source))?;
+    tracing::info!(address = %listener.local_addr()?, tls = tls.is_some(), "router listens");
     let loopback = listener.local_addr()?.ip().is_loopback();
     if !loopback && router.service().access().is_open() {
-        tracing::warn!(
-            "ANYBODY WHO REACHES THIS PORT MAY USE THE MODELS: no API keys are set (router.access.keys, --api-key) \
-             and the router listens beyond loopback"
-        );
+        warn_of_open_door(config.log.format, listener.local_addr()?);
     }
     // ends with the router: probes and scrapes are answered while open requests finish
     let admin = admin.map(|listener| tokio::spawn(router.serve_admin(listener)));
@@ -88,7 +110,7 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
         // takes nothing new from now on: the others may grant its share
         presence.leave().await;
     });
-    let served = router.serve(listener, stop.cancelled_owned()).await.context("serving HTTP");
+    let served = router.serve(listener, tls, stop.cancelled_owned()).await.context("serving HTTP");
     if served.is_ok() {
         // without etcd the lease ends by itself
         let _ = tokio::time::timeout(LEAVE_WITHIN, leaving).await;
@@ -96,7 +118,19 @@ pub(crate) async fn serve(config: &Config, registry: &dyn Registry, stop: Cancel
     if let Some(admin) = admin {
         admin.abort();
     }
+    telemetry.stop().await;
     served
+}
+
+/// Says that anybody may come in, also where the log's filter hides warnings.
+fn warn_of_open_door(format: LogFormat, address: SocketAddr) {
+    const WORDS: &str = "ANYBODY WHO REACHES THIS PORT MAY USE THE MODELS: the router listens beyond loopback and no API keys are \
+                         set (router.access.keys, --api-key, --api-key-file)";
+    tracing::error!(%address, "{WORDS}");
+    if format == LogFormat::Text {
+        let line = "!".repeat(80);
+        eprintln!("{line}\n!! {WORDS}\n!! {address}\n{line}");
+    }
 }
 
 /// What others see of this router: its pod's name where there is one, and a part that no other has.

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use bora_common::config::ModelOptions;
+use bora_common::tls::HttpTls;
 use bora_router::Digest;
-use bora_worker::WorkerSettings;
+use bora_worker::{WorkerMetrics, WorkerSettings};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +46,12 @@ pub(crate) struct ServeArgs {
     /// file of tenants and hashed keys (router.access.keys)
     #[arg(long)]
     api_key_file: Option<PathBuf>,
+    /// PEM file of the certificate that the API is served with (http.tls)
+    #[arg(long, visible_alias = "ssl-certfile", requires = "tls_key_file")]
+    tls_certificate_file: Option<PathBuf>,
+    /// PEM file of that certificate's key
+    #[arg(long, visible_alias = "ssl-keyfile", requires = "tls_certificate_file")]
+    tls_key_file: Option<PathBuf>,
     /// names the reasons of each placement in the header x-bora-decision
     #[arg(long)]
     debug: bool,
@@ -62,11 +69,12 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     crate::runtime()?.block_on(async {
         let signalled = shutdown::token()?;
         let group_stop = CancellationToken::new();
-        let registry = config.registry.open(&config.cluster)?;
-        let settings = WorkerSettings { options: config.worker.clone(), model };
+        let registry = config.registry.open(&config.cluster, None)?;
+        let metrics = WorkerMetrics::new();
+        let settings = WorkerSettings { options: config.worker.clone(), model, metrics: metrics.clone() };
         let mut group = tokio::spawn(bora_worker::run(settings, registry.clone(), group_stop.clone()));
         tokio::select! {
-            routed = router::serve(&config, registry.as_ref(), signalled) => {
+            routed = router::serve(&config, "bora-serve", Some(metrics.source()), registry.as_ref(), signalled) => {
                 // open requests have ended; now the group may
                 group_stop.cancel();
                 group.await.context("the group's task failed")??;
@@ -94,6 +102,10 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     });
     config.http.host = args.host;
     config.http.port = args.port;
+    config.http.tls = args
+        .tls_certificate_file
+        .zip(args.tls_key_file)
+        .map(|(certificate_file, key_file)| HttpTls { certificate_file, key_file });
     config.router.debug = args.debug;
     config.router.access.keys = args.api_key_file;
     config.router.access.api_keys = args.api_key.iter().map(|key| Digest::of(key.as_bytes())).collect();

@@ -1,9 +1,11 @@
 //! `bora worker`: one process of a group.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bora_common::config::{ConfigError, HostPort, RegistryKind};
-use bora_worker::{DeviceChoice, WorkerSettings};
+use bora_common::telemetry::{self, Identity, MetricsSource};
+use bora_worker::{DeviceChoice, WorkerMetrics, WorkerSettings};
 use clap::Args;
 
 use crate::config::Config;
@@ -43,6 +45,9 @@ pub(crate) struct WorkerArgs {
     /// what to run on (worker.device)
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
+    /// host:port of /metrics and /health (worker.admin)
+    #[arg(long)]
+    admin: Option<HostPort>,
     /// ranks that one copy of the model is split over (worker.tensor_parallel_size)
     #[arg(long)]
     tensor_parallel_size: Option<u32>,
@@ -56,6 +61,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let of_process = args.process_index.zip(args.ranks_per_process).map(ranks_of_process);
     worker.ranks = args.ranks.or(of_process).or(worker.ranks.take());
     worker.listen = args.listen.unwrap_or(worker.listen.clone());
+    worker.admin = args.admin.or(worker.admin.take());
     worker.advertise = args.advertise.or(worker.advertise.take());
     worker.host = args.host.or(worker.host.take());
     worker.leader = args.leader.or(worker.leader.take());
@@ -71,10 +77,22 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let model = config.worker_model()?.clone();
     logging::start(&config.log)?;
     crate::runtime()?.block_on(async {
-        let registry = config.registry.open(&config.cluster)?;
-        let settings = WorkerSettings { options: config.worker, model };
-        bora_worker::run(settings, registry, shutdown::token()?).await?;
-        Ok(())
+        config.worker.tls = config.grpc.tls.clone();
+        let registry = config.registry.open(&config.cluster, config.grpc.connector()?)?;
+        let metrics = WorkerMetrics::new();
+        let identity = Identity {
+            service: "bora-worker",
+            version: env!("CARGO_PKG_VERSION"),
+            cluster: config.cluster,
+            attributes: config.worker.group.iter().map(|group| ("bora.group", group.clone())).collect(),
+        };
+        let told = Arc::clone(&metrics);
+        let source: MetricsSource = Arc::new(move || told.text());
+        let telemetry = telemetry::start(config.telemetry, &identity, Some(source))?;
+        let settings = WorkerSettings { options: config.worker, model, metrics };
+        let ended = bora_worker::run(settings, registry, shutdown::token()?).await;
+        telemetry.stop().await;
+        Ok(ended?)
     })
 }
 

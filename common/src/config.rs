@@ -236,13 +236,18 @@ impl RegistryOptions {
     }
 
     /// Opens the registry. Nothing is connected yet.
-    pub fn open(&self, cluster: &str) -> Result<std::sync::Arc<dyn crate::registry::Registry>, ConfigError> {
+    /// `grpc` is how groups of a static list are asked.
+    pub fn open(
+        &self,
+        cluster: &str,
+        grpc: Option<crate::tls::Connector>,
+    ) -> Result<std::sync::Arc<dyn crate::registry::Registry>, ConfigError> {
         use crate::registry::{EtcdOptions, EtcdRegistry, FixedRegistry, MemoryRegistry};
         self.check()?;
         let endpoints = self.endpoints.iter().map(ToString::to_string).collect();
         Ok(match self.kind {
             RegistryKind::Memory => std::sync::Arc::new(MemoryRegistry::new()),
-            RegistryKind::Static => std::sync::Arc::new(FixedRegistry::new(endpoints)),
+            RegistryKind::Static => std::sync::Arc::new(FixedRegistry::new(endpoints, grpc)),
             RegistryKind::Etcd => {
                 let credentials = match (&self.username, &self.password_file) {
                     (Some(user), Some(file)) => {

@@ -7,10 +7,12 @@
 
 pub mod access;
 pub mod api;
+pub mod console;
 pub mod encode;
 pub mod fleet;
 pub mod metrics;
 pub mod models;
+pub mod openapi;
 pub mod options;
 pub mod place;
 pub mod relay;
@@ -19,7 +21,7 @@ pub mod service;
 
 use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
-use bora_common::registry::GroupChange;
+use bora_common::{registry::GroupChange, tls::Acceptor};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     net::TcpListener,
@@ -27,10 +29,7 @@ use tokio::{
 };
 
 pub use crate::{
-    access::{
-        Access, AccessOptions,
-        keys::{Digest, KeyFileError},
-    },
+    access::{Access, AccessError, AccessOptions, keys::Digest},
     models::{DefaultSampling, ModelSpec},
     options::{OptionsError, RouterOptions},
     service::Service,
@@ -51,9 +50,9 @@ pub enum RouterError {
     /// A value that can't work.
     #[error(transparent)]
     Options(#[from] OptionsError),
-    /// The file of API keys.
+    /// Who may ask for what.
     #[error(transparent)]
-    Keys(#[from] KeyFileError),
+    Access(#[from] AccessError),
 }
 
 impl Router {
@@ -109,12 +108,17 @@ impl Router {
     /// Serves what operators and probes ask for, on a port of its own, until it is dropped.
     pub fn serve_admin(&self, listener: TcpListener) -> impl Future<Output = std::io::Result<()>> + Send + 'static {
         let routes = server::admin_routes(Arc::clone(&self.service));
-        server::serve(listener, routes, Duration::ZERO, std::future::pending())
+        server::serve(listener, None, routes, Duration::ZERO, std::future::pending())
     }
 
-    /// Serves until `shutdown` is ready and open requests have ended (or their grace has).
-    pub async fn serve(self, listener: TcpListener, shutdown: impl Future<Output = ()>) -> std::io::Result<()> {
-        server::serve(listener, self.routes(), self.service.options().shutdown_grace(), shutdown).await
+    /// Serves, with TLS where it is given, until `shutdown` is ready and open requests have ended (or their grace has).
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        tls: Option<Acceptor>,
+        shutdown: impl Future<Output = ()>,
+    ) -> std::io::Result<()> {
+        server::serve(listener, tls, self.routes(), self.service.options().shutdown_grace(), shutdown).await
     }
 }
 

@@ -5,16 +5,20 @@ use std::{
     sync::Arc,
 };
 
+use bora_common::telemetry::{self, MetricsSource, Span, TraceContext};
 use parking_lot::Mutex;
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    encoding::{EncodeLabelSet, text::encode_registry},
+    metrics::{counter::Counter, exemplar::HistogramWithExemplars, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
 
 use crate::{
     fleet::{gauges::GroupGauges, view::Fleet},
-    place::admission::{Class, Line},
+    place::{
+        admission::{Class, Line},
+        choose::Reason,
+    },
 };
 
 /// Labels of a finished HTTP request. Both come from fixed lists.
@@ -45,6 +49,17 @@ struct MoveLabels {
     when: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabels {
+    reason: &'static str,
+}
+
+/// Names the trace of one of the requests that a bucket counts.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Exemplar {
+    trace_id: String,
+}
+
 /// The router's counters.
 pub struct Metrics {
     registry: Mutex<Registry>,
@@ -64,16 +79,28 @@ pub struct Metrics {
     prompt_tokens: Counter,
     cached_tokens: Counter,
     completion_tokens: Counter,
-    first_token_seconds: Histogram,
+    first_token_seconds: HistogramWithExemplars<Exemplar>,
+    inter_token_seconds: Histogram,
+    predicted_first_token_seconds: Histogram,
+    placed_first_token_seconds: Histogram,
+    first_token_over_prediction: Histogram,
+    placements: [Counter; Reason::ALL.len()],
     prepare_seconds: Histogram,
     encoded_tokens: [Counter; 2],
     conversation_cache_bytes: Gauge,
     groups: Gauge,
     ready_groups: Gauge,
+    refused_groups: Gauge,
     indexed_blocks: Gauge,
     group_gauges: GroupGauges,
+    others: Mutex<Option<MetricsSource>>,
 }
 
+/// Between two tokens of one sequence.
+const TOKEN_BUCKETS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 1.0, 5.0];
+/// 1 is a prediction that came true.
+const RATIO_BUCKETS: [f64; 12] = [0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.5, 2.0, 3.0, 5.0, 10.0, 100.0];
 /// Long prompts take long: the buckets end at ten minutes.
 const WAIT_BUCKETS: [f64; 16] =
     [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0];
@@ -97,12 +124,18 @@ impl Metrics {
         let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
-        let first_token_seconds = Histogram::new(WAIT_BUCKETS);
+        let first_token_seconds = HistogramWithExemplars::new(WAIT_BUCKETS.into_iter());
+        let inter_token_seconds = Histogram::new(TOKEN_BUCKETS);
+        let predicted_first_token_seconds = Histogram::new(WAIT_BUCKETS);
+        let placed_first_token_seconds = Histogram::new(WAIT_BUCKETS);
+        let first_token_over_prediction = Histogram::new(RATIO_BUCKETS);
+        let placements = Family::<ReasonLabels, Counter>::default();
         let prepare_seconds = Histogram::new(WORK_BUCKETS);
         let encoded = Family::<TokenLabels, Counter>::default();
         let conversation_cache_bytes = Gauge::default();
         let groups = Gauge::default();
         let ready_groups = Gauge::default();
+        let refused_groups = Gauge::default();
         let indexed_blocks = Gauge::default();
         registry.register("requests", "HTTP requests answered", requests.clone());
         registry.register("open_requests", "HTTP requests not finished yet", open_requests.clone());
@@ -140,6 +173,27 @@ impl Metrics {
             first_token_seconds.clone(),
         );
         registry.register(
+            "inter_token_seconds",
+            "Between two messages of a group, for each token of the later one",
+            inter_token_seconds.clone(),
+        );
+        registry.register(
+            "predicted_first_token_seconds",
+            "From a sequence's placement to its first token, as the cost model predicted it",
+            predicted_first_token_seconds.clone(),
+        );
+        registry.register(
+            "placed_first_token_seconds",
+            "From a sequence's placement to its first token",
+            placed_first_token_seconds.clone(),
+        );
+        registry.register(
+            "first_token_over_prediction",
+            "The time to the first token after the placement as a multiple of its prediction",
+            first_token_over_prediction.clone(),
+        );
+        registry.register("placements", "Sequences placed on a group, by what decided", placements.clone());
+        registry.register(
             "prepare_seconds",
             "Parsing, checking, encoding and hashing a request",
             prepare_seconds.clone(),
@@ -156,10 +210,17 @@ impl Metrics {
         );
         registry.register("groups", "Groups known", groups.clone());
         registry.register("ready_groups", "Groups that take requests", ready_groups.clone());
+        registry.register(
+            "refused_groups",
+            "Groups announced by releases that this router is not made for",
+            refused_groups.clone(),
+        );
         registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
         let group_gauges = GroupGauges::new(&mut registry);
         let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
         let encoded_counter = |kind| encoded.get_or_create(&TokenLabels { kind }).clone();
+        let placement_counter =
+            |reason: Reason| placements.get_or_create(&ReasonLabels { reason: reason.name() }).clone();
         let move_counter = |when| moves.get_or_create(&MoveLabels { when }).clone();
         Arc::new(Self {
             moved: [move_counter("before_first_token"), move_counter("mid_stream")],
@@ -182,18 +243,25 @@ impl Metrics {
             waiting_tokens,
             unserved_requests,
             first_token_seconds,
+            inter_token_seconds,
+            predicted_first_token_seconds,
+            placed_first_token_seconds,
+            first_token_over_prediction,
+            placements: Reason::ALL.map(placement_counter),
             prepare_seconds,
             groups,
             ready_groups,
+            refused_groups,
             indexed_blocks,
             group_gauges,
+            others: Mutex::default(),
         })
     }
 
     /// A request arrived; its end is counted when the guard is dropped.
     pub fn request(self: &Arc<Self>, endpoint: &'static str) -> OpenRequest {
         self.open_requests.inc();
-        OpenRequest { metrics: Arc::clone(self), endpoint, status: 499 }
+        OpenRequest { metrics: Arc::clone(self), endpoint, status: 499, span: None }
     }
 
     pub(crate) fn unknown_fields(&self, count: u32) {
@@ -258,8 +326,27 @@ impl Metrics {
         self.completion_tokens.inc_by(completion);
     }
 
-    pub(crate) fn first_token(&self, seconds: f64) {
-        self.first_token_seconds.observe(seconds);
+    pub(crate) fn first_token(&self, seconds: f64, trace: Option<&TraceContext>) {
+        let exemplar = trace.filter(|trace| trace.sampled).map(|trace| Exemplar { trace_id: trace.trace_id_hex() });
+        self.first_token_seconds.observe(seconds, exemplar, None);
+    }
+
+    /// Tokens came after the first ones.
+    pub(crate) fn next_tokens(&self, seconds: f64, tokens: usize) {
+        self.inter_token_seconds.observe(seconds / tokens.max(1) as f64);
+    }
+
+    pub(crate) fn placed(&self, reason: Reason) {
+        self.placements[reason as usize].inc();
+    }
+
+    /// What became of the prediction of a placement.
+    pub(crate) fn prediction(&self, predicted: f64, real: f64) {
+        self.predicted_first_token_seconds.observe(predicted);
+        self.placed_first_token_seconds.observe(real);
+        if predicted > 0.0 {
+            self.first_token_over_prediction.observe(real / predicted);
+        }
     }
 
     pub(crate) fn prepared(&self, seconds: f64) {
@@ -275,24 +362,36 @@ impl Metrics {
         self.conversation_cache_bytes.set(bytes as i64);
     }
 
-    /// Lets other parts of this process add theirs, so that `/metrics` shows them too.
+    /// Lets other parts of the router add theirs.
     pub fn register(&self, add: impl FnOnce(&mut Registry)) {
         add(&mut self.registry.lock());
     }
 
-    /// Everything in OpenMetrics' text form, with the fleet and the requests in line as they are now.
+    /// Another part of this process (a group beside the router) has metrics too: `/metrics` shows them from now on.
+    pub fn add_source(&self, source: MetricsSource) {
+        *self.others.lock() = Some(source);
+    }
+
+    /// Everything in OpenMetrics' text form, with what the system says of this process, the fleet and the requests in line as they are now.
     pub fn text(&self, fleet: &Fleet, models: &BTreeSet<String>, lines: &HashMap<String, Line>) -> String {
         // held while the gauges of the groups are set: another scrape must not see half of them
         let registry = self.registry.lock();
         let view = fleet.view();
         self.groups.set(view.groups().count() as i64);
         self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
+        self.refused_groups.set(fleet.refused() as i64);
         self.indexed_blocks.set(fleet.index.len() as i64);
         self.group_gauges.set(&view);
         self.waiting(models, lines);
         let mut text = String::new();
         // writing to a String can't fail
-        let _ = encode(&mut text, &registry);
+        let _ = encode_registry(&mut text, &registry);
+        drop(registry);
+        if let Some(others) = &*self.others.lock() {
+            text.push_str(&others());
+        }
+        telemetry::process::write(&mut text, env!("CARGO_PKG_VERSION"));
+        telemetry::process::end(&mut text);
         text
     }
 }
@@ -302,6 +401,8 @@ pub struct OpenRequest {
     metrics: Arc<Metrics>,
     endpoint: &'static str,
     status: u16,
+    /// Ends with the request, where it is traced.
+    pub(crate) span: Option<Span>,
 }
 
 impl OpenRequest {
@@ -316,5 +417,13 @@ impl Drop for OpenRequest {
         self.metrics.open_requests.dec();
         let labels = RequestLabels { endpoint: self.endpoint, status: u32::from(self.status) };
         self.metrics.requests.get_or_create(&labels).inc();
+        if let Some(mut span) = self.span.take() {
+            span.set("http.response.status_code", i64::from(self.status));
+            if self.status >= 500 || self.status == 499 {
+                span.set("error.type", self.status.to_string());
+                span.fail(if self.status == 499 { "the client left" } else { "" });
+            }
+            span.end();
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use bora_common::tls::Connector;
 use serde::{Deserialize, Serialize};
 
 use crate::access::AccessOptions;
@@ -55,6 +56,12 @@ pub struct RouterOptions {
     pub debug: bool,
     /// Who may ask for what.
     pub access: AccessOptions,
+    /// Whether `/metrics` has a port of its own (`http.admin` of the file): then it is not on that of the API.
+    #[serde(skip)]
+    pub admin_elsewhere: bool,
+    /// How groups are connected to (`grpc.tls` of the file); plain text where it is absent.
+    #[serde(skip)]
+    pub grpc: Option<Connector>,
 }
 
 impl Default for RouterOptions {
@@ -82,6 +89,8 @@ impl Default for RouterOptions {
             shutdown_grace_seconds: 30.0,
             debug: false,
             access: AccessOptions::default(),
+            admin_elsewhere: false,
+            grpc: None,
         }
     }
 }

@@ -11,18 +11,23 @@ use axum::{
     response::IntoResponse as _,
     routing::{get, post},
 };
+use bora_common::tls::Acceptor;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::watch,
 };
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
+    access::audit::Audit,
     api::{error::ApiError, generate, groups, listing, status, tokenize},
+    console,
+    openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, requests, responses},
     service::Service,
 };
 
@@ -50,17 +55,21 @@ impl RequestId {
 
 /// All routes.
 pub fn routes(service: Arc<Service>) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(generate::chat))
-        .route("/v1/completions", post(generate::completions))
-        .route("/v1/models", get(listing::list))
-        .route("/v1/models/{*id}", get(listing::one))
-        .route("/tokenize", post(tokenize::tokenize))
+    let mut document = Document::default();
+    let mut router = document
+        .serve(api())
+        // vLLM's and OpenAI's ways to write it
         .route("/v1/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
         .route("/v1/detokenize", post(tokenize::detokenize))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&service), with_caller))
-        .merge(status_routes())
+        .merge(document.serve(probes()))
+        .route("/ping", get(status::health).post(status::health));
+    if !service.options().admin_elsewhere {
+        router = router.merge(document.serve(vec![metrics()]));
+    }
+    router
+        .merge(openapi::route(document))
+        .merge(console::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(middleware::from_fn(with_request_id))
@@ -68,19 +77,83 @@ pub fn routes(service: Arc<Service>) -> Router {
         .with_state(service)
 }
 
-/// What probes, Prometheus and operators ask for, without the API.
+/// What probes, Prometheus and operators ask for, without the API and without keys.
 pub fn admin_routes(service: Arc<Service>) -> Router {
-    status_routes().fallback(no_route).method_not_allowed_fallback(no_method).layer(catch_panics()).with_state(service)
+    let mut document = Document::default();
+    document
+        .serve(probes())
+        .merge(document.serve(vec![metrics(), groups()]))
+        .route("/ping", get(status::health).post(status::health))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(catch_panics())
+        .with_state(service)
 }
 
-fn status_routes() -> Router<Arc<Service>> {
-    Router::new()
-        .route("/groups", get(groups::list))
-        .route("/health", get(status::health))
-        .route("/ping", get(status::health).post(status::health))
-        .route("/ready", get(status::ready))
-        .route("/metrics", get(status::metrics))
-        .route("/version", get(status::version))
+/// What needs a key.
+fn api() -> Vec<Route<Arc<Service>>> {
+    vec![
+        Route::post("/v1/chat/completions", generate::chat)
+            .says("generation", "An answer to a conversation; streamed as chunks where `stream` is true.")
+            .takes::<requests::ChatRequest>()
+            .answers::<responses::ChatCompletion>()
+            .answers_text("text/event-stream")
+            .errors(REQUEST_ERRORS),
+        Route::post("/v1/completions", generate::completions)
+            .says("generation", "The continuation of a text or of token ids.")
+            .takes::<requests::CompletionRequest>()
+            .answers::<responses::Completion>()
+            .answers_text("text/event-stream")
+            .errors(REQUEST_ERRORS),
+        Route::get("/v1/models", listing::list)
+            .says("models", "Every model that is served or configured, under each of its names.")
+            .answers::<responses::ModelList>()
+            .errors(KEY_ERRORS),
+        Route::get("/v1/models/{*id}", listing::one)
+            .says("models", "One model.")
+            .answers::<responses::Model>()
+            .errors(&[401, 403, 404, 503]),
+        Route::post("/tokenize", tokenize::tokenize)
+            .says("tokens", "The ids of a conversation or a text; also at /v1/tokenize.")
+            .takes::<requests::TokenizeRequest>()
+            .answers::<responses::Tokenized>()
+            .errors(REQUEST_ERRORS),
+        Route::post("/detokenize", tokenize::detokenize)
+            .says("tokens", "The text of ids; also at /v1/detokenize.")
+            .takes::<requests::DetokenizeRequest>()
+            .answers::<responses::Detokenized>()
+            .errors(REQUEST_ERRORS),
+        groups(),
+    ]
+}
+
+fn groups() -> Route<Arc<Service>> {
+    Route::get("/groups", groups::list)
+        .says("operation", "The fleet as this router sees it.")
+        .answers::<responses::Groups>()
+        .errors(KEY_ERRORS)
+}
+
+fn metrics() -> Route<Arc<Service>> {
+    Route::get("/metrics", status::metrics)
+        .says("operation", "Metrics for Prometheus; on the admin port alone where there is one.")
+        .answers_text("application/openmetrics-text; version=1.0.0; charset=utf-8")
+        .keyless()
+}
+
+fn probes() -> Vec<Route<Arc<Service>>> {
+    vec![
+        Route::get("/health", status::health).says("operation", "The process lives; also at /ping.").keyless(),
+        Route::get("/ready", status::ready)
+            .says("operation", "At least one group takes requests.")
+            .answers::<responses::Ready>()
+            .errors(&[503])
+            .keyless(),
+        Route::get("/version", status::version)
+            .says("operation", "The release.")
+            .answers::<responses::Version>()
+            .keyless(),
+    ]
 }
 
 async fn no_route(request: Request) -> Response<Body> {
@@ -104,13 +177,27 @@ async fn with_request_id(mut request: Request, next: Next) -> Response<Body> {
 
 /// Lets requests with a key through that is known, and says whose they are.
 async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response<Body> {
-    match service.access().caller(request.headers()) {
+    let id = request.extensions().get::<RequestId>().map_or("", |RequestId(id)| id);
+    let target = format!("{} {}", request.method(), request.uri().path());
+    let audit = Audit::begin(id, target, service.access().audits_bodies());
+    let response = match service.access().caller(request.headers()).await {
         Ok(caller) => {
+            if let Some(caller) = &caller {
+                audit.of(caller);
+            }
+            let tenant = caller.as_ref().map(|caller| Arc::clone(&caller.tenant));
+            request.extensions_mut().insert(audit.clone());
             request.extensions_mut().insert(caller);
-            next.run(request).await
+            let mut response = next.run(request).await;
+            if let Some(tenant) = tenant {
+                tenant.write_headers(response.headers_mut());
+            }
+            response
         }
         Err(error) => error.into_response(),
-    }
+    };
+    audit.answered(&response);
+    response
 }
 
 /// Makes a response of what a handler panicked with.
@@ -134,6 +221,7 @@ fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response<Body> {
 /// Serves connections until `shutdown` is ready; then open requests get `grace` to finish.
 pub async fn serve(
     listener: TcpListener,
+    tls: Option<Acceptor>,
     routes: Router,
     grace: Duration,
     shutdown: impl Future<Output = ()>,
@@ -147,7 +235,7 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, _)) => {
-                tokio::spawn(serve_connection(stream, routes.clone(), stopping.clone()));
+                tokio::spawn(serve_socket(stream, tls.clone(), routes.clone(), stopping.clone()));
             }
             Err(error) => {
                 // a client that left already, or no file descriptors for the moment
@@ -166,10 +254,22 @@ pub async fn serve(
     Ok(())
 }
 
-async fn serve_connection(stream: TcpStream, routes: Router, mut stopping: watch::Receiver<()>) {
+async fn serve_socket(stream: TcpStream, tls: Option<Acceptor>, routes: Router, stopping: watch::Receiver<()>) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "no TCP_NODELAY on a connection");
     }
+    let Some(tls) = tls else { return serve_connection(stream, routes, stopping).await };
+    match tls.accept(stream).await {
+        Ok(stream) => serve_connection(stream, routes, stopping).await,
+        // anybody can make these: no line of their own in an ordinary log
+        Err(error) => tracing::debug!(%error, "tls: a connection was refused"),
+    }
+}
+
+async fn serve_connection<S>(stream: S, routes: Router, mut stopping: watch::Receiver<()>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_PATIENCE)

@@ -82,6 +82,12 @@ impl Service {
         &self.relay.metrics
     }
 
+    /// All metrics of this process, as they are now.
+    pub fn metrics_text(&self) -> String {
+        self.metrics().conversation_cache(self.conversations().bytes());
+        self.metrics().text(self.fleet(), &self.model_names(), &self.relay.admission.lines())
+    }
+
     /// What sequences need.
     pub fn relay(&self) -> Arc<Relay> {
         Arc::clone(&self.relay)

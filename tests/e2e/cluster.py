@@ -23,12 +23,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-def http(method, url, body=None, headers=None, timeout=60):
+def http(method, url, body=None, headers=None, timeout=60, context=None):
     """(status, headers, parsed JSON or text); never raises on an HTTP status."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, method=method, headers={"content-type": "application/json", **(headers or {})})
     try:
-        response = urllib.request.urlopen(request, timeout=timeout)
+        response = urllib.request.urlopen(request, timeout=timeout, context=context)
     except urllib.error.HTTPError as error:
         response = error
     text = response.read().decode("utf-8", "replace")
@@ -98,15 +98,18 @@ class Process:
 class Cluster:
     """A cluster under test. Use as a context manager: everything it started ends with it."""
 
-    def __init__(self, model_dir=None, model="tiny", tokenizer=TOKENIZER_8K, registry="etcd", skip_tokenizer=False):
+    def __init__(self, model_dir=None, model="tiny", tokenizer=TOKENIZER_8K, registry="etcd", skip_tokenizer=False, models=None):
         self.directory = tempfile.TemporaryDirectory(prefix="bora-e2e-")
         self.path = pathlib.Path(self.directory.name)
         self.processes = []
         self.model = model
+        self.models = models  # as in the configuration, where there are several
         self.model_dir = str(model_dir or FIXTURES / "tiny_text")
         self.tokenizer = None if skip_tokenizer else tokenizer
         self.registry = registry
+        self.sections = {}  # of every configuration file, for example {"grpc": {"tls": ...}}
         self.router_url = None
+        self.sections = {}  # of every process's configuration
         self.etcd_port, self.etcd_peer_port = free_port(), free_port()
 
     def __enter__(self):
@@ -154,9 +157,12 @@ class Cluster:
             "cluster": "e2e",
             "registry": {"kind": self.registry, "endpoints": [f"127.0.0.1:{registry_port or self.etcd_port}"], "lease_seconds": 3},
             "models": [{"name": self.model, "path": self.model_dir}],
+            **self.sections,
             **sections,
         }
-        if self.tokenizer:
+        if self.models:
+            document["models"] = self.models
+        elif self.tokenizer:
             document["models"][0]["tokenizer"] = str(self.tokenizer)
         else:
             document["models"][0]["skip_tokenizer_init"] = True

@@ -137,8 +137,34 @@ def test_ranks_agree():
     assert answers[0][1][1] == [("get_weather", '{"city": "Paris"}')]
 
 
-def test_a_group_that_dies_in_mid_answer():
-    """The client of a killed group sees one answer, whole, with no word missing or twice."""
+def test_structured_output(client):
+    """What it would say anyway, and forms that bend it: with real weights the mask and the model's own wish meet."""
+    facts = [{"role": "user", "content": "The city is Rome, the color is red. Answer in JSON with the keys color, city."}]
+    schema = {"type": "object", "properties": {"color": {"type": "string"}, "city": {"type": "string"}}, "required": ["color", "city"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "facts", "strict": True, "schema": schema}}
+    free = ask(client, facts).choices[0].message.content
+    for one in (form, {"type": "json_object"}):
+        answer = ask(client, facts, response_format=one).choices[0]
+        assert json.loads(answer.message.content) == json.loads(free) == {"color": "red", "city": "Rome"} and answer.finish_reason == "stop"
+    streamed = "".join(c.choices[0].delta.content or "" for c in ask(client, facts, response_format=form, stream=True) if c.choices)
+    assert json.loads(streamed) == {"color": "red", "city": "Rome"}
+    # it would answer red: the form leaves it blue or green
+    bent = ask(client, facts, extra_body={"guided_json": {**schema, "properties": {**schema["properties"], "color": {"enum": ["blue", "green"]}}}})
+    assert json.loads(bent.choices[0].message.content) in ({"color": color, "city": "Rome"} for color in ("blue", "green"))
+
+
+def test_forced_calls(client):
+    question = [{"role": "user", "content": "What is the weather in Rome?"}]
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        message = ask(client, question, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).choices[0].message
+        assert [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls] == [("get_weather", {"city": "Rome"})]
+    other = ask(client, [{"role": "user", "content": "Read the file src/main.rs"}], tools=TOOLS, tool_choice="none").choices[0]
+    assert other.message.tool_calls is None and other.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("form", [{}, {"guided_regex": r"(\d+, )*\d+\."}, {"guided_regex": r"(\d+, ){30}\d+\."}], ids=["free", "form", "short form"])
+def test_a_group_that_dies_in_mid_answer(form):
+    """The client of a killed group sees one answer, whole, with no word missing or twice; a given form goes on where it was."""
     with Cluster(model=MODEL, model_dir=WEIGHTS / "fp8") as cluster:
         cluster.start_etcd()
         cluster.start_router()
@@ -146,7 +172,7 @@ def test_a_group_that_dies_in_mid_answer():
         cluster.wait_ready(2)
         client = openai.OpenAI(base_url=cluster.router_url + "/v1", api_key="none", max_retries=0, timeout=120)
         question = [{"role": "user", "content": "Count from 1 to 60."}]
-        stream = client.chat.completions.with_raw_response.create(model=MODEL, messages=question, temperature=0, max_tokens=400, stream=True)
+        stream = client.chat.completions.with_raw_response.create(model=MODEL, messages=question, temperature=0, max_tokens=400, stream=True, extra_body=form)
         serving, text, killed, finish = stream.headers["x-bora-group"], "", False, None
         for chunk in stream.parse():
             for choice in chunk.choices:
@@ -156,7 +182,8 @@ def test_a_group_that_dies_in_mid_answer():
                 workers[serving].kill()
                 killed = True
         assert killed and finish == "stop"
-        assert text == ", ".join(map(str, range(1, 61))) + "."
+        last = 31 if "{30}" in form.get("guided_regex", "") else 60
+        assert text == ", ".join(map(str, range(1, last + 1))) + "."
 
 
 @pytest.mark.skipif(VIBE is None, reason="Mistral Vibe is not installed (mistral-vibe 3, Python 3.12): put it on the PATH or in VIBE_BIN")

@@ -26,16 +26,31 @@ def scrape(url):
 
 
 @functools.cache
-def router_metrics():
-    """Every metric name that a router exports after a request."""
+def bora_metrics():
+    """Every metric name that a router and the leader of a group of two ranks export after two requests: a real model on the CPU."""
     with Cluster(registry="static", model=MODEL) as one:
-        worker = one.start_worker("only", device="fake", port=one.etcd_port, model=MODEL)
+        admin = f"127.0.0.1:{free_port()}"
+        worker = one.start_worker("only", port=one.etcd_port, model=MODEL, size=2, admin=admin)
         router = one.start_router()
         one.wait_ready()
-        status, _, body = one.post("/v1/chat/completions", {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]})
-        assert status == 200, body
+        for more in ({}, {"guided_choice": ["yes", "no"]}):
+            question = {"model": MODEL, "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}], **more}
+            status, _, body = one.post("/v1/chat/completions", question)
+            assert status == 200, body
         assert worker.running()
-        return names(scrape(f"{router.url}/metrics")) | {"bora_router_requests_total"}
+        return names(scrape(f"{router.url}/metrics")), names(scrape(f"http://{admin}/metrics"))
+
+
+def router_metrics():
+    return bora_metrics()[0] | {"bora_router_requests_total"}
+
+
+# what only a machine with a GPU tells
+GPU_METRICS = {"bora_worker_gpu_memory_bytes", "bora_worker_step_floor_seconds_total"}
+
+
+def worker_metrics():
+    return bora_metrics()[1] | GPU_METRICS
 
 
 class ChartEtcd:

@@ -65,15 +65,31 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
         "workers": {"device": "cpu", "maxModelLen": 512, "kvCache": {"blocks": 64, "memory": "1GiB", "dtype": "f32"}, "loadFormat": "dummy",
                     "schedule": {**sample(schema()["$defs"]["workers"]["properties"]["schedule"]), "max_num_seqs": 8, "max_num_batched_tokens": 512}},
         "bindAddress": "::",
+        "grpc": {"tls": {"secret": "g"}},
     }
+    options["router"].update(tls={"secret": "h"}, keys={"secret": "k"})
+    certificate(tmp_path)
     (tmp_path / "v.json").write_text(json.dumps(options))
     documents = parse(render_text([tmp_path / "v.json"]))
     for name in ("bora-router", "bora-demo"):
         text = named(documents, "ConfigMap", name)["data"]["bora.yaml"]
+        for part in ("http-tls", "grpc-tls"):
+            text = text.replace(f"/etc/bora/{part}", str(tmp_path))
         text = text.replace('tokenizer: "/models/demo/tekken.json"', f'tokenizer: "{TOKENIZER}"')
         outcome = check(localized(text, tmp_path), tmp_path)
         assert outcome.returncode == 0, outcome.stderr + text
+        assert "grpc: mutual TLS" in outcome.stdout and ("http: TLS" in outcome.stdout) == (name == "bora-router")
+        assert ("keys: /etc/bora/keys/keys.yaml" in text) == (name == "bora-router")
+    assert 'health: "[::]:9002"' in text
     assert "certificate_file: /etc/bora/etcd-tls/tls.crt" in text and 'listen: "[::]:9000"' in text
+
+
+def certificate(directory):
+    """ca.crt, tls.crt and tls.key: one that signed itself."""
+    made = run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=bora-worker", "-days", "2",
+               "-keyout", directory / "tls.key", "-out", directory / "tls.crt")
+    assert made.returncode == 0, made.stderr
+    shutil.copy(directory / "tls.crt", directory / "ca.crt")
 
 
 def sample(options):

@@ -179,3 +179,24 @@ def test_systemd_units(unit, tmp_path):
     assert verified.returncode == 0 and not complaints, verified.stderr
     exposure = run("systemd-analyze", "security", "--offline=true", "--threshold=35" if "worker" in unit else "--threshold=15", copy)
     assert exposure.returncode == 0, exposure.stdout[-300:] + exposure.stderr
+
+
+def test_the_bill_of_materials_names_every_crate_that_is_compiled_in(tmp_path):
+    """cargo tree says what is linked; licences are those that deny.toml allows, checksums those of Cargo.lock."""
+    written = [tmp_path / name for name in ("one.json", "two.json")]
+    for path in written:
+        made = run(ROOT / "deploy" / "sbom", path)
+        assert made.returncode == 0, made.stderr
+    assert written[0].read_bytes() == written[1].read_bytes(), "the same lock gives the same bytes"
+    bill = json.loads(written[0].read_text())
+    assert (bill["bomFormat"], bill["specVersion"], bill["metadata"]["component"]["name"]) == ("CycloneDX", "1.5", "bora")
+    tree = run("cargo", "tree", "--locked", "--manifest-path", ROOT / "Cargo.toml", "--edges", "normal,no-proc-macro", "--prefix", "none", "--format", "{p}",
+               "--target", "x86_64-unknown-linux-gnu")
+    linked = set(re.findall(r"^(\S+) v(\S+)", tree.stdout, re.M))
+    listed = {(one["name"], one["version"]) for one in bill["components"]} | {("bora", bill["metadata"]["component"]["version"])}
+    assert tree.returncode == 0 and len(linked) > 100 and not linked - listed, linked - listed
+    for one in bill["components"]:
+        own = one["name"].startswith("bora-")
+        assert one["licenses"][0]["expression"] and (own or re.fullmatch("[0-9a-f]{64}", one["hashes"][0]["content"])), one
+    references = {one["bom-ref"] for one in bill["components"]} | {bill["metadata"]["component"]["bom-ref"]}
+    assert all({node["ref"], *node["dependsOn"]} <= references for node in bill["dependencies"])

@@ -34,7 +34,7 @@ class Pods:
 
     def __init__(self, documents, etcd, directory, model):
         self.documents, self.etcd, self.directory, self.model = documents, etcd, directory, model
-        self.ports = {port: free_port() for port in (8000, 8001, 9000, 9001)}
+        self.ports = {port: free_port() for port in (8000, 8001, 9000, 9001, 9002)}
         self.running = []
 
     def local(self, text):
@@ -46,6 +46,7 @@ class Pods:
 
     def start(self, name, spec, pod_name, labels=None):
         (container,) = spec["containers"]
+        self.ports[9002] = free_port()  # each pod has its own address, here each process its own port
         config = self.directory / f"{name}.yaml"
         config_map = next(volume["configMap"]["name"] for volume in spec["volumes"] if volume["name"] == "config")
         config.write_text(self.local(named(self.documents, "ConfigMap", config_map)["data"]["bora.yaml"]))
@@ -92,6 +93,8 @@ def serve_and_ask(pods, groups):
         assert answer.returncode == 0 and re.search(r"\d+ tokens from bora-demo, group bora-demo-0", answer.stdout), answer.stdout + answer.stderr
         metrics = ask_http("GET", f"{admin}/metrics")[2]
         assert 'bora_router_group_ready{model="bora-demo",group="bora-demo-0"} 1' in metrics
+        worker_metrics = ask_http("GET", f"http://127.0.0.1:{pods.ports[9002]}/metrics")[2]
+        assert 'bora_worker_sequences_total{model="bora-demo",group="bora-demo-0",end="finished"} 1' in worker_metrics, worker_metrics
         # the API's port has the API; the admin port has not
         assert ask_http("GET", f"{admin}/v1/models")[0] == 404
         # SIGTERM ends everything in order

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from chart import CHART, PRESETS, ROOT, Loader, named, objects, preset, run
-from living import etcd_metrics, router_metrics
+from living import GPU_METRICS, etcd_metrics, router_metrics, worker_metrics
 
 RULES = CHART / "files" / "rules"
 DASHBOARDS = sorted((CHART / "files" / "dashboards").glob("*.json"))
@@ -66,7 +66,7 @@ def test_no_runbook_is_without_its_alert():
     assert pages == {alert["alert"] for alert in ALERTS}
 
 
-METRIC = re.compile(r"\b((?:bora_router|etcd)_[a-z0-9_]+|bora:[a-z0-9_:]+)")
+METRIC = re.compile(r"\b((?:bora_router|bora_worker|etcd|process)_[a-z0-9_]+|bora:[a-z0-9_:]+)")
 
 
 def used():
@@ -84,16 +84,22 @@ def used():
 
 
 def test_every_metric_that_is_used_is_exported():
-    exported = router_metrics() | etcd_metrics() | {rule["record"] for rule in rules() if "record" in rule}
+    exported = router_metrics() | worker_metrics() | etcd_metrics() | {rule["record"] for rule in rules() if "record" in rule}
     missing = sorted({f"{where}: {name}" for where, name in used() if name not in exported})
     assert not missing, missing
 
 
-def test_what_routers_export_is_shown_on_a_dashboard():
+def test_what_routers_and_workers_export_is_shown_on_a_dashboard():
     shown = "".join(path.read_text() for path in DASHBOARDS) + json.dumps(list(rules()))
-    hidden = {name for name in router_metrics() if name.startswith("bora_router_") and name not in shown
-              and not name.endswith(("_sum", "_count"))}
+    hidden = {name for name in router_metrics() | worker_metrics() if name.startswith(("bora_router_", "bora_worker_")) and name not in shown
+              and not (name.endswith(("_sum", "_count")) and re.sub("_[a-z]+$", "", name) in shown)}
     assert not hidden, hidden
+
+
+def test_what_only_a_gpu_tells_is_in_the_source():
+    source = "".join(path.read_text() for path in (ROOT / "worker" / "src" / "telemetry").glob("*.rs"))
+    for name in GPU_METRICS:
+        assert f'"{name.removeprefix("bora_worker_").removesuffix("_total")}"' in source, name
 
 
 def test_hpa_metrics_are_those_of_the_adapter():

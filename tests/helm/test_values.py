@@ -16,12 +16,14 @@ NO_CERTIFICATES = {"builtin": {"tls": {"source": "existing", "existingSecret": "
 EVERYTHING = {
     "models": {"m": MODEL},
     "download": {"kind": "huggingFace", "huggingFace": {"repository": "org/model", "tokenSecret": {"name": "hub"}}},
-    "router": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer"}},
+    "router": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer"}, "tls": {"secret": "h"}, "keys": {"secret": "k"}},
+    "grpc": {"tls": {"secret": "g"}},
     "workers": {
         "kind": "LeaderWorkerSet", "tensorParallelSize": 4, "ranksPerPod": 2, "rdma": {"enabled": True},
         "autoscaling": {"kind": "keda"},
     },
     "etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "backup": {"enabled": True}}},
+    "telemetry": {"otlpEndpoint": "http://collector:4317"},
     "ingress": {"enabled": True, "tlsSecret": "t"},
     "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
     "monitoring": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "dashboards": {"enabled": True}},
@@ -30,6 +32,7 @@ PLAIN = {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES}
 CHART_CERTIFICATES = {"models": {"m": MODEL}}
 OTHERS = {
     "download.kind": PLAIN,
+    "telemetry.otlpEndpoint": PLAIN,
     "download.objectStore": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "download": {"kind": "objectStore", "objectStore": {"source": ":s3:b/m", "secret": "s"}}},
     "storage.existingClaim": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "storage": {"kind": "existingClaim", "existingClaim": "c"}},
     "storage.hostPath": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "storage": {"kind": "hostPath"}},
@@ -51,6 +54,8 @@ OTHERS = {
 }
 # another value where the schema alone does not say one that fits
 FITTING = {
+    "telemetry.otlpEndpoint": {"otlpEndpoint": "http://collector:4317"},
+    "telemetry.sampleRatio": {"sampleRatio": 0.5},
     "etcd.kind": {"kind": "external", "external": {"endpoints": ["e:2379"]}},
     "etcd.builtin.tls.source": {"source": "existing", "existingSecret": "s"},
     "storage.kind": {"kind": "emptyDir"},

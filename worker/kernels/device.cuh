@@ -75,6 +75,33 @@ __device__ __forceinline__ float2 unpack_e4m3(u16 packed) {
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// ---- what ranks of a host say to each other through each other's memory -------------------------------------------
+
+// Nanoseconds after which a rank that does not come is given up.
+constexpr u64 PEER_PATIENCE = 20000000000ull;
+
+// Whoever sees `turn` there also sees what this block wrote before its last barrier.
+__device__ __forceinline__ void tell_peer(u32* flag, u32 turn) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(turn) : "memory");
+}
+__device__ __forceinline__ void wait_for_peer(const u32* flag, u32 turn, volatile u32* state) {
+  u64 since = 0;
+  for (u32 spins = 1;; spins++) {
+    u32 seen;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+    if ((int)(seen - turn) >= 0) return;
+    if (spins % 4096) continue;
+    // host memory: far away
+    if (state[0] | state[1]) return;
+    u64 now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (!since) since = now;
+    if (now - since > PEER_PATIENCE) state[1] = 1;
+  }
+}
+// Past the L1 cache, which does not know what other devices write.
+__device__ __forceinline__ float4 load4_uncached(const float* p) { return __ldcg(reinterpret_cast<const float4*>(p)); }
+
 // ---- copies from global to shared memory ------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

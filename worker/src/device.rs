@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use bora_common::model::{ModelConfig, Quantization};
 use bora_common::registry::Device;
 
 use crate::backend::cpu::CpuOptions;
@@ -10,6 +11,7 @@ use crate::backend::{KvBudget, KvDtype};
 use crate::options::{DeviceChoice, WorkerOptions};
 use crate::parallel::DeviceOptions;
 use crate::process::WorkerError;
+use crate::telemetry::floor::Floors;
 
 /// KV cache of a CPU rank where nothing is said.
 const CPU_KV_BYTES: u64 = 1 << 30;
@@ -25,11 +27,12 @@ pub(crate) fn choose(options: &WorkerOptions) -> Result<Device, WorkerError> {
         DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Fake => Ok(Device::Fake),
         DeviceChoice::Cuda => {
-            let names = cuda::survey(gpus).map_err(|reason| WorkerError::Device(format!("cuda: {reason}")))?;
+            let names = cuda::survey(gpus, options.tensor_parallel_size as usize)
+                .map_err(|reason| WorkerError::Device(format!("cuda: {reason}")))?;
             tracing::info!(gpus = ?names, "found GPUs");
             Ok(Device::Cuda)
         }
-        DeviceChoice::Auto => match cuda::survey(gpus) {
+        DeviceChoice::Auto => match cuda::survey(gpus, options.tensor_parallel_size as usize) {
             Ok(names) => {
                 tracing::info!(gpus = ?names, "found GPUs");
                 Ok(Device::Cuda)
@@ -69,6 +72,16 @@ pub(crate) fn kv_budget(device: Device, options: &WorkerOptions) -> KvBudget {
         (None, None) if device == Device::Cuda => KvBudget::DeviceShare(cache.device_share),
         (None, None) => KvBudget::Bytes(CPU_KV_BYTES),
     }
+}
+
+/// What the machine allows, where its datasheet and the checkpoint's number format are known.
+pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfig) -> Option<Floors> {
+    if device != Device::Cuda || model.quantization != Quantization::Fp8Static {
+        return None;
+    }
+    let gpu = cuda::survey(0..1, 1).ok()?.into_iter().next()?;
+    let kv_bytes = if options.kv_cache.dtype == KvDtype::Fp8 { 1.0 } else { 2.0 };
+    Floors::of(model, options.tensor_parallel_size as usize, &gpu, kv_bytes)
 }
 
 /// Tokens of the prompts that the group's speed is measured with.

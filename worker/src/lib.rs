@@ -14,10 +14,12 @@ pub mod sample;
 mod schedule;
 pub mod service;
 pub mod speculate;
+pub mod telemetry;
 pub mod weights;
 
 pub use backend::{Fp8Mode, KvDtype};
 pub use options::{DeviceChoice, KvCacheOptions, WorkerOptions};
 pub use process::{WorkerError, WorkerSettings, open_engine, run};
 pub use speculate::SpeculativeOptions;
+pub use telemetry::WorkerMetrics;
 pub use weights::LoadFormat;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bora_common::config::{ByteSize, ConfigError, HostPort, seconds};
+use bora_common::tls::GrpcTls;
 use clap::ValueEnum;
 use serde::Deserialize;
 
@@ -31,6 +32,11 @@ pub struct WorkerOptions {
     pub listen: HostPort,
     /// Where the leader waits for the processes that hold the other ranks.
     pub peers: HostPort,
+    /// Where `/metrics` and `/health` are served, by every process of the group; nowhere where it is absent.
+    pub admin: Option<HostPort>,
+    /// Where the leader serves `grpc.health.v1` alone and without TLS, for probes that speak none; nowhere else where
+    /// it is absent.
+    pub health: Option<HostPort>,
     /// How routers reach `listen`; the listening address where it is absent.
     pub advertise: Option<HostPort>,
     /// Name or address under which the group's other processes reach this one; the listening host where it is absent.
@@ -61,6 +67,9 @@ pub struct WorkerOptions {
     pub schedule: EngineOptions,
     /// The timing model and the scripts of a fake group.
     pub fake: FakeOptions,
+    /// Mutual TLS (`grpc.tls` of the file); plain text where it is absent.
+    #[serde(skip)]
+    pub tls: Option<GrpcTls>,
 }
 
 impl Default for WorkerOptions {
@@ -73,6 +82,8 @@ impl Default for WorkerOptions {
             ranks: None,
             listen: HostPort { host: "127.0.0.1".into(), port: 0 },
             peers: HostPort { host: "127.0.0.1".into(), port: 0 },
+            admin: None,
+            health: None,
             advertise: None,
             host: None,
             leader: None,
@@ -86,6 +97,7 @@ impl Default for WorkerOptions {
             kv_cache: KvCacheOptions::default(),
             schedule: EngineOptions::default(),
             fake: FakeOptions::default(),
+            tls: None,
         }
     }
 }

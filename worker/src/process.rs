@@ -7,10 +7,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::config::{HostPort, ModelOptions};
+use bora_common::model::ModelConfig;
 use bora_common::registry::{
     Device, GroupRecord, GroupState, MemoryRegistry, RankRecord, Registry, RegistryError, RendezvousOffer,
     RendezvousRecord, Speed,
 };
+use bora_common::tls::{Acceptor, TlsError};
 use bora_proto::v1;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -29,6 +31,7 @@ use crate::parallel::{
     start_group,
 };
 use crate::service::{self, Host, RankSource, ServeError, ServiceOptions};
+use crate::telemetry::{self, WorkerMetrics};
 
 /// Longest window where nothing is said: what the models are advertised for.
 const LONGEST_WINDOW: u32 = 262_144;
@@ -40,12 +43,14 @@ const LOOK_UP_AGAIN_AFTER: Duration = Duration::from_secs(5);
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(1);
 
 /// What a process is told.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct WorkerSettings {
     /// The `worker` section.
     pub options: WorkerOptions,
     /// The model it runs.
     pub model: ModelOptions,
+    /// What it tells of itself.
+    pub metrics: Arc<WorkerMetrics>,
 }
 
 /// Why a worker could not start, or ended.
@@ -90,6 +95,9 @@ pub enum WorkerError {
     /// A step failed while the group was measured.
     #[error(transparent)]
     Run(#[from] RunError),
+    /// The certificates can't be used.
+    #[error("grpc.tls: {0}")]
+    Tls(#[from] TlsError),
     /// The port can't be served any more.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -109,6 +117,13 @@ pub async fn run(
     registry: Arc<dyn Registry>,
     stop: CancellationToken,
 ) -> Result<(), WorkerError> {
+    let closing = CancellationToken::new();
+    let _close_on_exit = closing.clone().drop_guard();
+    if let Some(address) = &settings.options.admin {
+        let listener = listen("worker.admin", address).await?;
+        tracing::info!(address = %address, "metrics are served");
+        tokio::spawn(telemetry::serve(listener, Arc::clone(&settings.metrics), closing));
+    }
     let device = device::choose(&settings.options)?;
     if settings.options.local_ranks().first() == Some(&0) {
         lead(settings, device, registry, stop).await
@@ -128,6 +143,8 @@ struct Ranks {
     speed: Speed,
     /// Steps run so far.
     steps: u64,
+    /// The model, where there is one.
+    model: Option<ModelConfig>,
 }
 
 /// What the group's record says of the model.
@@ -152,6 +169,11 @@ async fn lead(
         Some(address) => address.clone(),
         None => HostPort { host: options.listen.host.clone(), port },
     };
+    let health = match &options.health {
+        Some(address) => Some(listen("worker.health", address).await?),
+        None => None,
+    };
+    let tls = options.tls.as_ref().map(Acceptor::for_grpc).transpose()?;
     let group = options.group.clone().unwrap_or_else(|| format!("{}-{port}", host_name()));
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
 
@@ -161,15 +183,17 @@ async fn lead(
     let serving = tokio::spawn(service::serve(
         listener,
         host.clone(),
-        ServiceOptions::default(),
+        ServiceOptions { tls, health, ..ServiceOptions::default() },
         closing.clone().cancelled_owned(),
     ));
 
+    settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
     let opened = tokio::select! {
         opened = open(&settings, device, &group, epoch, endpoint.to_string(), registry.as_ref()) => opened?,
         () = stop.cancelled() => return Ok(()),
     };
     let OpenGroup { engine, record, progress, failed } = opened;
+    settings.metrics.of_leader(engine.observer(), &record, progress.clone());
     host.ready(engine.clone(), record.clone(), rank_source(&record, progress));
     let announcement = registry.announce(record).await?;
 
@@ -246,7 +270,13 @@ async fn open(
     config.host = ranks.runner.host_memory();
     // the ranks have waited for them
     config.grammars = grammars.wait().map_err(WorkerError::Options)?;
+    if let Some(grammars) = &config.grammars {
+        settings.metrics.of_grammars(grammars);
+    }
     let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
+    if let Some(floors) = ranks.model.as_ref().and_then(|model| device::floors(device, &settings.options, model)) {
+        engine.metrics().know_floors(floors);
+    }
     Ok(OpenGroup { engine, record, progress: ranks.progress, failed: ranks.failed })
 }
 
@@ -323,6 +353,7 @@ async fn bring_up(
             fingerprint: started.fingerprint,
             eos_ids: started.model.eos_token_ids.clone(),
         },
+        model: Some(started.model),
         runner: Box::new(started.runner),
         records: started.ranks,
         progress: Some(started.progress),
@@ -352,6 +383,7 @@ fn fake_ranks(options: &WorkerOptions) -> Ranks {
         failed: None,
         speed: fake.speed(),
         steps: 0,
+        model: None,
         runner: Box::new(FakeRunner::new(fake)),
     }
 }
@@ -382,6 +414,7 @@ fn member_options(
             collective: options.collective_seconds,
         },
         grammars,
+        tls: options.tls.clone(),
     })
 }
 
@@ -439,7 +472,7 @@ fn describe(
         max_model_len: window,
         vocabulary_size: facts.vocabulary_size,
         max_sequences: settings.options.schedule.max_num_seqs,
-        images: false,
+        images: device == Device::Fake && settings.options.fake.images,
         speed: ranks.speed,
         state: GroupState::Ready,
         version: env!("CARGO_PKG_VERSION").into(),
@@ -478,7 +511,14 @@ async fn follow_leader(
         return Err(WorkerError::Options("worker.group: a group of several processes needs a name".into()));
     };
     let deadline = Instant::now() + options.rendezvous_seconds;
+    settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
     let grammars = load_grammars(&settings)?;
+    let (pending, metrics) = (grammars.clone(), settings.metrics.clone());
+    tokio::task::spawn_blocking(move || {
+        if let Ok(Some(grammars)) = pending.wait() {
+            metrics.of_grammars(&grammars);
+        }
+    });
     loop {
         let (leader, epoch) = tokio::select! {
             found = find_leader(options, &group, registry.as_ref()) => found?,

@@ -39,6 +39,7 @@ fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -
         host: "127.0.0.1".to_owned(),
         timeouts: Timeouts { join: JOIN, heartbeat: Duration::from_secs(3), collective: Duration::from_secs(30) },
         grammars: PendingGrammars::none(),
+        tls: None,
     }
 }
 

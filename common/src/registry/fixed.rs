@@ -6,6 +6,9 @@ use async_trait::async_trait;
 use bora_proto::v1::{DescribeRequest, inference_client::InferenceClient};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
+use tonic::transport::Endpoint;
+
+use crate::tls::Connector;
 
 use super::{
     Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, WATCH_BUFFER,
@@ -20,12 +23,13 @@ const MISSES: u32 = 3;
 #[derive(Clone, Debug)]
 pub struct FixedRegistry {
     endpoints: Vec<String>,
+    tls: Option<Connector>,
 }
 
 impl FixedRegistry {
     /// `endpoints` as `host:port` of the leaders' gRPC services.
-    pub fn new(endpoints: Vec<String>) -> Self {
-        Self { endpoints }
+    pub fn new(endpoints: Vec<String>, tls: Option<Connector>) -> Self {
+        Self { endpoints, tls }
     }
 }
 
@@ -44,7 +48,7 @@ impl Registry for FixedRegistry {
     fn watch(&self) -> mpsc::Receiver<GroupChange> {
         let (sender, receiver) = mpsc::channel(WATCH_BUFFER);
         for endpoint in &self.endpoints {
-            tokio::spawn(follow(endpoint.clone(), sender.clone()));
+            tokio::spawn(follow(endpoint.clone(), self.tls.clone(), sender.clone()));
         }
         receiver
     }
@@ -59,11 +63,11 @@ impl Registry for FixedRegistry {
 }
 
 /// Asks one endpoint again and again, and tells what changed.
-async fn follow(endpoint: String, sender: mpsc::Sender<GroupChange>) {
+async fn follow(endpoint: String, tls: Option<Connector>, sender: mpsc::Sender<GroupChange>) {
     let mut known: Option<GroupRecord> = None;
     let mut misses = 0;
     loop {
-        match timeout(ANSWER_WITHIN, describe(&endpoint)).await {
+        match timeout(ANSWER_WITHIN, describe(&endpoint, tls.as_ref())).await {
             Ok(Ok(record)) => {
                 misses = 0;
                 if known.as_ref() != Some(&record) {
@@ -94,8 +98,10 @@ async fn follow(endpoint: String, sender: mpsc::Sender<GroupChange>) {
     }
 }
 
-async fn describe(endpoint: &str) -> Result<GroupRecord, String> {
-    let mut client = InferenceClient::connect(format!("http://{endpoint}")).await.map_err(|error| error.to_string())?;
+async fn describe(endpoint: &str, tls: Option<&Connector>) -> Result<GroupRecord, String> {
+    let address = Endpoint::from_shared(format!("http://{endpoint}")).map_err(|error| error.to_string())?;
+    let channel = crate::tls::connect(&address, tls).await.map_err(|error| error.to_string())?;
+    let mut client = InferenceClient::new(channel);
     let answer = client.describe(DescribeRequest {}).await.map_err(|status| status.to_string())?;
     let mut record: GroupRecord =
         serde_json::from_str(&answer.into_inner().record_json).map_err(|error| error.to_string())?;

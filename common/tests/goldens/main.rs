@@ -4,6 +4,7 @@
 mod conversation;
 mod lines;
 mod properties;
+mod record;
 mod support;
 mod tokenizer;
 mod toolcall;

@@ -281,6 +281,31 @@ tls:
 {{- end }}
 {{- end -}}
 
+{{/* The `grpc` section of the configuration. */}}
+{{- define "bora.grpc" -}}
+{{- if .Values.grpc.tls.secret -}}
+grpc:
+  tls:
+    ca_file: /etc/bora/grpc-tls/ca.crt
+    certificate_file: /etc/bora/grpc-tls/tls.crt
+    key_file: /etc/bora/grpc-tls/tls.key
+    server_name: {{ .Values.grpc.tls.serverName | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "bora.grpcVolumes" -}}
+{{- with .Values.grpc.tls.secret }}
+- name: grpc-tls
+  secret: {secretName: {{ . }}, defaultMode: 0440}
+{{- end }}
+{{- end -}}
+
+{{- define "bora.grpcMounts" -}}
+{{- if .Values.grpc.tls.secret }}
+- {name: grpc-tls, mountPath: /etc/bora/grpc-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
 {{/* An entry of `models` in the configuration. */}}
 {{- define "bora.modelEntry" -}}
 - name: {{ .name | quote }}
@@ -306,3 +331,15 @@ tls:
 {{- define "bora.podAddress" -}}
 {{- printf "%s:%d" (ternary "[$(POD_IP)]" "$(POD_IP)" (contains ":" .root.Values.bindAddress)) (int .port) -}}
 {{- end -}}
+
+{{- /* The `telemetry` section, where a collector is named. */ -}}
+{{- define "bora.telemetry" -}}
+{{- with .Values.telemetry }}
+{{- if .otlpEndpoint -}}
+telemetry:
+  otlp_endpoint: {{ .otlpEndpoint | quote }}
+  sample_ratio: {{ .sampleRatio }}
+  metrics: {{ .metrics }}
+{{- end }}
+{{- end }}
+{{- end }}

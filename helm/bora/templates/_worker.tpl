@@ -61,14 +61,19 @@ spec:
         - {name: grpc, containerPort: {{ $workers.ports.grpc }}}
         {{- end }}
         - {name: peers, containerPort: {{ $workers.ports.peers }}}
+        - {name: admin, containerPort: {{ $workers.ports.admin }}}
+        {{- if $root.Values.grpc.tls.secret }}
+        - {name: health, containerPort: {{ $root.Values.grpc.tls.healthPort }}}
+        {{- end }}
       {{- if .leader }}
       # "serving" means: weights are loaded, every rank is there, and steps make progress
+      {{- $probed := ternary $workers.ports.grpc $root.Values.grpc.tls.healthPort (eq $root.Values.grpc.tls.secret "") }}
       startupProbe:
-        grpc: {port: {{ $workers.ports.grpc }}}
+        grpc: {port: {{ $probed }}}
         periodSeconds: 5
         failureThreshold: {{ max 1 (div $workers.startSeconds 5) }}
       readinessProbe:
-        grpc: {port: {{ $workers.ports.grpc }}}
+        grpc: {port: {{ $probed }}}
         periodSeconds: 5
         failureThreshold: 2
       # A group without progress ends by itself and says which rank it was; the probe only asks for the port, so
@@ -99,6 +104,7 @@ spec:
         - {name: shm, mountPath: /dev/shm}
         - {name: tmp, mountPath: /tmp}
         {{- include "bora.registryMounts" $root | nindent 8 }}
+        {{- include "bora.grpcMounts" $root | nindent 8 }}
         {{- if ne $model.storage.kind "image" }}
         - {name: model-{{ $model.key }}, mountPath: {{ $model.mount }}, readOnly: true}
         {{- end }}
@@ -115,6 +121,7 @@ spec:
     - name: tmp
       emptyDir: {sizeLimit: 4Gi}
     {{- include "bora.registryVolumes" $root | nindent 4 }}
+    {{- include "bora.grpcVolumes" $root | nindent 4 }}
     {{- if ne $model.storage.kind "image" }}
     {{- include "bora.modelVolume" $model | nindent 4 }}
     {{- end }}
@@ -143,5 +150,5 @@ spec:
 {{- $registry := include "bora.registry" .root -}}
 {{- $model := omit .model "storage" "download" -}}
 {{- $workers := omit $model.workers "replicas" "autoscaling" "disruptionBudget" "leaderWorkerSet" -}}
-{{- list $registry .root.Values.log .root.Values.bindAddress (include "bora.cluster" .root) (set (deepCopy $model) "workers" $workers) | toJson | sha256sum -}}
+{{- list (list $registry (include "bora.grpc" .root) | join "") .root.Values.log .root.Values.bindAddress (include "bora.cluster" .root) (set (deepCopy $model) "workers" $workers) | toJson | sha256sum -}}
 {{- end -}}

@@ -126,18 +126,37 @@ impl Tenant {
             limits,
         }
     }
+
+    /// `x-ratelimit-*` as OpenAI sends them.
+    pub fn write_headers(&self, headers: &mut HeaderMap) {
+        const NAMES: [[HeaderName; 3]; 2] = [
+            [
+                HeaderName::from_static("x-ratelimit-limit-requests"),
+                HeaderName::from_static("x-ratelimit-remaining-requests"),
+                HeaderName::from_static("x-ratelimit-reset-requests"),
+            ],
+            [
+                HeaderName::from_static("x-ratelimit-limit-tokens"),
+                HeaderName::from_static("x-ratelimit-remaining-tokens"),
+                HeaderName::from_static("x-ratelimit-reset-tokens"),
+            ],
+        ];
+        for (bucket, [limit, remaining, reset]) in [&self.requests, &self.tokens].into_iter().zip(NAMES) {
+            let Some(bucket) = bucket else { continue };
+            let (level, share) = (bucket.level(), bucket.share());
+            headers.insert(limit, HeaderValue::from(share as u64));
+            headers.insert(remaining, HeaderValue::from(level.max(0.0) as u64));
+            let seconds = (share - level).max(0.0) * 60.0 / share;
+            if let Ok(value) = HeaderValue::from_str(&format!("{seconds:.3}s")) {
+                headers.insert(reset, value);
+            }
+        }
+    }
 }
 
 impl Caller {
     /// Lets a request in, or says why not (403, 429). What it takes is given back when the permit is dropped.
-    pub fn admit(&self, wish: Wish<'_>, request_id: &str) -> Result<Permit, ApiError> {
-        self.try_admit(wish, request_id).inspect_err(|error| {
-            let (tenant, key, model) = (self.tenant.name.as_str(), &*self.key, wish.model);
-            tracing::info!(target: "bora::audit", request_id, tenant, key, model, refused = error.message, "request");
-        })
-    }
-
-    fn try_admit(&self, wish: Wish<'_>, request_id: &str) -> Result<Permit, ApiError> {
+    pub fn admit(&self, wish: Wish<'_>) -> Result<Permit, ApiError> {
         let tenant = &self.tenant;
         let limits = &tenant.limits;
         if limits.models.as_ref().is_some_and(|models| !models.iter().any(|model| model == wish.model)) {
@@ -150,15 +169,8 @@ impl Caller {
                 format!("This API key's prompts may have {most} tokens; this one has {}.", wish.longest_prompt);
             return Err(ApiError::forbidden(message));
         }
-        let mut permit = Permit {
-            caller: self.clone(),
-            request_id: request_id.to_owned(),
-            model: wish.model.to_owned(),
-            reserved: 0.0,
-            prompt_tokens: wish.prompt_tokens,
-            completion_tokens: 0,
-            finished: false,
-        };
+        let mut permit =
+            Permit { caller: self.clone(), reserved: 0.0, prompt_tokens: wish.prompt_tokens, completion_tokens: 0 };
         let running = tenant.running.fetch_add(1, Ordering::Relaxed) + 1;
         // from here on the permit gives back what it took
         // rounded up: a limit below the number of routers lets one request a router through
@@ -189,14 +201,10 @@ impl Caller {
 #[derive(Debug)]
 pub struct Permit {
     caller: Caller,
-    request_id: String,
-    model: String,
     reserved: f64,
     prompt_tokens: u64,
     /// Generated so far.
     pub completion_tokens: u64,
-    /// Whether its answer came to its end.
-    pub finished: bool,
 }
 
 impl Permit {
@@ -207,33 +215,6 @@ impl Permit {
             bucket.give_back(1.0);
         }
         error
-    }
-
-    /// `x-ratelimit-*` as OpenAI sends them.
-    pub fn write_headers(&self, headers: &mut HeaderMap) {
-        const NAMES: [[HeaderName; 3]; 2] = [
-            [
-                HeaderName::from_static("x-ratelimit-limit-requests"),
-                HeaderName::from_static("x-ratelimit-remaining-requests"),
-                HeaderName::from_static("x-ratelimit-reset-requests"),
-            ],
-            [
-                HeaderName::from_static("x-ratelimit-limit-tokens"),
-                HeaderName::from_static("x-ratelimit-remaining-tokens"),
-                HeaderName::from_static("x-ratelimit-reset-tokens"),
-            ],
-        ];
-        let tenant = &self.caller.tenant;
-        for (bucket, [limit, remaining, reset]) in [&tenant.requests, &tenant.tokens].into_iter().zip(NAMES) {
-            let Some(bucket) = bucket else { continue };
-            let (level, share) = (bucket.level(), bucket.share());
-            headers.insert(limit, HeaderValue::from(share as u64));
-            headers.insert(remaining, HeaderValue::from(level.max(0.0) as u64));
-            let seconds = (share - level).max(0.0) * 60.0 / share;
-            if let Ok(value) = HeaderValue::from_str(&format!("{seconds:.3}s")) {
-                headers.insert(reset, value);
-            }
-        }
     }
 
     /// The class that its requests have at most, and what separates its cache.
@@ -248,13 +229,6 @@ impl Drop for Permit {
         tenant.running.fetch_sub(1, Ordering::Relaxed);
         if let Some(bucket) = &tenant.tokens {
             bucket.give_back(self.reserved - (self.prompt_tokens + self.completion_tokens) as f64);
-        }
-        if self.prompt_tokens > 0 {
-            tracing::info!(
-                target: "bora::audit", request_id = self.request_id, tenant = tenant.name, key = &*self.caller.key,
-                model = self.model, prompt_tokens = self.prompt_tokens, completion_tokens = self.completion_tokens,
-                finished = self.finished, "request"
-            );
         }
     }
 }

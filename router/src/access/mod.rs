@@ -1,12 +1,15 @@
 //! Who may ask for what: API keys, the tenants they belong to, and the tenants' limits.
 //!
 //! A key travels in `authorization: Bearer ...` or `x-api-key` and is looked up by its SHA-256 ([`keys`]); the file holds
-//! no secret, and how long a look-up takes says nothing about other keys. A request is admitted twice: when its head
+//! no secret, and how long a look-up takes says nothing about other keys. In its place stands a token of an OIDC
+//! provider ([`jwt`]), whose tenant is one of the same file. Each request leaves one line ([`audit`]). A request is admitted twice: when its head
 //! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`]). Limits hold for this
 //! router alone: n replicas let n times as much through.
 //!
 //! Without a key file everybody may do everything, as befits a router that listens on loopback.
 
+pub mod audit;
+pub mod jwt;
 pub mod keys;
 pub mod limits;
 
@@ -21,6 +24,7 @@ use axum::http::{HeaderMap, header};
 use serde::{Deserialize, Serialize};
 
 use crate::api::error::ApiError;
+use jwt::{JwtError, JwtOptions, Tokens};
 use keys::{Digest, KeyFile, KeyFileError};
 use limits::{LiveRouters, Tenant};
 
@@ -33,6 +37,10 @@ const RELOAD_EVERY: Duration = Duration::from_secs(2);
 pub struct AccessOptions {
     /// File of tenants and hashed keys, read again when it changes; absent: no key is needed.
     pub keys: Option<PathBuf>,
+    /// Tokens of an OIDC provider, which name tenants of that file; absent: none is taken.
+    pub jwt: Option<JwtOptions>,
+    /// Whether lines of the audit log hold the requests' bodies, prompts and all.
+    pub audit_bodies: bool,
     /// Keys given on the command line, which may do everything.
     #[serde(skip)]
     pub api_keys: Vec<Digest>,
@@ -47,25 +55,60 @@ pub struct Caller {
     pub key: Arc<str>,
 }
 
-type Callers = HashMap<Digest, Caller>;
+/// What the key file says.
+#[derive(Default)]
+struct Callers {
+    keys: HashMap<Digest, Caller>,
+    tenants: HashMap<String, Arc<Tenant>>,
+}
+
+/// Nobody can be let in like this.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    /// The file of tenants and keys.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
+    /// The tokens.
+    #[error(transparent)]
+    Jwt(#[from] JwtError),
+}
 
 /// Knows the keys.
 pub struct Access {
     options: AccessOptions,
     /// `None`: everybody may do everything.
     callers: Option<RwLock<Arc<Callers>>>,
+    tokens: Option<Tokens>,
     routers: LiveRouters,
 }
 
 impl Access {
     /// Reads the key file.
-    pub fn open(options: AccessOptions) -> Result<Self, KeyFileError> {
-        if options.keys.is_none() && options.api_keys.is_empty() {
-            return Ok(Self { options, callers: None, routers: LiveRouters::default() });
-        }
+    pub fn open(options: AccessOptions) -> Result<Self, AccessError> {
         let routers = LiveRouters::default();
+        let tokens = options.jwt.clone().map(Tokens::open).transpose()?;
+        if options.keys.is_none() && options.api_keys.is_empty() && tokens.is_none() {
+            return Ok(Self { options, callers: None, tokens, routers });
+        }
         let callers = read_callers(&options, &HashMap::new(), &routers)?;
-        Ok(Self { options, callers: Some(RwLock::new(Arc::new(callers))), routers })
+        if let Some(jwt) = &options.jwt {
+            let wrong = |field, reason: String| Err(JwtError { field, reason }.into());
+            if options.keys.is_none() {
+                return wrong(
+                    "tenant_claim",
+                    "it names tenants of the file router.access.keys, which is not set".into(),
+                );
+            }
+            if let Some(name) = jwt.default_tenant.as_ref().filter(|name| !callers.tenants.contains_key(*name)) {
+                return wrong("default_tenant", format!("`{name}` is no tenant of the file router.access.keys"));
+            }
+        }
+        Ok(Self { options, callers: Some(RwLock::new(Arc::new(callers))), tokens, routers })
+    }
+
+    /// Whether lines of the audit log hold the requests' bodies.
+    pub fn audits_bodies(&self) -> bool {
+        self.options.audit_bodies
     }
 
     /// Whether requests need no key.
@@ -79,20 +122,43 @@ impl Access {
     }
 
     /// Whose request this is; `None` where keys are not asked for.
-    pub fn caller(&self, headers: &HeaderMap) -> Result<Option<Caller>, ApiError> {
+    pub async fn caller(&self, headers: &HeaderMap) -> Result<Option<Caller>, ApiError> {
         let Some(callers) = &self.callers else { return Ok(None) };
         let key = bearer(headers).ok_or_else(|| {
             ApiError::unauthorized("An API key is needed: send it as `Authorization: Bearer KEY`.", "missing_api_key")
         })?;
         let callers = Arc::clone(&callers.read().unwrap_or_else(PoisonError::into_inner));
-        match callers.get(&Digest::of(key.as_bytes())) {
-            Some(caller) => Ok(Some(caller.clone())),
-            None => Err(ApiError::unauthorized("The API key is not known.", "invalid_api_key")),
+        if let Some(caller) = callers.keys.get(&Digest::of(key.as_bytes())) {
+            return Ok(Some(caller.clone()));
+        }
+        match &self.tokens {
+            Some(tokens) if Tokens::looks_like(key) => {
+                let identity = tokens.check(key).await?;
+                let named = identity.tenants.iter().find_map(|name| callers.tenants.get(name));
+                let tenant = match (named, &tokens.options().default_tenant) {
+                    (None, Some(name)) => callers.tenants.get(name),
+                    (named, _) => named,
+                };
+                let unknown = || ApiError::forbidden("The token is good, but it names no tenant that is known here.");
+                let tenant = Arc::clone(tenant.ok_or_else(unknown)?);
+                Ok(Some(Caller { tenant, key: identity.subject }))
+            }
+            _ => Err(ApiError::unauthorized("The API key is not known.", "invalid_api_key")),
         }
     }
 
-    /// Reads the key file again whenever it changes, for ever. A file that can't be read leaves what was.
+    /// Keeps keys, tenants and the keys of tokens as their sources say, for ever.
     pub async fn keep_fresh(self: Arc<Self>) {
+        let tokens = async {
+            if let Some(tokens) = &self.tokens {
+                tokens.keep_fresh().await;
+            }
+        };
+        tokio::join!(self.keep_keys_fresh(), tokens);
+    }
+
+    /// Reads the key file again whenever it changes, for ever. A file that can't be read leaves what was.
+    async fn keep_keys_fresh(&self) {
         let (Some(callers), Some(path)) = (&self.callers, &self.options.keys) else { return };
         let mut seen = tokio::fs::read(path).await.ok();
         loop {
@@ -103,10 +169,9 @@ impl Access {
             }
             seen = now;
             let old = Arc::clone(&callers.read().unwrap_or_else(PoisonError::into_inner));
-            let tenants = old.values().map(|caller| (caller.tenant.name.clone(), Arc::clone(&caller.tenant))).collect();
-            match read_callers(&self.options, &tenants, &self.routers) {
+            match read_callers(&self.options, &old.tenants, &self.routers) {
                 Ok(fresh) => {
-                    tracing::info!(keys = fresh.len(), "api keys were read again");
+                    tracing::info!(keys = fresh.keys.len(), tenants = fresh.tenants.len(), "api keys were read again");
                     *callers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
                 }
                 Err(error) => tracing::error!(%error, "api keys stay as they were"),
@@ -121,23 +186,24 @@ fn read_callers(
     old: &HashMap<String, Arc<Tenant>>,
     routers: &LiveRouters,
 ) -> Result<Callers, KeyFileError> {
-    let mut callers = HashMap::new();
+    let mut callers = Callers::default();
     if let Some(path) = &options.keys {
         for tenant in KeyFile::read(path)?.tenants {
             let state = match old.get(&tenant.name) {
                 Some(state) if state.limits == tenant.limits => Arc::clone(state),
                 _ => Arc::new(Tenant::new(tenant.name, tenant.limits, routers)),
             };
+            callers.tenants.insert(state.name.clone(), Arc::clone(&state));
             for key in tenant.keys {
                 let name = key.name.unwrap_or_else(|| key.sha256.short());
-                callers.insert(key.sha256, Caller { tenant: Arc::clone(&state), key: name.into() });
+                callers.keys.insert(key.sha256, Caller { tenant: Arc::clone(&state), key: name.into() });
             }
         }
     }
     if !options.api_keys.is_empty() {
         let everything = Arc::new(Tenant::new("default".to_owned(), limits::Limits::default(), routers));
         for key in &options.api_keys {
-            callers.insert(*key, Caller { tenant: Arc::clone(&everything), key: key.short().into() });
+            callers.keys.insert(*key, Caller { tenant: Arc::clone(&everything), key: key.short().into() });
         }
     }
     Ok(callers)

@@ -24,8 +24,8 @@ fn with(name: &'static str, value: &str) -> HeaderMap {
     HeaderMap::from_iter([(name.parse().unwrap(), HeaderValue::from_str(value).unwrap())])
 }
 
-#[test]
-fn keys_are_known_by_their_hash() {
+#[tokio::test]
+async fn keys_are_known_by_their_hash() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("keys.yaml");
     let sha: String = {
@@ -37,60 +37,60 @@ fn keys_are_known_by_their_hash() {
         })
     };
     std::fs::write(&file, format!("tenants:\n- name: acme\n  keys: [{{name: ci, sha256: {sha}}}]\n")).unwrap();
-    let options = AccessOptions { keys: Some(file), api_keys: vec![Digest::of(b"other")] };
+    let options = AccessOptions { keys: Some(file), api_keys: vec![Digest::of(b"other")], ..Default::default() };
     let access = Access::open(options).unwrap();
     assert!(!access.is_open());
-    let found = access.caller(&with("authorization", "Bearer secret")).unwrap().unwrap();
+    let found = access.caller(&with("authorization", "Bearer secret")).await.unwrap().unwrap();
     assert_eq!((found.tenant.name.as_str(), &*found.key), ("acme", "ci"));
-    assert_eq!(access.caller(&with("x-api-key", "other")).unwrap().unwrap().tenant.name, "default");
+    assert_eq!(access.caller(&with("x-api-key", "other")).await.unwrap().unwrap().tenant.name, "default");
     for (headers, code) in [
         (HeaderMap::new(), "missing_api_key"),
         (with("authorization", "Basic secret"), "missing_api_key"),
         (with("authorization", "Bearer "), "missing_api_key"),
         (with("authorization", "Bearer wrong"), "invalid_api_key"),
     ] {
-        let error = access.caller(&headers).unwrap_err();
+        let error = access.caller(&headers).await.unwrap_err();
         assert_eq!((error.status, error.code), (StatusCode::UNAUTHORIZED, Some(code)));
     }
     let open = Access::open(AccessOptions::default()).unwrap();
-    assert!(open.is_open() && open.caller(&HeaderMap::new()).unwrap().is_none());
+    assert!(open.is_open() && open.caller(&HeaderMap::new()).await.unwrap().is_none());
     assert!(Access::open(AccessOptions { keys: Some("/nowhere".into()), ..Default::default() }).is_err());
 }
 
 #[test]
 fn models_and_contexts_are_bounded() {
     let caller = caller(Limits { models: Some(vec!["large".into()]), ..Limits::default() });
-    assert_eq!(caller.admit(wish(10, 0), "a").unwrap_err().status, StatusCode::FORBIDDEN);
+    assert_eq!(caller.admit(wish(10, 0)).unwrap_err().status, StatusCode::FORBIDDEN);
     let caller = self::caller(Limits { max_context: Some(100), ..Limits::default() });
-    assert_eq!(caller.admit(wish(101, 0), "a").unwrap_err().status, StatusCode::FORBIDDEN);
-    caller.admit(wish(100, 0), "a").unwrap();
+    assert_eq!(caller.admit(wish(101, 0)).unwrap_err().status, StatusCode::FORBIDDEN);
+    caller.admit(wish(100, 0)).unwrap();
 }
 
 #[test]
 fn parallel_requests_are_counted_while_they_run() {
     let caller = caller(Limits { parallel_requests: Some(2), ..Limits::default() });
-    let first = caller.admit(wish(1, 0), "a").unwrap();
-    let _second = caller.admit(wish(1, 0), "b").unwrap();
+    let first = caller.admit(wish(1, 0)).unwrap();
+    let _second = caller.admit(wish(1, 0)).unwrap();
     for _ in 0..3 {
-        let error = caller.admit(wish(1, 0), "c").unwrap_err();
+        let error = caller.admit(wish(1, 0)).unwrap_err();
         assert_eq!((error.status, error.retry_after), (StatusCode::TOO_MANY_REQUESTS, Some(1)));
     }
     drop(first);
-    caller.admit(wish(1, 0), "d").unwrap();
+    caller.admit(wish(1, 0)).unwrap();
 }
 
 #[test]
 fn a_minute_s_requests_and_then_no_more() {
     let caller = caller(Limits { requests_per_minute: Some(3), ..Limits::default() });
     for left in (0..3).rev() {
-        let permit = caller.admit(wish(1, 0), "a").unwrap();
+        caller.admit(wish(1, 0)).unwrap();
         let mut headers = HeaderMap::new();
-        permit.write_headers(&mut headers);
+        caller.tenant.write_headers(&mut headers);
         assert_eq!(headers["x-ratelimit-limit-requests"], "3");
         assert_eq!(headers["x-ratelimit-remaining-requests"], left.to_string().as_str());
         assert!(!headers.contains_key("x-ratelimit-limit-tokens"));
     }
-    let error = caller.admit(wish(1, 0), "a").unwrap_err();
+    let error = caller.admit(wish(1, 0)).unwrap_err();
     assert_eq!(error.status, StatusCode::TOO_MANY_REQUESTS);
     assert!((19..=20).contains(&error.retry_after.unwrap()), "a third of a minute: {:?}", error.retry_after);
 }
@@ -98,17 +98,17 @@ fn a_minute_s_requests_and_then_no_more() {
 #[test]
 fn tokens_are_reserved_and_settled() {
     let caller = caller(Limits { tokens_per_minute: Some(6_000), ..Limits::default() });
-    let mut permit = caller.admit(wish(1_000, 4_000), "a").unwrap();
-    assert_eq!(caller.admit(wish(2_000, 0), "b").unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
+    let mut permit = caller.admit(wish(1_000, 4_000)).unwrap();
+    assert_eq!(caller.admit(wish(2_000, 0)).unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
     permit.completion_tokens = 500;
     drop(permit);
     // 1,500 were used, 4,500 are left
-    drop(caller.admit(wish(4_400, 0), "c").unwrap());
-    assert!(caller.admit(wish(1_000, 0), "d").is_err());
+    drop(caller.admit(wish(4_400, 0)).unwrap());
+    assert!(caller.admit(wish(1_000, 0)).is_err());
     // larger than a minute's worth: when the bucket is full, and then it is owed
     let caller = self::caller(Limits { tokens_per_minute: Some(100), ..Limits::default() });
-    drop(caller.admit(wish(350, 0), "e").unwrap());
-    let error = caller.admit(wish(1, 0), "f").unwrap_err();
+    drop(caller.admit(wish(350, 0)).unwrap());
+    let error = caller.admit(wish(1, 0)).unwrap_err();
     assert!((150..=151).contains(&error.retry_after.unwrap()), "{:?}", error.retry_after);
 }
 
@@ -117,14 +117,14 @@ fn each_of_several_routers_grants_its_share() {
     let limits = Limits { requests_per_minute: Some(12), parallel_requests: Some(5), ..Limits::default() };
     let routers = LiveRouters::default();
     let caller = among(limits, &routers);
-    let admitted = |caller: &Caller| (0..20).filter(|_| caller.admit(wish(1, 0), "a").is_ok()).count();
+    let admitted = |caller: &Caller| (0..20).filter(|_| caller.admit(wish(1, 0)).is_ok()).count();
     routers.set(3);
     assert_eq!(admitted(&caller), 4, "what was saved for more shrinks to the share");
     routers.set(1);
     assert_eq!(admitted(&caller), 0, "a router that dies leaves a rate, not what it had saved");
     let caller = among(Limits { parallel_requests: Some(5), ..Limits::default() }, &routers);
     routers.set(2);
-    let open: Vec<_> = (0..20).map_while(|_| caller.admit(wish(1, 0), "a").ok()).collect();
+    let open: Vec<_> = (0..20).map_while(|_| caller.admit(wish(1, 0)).ok()).collect();
     assert_eq!(open.len(), 3, "five among two, rounded up");
     drop(open);
     let caller = among(Limits { requests_per_minute: Some(1), ..Limits::default() }, &routers);

@@ -8,6 +8,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use bora_common::telemetry::TraceContext;
 use bora_proto::v1::{PositionLogprobs, Stopping};
 use tokio::time::{Instant, Sleep};
 
@@ -18,7 +19,7 @@ use super::{
     response::{TokenNames, Usage},
 };
 use crate::{
-    access::{Caller, limits::Permit},
+    access::{Caller, audit::Audit, limits::Permit},
     metrics::OpenRequest,
     place::choose::NoGroup,
     relay::{
@@ -35,14 +36,18 @@ pub struct RequestContext {
     pub request_id: String,
     /// Whom the answer is for.
     pub client: super::params::Client,
-    /// W3C trace context.
-    pub traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+    /// W3C trace context that its work is done under: its own span's, or the client's.
+    pub trace: Option<TraceContext>,
+    /// What the client's tracing system adds to it.
+    pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
     /// Who sends it, as a hash of the key that came with it; 0 without one.
     pub tenant: u64,
     /// When it came.
     pub arrived: Instant,
     /// Whose key came with it; `None` where keys are not asked for.
     pub caller: Option<Caller>,
+    /// Its line in the audit log.
+    pub audit: Audit,
     /// Holds what its tenant's limits allow it.
     pub permit: Option<Permit>,
     /// Counts it.
@@ -153,7 +158,8 @@ impl Answer {
             grammar: params.structure.as_ref().map(|structure| structure.grammar.clone()),
             cache_salt: params.cache_salt.clone().into_bytes().into(),
             deadline,
-            traceparent: self.context.traceparent.clone(),
+            trace: self.context.trace,
+            tracestate: self.context.tracestate.clone(),
         });
         let number = self.tasks.len();
         for choice in 0..params.n {
@@ -263,8 +269,10 @@ impl Answer {
             Event::PromptLogprobs(mut part) => choice.prompt_logprobs.append(&mut part.positions),
             Event::Tokens(tokens) => {
                 if !std::mem::replace(&mut self.first_token, true) {
-                    self.service.metrics().first_token(self.context.arrived.elapsed().as_secs_f64());
+                    let seconds = self.context.arrived.elapsed().as_secs_f64();
+                    self.service.metrics().first_token(seconds, self.context.trace.as_ref());
                 }
+                self.context.audit.generated(tokens.token_ids.len() as u64);
                 if let Some(permit) = &mut self.context.permit {
                     permit.completion_tokens += tokens.token_ids.len() as u64;
                 }
@@ -294,12 +302,18 @@ impl Answer {
         }
         self.running -= 1;
         if self.running == 0 {
-            if let Some(permit) = &mut self.context.permit {
-                permit.finished = true;
-            }
+            self.context.audit.finished();
             let usage = self.usage();
             let cached = usage.prompt_tokens_details.cached_tokens;
             self.service.metrics().tokens(usage.prompt_tokens.into(), cached.into(), usage.completion_tokens.into());
+            if let Some(span) = &mut self.context.open.span {
+                span.set("gen_ai.usage.input_tokens", i64::from(usage.prompt_tokens));
+                span.set("gen_ai.usage.output_tokens", i64::from(usage.completion_tokens));
+                span.set("gen_ai.usage.cache_read.input_tokens", i64::from(cached));
+                let reasons =
+                    self.choices.iter().filter_map(|choice| choice.finish).map(|finish| finish.as_str().into());
+                span.set_list("gen_ai.response.finish_reasons", reasons);
+            }
         }
     }
 
@@ -363,7 +377,7 @@ impl Answer {
         &mut self.context
     }
 
-    /// Whether the answer goes to Mistral's client with no word on how it wants its usage.
+    /// Whether the answer goes to a client of Mistral's API with no word on how it wants its usage.
     pub fn mistral_client(&self) -> bool {
         self.context.client.mistral && !self.params.include_usage
     }

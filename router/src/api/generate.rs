@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header},
     response::IntoResponse as _,
 };
+use bora_common::telemetry::Span;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use tokio::time::Instant;
 
@@ -18,10 +19,10 @@ use super::{
     error::ApiError,
     params::{Client, Endpoint},
     prepare::{Prepared, prepare},
-    sse,
+    sse, trace,
 };
 use crate::{
-    access::{Caller, limits::Wish},
+    access::{Caller, audit::Audit, limits::Wish},
     encode::pool::PoolError,
     server::RequestId,
     service::Service,
@@ -52,20 +53,21 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         Endpoint::Completions => "completions",
     };
     let (parts, body) = request.into_parts();
-    let request_id = match parts.extensions.get::<RequestId>() {
-        Some(RequestId(id)) => id.clone(),
-        None => RequestId::random().0,
-    };
+    let request_id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
     let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
+    let mut open = service.metrics().request(name);
+    let trace = trace::arrive(&parts.headers, &parts.uri, &request_id, &mut open);
     let mut context = RequestContext {
-        request_id,
+        request_id: request_id.0,
         client: client(&parts.headers),
-        traceparent: traceparent(&parts.headers),
+        trace,
+        tracestate: parts.headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
         tenant: tenant(caller.as_ref(), &parts.headers),
         caller,
+        audit: parts.extensions.get::<Audit>().cloned().unwrap_or_default(),
         permit: None,
         arrived,
-        open: service.metrics().request(name),
+        open,
     };
     let body = match read_body(body, &parts.headers, service.options().max_body_bytes).await {
         Ok(body) => body,
@@ -74,7 +76,12 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
             return error.into_response();
         }
     };
+    context.audit.body(&body);
+    let encoding = Span::below(context.trace.as_ref(), "encode");
+    let length = body.len();
     let prepared = prepare_in_pool(&service, endpoint, context.client, context.caller.clone(), body).await;
+    let operation = if endpoint == Endpoint::Completions { "text_completion" } else { "chat" };
+    trace::prepared(&prepared, operation, length, encoding, &mut context);
     let outcome = match prepared.and_then(|prepared| admit(prepared, &mut context)) {
         Ok(prepared) => answer(service, endpoint, prepared, context).await,
         Err(error) => {
@@ -107,16 +114,18 @@ async fn prepare_in_pool(
 
 /// Asks the tenant's limits, now that the request's tokens are counted.
 fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, ApiError> {
+    let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len() as u64);
+    let prompt_tokens = lengths.clone().sum();
+    context.audit.asks(&prepared.served_model, prompt_tokens);
     if let Some(caller) = &context.caller {
-        let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len() as u64);
         let sequences = prepared.prompts.len() as u64 * u64::from(prepared.params.n);
         let wish = Wish {
             model: &prepared.served_model,
-            prompt_tokens: lengths.clone().sum(),
+            prompt_tokens,
             longest_prompt: lengths.max().unwrap_or(0),
             max_tokens: u64::from(prepared.params.max_tokens.unwrap_or(0)) * sequences,
         };
-        context.permit = Some(caller.admit(wish, &context.request_id)?);
+        context.permit = Some(caller.admit(wish)?);
     }
     Ok(prepared)
 }
@@ -139,10 +148,6 @@ async fn answer(
         return Err(answer.refused(error));
     }
     let explanation = answer.explanation();
-    let mut limits = HeaderMap::new();
-    if let Some(permit) = &answer.context().permit {
-        permit.write_headers(&mut limits);
-    }
     let mut response = if stream {
         let groups = answer.served_by();
         let mut response = match endpoint {
@@ -167,7 +172,6 @@ async fn answer(
         name_groups(&mut response, &answer.served_by());
         response
     };
-    response.headers_mut().extend(limits);
     if let Some(explanation) = explanation.and_then(|text| HeaderValue::from_str(&text).ok()) {
         response.headers_mut().insert(DECISION_HEADER, explanation);
     }
@@ -209,7 +213,10 @@ async fn discard(mut body: Body, most: usize) {
 
 fn client(headers: &HeaderMap) -> Client {
     let user_agent = headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
-    Client { mistral: user_agent.is_some_and(|agent| agent.contains("mistral-client-python")) }
+    // LangChain's client for Mistral gives the name of its HTTP library and no other sign. Whoever else does so gets
+    // nothing that is wrong: whole tool calls, and usage that was not asked for.
+    let mistral = |agent: &str| agent.contains("mistral-client-") || agent.starts_with("python-httpx/");
+    Client { mistral: user_agent.is_some_and(mistral) }
 }
 
 /// Who sends a request: the tenant of its key, or whoever holds the key where keys are not asked for.
@@ -218,10 +225,6 @@ fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
         return xxhash_rust::xxh3::xxh3_64(caller.tenant.name.as_bytes());
     }
     headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
-}
-
-fn traceparent(headers: &HeaderMap) -> Option<tonic::metadata::AsciiMetadataValue> {
-    headers.get("traceparent")?.to_str().ok()?.parse().ok()
 }
 
 impl From<PoolError> for ApiError {

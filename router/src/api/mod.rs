@@ -17,3 +17,4 @@ pub mod sse;
 pub mod status;
 pub mod structured;
 pub mod tokenize;
+mod trace;

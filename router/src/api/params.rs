@@ -82,7 +82,7 @@ pub struct Params {
 /// Whom the answer is for, as far as the form of the answer depends on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Client {
-    /// Mistral's Python client asks for no usage and needs it, and can't read a tool call in pieces.
+    /// Clients of Mistral's API ask for no usage and need it, and can't read a tool call in pieces.
     pub mistral: bool,
 }
 

@@ -52,13 +52,7 @@ pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
 
 /// Prometheus.
 pub async fn metrics(State(service): State<Arc<Service>>) -> Response<Body> {
-    let fleet = service.fleet();
-    service.metrics().conversation_cache(service.conversations().bytes());
-    let mut response = Response::new(Body::from(service.metrics().text(
-        fleet,
-        &service.model_names(),
-        &service.relay().admission.lines(),
-    )));
+    let mut response = Response::new(Body::from(service.metrics_text()));
     let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);
     response

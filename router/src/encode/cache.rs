@@ -116,7 +116,8 @@ impl ConversationCache {
                 Err(NotGrown::Invalid(_) | NotGrown::Json(_)) => return None,
             }
         };
-        let texts = Texts { tokenizer, cache: self, salt: xxh3_128_with_seed(written.salt.as_bytes(), self.seed) };
+        let salt = self.link(self.link(0, written.model), written.salt);
+        let texts = Texts { tokenizer, cache: self, salt };
         let mut prompt = Prompt::with(known.as_ref());
         let reused_tokens = prompt.token_ids.len();
         let mut last = known;
@@ -244,7 +245,7 @@ impl Prompt {
 struct Texts<'a> {
     tokenizer: &'a Tokenizer,
     cache: &'a ConversationCache,
-    /// Of tenant and router.
+    /// Of model, tenant and router: models differ in their tokenizers.
     salt: u128,
 }
 
@@ -389,6 +390,20 @@ mod tests {
             let prompt = cache.encode(tokenizer(), &other).expect("a prompt");
             assert_eq!((prompt.reused_tokens, &prompt.token_ids), (0, &second.token_ids));
         }
+    }
+
+    /// Two models with tokenizers of their own, one long text: neither gets the other's ids.
+    #[test]
+    fn models_share_no_text() {
+        let cache = ConversationCache::new(1 << 20);
+        let other = Tokenizer::from_file(format!("{FIXTURES}/tokenizers/tekken-v13.json")).expect("a tokenizer");
+        let long = format!(r#"{{"role": "user", "content": "{}"}}"#, "incandescent chrysanthemums ".repeat(30));
+        let messages = vec![raw(&long)];
+        let first = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
+        let second = Written { model: "other", ..written(&messages, None) };
+        let second = cache.encode(&other, &second).expect("a prompt");
+        assert_ne!(first.token_ids, second.token_ids);
+        assert_eq!(other.decode(&second.token_ids, true), tokenizer().decode(&first.token_ids, true));
     }
 
     /// Neighbours of one role become one part of the prompt: a turn that goes on is not the one known.

@@ -4,7 +4,7 @@
 //! stream lives, so that an outage of the registry is no outage of the service.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU8, Ordering},
@@ -14,6 +14,7 @@ use std::{
 
 use bora_common::cost::{CostModel, GroupLoad};
 use bora_common::registry::{Device, GroupChange, GroupRecord, GroupState};
+use bora_common::version;
 use bora_proto::v1::State;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
@@ -227,6 +228,8 @@ pub struct Fleet {
     pub room: Arc<Room>,
     /// Held while one request is placed: the next one sees its booking.
     pub placing: Mutex<()>,
+    /// Groups of releases that this router is not made for.
+    refused: Mutex<BTreeSet<String>>,
     options: RouterOptions,
 }
 
@@ -238,6 +241,7 @@ impl Fleet {
             index: Arc::new(Index::new()),
             room: Arc::default(),
             placing: Mutex::new(()),
+            refused: Mutex::default(),
             options,
         })
     }
@@ -264,6 +268,10 @@ impl Fleet {
     }
 
     fn put(self: &Arc<Self>, record: GroupRecord) {
+        if let Err(skew) = version::check(env!("CARGO_PKG_VERSION"), &record.version) {
+            return self.refuse(&record, &skew);
+        }
+        self.refused.lock().remove(&record.group);
         let mut view = self.view.write();
         let known = view.groups.get(&record.group);
         let link = match known {
@@ -295,6 +303,23 @@ impl Fleet {
         groups.insert(record.group.clone(), Arc::new(Group { cost: CostModel::new(&record.speed), record, link }));
         *view = Arc::new(View::new(groups));
         self.room.changed();
+    }
+
+    /// The group is of a release that this router is not made for.
+    fn refuse(&self, record: &GroupRecord, skew: &version::Skew) {
+        // records are told again whenever they change
+        if self.refused.lock().insert(record.group.clone()) {
+            tracing::error!(group = record.group, endpoint = record.endpoint, reason = %skew, "group refused");
+        }
+        let known = self.view.read().groups.get(&record.group).cloned();
+        if let Some(known) = known {
+            self.remove(&known.link);
+        }
+    }
+
+    /// Groups announced that this router is not made for.
+    pub fn refused(&self) -> usize {
+        self.refused.lock().len()
     }
 
     fn connect(self: &Arc<Self>, record: &GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
@@ -336,6 +361,7 @@ impl Fleet {
 
     /// The registry forgot a group. It stays while its event stream lives.
     fn lapse(&self, group: &str) {
+        self.refused.lock().remove(group);
         let Some(known) = self.view.read().groups.get(group).cloned() else {
             return;
         };

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
+use bora_common::version;
 use bora_proto::v1::{GroupEvent, State, WatchRequest, group_event::Event};
+
+use tonic::metadata::AsciiMetadataValue;
 
 use super::view::{Fleet, Link};
 use crate::relay::stream::Failure;
@@ -88,10 +91,10 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
 /// One stream of events, to its end; says why it ended and whether it had begun.
 async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
     let mut client = link.channels.client();
-    let opened = tokio::time::timeout(
-        OPEN_PATIENCE,
-        client.watch(WatchRequest { watcher: format!("router-{}", std::process::id()) }),
-    );
+    let mut request = tonic::Request::new(WatchRequest { watcher: format!("router-{}", std::process::id()) });
+    let own_version = AsciiMetadataValue::from_static(env!("CARGO_PKG_VERSION"));
+    request.metadata_mut().insert(version::METADATA, own_version);
+    let opened = tokio::time::timeout(OPEN_PATIENCE, client.watch(request));
     let mut events = match opened.await {
         Ok(Ok(response)) => response.into_inner(),
         Ok(Err(status)) => return (status.into(), false),

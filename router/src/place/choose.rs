@@ -6,7 +6,10 @@
 
 use std::{fmt::Write as _, sync::Arc, time::Instant};
 
-use bora_common::blocks::{BLOCK_TOKENS, BlockHash};
+use bora_common::{
+    blocks::{BLOCK_TOKENS, BlockHash},
+    cost::GroupLoad,
+};
 
 use super::{Slot, admission::Class, ledger::Booking};
 use crate::fleet::view::{Fleet, Group, ModelGroups};
@@ -56,8 +59,50 @@ pub struct Placement {
     pub group: Arc<Group>,
     /// Its load on that group, until dropped.
     pub booking: Booking,
+    /// What decided.
+    pub reason: Reason,
+    /// Seconds until its first token, as the cost model sees them now.
+    pub predicted_seconds: f64,
     /// The candidates' scores in words, if asked for.
     pub explanation: Option<String>,
+}
+
+/// What decided a placement, for counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Only one group could take it.
+    Only,
+    /// Of several groups, it went to one that holds as much of its prefix as any other, and something.
+    Prefix,
+    /// Another group holds more of its prefix, but was too busy.
+    Load,
+    /// No group holds anything of it.
+    New,
+}
+
+impl Reason {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 4] = [Self::Only, Self::Prefix, Self::Load, Self::New];
+
+    /// Its name on labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::Only => "only",
+            Reason::Prefix => "prefix",
+            Reason::Load => "load",
+            Reason::New => "new",
+        }
+    }
+
+    fn of(held: &[u32], chosen: usize) -> Self {
+        let most = held.iter().copied().max().unwrap_or(0);
+        match held {
+            [_] => Reason::Only,
+            _ if most == 0 => Reason::New,
+            _ if held.get(chosen).is_some_and(|own| *own < most) => Reason::Load,
+            _ => Reason::Prefix,
+        }
+    }
 }
 
 /// Chooses a group and books the request on it, in one step that no other choice can come between.
@@ -100,6 +145,11 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     }
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
     let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
+    let reason = Reason::of(&matched, chosen);
+    // of this prompt alone: the score also has what its later turns would wait
+    let load = GroupLoad { utilization: 0.0, ..group.load(wanted.now) };
+    let predicted_seconds =
+        group.cost.first_token_seconds(wanted.tokens as u64, (held_blocks * BLOCK_TOKENS) as u64, load);
     let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen));
     let seconds = group.cost.prefill_seconds((wanted.tokens - computed.min(wanted.tokens)) as u64, computed as u64);
     let booking = Booking::new(
@@ -111,7 +161,7 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
         wanted.now,
     );
     group.link.breaker.chosen();
-    Ok(Placement { group, booking, explanation })
+    Ok(Placement { group, booking, reason, predicted_seconds, explanation })
 }
 
 /// The least score; one of the equals at random. `scores` is not empty.
@@ -147,6 +197,15 @@ fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_decided_is_told_by_what_the_groups_hold() {
+        assert_eq!(Reason::of(&[5], 0), Reason::Only);
+        assert_eq!(Reason::of(&[0, 0], 1), Reason::New);
+        assert_eq!(Reason::of(&[3, 0], 0), Reason::Prefix);
+        assert_eq!(Reason::of(&[3, 0], 1), Reason::Load);
+        assert!(Reason::ALL.iter().enumerate().all(|(number, reason)| *reason as usize == number));
+    }
 
     #[test]
     fn equals_are_chosen_at_random_and_only_they() {

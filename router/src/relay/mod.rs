@@ -8,3 +8,4 @@ pub mod emit;
 pub mod resume;
 pub mod stop;
 pub mod stream;
+mod watch;

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use bora_common::blocks::BlockHash;
+use bora_common::{blocks::BlockHash, telemetry::TraceContext};
 use bora_proto::v1::{
     FinishReason, Finished, GenerateEvent, GenerateRequest, Grammar, Image, Logprobs, Priority, PromptLogprobs,
     Sampling, Stopping, Tokens, generate_event::Event as Sent,
@@ -30,6 +30,7 @@ use tonic::{Status, Streaming};
 use super::{
     budget::RetryBudget,
     stream::{self, Failure},
+    watch::Watch,
 };
 use crate::{
     fleet::view::{Fleet, Link},
@@ -78,8 +79,10 @@ pub struct Task {
     pub cache_salt: Bytes,
     /// When it is given up.
     pub deadline: Instant,
-    /// W3C trace context of the client.
-    pub traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+    /// What its calls are made under: the request's span, or the client's context.
+    pub trace: Option<TraceContext>,
+    /// What the client's tracing system adds to it, handed on as it came.
+    pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
 }
 
 /// What a sequence tells, in this order.
@@ -177,6 +180,7 @@ pub struct Sequence {
     tried: Vec<Arc<Link>>,
     served_by: Vec<String>,
     explanation: Option<String>,
+    watch: Watch,
     phase: Phase,
 }
 
@@ -190,6 +194,7 @@ impl Sequence {
         logprobs: Option<Logprobs>,
     ) -> Result<Self, SequenceError> {
         let mut sequence = Self {
+            watch: Watch::new(task.trace),
             relay,
             task,
             stream_id,
@@ -245,12 +250,13 @@ impl Sequence {
         };
         let placed = self.relay.admission.wait(ask)?;
         self.relay.metrics.queued();
+        self.watch.waits_in_line();
         self.phase = Phase::Queued { placed, since: Instant::now() };
         Ok(())
     }
 
     fn explains(&self) -> bool {
-        self.relay.options.debug || tracing::enabled!(tracing::Level::DEBUG)
+        self.relay.options.debug || self.watch.is_traced() || tracing::enabled!(tracing::Level::DEBUG)
     }
 
     /// The groups that served it, the first one first.
@@ -334,6 +340,7 @@ impl Sequence {
                 }
                 Poll::Ready(Err(status)) => {
                     self.unreached += u32::from(matches!(Failure::from(&status), Failure::Lost(_)));
+                    self.watch.failed(&Failure::from(&status), self.generated.len());
                     self.note(&booking, &Failure::from(&status));
                     drop(booking);
                     Poll::Ready(self.go_on_elsewhere(Failure::from(&status)))
@@ -369,6 +376,7 @@ impl Sequence {
         }
         match event.event {
             Some(Sent::Started(started)) => {
+                self.watch.started(started.cached_tokens);
                 let first = !std::mem::replace(&mut self.started, true);
                 Ok(first.then_some(Event::Started { cached_tokens: started.cached_tokens }))
             }
@@ -386,6 +394,7 @@ impl Sequence {
             }
             Some(Sent::Tokens(tokens)) => {
                 booking.received_token();
+                self.watch.tokens(tokens.token_ids.len(), &self.relay.metrics);
                 self.generated.extend_from_slice(&tokens.token_ids);
                 Ok(Some(Event::Tokens(tokens)))
             }
@@ -394,6 +403,7 @@ impl Sequence {
                     return self.failed(Failure::Refused("it aborted the sequence".into())).map(|()| None);
                 }
                 self.phase = Phase::Done;
+                self.watch.finished(&finished);
                 Ok(Some(Event::Finished(finished)))
             }
             None => Ok(None), // a kind of event that a newer worker sends
@@ -404,6 +414,7 @@ impl Sequence {
     fn failed(&mut self, failure: Failure) -> Result<(), SequenceError> {
         if let Phase::Streaming { booking, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
             self.deaths += u32::from(matches!(failure, Failure::Lost(_)));
+            self.watch.failed(&failure, self.generated.len());
             self.note(&booking, &failure);
         }
         self.go_on_elsewhere(failure)
@@ -417,6 +428,7 @@ impl Sequence {
         }
         tracing::info!(
             request_id = self.stream_id,
+            trace_id = self.task.trace.map(|trace| trace.trace_id_hex()),
             group = booking.link().group,
             generated = self.generated.len(),
             attempt = self.attempts,
@@ -510,8 +522,9 @@ impl Sequence {
     }
 
     fn open(&mut self, placement: Placement) {
-        let Placement { group, booking, explanation } = placement;
         self.attempts += 1;
+        let trace = self.watch.placed(&placement, self.attempts, &self.relay.metrics);
+        let Placement { group, booking, explanation, .. } = placement;
         self.served_by.push(group.record.group.clone());
         self.tried.push(Arc::clone(&group.link));
         if let Some(decision) = &explanation {
@@ -521,8 +534,8 @@ impl Sequence {
             self.explanation = explanation;
         }
         let time_left = self.task.deadline.saturating_duration_since(Instant::now());
-        let opening =
-            stream::open(group.link.channels.channel(), self.message(), time_left, self.task.traceparent.clone());
+        let tracestate = self.task.tracestate.clone();
+        let opening = stream::open(group.link.channels.channel(), self.message(), time_left, trace, tracestate);
         self.phase = Phase::Opening { booking, opening: Box::pin(opening) };
     }
 

@@ -8,9 +8,11 @@ use std::{
 };
 
 use axum::http::uri::PathAndQuery;
+use bora_common::{telemetry::TraceContext, tls, version};
 use bora_proto::v1::{GenerateEvent, GenerateRequest, inference_client::InferenceClient};
 use tonic::{
     Code, Status, Streaming,
+    metadata::AsciiMetadataValue,
     transport::{Channel, Endpoint},
 };
 
@@ -39,7 +41,8 @@ impl Channels {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
-        let channels = (0..options.connections_per_group).map(|_| endpoint.connect_lazy()).collect();
+        let channels =
+            (0..options.connections_per_group).map(|_| tls::channel(&endpoint, options.grpc.as_ref())).collect();
         Ok(Self { channels, next: AtomicUsize::new(0) })
     }
 
@@ -78,6 +81,20 @@ pub enum Failure {
     Sequence(String),
 }
 
+impl Failure {
+    /// Its kind in a word, for traces.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Failure::Full(_) => "full",
+            Failure::Refused(_) => "refused",
+            Failure::Lost(_) => "lost",
+            Failure::TimedOut => "timed_out",
+            Failure::Invalid(_) => "invalid",
+            Failure::Sequence(_) => "sequence",
+        }
+    }
+}
+
 impl From<&Status> for Failure {
     fn from(status: &Status) -> Self {
         let message = status.message().to_string();
@@ -101,12 +118,18 @@ pub async fn open(
     channel: Channel,
     message: GenerateRequest,
     time_left: Duration,
-    traceparent: Option<tonic::metadata::AsciiMetadataValue>,
+    trace: Option<TraceContext>,
+    tracestate: Option<AsciiMetadataValue>,
 ) -> Result<Streaming<GenerateEvent>, Status> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(time_left);
-    if let Some(traceparent) = traceparent {
-        request.metadata_mut().insert("traceparent", traceparent);
+    let metadata = request.metadata_mut();
+    metadata.insert(version::METADATA, AsciiMetadataValue::from_static(env!("CARGO_PKG_VERSION")));
+    if let Some(traceparent) = trace.and_then(|trace| AsciiMetadataValue::try_from(trace.to_string()).ok()) {
+        metadata.insert("traceparent", traceparent);
+    }
+    if let Some(tracestate) = tracestate {
+        metadata.insert("tracestate", tracestate);
     }
     let mut client = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_EVENT_BYTES);
     client.ready().await.map_err(|error| Status::unknown(format!("the connection is not ready: {error}")))?;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::support::*;
 use axum::body::Body;
+use bora_common::registry::GroupChange;
 use bora_proto::v1::{FinishReason, Load, State, group_event::Event as Told};
 use bora_router::RouterOptions;
 use http_body_util::BodyExt as _;
@@ -322,7 +323,7 @@ async fn over_real_sockets_connections_finish_before_the_server_stops() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = tokio::spawn(router.serve(listener, async move {
+    let server = tokio::spawn(router.serve(listener, None, async move {
         let _ = stopped.await;
     }));
     let body = chat(true).to_string();
@@ -384,7 +385,7 @@ async fn over_real_sockets_a_client_that_hangs_up_ends_its_sequence() {
     let Harness { router, changes: _changes, groups } = Harness::scripted(hangs).await;
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("bound");
-    let server = tokio::spawn(router.serve(listener, std::future::pending()));
+    let server = tokio::spawn(router.serve(listener, None, std::future::pending()));
     for (number, stream) in [true, false].into_iter().enumerate() {
         let body = chat(stream).to_string();
         let mut client = tokio::net::TcpStream::connect(address).await.expect("connected");
@@ -443,4 +444,51 @@ async fn who_has_used_up_his_retries_gets_the_failure() {
     assert_eq!(harness.groups.iter().map(|group| group.seen().len()).sum::<usize>(), 1, "no second try");
     let metrics = harness.get("/metrics").await.text;
     assert!(metrics.contains("bora_router_refused_retries_total 1"), "{metrics}");
+}
+
+#[tokio::test]
+async fn groups_one_release_apart_serve_and_others_are_refused_by_name() {
+    let harness = Harness::start(vec![Group::start("same", |_| Ok(say("same")))]).await;
+    let mut parts = env!("CARGO_PKG_VERSION").split('.').map(|part| part.parse::<u32>().expect("a number"));
+    let (major, minor) = (parts.next().expect("major"), parts.next().expect("minor"));
+    let others = [
+        ("next", format!("{major}.{}.7", minor + 1)),
+        ("far", format!("{major}.{}.0", minor + 2)),
+        ("major", format!("{}.{minor}.0", major + 1)),
+    ];
+    let groups: Vec<Group> = others.iter().map(|(name, _)| Group::start(name, |_| Ok(say("other")))).collect();
+    for (group, (_, version)) in groups.iter().zip(&others) {
+        let record = bora_common::registry::GroupRecord { version: version.clone(), ..group.record() };
+        harness.changes.send(GroupChange::Put(Box::new(record))).await.expect("followed");
+    }
+    harness
+        .until("the group of the next release is watched", |harness| {
+            let view = harness.router.service().fleet().view();
+            view.groups().any(|group| group.record.group == "next" && group.link.is_watched())
+        })
+        .await;
+    let names: Vec<String> = {
+        let view = harness.router.service().fleet().view();
+        view.groups().map(|group| group.record.group.clone()).collect()
+    };
+    assert_eq!(names, ["next", "same"]);
+    let metrics = harness.get("/metrics").await.text;
+    assert!(metrics.contains("bora_router_refused_groups 2"), "{metrics}");
+    // a group that comes back as a release that fits is taken
+    harness.changes.send(GroupChange::Put(Box::new(groups[1].record()))).await.expect("followed");
+    harness
+        .until("it is no longer refused", |harness| {
+            harness.router.service().fleet().refused() == 1
+                && harness.router.service().fleet().view().groups().count() == 3
+        })
+        .await;
+    // and one that becomes another release goes
+    let changed =
+        bora_common::registry::GroupRecord { version: "9.9.9".into(), epoch: 2, ..harness.groups[0].record() };
+    harness.changes.send(GroupChange::Put(Box::new(changed))).await.expect("followed");
+    harness
+        .until("it is gone", |harness| {
+            !harness.router.service().fleet().view().groups().any(|group| group.record.group == "same")
+        })
+        .await;
 }

@@ -13,7 +13,6 @@
 //! - `edit`: answers that repeat their prompt; not in the baseline.
 
 mod edit;
-mod floor;
 mod sections;
 mod trace;
 
@@ -30,13 +29,13 @@ use bora_common::registry::{Device, GroupRecord};
 use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{GenerateRequest, Sampling, Stopping};
 use bora_worker::engine::{EngineHandle, EventStream};
-use bora_worker::{KvDtype, SpeculativeOptions, WorkerOptions, WorkerSettings};
+use bora_worker::telemetry::floor::Floors;
+use bora_worker::{KvDtype, SpeculativeOptions, WorkerMetrics, WorkerOptions, WorkerSettings};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::flags::EngineFlags;
 use crate::{logging, tokenize};
-use floor::Floors;
 
 /// What to measure, on what.
 #[derive(Args, Debug)]
@@ -128,14 +127,14 @@ fn settings(args: &EngineArgs) -> WorkerSettings {
         tokenizer: args.tokenizer.clone(),
         skip_tokenizer_init: args.tokenizer.is_none(),
     };
-    WorkerSettings { options, model }
+    WorkerSettings { options, model, metrics: WorkerMetrics::new() }
 }
 
 fn gpu_name(device: Device, ranks: usize) -> String {
     if device != Device::Cuda {
         return format!("{device:?}").to_lowercase();
     }
-    let names = bora_worker::backend::cuda::survey(0..ranks).unwrap_or_default();
+    let names = bora_worker::backend::cuda::survey(0..ranks, ranks).unwrap_or_default();
     names.into_iter().next().unwrap_or_default()
 }
 

@@ -1,6 +1,6 @@
 // Runs kernels on the CPU, for tests without a GPU: every thread of a block is a fiber, barriers and warp operations
-// switch between fibers, asynchronous copies become visible only when they are waited for. One block after the other,
-// one operating-system thread. It checks logic (indexing, fragment layouts, missing waits), not races or speed.
+// switch between fibers, asynchronous copies become visible only when they are waited for. One block after the other;
+// every rank's kernels run on its own operating-system thread. It checks logic (indexing, fragment layouts, missing waits), not races or speed.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,7 +15,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __shared__ static
+#define __shared__ static thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __restrict__
@@ -44,10 +44,12 @@ struct Thread {
   std::vector<Copy> open;
 };
 struct Warp { unsigned arrived = 0, generation = 0; unsigned char slots[2][32][64]; };
-extern Thread* current;
-extern dim3 block_index, block_size, grid_size;
+extern thread_local Thread* current;
+extern thread_local dim3 block_index, block_size, grid_size;
 unsigned char* dynamic_shared();
 void yield();
+void yield_to_others();
+double seconds();
 void barrier();
 // Every lane gives `size` bytes and sees those of all lanes.
 const unsigned char (*exchange(const void* mine, unsigned size))[64];
@@ -129,6 +131,16 @@ inline unsigned pack_bf16(float low, float high) { return emulator::bf16_bits(lo
 inline unsigned short pack_e4m3(float low, float high) { return emulator::e4m3_bits(low) | emulator::e4m3_bits(high) << 8; }
 inline float2 unpack_e4m3(unsigned short p) { return {emulator::e4m3_value(p & 255), emulator::e4m3_value(p >> 8)}; }
 inline void wait_for_previous_kernel() {}
+inline void tell_peer(unsigned* flag, unsigned turn) { __atomic_store_n(flag, turn, __ATOMIC_RELEASE); }
+inline void wait_for_peer(const unsigned* flag, unsigned turn, volatile unsigned* state) {
+  const double since = emulator::seconds();
+  while ((int)(__atomic_load_n(flag, __ATOMIC_ACQUIRE) - turn) < 0) {
+    if (state[0] | state[1]) return;
+    if (emulator::seconds() - since > 20) state[1] = 1;
+    emulator::yield_to_others();
+  }
+}
+inline float4 load4_uncached(const float* p) { return *(const float4*)p; }
 inline void let_next_kernel_start() {}
 inline void copy_async_16(void* shared, const void* global) {
   if ((uintptr_t)shared % 16 || (uintptr_t)global % 16) { fprintf(stderr, "emulator: misaligned copy\n"); abort(); }
@@ -151,7 +163,7 @@ static_assert(sizeof(Counter) == 8);
 inline void settle(Counter* c) { if (!c->left && !c->bytes) c->left = c->count, c->phase ^= 1; }
 // Barriers by number: arrivals and generations.
 struct Numbered { unsigned arrived, generation; };
-extern Numbered numbered[16];
+extern thread_local Numbered numbered[16];
 }  // namespace emulator
 inline void barrier_init(unsigned long long* b, unsigned count) { *(emulator::Counter*)b = {0, (uint8_t)count, (uint8_t)count, 0, 0}; }
 inline void share_barriers() {}

@@ -1,4 +1,4 @@
-// A stand-in for libcuda and libcublasLt that runs the kernels of this folder in the emulator and matrix products in
+// A stand-in for libcuda and libcublasLt (nccl.cpp: and libnccl) that runs the kernels of this folder in the emulator and matrix products in
 // plain loops, as much of both as backend/cuda calls. With it the whole CUDA backend, host code and kernels, is tested
 // on machines without a GPU: see scripts/gpu/emulator. Streams are synchronous; captured graphs are replayed.
 #include "../device.cuh"
@@ -27,10 +27,9 @@ namespace hopper {
 #include "../sample.cu"
 }  // namespace kernels
 
-typedef int Status;
+#include "stream.h"
+
 typedef uint64_t DevicePointer;
-typedef std::function<void()> Work;
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 struct Launch { dim3 grid, block; unsigned shared; };
@@ -42,8 +41,8 @@ template <typename... A> Binder bind(void (*kernel)(A...)) {
     std::tuple<std::remove_const_t<A>...> arguments{*(std::remove_const_t<A>*)parameters[i++]...};
     return [kernel, arguments, launch] {
       auto body = [kernel, &arguments] { std::apply(kernel, arguments); };
-      typedef decltype(body) Body;
-      emulator::launch(launch.grid, launch.block, launch.shared, [](void* b) { (*(Body*)b)(); }, &body);
+      typedef decltype(body) Threads;
+      emulator::launch(launch.grid, launch.block, launch.shared, [](void* b) { (*(Threads*)b)(); }, &body);
     };
   };
 }
@@ -58,23 +57,22 @@ std::map<std::string, Binder>& registry() {
   return all;
 }
 
-struct Stream { bool capturing = false; std::vector<Work> graph; };
-std::mutex device;
-Status run(void* stream, Work work) {
-  std::lock_guard<std::mutex> hold(device);
-  Stream* s = (Stream*)stream;
-  if (s && s->capturing) s->graph.push_back(work); else work();
-  return 0;
-}
 size_t used;
 std::map<DevicePointer, size_t> allocations;
 size_t memory() { const char* e = getenv("BORA_EMULATED_MEMORY"); return e ? strtoull(e, 0, 10) : 4ull << 30; }
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+std::mutex memory_lock;
 }  // namespace
+
+Status run(void* stream, Work work) {
+  Stream* s = (Stream*)stream;
+  if (s && s->capturing) s->graph.push_back(work); else work();
+  return 0;
+}
 
 EXPORT Status cuInit(unsigned) { return 0; }
 EXPORT Status cuDriverGetVersion(int* v) { *v = 13000; return 0; }
-EXPORT Status cuDeviceGetCount(int* n) { *n = 1; return 0; }
+EXPORT Status cuDeviceGetCount(int* n) { const char* e = getenv("BORA_EMULATED_GPUS"); *n = e ? atoi(e) : 1; return 0; }
 EXPORT Status cuDeviceGet(int* d, int i) { *d = i; return 0; }
 EXPORT Status cuDeviceGetName(char* n, int l, int) { snprintf(n, l, "emulated GPU"); return 0; }
 EXPORT Status cuDeviceGetAttribute(int* v, int a, int) { *v = a == 75 ? 9 : a == 76 ? 0 : a == 16 ? 4 : a == 97 ? 232448 : 1; return 0; }
@@ -102,13 +100,20 @@ EXPORT Status cuModuleGetFunction(void** f, void*, const char* name) {
 EXPORT Status cuFuncSetAttribute(void*, int, int) { return 0; }
 EXPORT Status cuMemAlloc_v2(DevicePointer* p, size_t n) {
   if (!has_context) return 201;
+  std::lock_guard<std::mutex> hold(memory_lock);
   if (used + n > memory()) return 2;
   *p = (DevicePointer)aligned_alloc(256, (n + 255) / 256 * 256);
   memset((void*)*p, 0xff, n);  // NaN in every format
   used += n, allocations[*p] = n;
   return 0;
 }
-EXPORT Status cuMemFree_v2(DevicePointer p) { used -= allocations[p]; allocations.erase(p); free((void*)p); return 0; }
+EXPORT Status cuMemFree_v2(DevicePointer p) { std::lock_guard<std::mutex> hold(memory_lock); used -= allocations[p]; allocations.erase(p); free((void*)p); return 0; }
+// ranks of one process reach each other's memory; processes do not
+EXPORT Status cuDeviceCanAccessPeer(int* can, int, int) { *can = 1; return 0; }
+EXPORT Status cuCtxEnablePeerAccess(void*, unsigned) { return 0; }
+EXPORT Status cuIpcGetMemHandle(void* handle, DevicePointer) { memset(handle, 0, 64); return 0; }
+EXPORT Status cuIpcOpenMemHandle_v2(DevicePointer*, const void*, unsigned) { return 801; }
+EXPORT Status cuIpcCloseMemHandle(DevicePointer) { return 0; }
 EXPORT Status cuMemHostAlloc(void** p, size_t n, unsigned) { *p = aligned_alloc(4096, (n + 4095) / 4096 * 4096); return 0; }
 EXPORT Status cuMemFreeHost(void* p) { free(p); return 0; }
 EXPORT Status cuMemcpyHtoD_v2(DevicePointer d, const void* s, size_t n) { memcpy((void*)d, s, n); return 0; }

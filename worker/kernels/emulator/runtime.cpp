@@ -1,23 +1,26 @@
 // The emulator's threads: one fiber per thread of the block, switched at barriers and warp operations.
 #include "cuda.h"
 
+#include <sched.h>
 #include <sys/mman.h>
 
+#include <chrono>
+
 namespace emulator {
-Thread* current = nullptr;
-dim3 block_index, block_size, grid_size;
-Numbered numbered[16];
+thread_local Thread* current = nullptr;
+thread_local dim3 block_index, block_size, grid_size;
+thread_local Numbered numbered[16];
 
 namespace {
 constexpr size_t STACK_BYTES = 256 << 10, SHARED_BYTES = 232448;
-std::vector<Thread> threads;
-std::vector<Warp> warps;
-std::vector<char*> stacks;
-alignas(1024) unsigned char shared_memory[SHARED_BYTES];
-void* scheduler_stack_pointer;
-unsigned barrier_arrived, barrier_generation, alive;
-void (*kernel_body)(void*);
-void* kernel_argument;
+thread_local std::vector<Thread> threads;
+thread_local std::vector<Warp> warps;
+thread_local std::vector<char*> stacks;
+thread_local unsigned char* shared_memory = nullptr;
+thread_local void* scheduler_stack_pointer;
+thread_local unsigned barrier_arrived, barrier_generation, alive;
+thread_local void (*kernel_body)(void*);
+thread_local void* kernel_argument;
 
 // Saves the callee-saved registers on the stack, stores the stack pointer to *from, continues at `to`.
 extern "C" void emulator_switch(void** from, void* to);
@@ -61,6 +64,9 @@ void thread_main() {
 unsigned char* dynamic_shared() { return shared_memory; }
 void yield() { emulator_switch(&current->stack_pointer, scheduler_stack_pointer); }
 
+void yield_to_others() { sched_yield(); yield(); }
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 void barrier() {
   const unsigned generation = barrier_generation;
   barrier_arrived++;
@@ -82,6 +88,7 @@ const unsigned char (*exchange(const void* mine, unsigned size))[64] {
 void launch(dim3 grid, dim3 block, unsigned shared_bytes, void (*body)(void*), void* argument) {
   const unsigned count = block.x * block.y * block.z;
   if (shared_bytes > SHARED_BYTES || count > 1024) { fprintf(stderr, "emulator: launch exceeds the block's limits\n"); abort(); }
+  if (!shared_memory) shared_memory = (unsigned char*)aligned_alloc(1024, SHARED_BYTES);
   kernel_body = body, kernel_argument = argument;
   block_size = block, grid_size = grid;
   while (stacks.size() < count) stacks.push_back((char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));

@@ -76,6 +76,8 @@ pub struct FakeOptions {
     pub stall_at_step: Option<u64>,
     /// A sequence whose prompt holds this id fails alone, as by a NaN.
     pub faulty_id: Option<u32>,
+    /// The group says that it takes pictures. It sees their ids, as it sees all others.
+    pub images: bool,
 }
 
 impl Default for FakeOptions {
@@ -100,6 +102,7 @@ impl Default for FakeOptions {
             die_at_step: None,
             stall_at_step: None,
             faulty_id: None,
+            images: false,
         }
     }
 }

@@ -13,11 +13,13 @@
 //!
 //! Images enter with a later issue: `embed` will then be given the rows that features replace.
 
+use std::sync::Arc;
+
 use bora_common::model::ModelConfig;
 
 use crate::engine::step::{BlockCopy, BlockId, Drawn, SequenceFault, Slot};
 use crate::grammar::Mask;
-use crate::parallel::Collective;
+use crate::parallel::{Abort, Collective};
 use crate::weights::ShardPlan;
 
 pub mod cpu;
@@ -215,6 +217,11 @@ pub trait Backend: Send + Sized + 'static {
         gain: &Self::Gain,
         head: &Self::Linear,
     ) -> Result<Self::Logits>;
+
+    /// What frees this rank, from any thread, where it waits for the others on its device.
+    fn aborters(&self) -> Vec<Arc<dyn Abort>> {
+        Vec::new()
+    }
 
     // ---- sampling ------------------------------------------------------------------------------------
 

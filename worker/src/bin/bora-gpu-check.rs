@@ -1,5 +1,5 @@
 //! Checks and times the CUDA backend on this machine: `bora-gpu-check SECTION [--fixtures DIR] [--config FOLDER]
-//! [--only TEXT]`, with SECTION one of kernels, models, timing, engine. One JSON line an outcome, a table at
+//! [--only TEXT]`, with SECTION one of kernels, models, ranks, timing, engine. One JSON line an outcome, a table at
 //! the end, exit status 1 if anything is wrong.
 
 use std::path::PathBuf;
@@ -12,11 +12,12 @@ fn main() -> ExitCode {
     let section = match arguments.next().as_deref() {
         Some("kernels") => Section::Kernels,
         Some("models") => Section::Models,
+        Some("ranks") => Section::Ranks,
         Some("timing") => Section::Timing,
         Some("engine") => Section::Engine,
         _ => {
             eprintln!(
-                "usage: bora-gpu-check kernels|models|timing|engine [--fixtures DIR] [--config FOLDER] [--only TEXT]"
+                "usage: bora-gpu-check kernels|models|ranks|timing|engine [--fixtures DIR] [--config FOLDER] [--only TEXT]"
             );
             return ExitCode::from(2);
         }

@@ -1,5 +1,6 @@
 //! What everybody else sees of the engine.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
@@ -7,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bora_common::telemetry::TraceContext;
 use bora_proto::v1;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -21,6 +23,7 @@ use super::step::{RunError, StepRunner};
 use super::stream::{self, EventStream};
 use super::watch::Watchers;
 use crate::schedule::Scheduler;
+use crate::telemetry::engine::EngineMetrics;
 
 /// Commands besides requests that may be under way.
 const SPARE_COMMANDS: usize = 64;
@@ -65,6 +68,22 @@ struct Inner {
     failure: Arc<OnceLock<String>>,
     failed: watch::Receiver<bool>,
     next_key: AtomicU64,
+    metrics: Arc<EngineMetrics>,
+}
+
+/// Looks at an engine without keeping it alive.
+#[derive(Clone)]
+pub(crate) struct EngineObserver {
+    load: watch::Receiver<v1::Load>,
+    /// What it counts.
+    pub(crate) metrics: Arc<EngineMetrics>,
+}
+
+impl EngineObserver {
+    /// How busy the group is, as of its last step.
+    pub(crate) fn load(&self) -> v1::Load {
+        *self.load.borrow()
+    }
 }
 
 impl EngineHandle {
@@ -80,13 +99,16 @@ impl EngineHandle {
         let scheduler = Scheduler::new(config.clone());
         let (load, load_receiver) = watch::channel(scheduler.load());
         let progress = Arc::new(Progress::new());
+        let metrics = Arc::new(EngineMetrics::default());
         let engine = EngineLoop {
             scheduler,
             runner,
             commands: receiver,
-            watchers: Watchers::new(config.epoch),
+            watchers: Watchers::new(config.epoch, metrics.clone()),
             progress: progress.clone(),
             load,
+            metrics: metrics.clone(),
+            shapes: VecDeque::new(),
         };
         let failure = Arc::new(OnceLock::new());
         let (failed_sender, failed) = watch::channel(false);
@@ -112,6 +134,7 @@ impl EngineHandle {
             failure,
             failed,
             next_key: AtomicU64::new(1),
+            metrics,
         };
         Ok((Self { inner: Arc::new(inner) }, thread))
     }
@@ -124,6 +147,15 @@ impl EngineHandle {
     /// Queues a request; returns at once. The stream begins with `Started`, when the sequence leaves the
     /// queue, and ends with `Finished` or an error. Dropping it aborts the sequence within a step.
     pub fn generate(&self, request: v1::GenerateRequest) -> Result<EventStream, EngineError> {
+        self.generate_under(request, None)
+    }
+
+    /// The same, traced on every rank under `trace`.
+    pub fn generate_under(
+        &self,
+        request: v1::GenerateRequest,
+        trace: Option<TraceContext>,
+    ) -> Result<EventStream, EngineError> {
         let inner = &self.inner;
         if *inner.draining.borrow() {
             return Err(EngineError::unavailable("the group is draining"));
@@ -135,7 +167,8 @@ impl EngineHandle {
         let place = inner.places.queue(request.class, inner.config.options.max_waiting)?;
         let (events, stream) = stream::channel();
         let key = inner.next_key.fetch_add(1, Ordering::Relaxed);
-        let sequence = Sequence::new(key, request, inner.config.max_model_len, events, place);
+        let mut sequence = Sequence::new(key, request, inner.config.max_model_len, events, place);
+        sequence.trace = trace;
         if let Some(reason) = sequence.ended_elsewhere() {
             sequence
                 .events
@@ -148,6 +181,16 @@ impl EngineHandle {
             Err(TrySendError::Full(_)) => Err(EngineError::Exhausted { waiting: inner.config.options.max_waiting }),
             Err(TrySendError::Disconnected(_)) => Err(self.gone()),
         }
+    }
+
+    /// What it counts.
+    pub(crate) fn metrics(&self) -> &Arc<EngineMetrics> {
+        &self.inner.metrics
+    }
+
+    /// For whoever tells of the engine without using it.
+    pub(crate) fn observer(&self) -> EngineObserver {
+        EngineObserver { load: self.inner.load.clone(), metrics: self.inner.metrics.clone() }
     }
 
     /// How busy the group is, as of its last step.

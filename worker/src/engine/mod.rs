@@ -51,6 +51,7 @@ mod watch;
 pub use calibrate::calibrate;
 pub use config::{EngineConfig, EngineConfigError, EngineOptions};
 pub use error::EngineError;
+pub(crate) use handle::EngineObserver;
 pub use handle::{EngineHandle, EngineHealth, EngineStartError};
 pub use progress::{LOST_AFTER, STALLED_AFTER};
 pub use stream::EventStream;

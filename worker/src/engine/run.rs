@@ -1,6 +1,7 @@
 //! The loop: takes requests in, hands steps to the ranks, gives ids out. One thread, never blocked by a
 //! caller; it waits only for the device, or for something to do.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Instant;
@@ -14,6 +15,7 @@ use super::sequence::Sequence;
 use super::step::{RunError, StepRunner};
 use super::watch::Watchers;
 use crate::schedule::Scheduler;
+use crate::telemetry::engine::{EngineMetrics, StepShape};
 
 /// While the steps in flight take longer than this, the next one is not made ahead: making it takes so much less
 /// that the device would not notice, and who comes meanwhile would wait for one more step.
@@ -41,6 +43,9 @@ pub(crate) struct EngineLoop {
     pub(crate) watchers: Watchers,
     pub(crate) progress: Arc<Progress>,
     pub(crate) load: watch::Sender<v1::Load>,
+    pub(crate) metrics: Arc<EngineMetrics>,
+    /// Of the steps in flight, the oldest first.
+    pub(crate) shapes: VecDeque<StepShape>,
 }
 
 impl EngineLoop {
@@ -61,6 +66,8 @@ impl EngineLoop {
             self.submit_steps(depth)?;
             if self.scheduler.in_flight() > 0 {
                 let output = self.runner.collect()?;
+                let shape = self.shapes.pop_front().unwrap_or_default();
+                self.metrics.step(&shape, &output, self.scheduler.oldest_predicted_seconds());
                 self.scheduler.apply(output, Instant::now())?;
                 self.report_progress();
                 let load = self.watchers.tell_changes(&mut self.scheduler);
@@ -72,6 +79,7 @@ impl EngineLoop {
             if !connected {
                 return Ok(());
             }
+            self.runner.idle();
             match self.commands.recv_timeout(self.watchers.next_load_in(&load)) {
                 Ok(command) => self.obey(command),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -97,6 +105,7 @@ impl EngineLoop {
                 break;
             }
             let Some(step) = self.scheduler.plan(Instant::now()) else { break };
+            self.shapes.push_back(StepShape::of(&step));
             self.runner.submit(step)?;
             self.report_progress();
         }

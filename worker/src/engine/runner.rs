@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bora_common::blocks::BLOCK_TOKENS;
 use rayon::iter::{IntoParallelRefMutIterator as _, ParallelIterator as _};
@@ -309,7 +310,11 @@ impl<B: Backend> ModelRunner<B> {
                 making.push(Masking { slot: *slot, position: *position, grammar, drafts, masks });
             }
         }
+        let begun = Instant::now();
         making.par_iter_mut().for_each(Masking::make);
+        if let Some(grammars) = &self.grammars {
+            grammars.masked(begun.elapsed().as_secs_f64());
+        }
         let mut faults = Vec::new();
         for Masking { slot, position, grammar, .. } in making {
             if let Err(GrammarError(reason)) = &grammar {

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use bora_common::blocks::{BLOCK_TOKENS, BlockChain, BlockHash};
+use bora_common::telemetry::TraceContext;
 use bora_proto::v1;
 
 use super::places::Place;
@@ -51,6 +52,8 @@ pub(crate) struct Sequence {
     pub(crate) speculator: Option<Speculator>,
     /// Where its events go.
     pub(crate) events: EventSender,
+    /// What its work is traced under.
+    pub(crate) trace: Option<TraceContext>,
     place: Place,
     created: Instant,
     started: Option<Instant>,
@@ -85,6 +88,7 @@ impl Sequence {
             admitted_on_ranks: false,
             speculator: None,
             events,
+            trace: None,
             place,
             created: Instant::now(),
             started: None,

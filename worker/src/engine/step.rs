@@ -4,6 +4,7 @@
 //! (their gathered logits are equal bit for bit), so a step never waits for the ids of the one before it:
 //! [`Tokens::Sampled`] names the id that is still on the device.
 
+use bora_common::telemetry::TraceContext;
 use serde::{Deserialize, Serialize};
 
 /// A running sequence's place in every rank's tables. Reused once the sequence is released.
@@ -59,6 +60,8 @@ pub struct Step {
     pub beside: Vec<BlockCopy>,
     /// What to compute, at most one entry a slot.
     pub work: Vec<Work>,
+    /// Of those in `admit`, the ones that are traced.
+    pub traces: Vec<(Slot, TraceContext)>,
 }
 
 /// A sequence that begins to run.
@@ -225,6 +228,8 @@ pub trait StepRunner: Send {
     fn host_memory(&self) -> HostMemory {
         HostMemory::default()
     }
+    /// No sequence runs and none waits.
+    fn idle(&mut self) {}
 }
 
 /// The group can't go on: every sequence of it has to be placed elsewhere.

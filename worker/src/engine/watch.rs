@@ -3,6 +3,7 @@
 //! Each watcher has a bounded channel. One that does not read is cut off: its stream ends, and it calls
 //! again for a new snapshot.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bora_proto::v1::{self, group_event::Event};
@@ -10,6 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::cache::to_bytes;
 use crate::schedule::Scheduler;
+use crate::telemetry::engine::EngineMetrics;
 
 /// Events a watcher may lag behind.
 const CAPACITY: usize = 4_096;
@@ -49,11 +51,13 @@ pub(crate) struct Watchers {
     watchers: Vec<Watcher>,
     told: v1::Load,
     told_at: Instant,
+    metrics: Arc<EngineMetrics>,
 }
 
 impl Watchers {
-    pub(crate) fn new(epoch: u64) -> Self {
+    pub(crate) fn new(epoch: u64, metrics: Arc<EngineMetrics>) -> Self {
         Self {
+            metrics,
             epoch,
             state: v1::State::Ready,
             watchers: Vec::new(),
@@ -87,6 +91,7 @@ impl Watchers {
     /// Tells what changed since the last call. Returns the load as it is now.
     pub(crate) fn tell_changes(&mut self, scheduler: &mut Scheduler) -> v1::Load {
         let delta = scheduler.drain_changes();
+        self.metrics.blocks(delta.stored.len(), delta.evicted.len());
         if !delta.is_empty() && !self.watchers.is_empty() {
             self.tell_all(&Event::Blocks(v1::BlocksChanged {
                 stored: to_bytes(&delta.stored),
@@ -144,7 +149,7 @@ mod tests {
             steps_run: 0,
             grammars: None,
         });
-        let mut watchers = Watchers::new(1);
+        let mut watchers = Watchers::new(1, Arc::default());
         let mut lazy = watchers.add("lazy".into(), &mut scheduler);
         let mut eager = watchers.add("eager".into(), &mut scheduler);
         let mut heard = 0;

@@ -13,12 +13,15 @@ mod state;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bora_common::tokenizer::{TokenizerError, Vocabulary};
 use bora_proto::v1;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 
 pub use pending::PendingGrammars;
@@ -35,6 +38,9 @@ const COMPILE_FUEL: u64 = 2_500_000;
 const KEPT: usize = 64;
 /// Stack of the thread that compiles: schemas may be nested as deeply as JSON parsers allow.
 const COMPILE_STACK: usize = 16 << 20;
+
+const COMPILE_BUCKETS: [f64; 9] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0];
+const MASK_BUCKETS: [f64; 11] = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 1.0];
 
 /// A grammar as it travels: from the router to the leader, and from there to every rank.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -100,6 +106,8 @@ fn nesting(text: &str) -> usize {
 pub struct Grammars {
     factory: ParserFactory,
     kept: Mutex<Kept>,
+    compile_seconds: Histogram,
+    mask_seconds: Histogram,
 }
 
 #[derive(Default)]
@@ -138,7 +146,30 @@ impl Grammars {
         let limits = factory.limits_mut();
         limits.initial_lexer_fuel = COMPILE_FUEL;
         limits.verbose_errors = false;
-        Ok(Self { factory, kept: Mutex::default() })
+        Ok(Self {
+            factory,
+            kept: Mutex::default(),
+            compile_seconds: Histogram::new(COMPILE_BUCKETS),
+            mask_seconds: Histogram::new(MASK_BUCKETS),
+        })
+    }
+
+    pub(crate) fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "grammar_compile_seconds",
+            "Compiling a grammar that was not kept",
+            self.compile_seconds.clone(),
+        );
+        registry.register(
+            "grammar_mask_seconds",
+            "Making the masks of a step's sequences, on one rank",
+            self.mask_seconds.clone(),
+        );
+    }
+
+    /// The masks of a step took this long.
+    pub(crate) fn masked(&self, seconds: f64) {
+        self.mask_seconds.observe(seconds);
     }
 
     /// Compiles a grammar, or finds it. Up to some tens of milliseconds, on a thread of its own.
@@ -165,6 +196,7 @@ impl Grammars {
                 return Ok(matcher.deep_clone());
             }
         }
+        let begun = Instant::now();
         let matcher = std::thread::scope(|scope| {
             let compiling = std::thread::Builder::new()
                 .name("grammar".into())
@@ -173,6 +205,7 @@ impl Grammars {
                 .map_err(|error| GrammarError(format!("no thread to compile it: {error}")))?;
             compiling.join().unwrap_or_else(|_| Err(GrammarError("it can't be compiled".into())))
         })?;
+        self.compile_seconds.observe(begun.elapsed().as_secs_f64());
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.compiled.len() >= KEPT
             && let Some(oldest) = kept.compiled.iter().min_by_key(|(_, (_, last_use))| *last_use)

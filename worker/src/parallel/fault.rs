@@ -24,9 +24,12 @@ impl Fault {
         Arc::new(Self { first, aborters: Mutex::new(Vec::new()), records: OnceLock::new() })
     }
 
-    /// Collectives to abort when something fails.
+    /// Collectives to abort when something fails; at once if something has.
     pub(super) fn watch_over(&self, aborter: Arc<dyn Abort>) {
-        self.aborters.lock().unwrap_or_else(PoisonError::into_inner).push(aborter);
+        self.aborters.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&aborter));
+        if let Some(first) = self.first() {
+            aborter.abort(&first.to_string());
+        }
     }
 
     /// Where the ranks run: fills in the hosts of lost ranks.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bora_common::model::ModelConfig;
+use bora_common::tls::{self, Connector};
 use bora_proto::v1::peers_client::PeersClient;
 use bora_proto::v1::{
     Failed, FromFollower, FromLeader, Heartbeat, Hello, RankProgress, Ready, Welcome, from_follower, from_leader,
@@ -269,11 +270,12 @@ impl Link {
             .http2_keep_alive_interval(heartbeat / 3)
             .keep_alive_timeout(heartbeat * 2 / 3)
             .keep_alive_while_idle(true);
+        let tls = options.member.tls.as_ref().map(Connector::new).transpose().map_err(StartError::from)?;
         loop {
             let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
             // the channel is empty: this does not wait
             let _ = sender.try_send(FromFollower { message: Some(from_follower::Message::Hello(hello.clone())) });
-            let reason = match endpoint.connect().await {
+            let reason = match tls::connect(&endpoint, tls.as_ref()).await {
                 Err(error) => with_cause(&error),
                 Ok(channel) => match PeersClient::new(channel).join(ReceiverStream::new(receiver)).await {
                     Ok(response) => {

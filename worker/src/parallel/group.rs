@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use bora_common::model::{ModelConfig, ModelConfigError};
 use bora_common::registry::RankRecord;
+use bora_common::tls::{Acceptor, TlsError};
 use bora_proto::v1::{RankAddress, Start, Welcome, from_leader};
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -21,6 +22,8 @@ use super::shared::SharedRank;
 use super::single::SingleRank;
 use super::tcp::{MeshKey, MeshOptions, connect_mesh};
 use crate::engine::step::{HostMemory, RunError, Step, StepOutput, StepRunner};
+use crate::telemetry::ranks::RankMetrics;
+use crate::telemetry::spans::RankSpans;
 use crate::weights::{ShardError, ShardPlan, WeightError};
 
 /// A group that runs.
@@ -56,6 +59,9 @@ pub enum StartError {
     /// The options contradict each other.
     #[error("{0}")]
     Options(String),
+    /// The certificates can't be used.
+    #[error("grpc.tls: {0}")]
+    Tls(#[from] TlsError),
     /// The ranks can't be tied together.
     #[error("collective: {0}")]
     Collective(#[from] CollectiveError),
@@ -126,7 +132,8 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
             heartbeat_timeout: member.timeouts.heartbeat,
         };
         let rendezvous = Rendezvous::new(expected, Arc::clone(&fault), Arc::clone(&progress));
-        let serving = serve(listener, Arc::clone(&rendezvous), stop.clone());
+        let tls = member.tls.as_ref().map(Acceptor::for_grpc).transpose()?;
+        let serving = serve(listener, tls, Arc::clone(&rendezvous), stop.clone());
         tokio::spawn(async move {
             if let Err(error) = serving.await {
                 warn!(%error, "the peers service ended");
@@ -244,6 +251,7 @@ pub struct GroupRunner {
     fault: Arc<Fault>,
     progress: Arc<GroupProgress>,
     stop: CancellationToken,
+    spans: RankSpans,
 }
 
 impl GroupRunner {
@@ -267,7 +275,7 @@ impl GroupRunner {
             });
             others.push(thread.map_err(system("start a rank's thread"))?);
         }
-        Ok(Self { first, others, remotes, fault, progress, stop })
+        Ok(Self { first, others, remotes, fault, progress, stop, spans: RankSpans::new(0) })
     }
 
     fn check(&self) -> Result<(), RunError> {
@@ -309,6 +317,7 @@ impl StepRunner for GroupRunner {
     fn submit(&mut self, step: Step) -> Result<(), RunError> {
         self.check()?;
         self.spread(&step).map_err(|error| self.fault.settle(error))?;
+        self.spans.submitted(&step);
         self.first.submit(step).map_err(|error| self.fault.settle(error))
     }
 
@@ -316,7 +325,13 @@ impl StepRunner for GroupRunner {
         self.check()?;
         let output = self.first.collect().map_err(|error| self.fault.settle(error))?;
         self.progress.set_steps(0, output.id);
+        self.spans.collected(output.id);
+        RankMetrics::global().step(0, output.id);
         Ok(output)
+    }
+
+    fn idle(&mut self) {
+        self.spans.idle();
     }
 }
 

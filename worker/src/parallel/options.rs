@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bora_common::tls::GrpcTls;
+
 use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::CudaOptions;
 use crate::backend::{KvBudget, Limits};
@@ -37,6 +39,8 @@ pub struct MemberOptions {
     pub timeouts: Timeouts,
     /// What compiles grammars; ranks wait for it once their weights are loaded.
     pub grammars: PendingGrammars,
+    /// Mutual TLS between the group's processes; plain text where it is absent. Tensors are never encrypted.
+    pub tls: Option<GrpcTls>,
 }
 
 /// What the leader is told besides.

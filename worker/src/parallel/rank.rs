@@ -17,6 +17,8 @@ use crate::engine::runner::{Bounds, ModelRunner};
 use crate::engine::step::{HostMemory, RunError, Step, StepRunner};
 use crate::grammar::PendingGrammars;
 use crate::model::{KvShape, Ministral3};
+use crate::telemetry::ranks::{RankMetrics, Timed};
+use crate::telemetry::spans::RankSpans;
 use crate::weights::{LoadFormat, ShardPlan, WeightError, Weights};
 use bora_common::model::ModelConfig;
 
@@ -138,6 +140,7 @@ impl Loading<'_> {
         let config = self.weights.config();
         let plan = ShardPlan::new(config, rank, self.options.ranks)
             .map_err(|error| BackendError::Device(error.to_string()))?;
+        let collective = Timed::wrap(collective);
         let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: self.limits, collective };
         match self.options.device {
             DeviceOptions::Cpu(options) => self.load_onto(CpuBackend::new(setup, options), &plan),
@@ -154,6 +157,9 @@ impl Loading<'_> {
     where
         Ministral3<B>: Send,
     {
+        for aborter in backend.aborters() {
+            self.fault.watch_over(aborter);
+        }
         let model = Ministral3::load(&mut backend, self.weights, plan, |layers| {
             self.progress.set_layers(plan.rank, layers);
         })?;
@@ -175,6 +181,9 @@ impl Loading<'_> {
         }))
     }
 }
+
+/// Without a step for this long, the sequences of a rank have ended.
+const IDLE_AFTER: Duration = Duration::from_secs(1);
 
 /// A rank on a thread of its own that runs whatever steps it is sent. Ends when this is dropped.
 pub(super) struct RankThread {
@@ -236,24 +245,36 @@ fn run_steps(
     progress: &GroupProgress,
 ) -> Result<(), RunError> {
     let mut in_flight = 0;
+    let mut spans = RankSpans::new(rank);
     loop {
         let next = match in_flight {
+            0 if spans.is_active() => steps.recv_timeout(IDLE_AFTER),
             0 => steps.recv().map_err(|_| RecvTimeoutError::Disconnected),
             _ => steps.recv_timeout(Duration::from_millis(20)),
         };
         let none_came = match next {
             Ok(step) => {
+                spans.submitted(&step);
                 runner.submit(Step::clone(&step))?;
                 in_flight += 1;
                 false
             }
+            Err(RecvTimeoutError::Timeout) if in_flight == 0 => {
+                spans.idle();
+                continue;
+            }
             Err(RecvTimeoutError::Timeout) => true,
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Disconnected) => {
+                spans.idle();
+                return Ok(());
+            }
         };
         if none_came || in_flight >= runner.pipeline_depth() {
             let output = runner.collect()?;
             in_flight -= 1;
+            spans.collected(output.id);
             progress.set_steps(rank, output.id);
+            RankMetrics::global().step(rank, output.id);
         }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bora_common::registry::RankRecord;
+use bora_common::tls::Acceptor;
 use bora_proto::v1::peers_server::{Peers, PeersServer};
 use bora_proto::v1::{FromFollower, FromLeader, Goodbye, Hello, from_follower, from_leader};
 use futures::Stream;
@@ -290,16 +291,20 @@ impl Rendezvous {
 /// Serves the rendezvous until `stop`.
 pub(super) async fn serve(
     listener: tokio::net::TcpListener,
+    tls: Option<Acceptor>,
     rendezvous: Arc<Rendezvous>,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
-    tonic::transport::Server::builder()
+    let server = tonic::transport::Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(2)))
         .http2_keepalive_timeout(Some(rendezvous.expected.heartbeat_timeout))
-        .add_service(PeersServer::new(PeersService { rendezvous }))
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
-        .await
+        .add_service(PeersServer::new(PeersService { rendezvous }));
+    let stopped = stop.cancelled_owned();
+    match tls {
+        None => server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped).await,
+        Some(tls) => server.serve_with_incoming_shutdown(tls.incoming(listener), stopped).await,
+    }
 }
 
 struct PeersService {

@@ -61,6 +61,7 @@ impl Scheduler {
             if !sequence.admitted_on_ranks {
                 sequence.admitted_on_ranks = true;
                 step.admit.push(sequence.admission(slot));
+                step.traces.extend(sequence.trace.map(|trace| (slot, trace)));
             }
             let guessed = if tokens.is_none() { drafts.next().unwrap_or_default() } else { Vec::new() };
             let guesses = guessed.len();

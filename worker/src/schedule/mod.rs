@@ -107,6 +107,11 @@ impl Scheduler {
         self.flights.iter().map(|flight| flight.prediction.seconds).sum()
     }
 
+    /// Predicted seconds of the oldest of them.
+    pub(crate) fn oldest_predicted_seconds(&self) -> f64 {
+        self.flights.front().map_or(0.0, |flight| flight.prediction.seconds)
+    }
+
     /// The step that the ranks are at.
     pub(crate) fn oldest_step(&self) -> u64 {
         self.flights.front().map_or(self.last_step, |flight| flight.id)

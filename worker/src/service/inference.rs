@@ -4,6 +4,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bora_common::telemetry::TraceContext;
+use bora_common::version;
 use bora_proto::v1::{self, inference_server::Inference};
 use futures::{Stream, StreamExt as _};
 use tokio::time::{Instant, Sleep};
@@ -13,6 +15,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::Host;
+use super::watched::Watched;
 use crate::engine::EventStream;
 
 pub(super) struct InferenceService {
@@ -28,29 +31,42 @@ impl Inference for InferenceService {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let deadline = deadline(request.metadata())?;
+        check_version(request.metadata())?;
+        let parent = request.metadata().get("traceparent").and_then(|value| TraceContext::parse(value.to_str().ok()?));
         let request = request.into_inner();
         tracing::debug!(
             request_id = request.request_id,
+            trace_id = parent.map(|parent| parent.trace_id_hex()),
             tokens = request.token_ids.len(),
             resumed = request.generated_len,
             "generate"
         );
         let engine = self.host.group()?.engine.clone();
-        let events = if request.grammar.is_some() {
+        let mut watched = Watched::new(engine.metrics(), parent.as_ref(), &request);
+        let trace = watched.context();
+        let taken = if request.grammar.is_some() {
             // compiling may take a while
-            tokio::task::spawn_blocking(move || engine.generate(request))
+            tokio::task::spawn_blocking(move || engine.generate_under(request, trace))
                 .await
-                .map_err(|_| Status::internal("the request could not be checked"))??
+                .map_err(|_| Status::internal("the request could not be checked"))?
         } else {
-            engine.generate(request)?
+            engine.generate_under(request, trace)
+        };
+        let events = match taken {
+            Ok(events) => events,
+            Err(error) => {
+                watched.refused(&error.to_string());
+                return Err(error.into());
+            }
         };
         let deadline = deadline.map(|at| Box::pin(tokio::time::sleep_until(at)));
-        Ok(Response::new(GenerateStream { events: Some(events), deadline }))
+        Ok(Response::new(GenerateStream { events: Some(events), deadline, watched }))
     }
 
     type WatchStream = BoxStream<v1::GroupEvent>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        check_version(request.metadata())?;
         let events = self.host.group()?.engine.watch(request.into_inner().watcher).await?;
         let stopping = self.stopping.clone().cancelled_owned();
         let stream = ReceiverStream::new(events).map(Ok).take_until(stopping);
@@ -69,6 +85,7 @@ impl Inference for InferenceService {
 pub(super) struct GenerateStream {
     events: Option<EventStream>,
     deadline: Option<Pin<Box<Sleep>>>,
+    watched: Watched,
 }
 
 impl Stream for GenerateStream {
@@ -77,13 +94,21 @@ impl Stream for GenerateStream {
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let Some(events) = self.events.as_mut() else { return Poll::Ready(None) };
         if let Poll::Ready(event) = events.poll_next_unpin(context) {
+            self.watched.event(event.as_ref());
             return Poll::Ready(event.map(|event| event.map_err(Status::from)));
         }
         let Some(deadline) = self.deadline.as_mut() else { return Poll::Pending };
         std::task::ready!(deadline.as_mut().poll(context));
         self.events = None;
+        self.watched.failed("the request's deadline passed");
         Poll::Ready(Some(Err(Status::deadline_exceeded("the request's deadline passed"))))
     }
+}
+
+/// Refuses a router of a release that this worker is not made for: it tries elsewhere.
+fn check_version(metadata: &MetadataMap) -> Result<(), Status> {
+    let peer = metadata.get(version::METADATA).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    version::check(env!("CARGO_PKG_VERSION"), peer).map_err(|skew| Status::unavailable(skew.to_string()))
 }
 
 /// The end of the time that the caller gave us, if it did (`grpc-timeout`; tonic itself applies it to the
@@ -116,6 +141,18 @@ fn parse_timeout(value: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_router_of_another_time_is_refused_with_words() {
+        let mut metadata = MetadataMap::new();
+        assert!(check_version(&metadata).is_ok(), "a tool says nothing");
+        metadata.insert(version::METADATA, env!("CARGO_PKG_VERSION").parse().unwrap());
+        assert!(check_version(&metadata).is_ok());
+        metadata.insert(version::METADATA, "9.0.0".parse().unwrap());
+        let refused = check_version(&metadata).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unavailable);
+        assert!(refused.message().contains("version 9.0.0 can't work with version"), "{}", refused.message());
+    }
 
     #[test]
     fn timeouts_are_read_as_the_specification_says() {

@@ -7,12 +7,15 @@
 mod admin;
 mod health;
 mod inference;
+mod watched;
 
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bora_common::registry::{GroupRecord, GroupState};
+use bora_common::tls::Acceptor;
 use bora_proto::v1::{self, admin_server::AdminServer, inference_server::InferenceServer};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -95,6 +98,10 @@ impl Group {
 pub struct ServiceOptions {
     /// Further services.
     pub routes: Routes,
+    /// Mutual TLS; plain text where it is absent.
+    pub tls: Option<Acceptor>,
+    /// Where `grpc.health.v1` is served as well, alone and without TLS.
+    pub health: Option<TcpListener>,
 }
 
 /// The port can't be served any more.
@@ -128,20 +135,26 @@ pub async fn serve(
         .routes
         .add_service(InferenceServer::new(inference).max_decoding_message_size(MAX_MESSAGE_BYTES))
         .add_service(AdminServer::new(admin::AdminService { host }))
-        .add_service(health_service)
+        .add_service(health_service.clone())
         .add_service(reflection);
+    let health = options.health.map(|listener| {
+        let server = Server::builder().add_service(health_service.clone());
+        tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)))
+    });
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(MAX_STREAMS)
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            stopping.clone().cancelled_owned(),
-        );
-    tokio::pin!(server);
+        .add_routes(routes);
+    let stopped = stopping.clone().cancelled_owned();
+    let mut server: Pin<Box<dyn Future<Output = Result<(), tonic::transport::Error>> + Send>> = match options.tls {
+        None => {
+            Box::pin(server.serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopped))
+        }
+        Some(tls) => Box::pin(server.serve_with_incoming_shutdown(tls.incoming(listener), stopped)),
+    };
     tokio::pin!(stop);
     let outcome = tokio::select! {
         outcome = &mut server => outcome,
@@ -153,6 +166,9 @@ pub async fn serve(
     };
     stopping.cancel();
     health_reports.abort();
+    if let Some(health) = health {
+        health.abort();
+    }
     Ok(outcome?)
 }
 

@@ -54,6 +54,11 @@ impl Device {
         Ok(Self { stream, multiprocessors, hopper, name, ordinal: device, context })
     }
 
+    /// Its handle in the driver.
+    pub(super) fn ordinal(&self) -> sys::CUdevice {
+        self.ordinal
+    }
+
     /// Binds the context to the calling thread.
     pub(super) fn make_current(&self) -> Result<()> {
         // SAFETY: the context is live as long as self.

@@ -82,7 +82,7 @@ impl CudaBackend {
     /// Records the graph of every size that a batch can be filled up to.
     pub(super) fn record_graphs(&mut self, forward: &impl Fn(&mut Self) -> Result<Logits>) -> Result<()> {
         let most = LARGEST_GRAPH.min(self.setup.limits.sequences);
-        if !self.records() {
+        if !self.options.graphs {
             return Ok(());
         }
         let mut sizes: Vec<usize> = (1..=most).map(|rows| graph_rows(rows).min(most)).collect();
@@ -143,7 +143,7 @@ impl CudaBackend {
         let guesses = real > batch.sequences.len();
         let most = if guesses { limits.logit_rows.min(limits.step_tokens) } else { limits.sequences };
         let most = most.min(LARGEST_GRAPH);
-        if !self.records() || !StepInputs::is_decode(batch) || !(1..=most).contains(&real) {
+        if !self.options.graphs || !StepInputs::is_decode(batch) || !(1..=most).contains(&real) {
             return None;
         }
         let rows = graph_rows(real).min(most);
@@ -153,12 +153,8 @@ impl CudaBackend {
         Some(GraphSize { rows, items })
     }
 
-    /// Sums over ranks go through host memory, which a graph can't.
-    fn records(&self) -> bool {
-        self.options.graphs && self.setup.plan.ranks == 1
-    }
-
-    fn record(&mut self, forward: impl FnOnce(&mut Self) -> Result<()>) -> Result<Graph> {
+    /// Records what `forward` submits.
+    pub(super) fn record(&mut self, forward: impl FnOnce(&mut Self) -> Result<()>) -> Result<Graph> {
         self.device.begin_capture()?;
         let outcome = forward(self);
         // ends the recording also where it failed

@@ -6,6 +6,7 @@ use cudarc::driver::{result, sys};
 
 use super::kernels;
 use super::libraries;
+use super::nccl;
 use crate::backend::BackendError;
 
 /// Shared memory that a block of the largest kernel takes, bytes.
@@ -59,6 +60,14 @@ pub enum CudaUnavailable {
         /// In the loader's words.
         reason: String,
     },
+    /// No NCCL, and several GPUs to connect.
+    #[error(
+        "libnccl.so.2 was not found, which several GPUs need (it comes with NVIDIA's nvidia-nccl-cu13 wheel): {reason}"
+    )]
+    NoNccl {
+        /// In the loader's words.
+        reason: String,
+    },
 }
 
 impl From<CudaUnavailable> for BackendError {
@@ -77,13 +86,16 @@ pub(super) struct Gpu {
     pub(super) hopper: bool,
 }
 
-/// The names of the GPUs with these numbers, all of which can run the backend.
-pub fn survey(ordinals: Range<usize>) -> Result<Vec<String>, CudaUnavailable> {
+/// The names of the GPUs with these numbers, all of which can run the backend in a group of `ranks`.
+pub fn survey(ordinals: Range<usize>, ranks: usize) -> Result<Vec<String>, CudaUnavailable> {
     if !kernels::built() {
         return Err(CudaUnavailable::NoKernels);
     }
     let names = ordinals.map(|ordinal| find(ordinal).map(|gpu| gpu.name)).collect::<Result<_, _>>()?;
     load_cublaslt()?;
+    if ranks > 1 {
+        nccl::load()?;
+    }
     Ok(names)
 }
 
@@ -123,4 +135,20 @@ pub(super) fn find(ordinal: usize) -> Result<Gpu, CudaUnavailable> {
     }
     let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
     Ok(Gpu { device, name, multiprocessors, hopper: (major, minor) == (9, 0) })
+}
+
+/// Free and total bytes of GPU number `ordinal`, where a rank of this process has it open: asking takes no context of
+/// its own, and a machine without the driver says nothing.
+pub(crate) fn memory(ordinal: usize) -> Option<(usize, usize)> {
+    let gpu = find(ordinal).ok()?;
+    // SAFETY: `device` came from the driver; what is retained is released below.
+    let context = unsafe { result::primary_ctx::retain(gpu.device) }.ok()?;
+    // SAFETY: the context is retained.
+    let bound = unsafe { result::ctx::set_current(context) };
+    let answer = bound.and_then(|()| result::mem_get_info());
+    // SAFETY: retained above; this thread uses no context any more.
+    let _ = unsafe { result::ctx::set_current(std::ptr::null_mut()) };
+    // SAFETY: retained above.
+    let _ = unsafe { result::primary_ctx::release(gpu.device) };
+    answer.ok()
 }

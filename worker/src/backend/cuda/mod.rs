@@ -11,17 +11,22 @@ pub mod check;
 mod driver;
 mod graphs;
 mod host;
+pub mod inspect;
 mod kernels;
 mod libraries;
 mod linear;
 mod machine;
 mod matmul;
+mod nccl;
+mod norm;
 mod options;
+mod peers;
 mod ranks;
 mod sampler;
 mod step;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::RopeTable;
@@ -29,6 +34,7 @@ use bora_common::model::RopeTable;
 use super::{Backend, BackendError, Batch, KvBudget, KvDtype, RankSetup, Result, SampleRequest, SampleResults};
 use crate::engine::step::{Admission, BlockCopy, Slot};
 use crate::model::KvShape;
+use crate::parallel::Abort;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
 use attention::DECODE_BLOCKS_A_MULTIPROCESSOR;
@@ -38,9 +44,12 @@ use host::HostBlocks;
 use kernels::Kernels;
 use linear::{InputFormat, TensorFormat, load_slice};
 pub use linear::{Linear, Tensor};
+pub(crate) use machine::memory;
 pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
-pub use options::CudaOptions;
+use nccl::Communicator;
+pub use options::{CudaOptions, Sums};
+use peers::Peers;
 use sampler::Sampler;
 use step::{ITEM_ROWS, StepInputs};
 
@@ -53,6 +62,10 @@ const RESERVED_BYTES: u64 = 512 << 20;
 pub struct CudaBackend {
     // fields drop in this order: what was recorded before what it reads, the device last
     graphs: HashMap<GraphSize, Recording>,
+    /// Where there are several ranks.
+    communicator: Option<Communicator>,
+    /// Where the ranks are GPUs of one host that reach each other.
+    peers: Option<Peers>,
     kernels: Kernels,
     matmul: Matmul,
     inputs: StepInputs,
@@ -90,6 +103,8 @@ struct Buffers {
     product: Buffer,
     query: Buffer,
     logits: Buffer,
+    /// [ranks][rows][columns of a rank]: the logits of all ranks, where there are several.
+    gathered: Buffer,
     partial_attention: Buffer,
     log_sums: Buffer,
     finished: Buffer,
@@ -105,7 +120,7 @@ pub struct Logits {
 
 impl CudaBackend {
     /// Opens a GPU. Its memory is taken by the weights as they are loaded and by `allocate_kv`.
-    pub fn new(setup: RankSetup, options: CudaOptions) -> Result<Self> {
+    pub fn new(mut setup: RankSetup, options: CudaOptions) -> Result<Self> {
         let head_dim = setup.config.head_dim;
         if ![32, 64, 128].contains(&head_dim) {
             return Err(BackendError::Unsupported {
@@ -137,8 +152,19 @@ impl CudaBackend {
         let inputs = StepInputs::new(&setup.limits, group)?;
         let sampler = Sampler::new(&device, &setup.limits, setup.config.vocab_size)?;
         tracing::info!(gpu = device.name, multiprocessors = device.multiprocessors, "opened a GPU");
+        let communicator = match setup.plan.ranks {
+            1 => None,
+            _ => Some(Communicator::connect(&mut *setup.collective)?),
+        };
+        let peers = match options.sums {
+            _ if communicator.is_none() => None,
+            Sums::Nccl => None,
+            Sums::Measured | Sums::Peers => Peers::connect(&device, &mut *setup.collective, setup.config.hidden_size)?,
+        };
         Ok(Self {
             graphs: HashMap::new(),
+            communicator,
+            peers,
             kernels,
             matmul,
             inputs,
@@ -209,7 +235,11 @@ impl CudaBackend {
                 "the products of linears",
             )?,
             query: Buffer::new(rows * heads * config.head_dim * 2, "the queries")?,
-            logits: Buffer::new(logit_rows * config.vocab_size * 4, "the logits")?,
+            logits: Buffer::new(logit_rows * config.vocab_size.max(plan.vocabulary_per_rank) * 4, "the logits")?,
+            gathered: match plan.ranks {
+                1 => Buffer::new(0, "nothing")?,
+                ranks => Buffer::new(logit_rows * ranks * plan.vocabulary_per_rank * 4, "the logits of all ranks")?,
+            },
             partial_attention: Buffer::new(partials * config.head_dim * 4, "the partial sums of attention")?,
             log_sums: Buffer::new(partials * 4, "the partial sums of attention")?,
             finished: Buffer::new(rows * plan.kv_heads.len() * 4, "the counters of attention")?,
@@ -218,7 +248,8 @@ impl CudaBackend {
             kv_place: Buffer::new(rows * 4, "the places in the cache")?,
         });
         // counters are zero between steps
-        self.device.fill(&self.buffers()?.finished, 0)
+        self.device.fill(&self.buffers()?.finished, 0)?;
+        self.try_sums()
     }
 
     fn launch(&mut self, name: &str, shape: Shape, arguments: Arguments) -> Result<()> {
@@ -234,46 +265,6 @@ impl CudaBackend {
         }
         let keys = cache.buffer.address + 2 * layer as u64 * cache.plane_bytes;
         Ok((keys, keys + cache.plane_bytes))
-    }
-
-    /// Submits the norm of the residual's rows (all, or those listed at `rows`).
-    fn submit_norm(
-        &mut self,
-        residual: &Tensor,
-        partial: Option<Tensor>,
-        gain: &Buffer,
-        format: InputFormat,
-        rows: Option<(Address, usize)>,
-    ) -> Result<Tensor> {
-        let hidden = residual.columns;
-        let (rows_address, row_count) = rows.unwrap_or((0, residual.rows));
-        let target = self.buffers()?.input.address;
-        let (suffix, scale, tensor_format) = match format {
-            InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
-            InputFormat::E4m3(scale) => ("e4m3", scale, TensorFormat::E4m3),
-        };
-        let (name, address, (splits, stride), partial_scale) = match &partial {
-            None => (format!("norm_to_{suffix}"), 0, (1, 0), 1.0),
-            Some(partial) => {
-                let name = format!("add_{}_norm_to_{suffix}", partial.product_name());
-                (name, partial.address, partial.splits(), partial.part_scales.first().copied().unwrap_or(1.0))
-            }
-        };
-        let arguments = Arguments::default()
-            .address(residual.address)
-            .address(address)
-            .u32(splits)
-            .u64(stride)
-            .f32(partial_scale)
-            .address(gain.address)
-            .address(target)
-            .f32(scale)
-            .address(rows_address)
-            .u32(hidden as u32)
-            .f32(self.setup.config.rms_norm_eps);
-        let block = (hidden / 4).next_multiple_of(32).clamp(32, 1024) as u32;
-        self.launch(&name, Shape { grid: [row_count as u32, 1, 1], block, shared: hidden as u32 * 4 }, arguments)?;
-        Ok(Tensor { address: target, rows: row_count, columns: hidden, format: tensor_format, part_scales: Vec::new() })
     }
 }
 
@@ -412,7 +403,6 @@ impl Backend for CudaBackend {
     }
 
     fn norm(&mut self, residual: &mut Tensor, partial: Option<Tensor>, gain: &Gain, next: &Linear) -> Result<Tensor> {
-        let partial = partial.map(|partial| self.reduce_over_ranks(partial)).transpose()?;
         self.submit_norm(residual, partial, &gain.buffer, next.input_format, None)
     }
 
@@ -497,14 +487,11 @@ impl Backend for CudaBackend {
             // every rank sees the same batch, so none of them enters a collective here
             return Ok(Logits { rows: 0 });
         }
-        let partial = partial.map(|partial| self.reduce_over_ranks(partial)).transpose()?;
         let listed = (self.inputs.addresses().logit_rows, rows);
         let normed = self.submit_norm(&residual, partial, &gain.buffer, head.input_format, Some(listed))?;
         let target = self.buffers()?.logits.address;
         head.apply((&self.device, &mut self.kernels, &mut self.matmul), &normed, target, true, self.options.overlap)?;
-        if self.setup.plan.ranks > 1 {
-            self.gather_vocabulary(rows, head.outputs)?;
-        }
+        self.gather_vocabulary(rows)?;
         Ok(Logits { rows })
     }
 
@@ -530,7 +517,16 @@ impl Backend for CudaBackend {
     }
 
     fn collect(&mut self) -> Result<SampleResults> {
-        self.sampler.collect()
+        let results = self.sampler.collect()?;
+        // what a sum brought that was cut short is not to be used
+        self.communicator.as_ref().map_or(Ok(()), Communicator::check)?;
+        self.peers.as_ref().map_or(Ok(()), Peers::check)?;
+        Ok(results)
+    }
+
+    fn aborters(&self) -> Vec<Arc<dyn Abort>> {
+        let communicator = self.communicator.as_ref().map(Communicator::aborter);
+        communicator.into_iter().chain(self.peers.as_ref().map(Peers::aborter)).collect()
     }
 
     fn pipeline_depth(&self) -> usize {

@@ -13,10 +13,24 @@ pub struct CudaOptions {
     pub graphs: bool,
     /// Let a kernel start while the one before it ends (programmatic dependent launch).
     pub overlap: bool,
+    /// How partial products of few rows are summed over the ranks.
+    pub sums: Sums,
+}
+
+/// How partial products of few rows are summed over the ranks of a group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sums {
+    /// The way that is found faster at the start.
+    #[default]
+    Measured,
+    /// By NCCL.
+    Nccl,
+    /// Through the memory of the other GPUs, where they can be reached.
+    Peers,
 }
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { device: 0, kv: KvDtype::Bf16, graphs: true, overlap: true }
+        Self { device: 0, kv: KvDtype::Bf16, graphs: true, overlap: true, sums: Sums::Measured }
     }
 }

@@ -1,67 +1,133 @@
-//! What the ranks of a group exchange: sums of partial products and parts of the logits. Through host memory: right
-//! everywhere, fast nowhere. The place for NCCL and peer memory.
+//! What the ranks of a group exchange on their GPUs: sums of partial products and parts of the logits.
 
-use super::CudaBackend;
+use super::driver::{Arguments, Event, Shape};
 use super::linear::{Tensor, TensorFormat};
+use super::nccl::Numbers;
+use super::peers::PEER_ROWS;
+use super::{CudaBackend, Sums};
 use crate::backend::{BackendError, Result};
 
 impl CudaBackend {
-    /// Adds up a partial product over the ranks.
-    pub(super) fn reduce_over_ranks(&mut self, partial: Tensor) -> Result<Tensor> {
-        if self.setup.plan.ranks == 1 {
-            return Ok(partial);
-        }
-        let count = partial.rows * partial.columns;
-        let scale = partial.part_scales.first().copied().unwrap_or(1.0);
-        let mut sum = vec![0f32; count];
-        match partial.format {
-            TensorFormat::Bf16 => {
-                let mut bytes = vec![0u8; count * 2];
-                self.device.download(&mut bytes, partial.address, "reading a partial sum")?;
-                for (sum, two) in sum.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *sum = half::bf16::from_le_bytes(*two).to_f32() * scale;
-                }
-            }
-            TensorFormat::E4m3 => {
-                return Err(BackendError::Device("a partial sum in e4m3".to_owned()));
-            }
-            TensorFormat::F32 | TensorFormat::F32Splits(_) => {
-                let (splits, _) = partial.splits();
-                let mut bytes = vec![0u8; count * 4 * splits as usize];
-                self.device.download(&mut bytes, partial.address, "reading a partial sum")?;
-                for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
-                    sum[index % count] += f32::from_le_bytes(*four) * scale;
-                }
+    /// Takes what NCCL takes at its first calls (connections, their buffers) before the KV cache is sized, and finds out
+    /// up to how many rows sums go faster through the peers' memory.
+    pub(super) fn try_sums(&mut self) -> Result<()> {
+        let (Some(communicator), Some(buffers)) = (&self.communicator, &self.buffers) else { return Ok(()) };
+        for numbers in [Numbers::F32, Numbers::Bf16] {
+            // few numbers and many travel by different ways
+            for count in [64, buffers.product.bytes / 8] {
+                communicator.all_reduce(&self.device, buffers.product.address, count, numbers)?;
             }
         }
-        self.setup.collective.all_reduce(&mut sum)?;
-        let bytes: Vec<u8> = sum.iter().flat_map(|number| number.to_le_bytes()).collect();
-        self.device.upload(partial.address, &bytes, "writing a sum over the ranks")?;
-        Ok(Tensor { format: TensorFormat::F32, part_scales: vec![1.0], ..partial })
+        let count = buffers.gathered.bytes / 4 / communicator.ranks();
+        let (own, all) = (buffers.logits.address, buffers.gathered.address);
+        communicator.all_gather(&self.device, own, all, count, Numbers::F32)?;
+        self.device.synchronize()?;
+        communicator.check()?;
+        let most =
+            (buffers.product.bytes.min(buffers.residual.bytes) / 4 / self.setup.config.hidden_size).min(PEER_ROWS);
+        if self.options.sums != Sums::Measured || self.peers.is_none() {
+            return Ok(());
+        }
+        let (mut rows, mut faster) = (0, true);
+        let mut found = Vec::new();
+        for candidate in [1, 2, 4, 8, 16, 32, 64].into_iter().filter(|candidate| *candidate <= most) {
+            let (nccl, peers) = (self.time_sum(candidate, false)?, self.time_sum(candidate, true)?);
+            found.push(format!("{candidate}: {nccl:.1}/{peers:.1}"));
+            faster &= peers <= nccl;
+            rows = if faster { candidate } else { rows };
+        }
+        // all ranks do as the first one found
+        let answers = self.setup.collective.exchange(&(rows as u32).to_le_bytes())?;
+        let decided =
+            answers.first().and_then(|answer| answer.first_chunk()).map_or(0, |four| u32::from_le_bytes(*four));
+        if let Some(peers) = &mut self.peers {
+            peers.rows = decided as usize;
+            peers.check()?;
+        }
+        let rank = self.setup.plan.rank;
+        tracing::info!(
+            rank,
+            rows = decided,
+            times = found.join(", "),
+            "sums over ranks: rows, us by NCCL/by peer memory"
+        );
+        Ok(())
     }
 
-    /// Puts the ranks' parts of the logits together: `own` columns of each of `rows` rows are this rank's.
-    pub(super) fn gather_vocabulary(&mut self, rows: usize, own: usize) -> Result<()> {
-        let (ranks, per_rank) = (self.setup.plan.ranks, self.setup.plan.vocabulary_per_rank);
-        let vocabulary = self.setup.config.vocab_size;
-        let address = self.buffers()?.logits.address;
-        let mut bytes = vec![0u8; rows * own * 4];
-        self.device.download(&mut bytes, address, "reading logits")?;
-        let mut padded = vec![0f32; rows * per_rank];
-        for (index, four) in bytes.as_chunks::<4>().0.iter().enumerate() {
-            padded[index / own * per_rank + index % own] = f32::from_le_bytes(*four);
-        }
-        let mut all = vec![0f32; ranks * padded.len()];
-        self.setup.collective.all_gather(&padded, &mut all)?;
-        let mut gathered = Vec::with_capacity(rows * vocabulary * 4);
-        for row in 0..rows {
-            for rank in 0..ranks {
-                let count = per_rank.min(vocabulary.saturating_sub(rank * per_rank));
-                for number in &all[(rank * rows + row) * per_rank..][..count] {
-                    gathered.extend_from_slice(&number.to_le_bytes());
-                }
+    /// Microseconds of a sum over the ranks of `rows` rows with the norm behind it, recorded as in a step.
+    fn time_sum(&mut self, rows: usize, by_peers: bool) -> Result<f32> {
+        const SUMS: usize = 20;
+        let (buffers, hidden) = (self.buffers()?, self.setup.config.hidden_size);
+        let tensor = |address, format| Tensor { address, rows, columns: hidden, format, part_scales: vec![1.0] };
+        let residual = tensor(buffers.residual.address, TensorFormat::F32);
+        let partial = tensor(buffers.product.address, TensorFormat::F32);
+        // any numbers will do
+        let (gain, y) = (buffers.logits.address, tensor(buffers.input.address, TensorFormat::Bf16));
+        let sums = |backend: &mut Self| {
+            for _ in 0..SUMS {
+                let partial = if by_peers { partial.clone() } else { backend.reduce_over_ranks(partial.clone())? };
+                backend.launch_norm(by_peers, &residual, Some(&partial), gain, &y, "bf16", 0)?;
             }
+            Ok(())
+        };
+        // loads the kernels, which can't be recorded
+        sums(self)?;
+        let graph = self.record(sums)?;
+        let (start, end) = (Event::new(true)?, Event::new(true)?);
+        self.device.replay(&graph)?;
+        start.record(&self.device)?;
+        self.device.replay(&graph)?;
+        end.record(&self.device)?;
+        end.wait()?;
+        Ok(end.since(&start)? * 1e3 / SUMS as f32)
+    }
+
+    /// Adds up a partial product over the ranks. Every rank has multiplied by the same scales.
+    pub(super) fn reduce_over_ranks(&mut self, partial: Tensor) -> Result<Tensor> {
+        if self.communicator.is_none() {
+            return Ok(partial);
         }
-        self.device.upload(address, &gathered, "writing logits")
+        let partial = match partial.format {
+            TensorFormat::F32Splits(splits) if splits > 1 => self.add_splits(partial)?,
+            _ => partial,
+        };
+        let numbers = match partial.format {
+            TensorFormat::Bf16 => Numbers::Bf16,
+            TensorFormat::F32 | TensorFormat::F32Splits(_) => Numbers::F32,
+            TensorFormat::E4m3 => return Err(BackendError::Device("a partial sum in e4m3".to_owned())),
+        };
+        if let Some(communicator) = &self.communicator {
+            communicator.all_reduce(&self.device, partial.address, partial.rows * partial.columns, numbers)?;
+        }
+        Ok(partial)
+    }
+
+    /// Adds up the parts of a product in place of the first.
+    fn add_splits(&mut self, product: Tensor) -> Result<Tensor> {
+        let (splits, stride) = product.splits();
+        let quads = product.rows * product.columns / 4;
+        let arguments = Arguments::default().address(product.address).u32(splits).u64(stride).u32(quads as u32);
+        let shape = Shape { grid: [quads.div_ceil(256) as u32, 1, 1], block: 256, shared: 0 };
+        self.launch("add_splits", shape, arguments)?;
+        Ok(Tensor { format: TensorFormat::F32, ..product })
+    }
+
+    /// Puts the ranks' parts of `rows` rows of logits together.
+    pub(super) fn gather_vocabulary(&mut self, rows: usize) -> Result<()> {
+        let (per_rank, vocabulary) = (self.setup.plan.vocabulary_per_rank, self.setup.config.vocab_size);
+        let buffers = self.buffers()?;
+        let (logits, gathered) = (buffers.logits.address, buffers.gathered.address);
+        let Some(communicator) = &self.communicator else { return Ok(()) };
+        // the last rank may have fewer columns; what it sends beyond them is not read
+        communicator.all_gather(&self.device, logits, gathered, rows * per_rank, Numbers::F32)?;
+        let arguments = Arguments::default()
+            .address(logits)
+            .address(gathered)
+            .u32(rows as u32)
+            .u32(per_rank as u32)
+            .u32(vocabulary as u32);
+        let shape = Shape { grid: [vocabulary.div_ceil(1024) as u32, rows as u32, 1], block: 256, shared: 0 };
+        // NCCL's kernel comes before: no early start
+        self.kernels.launch(&self.device, "spread_vocabulary", shape, arguments, false)
     }
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::CudaOptions;
+use super::{CudaOptions, Sums};
 use crate::backend::KvDtype;
 
 /// What one check found.
@@ -51,6 +51,8 @@ pub enum Section {
     Kernels,
     /// The tiny models against their goldens.
     Models,
+    /// The same cut over 2 and 4 GPUs, as far as the machine has them.
+    Ranks,
     /// Every kernel at the shapes of the 24B model, beside its floor.
     Timing,
     /// Decode steps of the 24B shape with random weights, end to end.
@@ -66,7 +68,22 @@ pub fn run(section: Section, fixtures: &Path, config: Option<&Path>, only: &str,
             for overlap in [true, false] {
                 for kv in [KvDtype::Bf16, KvDtype::Fp8] {
                     let options = CudaOptions { kv, overlap, ..CudaOptions::default() };
-                    models::run(fixtures, options, only, report);
+                    models::run(fixtures, options, 1, only, report);
+                }
+            }
+        }
+        Section::Ranks => {
+            for ranks in [2, 4] {
+                let name = format!("{ranks} GPUs");
+                if let Err(reason) = super::survey(0..ranks, ranks) {
+                    report(Outcome::timing(name, json!({ "not run": reason.to_string() })));
+                    continue;
+                }
+                for sums in [Sums::Peers, Sums::Nccl] {
+                    for graphs in [true, false] {
+                        let options = CudaOptions { graphs, sums, ..CudaOptions::default() };
+                        models::run(fixtures, options, ranks, only, report);
+                    }
                 }
             }
         }

@@ -1,8 +1,9 @@
 //! The tiny models against the goldens of the reference implementation: logits at the listed positions, the
 //! most likely id everywhere, greedy continuations; the prompt in one piece, in ragged chunks, and decoded
-//! token by token in a batch; graphs on.
+//! token by token in a batch; graphs on; by one rank, or by several whose sums travel through NCCL.
 
 use std::path::Path;
+use std::time::Duration;
 
 use safetensors::SafeTensors;
 use serde_json::json;
@@ -15,7 +16,7 @@ use crate::backend::{Backend, BackendError, Batch, BatchSequence, Fp8Mode, KvBud
 use crate::engine::runner::{Bounds, ModelRunner};
 use crate::engine::step::{Admission, BlockCopy, Step, StepRunner, Tokens, Work};
 use crate::model::{KvShape, Ministral3};
-use crate::parallel::SingleRank;
+use crate::parallel::{Collective, SharedRank, SingleRank};
 use crate::sample::SamplingParams;
 use crate::weights::{ShardPlan, Weights};
 use bora_common::blocks::BLOCK_TOKENS;
@@ -41,13 +42,19 @@ struct Rank {
     config: ModelConfig,
 }
 
-pub(super) fn run(fixtures: &Path, options: CudaOptions, only: &str, report: &mut dyn FnMut(Outcome)) {
+/// Each model and prompt, cut over `ranks` GPUs.
+pub(super) fn run(fixtures: &Path, options: CudaOptions, ranks: usize, only: &str, report: &mut dyn FnMut(Outcome)) {
     for (folder, prefix) in [("tiny_text", ""), ("tiny_text_fp8", "w8a8_")] {
         for case in CASES {
             let kv = options.kv.name();
-            let name = format!("{folder}/{case} kv {kv}{}", if options.overlap { "" } else { " no overlap" });
+            let over = if ranks == 1 {
+                String::new()
+            } else {
+                format!(" over {ranks}, sums {:?}{}", options.sums, if options.graphs { "" } else { ", no graphs" })
+            };
+            let name = format!("{folder}/{case} kv {kv}{over}{}", if options.overlap { "" } else { " no overlap" });
             if name.contains(only) {
-                let outcome = check_case(&fixtures.join(folder), case, prefix, options);
+                let outcome = check_case(&fixtures.join(folder), case, prefix, options, ranks);
                 report(outcome.map_or_else(
                     |error| Outcome::failure(&name, error),
                     |(passed, details)| Outcome::check(&name, passed, details),
@@ -57,16 +64,12 @@ pub(super) fn run(fixtures: &Path, options: CudaOptions, only: &str, report: &mu
     }
 }
 
-fn open(folder: &Path, options: CudaOptions) -> Result<Rank, Failure> {
+fn open(folder: &Path, options: CudaOptions, collective: Box<dyn Collective>) -> Result<Rank, Failure> {
     let config = ModelConfig::from_dir(folder)?;
     let weights = Weights::open(folder, &config)?;
-    let plan = ShardPlan::new(&config, 0, 1)?;
-    let setup = RankSetup {
-        config: config.clone(),
-        plan: plan.clone(),
-        limits: LIMITS,
-        collective: Box::new(SingleRank::default()),
-    };
+    let plan = ShardPlan::new(&config, collective.rank(), collective.ranks())?;
+    let options = CudaOptions { device: options.device + collective.rank(), ..options };
+    let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: LIMITS, collective };
     let mut backend = CudaBackend::new(setup, options)?;
     let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
     let shape = KvShape::new(&config, &plan);
@@ -103,11 +106,66 @@ fn all_logits(rank: &mut Rank, ids: &[u32], chunk: usize, first_block: u32) -> R
     Ok(all)
 }
 
+/// What one rank computes of a prompt.
+#[derive(PartialEq)]
+struct Observed {
+    vocabulary: usize,
+    /// Logits of every position: the prompt whole, in ragged chunks, token by token.
+    logits: [Vec<f32>; 3],
+    greedy: Vec<u32>,
+}
+
+fn observe(
+    folder: &Path,
+    options: CudaOptions,
+    collective: Box<dyn Collective>,
+    ids: &[u32],
+    count: usize,
+) -> Result<Observed, String> {
+    let observe = || -> Result<Observed, Failure> {
+        let mut rank = open(folder, options, collective)?;
+        let whole = all_logits(&mut rank, ids, ids.len(), 3)?;
+        let chunked = all_logits(&mut rank, ids, 37, 40)?;
+        let stepped = if ids.len() <= 100 { all_logits(&mut rank, ids, 1, 70)? } else { chunked.clone() };
+        let vocabulary = rank.config.vocab_size;
+        let greedy = decode_greedily(rank, ids, count)?;
+        Ok(Observed { vocabulary, logits: [whole, chunked, stepped], greedy })
+    };
+    observe().map_err(|error| error.to_string())
+}
+
+/// The same on every rank, each on a thread and a GPU of its own; what rank 0 saw, and whether all saw the same bits.
+fn observe_all(
+    folder: &Path,
+    options: CudaOptions,
+    ranks: usize,
+    ids: &[u32],
+    count: usize,
+) -> Result<(Observed, bool), Failure> {
+    if ranks == 1 {
+        return Ok((observe(folder, options, Box::new(SingleRank::default()), ids, count)?, true));
+    }
+    let collectives = SharedRank::group(ranks, Duration::from_secs(120));
+    let observed = std::thread::scope(|scope| {
+        let threads: Vec<_> = collectives
+            .into_iter()
+            .map(|rank| scope.spawn(move || observe(folder, options, Box::new(rank), ids, count)))
+            .collect();
+        let joined = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("it panicked".to_owned())));
+        joined.collect::<Vec<_>>()
+    });
+    let mut observed = observed.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let first = observed.swap_remove(0);
+    let same = observed.iter().all(|other| *other == first);
+    Ok((first, same))
+}
+
 fn check_case(
     folder: &Path,
     case: &str,
     prefix: &str,
     options: CudaOptions,
+    ranks: usize,
 ) -> Result<(bool, serde_json::Value), Failure> {
     let bytes = std::fs::read(folder.join("goldens.safetensors"))?;
     let goldens = SafeTensors::deserialize(&bytes)?;
@@ -121,11 +179,8 @@ fn check_case(
     let greedy = ints(&format!("{prefix}greedy_ids"))?;
     let expected = from_f32(goldens.tensor(&format!("{case}.{prefix}logits"))?.data());
 
-    let mut rank = open(folder, options)?;
-    let vocabulary = rank.config.vocab_size;
-    let whole = all_logits(&mut rank, &ids, ids.len(), 3)?;
-    let chunked = all_logits(&mut rank, &ids, 37, 40)?;
-    let stepped = if ids.len() <= 100 { all_logits(&mut rank, &ids, 1, 70)? } else { chunked.clone() };
+    let (observed, ranks_agree) = observe_all(folder, options, ranks, &ids, greedy.len())?;
+    let Observed { vocabulary, logits: [whole, chunked, stepped], greedy: found_greedy } = observed;
 
     let differences = |logits: &[f32]| -> (f64, f64) {
         let mut all = Vec::with_capacity(expected.len());
@@ -145,9 +200,14 @@ fn check_case(
         let agreeing = gaps.iter().filter(|gap| **gap == 0.0).count();
         (agreeing as f64 / gaps.len() as f64, gaps.into_iter().fold(0.0, f64::max))
     };
-    let moved = if ids.len() > BLOCK_TOKENS { moved_through_host(&mut rank, &ids)? } else { 0.0 };
-    let guessed = decode_guessing(open(folder, options)?, &ids, &greedy)?;
-    let found_greedy = decode_greedily(rank, &ids, greedy.len())?;
+    let (mut moved, mut guessed) = (0.0, found_greedy.clone());
+    if ranks == 1 {
+        let mut rank = open(folder, options, Box::new(SingleRank::default()))?;
+        if ids.len() > BLOCK_TOKENS {
+            moved = moved_through_host(&mut rank, &ids)?;
+        }
+        guessed = decode_guessing(rank, &ids, &greedy)?;
+    }
     let guessed_equal = guessed.iter().zip(&found_greedy).take_while(|(a, b)| a == b).count();
     let same = found_greedy.iter().zip(&greedy).take_while(|(a, b)| a == b).count();
     let (median_whole, most_whole) = differences(&whole);
@@ -174,7 +234,8 @@ fn check_case(
         .find(|(kv, fp8, _)| (*kv, *fp8) == (options.kv, !prefix.is_empty()))
         .map_or((0.0, 0.0), |(_, _, bounds)| *bounds);
     let gaps = [gaps(&whole), gaps(&chunked), gaps(&stepped)];
-    let passed = [median_whole, median_chunked, median_stepped].iter().all(|median| *median < median_bound)
+    let passed = ranks_agree
+        && [median_whole, median_chunked, median_stepped].iter().all(|median| *median < median_bound)
         && [most_whole, most_chunked, most_stepped].iter().all(|most| *most < most_bound)
         && gaps.iter().all(|(_, gap)| *gap < gap_bound)
         && median_oracle < median_oracle_bound
@@ -184,6 +245,7 @@ fn check_case(
         && guessed_equal >= same;
     let details = json!({
         "tokens": ids.len(),
+        "ranks_agree": ranks_agree,
         "median_difference": [median_whole, median_chunked, median_stepped],
         "largest_difference": [most_whole, most_chunked, most_stepped],
         "difference_from_oracle": { "median": median_oracle, "most": most_oracle },

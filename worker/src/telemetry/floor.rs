@@ -3,12 +3,19 @@
 
 use bora_common::model::ModelConfig;
 
+use super::engine::StepShape;
+
 /// Rates of one GPU by a part of its name: bytes a second, FP8 and bf16 operations a second.
 const RATES: [(&str, f64, f64, f64); 2] = [("H100", 3.35e12, 1.979e15, 9.89e14), ("H200", 4.8e12, 1.979e15, 9.89e14)];
 
+/// Bytes a second of a GPU's memory by its datasheet, where it is known.
+pub fn memory_rate(gpu: &str) -> Option<f64> {
+    RATES.into_iter().find(|(name, ..)| gpu.contains(name)).map(|(_, bytes_per_second, ..)| bytes_per_second)
+}
+
 /// Floors of one model on one group.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Floors {
+pub struct Floors {
     bytes_per_second: f64,
     fp8: f64,
     bf16: f64,
@@ -21,7 +28,7 @@ pub(super) struct Floors {
 
 impl Floors {
     /// Of `ranks` such GPUs; `None` where the GPU's rates are not known.
-    pub(super) fn of(model: &ModelConfig, ranks: usize, gpu: &str, kv_bytes: f64) -> Option<Self> {
+    pub fn of(model: &ModelConfig, ranks: usize, gpu: &str, kv_bytes: f64) -> Option<Self> {
         let (_, bytes_per_second, fp8, bf16) = RATES.into_iter().find(|(name, ..)| gpu.contains(name))?;
         let ranks = ranks as f64;
         let layers = model.num_hidden_layers as f64;
@@ -41,16 +48,25 @@ impl Floors {
     }
 
     /// Seconds of a step that decodes `batch` sequences at `context`: its bytes.
-    pub(super) fn decode(&self, batch: usize, context: usize) -> f64 {
+    pub fn decode(&self, batch: usize, context: usize) -> f64 {
         let cache = (batch * context) as f64 * self.kv_bytes_per_token;
         (self.linear_weights + self.head_bytes + cache) / self.bytes_per_second
     }
 
     /// Seconds to compute `tokens` tokens after `context` tokens: its arithmetic.
-    pub(super) fn prefill(&self, context: usize, tokens: usize) -> f64 {
+    pub fn prefill(&self, context: usize, tokens: usize) -> f64 {
         let (context, tokens) = (context as f64, tokens as f64);
         let pairs = tokens * context + tokens * (tokens + 1.0) / 2.0;
         2.0 * self.linear_weights * tokens / self.fp8 + pairs * self.pair_operations / self.bf16
+    }
+
+    /// Seconds of a step: its bytes or its arithmetic, whichever takes longer.
+    pub(crate) fn step(&self, shape: &StepShape) -> f64 {
+        let tokens = (shape.decoded_tokens + shape.prefilled_tokens) as f64;
+        let cache = shape.context_tokens as f64 * self.kv_bytes_per_token;
+        let bytes = (self.linear_weights + self.head_bytes + cache) / self.bytes_per_second;
+        let pairs = shape.pairs as f64 * self.pair_operations;
+        bytes.max(2.0 * self.linear_weights * tokens / self.fp8 + pairs / self.bf16)
     }
 }
 
@@ -65,6 +81,10 @@ mod tests {
         let floors = Floors::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();
         assert!((floors.decode(1, 0) - 7.04e-3).abs() < 5e-5);
         assert!((floors.prefill(0, 131_072) - 8.6).abs() < 0.2);
+        let decode = StepShape { decoded_tokens: 1, sequences: 1, ..StepShape::default() };
+        assert_eq!(floors.step(&decode), floors.decode(1, 0));
+        let chunk = StepShape { prefilled_tokens: 8192, sequences: 1, pairs: 8192 * 8193 / 2, ..StepShape::default() };
+        assert!((floors.step(&chunk) - floors.prefill(0, 8192)).abs() < 1e-9);
         assert!(Floors::of(&model, 1, "another", 2.0).is_none());
     }
 }

@@ -1,0 +1,145 @@
+//! One line a request for the log target `bora::audit`: who asked for what, and what came of it. It is written when the
+//! last byte of the answer was made, or when the client was gone. It holds no key, and no prompt unless that was asked
+//! for (`router.access.audit_bodies`).
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use axum::{body::Body, http::Response};
+
+use super::Caller;
+use crate::api::error::ApiError;
+
+/// Most bytes of a body that stand in a line.
+const MAX_BODY_BYTES: usize = 64 << 10;
+
+/// A request's line, while it is known bit by bit. It is written when the last clone is dropped.
+#[derive(Clone)]
+pub struct Audit(Arc<Line>);
+
+struct Line {
+    request: Option<(String, String, Instant)>,
+    caller: OnceLock<Caller>,
+    model: OnceLock<String>,
+    body: Option<OnceLock<String>>,
+    refusal: OnceLock<ApiError>,
+    prompt_tokens: AtomicU64,
+    completion_tokens: AtomicU64,
+    status: AtomicU16,
+    generates: AtomicBool,
+    finished: AtomicBool,
+}
+
+impl Audit {
+    /// Of a request that has just come; `target` is its method and path.
+    pub fn begin(request_id: &str, target: String, bodies: bool) -> Self {
+        let request = Some((request_id.to_owned(), target, Instant::now()));
+        Self(Arc::new(Line::new(request, bodies)))
+    }
+
+    /// Whose it is.
+    pub fn of(&self, caller: &Caller) {
+        let _ = self.0.caller.set(caller.clone());
+    }
+
+    /// What it carries; left out unless bodies are asked for.
+    pub fn body(&self, bytes: &[u8]) {
+        if let Some(body) = &self.0.body {
+            let _ = body.set(String::from_utf8_lossy(&bytes[..bytes.len().min(MAX_BODY_BYTES)]).into_owned());
+        }
+    }
+
+    /// What is asked of which model.
+    pub fn asks(&self, model: &str, prompt_tokens: u64) {
+        let _ = self.0.model.set(model.to_owned());
+        self.0.prompt_tokens.store(prompt_tokens, Ordering::Relaxed);
+        self.0.generates.store(true, Ordering::Relaxed);
+    }
+
+    /// Tokens were generated.
+    pub fn generated(&self, tokens: u64) {
+        self.0.completion_tokens.fetch_add(tokens, Ordering::Relaxed);
+    }
+
+    /// The answer came to its end.
+    pub fn finished(&self) {
+        self.0.finished.store(true, Ordering::Relaxed);
+    }
+
+    /// The head of the response is there.
+    pub fn answered(&self, response: &Response<Body>) {
+        self.0.status.store(response.status().as_u16(), Ordering::Relaxed);
+        if let Some(error) = response.extensions().get::<ApiError>() {
+            let _ = self.0.refusal.set(error.clone());
+        }
+    }
+}
+
+impl Default for Audit {
+    /// Of a request that leaves no line.
+    fn default() -> Self {
+        Self(Arc::new(Line::new(None, false)))
+    }
+}
+
+impl Line {
+    fn new(request: Option<(String, String, Instant)>, bodies: bool) -> Self {
+        Self {
+            request,
+            caller: OnceLock::new(),
+            model: OnceLock::new(),
+            body: bodies.then(OnceLock::new),
+            refusal: OnceLock::new(),
+            prompt_tokens: AtomicU64::new(0),
+            completion_tokens: AtomicU64::new(0),
+            status: AtomicU16::new(0),
+            generates: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
+        }
+    }
+
+    fn outcome(&self, status: u16) -> &'static str {
+        match status {
+            500.. => "failed",
+            400.. => "refused",
+            _ if !self.generates.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) => "finished",
+            // the client left, or a stream broke that could not be saved
+            _ => "cut off",
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let Some((request_id, request, began)) = self.request.take() else { return };
+        let status = *self.status.get_mut();
+        let outcome = self.outcome(status);
+        let caller = self.caller.get();
+        let refusal = self.refusal.get();
+        // what is said of keys and limits is ours; other messages may repeat what the request holds
+        let reason = refusal.filter(|error| matches!(error.status.as_u16(), 401 | 403 | 429));
+        tracing::info!(
+            target: "bora::audit",
+            request_id,
+            tenant = caller.map(|caller| caller.tenant.name.as_str()),
+            key = caller.map(|caller| &*caller.key),
+            request,
+            model = self.model.get(),
+            prompt_tokens = *self.prompt_tokens.get_mut(),
+            completion_tokens = *self.completion_tokens.get_mut(),
+            status,
+            outcome,
+            code = refusal.and_then(|error| error.code),
+            param = refusal.and_then(|error| error.param.as_deref()),
+            reason = reason.map(|error| error.message.as_str()),
+            milliseconds = began.elapsed().as_millis() as u64,
+            body = self.body.as_ref().and_then(OnceLock::get),
+            "request"
+        );
+    }
+}

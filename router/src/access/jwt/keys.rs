@@ -1,0 +1,293 @@
+//! The provider's public keys (a JSON Web Key Set): out of a file or fetched from a URL, again and again.
+//!
+//! Keys that were fetched once stay in use while the provider is away. A token whose key is unknown asks for a fetch,
+//! which happens at most every ten seconds, however many such tokens come.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use axum::http::{Request, Uri, header};
+use bora_common::tls;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper_util::rt::TokioIo;
+use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    sync::{Notify, watch},
+    time::{Instant, timeout},
+};
+use tokio_rustls::TlsConnector;
+
+use super::{JwtAlgorithm, JwtError, JwtOptions, verify::PublicKey};
+
+/// Largest key set and discovery document.
+const MAX_BODY_BYTES: usize = 1 << 20;
+/// Most keys of a set.
+const MAX_KEYS: usize = 256;
+/// Longest fetch.
+const FETCH_WITHIN: Duration = Duration::from_secs(5);
+/// Shortest time between two fetches.
+const FETCH_EVERY: Duration = Duration::from_secs(10);
+/// How long a request waits for a fetch that it asked for.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(6);
+/// How often a file is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Where keys come from.
+pub enum KeySource {
+    /// A file.
+    File(PathBuf),
+    /// A URL: of the keys, or of a document that names it.
+    Url {
+        /// Where.
+        url: Uri,
+        /// Whether it is the issuer's discovery document, and the issuer.
+        discover: Option<String>,
+        /// How its certificate is checked.
+        tls: Arc<ClientConfig>,
+    },
+}
+
+impl KeySource {
+    /// As the options say.
+    pub fn of(options: &JwtOptions) -> Result<Self, JwtError> {
+        let wrong = |field, reason: String| JwtError { field, reason };
+        if let Some(path) = &options.jwks_file {
+            return match options.jwks_url {
+                None => Ok(Self::File(path.clone())),
+                Some(_) => Err(wrong("jwks_url", "set this or jwks_file".into())),
+            };
+        }
+        let (field, text, discover) = match &options.jwks_url {
+            Some(url) => ("jwks_url", url.clone(), None),
+            None => {
+                let base = options.issuer.trim_end_matches('/');
+                ("issuer", format!("{base}/.well-known/openid-configuration"), Some(options.issuer.clone()))
+            }
+        };
+        let url = parse_url(&text).map_err(|reason| wrong(field, reason))?;
+        if url.scheme_str() == Some("http") && !is_loopback(&url) {
+            tracing::warn!(%url, "keys for tokens are fetched without TLS: whoever is on the way can let anybody in");
+        }
+        let roots = roots(options.jwks_ca_file.as_ref()).map_err(|reason| wrong("jwks_ca_file", reason))?;
+        let tls = ClientConfig::builder_with_provider(tls::provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| wrong("jwks_url", error.to_string()))?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Ok(Self::Url { url, discover, tls: Arc::new(tls) })
+    }
+
+    async fn read(&self) -> Result<Vec<u8>, String> {
+        match self {
+            Self::File(path) => tokio::fs::read(path).await.map_err(|error| format!("{}: {error}", path.display())),
+            Self::Url { url, discover: None, tls } => fetch(url, tls).await,
+            Self::Url { url, discover: Some(issuer), tls } => {
+                #[derive(Deserialize)]
+                struct Discovery {
+                    issuer: String,
+                    jwks_uri: String,
+                }
+                let document: Discovery = serde_json::from_slice(&fetch(url, tls).await?)
+                    .map_err(|error| format!("{url}: not a discovery document: {error}"))?;
+                if document.issuer != *issuer {
+                    return Err(format!("{url}: it is the document of another issuer, `{}`", document.issuer));
+                }
+                fetch(&parse_url(&document.jwks_uri)?, tls).await
+            }
+        }
+    }
+}
+
+/// The keys of one fetch.
+pub struct KeySet {
+    keys: Vec<PublicKey>,
+    /// Counted up whenever the keys change.
+    pub generation: u64,
+}
+
+impl KeySet {
+    /// Keys that may have made a signature: those of that id, or, for a token that names none, all of its algorithm.
+    pub(super) fn matching(&self, id: Option<&str>, algorithm: JwtAlgorithm) -> impl Iterator<Item = &PublicKey> {
+        let of_id = move |key: &&PublicKey| id.is_none() || key.id.as_deref() == id;
+        self.keys.iter().filter(of_id).filter(move |key| key.fits(algorithm))
+    }
+}
+
+/// The keys, kept fresh.
+pub struct KeyStore {
+    source: KeySource,
+    refresh: Duration,
+    current: RwLock<Option<Arc<KeySet>>>,
+    wanted: Notify,
+    /// When the last fetch ended; `None` before the first.
+    fetched: watch::Sender<Option<Instant>>,
+}
+
+impl KeyStore {
+    /// Reads a file at once: one that can't be read is an error of the configuration.
+    pub fn open(source: KeySource, refresh_seconds: f64) -> Result<Self, JwtError> {
+        let store = Self {
+            refresh: Duration::from_secs_f64(refresh_seconds),
+            current: RwLock::default(),
+            wanted: Notify::new(),
+            fetched: watch::Sender::new(None),
+            source,
+        };
+        if let KeySource::File(path) = &store.source {
+            let wrong = |reason: String| JwtError { field: "jwks_file", reason };
+            let bytes = std::fs::read(path).map_err(|error| wrong(format!("{}: {error}", path.display())))?;
+            store.put(&bytes).map_err(|reason| wrong(format!("{}: {reason}", path.display())))?;
+        }
+        Ok(store)
+    }
+
+    /// The keys; `None` while none were fetched.
+    pub fn current(&self) -> Option<Arc<KeySet>> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Of the keys; 0 while there are none.
+    pub fn generation(&self) -> u64 {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |keys| keys.generation)
+    }
+
+    /// Asks for a fetch and waits for it; `false` at once where the last one is too young.
+    pub async fn refreshed(&self) -> bool {
+        let mut fetched = self.fetched.subscribe();
+        let last = *fetched.borrow_and_update();
+        if last.is_some_and(|at| at.elapsed() < FETCH_EVERY) {
+            return false;
+        }
+        self.wanted.notify_one();
+        matches!(timeout(REQUEST_PATIENCE, fetched.changed()).await, Ok(Ok(())))
+    }
+
+    /// Fetches keys, for ever: regularly, soon after a failure, and when asked.
+    pub async fn keep_fresh(&self) {
+        let mut seen = None;
+        loop {
+            let outcome = self.source.read().await;
+            let failed = outcome.is_err();
+            if seen.as_ref() != Some(&outcome) {
+                match &outcome {
+                    Ok(bytes) => match self.put(bytes) {
+                        Ok(keys) => tracing::info!(keys, "keys for tokens were read"),
+                        Err(reason) => tracing::error!(reason, "keys for tokens stay as they were"),
+                    },
+                    Err(reason) => tracing::error!(reason, "keys for tokens can't be read"),
+                }
+                seen = Some(outcome);
+            }
+            self.fetched.send_replace(Some(Instant::now()));
+            if matches!(self.source, KeySource::File(_)) {
+                tokio::time::sleep(LOOK_EVERY).await;
+                continue;
+            }
+            let pause = if failed { FETCH_EVERY.min(self.refresh) } else { self.refresh };
+            let began = Instant::now();
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.wanted.notified() => {
+                    // a wish from just before the last fetch
+                    tokio::time::sleep_until(began + FETCH_EVERY.min(pause)).await;
+                }
+            }
+        }
+    }
+
+    /// Takes the keys that can be used; returns how many.
+    fn put(&self, bytes: &[u8]) -> Result<usize, String> {
+        #[derive(Deserialize)]
+        struct Set {
+            keys: Vec<Value>,
+        }
+        let set: Set = serde_json::from_slice(bytes).map_err(|error| format!("not a JSON Web Key Set: {error}"))?;
+        let keys: Vec<PublicKey> = set.keys.into_iter().take(MAX_KEYS).filter_map(PublicKey::of_jwk).collect();
+        if keys.is_empty() {
+            return Err("none of its keys can be used: RSA, EC (P-256, P-384) or Ed25519 is expected".into());
+        }
+        let count = keys.len();
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let generation = current.as_ref().map_or(0, |keys| keys.generation) + 1;
+        *current = Some(Arc::new(KeySet { keys, generation }));
+        Ok(count)
+    }
+}
+
+fn parse_url(text: &str) -> Result<Uri, String> {
+    let url: Uri = text.parse().map_err(|error| format!("`{text}` is no URL: {error}"))?;
+    match (url.scheme_str(), url.host()) {
+        (Some("http" | "https"), Some(_)) => Ok(url),
+        _ => Err(format!("`{text}`: expected https://host/path")),
+    }
+}
+
+fn is_loopback(url: &Uri) -> bool {
+    let host = host_of(url);
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn host_of(url: &Uri) -> &str {
+    let host = url.host().unwrap_or_default();
+    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
+}
+
+fn roots(ca_file: Option<&PathBuf>) -> Result<RootCertStore, String> {
+    if let Some(path) = ca_file {
+        let pem = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        return tls::roots(path, &pem).map_err(|error| error.to_string());
+    }
+    let mut roots = RootCertStore::empty();
+    // where the system has none, nothing over https is trusted, and the fetch says so
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    Ok(roots)
+}
+
+/// Gets a small document.
+async fn fetch(url: &Uri, tls: &Arc<ClientConfig>) -> Result<Vec<u8>, String> {
+    let fetching = async {
+        let host = host_of(url);
+        let secure = url.scheme_str() == Some("https");
+        let port = url.port_u16().unwrap_or(if secure { 443 } else { 80 });
+        let stream = TcpStream::connect((host, port)).await.map_err(|error| error.to_string())?;
+        if !secure {
+            return get(url, stream).await;
+        }
+        let name = ServerName::try_from(host.to_owned()).map_err(|error| error.to_string())?;
+        let stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await;
+        get(url, stream.map_err(|error| error.to_string())?).await
+    };
+    match timeout(FETCH_WITHIN, fetching).await {
+        Ok(outcome) => outcome.map_err(|reason| format!("{url}: {reason}")),
+        Err(_) => Err(format!("{url}: no answer within {FETCH_WITHIN:?}")),
+    }
+}
+
+async fn get(url: &Uri, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Result<Vec<u8>, String> {
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
+    // ends with the sender
+    let connection = tokio::spawn(connection);
+    let authority = url.authority().map_or("", |authority| authority.as_str());
+    let path = url.path_and_query().map_or("/", |path| path.as_str());
+    let request = Request::get(path)
+        .header(header::HOST, authority)
+        .header(header::ACCEPT, "application/json")
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| error.to_string())?;
+    let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+    if !response.status().is_success() {
+        return Err(format!("answered with {}", response.status()));
+    }
+    let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(|error| error.to_string())?;
+    connection.abort();
+    Ok(body.to_bytes().to_vec())
+}

@@ -1,0 +1,63 @@
+//! The span of a request, with OpenTelemetry's attributes for generative AI, and the one of its encoding. Requests
+//! that are not traced (most of them) cost a look at one header.
+
+use axum::http::{HeaderMap, Uri};
+use bora_common::telemetry::{Span, TraceContext, trace};
+
+use super::{answer::RequestContext, error::ApiError, prepare::Prepared};
+use crate::{metrics::OpenRequest, server::RequestId};
+
+/// The request arrived: decides whether it is traced. Returns what its work is done under.
+pub(super) fn arrive(headers: &HeaderMap, uri: &Uri, id: &RequestId, open: &mut OpenRequest) -> Option<TraceContext> {
+    let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
+    let trace::Arrival { context, mut span } = trace::arrive(traceparent, "request");
+    if let Some(span) = &mut span {
+        span.set("http.request.method", "POST");
+        span.set("url.path", uri.path().to_owned());
+        span.set("bora.request_id", id.0.clone());
+    }
+    open.span = span;
+    context
+}
+
+/// The request was read and encoded, or refused.
+pub(super) fn prepared(
+    prepared: &Result<Prepared, ApiError>,
+    operation: &'static str,
+    bytes: usize,
+    encoding: Option<Span>,
+    context: &mut RequestContext,
+) {
+    let (Some(span), Some(mut encoding)) = (&mut context.open.span, encoding) else { return };
+    encoding.set("http.request.body.size", bytes as i64);
+    match prepared {
+        Err(error) => {
+            encoding.fail(error.message.clone());
+            span.rename(operation.to_owned());
+            span.set("gen_ai.operation.name", operation);
+        }
+        Ok(prepared) => {
+            let tokens: usize = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len()).sum();
+            encoding.set("bora.prompt_tokens", tokens as i64);
+            let params = &prepared.params;
+            span.rename(format!("{operation} {}", prepared.model));
+            span.set("gen_ai.operation.name", operation);
+            span.set("gen_ai.provider.name", "bora");
+            span.set("gen_ai.request.model", prepared.model.clone());
+            span.set("gen_ai.response.model", prepared.served_model.clone());
+            span.set("gen_ai.request.choice.count", i64::from(params.n));
+            span.set("gen_ai.request.stream", params.stream);
+            if let Some(max_tokens) = params.max_tokens {
+                span.set("gen_ai.request.max_tokens", i64::from(max_tokens));
+            }
+            if let Some(temperature) = params.sampling.temperature {
+                span.set("gen_ai.request.temperature", f64::from(temperature));
+            }
+            if let Some(top_p) = params.sampling.top_p {
+                span.set("gen_ai.request.top_p", f64::from(top_p));
+            }
+            span.set("bora.priority", params.class.name());
+        }
+    }
+    encoding.end();
+}

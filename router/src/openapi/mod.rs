@@ -1,0 +1,241 @@
+//! `GET /openapi.json`: what the API takes and answers, for people and for tools.
+//!
+//! A [`Route`] is what serves a path and what is said of it, in one: nothing is served without a description. Schemas are
+//! derived from the types of [`requests`] and [`responses`]. Bodies are read by hand and answers borrow from where they
+//! are made, so those types are not the ones that the router works with; `tests/e2e/test_openapi.py` holds them together:
+//! it asks the real server, and a field that is not described fails it.
+
+pub mod requests;
+pub mod responses;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    body::Body,
+    http::Response,
+    routing::{MethodRouter, get, post},
+};
+use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings};
+use serde_json::{Map, Value, json};
+
+use crate::api::status;
+
+type Describe = fn(&mut SchemaGenerator) -> Schema;
+
+/// A path, what serves it, and what is said of it.
+pub struct Route<S> {
+    path: &'static str,
+    method: &'static str,
+    handler: MethodRouter<S>,
+    summary: &'static str,
+    tag: &'static str,
+    takes: Option<Describe>,
+    answers: Vec<Answer>,
+    errors: &'static [u16],
+    keyless: bool,
+}
+
+struct Answer {
+    kind: &'static str,
+    schema: Option<Describe>,
+}
+
+/// What a request for an answer of a model may be refused with.
+pub const REQUEST_ERRORS: &[u16] = &[400, 401, 403, 404, 413, 429, 500, 503, 504];
+/// What a request that only looks may be refused with.
+pub const KEY_ERRORS: &[u16] = &[401, 403, 503];
+
+impl<S: Clone + Send + Sync + 'static> Route<S> {
+    /// A POST of JSON.
+    pub fn post<H: axum::handler::Handler<T, S>, T: 'static>(path: &'static str, handler: H) -> Self {
+        Self::new(path, "post", post(handler))
+    }
+
+    /// A GET.
+    pub fn get<H: axum::handler::Handler<T, S>, T: 'static>(path: &'static str, handler: H) -> Self {
+        Self::new(path, "get", get(handler))
+    }
+
+    fn new(path: &'static str, method: &'static str, handler: MethodRouter<S>) -> Self {
+        let (takes, answers) = (None, Vec::new());
+        Self { path, method, handler, summary: "", tag: "operation", takes, answers, errors: &[], keyless: false }
+    }
+
+    /// In one sentence.
+    pub fn says(mut self, tag: &'static str, summary: &'static str) -> Self {
+        (self.tag, self.summary) = (tag, summary);
+        self
+    }
+
+    /// The body.
+    pub fn takes<T: JsonSchema>(mut self) -> Self {
+        self.takes = Some(|generator| generator.subschema_for::<T>());
+        self
+    }
+
+    /// The answer.
+    pub fn answers<T: JsonSchema>(mut self) -> Self {
+        self.answers
+            .push(Answer { kind: "application/json", schema: Some(|generator| generator.subschema_for::<T>()) });
+        self
+    }
+
+    /// An answer, or another one, that is text.
+    pub fn answers_text(mut self, kind: &'static str) -> Self {
+        self.answers.push(Answer { kind, schema: Some(|generator| generator.subschema_for::<String>()) });
+        self
+    }
+
+    /// Statuses of refusals.
+    pub fn errors(mut self, errors: &'static [u16]) -> Self {
+        self.errors = errors;
+        self
+    }
+
+    /// Needs no key.
+    pub fn keyless(mut self) -> Self {
+        self.keyless = true;
+        self
+    }
+}
+
+/// What is described so far.
+pub struct Document {
+    paths: Map<String, Value>,
+    requests: SchemaGenerator,
+    answers: SchemaGenerator,
+}
+
+impl Default for Document {
+    fn default() -> Self {
+        let settings = || {
+            let mut settings = SchemaSettings::draft2020_12();
+            settings.definitions_path = "/components/schemas".into();
+            settings.meta_schema = None;
+            settings
+        };
+        Self {
+            paths: Map::new(),
+            requests: settings().for_deserialize().into_generator(),
+            answers: settings().for_serialize().into_generator(),
+        }
+    }
+}
+
+impl Document {
+    /// A router of these routes, which are described from now on.
+    pub fn serve<S: Clone + Send + Sync + 'static>(&mut self, routes: Vec<Route<S>>) -> Router<S> {
+        routes.into_iter().fold(Router::new(), |router, route| {
+            self.describe(&route);
+            router.route(route.path, route.handler)
+        })
+    }
+
+    fn describe<S>(&mut self, route: &Route<S>) {
+        let content: Map<String, Value> = route
+            .answers
+            .iter()
+            .filter_map(|answer| Some((answer.kind.to_owned(), json!({"schema": (answer.schema?)(&mut self.answers)}))))
+            .collect();
+        let mut responses = Map::new();
+        responses.insert("200".into(), json!({"description": "What was asked for.", "content": content}));
+        for status in route.errors {
+            let schema = self.answers.subschema_for::<responses::ErrorObject>();
+            let mut response =
+                json!({"description": meaning(*status), "content": {"application/json": {"schema": schema}}});
+            if matches!(status, 429 | 503) {
+                response["headers"] = json!({"retry-after": {
+                    "description": "Seconds after which a retry may succeed.",
+                    "schema": {"type": "integer", "minimum": 0}
+                }});
+            }
+            responses.insert(status.to_string(), response);
+        }
+        let name: String = route.path.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+        let mut operation = json!({
+            "operationId": format!("{}{}", route.method, name.trim_end_matches('_')),
+            "tags": [route.tag],
+            "summary": route.summary,
+            "responses": responses,
+        });
+        if let Some(takes) = route.takes {
+            let schema = takes(&mut self.requests);
+            operation["requestBody"] = json!({"required": true, "content": {"application/json": {"schema": schema}}});
+        }
+        if route.keyless {
+            operation["security"] = json!([]);
+        }
+        // the router's form of a path that may have slashes
+        let path = route.path.replace("{*", "{");
+        if path.contains("{id}") {
+            operation["parameters"] = json!([{
+                "name": "id", "in": "path", "required": true, "schema": {"type": "string", "minLength": 1},
+                "description": "A model's name or alias; it may contain slashes."
+            }]);
+        }
+        let item = self.paths.entry(path).or_insert_with(|| json!({}));
+        item[route.method] = operation;
+    }
+
+    /// The whole document.
+    pub fn finish(mut self) -> Value {
+        let mut schemas = self.requests.take_definitions(true);
+        schemas.extend(self.answers.take_definitions(true));
+        json!({
+            "openapi": "3.1.0",
+            "info": {
+                "title": "Bora",
+                "version": env!("CARGO_PKG_VERSION"),
+                "description": "OpenAI's API with vLLM's additions, for Mistral's Devstral 2 models. Fields that are not listed are \
+                                ignored and counted; a field of a request that is null is as good as absent.",
+                "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            },
+            "servers": [{"url": "/"}],
+            "security": [{"bearer": []}, {"header": []}, {}],
+            "tags": [
+                {"name": "generation", "description": "Answers of a model, whole or streamed as server-sent events."},
+                {"name": "models", "description": "What is served."},
+                {"name": "tokens", "description": "Text to ids and back."},
+                {"name": "operation", "description": "The state of this router and of its groups."},
+            ],
+            "paths": self.paths,
+            "components": {
+                "schemas": schemas,
+                "securitySchemes": {
+                    "bearer": {
+                        "type": "http", "scheme": "bearer",
+                        "description": "An API key, or a token of the OIDC provider. Needed where the router has keys."
+                    },
+                    "header": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key, as other APIs send it."},
+                },
+            },
+        })
+    }
+}
+
+/// The route of the document.
+pub fn route<S: Clone + Send + Sync + 'static>(document: Document) -> Router<S> {
+    let document = Arc::new(document.finish());
+    Router::new().route(
+        "/openapi.json",
+        get(move || {
+            let response: Response<Body> = status::json(&*document);
+            async { response }
+        }),
+    )
+}
+
+fn meaning(status: u16) -> &'static str {
+    match status {
+        400 => "The request is wrong; `param` names the field.",
+        401 => "No key that is known, or no good token.",
+        403 => "What this key may not do.",
+        404 => "No such model.",
+        413 => "The body is larger than the limit.",
+        429 => "A limit of the tenant is reached, or every group is full.",
+        503 => "Nobody can answer now: no group of the model takes requests.",
+        504 => "The request did not finish within its time.",
+        _ => "Something broke.",
+    }
+}

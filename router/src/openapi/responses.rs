@@ -1,0 +1,334 @@
+//! Answers, as the document describes them; what is written is in [`crate::api`].
+
+#![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
+
+use std::collections::BTreeMap;
+
+use bora_common::registry::{Device, GroupState};
+use schemars::JsonSchema;
+
+/// OpenAI's form of an error.
+#[derive(JsonSchema)]
+pub struct ErrorObject {
+    pub error: ErrorFields,
+}
+
+/// Part of [`ErrorObject`].
+#[derive(JsonSchema)]
+pub struct ErrorFields {
+    /// For a person.
+    pub message: String,
+    /// Of error.
+    pub r#type: String,
+    /// The field at fault.
+    pub param: Option<String>,
+    pub code: Option<String>,
+}
+
+/// Tokens that a request used.
+#[derive(JsonSchema)]
+pub struct Usage {
+    pub prompt_tokens: u32,
+    pub total_tokens: u32,
+    pub completion_tokens: u32,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+/// Part of [`Usage`].
+#[derive(JsonSchema)]
+pub struct PromptTokensDetails {
+    /// Found in the group's prefix cache.
+    pub cached_tokens: u32,
+}
+
+/// A chat answer.
+#[derive(JsonSchema)]
+pub struct ChatCompletion {
+    pub id: String,
+    pub object: String,
+    pub created: u64,
+    pub model: String,
+    pub choices: Vec<ChatChoice>,
+    pub usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<Vec<Option<BTreeMap<String, PromptToken>>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// One choice of a chat answer.
+#[derive(JsonSchema)]
+pub struct ChatChoice {
+    pub index: u32,
+    pub message: AssistantMessage,
+    pub logprobs: Option<ChatLogprobs>,
+    pub finish_reason: Option<FinishReason>,
+    /// The stop string or stop token that ended it.
+    pub stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// Why an answer is over.
+#[derive(JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    Stop,
+    Length,
+    ToolCalls,
+}
+
+/// A stop string, or the id of a stop token.
+#[derive(JsonSchema)]
+#[serde(untagged)]
+pub enum StopReason {
+    Text(String),
+    Id(u32),
+}
+
+/// What the model says.
+#[derive(JsonSchema)]
+pub struct AssistantMessage {
+    pub role: String,
+    pub content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<MadeCall>>,
+}
+
+/// A call that the model makes.
+#[derive(JsonSchema)]
+pub struct MadeCall {
+    pub id: String,
+    pub r#type: String,
+    pub function: MadeFunction,
+}
+
+/// Part of [`MadeCall`].
+#[derive(JsonSchema)]
+pub struct MadeFunction {
+    pub name: String,
+    /// JSON text.
+    pub arguments: String,
+}
+
+/// Logprobs of a chat answer.
+#[derive(JsonSchema)]
+pub struct ChatLogprobs {
+    pub content: Vec<ChatLogprob>,
+}
+
+/// A token with its alternatives.
+#[derive(JsonSchema)]
+pub struct ChatLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Option<Vec<u8>>,
+    pub top_logprobs: Vec<TopLogprob>,
+}
+
+/// An alternative.
+#[derive(JsonSchema)]
+pub struct TopLogprob {
+    pub token: String,
+    pub logprob: f32,
+    pub bytes: Option<Vec<u8>>,
+}
+
+/// A token of a prompt.
+#[derive(JsonSchema)]
+pub struct PromptToken {
+    pub logprob: f32,
+    pub rank: u32,
+    pub decoded_token: String,
+}
+
+/// A completion.
+#[derive(JsonSchema)]
+pub struct Completion {
+    pub id: String,
+    pub object: String,
+    pub created: u64,
+    pub model: String,
+    pub choices: Vec<CompletionChoice>,
+    pub usage: Usage,
+}
+
+/// One choice of a completion.
+#[derive(JsonSchema)]
+pub struct CompletionChoice {
+    pub index: u32,
+    pub text: String,
+    pub logprobs: Option<CompletionLogprobs>,
+    pub finish_reason: Option<FinishReason>,
+    pub stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<Vec<Option<BTreeMap<String, PromptToken>>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// Logprobs of a completion: lists of the same length.
+#[derive(JsonSchema)]
+pub struct CompletionLogprobs {
+    pub text_offset: Vec<u64>,
+    pub token_logprobs: Vec<Option<f32>>,
+    pub tokens: Vec<String>,
+    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
+}
+
+/// All models.
+#[derive(JsonSchema)]
+pub struct ModelList {
+    pub object: String,
+    pub data: Vec<Model>,
+}
+
+/// A model under one of its names.
+#[derive(JsonSchema)]
+pub struct Model {
+    pub id: String,
+    pub object: String,
+    pub created: u64,
+    pub owned_by: String,
+    /// The model behind an alias.
+    pub root: String,
+    pub parent: Option<String>,
+    /// Absent while no group serves it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<u32>,
+    #[schemars(with = "Option<DeviceKind>")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<Device>,
+    pub groups: usize,
+    pub ready_groups: usize,
+    pub r#type: String,
+    pub name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_context_length: Option<u32>,
+    pub aliases: Vec<String>,
+    pub capabilities: Capabilities,
+}
+
+/// What a group computes on; a fake one only pretends.
+#[derive(JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    Cpu,
+    Cuda,
+    Fake,
+}
+
+/// What a model can do, in Mistral's words.
+#[derive(JsonSchema)]
+pub struct Capabilities {
+    pub completion_chat: bool,
+    pub completion_fim: bool,
+    pub function_calling: bool,
+    pub fine_tuning: bool,
+    pub vision: bool,
+}
+
+/// Answer of `/tokenize`.
+#[derive(JsonSchema)]
+pub struct Tokenized {
+    pub count: usize,
+    pub max_model_len: u32,
+    pub tokens: Vec<u32>,
+    pub token_strs: Option<Vec<String>>,
+}
+
+/// Answer of `/detokenize`.
+#[derive(JsonSchema)]
+pub struct Detokenized {
+    pub prompt: String,
+}
+
+/// The fleet as this router sees it.
+#[derive(JsonSchema)]
+pub struct Groups {
+    /// Routers that live, this one included.
+    pub routers: u32,
+    pub groups: Vec<Group>,
+}
+
+/// A group: one copy of a model.
+#[derive(JsonSchema)]
+pub struct Group {
+    pub group: String,
+    /// Changes with every start.
+    pub epoch: u64,
+    pub endpoint: String,
+    pub model: String,
+    pub aliases: Vec<String>,
+    #[schemars(with = "DeviceKind")]
+    pub device: Device,
+    pub weight_fingerprint: String,
+    pub ranks: Vec<Rank>,
+    pub block_tokens: u32,
+    pub kv_blocks: u32,
+    pub max_model_len: u32,
+    pub vocabulary_size: u32,
+    pub max_sequences: u32,
+    pub images: bool,
+    pub speed: Speed,
+    #[schemars(with = "State")]
+    pub state: GroupState,
+    pub version: String,
+    /// Whether the registry still lists it.
+    pub announced: bool,
+    /// Whether its event stream to this router lives.
+    pub watched: bool,
+    pub load: Load,
+}
+
+/// Whether a group takes requests.
+#[derive(JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    Loading,
+    Ready,
+    Draining,
+}
+
+/// A rank of a group.
+#[derive(JsonSchema)]
+pub struct Rank {
+    pub rank: u32,
+    pub host: String,
+    pub pid: u32,
+}
+
+/// Measured rates of a group.
+#[derive(JsonSchema)]
+pub struct Speed {
+    pub prefill_tokens_per_second: f64,
+    pub prefill_seconds_per_token_pair: f64,
+    pub decode_step_seconds: f64,
+}
+
+/// What a group last told of itself.
+#[derive(JsonSchema)]
+pub struct Load {
+    pub running: u32,
+    pub waiting: u32,
+    pub queued_prefill_tokens: u64,
+    pub blocks_total: u32,
+    pub blocks_used: u32,
+    pub blocks_cached: u32,
+    pub steps: u64,
+}
+
+/// At least one group takes requests.
+#[derive(JsonSchema)]
+pub struct Ready {
+    pub status: String,
+    pub ready_groups: usize,
+}
+
+/// The release.
+#[derive(JsonSchema)]
+pub struct Version {
+    pub version: String,
+}

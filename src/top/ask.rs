@@ -1,0 +1,146 @@
+//! Asks a router what it knows, and the leaders of its groups how far their ranks are.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use bora_common::registry::{GroupRecord, GroupState};
+use bora_common::telemetry::exposition::{self, Family};
+use bora_proto::v1::{RankStatus, StatusRequest, admin_client::AdminClient};
+use futures::future::join_all;
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::net::TcpStream;
+use tonic::transport::Endpoint;
+
+/// How long a router may take.
+const ROUTER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a leader may take: it may not be reachable from here at all.
+const LEADER_PATIENCE: Duration = Duration::from_millis(500);
+/// Bytes of an answer; a fleet of thousands of groups stays far below.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// A group as the router lists it.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Group {
+    #[serde(flatten)]
+    pub(super) record: GroupRecord,
+    pub(super) announced: bool,
+    pub(super) watched: bool,
+    pub(super) load: Load,
+}
+
+impl Group {
+    /// In a word.
+    pub(super) fn state(&self) -> &'static str {
+        match (self.record.state, self.watched, self.announced) {
+            (GroupState::Ready, true, true) => "ready",
+            (GroupState::Ready, true, false) => "unlisted",
+            (GroupState::Ready, false, _) => "unwatched",
+            (GroupState::Loading, ..) => "loading",
+            (GroupState::Draining, ..) => "draining",
+        }
+    }
+}
+
+/// What a group last told of itself.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub(super) struct Load {
+    pub(super) running: u32,
+    pub(super) waiting: u32,
+    pub(super) queued_prefill_tokens: u64,
+    pub(super) blocks_total: u32,
+    pub(super) blocks_used: u32,
+    pub(super) blocks_cached: u32,
+    pub(super) steps: u64,
+}
+
+#[derive(Deserialize)]
+struct Listing {
+    groups: Vec<Group>,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: String,
+}
+
+/// Everything at one moment.
+#[derive(Clone, Debug)]
+pub(super) struct Look {
+    pub(super) at: Instant,
+    pub(super) router: String,
+    pub(super) version: String,
+    pub(super) groups: Vec<Group>,
+    pub(super) metrics: Vec<Family>,
+    /// By group; none where its leader was not asked or did not answer.
+    pub(super) ranks: BTreeMap<String, Vec<RankStatus>>,
+}
+
+/// Whom to ask.
+#[derive(Clone, Debug)]
+pub(super) struct Asker {
+    router: String,
+    ask_leaders: bool,
+}
+
+impl Asker {
+    pub(super) fn new(router: &str, ask_leaders: bool) -> Self {
+        let address = router.trim_start_matches("http://").trim_end_matches('/');
+        Self { router: address.to_owned(), ask_leaders }
+    }
+
+    /// Looks once.
+    pub(super) async fn look(&self) -> anyhow::Result<Look> {
+        let at = Instant::now();
+        let asked = async { tokio::try_join!(self.get("/version"), self.get("/groups"), self.get("/metrics")) };
+        let (version, groups, metrics) = tokio::time::timeout(ROUTER_PATIENCE, asked)
+            .await
+            .with_context(|| format!("{} did not answer within {} s", self.router, ROUTER_PATIENCE.as_secs()))??;
+        let version: Version = serde_json::from_str(&version).context("/version")?;
+        let listing: Listing = serde_json::from_str(&groups).context("/groups")?;
+        let ranks = if self.ask_leaders { ranks(&listing.groups).await } else { BTreeMap::new() };
+        Ok(Look {
+            at,
+            router: self.router.clone(),
+            version: version.version,
+            groups: listing.groups,
+            metrics: exposition::parse(&metrics),
+            ranks,
+        })
+    }
+
+    async fn get(&self, path: &str) -> anyhow::Result<String> {
+        let stream =
+            TcpStream::connect(&self.router).await.with_context(|| format!("connecting to {}", self.router))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let driving = tokio::spawn(connection);
+        let request = hyper::Request::get(path).header("host", &self.router).body(Empty::<Bytes>::new())?;
+        let response =
+            sender.send_request(request).await.with_context(|| format!("asking {} for {path}", self.router))?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+        driving.abort();
+        let body = body.map_err(|error| anyhow::anyhow!("{path}: {error}"))?.to_bytes();
+        if !status.is_success() {
+            bail!("{} answered {status} for {path}: is it a router?", self.router);
+        }
+        Ok(String::from_utf8_lossy(&body).into_owned())
+    }
+}
+
+async fn ranks(groups: &[Group]) -> BTreeMap<String, Vec<RankStatus>> {
+    let answers = join_all(groups.iter().map(|group| async move {
+        let asked = tokio::time::timeout(LEADER_PATIENCE, status(&group.record.endpoint)).await;
+        (group.record.group.clone(), asked)
+    }));
+    let known = answers.await.into_iter().filter_map(|(group, answer)| Some((group, answer.ok()?.ok()?)));
+    known.collect()
+}
+
+async fn status(endpoint: &str) -> anyhow::Result<Vec<RankStatus>> {
+    let channel = Endpoint::from_shared(format!("http://{endpoint}"))?.connect().await?;
+    Ok(AdminClient::new(channel).status(StatusRequest {}).await?.into_inner().ranks)
+}

@@ -1,0 +1,186 @@
+//! Fuzz targets. Each takes any bytes and panics where something that must always hold does not.
+//!
+//! They run under libFuzzer (`fuzz_targets/`, which needs a nightly compiler) and, for a bounded time, with the mutator
+//! of [`mutate`] in `cargo test` (`tests/bounded.rs`). Both begin with the inputs of `corpus/`; an input that once broke
+//! something stays there.
+
+pub mod mutate;
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
+
+use bora_common::{
+    conversation::{Conversation, DataUrls, Delta, Json, ToolCallParser},
+    registry::{Device, GroupRecord, GroupState, RankRecord, Speed},
+    tokenizer::Tokenizer,
+};
+use bora_router::{
+    Access, AccessOptions, ModelSpec, RouterOptions, Service,
+    api::{
+        error::ApiError,
+        params::{Client, Endpoint},
+        prepare::{Prepared, prepare},
+    },
+};
+use bytes::Bytes;
+
+const MODEL: &str = "m";
+const VOCABULARY: u32 = 9192;
+const WINDOW: u32 = 4096;
+
+/// Where the inputs to begin with are.
+pub fn corpus(target: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target)
+}
+
+/// A request's body, read, checked and encoded as the router does it: an error is the client's, and a prompt is the same
+/// whether or not its beginning was seen before.
+pub fn request(input: &[u8]) {
+    let bytes = Bytes::copy_from_slice(input);
+    for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+        let prepared = |service: &Service| prepare(service, endpoint, Client::default(), None, &bytes);
+        let (cached, fresh) = (prepared(service(true)), prepared(service(false)));
+        match (&cached, &fresh) {
+            (Ok(cached), Ok(fresh)) => same(cached, fresh),
+            (Err(cached), Err(fresh)) => {
+                check_error(cached);
+                check_error(fresh);
+            }
+            _ => panic!("a cache decided about a request: {:?}, {:?}", cached.err(), fresh.err()),
+        }
+    }
+}
+
+fn same(cached: &Prepared, fresh: &Prepared) {
+    assert_eq!(cached.prompts.len(), fresh.prompts.len());
+    for (one, other) in cached.prompts.iter().zip(&fresh.prompts) {
+        assert_eq!(one.encoded.token_ids, other.encoded.token_ids);
+        assert_eq!(one.encoded.hashes, other.encoded.hashes);
+        assert_eq!(one.encoded.images, other.encoded.images);
+        let length = one.encoded.token_ids.len();
+        assert!(length + one.output_bound as usize <= WINDOW as usize, "{length} + {}", one.output_bound);
+        assert!(one.encoded.token_ids.iter().all(|id| *id < VOCABULARY));
+    }
+}
+
+fn check_error(error: &ApiError) {
+    assert!((400..500).contains(&error.status.as_u16()), "{error:?}");
+    assert!(!error.message.is_empty(), "{error:?}");
+    let body: serde_json::Value = serde_json::from_slice(&error.to_json()).expect("an error is JSON");
+    assert!(body["error"]["message"].is_string());
+}
+
+/// What a model generated (ids of two bytes, little-endian): nothing is lost, calls have names, and an answer that
+/// parses is what was streamed.
+pub fn tool_calls(input: &[u8]) {
+    let tokenizer = tokenizer();
+    let ids: Vec<u32> = input.chunks_exact(2).map(|pair| u32::from(u16::from_le_bytes([pair[0], pair[1]]))).collect();
+    let mut parser = ToolCallParser::new(Arc::clone(tokenizer));
+    let mut deltas: Vec<Delta> = ids.iter().flat_map(|id| parser.push(*id)).collect();
+    let (last, parse) = parser.finish();
+    deltas.extend(last);
+    let mut content = String::new();
+    let mut calls: Vec<(String, String)> = Vec::new();
+    for delta in deltas {
+        match delta {
+            Delta::Content(text) => content.push_str(&text),
+            Delta::CallStart { index, name } => {
+                assert_eq!(index, calls.len());
+                assert!(!name.is_empty());
+                calls.push((name, String::new()));
+            }
+            Delta::Arguments { index, text } => calls[index].1.push_str(&text),
+            Delta::CallEnd { index } => assert_eq!(index + 1, calls.len()),
+        }
+    }
+    if parse.error.is_some() {
+        let kept: Vec<u32> = ids.into_iter().filter(|id| *id != tokenizer.eos_id()).collect();
+        assert_eq!(parse.content.unwrap_or_default(), tokenizer.decode(&kept, false));
+        return;
+    }
+    assert_eq!(parse.content.unwrap_or_default(), content);
+    let whole: Vec<_> = parse.tool_calls.into_iter().map(|call| (call.name, call.arguments)).collect();
+    assert_eq!(whole, calls);
+    for (_, arguments) in &calls {
+        assert!(serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(arguments).is_ok(), "{arguments}");
+    }
+}
+
+/// A whole chat request as a conversation: laid out and encoded twice to the same ids, with an end for each part.
+pub fn conversation(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    let Ok(request) = Json::parse(text) else { return };
+    let conversation = match Conversation::parse_request(&request) {
+        Ok(conversation) => conversation,
+        Err(error) => {
+            assert!(!error.message.is_empty() && !error.code().is_empty(), "{error:?}");
+            return;
+        }
+    };
+    let tokenizer = tokenizer();
+    let Ok(encoded) = conversation.encode(tokenizer, &DataUrls) else { return };
+    assert_eq!(Ok(&encoded), conversation.encode(tokenizer, &DataUrls).as_ref());
+    assert_eq!(encoded.message_ends.len(), conversation.parts().len());
+    assert!(encoded.message_ends.is_sorted());
+    assert_eq!(encoded.message_ends.last(), Some(&encoded.token_ids.len()));
+    assert_eq!(encoded.token_ids.first().copied(), tokenizer.bos_id());
+    for image in &encoded.images {
+        assert_eq!(image.length, (image.columns as usize + 1) * image.rows as usize);
+        assert!(image.offset + image.length <= encoded.token_ids.len());
+        assert!(image.index < conversation.images().len());
+    }
+}
+
+fn tokenizer() -> &'static Arc<Tokenizer> {
+    static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
+    TOKENIZER.get_or_init(|| {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/tokenizers/tekken-v13-8k.json");
+        Arc::new(Tokenizer::from_file(path).expect("the fixture is a tokenizer"))
+    })
+}
+
+/// A router's state with one group; with a cache of conversations, or without.
+fn service(cache: bool) -> &'static Service {
+    static SERVICES: OnceLock<[Service; 2]> = OnceLock::new();
+    let services = SERVICES.get_or_init(|| {
+        // channels to groups want a runtime, though nothing is ever sent
+        let runtime = Box::leak(Box::new(
+            tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made"),
+        ));
+        let _entered = runtime.enter();
+        [1 << 20, 0].map(|conversation_cache_bytes| {
+            let options = RouterOptions { conversation_cache_bytes, encode_threads: 1, ..RouterOptions::default() };
+            let access = Arc::new(Access::open(AccessOptions::default()).expect("no keys"));
+            let models = HashMap::from([(MODEL.to_owned(), ModelSpec::new(Arc::clone(tokenizer())))]);
+            let service = Service::new(options, models, access);
+            service.fleet().put_unwatched(group()).expect("an endpoint");
+            service
+        })
+    });
+    &services[usize::from(!cache)]
+}
+
+fn group() -> GroupRecord {
+    GroupRecord {
+        group: "fuzzed".into(),
+        epoch: 1,
+        endpoint: "127.0.0.1:1".into(),
+        model: MODEL.into(),
+        aliases: vec![],
+        device: Device::Fake,
+        weight_fingerprint: "0".into(),
+        ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
+        block_tokens: 64,
+        kv_blocks: 64,
+        max_model_len: WINDOW,
+        vocabulary_size: VOCABULARY,
+        max_sequences: 8,
+        images: true,
+        speed: Speed { prefill_tokens_per_second: 1.0, prefill_seconds_per_token_pair: 0.0, decode_step_seconds: 1.0 },
+        state: GroupState::Ready,
+        version: "0".into(),
+    }
+}

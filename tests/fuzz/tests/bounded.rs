@@ -1,0 +1,66 @@
+//! Every target over its corpus and, for a few seconds, over what the mutator makes of it. `BORA_FUZZ_SECONDS` says how
+//! long (for each target), `BORA_FUZZ_SEED` with which numbers; an input that fails is written to the target directory
+//! and belongs into the corpus.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use rand::{SeedableRng as _, rngs::StdRng};
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+fn run(name: &str, target: fn(&[u8])) {
+    let mut corpus: Vec<(String, Vec<u8>)> = std::fs::read_dir(bora_fuzz::corpus(name))
+        .expect("a corpus")
+        .map(|entry| entry.expect("readable"))
+        .map(|entry| (entry.file_name().to_string_lossy().into_owned(), std::fs::read(entry.path()).expect("readable")))
+        .collect();
+    corpus.sort();
+    assert!(corpus.len() >= 10, "{name}: the corpus has {} inputs", corpus.len());
+    for (file, input) in &corpus {
+        check(name, target, input, file);
+    }
+    let inputs: Vec<Vec<u8>> = corpus.into_iter().map(|(_, input)| input).collect();
+    let seed = setting("BORA_FUZZ_SEED", 1);
+    let mut random = StdRng::seed_from_u64(seed);
+    let end = Instant::now() + Duration::from_secs(setting("BORA_FUZZ_SECONDS", 4));
+    let mut tried = 0;
+    while Instant::now() < end {
+        let input = bora_fuzz::mutate::mutate(&inputs, &mut random);
+        check(name, target, &input, &format!("seed {seed}, input {tried}"));
+        tried += 1;
+    }
+    println!("{name}: {tried} inputs");
+    assert!(tried > 100, "{name}: only {tried} inputs in the time given");
+}
+
+fn check(name: &str, target: fn(&[u8]), input: &[u8], what: &str) {
+    let began = Instant::now();
+    if catch_unwind(AssertUnwindSafe(|| target(input))).is_err() {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{name}"));
+        std::fs::write(&file, input).expect("writable");
+        panic!("{name} failed ({what}); the input is in {}", file.display());
+    }
+    // an input that costs that much could be used to stop a router
+    assert!(began.elapsed() < Duration::from_secs(2), "{name} took {:?} ({what})", began.elapsed());
+}
+
+#[test]
+fn request() {
+    run("request", bora_fuzz::request);
+}
+
+#[test]
+fn tool_calls() {
+    run("tool_calls", bora_fuzz::tool_calls);
+}
+
+#[test]
+fn conversation() {
+    run("conversation", bora_fuzz::conversation);
+}

@@ -1,0 +1,195 @@
+//! What a worker process tells of itself at `/metrics`, and the spans of its ranks.
+//!
+//! Every process has a port for it (`worker.admin`), the ones that hold no rank 0 too. What changes with every step
+//! is counted where it happens ([`engine`], [`ranks`]); how things stand is looked at when somebody asks.
+
+pub(crate) mod engine;
+pub mod floor;
+mod port;
+pub(crate) mod ranks;
+pub(crate) mod spans;
+
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bora_common::registry::{Device, GroupRecord};
+use bora_common::telemetry::{MetricsSource, process};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode_registry;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+use crate::backend::cuda;
+use crate::engine::EngineObserver;
+use crate::grammar::Grammars;
+use crate::parallel::GroupProgress;
+pub(crate) use port::serve;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabels {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct RankLabels {
+    pub(crate) rank: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct MemoryLabels {
+    rank: u32,
+    state: &'static str,
+}
+
+type Seconds = Gauge<f64, AtomicU64>;
+
+/// The metrics of one worker process. Cheap to share; says nothing before its group is known.
+#[derive(Default)]
+pub struct WorkerMetrics {
+    state: Mutex<Option<State>>,
+}
+
+struct State {
+    registry: Registry,
+    /// The GPUs of the local ranks, in their order; none on other devices.
+    gpus: Vec<(u32, usize)>,
+    gpu_memory: Family<MemoryLabels, Gauge>,
+    leader: Option<Leader>,
+}
+
+/// How the group stands, as its leader knows it.
+struct Leader {
+    observer: EngineObserver,
+    progress: Option<Arc<GroupProgress>>,
+    prefill_tokens_per_second: f64,
+    running: Gauge,
+    waiting: Gauge,
+    queued_tokens: Gauge,
+    queued_seconds: Seconds,
+    kv_blocks: Family<StateLabels, Gauge>,
+    rank_steps: Family<RankLabels, Gauge>,
+}
+
+impl WorkerMetrics {
+    /// Of a process whose group is not known yet.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Their text without its end, for a process that has other metrics too.
+    pub fn source(self: &Arc<Self>) -> MetricsSource {
+        let metrics = Arc::clone(self);
+        Arc::new(move || metrics.own_text())
+    }
+
+    /// Everything in OpenMetrics' text form.
+    pub fn text(&self) -> String {
+        let mut text = self.own_text();
+        process::write(&mut text, env!("CARGO_PKG_VERSION"));
+        process::end(&mut text);
+        text
+    }
+
+    fn own_text(&self) -> String {
+        let mut text = String::new();
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(state) = &*state {
+            state.look();
+            // writing to a String can't fail
+            let _ = encode_registry(&mut text, &state.registry);
+        }
+        text
+    }
+
+    /// The group is known: from now on every series carries its name and its model's.
+    pub(crate) fn of_group(&self, model: &str, group: &str, device: Device, local_ranks: &[u32]) {
+        let labels = [("model".into(), model.to_owned().into()), ("group".into(), group.to_owned().into())];
+        let mut registry = Registry::with_prefix_and_labels("bora_worker", labels.into_iter());
+        ranks::RankMetrics::global().register(&mut registry);
+        let gpu_memory = Family::<MemoryLabels, Gauge>::default();
+        registry.register(
+            "gpu_memory_bytes",
+            "Memory of each rank's GPU, used (by anybody) and free",
+            gpu_memory.clone(),
+        );
+        let gpus = if device == Device::Cuda { local_ranks.iter().copied().zip(0..).collect() } else { Vec::new() };
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(State { registry, gpus, gpu_memory, leader: None });
+    }
+
+    /// Grammars are compiled and masks made in every process.
+    pub(crate) fn of_grammars(&self, grammars: &Grammars) {
+        if let Some(state) = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
+            grammars.register(&mut state.registry);
+        }
+    }
+
+    /// The engine runs here: this process leads the group.
+    pub(crate) fn of_leader(
+        &self,
+        observer: EngineObserver,
+        record: &GroupRecord,
+        progress: Option<Arc<GroupProgress>>,
+    ) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(state) = &mut *state else { return };
+        observer.metrics.register(&mut state.registry);
+        let leader = Leader {
+            observer,
+            progress,
+            prefill_tokens_per_second: record.speed.prefill_tokens_per_second.max(1.0),
+            running: Gauge::default(),
+            waiting: Gauge::default(),
+            queued_tokens: Gauge::default(),
+            queued_seconds: Seconds::default(),
+            kv_blocks: Family::default(),
+            rank_steps: Family::default(),
+        };
+        let registry = &mut state.registry;
+        registry.register("running_sequences", "Sequences that run", leader.running.clone());
+        registry.register("waiting_sequences", "Sequences in the queue", leader.waiting.clone());
+        registry.register("queued_prefill_tokens", "Prompt tokens not computed yet", leader.queued_tokens.clone());
+        registry.register(
+            "queued_prefill_seconds",
+            "The same in seconds of the prefill rate that was measured at the start",
+            leader.queued_seconds.clone(),
+        );
+        registry.register(
+            "kv_blocks",
+            "Blocks of KV cache: used by running sequences, cached (free, but found again) and free",
+            leader.kv_blocks.clone(),
+        );
+        registry.register(
+            "group_rank_steps",
+            "Steps that each rank of the group has completed, those of other processes as of their last heartbeat",
+            leader.rank_steps.clone(),
+        );
+        state.leader = Some(leader);
+    }
+}
+
+impl State {
+    /// Looks at how things stand now.
+    fn look(&self) {
+        for (rank, gpu) in &self.gpus {
+            let Some((free, total)) = cuda::memory(*gpu) else { continue };
+            for (state, bytes) in [("used", total.saturating_sub(free)), ("free", free)] {
+                self.gpu_memory.get_or_create(&MemoryLabels { rank: *rank, state }).set(bytes as i64);
+            }
+        }
+        let Some(leader) = &self.leader else { return };
+        let load = leader.observer.load();
+        leader.running.set(i64::from(load.running));
+        leader.waiting.set(i64::from(load.waiting));
+        leader.queued_tokens.set(load.queued_prefill_tokens as i64);
+        leader.queued_seconds.set(load.queued_prefill_tokens as f64 / leader.prefill_tokens_per_second);
+        let free = load.blocks_total.saturating_sub(load.blocks_used).saturating_sub(load.blocks_cached);
+        for (state, blocks) in [("used", load.blocks_used), ("cached", load.blocks_cached), ("free", free)] {
+            leader.kv_blocks.get_or_create(&StateLabels { state }).set(i64::from(blocks));
+        }
+        for (rank, steps) in leader.progress.iter().flat_map(|progress| progress.steps()).enumerate() {
+            leader.rank_steps.get_or_create(&RankLabels { rank: rank as u32 }).set(steps as i64);
+        }
+    }
+}
