@@ -99,6 +99,9 @@ fn group_events() -> [(&'static str, GroupEvent); 4] {
                     steps: 7,
                     draft_tokens: 8,
                     accepted_draft_tokens: 9,
+                    // came later: what is not said is 0
+                    host_blocks_total: 0,
+                    host_blocks_cached: 0,
                 }),
             ),
         ),
