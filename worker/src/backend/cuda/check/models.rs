@@ -26,13 +26,13 @@ const CASES: [&str; 4] = ["short", "code", "long", "card_small_talk"];
 const LIMITS: Limits = Limits { step_tokens: 1408, sequences: 8, model_len: 2048, logit_rows: 1408 };
 const BLOCKS: usize = 128;
 
-/// Cache, whether the weights are FP8, and how far the logits of a whole prompt may be from the CPU's: at the median and at most.
-const ORACLE_BOUNDS: [(KvDtype, bool, (f64, f64)); 4] = [
-    (KvDtype::Bf16, false, (0.03, 0.5)),
-    (KvDtype::Bf16, true, (0.3, 3.2)),
-    (KvDtype::Fp8, false, (0.03, 0.7)),
-    (KvDtype::Fp8, true, (0.4, 4.0)),
-];
+/// How much further from the reference than the roundings of a GPU alone lead the CPU backend (median and most of the differences of
+/// logits, largest gap), and what is free besides. Where inputs are rounded to FP8 a last bit decides on which side of a whole
+/// e4m3 step a number falls, so that two right computations differ from each other as much as from the reference.
+const MEDIAN_SHARE: (f64, f64) = (1.3, 0.005);
+const MOST_SHARE: (f64, f64) = (2.5, 0.1);
+/// By how much fewer best ids may agree, besides one.
+const AGREEMENT_LOSS: f64 = 0.1;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -213,8 +213,7 @@ fn check_case(
     let (median_whole, most_whole) = differences(&whole);
     let (median_chunked, most_chunked) = differences(&chunked);
     let (median_stepped, most_stepped) = differences(&stepped);
-    // The CPU with the same cache and the same roundings. With FP8 (activations or cache) a last bit still decides on which side of
-    // a whole e4m3 step a number falls, which later positions read.
+    // the CPU with the same cache and the same roundings
     let oracle = oracle_logits(folder, &ids, !prefix.is_empty(), options.kv)?;
     let from_oracle = |logits: &[f32]| -> (f64, f64) {
         let all: Vec<f64> = logits.iter().zip(&oracle).map(|(a, b)| f64::from((a - b).abs())).collect();
@@ -223,23 +222,18 @@ fn check_case(
         (median(all), most)
     };
     let (median_oracle, most_oracle) = from_oracle(&whole);
-    // bf16 activations: the reference's own bf16 forward is off by 0.17 to 0.80
-    let (median_bound, most_bound, gap_bound) = match (options.kv == KvDtype::Fp8, prefix.is_empty()) {
-        (false, true) => (0.06, 0.8, 0.4),
-        (false, false) => (0.3, 3.2, 1.6),
-        (true, _) => (0.4, 4.0, 4.0),
-    };
-    let (median_oracle_bound, most_oracle_bound) = ORACLE_BOUNDS
-        .iter()
-        .find(|(kv, fp8, _)| (*kv, *fp8) == (options.kv, !prefix.is_empty()))
-        .map_or((0.0, 0.0), |(_, _, bounds)| *bounds);
+    // how far those roundings alone lead away from the reference
+    let (median_rounded, most_rounded) = differences(&oracle);
+    let (agreement_rounded, gap_rounded) = gaps(&oracle);
     let gaps = [gaps(&whole), gaps(&chunked), gaps(&stepped)];
+    let within = |found: f64, rounded: f64, (share, free): (f64, f64)| found < share * rounded + free;
     let passed = ranks_agree
-        && [median_whole, median_chunked, median_stepped].iter().all(|median| *median < median_bound)
-        && [most_whole, most_chunked, most_stepped].iter().all(|most| *most < most_bound)
-        && gaps.iter().all(|(_, gap)| *gap < gap_bound)
-        && median_oracle < median_oracle_bound
-        && most_oracle < most_oracle_bound
+        && [median_whole, median_chunked, median_stepped].iter().all(|m| within(*m, median_rounded, MEDIAN_SHARE))
+        && [most_whole, most_chunked, most_stepped].iter().all(|most| within(*most, most_rounded, MOST_SHARE))
+        && gaps.iter().all(|(_, gap)| within(*gap, gap_rounded, MOST_SHARE))
+        && gaps.iter().all(|(agreement, _)| *agreement >= agreement_rounded - AGREEMENT_LOSS - 1.0 / argmax.len() as f64)
+        && within(median_oracle, median_rounded, MEDIAN_SHARE)
+        && within(most_oracle, most_rounded, MOST_SHARE)
         && moved == 0.0
         // other products compute several rows: an id may differ only where the reference's already did
         && guessed_equal >= same;
@@ -249,6 +243,9 @@ fn check_case(
         "median_difference": [median_whole, median_chunked, median_stepped],
         "largest_difference": [most_whole, most_chunked, most_stepped],
         "difference_from_oracle": { "median": median_oracle, "most": most_oracle },
+        "oracle_from_reference": {
+            "median": median_rounded, "most": most_rounded, "argmax_agreement": agreement_rounded, "gap": gap_rounded,
+        },
         "argmax_agreement": gaps.map(|(agreement, _)| agreement),
         "largest_gap": gaps.map(|(_, gap)| gap),
         "greedy_equal": format!("{same}/{}", greedy.len()),
