@@ -121,8 +121,8 @@ def test_the_binary_needs_the_c_library_alone_and_fits_the_image(tmp_path):
     # what deploy/docker/libraries copies, and the kernel's own
     assert needed <= {"linux-vdso.so.1", "libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "ld-linux-x86-64.so.2", "libdl.so.2", "libpthread.so.0", "librt.so.1"}, needed
     assert run("strip", "-o", tmp_path / "bora", BORA).returncode == 0
-    # the libraries, certificates and time zones are below 25 MB; the router's image is to stay below 60
-    assert (tmp_path / "bora").stat().st_size < 35e6
+    # the libraries, certificates and time zones of deploy/docker/libraries are 10 MB; the router's image is to stay below 60
+    assert (tmp_path / "bora").stat().st_size < 48e6
 
 
 def test_nvidias_libraries_are_those_that_the_worker_opens():
