@@ -1,12 +1,15 @@
 """Keys, tenants and limits at the real router: 401, 403, 429, and a key file that changes while it serves."""
 
 import hashlib
+import pathlib
+import shutil
+import subprocess
 import time
 
 import openai
 import pytest
 
-from cluster import Cluster, http, serve, wait_until
+from cluster import BORA, Cluster, http, serve, wait_until
 
 
 def sha(key):
@@ -149,3 +152,33 @@ def test_the_key_file_is_read_again(guarded):
     assert refused and "refused" in refused[0] and "status=401" in refused[0]
     assert "Hello there" not in log
     assert "bora::audit" in log and "tenant=\"free\"" in log.replace("tenant=free", 'tenant="free"')
+
+
+def can_be_alone():
+    """Whether this machine gives a process a network of its own: there it may listen on all addresses, and nobody reaches it."""
+    return shutil.which("unshare") and subprocess.run(["unshare", "--map-root-user", "--net", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_be_alone(), reason="needs a network namespace of its own")
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_an_open_door_is_told_whatever_the_log_level(form, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(key_file(TENANTS))
+    told = "ANYBODY WHO REACHES THIS PORT MAY USE THE MODELS"
+    with Cluster(registry="static") as cluster:
+        def log_of(name, host, **options):
+            config = cluster.config(name, router=options, log={"level": "error", "format": form}, http={"host": host, "port": 8000, "admin": "127.0.0.1:8001"})
+            process = cluster.spawn(name, ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up; exec "$0" router --config "$1"', BORA, config])
+            wait_until("it listens or ended", lambda: not process.running() or ":1F40" in listening(process), every=0.2)
+            assert process.running(), process.log()
+            process.stop(60)
+            return process.log()
+
+        assert told in log_of("open", "0.0.0.0")
+        assert told not in log_of("loopback", "127.0.0.1")
+        assert told not in log_of("keys", "0.0.0.0", access={"keys": str(keys)})
+
+
+def listening(process):
+    """The sockets of the process's own network, as the kernel writes them: port 8000 is 1F40."""
+    return pathlib.Path(f"/proc/{process.child.pid}/net/tcp").read_text()

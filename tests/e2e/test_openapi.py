@@ -75,10 +75,15 @@ def test_every_field_of_a_request_is_known_to_the_server(fake_cluster):
         return float(re.search(r"^bora_router_unknown_fields_total (\S+)", text, re.M)[1])
 
     before = unknown()
-    for path, name in [("/v1/chat/completions", "ChatRequest"), ("/v1/completions", "CompletionRequest")]:
+    model, messages = {"model": "fake-devstral"}, {"messages": [{"role": "user", "content": "Hi"}]}
+    for path, name, least, needed in [
+        ("/v1/chat/completions", "ChatRequest", 30, {**messages, "max_tokens": 1}), ("/v1/completions", "CompletionRequest", 30, {"prompt": "Hi", "max_tokens": 1}),
+        ("/v1/responses", "ResponsesRequest", 15, {"input": "Hi", "max_output_tokens": 1}), ("/v1/messages", "MessagesRequest", 10, {**messages, "max_tokens": 1}),
+        ("/v1/messages/count_tokens", "CountRequest", 3, messages), ("/tokenize", "TokenizeRequest", 5, {"prompt": "Hi"}), ("/detokenize", "DetokenizeRequest", 1, {"tokens": [5]}),
+    ]:
         fields = {field: None for field in body["components"]["schemas"][name]["properties"]}
-        assert len(fields) > 30
-        ask = {**fields, "messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi", "max_tokens": 1, "model": "fake-devstral"}
+        assert len(fields) > least, name
+        ask = {**fields, **model, **needed}
         status, _, answer = http("POST", fake_cluster.router_url + path, ask)
         assert status == 200, answer
     assert unknown() == before
@@ -119,6 +124,8 @@ def run(cluster, model, directory, examples, *more):
     outcome = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=directory)
     print(outcome.stdout[-6000:], outcome.stderr[-2000:])
     assert outcome.returncode == 0, outcome.stdout[-8000:]
+    selected = re.search(r"Selected: (\d+)/\d+\s+Tested: (\d+)", outcome.stdout)
+    assert selected and selected[1] == selected[2] and int(selected[1]) >= 11, outcome.stdout[-3000:]
     counted = re.search(r"(\d+) generated", outcome.stdout)
     assert counted and int(counted[1]) > 100, outcome.stdout[-3000:]
 

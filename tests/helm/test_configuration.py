@@ -102,6 +102,8 @@ def sample(options):
 
 @pytest.mark.parametrize("section, place", [
     ("router", lambda: schema()["properties"]["router"]["properties"]["options"]),
+    ("router.access", lambda: schema()["properties"]["router"]["properties"]["options"]["properties"]["access"]),
+    ("router.access.jwt", lambda: schema()["properties"]["router"]["properties"]["options"]["properties"]["access"]["properties"]["jwt"]),
     ("worker.schedule", lambda: schema()["$defs"]["workers"]["properties"]["schedule"]),
 ])
 def test_the_schema_knows_the_options_of_the_binary(section, place, tmp_path):

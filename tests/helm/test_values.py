@@ -24,6 +24,7 @@ EVERYTHING = {
     },
     "etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "backup": {"enabled": True}}},
     "telemetry": {"otlpEndpoint": "http://collector:4317"},
+    "test": {"apiKey": {"secret": "question"}},
     "ingress": {"enabled": True, "tlsSecret": "t"},
     "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
     "monitoring": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "dashboards": {"enabled": True}},
@@ -49,6 +50,7 @@ OTHERS = {
     "etcd.builtin.tls.source": CHART_CERTIFICATES,
     "etcd.builtin.storage.kind": {"etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "replicas": 1}}},
     "serviceAccount.create": PLAIN,
+    "test.apiKey.secret": PLAIN,
     "serviceAccount.name": {"etcd": NO_CERTIFICATES, "serviceAccount": {"create": False}},
     "monitoring.podMonitor": {"etcd": NO_CERTIFICATES, "monitoring": {"podMonitor": {"enabled": True}}},
 }
