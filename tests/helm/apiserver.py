@@ -1,5 +1,5 @@
 """A stand-in for a Kubernetes API server: it stores objects, merges server-side applies and deletes, and refuses what the
-schemas refuse. It has no controllers, no admission and no scheduler. There is no kube-apiserver in the package registries
+schemas refuse, what tests/helm/admission.py knows of names, labels and lists, and changes of fields that can't be changed. It has no controllers, no admission and no scheduler. There is no kube-apiserver in the package registries
 that the tests may use; what helm itself does (install, upgrade, rollback, test, uninstall) is real.
 """
 
@@ -17,6 +17,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
+import admission
 import definitions
 
 # group/version: (kind, plural) of what the chart and helm use
@@ -102,7 +103,7 @@ def judge(document):
             kubernetes_validate.validate(document, "1.36", strict=True)
     except (jsonschema.ValidationError, kubernetes_validate.ValidationError, AssertionError) as error:
         return str(error).splitlines()[0]
-    return None
+    return next(admission.complaints(document), None)
 
 
 class Server:
@@ -285,6 +286,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.state.log.append((self.command, kind, key[2], self.headers.get("content-type", ""), query.get("dryRun")))
             if reason := judge({**document, "metadata": {k: v for k, v in document["metadata"].items() if k not in ("uid", "resourceVersion", "creationTimestamp", "managedFields")}}):
                 return self.refuse(422, "Invalid", f"{kind} {key[2]}: {reason}")
+            if old and (fields := list(admission.change(old, document))):
+                return self.refuse(422, "Invalid", f"{kind} {key[2]}: {', '.join(fields)}: field is immutable")
             if old:
                 document = merge(old, document)
             if query.get("dryRun"):

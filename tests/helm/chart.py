@@ -64,7 +64,7 @@ def pod_specs(documents):
         match document["kind"]:
             case "Pod":
                 yield name, document["spec"]
-            case "Deployment" | "StatefulSet":
+            case "Deployment" | "StatefulSet" | "Job":
                 yield name, document["spec"]["template"]["spec"]
             case "CronJob":
                 yield name, document["spec"]["jobTemplate"]["spec"]["template"]["spec"]

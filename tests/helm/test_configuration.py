@@ -62,7 +62,7 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
         "etcd": {"kind": "external", "external": {"endpoints": ["a:2379", "[::1]:2379"], "username": "u", "passwordSecret": {"name": "s"},
                                                   "tls": {"enabled": True, "secret": "t", "clientCertificate": True}}},
         "router": {"options": sample(schema()["properties"]["router"]["properties"]["options"])},
-        "workers": {"device": "cpu", "maxModelLen": 512, "kvCache": {"blocks": 64, "memory": "1GiB", "dtype": "f32"}, "loadFormat": "dummy",
+        "workers": {"device": "cpu", "maxModelLen": 512, "kvCache": {"blocks": 64, "memory": "1GiB", "deviceShare": 0.8, "dtype": "f32"}, "loadFormat": "dummy",
                     "schedule": {**sample(schema()["$defs"]["workers"]["properties"]["schedule"]), "max_num_seqs": 8, "max_num_batched_tokens": 512}},
         "bindAddress": "::",
         "grpc": {"tls": {"secret": "g"}},
@@ -80,7 +80,7 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
         assert outcome.returncode == 0, outcome.stderr + text
         assert "grpc: mutual TLS" in outcome.stdout and ("http: TLS" in outcome.stdout) == (name == "bora-router")
         assert ("keys: /etc/bora/keys/keys.yaml" in text) == (name == "bora-router")
-    assert 'health: "[::]:9002"' in text
+    assert 'health: "[::]:9003"' in text
     assert "certificate_file: /etc/bora/etcd-tls/tls.crt" in text and 'listen: "[::]:9000"' in text
 
 
@@ -100,11 +100,16 @@ def sample(options):
     return {name: value(one) for name, one in options["properties"].items()}
 
 
+OPTIONS = schema()["properties"]["router"]["properties"]["options"]
+SCHEDULE = schema()["$defs"]["workers"]["properties"]["schedule"]
+
+
 @pytest.mark.parametrize("section, place", [
-    ("router", lambda: schema()["properties"]["router"]["properties"]["options"]),
-    ("router.access", lambda: schema()["properties"]["router"]["properties"]["options"]["properties"]["access"]),
-    ("router.access.jwt", lambda: schema()["properties"]["router"]["properties"]["options"]["properties"]["access"]["properties"]["jwt"]),
-    ("worker.schedule", lambda: schema()["$defs"]["workers"]["properties"]["schedule"]),
+    ("router", lambda: OPTIONS),
+    ("router.access", lambda: OPTIONS["properties"]["access"]),
+    ("router.access.jwt", lambda: OPTIONS["properties"]["access"]["properties"]["jwt"]),
+    ("worker.schedule", lambda: SCHEDULE),
+    ("worker.schedule.speculative", lambda: SCHEDULE["properties"]["speculative"]),
 ])
 def test_the_schema_knows_the_options_of_the_binary(section, place, tmp_path):
     """The binary names what it expects where it is given something else."""

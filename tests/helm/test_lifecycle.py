@@ -73,6 +73,9 @@ def test_a_model_that_leaves_the_values_leaves_the_cluster(server, tmp_path):
     assert any(name.startswith("StatefulSet/bora-two") for name in server.names())
     succeeds(helm("upgrade", "bora", CHART, *at, "--set-json", 'models={"one": {}}'))
     assert not any("bora-two" in name for name in server.names()) and "StatefulSet/bora-one" in server.names()
+    # as on a server, what can't be changed is refused
+    outcome = helm("upgrade", "bora", CHART, *at, "--set-json", 'models={"one": {}}', "--set-json", 'etcd.builtin.storage.size="9Gi"')
+    assert outcome.returncode != 0 and "spec.volumeClaimTemplates: field is immutable" in outcome.stderr, outcome.stderr
 
 
 def test_the_stand_in_refuses_what_a_server_would(server, tmp_path):

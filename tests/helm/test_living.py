@@ -250,6 +250,60 @@ def test_a_model_is_fetched_whole(tmp_path):
         server.shutdown()
 
 
+def test_a_member_of_etcd_that_lost_its_volume_comes_back(tmp_path):
+    """As docs/runbooks/BoraEtcdMemberAway.md says it: removed, added, and started with initialClusterState existing."""
+    ports = {(index, port): free_port() for index in range(3) for port in (2379, 2380, 2381)}
+    running = {}
+
+    def start(index, state):
+        documents = parse(render_text(sets=["etcd.builtin.tls.enabled=false", f'etcd.builtin.initialClusterState="{state}"']))
+        (container,) = named(documents, "StatefulSet", "bora-etcd")["spec"]["template"]["spec"]["containers"]
+        words = [word.replace("$(POD_NAME)", f"bora-etcd-{index}").replace("/var/lib/etcd", str(tmp_path / str(index))) for word in container["command"]]
+        # each member's host becomes this one and its own ports
+        words = [re.sub(r"bora-etcd-(\d)\.bora-etcd\.llm\.svc\.cluster\.local:(\d+)", lambda match: f"127.0.0.1:{ports[int(match[1]), int(match[2])]}", word) for word in words]
+        words = [re.sub(r"0\.0\.0\.0:(\d+)", lambda match: f"127.0.0.1:{ports[index, int(match[1])]}", word) for word in words]
+        (tmp_path / str(index)).mkdir(exist_ok=True)
+        with open(tmp_path / f"{index}.log", "a") as log:
+            running[index] = subprocess.Popen(words, stdout=log, stderr=log)
+
+    def ctl(index, *words):
+        return run("etcdctl", "--endpoints", f"127.0.0.1:{ports[index, 2379]}", "--command-timeout", "5s", *words, env={**os.environ, "ETCDCTL_API": "3"})
+
+    try:
+        for index in range(3):
+            start(index, "new")
+        wait_until("three members", lambda: ctl(0, "put", "k", "v").returncode == 0 and ctl(2, "get", "k").stdout.split() == ["k", "v"], 60)
+        running[2].kill()
+        running[2].wait()
+        shutil.rmtree(tmp_path / "2")
+        start(2, "new")
+        assert running[2].wait(60) != 0 and "already been bootstrapped" in (tmp_path / "2.log").read_text()
+        address = f"http://127.0.0.1:{ports[2, 2380]}"
+        members = lambda: [line for line in ctl(0, "member", "list").stdout.splitlines() if line]
+
+        def removed():
+            # a command that ran out of time may have been obeyed
+            for line in members():
+                if address in line:
+                    ctl(0, "member", "remove", line.split(",")[0])
+            return len(members()) == 2
+
+        def added():
+            ctl(0, "member", "add", "bora-etcd-2", f"--peer-urls={address}")
+            return any(address in line for line in members())
+
+        # etcd wants a moment of health before it changes its members
+        wait_until("the member to be removed", removed, 60)
+        wait_until("the member to be added", added, 60)
+        shutil.rmtree(tmp_path / "2")
+        start(2, "existing")
+        wait_until("the member to be back", lambda: ctl(2, "get", "k").stdout.split() == ["k", "v"], 60)
+    finally:
+        for child in running.values():
+            child.kill()
+            child.wait()
+
+
 def test_old_backups_go_and_the_newest_stays(tmp_path):
     for name, days in [("a.db", 30), ("b.db", 9), ("c.db", 8), ("other.txt", 99)]:
         (tmp_path / name).write_text("x")

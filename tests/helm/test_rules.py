@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from chart import CHART, PRESETS, ROOT, Loader, named, objects, preset, run
+from chart import BORA, CHART, PRESETS, ROOT, Loader, named, objects, parse, preset, render_text, run, schema, values
 from living import GPU_METRICS, etcd_metrics, router_metrics, worker_metrics
 
 RULES = CHART / "files" / "rules"
@@ -44,7 +44,8 @@ def test_every_alert_has_a_unit_test_that_sees_it_fire():
 def test_the_chart_carries_the_same_rules():
     for path in PRESETS:
         for rule in objects(preset(path), "PrometheusRule"):
-            carried = [one for group in rule["spec"]["groups"] for one in group["rules"]]
+            # without those that are of one workload (tests/helm/test_admission.py computes them)
+            carried = [one for group in rule["spec"]["groups"] for one in group["rules"] if not one.get("record", "").endswith(":workload")]
             expected = json.loads(json.dumps(list(rules())).replace("RUNBOOKS/", "docs/runbooks/"))
             assert carried == expected
 
@@ -66,6 +67,42 @@ def test_no_runbook_is_without_its_alert():
     assert pages == {alert["alert"] for alert in ALERTS}
 
 
+GUIDES = [*sorted((ROOT / "docs" / "runbooks").glob("*.md")), *(ROOT / "docs" / name for name in ("upgrade.md", "quickstart-kubernetes.md")), CHART / "README.md"]
+
+
+def test_commands_objects_and_values_that_the_pages_name_are_there():
+    """Subcommands and flags of the binary, names of the release's objects, and values of the chart."""
+    multinode = parse(render_text([next(path for path in PRESETS if "multinode" in path.stem)]))
+    names = {document["metadata"]["name"] for document in multinode}
+    known = {".".join(path) for path in leaves_of(values())}
+    options = schema()["properties"]["router"]["properties"]["options"]["properties"]
+    wrong, seen = [], {"commands": 0, "objects": 0, "values": 0}
+    for page in GUIDES:
+        text = page.read_text()
+        for subcommand, flags in re.findall(r"\bbora (check|top|doctor|router|worker|serve|bench)\b((?: --[\w-]+)*)", text):
+            usage = run(BORA, subcommand, "--help")
+            wrong += [f"{page.name}: bora {subcommand} {flag}" for flag in flags.split() if usage.returncode or flag not in usage.stdout]
+            seen["commands"] += 1
+        for name in re.findall(r"\$R-([\w-]+)", text):
+            name = re.sub(r"-(INDEX|\d+)$", "", name.replace("KEY", "batch"))
+            wrong += [f"{page.name}: object {name}"] * (f"bora-{name}" not in names)
+            seen["objects"] += 1
+        for name in re.findall(r"`((?:router|workers|etcd|monitoring|networkPolicy|storage|download|grpc|telemetry|leaderWorkerSet)\.[\w.]+)", text):
+            option = re.match(r"router\.options\.(\w+)", name)
+            there = option[1] in options if option else any(one == prefix + name or one.startswith(f"{prefix}{name}.") for prefix in ("", "workers.") for one in known)
+            wrong += [f"{page.name}: value {name}"] * (not there and name != "grpc.health.v1")
+            seen["values"] += 1
+    assert not wrong, wrong
+    assert seen["commands"] >= 3 and seen["objects"] > 15 and seen["values"] > 40, seen
+
+
+def leaves_of(node, path=()):
+    for key, value in node.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves_of(value, (*path, key))
+
+
 METRIC = re.compile(r"\b((?:bora_router|bora_worker|etcd|process)_[a-z0-9_]+|bora:[a-z0-9_:]+)")
 
 
@@ -85,6 +122,8 @@ def used():
 
 def test_every_metric_that_is_used_is_exported():
     exported = router_metrics() | worker_metrics() | etcd_metrics() | {rule["record"] for rule in rules() if "record" in rule}
+    for rule in objects(preset(next(path for path in PRESETS if "h200x4" in path.stem)), "PrometheusRule"):
+        exported |= {one["record"] for group in rule["spec"]["groups"] for one in group["rules"] if "record" in one}
     missing = sorted({f"{where}: {name}" for where, name in used() if name not in exported})
     assert not missing, missing
 

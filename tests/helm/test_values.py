@@ -7,6 +7,7 @@ import re
 import jsonschema
 import pytest
 
+import admission
 from chart import CHART, PRESETS, helm, named, objects, parse, preset, render_text, run, schema, values
 
 # what must be on for a value to matter; the first that shows a difference is enough
@@ -63,6 +64,12 @@ FITTING = {
     "storage.kind": {"kind": "emptyDir"},
     "download.kind": {"kind": "objectStore", "objectStore": {"source": ":s3:b/m"}},
     "workers.device": {"device": "cpu"},
+    "router.ports.http": {"http": 8080},
+    "router.ports.admin": {"admin": 8081},
+    "workers.ports.grpc": {"grpc": 9010},
+    "workers.ports.peers": {"peers": 9011},
+    "workers.ports.admin": {"admin": 9012},
+    "grpc.tls.healthPort": {"healthPort": 9013},
     "workers.autoscaling.kind": {"kind": "none"},
     "workers.tensorParallelSize": {"tensorParallelSize": 2},
     "workers.ranksPerPod": {"ranksPerPod": 4},
@@ -81,6 +88,7 @@ FITTING = {
     "etcd.builtin.defragmentation.schedule": {"schedule": "1 1 * * *"},
     "etcd.builtin.backup.schedule": {"schedule": "1 1 * * *"},
     "networkPolicy.downloadTo": {"downloadTo": ["10.0.0.0/8"]},
+    "networkPolicy.downloadPorts": {"downloadPorts": [8443]},
     "httpRoute.timeout": {"timeout": "60s"},
     "monitoring.serviceMonitor.interval": {"interval": "30s"},
     "monitoring.podMonitor.interval": {"interval": "30s"},
@@ -174,9 +182,24 @@ def setting_of(path):
     return EVERYTHING
 
 
-def test_every_value_changes_what_is_rendered(tmp_path):
+# values whose change an API server refuses, because it would change a field that can't be changed; docs/upgrade.md says what to do
+IMMUTABLE = {
+    "etcd.builtin.storage.kind", "etcd.builtin.storage.size", "etcd.builtin.storage.storageClassName", "etcd.builtin.backup.storageClassName",
+    "storage.pvc.accessModes", "storage.pvc.storageClassName",
+}
+
+
+def refused_on_upgrade(old_text, new_text):
+    """Immutable fields that differ between two renderings. Only what differs is parsed."""
+    old, new = ({one for one in re.split(r"(?m)^---\n", text)} for text in (old_text, new_text))
+    before = {(one["kind"], one["metadata"]["name"]): one for one in parse("---\n".join(old - new))}
+    return [f"{one['kind']} {field}" for one in parse("---\n".join(new - old))
+            if (one["kind"], one["metadata"]["name"]) in before for field in admission.change(before[one["kind"], one["metadata"]["name"]], one)]
+
+
+def test_every_value_changes_what_is_rendered_and_can_be_changed_by_an_upgrade(tmp_path):
     now = values()
-    bases = {}
+    bases, immutable = {}, {}
 
     def check(number):
         path = PATHS[number]
@@ -191,6 +214,7 @@ def test_every_value_changes_what_is_rendered(tmp_path):
         if holder is None:
             return None
         changed = rendered(merged(base, overlay(path, holder)), tmp_path, number)
+        immutable[".".join(path)] = refused_on_upgrade(bases[id(base)], changed)
         return None if changed != bases[id(base)] else ".".join(path)
 
     for setting in [EVERYTHING, *OTHERS.values()]:
@@ -198,6 +222,10 @@ def test_every_value_changes_what_is_rendered(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         unused = [name for name in pool.map(check, range(len(PATHS))) if name]
     assert not unused, f"values that change nothing: {unused}"
+    # every other change of a value is an upgrade that the API server takes
+    assert {name for name, fields in immutable.items() if fields} == IMMUTABLE, {name: fields for name, fields in immutable.items() if fields}
+    upgrades = (CHART.parents[1] / "docs" / "upgrade.md").read_text()
+    assert not [name for name in IMMUTABLE if f"`{name}`" not in upgrades]
 
 
 def test_every_value_is_documented():
@@ -296,8 +324,11 @@ def test_a_changed_configuration_is_a_new_pod_and_a_changed_number_of_groups_is_
     assert annotations({"workers": {"replicas": 5}}) == [router, worker]
     assert annotations({"workers": {"maxModelLen": 4096}})[1] != worker
     assert annotations({"router": {"options": {"debug": True}}})[0] != router
-    both = annotations({"log": {"level": "debug"}})
-    assert both[0] != router and both[1] != worker
+    # what only one of them reads restarts only that one
+    assert annotations({"workers": {"maxModelLen": 4096}})[0] == router and annotations({"router": {"options": {"debug": True}}})[1] == worker
+    for shared in ({"log": {"level": "debug"}}, {"telemetry": {"otlpEndpoint": "http://collector:4317"}}, {"etcd": {"leaseSeconds": 20}}):
+        both = annotations(shared)
+        assert both[0] != router and both[1] != worker, shared
 
 
 def test_certificates_live_as_long_as_days_says(tmp_path):

@@ -1,12 +1,20 @@
 {{/* Names, labels, and the parts that several pods share. */}}
 
+{{/*
+At most 28 characters: a StatefulSet's pods bear its name and a hash of ten in a label of 63, a LeaderWorkerSet's own
+StatefulSets the group's number besides, and a model's key has up to 20. A longer name ends in a hash of the whole, so
+that two releases do not share one. A Service's name has no dots and begins with a letter.
+*/}}
 {{- define "bora.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
-{{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
-{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 40 | trimSuffix "-" -}}
+{{- $full := default (ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name)) .Values.fullnameOverride | replace "." "-" -}}
+{{- if gt (len $full) 28 -}}
+{{- $full = printf "%s-%s" ($full | trunc 21 | trimSuffix "-") (sha256sum $full | trunc 6) -}}
 {{- end -}}
+{{- if not (regexMatch "^[a-z]" $full) -}}
+{{- fail (printf "fullnameOverride: the names of Services begin with a letter, and `%s` does not" $full) -}}
+{{- end -}}
+{{- $full -}}
 {{- end -}}
 
 {{- define "bora.cluster" -}}
@@ -104,6 +112,16 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and (eq (int $workers.autoscaling.minReplicas) 0) (eq $workers.autoscaling.kind "hpa") -}}
 {{- fail (printf "models.%s.workers.autoscaling: minReplicas 0 needs kind keda" .key) -}}
 {{- end -}}
+{{- if and (eq $workers.kind "LeaderWorkerSet") (eq (int $workers.leaderWorkerSet.maxUnavailable) 0) (eq (int $workers.leaderWorkerSet.maxSurge) 0) -}}
+{{- fail (printf "models.%s.workers.leaderWorkerSet: maxUnavailable and maxSurge can't both be 0: no group could be replaced" .key) -}}
+{{- end -}}
+{{- $ports := dict "grpc" $workers.ports.grpc "peers" $workers.ports.peers "admin" $workers.ports.admin -}}
+{{- if $values.grpc.tls.secret -}}
+{{- $_ := set $ports "grpc.tls.healthPort" $values.grpc.tls.healthPort -}}
+{{- end -}}
+{{- if ne (len (values $ports | uniq)) (len $ports) -}}
+{{- fail (printf "models.%s.workers.ports: each port has one use (grpc, peers, admin, and grpc.tls.healthPort with TLS)" .key) -}}
+{{- end -}}
 {{- if gt (int $workers.autoscaling.minReplicas) (int $workers.autoscaling.maxReplicas) -}}
 {{- fail (printf "models.%s.workers.autoscaling: minReplicas is above maxReplicas" .key) -}}
 {{- end -}}
@@ -121,6 +139,36 @@ seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 {{- $_ := set $model "pods" $pods -}}
 {{- toYaml $model -}}
+{{- end -}}
+
+{{/* What the schema can't see: models among each other and the routers' numbers. */}}
+{{- define "bora.checks" -}}
+{{- $root := . -}}
+{{- $taken := list "router" "router-admin" "etcd" "etcd-maintenance" "scripts" "test" -}}
+{{- range $key, $given := .Values.models -}}
+{{- if or (has $key $taken) (hasPrefix "dashboard-" $key) -}}
+{{- fail (printf "models.%s: objects of the chart bear this name; choose another key" $key) -}}
+{{- end -}}
+{{- $kind := (include "bora.model" (dict "root" $root "key" $key "given" $given) | fromYaml).workers.kind -}}
+{{- range $other := keys $root.Values.models -}}
+{{- if and (eq $kind "LeaderWorkerSet") (regexMatch (printf "^%s-[0-9]+$" $key) $other) -}}
+{{- fail (printf "models.%s: a group of models.%s, which is a LeaderWorkerSet, would bear its name; choose another key" $other $key) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $router := .Values.router -}}
+{{- if eq (int $router.ports.http) (int $router.ports.admin) -}}
+{{- fail "router.ports: http and admin must differ" -}}
+{{- end -}}
+{{- if and $router.autoscaling.enabled (gt (int $router.autoscaling.minReplicas) (int $router.autoscaling.maxReplicas)) -}}
+{{- fail "router.autoscaling: minReplicas is above maxReplicas" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The port of a URL, its scheme's own where it names none. */}}
+{{- define "bora.urlPort" -}}
+{{- $url := urlParse . -}}
+{{- default (ternary "443" "80" (eq $url.scheme "https")) (regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host)) -}}
 {{- end -}}
 
 {{/* The volume of a model's storage. */}}

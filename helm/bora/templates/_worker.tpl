@@ -12,7 +12,8 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
-    checksum/config: {{ include "bora.workerChecksum" . }}
+    # a changed configuration is a new group; the number of groups is not in it
+    checksum/config: {{ include "bora.workerConfig" (dict "root" $root "model" $model) | sha256sum }}
     {{- with $workers.podAnnotations }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -52,8 +53,7 @@ spec:
         - {name: BORA_GROUP, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
         {{- end }}
         # what CUDA compiles and NCCL writes goes to memory that is not the root file system
-        - {name: CUDA_CACHE_PATH, value: /tmp/cuda}
-        {{- range $key, $value := $workers.env }}
+        {{- range $key, $value := merge (deepCopy $workers.env) (dict "CUDA_CACHE_PATH" "/tmp/cuda") }}
         - {name: {{ $key }}, value: {{ $value | quote }}}
         {{- end }}
       ports:
@@ -71,16 +71,19 @@ spec:
       startupProbe:
         grpc: {port: {{ $probed }}}
         periodSeconds: 5
+        timeoutSeconds: 3
         failureThreshold: {{ max 1 (div $workers.startSeconds 5) }}
       readinessProbe:
         grpc: {port: {{ $probed }}}
         periodSeconds: 5
+        timeoutSeconds: 3
         failureThreshold: 2
       # A group without progress ends by itself and says which rank it was; the probe only asks for the port, so
       # that a draining group (which is not "serving") is left in peace.
       livenessProbe:
         tcpSocket: {port: {{ $workers.ports.grpc }}}
         periodSeconds: 10
+        timeoutSeconds: 5
         failureThreshold: 6
       {{- end }}
       securityContext:
@@ -143,12 +146,4 @@ spec:
   {{- with $workers.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
-{{- end -}}
-
-{{/* Changes with what the model's worker reads, so that a changed configuration is a new group. */}}
-{{- define "bora.workerChecksum" -}}
-{{- $registry := include "bora.registry" .root -}}
-{{- $model := omit .model "storage" "download" -}}
-{{- $workers := omit $model.workers "replicas" "autoscaling" "disruptionBudget" "leaderWorkerSet" -}}
-{{- list (list $registry (include "bora.grpc" .root) | join "") .root.Values.log .root.Values.bindAddress (include "bora.cluster" .root) (set (deepCopy $model) "workers" $workers) | toJson | sha256sum -}}
 {{- end -}}

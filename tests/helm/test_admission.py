@@ -1,0 +1,215 @@
+"""Odd but lawful combinations of values give what a real API server and its controllers would take; what they would refuse, the chart refuses by name."""
+
+import concurrent.futures
+import copy
+import json
+
+import kubernetes_validate
+import pytest
+import yaml
+
+import admission
+import definitions
+from chart import CHART, PRESETS, helm, named, objects, parse, preset, render_text, run
+
+EXISTING = {"builtin": {"tls": {"source": "existing", "existingSecret": "given"}}}
+LONG_RELEASE = "a-very-long-release-name-that-fills-all-53-characters"
+TWO = {"models": {"one": {"name": "org/one"}, "two": {"workers": {"kind": "LeaderWorkerSet", "tensorParallelSize": 4}}}}
+HUB = {"kind": "huggingFace", "huggingFace": {"repository": "org/model", "tokenSecret": {"name": "given"}}}
+MONITORED = {"podMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}}
+
+# name: (values, release)
+COMBINATIONS = {
+    "no model": ({"etcd": EXISTING}, "bora"),
+    "everything at once": ({
+        **TWO, "etcd": {"builtin": {**EXISTING["builtin"], "backup": {"enabled": True}}}, "download": HUB,
+        "router": {"tls": {"secret": "given"}, "keys": {"secret": "given"}, "autoscaling": {"enabled": True}, "drain": {"preStopSeconds": 0}},
+        "grpc": {"tls": {"secret": "given"}}, "workers": {"rdma": {"enabled": True, "ipcLock": True}, "autoscaling": {"kind": "keda", "minReplicas": 0}},
+        "telemetry": {"otlpEndpoint": "http://collector:4317"}, "ingress": {"enabled": True, "tlsSecret": "given"}, "image": {"pullSecrets": ["given"], "registry": "mirror/"},
+        "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}, "monitoring": {**MONITORED, "serviceMonitor": {"enabled": True}, "dashboards": {"enabled": True}},
+        "commonLabels": {"team": "inference"},
+    }, "bora"),
+    "HorizontalPodAutoscalers": ({**TWO, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "hpa"}}, "monitoring": MONITORED}, "bora"),
+    "the longest names": ({
+        "models": {"a23456789012345678b1": {}, "b23456789012345678b1": {"workers": {"kind": "LeaderWorkerSet", "tensorParallelSize": 2}}},
+        "etcd": {"builtin": {**EXISTING["builtin"], "backup": {"enabled": True}}}, "workers": {"autoscaling": {"kind": "keda"}}, "monitoring": MONITORED,
+    }, LONG_RELEASE),
+    "a release with dots": ({**TWO, "etcd": EXISTING}, "my.llm-1.0"),
+    "a name of one's own": ({**TWO, "etcd": EXISTING, "fullnameOverride": "a23456789012345678901234567b", "nameOverride": "x"}, "2nd"),
+    "etcd of one's own with TLS and a password": ({**TWO, "etcd": {"kind": "external", "external": {
+        "endpoints": ["etcd.db:2379", "[fd00::1]:12379"], "username": "u", "passwordSecret": {"name": "given"}, "tls": {"enabled": True, "secret": "given"}}}}, "bora"),
+    "etcd without TLS and volumes": ({**TWO, "etcd": {"builtin": {"replicas": 1, "tls": {"enabled": False}, "storage": {"kind": "emptyDir"}}}, "monitoring": MONITORED}, "bora"),
+    "cert-manager": ({**TWO, "etcd": {"builtin": {"tls": {"source": "certManager", "certManager": {"issuer": "i"}}}}}, "bora"),
+    "a claim for backups": ({"etcd": {"builtin": {**EXISTING["builtin"], "backup": {"enabled": True, "existingClaim": "given"}}}}, "bora"),
+    "every kind of storage": ({"etcd": EXISTING, "models": {
+        "claim": {"download": HUB}, "ours": {"storage": {"kind": "existingClaim", "existingClaim": "given"}}, "node": {"storage": {"kind": "hostPath"}},
+        "empty": {"storage": {"kind": "emptyDir"}, "download": {"kind": "objectStore", "objectStore": {"source": ":s3:b", "secret": "given"}}},
+        "within": {"storage": {"kind": "image"}, "path": "/model"}}}, "bora"),
+    "IPv6 and the nodes' network": ({**TWO, "etcd": EXISTING, "bindAddress": "::", "workers": {"hostNetwork": True}}, "bora"),
+    "accounts of one's own": ({**TWO, "etcd": EXISTING, "serviceAccount": {"create": False, "name": "given"}}, "bora"),
+    "environment of one's own": ({**TWO, "etcd": EXISTING, "workers": {"env": {"CUDA_CACHE_PATH": "/cache", "A": "b"}}}, "bora"),
+}
+
+
+def rendered(settings, directory, release="bora", *more):
+    file = directory / "values.json"
+    file.write_text(json.dumps(settings))
+    outcome = helm("template", release, CHART, "--namespace", "llm", "--values", file, *more)
+    assert outcome.returncode == 0, outcome.stderr
+    return parse(outcome.stdout)
+
+
+def faults(documents):
+    found = []
+    for document in documents:
+        where = f"{document['kind']} {document['metadata']['name']}"
+        try:
+            if "." in document["apiVersion"].split("/")[0] and not document["apiVersion"].startswith("networking"):
+                definitions.validate(document)
+            else:
+                kubernetes_validate.validate(document, "1.36", strict=True)
+        except (definitions.jsonschema.ValidationError, kubernetes_validate.ValidationError) as error:
+            found.append(f"{where}: {str(error).splitlines()[0]}")
+    return found + faults_beyond_schemas(documents)
+
+
+def faults_beyond_schemas(documents):
+    own = [f"{one['kind']} {one['metadata']['name']}: {complaint}" for one in documents for complaint in admission.complaints(one)]
+    return own + [*admission.dangling(documents, given=("given",)), *admission.collisions(documents), *admission.unbound(documents)]
+
+
+def test_every_combination_would_be_taken(tmp_path):
+    def judge(name):
+        settings, release = COMBINATIONS[name]
+        (tmp_path / name).mkdir()
+        return [f"{name}: {fault}" for fault in faults(rendered(settings, tmp_path / name, release))]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = [fault for some in pool.map(judge, COMBINATIONS) for fault in some]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_would_be_taken(path):
+    found = faults(preset(path))
+    assert not found, "\n".join(found)
+
+
+def test_the_judge_sees_what_is_wrong():
+    documents = preset(next(path for path in PRESETS if path.stem == "values-multinode"))
+
+    def with_change(kind, name, edit):
+        changed = copy.deepcopy(documents)
+        edit(named(changed, kind, name))
+        return "\n".join(faults_beyond_schemas(changed))
+
+    pod = lambda one: one["spec"]["template"]["spec"]["containers"][0]
+    assert "no volume" in with_change("Deployment", "bora-router", lambda one: pod(one)["volumeMounts"].append({"name": "x", "mountPath": "/x"}))
+    assert "two entries of (8000, 'TCP')" in with_change("Deployment", "bora-router", lambda one: pod(one)["ports"].append({"name": "x", "containerPort": 8000}))
+    assert "does not select its pods" in with_change("Deployment", "bora-router", lambda one: one["spec"]["selector"]["matchLabels"].update(a="b"))
+    assert "asks port nowhere" in with_change("Deployment", "bora-router", lambda one: pod(one)["livenessProbe"]["httpGet"].update(port="nowhere"))
+    assert "no label's value" in with_change("LeaderWorkerSet", "bora-batch", lambda one: one["metadata"]["labels"].update(model="mistralai/x"))
+    assert "55 characters" in with_change("LeaderWorkerSet", "bora-batch", lambda one: one["metadata"].update(name="b" * 55))
+    assert "also a group of bora-batch" in with_change("StatefulSet", "bora-etcd", lambda one: one["metadata"].update(name="bora-batch-3"))
+    assert "no port metricz" in with_change("PodMonitor", "bora-worker", lambda one: one["spec"]["podMetricsEndpoints"][0].update(port="metricz"))
+    assert "ConfigMap bora-nothing" in with_change("Deployment", "bora-router", lambda one: one["spec"]["template"]["spec"]["volumes"][0]["configMap"].update(name="bora-nothing"))
+    only_jobs = [one for one in documents if one["kind"] != "Job"]
+    assert any("bora-etcd-backup" in fault for fault in admission.unbound(only_jobs))
+    etcd = named(documents, "StatefulSet", "bora-etcd")
+    other = copy.deepcopy(etcd)
+    other["spec"].update(serviceName="x", replicas=5)
+    assert list(admission.change(etcd, other)) == ["spec.serviceName"]
+
+
+@pytest.mark.parametrize("wrong, why", [
+    ({"models": {"etcd": {}}}, "models.etcd: objects of the chart bear this name"),
+    ({"models": {"dashboard-batch": {}}}, "models.dashboard-batch: objects of the chart"),
+    ({"models": {"devstral": {}, "devstral-2": {}}, "workers": {"kind": "LeaderWorkerSet"}}, "models.devstral-2: a group of models.devstral"),
+    ({"models": {"m": {"workers": {"ports": {"admin": 9001}}}}}, "models.m.workers.ports: each port has one use"),
+    ({"models": {"m": {}}, "grpc": {"tls": {"secret": "s", "healthPort": 9002}}}, "models.m.workers.ports: each port has one use"),
+    ({"models": {"m": {"workers": {"kind": "LeaderWorkerSet", "leaderWorkerSet": {"maxUnavailable": 0}}}}}, "can't both be 0"),
+    ({"router": {"ports": {"admin": 8000}}}, "router.ports: http and admin must differ"),
+    ({"router": {"autoscaling": {"enabled": True, "minReplicas": 9}}}, "router.autoscaling: minReplicas is above maxReplicas"),
+    ({"workers": {"env": {"POD_IP": "1.2.3.4"}}}, "schema"),
+    ({"workers": {"autoscaling": {"scaleUp": {"periodSeconds": 0}}}}, "schema"),
+    ({"commonLabels": {"a": "not a label"}}, "schema"),
+    ({"fullnameOverride": "with.dots"}, "schema"),
+])
+def test_what_could_not_be_installed_is_refused_by_name(wrong, why, tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps(wrong))
+    outcome = helm("template", "bora", CHART, "--values", tmp_path / "v.json")
+    assert outcome.returncode != 0 and why in outcome.stderr, outcome.stderr
+
+
+def test_a_release_that_begins_with_a_digit_needs_another_name(tmp_path):
+    outcome = helm("template", "2nd", CHART)
+    assert outcome.returncode != 0 and "fullnameOverride: the names of Services begin with a letter" in outcome.stderr
+
+
+def test_long_releases_do_not_share_names(tmp_path):
+    names = {objects(rendered({"etcd": EXISTING}, tmp_path, release), "Deployment")[0]["metadata"]["name"] for release in (LONG_RELEASE, LONG_RELEASE[:-1] + "x")}
+    assert len(names) == 2 and all(len(name) == 28 + len("-router") for name in names)
+
+
+# ---- who reaches what
+
+
+def egress(documents, policy):
+    """(ports, to or nothing) of a policy's rules."""
+    return [({entry["port"] for entry in rule["ports"]}, rule.get("to")) for rule in named(documents, "NetworkPolicy", policy)["spec"]["egress"] if "ports" in rule]
+
+
+def test_network_policies_let_through_what_the_values_ask_for(tmp_path):
+    documents = rendered({
+        "models": {"m": {}, "host": {"workers": {"hostNetwork": True, "ports": {"grpc": 9100}}}},
+        "etcd": EXISTING, "telemetry": {"otlpEndpoint": "http://collector.observe:14317"},
+        "download": {"kind": "huggingFace", "huggingFace": {"repository": "o/m", "endpoint": "https://mirror:8443"}},
+        "router": {"options": {"access": {"jwt": {"issuer": "https://idp.example.com/realm", "audience": ["bora"]}}}},
+        "networkPolicy": {"extraEgress": [{"ports": [{"port": 7777, "protocol": "TCP"}]}]},
+    }, tmp_path)
+    router, worker = egress(documents, "bora-router"), egress(documents, "bora-m")
+    for rules in (router, worker):
+        # DNS anywhere: a cache on the node is no pod
+        assert ({53}, None) in rules and ({14317}, None) in rules and ({7777}, None) in rules
+        assert [to for ports, to in rules if ports == {443, 80, 8443}] == [[{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}]]
+    # the issuer of tokens is asked by routers only
+    assert ({443}, None) in router and ({443}, None) not in worker
+    # pods on the nodes' network are found by no selector: neither as a target nor as a source
+    assert ({9100}, None) in router and ({9000}, None) not in router
+    (client,) = [rule for rule in named(documents, "NetworkPolicy", "bora-etcd")["spec"]["ingress"] if rule["ports"][0]["port"] == "client"]
+    assert "from" not in client
+    closed = rendered({"models": {"m": {}}, "etcd": EXISTING}, tmp_path)
+    (client,) = [rule for rule in named(closed, "NetworkPolicy", "bora-etcd")["spec"]["ingress"] if rule["ports"][0]["port"] == "client"]
+    assert client["from"] and [ports for ports, to in egress(closed, "bora-router") if to is None] == [{53}]
+
+
+# ---- what scales
+
+
+def test_an_autoscaler_selects_by_a_label_that_the_rules_record(tmp_path):
+    """A selector refuses the slash of a model's name, so the chart's rules record the numbers under the workload's name: promtool computes them."""
+    documents = rendered({"models": {"big": {"name": "mistralai/Devstral-2"}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "hpa"}}, "monitoring": MONITORED}, tmp_path)
+    (rule,) = objects(documents, "PrometheusRule")
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rule["spec"]))
+    series = lambda labels: f'bora_router_group_queued_prefill_seconds{{namespace="llm",group="g",{labels}}}'
+    test = {"rule_files": ["rules.yaml"], "evaluation_interval": "15s", "tests": [{"interval": "15s", "input_series": [
+        {"series": series('model="mistralai/Devstral-2"'), "values": "12x8"}, {"series": series('model="other"'), "values": "99x8"}],
+        "promql_expr_test": [{"expr": "bora:model_queued_prefill_seconds:workload", "eval_time": "1m30s", "exp_samples": [
+            {"labels": 'bora:model_queued_prefill_seconds:workload{namespace="llm", workload="bora-big"}', "value": 12}]}]}]}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    outcome = run("promtool", "test", "rules", tmp_path / "test.yaml", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    autoscaler = named(documents, "HorizontalPodAutoscaler", "bora-big")
+    recorded = {one["record"] for group in rule["spec"]["groups"] for one in group["rules"] if "record" in one}
+    for metric in autoscaler["spec"]["metrics"]:
+        assert metric["external"]["metric"]["selector"] == {"matchLabels": {"workload": "bora-big"}}
+        name = metric["external"]["metric"]["name"].removeprefix("bora_model_")
+        assert f"bora:model_{name}:workload" in recorded
+
+
+def test_metrics_that_are_away_take_no_group_away(tmp_path):
+    documents = rendered({"models": {"day": {}, "batch": {"workers": {"autoscaling": {"minReplicas": 0}}}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda"}}}, tmp_path)
+    for name, ignored in (("bora-day", "false"), ("bora-batch", "true")):
+        spec = named(documents, "ScaledObject", name)["spec"]
+        assert [trigger["metadata"]["ignoreNullValues"] for trigger in spec["triggers"][:3]] == [ignored] * 3
+        assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
