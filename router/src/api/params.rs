@@ -103,6 +103,8 @@ pub struct Params {
     pub tokens_as_ids: bool,
     /// Separates caches.
     pub cache_salt: String,
+    /// The name of the conversation or, failing that, of who has it, as a hash.
+    pub session: Option<u64>,
     /// What the answer has to look like.
     pub structure: Option<Structure>,
     /// How urgent it is.
@@ -234,7 +236,7 @@ pub fn check(
     if choice == ToolChoice::Forbidden
         && let Some(id) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_id("[TOOL_CALLS]"))
     {
-        sampling.logit_bias.entry(id).or_insert(FORBIDDEN);
+        sampling.logit_bias.insert(id, FORBIDDEN);
     }
     let ignore_eos = body.ignore_eos.unwrap_or(false);
     let mut end_ids = stop_token_ids.clone();
@@ -246,7 +248,7 @@ pub fn check(
     let emit = EmitOptions {
         tokenizer: spec.tokenizer.clone(),
         skip_special: body.skip_special_tokens.unwrap_or(true),
-        tool_calls: matches!(choice, ToolChoice::Auto | ToolChoice::Forced(..)),
+        tool_calls: matches!(choice, ToolChoice::Auto(_) | ToolChoice::Forced(..)),
         streamed: stream,
         whole_calls: client.mistral,
         only_one_call: body.parallel_tool_calls == Some(false),
@@ -276,6 +278,7 @@ pub fn check(
         return_token_ids,
         tokens_as_ids: body.return_tokens_as_token_ids.unwrap_or(false),
         cache_salt,
+        session: [body.prompt_cache_key, body.user].into_iter().flatten().find_map(|name| name.0),
         structure,
         class: class(body)?,
         emit: Arc::new(emit),

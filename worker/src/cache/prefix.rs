@@ -286,8 +286,9 @@ impl KvCache {
 
     /// The hashes of all blocks that can be found.
     pub fn snapshot(&self) -> Vec<BlockHash> {
-        let spilled = self.host.hashes().filter(|hash| !self.by_hash.contains_key(hash));
-        self.by_hash.keys().copied().chain(spilled).collect()
+        // in the order of the pool: blocks of one chain were mostly taken one after the other
+        let on_device = self.hash_of.iter().flatten().copied();
+        on_device.chain(self.host.hashes().filter(|hash| !self.by_hash.contains_key(hash))).collect()
     }
 
     /// What changed since the last call.

@@ -87,6 +87,7 @@ impl Scheduler {
             self.publish_full_blocks(slot);
         }
         self.copy_blocks(&mut step, prediction.seconds);
+        self.prefill_seconds += prediction.prefill;
         self.flights.push_back(Flight { id: step.id, works, prediction });
         Some(step)
     }

@@ -71,6 +71,8 @@ pub(crate) struct Scheduler {
     flights: VecDeque<Flight>,
     last_step: u64,
     completed: u64,
+    /// Predicted time of all prompt computing so far.
+    prefill_seconds: f64,
     /// Guesses made, and those that came true.
     drafted: u64,
     accepted: u64,
@@ -91,6 +93,7 @@ impl Scheduler {
             flights: VecDeque::new(),
             last_step: config.steps_run,
             completed: 0,
+            prefill_seconds: 0.0,
             drafted: 0,
             accepted: 0,
             config,
@@ -134,6 +137,7 @@ impl Scheduler {
             host_blocks_total: usage.host_total as u32,
             host_blocks_cached: usage.host_cached as u32,
             steps: self.completed,
+            prefill_seconds: self.prefill_seconds,
             draft_tokens: self.drafted,
             accepted_draft_tokens: self.accepted,
         }
