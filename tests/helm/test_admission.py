@@ -134,6 +134,10 @@ def test_the_judge_sees_what_is_wrong():
     ({"workers": {"autoscaling": {"scaleUp": {"periodSeconds": 0}}}}, "schema"),
     ({"commonLabels": {"a": "not a label"}}, "schema"),
     ({"fullnameOverride": "with.dots"}, "schema"),
+    # these select, or are told apart by
+    ({"router": {"podLabels": {"app.kubernetes.io/component": "x"}}}, "schema"),
+    ({"workers": {"podLabels": {"bora/model": "x"}}}, "schema"),
+    ({"commonLabels": {"app.kubernetes.io/name": "x"}}, "schema"),
 ])
 def test_what_could_not_be_installed_is_refused_by_name(wrong, why, tmp_path):
     (tmp_path / "v.json").write_text(json.dumps(wrong))

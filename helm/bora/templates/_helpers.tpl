@@ -17,8 +17,10 @@ that two releases do not share one. A Service's name has no dots and begins with
 {{- $full -}}
 {{- end -}}
 
+{{/* An etcd of one's own may serve releases of one name in several namespaces. */}}
 {{- define "bora.cluster" -}}
-{{- default (include "bora.fullname" .) .Values.cluster -}}
+{{- $full := include "bora.fullname" . -}}
+{{- default (ternary $full (printf "%s.%s" .Release.Namespace $full) (eq .Values.etcd.kind "builtin")) .Values.cluster -}}
 {{- end -}}
 
 {{/* Labels that select; `component` and, for workers, `model` are added by who calls. */}}
