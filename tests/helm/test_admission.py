@@ -215,5 +215,5 @@ def test_metrics_that_are_away_take_no_group_away(tmp_path):
     documents = rendered({"models": {"day": {}, "batch": {"workers": {"autoscaling": {"minReplicas": 0}}}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda"}}}, tmp_path)
     for name, ignored in (("bora-day", "false"), ("bora-batch", "true")):
         spec = named(documents, "ScaledObject", name)["spec"]
-        assert [trigger["metadata"]["ignoreNullValues"] for trigger in spec["triggers"][:3]] == [ignored] * 3
+        assert "queued_prefill_seconds" in spec["triggers"][0]["metadata"]["query"] and spec["triggers"][0]["metadata"]["ignoreNullValues"] == ignored
         assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
