@@ -80,26 +80,35 @@ pub struct GroupLoad {
     pub sequences: u32,
     /// Sequences that it runs at once.
     pub max_sequences: u32,
-    /// Share of the last minute that it was given prefills for.
+    /// Share of the last minutes that it was given prefills for.
     pub utilization: f64,
+    /// How much of the conversation is new to the group and would come there with its later turns: 1 where the group
+    /// holds nothing of it, 0 where it holds all.
+    pub moves_in: f64,
+    /// Whether the conversation's last turn went there, by the client's own word.
+    pub at_home: bool,
 }
 
 impl CostModel {
     /// Seconds until the first token of a prompt of `tokens` tokens, of which the group holds the first
     /// `held`: what waits before it, what it has to compute, and the decode steps around it. Conversations
     /// come back: what their later turns will wait at a group that is busy as it was of late counts too, or
-    /// every new one would go where a few common tokens are held already.
+    /// every new one would go where a few common tokens are held already. It counts as far as a conversation moves
+    /// in. Where it is at home it counts less, by what the prompt takes to compute and no more: a client that gives
+    /// all its conversations one name does not heap them on one group.
     pub fn first_token_seconds(&self, tokens: u64, held: u64, load: GroupLoad) -> f64 {
         // at least one token is computed: its logits are needed
         let held = held.min(tokens.saturating_sub(1));
         // what those that wait stand behind is not known
         let queue = load.queued_tokens as f64 * self.seconds_per_token;
-        queue + self.prefill_seconds(held, tokens - held) + self.decode_pressure(load) + self.later_waits(load)
+        let stays = if load.at_home { self.prefill_seconds(0, tokens) } else { 0.0 };
+        let later = (load.moves_in.clamp(0.0, 1.0) * self.later_waits(load) - stays).max(0.0);
+        queue + self.prefill_seconds(held, tokens - held) + self.decode_pressure(load) + later
     }
 
     /// The mean wait in a queue of that utilization, for the turns that are still to come.
     fn later_waits(&self, load: GroupLoad) -> f64 {
-        const LATER_TURNS: f64 = 6.0;
+        const LATER_TURNS: f64 = 60.0;
         const TYPICAL_PREFILL_TOKENS: u64 = 8_192;
         let utilization = load.utilization.clamp(0.0, 0.95);
         let wait = utilization / (1.0 - utilization) * self.prefill_seconds(0, TYPICAL_PREFILL_TOKENS);
@@ -173,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_held_prefix_wins_until_the_wait_beats_the_recompute() {
-        let load = |queued_tokens| GroupLoad { queued_tokens, sequences: 0, max_sequences: 64, utilization: 0.0 };
+        let load = |queued_tokens| GroupLoad { queued_tokens, max_sequences: 64, ..GroupLoad::default() };
         let cold = model().first_token_seconds(20_000, 0, load(0));
         let warm = model().first_token_seconds(20_000, 19_200, load(0));
         assert!(warm < cold / 10.0, "{warm} {cold}");
@@ -184,20 +193,31 @@ mod tests {
 
     #[test]
     fn a_new_conversation_avoids_a_busy_group_and_a_long_one_stays() {
-        let load = |utilization| GroupLoad { utilization, max_sequences: 64, ..GroupLoad::default() };
-        let at = |tokens, held, utilization| model().first_token_seconds(tokens, held, load(utilization));
+        let at = |tokens, held, utilization| {
+            let moves_in = 1.0 - held as f64 / tokens as f64;
+            let load = GroupLoad { utilization, max_sequences: 64, moves_in, ..GroupLoad::default() };
+            model().first_token_seconds(tokens, held, load)
+        };
         assert!(at(8_000, 4_000, 0.3) > at(8_000, 0, 0.1), "a few common tokens do not hold it");
         assert!(at(60_000, 59_000, 0.3) < at(60_000, 0, 0.1), "a whole conversation does");
     }
 
     #[test]
+    fn a_conversation_stays_at_home_as_long_as_that_costs_less_than_its_prompt() {
+        let at = |tokens, utilization, at_home| {
+            let load = GroupLoad { utilization, max_sequences: 64, moves_in: 1.0, at_home, ..GroupLoad::default() };
+            model().first_token_seconds(tokens, 0, load)
+        };
+        assert!(at(40_000, 0.2, true) < at(40_000, 0.2, false), "equals: home");
+        assert!(at(40_000, 0.8, true) > at(40_000, 0.2, false), "home is too busy");
+        let gained = at(2_000, 0.9, false) - at(2_000, 0.9, true);
+        assert!(gained <= model().prefill_seconds(0, 2_000) + 1e-9, "{gained}");
+    }
+
+    #[test]
     fn more_running_sequences_never_look_better() {
         let at = |sequences| {
-            model().first_token_seconds(
-                100,
-                0,
-                GroupLoad { queued_tokens: 0, sequences, max_sequences: 8, utilization: 0.0 },
-            )
+            model().first_token_seconds(100, 0, GroupLoad { sequences, max_sequences: 8, ..GroupLoad::default() })
         };
         for sequences in 0..20 {
             assert!(at(sequences) < at(sequences + 1), "{sequences}");

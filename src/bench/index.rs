@@ -1,12 +1,21 @@
 //! `bora bench index`: memory and lookup time of the router's prefix index, full.
+//!
+//! Groups hold conversations as long as the prompt that is looked up, no two alike. They tell of them a piece at a
+//! time, all conversations in turn, so that no two pieces of one stand together; and then conversations are evicted
+//! and others come in their place, as in a fleet that has run for a while.
 
 use std::time::Instant;
 
 use bora_common::blocks::BlockHash;
-use bora_router::place::index::Index;
+use bora_router::place::{Slot, index::Index};
 use clap::Args;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use serde_json::json;
 use xxhash_rust::xxh3::xxh3_128;
+
+/// Conversations that grow at the same time while others are replaced.
+const GROW_TOGETHER: usize = 64;
+const LOOKUPS: u64 = 400;
 
 /// How full.
 #[derive(Args, Debug)]
@@ -20,72 +29,151 @@ pub(crate) struct IndexArgs {
     /// blocks of the prompt that is looked up (64 tokens each)
     #[arg(long, default_value_t = 4096)]
     prompt: u64,
+    /// blocks that a group tells of at once
+    #[arg(long, default_value_t = 4096)]
+    piece: u64,
+    /// how often every conversation is replaced by another before prompts are looked up
+    #[arg(long, default_value_t = 0.0)]
+    turnover: f64,
 }
 
-/// Fills an index, looks prompts up while it is still and while another thread changes it, and prints a line.
-pub(crate) fn run(args: &IndexArgs) {
-    let index = Index::new();
-    let slots: Vec<_> = (0..args.groups).map(|_| index.assign()).collect();
-    let hash = |group: u32, block: u64| {
-        let mut bytes = [0; 12];
-        bytes[..4].copy_from_slice(&group.to_le_bytes());
-        bytes[4..].copy_from_slice(&block.to_le_bytes());
-        BlockHash(xxh3_128(&bytes))
-    };
-    let began = Instant::now();
-    for (group, slot) in (0..).zip(&slots) {
-        for first in (0..args.blocks).step_by(4096) {
-            let some: Vec<u8> =
-                (first..(first + 4096).min(args.blocks)).flat_map(|block| hash(group, block).to_bytes()).collect();
-            index.apply(*slot, &some, &[]);
+/// One conversation in one group.
+#[derive(Clone, Copy)]
+struct Conversation {
+    group: u32,
+    number: u64,
+    generation: u32,
+    blocks: u64,
+}
+
+impl Conversation {
+    fn hashes(self, first: u64, blocks: u64) -> impl Iterator<Item = BlockHash> {
+        (first..(first + blocks).min(self.blocks)).map(move |block| {
+            let mut bytes = [0; 24];
+            bytes[..4].copy_from_slice(&self.group.to_le_bytes());
+            bytes[4..8].copy_from_slice(&self.generation.to_le_bytes());
+            bytes[8..16].copy_from_slice(&self.number.to_le_bytes());
+            bytes[16..].copy_from_slice(&block.to_le_bytes());
+            BlockHash(xxh3_128(&bytes))
+        })
+    }
+}
+
+struct Bench<'a> {
+    args: &'a IndexArgs,
+    index: Index,
+    slots: Vec<Slot>,
+    conversations: Vec<Conversation>,
+    random: StdRng,
+}
+
+impl Bench<'_> {
+    /// Tells of these conversations, a piece of each in turn.
+    fn store(&self, some: &[Conversation]) {
+        for first in (0..self.args.prompt).step_by(self.args.piece.max(1) as usize) {
+            for one in some {
+                let piece: Vec<u8> = one.hashes(first, self.args.piece).flat_map(BlockHash::to_bytes).collect();
+                self.index.apply(self.slots[one.group as usize], &piece, &[]);
+            }
         }
     }
-    let fill_seconds = began.elapsed().as_secs_f64();
-    let prompt_of = |turn: u64| -> Vec<BlockHash> {
-        let group = (turn % u64::from(args.groups)) as u32;
-        let first = turn * 7919 % (args.blocks - args.prompt.min(args.blocks) + 1);
-        (first..first + args.prompt.min(args.blocks)).map(|block| hash(group, block)).collect()
-    };
-    let look = |rounds: u64| {
-        let mut times: Vec<f64> = (0..rounds)
+
+    /// Some conversations are evicted, their ends first, and others grow in their place.
+    fn replace_some(&mut self) {
+        let mut some = Vec::with_capacity(GROW_TOGETHER);
+        for _ in 0..GROW_TOGETHER {
+            let at = self.random.random_range(0..self.conversations.len());
+            let one = &mut self.conversations[at];
+            let mut gone: Vec<BlockHash> = one.hashes(0, one.blocks).collect();
+            gone.reverse();
+            let gone: Vec<u8> = gone.into_iter().flat_map(BlockHash::to_bytes).collect();
+            self.index.apply(self.slots[one.group as usize], &[], &gone);
+            one.generation += 1;
+            some.push((at, *one));
+        }
+        // one that was drawn twice is there only as what it is now
+        some.retain(|(at, one)| self.conversations[*at].generation == one.generation);
+        self.store(&some.into_iter().map(|(_, one)| one).collect::<Vec<_>>());
+    }
+
+    /// Microseconds of a lookup: the median and the 99th percentile.
+    fn look(&self) -> (f64, f64) {
+        let whole: Vec<&Conversation> =
+            self.conversations.iter().filter(|one| one.blocks == self.args.prompt).collect();
+        let mut times: Vec<f64> = (0..LOOKUPS)
             .map(|turn| {
-                let prompt = prompt_of(turn);
+                let one = whole[(turn * 7919) as usize % whole.len()];
+                let prompt: Vec<BlockHash> = one.hashes(0, one.blocks).collect();
                 let began = Instant::now();
-                let held = index.held(&prompt, &slots);
+                let held = self.index.held(&prompt, &self.slots);
                 let micros = began.elapsed().as_secs_f64() * 1e6;
-                assert_eq!(held.iter().copied().max(), Some(prompt.len() as u32), "one group holds all of it");
+                assert_eq!(held[one.group as usize], prompt.len() as u32, "its group holds all of it");
                 micros
             })
             .collect();
         times.sort_by(f64::total_cmp);
         let at = |share: f64| (times[((times.len() - 1) as f64 * share) as usize] * 10.0).round() / 10.0;
         (at(0.5), at(0.99))
+    }
+}
+
+/// Fills an index, looks prompts up while it is still and while another thread changes it, empties a group, and prints
+/// a line.
+pub(crate) fn run(args: &IndexArgs) {
+    let index = Index::new();
+    let slots = (0..args.groups).map(|_| index.assign()).collect();
+    let length = args.prompt.clamp(1, args.blocks.max(1));
+    let args = &IndexArgs { prompt: length, ..*args };
+    let of_group = |group: u32| {
+        let firsts = (0..args.blocks).step_by(length as usize).zip(0..);
+        firsts.map(move |(first, number)| Conversation {
+            group,
+            number,
+            generation: 0,
+            blocks: length.min(args.blocks - first),
+        })
     };
-    let still = look(400);
+    let conversations = (0..args.groups).flat_map(of_group).collect();
+    let mut bench = Bench { args, index, slots, conversations, random: StdRng::seed_from_u64(1) };
+    let began = Instant::now();
+    bench.store(&bench.conversations);
+    let fill_seconds = began.elapsed().as_secs_f64();
+    let replaced = (bench.conversations.len() as f64 * args.turnover / GROW_TOGETHER as f64).round() as usize;
+    (0..replaced).for_each(|_| bench.replace_some());
+    let megabytes = bench.index.bytes() / 1_000_000;
+    let still = bench.look();
     let stop = std::sync::atomic::AtomicBool::new(false);
     let (changed, while_changing) = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            let mut changed = 0u64;
+        let bench = &bench;
+        let stop = &stop;
+        let writer = scope.spawn(move || {
+            let mut changed = 0;
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                let some: Vec<u8> = (0..64).flat_map(|block| hash(1 << 20, changed + block).to_bytes()).collect();
-                index.apply(slots[0], &some, &[]);
-                index.apply(slots[0], &[], &some);
+                let new = Conversation { group: u32::MAX, number: changed, generation: 0, blocks: 64 };
+                let some: Vec<u8> = new.hashes(0, 64).flat_map(BlockHash::to_bytes).collect();
+                bench.index.apply(bench.slots[0], &some, &[]);
+                bench.index.apply(bench.slots[0], &[], &some);
                 changed += 64;
             }
             changed
         });
-        let times = look(400);
+        let times = bench.look();
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         (writer.join().unwrap_or(0), times)
     });
+    let blocks = bench.index.len();
+    let began = Instant::now();
+    bench.index.clear(bench.slots[0]);
+    let clear_seconds = began.elapsed().as_secs_f64();
     println!(
         "{}",
         json!({
-            "kind": "index", "groups": args.groups, "blocks": index.len(), "megabytes": index.bytes() / 1_000_000,
+            "kind": "index", "groups": args.groups, "blocks": blocks, "megabytes": megabytes,
+            "piece": args.piece, "turnover": args.turnover,
             "fill_seconds": (fill_seconds * 10.0).round() / 10.0, "prompt_tokens": args.prompt * 64,
             "lookup_p50_us": still.0, "lookup_p99_us": still.1,
             "lookup_p50_us_while_changing": while_changing.0, "lookup_p99_us_while_changing": while_changing.1,
-            "blocks_changed_meanwhile": changed,
+            "blocks_changed_meanwhile": changed, "clear_ms": (clear_seconds * 1e4).round() / 10.0,
         })
     );
 }

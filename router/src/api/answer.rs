@@ -21,7 +21,7 @@ use super::{
 use crate::{
     access::{Caller, audit::Audit, limits::Permit},
     metrics::OpenRequest,
-    place::choose::NoGroup,
+    place::{choose::NoGroup, sessions},
     relay::{
         emit::{Delta, Emitter, Finish},
         resume::{Event, Sequence, SequenceError, Task},
@@ -42,6 +42,8 @@ pub struct RequestContext {
     pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
     /// Who sends it, as a hash of the key that came with it; 0 without one.
     pub tenant: u64,
+    /// The name of the conversation that it belongs to, as a hash, where a header gives one.
+    pub session: Option<u64>,
     /// When it came.
     pub arrived: Instant,
     /// Whose key came with it; `None` where keys are not asked for.
@@ -139,14 +141,18 @@ impl Answer {
 
     fn place(&mut self, prompt: PreparedPrompt, model: &str, deadline: Instant) -> Result<(), ApiError> {
         let params = &self.params;
+        let name = self.context.session.or(params.session);
+        let session = name.map(|name| sessions::key(self.context.tenant, model, name));
         let task = Arc::new(Task {
             request_id: self.context.request_id.clone(),
             model: model.to_string(),
             token_ids: prompt.encoded.token_ids,
+            packed: prompt.encoded.packed,
             images: prompt.encoded.images,
             hashes: prompt.encoded.hashes.into(),
             class: params.class,
             tenant: self.context.tenant,
+            session,
             sampling: params.sampling.clone(),
             stopping: Stopping {
                 max_tokens: prompt.output_bound,

@@ -145,6 +145,29 @@ impl<'de> Deserialize<'de> for Integer {
     }
 }
 
+/// A name of which only the hash is kept. Values of other kinds name nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Name(pub Option<u64>);
+
+impl Name {
+    /// The empty text is no name.
+    pub fn of(text: &[u8]) -> Self {
+        Self((!text.is_empty()).then(|| xxhash_rust::xxh3::xxh3_64(text)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let written = <&RawValue>::deserialize(deserializer)?.get();
+        if !written.starts_with('"') {
+            return Ok(Self(None));
+        }
+        // what is no text after all (half of a surrogate pair) names nothing either
+        let text: Option<String> = serde_json::from_str(written).ok();
+        Ok(text.map_or(Self(None), |text| Self::of(text.as_bytes())))
+    }
+}
+
 /// A text or a list of texts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OneOrMany(pub Vec<String>);

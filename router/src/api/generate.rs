@@ -17,6 +17,7 @@ use super::{
     chat::{self, ChatWriter},
     completions::{self, CompletionWriter},
     error::ApiError,
+    fields::Name,
     messages::{self, stream::MessagesWriter},
     params::{Client, Endpoint},
     prepare::{Form, Prepared, prepare},
@@ -34,6 +35,10 @@ use crate::{
 pub const GROUP_HEADER: HeaderName = HeaderName::from_static("x-bora-group");
 /// Names the reasons of its placement, in debug mode.
 pub const DECISION_HEADER: HeaderName = HeaderName::from_static("x-bora-decision");
+
+/// Name the conversation of which a request is a turn.
+const SESSION_HEADERS: [HeaderName; 2] =
+    [HeaderName::from_static("x-session-id"), HeaderName::from_static("x-affinity")];
 
 /// How long the headers of a stream wait for a group's word, so that a refusal can still be a status.
 const ACCEPT_PATIENCE: Duration = Duration::from_millis(500);
@@ -71,6 +76,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         trace,
         tracestate: parts.headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
         tenant: tenant(caller.as_ref(), &parts.headers),
+        session: session(&parts.headers),
         caller,
         audit: parts.extensions.get::<Audit>().cloned().unwrap_or_default(),
         permit: None,
@@ -234,6 +240,11 @@ fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
         return xxhash_rust::xxh3::xxh3_64(caller.tenant.name.as_bytes());
     }
     headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
+}
+
+/// The conversation of which this is a turn, where the client names it.
+fn session(headers: &HeaderMap) -> Option<u64> {
+    SESSION_HEADERS.iter().filter_map(|header| headers.get(header)).find_map(|name| Name::of(name.as_bytes()).0)
 }
 
 impl From<PoolError> for ApiError {

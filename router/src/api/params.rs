@@ -103,6 +103,8 @@ pub struct Params {
     pub tokens_as_ids: bool,
     /// Separates caches.
     pub cache_salt: String,
+    /// The name of the conversation or, failing that, of who has it, as a hash.
+    pub session: Option<u64>,
     /// What the answer has to look like.
     pub structure: Option<Structure>,
     /// How urgent it is.
@@ -276,6 +278,7 @@ pub fn check(
         return_token_ids,
         tokens_as_ids: body.return_tokens_as_token_ids.unwrap_or(false),
         cache_salt,
+        session: [body.prompt_cache_key, body.user].into_iter().flatten().find_map(|name| name.0),
         structure,
         class: class(body)?,
         emit: Arc::new(emit),

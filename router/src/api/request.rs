@@ -16,7 +16,7 @@ use serde_json::{Value, value::RawValue};
 
 use super::{
     error::ApiError,
-    fields::{Biases, Integer, Key, LogprobsField, Messages, OneOrMany, PriorityField, Prompt, StreamOptions},
+    fields::{Biases, Integer, Key, LogprobsField, Messages, Name, OneOrMany, PriorityField, Prompt, StreamOptions},
 };
 
 /// All fields that mean something to Bora.
@@ -64,6 +64,8 @@ pub struct Body<'de> {
     pub continue_final_message: Option<bool>,
     pub add_special_tokens: Option<bool>,
     pub cache_salt: Option<String>,
+    pub prompt_cache_key: Option<Name>,
+    pub user: Option<Name>,
     pub priority: Option<PriorityField>,
     /// Fields that ask for a form of the answer, in the order they came.
     pub structured: Vec<(&'static str, Value)>,
@@ -96,13 +98,11 @@ const REFUSED: [&str; 14] = [
 ];
 
 /// Fields that are known and mean nothing here.
-const WITHOUT_MEANING: [&str; 14] = [
+const WITHOUT_MEANING: [&str; 12] = [
     "verbosity",
-    "user",
     "metadata",
     "store",
     "service_tier",
-    "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
     "safe_prompt",
@@ -233,6 +233,8 @@ impl<'de, Own: OwnFields<'de>> Visitor<'de> for BodySeed<'_, Own> {
                 "add_special_tokens" => body.add_special_tokens = field(&mut map, at, "add_special_tokens")?,
                 "priority" => body.priority = field(&mut map, at, "priority")?,
                 "cache_salt" => body.cache_salt = field(&mut map, at, "cache_salt")?,
+                "prompt_cache_key" => body.prompt_cache_key = field(&mut map, at, "prompt_cache_key")?,
+                "user" => body.user = field(&mut map, at, "user")?,
                 other => {
                     if let Some(name) = REFUSED.iter().find(|name| **name == other) {
                         if let Some(value) = field::<Value, A>(&mut map, at, name)? {

@@ -20,7 +20,7 @@ use bora_proto::v1::Image;
 use serde_json::value::RawValue;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
-use super::{EncodedPrompt, generations::Generations};
+use super::{EncodedPrompt, generations::Generations, wire};
 
 /// Shorter texts are encoded faster than they are looked up.
 const SHORTEST_KEPT_TEXT: usize = 128;
@@ -54,6 +54,7 @@ struct Turn {
     tokens: usize,
     outlines: Vec<Outline>,
     token_ids: Box<[u32]>,
+    packed: Box<[u8]>,
     hashes: Box<[BlockHash]>,
     images: Vec<Image>,
     /// Ready for the id behind it.
@@ -66,6 +67,7 @@ impl Turn {
         let outlines: usize = self.outlines.iter().map(Outline::size).sum();
         TURN_BYTES
             + self.token_ids.len() * 4
+            + self.packed.len()
             + self.hashes.len() * 16
             + self.key.to_le_bytes().len()
             + images
@@ -133,7 +135,9 @@ impl ConversationCache {
                 .map_or_else(|| BlockChain::new(written.salt.as_bytes(), Vec::new()), |turn| turn.chain.clone());
             chain.expect_images(super::image_spans(&images));
             let hashes = chain.extend(&encoded.token_ids);
+            let packed = wire::pack(&encoded.token_ids);
             prompt.token_ids.extend_from_slice(&encoded.token_ids);
+            prompt.packed.extend_from_slice(&packed);
             prompt.hashes.extend_from_slice(&hashes);
             prompt.images.extend_from_slice(&images);
             let messages = last.as_ref().map_or(0, |turn| turn.messages) + run.outlines.len();
@@ -144,6 +148,7 @@ impl ConversationCache {
                 tokens: prompt.token_ids.len(),
                 outlines: run.outlines.clone(),
                 token_ids: encoded.token_ids.into_boxed_slice(),
+                packed: packed.into_boxed_slice(),
                 hashes: hashes.into_boxed_slice(),
                 images,
                 chain,
@@ -153,8 +158,8 @@ impl ConversationCache {
             }
             last = Some(turn);
         }
-        let Prompt { token_ids, hashes, images } = prompt;
-        Some(EncodedPrompt { token_ids, images, hashes, reused_tokens })
+        let Prompt { token_ids, packed, hashes, images } = prompt;
+        Some(EncodedPrompt { token_ids, packed: packed.into(), images, hashes, reused_tokens })
     }
 
     /// Number `n` is the key of the first `n` messages.
@@ -214,6 +219,7 @@ impl ConversationCache {
 /// A prompt while it is put together.
 struct Prompt {
     token_ids: Vec<u32>,
+    packed: Vec<u8>,
     hashes: Vec<BlockHash>,
     images: Vec<Image>,
 }
@@ -227,13 +233,16 @@ impl Prompt {
             turn = one.before.as_ref();
         }
         // room for an answer's worth of new ids, so that the copy is made once
+        let tokens = known.map_or(0, |turn| turn.tokens) + 1024;
         let mut prompt = Self {
-            token_ids: Vec::with_capacity(known.map_or(0, |turn| turn.tokens) + 1024),
+            token_ids: Vec::with_capacity(tokens),
+            packed: Vec::with_capacity(tokens * 3),
             hashes: Vec::new(),
             images: Vec::new(),
         };
         for turn in path.into_iter().rev() {
             prompt.token_ids.extend_from_slice(&turn.token_ids);
+            prompt.packed.extend_from_slice(&turn.packed);
             prompt.hashes.extend_from_slice(&turn.hashes);
             prompt.images.extend_from_slice(&turn.images);
         }
@@ -354,6 +363,7 @@ mod tests {
                         continue;
                     };
                     assert_eq!(got.token_ids, expected.token_ids, "{}", line.request.get());
+                    assert_eq!(got.packed, expected.packed);
                     assert_eq!(got.hashes, expected.hashes);
                     assert_eq!(got.images, expected.images);
                     same += 1;

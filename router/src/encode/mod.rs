@@ -4,6 +4,7 @@
 pub mod cache;
 mod generations;
 pub mod pool;
+pub mod wire;
 
 use bora_common::{
     blocks::{BlockChain, BlockHash, ImageSpan},
@@ -23,6 +24,8 @@ use cache::Written;
 pub struct EncodedPrompt {
     /// Ids.
     pub token_ids: Vec<u32>,
+    /// The same, packed ([`wire::pack`]).
+    pub packed: Bytes,
     /// Images and where their placeholders stand.
     pub images: Vec<Image>,
     /// The hashes of its full blocks.
@@ -35,7 +38,8 @@ impl EncodedPrompt {
     /// Hashes the blocks of a prompt that is not known from before.
     pub fn new(token_ids: Vec<u32>, images: Vec<Image>, salt: &str) -> Self {
         let hashes = BlockChain::new(salt.as_bytes(), image_spans(&images)).extend(&token_ids);
-        Self { token_ids, images, hashes, reused_tokens: 0 }
+        let packed = wire::pack(&token_ids).into();
+        Self { token_ids, packed, images, hashes, reused_tokens: 0 }
     }
 }
 

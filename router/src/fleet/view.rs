@@ -17,6 +17,7 @@ use bora_common::registry::{Device, GroupChange, GroupRecord, GroupState};
 use bora_common::version;
 use bora_proto::v1::State;
 use parking_lot::{Mutex, RwLock};
+use rand::{SeedableRng as _, rngs::StdRng};
 use tokio::sync::mpsc;
 
 use super::{health::Breaker, watch};
@@ -27,6 +28,7 @@ use crate::{
         admission::{Class, Room},
         index::Index,
         ledger::Ledger,
+        sessions::Sessions,
     },
     relay::stream::Channels,
 };
@@ -42,7 +44,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// What it is busy with, for [`CostModel::first_token_seconds`].
+    /// What it is busy with, for [`CostModel::first_token_seconds`]; nothing is said of the conversation.
     pub fn load(&self, now: Instant) -> GroupLoad {
         let busy = self.link.ledger.busy();
         GroupLoad {
@@ -50,6 +52,7 @@ impl Group {
             sequences: busy.sequences,
             max_sequences: self.record.max_sequences,
             utilization: self.link.ledger.utilization(now),
+            ..GroupLoad::default()
         }
     }
 
@@ -219,6 +222,14 @@ impl View {
     }
 }
 
+/// A group that joins is cold, and has done nothing of late: every new conversation would go there at once. It is
+/// taken for as busy as the others are on average, which fades, so that it gets its share of new work and no more.
+fn begin_as_the_others(view: &View, model: &str, link: &Link, now: Instant) {
+    let Some(model) = view.models.get(model) else { return };
+    let sum: f64 = model.groups.iter().map(|group| group.link.ledger.utilization(now)).sum();
+    link.ledger.begin(sum / model.groups.len().max(1) as f64, now);
+}
+
 /// The fleet: the present view, and what all placements share.
 pub struct Fleet {
     view: RwLock<Arc<View>>,
@@ -226,8 +237,10 @@ pub struct Fleet {
     pub index: Arc<Index>,
     /// Told when a group may have got room.
     pub room: Arc<Room>,
-    /// Held while one request is placed: the next one sees its booking.
-    pub placing: Mutex<()>,
+    /// Where sessions are at home.
+    pub sessions: Sessions,
+    /// Held while one request is placed: the next one sees its booking. Draws one of several equal groups.
+    pub placing: Mutex<StdRng>,
     /// Groups of releases that this router is not made for.
     refused: Mutex<BTreeSet<String>>,
     options: RouterOptions,
@@ -236,11 +249,21 @@ pub struct Fleet {
 impl Fleet {
     /// A fleet without groups.
     pub fn new(options: RouterOptions) -> Arc<Self> {
+        Self::with_random(options, StdRng::from_os_rng())
+    }
+
+    /// One that draws the same from the same seed, for simulations.
+    pub fn seeded(options: RouterOptions, seed: u64) -> Arc<Self> {
+        Self::with_random(options, StdRng::seed_from_u64(seed))
+    }
+
+    fn with_random(options: RouterOptions, random: StdRng) -> Arc<Self> {
         Arc::new(Self {
             view: RwLock::default(),
             index: Arc::new(Index::new()),
             room: Arc::default(),
-            placing: Mutex::new(()),
+            sessions: Sessions::default(),
+            placing: Mutex::new(random),
             refused: Mutex::default(),
             options,
         })
@@ -299,9 +322,15 @@ impl Fleet {
                 "group announced"
             );
         }
+        if known.is_none_or(|known| !Arc::ptr_eq(&known.link, &link)) {
+            begin_as_the_others(&view, &record.model, &link, Instant::now());
+        }
         let mut groups = view.groups.clone();
         groups.insert(record.group.clone(), Arc::new(Group { cost: CostModel::new(&record.speed), record, link }));
-        *view = Arc::new(View::new(groups));
+        let before = std::mem::replace(&mut *view, Arc::new(View::new(groups)));
+        drop(view);
+        // A link that was replaced takes its blocks out of the index as it goes, while others look at the view.
+        drop(before);
         self.room.changed();
     }
 
@@ -331,9 +360,10 @@ impl Fleet {
 
     /// Adds a group that this router does not watch: whoever calls tells what it holds and how busy it is. For
     /// simulations, where groups are no processes.
-    pub fn put_unwatched(&self, record: GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
+    pub fn put_unwatched(&self, record: GroupRecord, now: Instant) -> Result<Arc<Link>, tonic::transport::Error> {
         let link = self.link(&record)?;
         let mut view = self.view.write();
+        begin_as_the_others(&view, &record.model, &link, now);
         let mut groups = view.groups.clone();
         let group = Group { cost: CostModel::new(&record.speed), record, link: Arc::clone(&link) };
         groups.insert(link.group.clone(), Arc::new(group));

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bora_common::version;
@@ -135,7 +135,7 @@ fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
         Some(Event::Snapshot(snapshot)) => fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
         Some(Event::Blocks(blocks)) => fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
         Some(Event::Load(load)) => {
-            link.ledger.report(load);
+            link.ledger.report(load, Instant::now());
             link.room.changed();
         }
         Some(Event::State(state)) => link.tell_state(State::try_from(state).unwrap_or(State::Unspecified)),

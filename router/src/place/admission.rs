@@ -6,7 +6,7 @@
 //! once delays himself. What waits is bounded, by number and by time.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -89,6 +89,8 @@ pub struct Ask {
     pub hashes: Arc<[BlockHash]>,
     /// Its length in tokens.
     pub tokens: usize,
+    /// The conversation that it belongs to, where the client says so.
+    pub session: Option<u64>,
     /// How urgent it is.
     pub class: Class,
     /// Who asks.
@@ -124,7 +126,8 @@ struct Tenant {
 
 #[derive(Default)]
 struct State {
-    tenants: HashMap<u64, Tenant>,
+    /// In an order that does not change from run to run.
+    tenants: BTreeMap<u64, Tenant>,
     /// Virtual time: the start of the work that was given last.
     now: f64,
     waiting: usize,
@@ -279,6 +282,7 @@ fn try_to_place(ask: &Ask, fleet: &Fleet) -> Result<Placement, NoGroup> {
     let wanted = Wanted {
         hashes: &ask.hashes,
         tokens: ask.tokens,
+        session: ask.session,
         avoid: &[],
         class: Some(ask.class),
         explain: ask.explain,

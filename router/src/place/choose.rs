@@ -11,7 +11,9 @@ use bora_common::{
     cost::GroupLoad,
 };
 
-use super::{Slot, admission::Class, ledger::Booking};
+use rand::{Rng as _, rngs::StdRng};
+
+use super::{Slot, admission::Class, index::milestones, ledger::Booking};
 use crate::fleet::view::{Fleet, Group, ModelGroups};
 
 /// Scores closer than this share of the best one are equal.
@@ -43,6 +45,8 @@ pub struct Wanted<'a> {
     pub hashes: &'a [BlockHash],
     /// Its length in tokens, resumed ones included.
     pub tokens: usize,
+    /// The conversation that the client says it belongs to.
+    pub session: Option<u64>,
     /// Groups that failed it already.
     pub avoid: &'a [Slot],
     /// To be placed only where it can start now. None: at once, as a stream that lost its group.
@@ -126,57 +130,69 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
 
     // The long walk before the lock, what other placements may have changed since behind it.
     let held = fleet.index.held(wanted.hashes, &slots);
-    let _one_at_a_time = fleet.placing.lock();
+    let mut placing = fleet.placing.lock();
     let matched: Vec<u32> =
         slots.iter().zip(held).map(|(slot, held)| fleet.index.with_expected(wanted.hashes, *slot, held)).collect();
+    let home = wanted.session.and_then(|session| fleet.sessions.home(session));
     let scores: Vec<f64> = candidates
         .iter()
         .zip(&matched)
         .map(|(group, blocks)| {
             let held = *blocks as usize * BLOCK_TOKENS;
-            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, group.load(wanted.now))
+            let load = GroupLoad {
+                moves_in: 1.0 - held.min(wanted.tokens) as f64 / wanted.tokens.max(1) as f64,
+                at_home: home == Some((group.link.slot, group.link.epoch)),
+                ..group.load(wanted.now)
+            };
+            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, load)
         })
         .collect();
-    let chosen = pick(&scores);
+    let is_home = |at: usize| home == Some((candidates[at].link.slot, candidates[at].link.epoch));
+    let chosen = pick(&scores, is_home, &mut placing);
     let group = Arc::clone(candidates[chosen]);
     // The score has the wait in it: where the best group has no room, waiting for it beats the others.
     if wanted.class.is_some_and(|class| !group.has_room(class)) {
         return Err(NoGroup::NoRoom);
     }
+    if let Some(session) = wanted.session {
+        fleet.sessions.settle(session, (group.link.slot, group.link.epoch));
+    }
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
     let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
     let reason = Reason::of(&matched, chosen);
     // of this prompt alone: the score also has what its later turns would wait
-    let load = GroupLoad { utilization: 0.0, ..group.load(wanted.now) };
-    let predicted_seconds =
-        group.cost.first_token_seconds(wanted.tokens as u64, (held_blocks * BLOCK_TOKENS) as u64, load);
-    let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen));
+    let held_tokens = (held_blocks * BLOCK_TOKENS) as u64;
+    let predicted_seconds = group.cost.first_token_seconds(wanted.tokens as u64, held_tokens, group.load(wanted.now));
+    let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen, wanted.now));
     let seconds = group.cost.prefill_seconds((wanted.tokens - computed.min(wanted.tokens)) as u64, computed as u64);
     let booking = Booking::new(
         Arc::clone(&group.link),
         Arc::clone(&fleet.index),
         computed as u64,
         seconds,
-        wanted.hashes[held_blocks..].to_vec(),
+        milestones(wanted.hashes, held_blocks),
         wanted.now,
     );
     group.link.breaker.chosen();
     Ok(Placement { group, booking, reason, predicted_seconds, explanation })
 }
 
-/// The least score; one of the equals at random. `scores` is not empty.
-fn pick(scores: &[f64]) -> usize {
+/// The least score; of equals the conversation's home, or any of them at random. `scores` is not empty.
+fn pick(scores: &[f64], is_home: impl Fn(usize) -> bool, random: &mut StdRng) -> usize {
     let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
     let limit = least + least.abs() * TIE + 1e-9;
     let equals = || scores.iter().enumerate().filter(|(_, score)| **score <= limit).map(|(at, _)| at);
+    if let Some(home) = equals().find(|at| is_home(*at)) {
+        return home;
+    }
     let number = equals().count();
     if number <= 1 {
         return equals().next().unwrap_or(0);
     }
-    equals().nth(rand::random_range(0..number)).unwrap_or(0)
+    equals().nth(random.random_range(0..number)).unwrap_or(0)
 }
 
-fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: usize) -> String {
+fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: usize, now: Instant) -> String {
     let mut text = format!("chose={}", candidates[chosen].record.group);
     for ((group, blocks), score) in candidates.iter().zip(matched).zip(scores).take(16) {
         let busy = group.link.ledger.busy();
@@ -188,7 +204,7 @@ fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: 
             blocks,
             busy.queued_tokens,
             busy.sequences,
-            group.link.ledger.utilization(Instant::now())
+            group.link.ledger.utilization(now)
         );
     }
     text
@@ -196,6 +212,8 @@ fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: 
 
 #[cfg(test)]
 mod tests {
+    use rand::SeedableRng as _;
+
     use super::*;
 
     #[test]
@@ -210,9 +228,11 @@ mod tests {
     #[test]
     fn equals_are_chosen_at_random_and_only_they() {
         let mut seen = [0; 4];
+        let mut random = StdRng::seed_from_u64(1);
         for _ in 0..2000 {
-            seen[pick(&[1.0, 0.5, 0.500_01, 2.0])] += 1;
+            seen[pick(&[1.0, 0.5, 0.500_01, 2.0], |at| at == 3, &mut random)] += 1;
         }
+        assert!((0..50).all(|_| pick(&[1.0, 0.5, 0.500_01, 2.0], |at| at == 2, &mut random) == 2), "home");
         assert_eq!((seen[0], seen[3]), (0, 0));
         assert!(seen[1] > 800 && seen[2] > 800, "{seen:?}");
     }

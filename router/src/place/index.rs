@@ -3,7 +3,8 @@
 //! A plane serves 64 groups: a [`BlockTable`] from a block's hash to a bit for each group that holds it.
 //! Beside the facts stand the *expected* blocks: those of requests that were just placed and are not stored
 //! yet, so that a burst of siblings finds its way to the group that computes their common prefix. They are
-//! given back by the request that brought them ([`super::ledger::Booking`]).
+//! given back by the request that brought them ([`super::ledger::Booking`]). As a block's hash stands for all
+//! before it, every eighth block of a chain ([`milestones`]) is enough.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,6 +14,19 @@ use parking_lot::{Mutex, RwLock};
 use super::{Slot, table::BlockTable};
 
 const GROUPS_PER_PLANE: u32 = 64;
+/// Blocks from one milestone to the next: 512 tokens.
+const STRIDE: usize = 8;
+
+/// The blocks of a chain that are expected of a group which holds the first `held`.
+pub fn milestones(hashes: &[BlockHash], held: usize) -> Vec<BlockHash> {
+    hashes
+        .iter()
+        .enumerate()
+        .skip(held)
+        .filter(|(place, _)| place % STRIDE == STRIDE - 1)
+        .map(|(_, hash)| *hash)
+        .collect()
+}
 
 #[derive(Default)]
 struct Plane {
@@ -89,13 +103,12 @@ impl Index {
             return;
         };
         let mut requests = plane.requests.lock();
-        for hash in hashes {
-            let count = requests.entry((*hash, bit)).or_default();
+        let first = |hash: &&BlockHash| {
+            let count = requests.entry((**hash, bit)).or_default();
             *count += 1;
-            if *count == 1 {
-                plane.expected.set(std::iter::once(*hash), bit);
-            }
-        }
+            *count == 1
+        };
+        plane.expected.set(hashes.iter().filter(first).copied(), bit);
     }
 
     /// That request's blocks are stored, or never will be.
@@ -104,16 +117,18 @@ impl Index {
             return;
         };
         let mut requests = plane.requests.lock();
-        for hash in hashes {
-            let Some(count) = requests.get_mut(&(*hash, bit)) else {
-                continue; // the group left in the meantime
+        let last = |hash: &&BlockHash| {
+            let Some(count) = requests.get_mut(&(**hash, bit)) else {
+                return false; // the group left in the meantime
             };
             *count -= 1;
-            if *count == 0 {
-                requests.remove(&(*hash, bit));
-                plane.expected.unset(std::iter::once(*hash), bit);
+            let last = *count == 0;
+            if last {
+                requests.remove(&(**hash, bit));
             }
-        }
+            last
+        };
+        plane.expected.unset(hashes.iter().filter(last).copied(), bit);
         if requests.capacity() > 1024 && requests.capacity() > 8 * requests.len() {
             requests.shrink_to_fit();
         }
@@ -153,10 +168,10 @@ impl Index {
         let Some((plane, bit)) = self.plane(slot) else {
             return held;
         };
-        let rest = hashes.get(held as usize..).unwrap_or_default();
-        let more =
-            rest.iter().take_while(|hash| (plane.expected.bits(**hash) | plane.held.bits(**hash)) & (1 << bit) != 0);
-        held + more.count() as u32
+        let coming = |hash: BlockHash| plane.expected.bits(hash) & (1 << bit) != 0;
+        let first = held as usize / STRIDE * STRIDE + STRIDE - 1;
+        let places = (first..hashes.len()).step_by(STRIDE);
+        places.take_while(|place| coming(hashes[*place])).last().map_or(held, |place| place as u32 + 1)
     }
 
     /// Blocks known to be held by at least one group of each plane.
@@ -247,17 +262,32 @@ mod tests {
     fn expected_blocks_count_until_the_last_request_that_brings_them_ends() {
         let index = Index::new();
         let (a, b) = (index.assign(), index.assign());
-        let hashes = chain(0, 3);
-        index.expect(a, &hashes);
-        index.expect(a, &hashes);
-        index.expect(b, &hashes[..1]);
-        assert_eq!(matched(&index, &hashes, &[a, b]), [3, 1]);
-        index.forget(a, &hashes);
-        assert_eq!(matched(&index, &hashes, &[a, b]), [3, 1]);
-        index.forget(a, &hashes);
-        index.forget(b, &hashes[..1]);
+        let hashes = chain(0, 27);
+        let (all, some) = (milestones(&hashes, 0), milestones(&hashes[..10], 0));
+        assert_eq!((all.len(), some.len()), (3, 1));
+        index.expect(a, &all);
+        index.expect(a, &all);
+        index.expect(b, &some);
+        assert_eq!(matched(&index, &hashes, &[a, b]), [24, 8]);
+        index.forget(a, &all);
+        assert_eq!(matched(&index, &hashes, &[a, b]), [24, 8]);
+        index.forget(a, &all);
+        index.forget(b, &some);
         assert_eq!(matched(&index, &hashes, &[a, b]), [0, 0]);
         assert_eq!(index.expected(), 0);
+    }
+
+    /// A sibling finds the part that is stored and the part that is still to come.
+    #[test]
+    fn what_is_expected_goes_on_behind_what_is_held() {
+        let index = Index::new();
+        let slot = index.assign();
+        let hashes = chain(0, 40);
+        index.apply(slot, &bytes(&hashes[..11]), &[]);
+        index.expect(slot, &milestones(&hashes[..33], 11));
+        assert_eq!(matched(&index, &hashes, &[slot]), [32]);
+        assert_eq!(matched(&index, &hashes[..20], &[slot]), [16]);
+        assert_eq!(matched(&index, &hashes[..12], &[slot]), [11]);
     }
 
     /// Groups come, fill up, are asked for, die in the middle of requests and come again: nothing is left.

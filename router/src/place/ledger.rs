@@ -19,7 +19,7 @@ use crate::fleet::view::Link;
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(2);
 
 /// What was booked this long ago counts a third in the utilization.
-const RECENT: Duration = Duration::from_secs(60);
+const RECENT: Duration = Duration::from_secs(120);
 
 /// How busy a group is, by its own report and by what was sent to it since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,15 +40,29 @@ struct Entry {
     /// Of `booked_*`, what was booked after the last report.
     fresh_tokens: u64,
     fresh_sequences: u32,
-    /// Seconds of prefills booked, those of the past fading.
-    recent_seconds: f64,
-    recent_at: Option<Instant>,
+    /// Seconds of prefills that this router booked.
+    recent_booked: Recent,
+    /// Seconds of prefills that the group told of, whoever sent them.
+    recent_told: Recent,
+    /// Of the booked ones, those after the last report.
+    recent_fresh: Recent,
 }
 
-impl Entry {
-    fn recent_seconds(&self, now: Instant) -> f64 {
-        let age = self.recent_at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-        self.recent_seconds * (-age.as_secs_f64() / RECENT.as_secs_f64()).exp()
+/// A sum whose summands fade with their age.
+#[derive(Clone, Copy, Default)]
+struct Recent {
+    sum: f64,
+    at: Option<Instant>,
+}
+
+impl Recent {
+    fn at(&self, now: Instant) -> f64 {
+        let age = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        self.sum * (-age.as_secs_f64() / RECENT.as_secs_f64()).exp()
+    }
+
+    fn add(&mut self, seconds: f64, now: Instant) {
+        *self = Self { sum: self.at(now) + seconds, at: Some(now) };
     }
 }
 
@@ -60,12 +74,22 @@ pub struct Ledger {
 
 impl Ledger {
     /// The group told its load.
-    pub fn report(&self, load: Load) {
+    pub fn report(&self, load: Load, now: Instant) {
         let mut entry = self.entry.lock();
+        // the first report tells of a past that is as old as the group
+        let told = if entry.report_number == 0 { 0.0 } else { load.prefill_seconds - entry.reported.prefill_seconds };
+        // what a group says is bounded: nobody computes for longer than there was time
+        entry.recent_told.add(told.max(0.0).min(RECENT.as_secs_f64()), now);
+        entry.recent_fresh = Recent::default();
         entry.reported = load;
         entry.report_number += 1;
         entry.fresh_tokens = 0;
         entry.fresh_sequences = 0;
+    }
+
+    /// A group that has just come counts as that busy, until that fades.
+    pub fn begin(&self, utilization: f64, now: Instant) {
+        self.entry.lock().recent_told.add(utilization * RECENT.as_secs_f64(), now);
     }
 
     /// What the group last told.
@@ -84,15 +108,18 @@ impl Ledger {
         }
     }
 
-    /// Share of the last minute that prefills were booked for, by this router.
+    /// Share of the last minutes that went into prefills: by the group's own word, so that all routers think
+    /// the same of it, and by what this one sent since.
     pub fn utilization(&self, now: Instant) -> f64 {
-        self.entry.lock().recent_seconds(now) / RECENT.as_secs_f64()
+        let entry = self.entry.lock();
+        let seconds = entry.recent_booked.at(now).max(entry.recent_told.at(now) + entry.recent_fresh.at(now));
+        seconds / RECENT.as_secs_f64()
     }
 
     fn book(&self, tokens: u64, seconds: f64, now: Instant) -> u64 {
         let mut entry = self.entry.lock();
-        entry.recent_seconds = entry.recent_seconds(now) + seconds;
-        entry.recent_at = Some(now);
+        entry.recent_booked.add(seconds, now);
+        entry.recent_fresh.add(seconds, now);
         entry.booked_tokens += tokens;
         entry.fresh_tokens += tokens;
         entry.booked_sequences += 1;
@@ -187,7 +214,8 @@ mod tests {
         let number = ledger.book(1000, 0.0, Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
         // the report includes the booking
-        ledger.report(Load { running: 3, queued_prefill_tokens: 1500, ..Load::default() });
+        let load = Load { running: 3, queued_prefill_tokens: 1500, ..Load::default() };
+        ledger.report(load, Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
         let later = ledger.book(200, 0.0, Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1700, sequences: 4 });
@@ -196,7 +224,7 @@ mod tests {
         ledger.give_back_tokens(1000, number);
         ledger.give_back_sequence(number);
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
-        ledger.report(Load::default());
+        ledger.report(Load::default(), Instant::now());
         assert_eq!(ledger.busy(), Busy::default());
     }
 
@@ -205,17 +233,40 @@ mod tests {
         let ledger = Ledger::default();
         let now = Instant::now();
         assert_eq!(ledger.utilization(now), 0.0);
-        ledger.book(1, 30.0, now);
+        ledger.book(1, 60.0, now);
         assert!((ledger.utilization(now) - 0.5).abs() < 1e-9);
         let later = ledger.utilization(now + RECENT);
         assert!((later - 0.5 / std::f64::consts::E).abs() < 1e-9, "{later}");
+    }
+
+    /// The work of other routers is known by the group's word, and this one's is not counted twice.
+    #[test]
+    fn utilization_is_what_the_group_tells_and_what_was_sent_since() {
+        let ledger = Ledger::default();
+        let now = Instant::now();
+        let told = |prefill_seconds| ledger.report(Load { prefill_seconds, ..Load::default() }, now);
+        let seconds = || ledger.utilization(now) * RECENT.as_secs_f64();
+        told(1e6);
+        assert_eq!(seconds(), 0.0, "of a past that nobody knows the age of");
+        told(1e6 + 12.0);
+        assert!((seconds() - 12.0).abs() < 1e-6);
+        ledger.book(1, 3.0, now);
+        assert!((seconds() - 15.0).abs() < 1e-6);
+        told(1e6 + 15.0);
+        assert!((seconds() - 15.0).abs() < 1e-6);
+        told(0.0);
+        assert!((seconds() - 15.0).abs() < 1e-6, "a group that began anew takes nothing back");
+        told(f64::NAN);
+        assert!((seconds() - 15.0).abs() < 1e-6);
+        told(f64::INFINITY);
+        assert!(seconds() < 15.0 + 2.0 * RECENT.as_secs_f64(), "whatever it says");
     }
 
     #[test]
     fn an_old_report_never_hides_what_this_router_sent() {
         let ledger = Ledger::default();
         let _ = ledger.book(1000, 0.0, Instant::now());
-        ledger.report(Load::default());
+        ledger.report(Load::default(), Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
     }
 }

@@ -1,10 +1,12 @@
 //! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`ledger`]),
-//! which one would answer soonest ([`choose`]), and who waits while none can start it ([`admission`]).
+//! which one would answer soonest ([`choose`]), where its session is at home ([`sessions`]), and who waits while none
+//! can start it ([`admission`]).
 
 pub mod admission;
 pub mod choose;
 pub mod index;
 pub mod ledger;
+pub mod sessions;
 mod table;
 
 /// A group's bit in the index; reused after the group is gone.

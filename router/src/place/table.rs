@@ -1,10 +1,14 @@
 //! From a block's hash to 64 bits, one for each group of a plane: read without locks by every placement,
 //! written by the groups' events.
 //!
-//! Open addressing over pairs of atomics in 64 shards. A reader holds a shard's array while it looks; a
-//! writer changes it in place and, when it is full, swaps in a new one: readers never wait, and the memory
-//! for moving is that of one shard. A key stays in its place when its last bit goes and is left out at the
-//! next move. The key is half of the hash: that two blocks of a fleet share it has a chance of one in a
+//! Entries stand in chunks, in the order in which they came: groups tell of blocks in the order of their chain,
+//! so the entry of a prompt's next block most often stands behind that of the block before it, and a walk reads
+//! memory from front to back instead of missing the processor's cache with every block. A map of 64 shards (open
+//! addressing; half of a slot is part of the key, the other half the entry's place) finds what stands elsewhere.
+//!
+//! There is one writer at a time, for a batch of blocks, so that a group that tells of all its blocks does not keep
+//! the others waiting. Readers never wait: they hold the arrays that they look into, which change in place or are
+//! replaced by larger ones. The key is half of the hash: that two blocks of a fleet share it has a chance of one in a
 //! hundred thousand with 19 million blocks, and costs one placement that expects too much.
 
 use std::sync::{
@@ -13,21 +17,45 @@ use std::sync::{
 };
 
 use bora_common::blocks::BlockHash;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 
 const SHARDS: usize = 64;
-/// Hashes whose places are fetched from memory together.
+/// Hashes that are looked for together.
 const TOGETHER: usize = 16;
 const SMALLEST: usize = 16;
+/// Entries of a chunk: 64 KiB.
+const CHUNK: usize = 4096;
+/// A chunk is filled again when so many of its entries are free: enough for long runs.
+const WORTH_FILLING: usize = CHUNK / 4;
+/// Blocks that are written before others may write.
+const BATCH: usize = 1024;
 
+/// A slot of the map without an entry, which once had one.
+const REMOVED: u64 = u64::MAX;
+
+/// Written in this order: key 0, bits, key. Read in this order: key, bits, key. So bits are those of the key, unless
+/// the entry was given to another block and back between the two looks: that costs one placement at most.
 #[derive(Default)]
 struct Entry {
+    bits: AtomicU64,
     /// 0: free.
     key: AtomicU64,
-    bits: AtomicU64,
 }
 
-type Entries = Box<[Entry]>;
+impl Entry {
+    /// The bits, if this is the key's entry.
+    fn bits_of(&self, key: u64) -> Option<u64> {
+        if self.key.load(Ordering::Acquire) != key {
+            return None;
+        }
+        let bits = self.bits.load(Ordering::Acquire);
+        (self.key.load(Ordering::Relaxed) == key).then_some(bits)
+    }
+}
+
+type Chunk = Box<[Entry]>;
+type Chunks = Vec<Arc<Chunk>>;
+type Slots = Box<[AtomicU64]>;
 
 fn key_of(hash: BlockHash) -> u64 {
     (hash.0 as u64).max(1)
@@ -37,184 +65,384 @@ fn shard_of(key: u64) -> usize {
     key as usize % SHARDS
 }
 
-/// The place where a key's search begins: the key's share of the length.
-fn first_place(key: u64, length: usize) -> usize {
+/// The slot where a key's search begins: the key's share of the length.
+fn first_slot(key: u64, length: usize) -> usize {
     ((u128::from(key) * length as u128) >> 64) as usize
 }
 
-/// The entry of a key, or the free one where it belongs. There is always a free one.
-fn find(entries: &[Entry], key: u64) -> Option<&Entry> {
-    let first = first_place(key, entries.len());
-    let (before, from_first) = entries.split_at(first);
-    from_first.iter().chain(before).find(|entry| {
-        let there = entry.key.load(Ordering::Acquire);
-        there == key || there == 0
-    })
+/// The bits of a key that say neither its shard nor its first slot.
+fn tag_of(key: u64) -> u64 {
+    (key >> 6) << 32
 }
 
+fn slot_of(key: u64, place: usize) -> u64 {
+    tag_of(key) | (place as u64 + 1)
+}
+
+/// The place in a slot, if the slot can be the key's.
+fn place_in(slot: u64, key: u64) -> Option<usize> {
+    let low = slot & u64::from(u32::MAX);
+    (slot != REMOVED && low != 0 && slot - low == tag_of(key)).then(|| low as usize - 1)
+}
+
+fn entry(chunks: &Chunks, place: usize) -> Option<&Entry> {
+    chunks.get(place / CHUNK)?.get(place % CHUNK)
+}
+
+/// The slots from a key's first one on, to the first that was never used.
+fn search(slots: &Slots, key: u64) -> impl Iterator<Item = (usize, u64)> + '_ {
+    let first = first_slot(key, slots.len());
+    let numbers = (first..slots.len()).chain(0..first);
+    numbers.map(|number| (number, slots[number].load(Ordering::Acquire))).take_while(|(_, slot)| *slot != 0)
+}
+
+/// The key's entry and its place.
+fn find<'a>(slots: &Slots, chunks: &'a Chunks, key: u64) -> Option<(usize, &'a Entry)> {
+    let places = search(slots, key).filter_map(|(_, slot)| place_in(slot, key));
+    places
+        .filter_map(|place| Some((place, entry(chunks, place)?)))
+        .find(|(_, entry)| entry.key.load(Ordering::Acquire) == key)
+}
+
+/// What readers hold while they look.
+struct Arrays {
+    shards: [RwLock<Arc<Slots>>; SHARDS],
+    chunks: RwLock<Arc<Chunks>>,
+}
+
+impl Default for Arrays {
+    fn default() -> Self {
+        Self { shards: std::array::from_fn(|_| RwLock::default()), chunks: RwLock::default() }
+    }
+}
+
+#[derive(Clone, Copy, Default)]
+struct ShardUse {
+    /// Slots that are or were used.
+    taken: usize,
+    live: usize,
+}
+
+/// What only the writer knows.
+struct Writer {
+    shards: [ShardUse; SHARDS],
+    /// Blocks of each group.
+    of_group: [usize; 64],
+    /// Entries in use of each chunk.
+    used: Vec<usize>,
+    /// Where the next entry is looked for.
+    chunk: usize,
+    place: usize,
+}
+
+/// The table.
 #[derive(Default)]
-struct Shard {
-    entries: RwLock<Arc<Entries>>,
-    /// Places taken, those without bits included. Held by whoever writes.
-    taken: Mutex<usize>,
-    /// Keys with bits.
+pub(super) struct BlockTable {
+    arrays: RwLock<Arc<Arrays>>,
+    writer: Mutex<Writer>,
+    /// Held while a group's bits are taken away: entries keep their places meanwhile.
+    clearing: Mutex<()>,
     live: AtomicUsize,
 }
 
-impl Shard {
-    fn set(&self, taken: &mut usize, key: u64, bit: u64) {
-        let mut entries = Arc::clone(&self.entries.read());
-        if (*taken + 1) * 10 > entries.len() * 7 {
-            entries = self.move_out(taken);
+impl Default for Writer {
+    fn default() -> Self {
+        Self { shards: [ShardUse::default(); SHARDS], of_group: [0; 64], used: Vec::new(), chunk: 0, place: 0 }
+    }
+}
+
+impl Writer {
+    /// Sets a group's bit of a key; true if it is the key's first one.
+    fn set(&mut self, arrays: &Arrays, key: u64, group: u32) -> bool {
+        let bit = 1 << group;
+        if let Some((_, entry)) = find(&arrays.shards[shard_of(key)].read(), &arrays.chunks.read(), key) {
+            let before = entry.bits.fetch_or(bit, Ordering::Relaxed);
+            self.of_group[group as usize] += usize::from(before & bit == 0);
+            return false;
         }
-        let Some(entry) = find(&entries, key) else {
-            return; // never: there is room
-        };
-        if entry.key.load(Ordering::Relaxed) == 0 {
-            // bits first: who sees the key sees them
-            entry.bits.store(bit, Ordering::Relaxed);
+        self.put(arrays, key, bit);
+        self.of_group[group as usize] += 1;
+        true
+    }
+
+    /// A key that is not there yet.
+    fn put(&mut self, arrays: &Arrays, key: u64, bits: u64) {
+        let (place, chunks) = self.free_place(arrays);
+        if let Some(entry) = entry(&chunks, place) {
+            entry.bits.store(bits, Ordering::Release);
             entry.key.store(key, Ordering::Release);
-            *taken += 1;
-            self.live.fetch_add(1, Ordering::Relaxed);
-        } else if entry.bits.fetch_or(bit, Ordering::Relaxed) == 0 {
-            self.live.fetch_add(1, Ordering::Relaxed);
+            self.used[place / CHUNK] += 1;
+        }
+        self.put_in_map(arrays, key, place);
+    }
+
+    /// Takes a group's bit of a key away; true if it was the last one.
+    fn unset(&mut self, arrays: &Arrays, key: u64, group: u32) -> bool {
+        let slots = Arc::clone(&arrays.shards[shard_of(key)].read());
+        let chunks = Arc::clone(&arrays.chunks.read());
+        let Some((place, entry)) = find(&slots, &chunks, key) else { return false };
+        self.unset_in(arrays, key, place, entry, group)
+    }
+
+    fn unset_in(&mut self, arrays: &Arrays, key: u64, place: usize, entry: &Entry, group: u32) -> bool {
+        let bit = 1 << group;
+        let before = entry.bits.fetch_and(!bit, Ordering::Relaxed);
+        self.of_group[group as usize] -= usize::from(before & bit != 0);
+        let last = before == bit;
+        if last {
+            self.remove(arrays, key, place, entry);
+        }
+        last
+    }
+
+    fn remove(&mut self, arrays: &Arrays, key: u64, place: usize, entry: &Entry) {
+        entry.key.store(0, Ordering::Release);
+        let shard = shard_of(key);
+        let slots = Arc::clone(&arrays.shards[shard].read());
+        let slot = search(&slots, key).find(|(_, slot)| *slot == slot_of(key, place));
+        if let Some((number, _)) = slot {
+            slots[number].store(REMOVED, Ordering::Release);
+        }
+        self.shards[shard].live -= 1;
+        let chunk = place / CHUNK;
+        self.used[chunk] -= 1;
+        if self.used[chunk] == 0 && chunk != self.chunk {
+            let mut chunks = arrays.chunks.read().to_vec();
+            chunks[chunk] = Arc::default();
+            *arrays.chunks.write() = Arc::new(chunks);
         }
     }
 
-    fn unset(&self, key: u64, bit: u64) {
-        let entries = Arc::clone(&self.entries.read());
-        if let Some(entry) = find(&entries, key)
-            && entry.key.load(Ordering::Relaxed) == key
-            && entry.bits.fetch_and(!bit, Ordering::Relaxed) == bit
-        {
-            self.live.fetch_sub(1, Ordering::Relaxed);
+    /// The next free entry: behind the last one, as long as its chunk has any.
+    fn free_place(&mut self, arrays: &Arrays) -> (usize, Arc<Chunks>) {
+        let chunks = Arc::clone(&arrays.chunks.read());
+        let rest = chunks.get(self.chunk).and_then(|chunk| chunk.get(self.place..)).unwrap_or_default();
+        if let Some(ahead) = rest.iter().position(|entry| entry.key.load(Ordering::Relaxed) == 0) {
+            let place = self.place + ahead;
+            self.place = place + 1;
+            return (self.chunk * CHUNK + place, chunks);
+        }
+        // one with much room, or a new one where one was given back, or behind all others
+        let lengths = self.used.iter().zip(chunks.iter()).map(|(used, chunk)| (*used, chunk.len()));
+        let roomy = lengths.clone().position(|(used, length)| length > 0 && length - used >= WORTH_FILLING);
+        self.place = 0;
+        if let Some(chunk) = roomy {
+            self.chunk = chunk;
+            return self.free_place(arrays);
+        }
+        self.chunk = lengths.clone().position(|(_, length)| length == 0).unwrap_or(self.used.len());
+        let mut more = chunks.to_vec();
+        if self.chunk == more.len() {
+            more.push(Arc::default());
+            self.used.push(0);
+        }
+        more[self.chunk] = Arc::new(std::iter::repeat_with(Entry::default).take(CHUNK).collect());
+        let chunks = Arc::new(more);
+        *arrays.chunks.write() = Arc::clone(&chunks);
+        self.place = 1;
+        (self.chunk * CHUNK, chunks)
+    }
+
+    fn put_in_map(&mut self, arrays: &Arrays, key: u64, place: usize) {
+        let shard = shard_of(key);
+        let mut slots = Arc::clone(&arrays.shards[shard].read());
+        if (self.shards[shard].taken + 1) * 10 > slots.len() * 7 {
+            slots = self.grow(arrays, shard);
+        }
+        let first = first_slot(key, slots.len());
+        let free = slots[first..].iter().chain(&slots[..first]).find(|slot| {
+            let slot = slot.load(Ordering::Relaxed);
+            slot == 0 || slot == REMOVED
+        });
+        // there is always one
+        if let Some(slot) = free {
+            let uses = &mut self.shards[shard];
+            uses.taken += usize::from(slot.load(Ordering::Relaxed) == 0);
+            uses.live += 1;
+            slot.store(slot_of(key, place), Ordering::Release);
         }
     }
 
-    /// Copies what has bits to a new array with room.
-    fn move_out(&self, taken: &mut usize) -> Arc<Entries> {
-        let old = Arc::clone(&self.entries.read());
-        let live = self.live.load(Ordering::Relaxed);
-        let length = (live * 2).max(SMALLEST);
-        let new: Entries = std::iter::repeat_with(Entry::default).take(length).collect();
-        for entry in old.iter() {
-            let bits = entry.bits.load(Ordering::Relaxed);
-            let key = entry.key.load(Ordering::Relaxed);
-            if bits != 0
-                && let Some(place) = find(&new, key)
-            {
-                place.bits.store(bits, Ordering::Relaxed);
-                place.key.store(key, Ordering::Relaxed);
+    /// Moves a shard's slots to a new array with room, without those that were removed.
+    fn grow(&mut self, arrays: &Arrays, shard: usize) -> Arc<Slots> {
+        let old = Arc::clone(&arrays.shards[shard].read());
+        let chunks = Arc::clone(&arrays.chunks.read());
+        let uses = &mut self.shards[shard];
+        let length = (uses.live * 2).max(SMALLEST);
+        let new: Slots = std::iter::repeat_with(AtomicU64::default).take(length).collect();
+        for slot in old.iter().map(|slot| slot.load(Ordering::Relaxed)).filter(|slot| *slot != 0 && *slot != REMOVED) {
+            let place = (slot & u64::from(u32::MAX)) as usize - 1;
+            let Some(key) = entry(&chunks, place).map(|entry| entry.key.load(Ordering::Relaxed)) else { continue };
+            let first = first_slot(key, length);
+            let mut from_first = new[first..].iter().chain(&new[..first]);
+            if let Some(free) = from_first.find(|slot| slot.load(Ordering::Relaxed) == 0) {
+                free.store(slot, Ordering::Relaxed);
             }
         }
-        *taken = live;
+        uses.taken = uses.live;
         let new = Arc::new(new);
-        *self.entries.write() = Arc::clone(&new);
+        *arrays.shards[shard].write() = Arc::clone(&new);
         new
     }
 }
 
-/// The table.
-pub(super) struct BlockTable {
-    shards: Box<[Shard]>,
-}
-
-impl Default for BlockTable {
-    fn default() -> Self {
-        Self { shards: std::iter::repeat_with(Shard::default).take(SHARDS).collect() }
-    }
-}
-
 impl BlockTable {
-    /// Sets a group's bit for these blocks.
-    pub(super) fn set(&self, hashes: impl Iterator<Item = BlockHash>, bit: u32) {
-        for hash in hashes {
-            let key = key_of(hash);
-            let shard = &self.shards[shard_of(key)];
-            shard.set(&mut shard.taken.lock(), key, 1 << bit);
-        }
+    /// Sets a group's bit for these blocks. In the order of their chain they are found fastest.
+    pub(super) fn set(&self, hashes: impl Iterator<Item = BlockHash>, group: u32) {
+        self.write(hashes, |writer, arrays, live, key| *live += usize::from(writer.set(arrays, key, group)));
     }
 
     /// Takes it away.
-    pub(super) fn unset(&self, hashes: impl Iterator<Item = BlockHash>, bit: u32) {
-        for hash in hashes {
-            let key = key_of(hash);
-            let shard = &self.shards[shard_of(key)];
-            let _writing = shard.taken.lock();
-            shard.unset(key, 1 << bit);
+    pub(super) fn unset(&self, hashes: impl Iterator<Item = BlockHash>, group: u32) {
+        self.write(hashes, |writer, arrays, live, key| *live -= usize::from(writer.unset(arrays, key, group)));
+    }
+
+    fn write(&self, hashes: impl Iterator<Item = BlockHash>, change: impl Fn(&mut Writer, &Arrays, &mut usize, u64)) {
+        let mut hashes = hashes.peekable();
+        while hashes.peek().is_some() {
+            let mut writer = self.writer.lock();
+            let arrays = Arc::clone(&self.arrays.read());
+            // only the writer changes it
+            let mut live = self.live.load(Ordering::Relaxed);
+            for hash in hashes.by_ref().take(BATCH) {
+                change(&mut writer, &arrays, &mut live, key_of(hash));
+            }
+            self.live.store(live, Ordering::Relaxed);
+            drop(arrays);
+            MutexGuard::unlock_fair(writer);
         }
     }
 
-    /// Takes away all of a group's bits; a shard that lost most of its keys gives its memory back.
-    pub(super) fn clear(&self, bit: u32) {
-        for shard in &self.shards {
-            let mut taken = shard.taken.lock();
-            let entries = Arc::clone(&shard.entries.read());
-            for entry in entries.iter() {
-                if entry.bits.fetch_and(!(1 << bit), Ordering::Relaxed) == 1 << bit {
-                    shard.live.fetch_sub(1, Ordering::Relaxed);
+    /// Takes away all of a group's bits; a table that lost most of its blocks gives its memory back. Nobody may set
+    /// bits of this group meanwhile.
+    pub(super) fn clear(&self, group: u32) {
+        let _clearing = self.clearing.lock();
+        let mut number = 0;
+        loop {
+            let mut writer = self.writer.lock();
+            let arrays = Arc::clone(&self.arrays.read());
+            let chunk = arrays.chunks.read().get(number).cloned();
+            let (Some(chunk), true) = (chunk, writer.of_group[group as usize] > 0) else {
+                return self.give_back(&mut writer, &arrays);
+            };
+            let mut gone = 0;
+            for (place, entry) in chunk.iter().enumerate() {
+                if entry.bits.load(Ordering::Relaxed) & (1 << group) != 0 {
+                    let key = entry.key.load(Ordering::Relaxed);
+                    gone += usize::from(writer.unset_in(&arrays, key, number * CHUNK + place, entry, group));
                 }
             }
-            if entries.len() > 4 * shard.live.load(Ordering::Relaxed).max(SMALLEST) {
-                shard.move_out(&mut taken);
+            self.live.fetch_sub(gone, Ordering::Relaxed);
+            number += 1;
+        }
+    }
+
+    /// Copies what is left to smaller arrays, where these have become too large for it.
+    fn give_back(&self, writer: &mut Writer, arrays: &Arrays) {
+        let live = self.live.load(Ordering::Relaxed);
+        let room = arrays.chunks.read().iter().map(|chunk| chunk.len()).sum::<usize>();
+        let slots = arrays.shards.iter().map(|shard| shard.read().len()).sum::<usize>();
+        if room > (4 * live).max(2 * CHUNK) || slots > (8 * live).max(2 * SHARDS * SMALLEST) {
+            self.rebuild(writer, arrays);
+        }
+    }
+
+    /// Copies what is left, in its order, to new arrays.
+    fn rebuild(&self, writer: &mut Writer, old: &Arrays) {
+        let new = Arrays::default();
+        *writer = Writer { of_group: writer.of_group, ..Writer::default() };
+        for entry in old.chunks.read().iter().flat_map(|chunk| chunk.iter()) {
+            let bits = entry.bits.load(Ordering::Relaxed);
+            if bits != 0 {
+                writer.put(&new, entry.key.load(Ordering::Relaxed), bits);
             }
         }
+        *self.arrays.write() = Arc::new(new);
     }
 
     /// Blocks with any bit.
     pub(super) fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.live.load(Ordering::Relaxed)).sum()
+        self.live.load(Ordering::Relaxed)
     }
 
     /// Bytes of the arrays.
     pub(super) fn bytes(&self) -> usize {
-        self.shards.iter().map(|shard| shard.entries.read().len() * size_of::<Entry>()).sum()
+        let arrays = Arc::clone(&self.arrays.read());
+        let slots: usize = arrays.shards.iter().map(|shard| shard.read().len()).sum();
+        let chunks = arrays.chunks.read();
+        let entries: usize = chunks.iter().map(|chunk| chunk.len()).sum();
+        slots * size_of::<u64>() + entries * size_of::<Entry>() + chunks.len() * size_of::<Arc<Chunk>>()
     }
 
     /// The bits of one block.
     pub(super) fn bits(&self, hash: BlockHash) -> u64 {
         let key = key_of(hash);
-        let entries = self.shards[shard_of(key)].entries.read();
-        match find(&entries, key) {
-            Some(entry) if entry.key.load(Ordering::Acquire) == key => entry.bits.load(Ordering::Relaxed),
-            _ => 0,
-        }
+        let arrays = Arc::clone(&self.arrays.read());
+        let slots = Arc::clone(&arrays.shards[shard_of(key)].read());
+        let chunks = Arc::clone(&arrays.chunks.read());
+        find(&slots, &chunks, key).and_then(|(_, entry)| entry.bits_of(key)).unwrap_or(0)
     }
 
     /// Gives the bits of each block in turn to `see`, until it returns false.
     pub(super) fn walk(&self, hashes: &[BlockHash], mut see: impl FnMut(usize, u64) -> bool) {
-        let mut arrays: [Option<Arc<Entries>>; SHARDS] = [const { None }; SHARDS];
+        let arrays = Arc::clone(&self.arrays.read());
+        let mut shards: [Option<Arc<Slots>>; SHARDS] = [const { None }; SHARDS];
+        let mut chunks = Arc::clone(&arrays.chunks.read());
+        // behind the last block that was found
+        let mut next = usize::MAX;
         for (number, some) in hashes.chunks(TOGETHER).enumerate() {
-            // First the places of all, so that memory is asked for all of them at once ...
-            let mut keys = [0; TOGETHER];
-            let mut at_first = [(0, 0); TOGETHER];
-            for ((hash, key), at_first) in some.iter().zip(&mut keys).zip(&mut at_first) {
-                *key = key_of(*hash);
-                let shard = shard_of(*key);
-                let entries = arrays[shard].get_or_insert_with(|| Arc::clone(&self.shards[shard].entries.read()));
-                if let Some(entry) = entries.get(first_place(*key, entries.len())) {
-                    *at_first = (entry.key.load(Ordering::Acquire), entry.bits.load(Ordering::Relaxed));
+            let mut bits = [0; TOGETHER];
+            let run = chunks
+                .get(next / CHUNK)
+                .and_then(|chunk| chunk.get(next % CHUNK..next % CHUNK + some.len()))
+                .is_some_and(|run| read_run(run, some, &mut bits));
+            if run {
+                next += some.len();
+            } else {
+                // First the slots of all, so that memory is asked for all of them at once, then their entries.
+                let mut keys = [0; TOGETHER];
+                let mut first = [0; TOGETHER];
+                for ((hash, key), first) in some.iter().zip(&mut keys).zip(&mut first) {
+                    *key = key_of(*hash);
+                    let shard = shard_of(*key);
+                    let slots = shards[shard].get_or_insert_with(|| Arc::clone(&arrays.shards[shard].read()));
+                    *first = slots.get(first_slot(*key, slots.len())).map_or(0, |slot| slot.load(Ordering::Acquire));
+                }
+                // entries that slots tell of are in chunks that were there before
+                chunks = Arc::clone(&arrays.chunks.read());
+                for ((key, first), bits) in keys.iter().zip(first).zip(&mut bits).take(some.len()) {
+                    let guess = place_in(first, *key).and_then(|place| Some((place, entry(&chunks, place)?)));
+                    let found = match guess.and_then(|(place, entry)| Some((place, entry.bits_of(*key)?))) {
+                        Some(found) => Some(found),
+                        None if first == 0 => None,
+                        None => shards[shard_of(*key)].as_deref().and_then(|slots| {
+                            find(slots, &chunks, *key).and_then(|(place, entry)| Some((place, entry.bits_of(*key)?)))
+                        }),
+                    };
+                    if let Some((place, there)) = found {
+                        *bits = there;
+                        next = place + 1;
+                    }
                 }
             }
-            // ... then what they hold.
-            for (place, (key, (there, bits))) in keys.iter().zip(at_first).take(some.len()).enumerate() {
-                let bits = if there == *key {
-                    bits
-                } else if there == 0 {
-                    0
-                } else {
-                    let entries = arrays[shard_of(*key)].as_deref();
-                    match entries.and_then(|entries| find(entries, *key)) {
-                        Some(entry) if entry.key.load(Ordering::Acquire) == *key => entry.bits.load(Ordering::Relaxed),
-                        _ => 0,
-                    }
-                };
-                if !see(number * TOGETHER + place, bits) {
+            for (place, bits) in bits.iter().take(some.len()).enumerate() {
+                if !see(number * TOGETHER + place, *bits) {
                     return;
                 }
             }
         }
     }
+}
+
+/// Whether these entries are those of the hashes; then their bits are read.
+fn read_run(run: &[Entry], hashes: &[BlockHash], bits: &mut [u64; TOGETHER]) -> bool {
+    run.iter().zip(hashes).zip(bits).all(|((entry, hash), bits)| match entry.bits_of(key_of(*hash)) {
+        Some(there) => {
+            *bits = there;
+            true
+        }
+        None => false,
+    })
 }
 
 #[cfg(test)]
@@ -260,6 +488,51 @@ mod tests {
         });
         assert_eq!(seen, numbers.len());
         assert_eq!(table.len(), map.values().filter(|bits| **bits != 0).count());
+    }
+
+    /// A chain whose blocks stand one behind the other, in pieces, and not at all in order.
+    #[test]
+    fn walks_find_runs_and_what_stands_elsewhere() {
+        let table = BlockTable::default();
+        let chain: Vec<BlockHash> = (0..10_000).map(hash).collect();
+        table.set(chain[..5_000].iter().copied(), 0);
+        table.set(chain[7_000..].iter().rev().copied(), 1);
+        table.set(chain[5_000..7_000].iter().step_by(2).copied(), 2);
+        table.set(chain[5_000..7_000].iter().skip(1).step_by(2).copied(), 2);
+        table.set(chain[100..200].iter().copied(), 3);
+        let mut seen = 0;
+        table.walk(&chain, |place, bits| {
+            let expected = match place {
+                100..200 => 0b1001,
+                0..5_000 => 0b1,
+                5_000..7_000 => 0b100,
+                _ => 0b10,
+            };
+            assert_eq!(bits, expected, "{place}");
+            seen += 1;
+            true
+        });
+        assert_eq!(seen, chain.len());
+        table.unset(chain[300..301].iter().copied(), 0);
+        table.set(std::iter::once(hash(99_999)), 5);
+        table.walk(&chain[..400], |place, bits| {
+            assert_eq!(bits & 1, u64::from(place != 300));
+            true
+        });
+    }
+
+    #[test]
+    fn a_table_that_is_emptied_gives_its_memory_back() {
+        let table = BlockTable::default();
+        table.set((0..200_000).map(hash), 1);
+        table.set((0..200_000).step_by(1000).map(hash), 2);
+        assert!(table.bytes() > 200_000 * size_of::<Entry>());
+        table.clear(1);
+        assert_eq!(table.len(), 200);
+        assert!(table.bytes() < 200_000, "{}", table.bytes());
+        assert!((0..200_000).step_by(1000).all(|number| table.bits(hash(number)) == 4));
+        table.clear(2);
+        assert_eq!(table.len(), 0);
     }
 
     #[test]

@@ -1,10 +1,9 @@
 //! The upstream call's messages on the wire. A request is little more than its token ids, a quarter of a million
-//! of them at most; encoded one by one through a general encoder they cost more than everything else that
-//! the router does with a long conversation, so they are written here in one pass, branch-free for ids that real
-//! vocabularies have. The bytes are those of any other protobuf encoder.
+//! of them at most: they are packed where prompts are encoded (`encode::wire`), and copied here as they are. The
+//! bytes are those of any other protobuf encoder.
 
 use bora_proto::v1::{GenerateEvent, GenerateRequest};
-use bytes::BufMut as _;
+use bytes::{BufMut as _, Bytes};
 use prost::Message as _;
 use tonic::{
     Status,
@@ -15,6 +14,17 @@ use tonic_prost::{ProstCodec, ProstDecoder};
 /// Field 2, length-delimited: `GenerateRequest.token_ids`.
 const TOKEN_IDS_KEY: u8 = 2 << 3 | 2;
 
+/// A request and its ids, which are packed already.
+#[derive(Clone, Debug, Default)]
+pub struct Outgoing {
+    /// Everything but the ids.
+    pub request: GenerateRequest,
+    /// The prompt's ids.
+    pub prompt: Bytes,
+    /// The ids generated so far.
+    pub generated: Vec<u8>,
+}
+
 /// The codec of `Inference.Generate`.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct GenerateCodec;
@@ -24,7 +34,7 @@ pub(super) struct GenerateCodec;
 pub(super) struct RequestEncoder;
 
 impl Codec for GenerateCodec {
-    type Encode = GenerateRequest;
+    type Encode = Outgoing;
     type Decode = GenerateEvent;
     type Encoder = RequestEncoder;
     type Decoder = ProstDecoder<GenerateEvent>;
@@ -39,70 +49,20 @@ impl Codec for GenerateCodec {
 }
 
 impl Encoder for RequestEncoder {
-    type Item = GenerateRequest;
+    type Item = Outgoing;
     type Error = Status;
 
-    fn encode(&mut self, mut request: GenerateRequest, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        let ids = pack(&std::mem::take(&mut request.token_ids));
-        buffer.reserve(request.encoded_len() + ids.len() + 16);
+    fn encode(&mut self, outgoing: Outgoing, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        let Outgoing { request, prompt, generated } = outgoing;
+        let length = prompt.len() + generated.len();
+        buffer.reserve(request.encoded_len() + length + 16);
         // what is missing of an empty list is nothing, as protobuf has it
-        if !ids.is_empty() {
+        if length > 0 {
             buffer.put_u8(TOKEN_IDS_KEY);
-            prost::encoding::encode_varint(ids.len() as u64, buffer);
-            buffer.put_slice(&ids);
+            prost::encoding::encode_varint(length as u64, buffer);
+            buffer.put_slice(&prompt);
+            buffer.put_slice(&generated);
         }
         request.encode(buffer).map_err(|error| Status::internal(error.to_string()))
-    }
-}
-
-/// Varints one after the other.
-fn pack(ids: &[u32]) -> Vec<u8> {
-    // three bytes hold any id below two million
-    let mut packed = vec![0; ids.len() * 3 + 8];
-    let mut end = 0;
-    for (number, id) in ids.iter().enumerate() {
-        let id = *id;
-        let Some(place) = packed.get_mut(end..end + 4).filter(|_| id < 1 << 21) else {
-            return pack_large(ids, packed, number, end);
-        };
-        let more = (u32::from(id >= 1 << 7) << 7) | (u32::from(id >= 1 << 14) << 15);
-        let word = (id & 0x7f) | ((id << 1) & 0x7f00) | ((id << 2) & 0x7f_0000) | more;
-        place.copy_from_slice(&word.to_le_bytes());
-        end += 1 + usize::from(id >= 1 << 7) + usize::from(id >= 1 << 14);
-    }
-    packed.truncate(end);
-    packed
-}
-
-/// Goes on from number `from` with ids of any size.
-fn pack_large(ids: &[u32], mut packed: Vec<u8>, from: usize, end: usize) -> Vec<u8> {
-    packed.truncate(end);
-    for id in &ids[from..] {
-        prost::encoding::encode_varint(u64::from(*id), &mut packed);
-    }
-    packed
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The general encoder's bytes, whatever the ids.
-    #[test]
-    fn packed_ids_are_protobufs() {
-        let edges = [0, 1, 127, 128, 16_383, 16_384, 131_071, (1 << 21) - 1];
-        let many: Vec<u32> = (0..10_000).map(|at| edges[at % edges.len()] ^ (at as u32 & 1)).collect();
-        let large = [vec![5, 200], vec![1 << 21, u32::MAX], vec![7; 100]].concat();
-        for ids in [Vec::new(), vec![3], edges.to_vec(), many, large, vec![u32::MAX; 50]] {
-            let request = GenerateRequest { token_ids: ids.clone(), ..GenerateRequest::default() };
-            let packed = pack(&ids);
-            let mut bytes = Vec::new();
-            if !packed.is_empty() {
-                bytes.push(TOKEN_IDS_KEY);
-                prost::encoding::encode_varint(packed.len() as u64, &mut bytes);
-                bytes.extend_from_slice(&packed);
-            }
-            assert_eq!(bytes, request.encode_to_vec());
-        }
     }
 }

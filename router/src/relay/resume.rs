@@ -29,10 +29,12 @@ use tonic::{Status, Streaming};
 
 use super::{
     budget::RetryBudget,
+    codec::Outgoing,
     stream::{self, Failure},
     watch::Watch,
 };
 use crate::{
+    encode::wire::pack,
     fleet::view::{Fleet, Link},
     metrics::Metrics,
     options::RouterOptions,
@@ -59,10 +61,14 @@ pub struct Task {
     pub model: String,
     /// The prompt.
     pub token_ids: Vec<u32>,
+    /// The same as it goes to a group.
+    pub packed: Bytes,
     /// Its images, in the order of their offsets.
     pub images: Vec<Image>,
     /// The hashes of its full blocks.
     pub hashes: Arc<[BlockHash]>,
+    /// The conversation that it belongs to, where the client says so.
+    pub session: Option<u64>,
     /// How urgent it is.
     pub class: Class,
     /// Who asks.
@@ -242,6 +248,7 @@ impl Sequence {
             model: self.task.model.clone(),
             hashes: Arc::clone(&self.task.hashes),
             tokens: self.task.token_ids.len(),
+            session: self.task.session,
             class,
             tenant: self.task.tenant,
             cost: self.task.token_ids.len() as f64 + f64::from(self.task.stopping.max_tokens.min(MOST_EXPECTED_TOKENS)),
@@ -513,6 +520,7 @@ impl Sequence {
         let wanted = Wanted {
             hashes: &self.task.hashes,
             tokens: self.task.token_ids.len() + self.generated.len(),
+            session: self.task.session,
             avoid: &avoid,
             class,
             explain: self.explains(),
@@ -539,19 +547,16 @@ impl Sequence {
         self.phase = Phase::Opening { booking, opening: Box::pin(opening) };
     }
 
-    fn message(&self) -> GenerateRequest {
-        let mut token_ids = Vec::with_capacity(self.task.token_ids.len() + self.generated.len());
-        token_ids.extend_from_slice(&self.task.token_ids);
-        token_ids.extend_from_slice(&self.generated);
+    fn message(&self) -> Outgoing {
         let mut logprobs = self.logprobs;
         if !self.generated.is_empty()
             && let Some(logprobs) = &mut logprobs
         {
             logprobs.prompt_top = None; // they came before the first id
         }
-        GenerateRequest {
+        let request = GenerateRequest {
             request_id: self.stream_id.clone(),
-            token_ids,
+            token_ids: Vec::new(), // packed beside it
             generated_len: self.generated.len() as u32,
             images: self.task.images.clone(),
             sampling: Some(Sampling { seed: self.seed, ..self.task.sampling.clone() }),
@@ -563,6 +568,7 @@ impl Sequence {
                 Class::Batch => Priority::Batch as i32,
             },
             grammar: self.task.grammar.clone(),
-        }
+        };
+        Outgoing { request, prompt: self.task.packed.clone(), generated: pack(&self.generated) }
     }
 }

@@ -9,14 +9,14 @@ use std::{
 
 use axum::http::uri::PathAndQuery;
 use bora_common::{telemetry::TraceContext, tls, version};
-use bora_proto::v1::{GenerateEvent, GenerateRequest, inference_client::InferenceClient};
+use bora_proto::v1::{GenerateEvent, inference_client::InferenceClient};
 use tonic::{
     Code, Status, Streaming,
     metadata::AsciiMetadataValue,
     transport::{Channel, Endpoint},
 };
 
-use super::codec::GenerateCodec;
+use super::codec::{GenerateCodec, Outgoing};
 use crate::options::RouterOptions;
 
 /// A reply with logprobs of a whole prompt is large; token ids alone never come near.
@@ -116,7 +116,7 @@ impl From<&Status> for Failure {
 /// Starts a sequence. The group's deadline is what is left of the request's.
 pub async fn open(
     channel: Channel,
-    message: GenerateRequest,
+    message: Outgoing,
     time_left: Duration,
     trace: Option<TraceContext>,
     tracestate: Option<AsciiMetadataValue>,

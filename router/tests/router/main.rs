@@ -8,5 +8,7 @@ mod lenient;
 mod malformed;
 mod messages;
 mod parameters;
+mod placement;
 mod responses;
 mod support;
+mod virtual_time;

@@ -42,6 +42,8 @@ pub(super) struct SimulatedGroup {
     pub(super) told: Told,
     /// Seconds spent on prefills.
     pub(super) busy_seconds: f64,
+    /// Requests.
+    pub(super) taken: usize,
     pub(super) held_tokens: u64,
     pub(super) prompt_tokens: u64,
 }
@@ -70,6 +72,7 @@ impl SimulatedGroup {
             decoding: Vec::new(),
             told: Told::default(),
             busy_seconds: 0.0,
+            taken: 0,
             held_tokens: 0,
             prompt_tokens: 0,
         }
@@ -91,12 +94,14 @@ impl SimulatedGroup {
             waiting: if self.decoding.len() >= self.max_sequences { self.waiting.len() as u32 } else { 0 },
             queued_prefill_tokens: queued,
             blocks_total: self.capacity as u32,
+            prefill_seconds: self.busy_seconds,
             ..Load::default()
         }
     }
 
     /// A request arrives.
     pub(super) fn take(&mut self, number: usize, request: &Request, now: f64) -> Option<Next> {
+        self.taken += 1;
         self.waiting.push_back(Running {
             number,
             hashes: request.hashes.clone(),

@@ -83,10 +83,21 @@ enum Policy {
     RoundRobin,
     /// The one with the fewest sequences.
     LeastLoaded,
-    /// A session's first turn as least loaded, the others where the first went.
+    /// The less loaded of two (smg's `power_of_two`).
+    PowerOfTwo,
+    /// By the hash of the session (vllm-router's `consistent_hash`).
+    ConsistentHash,
+    /// By the hash of the first 256 tokens, unless that group is a quarter above the mean (smg's `prefix_hash`).
+    PrefixHash,
+    /// Who holds most, if it is three tenths of the prompt and the fleet is even; else the least loaded (smg's and
+    /// sglang-router's `cache_aware`, with exact knowledge in place of their trees).
+    CacheAware,
+    /// A session's first turn as least loaded, the others where the first went (vllm-router's `sticky_least_loaded`).
     Sticky,
-    /// Bora's.
+    /// Bora's, which is told nothing of sessions.
     Ours,
+    /// Bora's, where clients name their session.
+    OursNamed,
 }
 
 /// One request.
@@ -192,7 +203,10 @@ struct Outcome {
     requests: usize,
     hit: f64,
     oracle: f64,
+    /// Seconds of prefill of the busiest group over the mean.
     hotspot: f64,
+    /// Requests of the busiest group over the mean.
+    hotspot_requests: f64,
     first_token_seconds: Vec<f64>,
     simulated: f64,
     moved: usize,
@@ -200,8 +214,8 @@ struct Outcome {
 
 impl Simulation {
     fn new(args: &FleetArgs, policy: Policy, sessions: Vec<Session>) -> anyhow::Result<Self> {
-        let routers = (0..args.routers.max(1)).map(|_| RouterReplica {
-            fleet: Fleet::new(RouterOptions::default()),
+        let routers = (0..args.routers.max(1)).map(|number| RouterReplica {
+            fleet: Fleet::seeded(RouterOptions::default(), args.seed.wrapping_add(number as u64)),
             links: Vec::new(),
             waiting: VecDeque::new(),
         });
@@ -259,11 +273,12 @@ impl Simulation {
     }
 
     fn join(&mut self) -> anyhow::Result<()> {
+        let now = self.began + Duration::from_secs_f64(self.now);
         let number = self.groups.len();
         self.groups.push(Some(SimulatedGroup::new(CostModel::new(&SPEED), MAX_SEQUENCES, BLOCKS)));
         self.news.push(false);
         for router in &mut self.routers {
-            let link = router.fleet.put_unwatched(record(number))?;
+            let link = router.fleet.put_unwatched(record(number), now)?;
             router.links.push(Some(link));
         }
         Ok(())
@@ -289,15 +304,20 @@ impl Simulation {
         let all = || self.groups.iter().flatten().chain(&self.gone);
         let prompt: u64 = all().map(|group| group.prompt_tokens).sum();
         let held: u64 = all().map(|group| group.held_tokens).sum();
-        let busy: Vec<f64> = self.groups.iter().flatten().map(|group| group.busy_seconds).collect();
-        let mean = busy.iter().sum::<f64>() / busy.len().max(1) as f64;
+        let hotspot = |of: fn(&SimulatedGroup) -> f64| {
+            let loads: Vec<f64> = self.groups.iter().flatten().map(of).collect();
+            let mean = loads.iter().sum::<f64>() / loads.len().max(1) as f64;
+            loads.iter().copied().fold(0.0, f64::max) / mean.max(1e-9)
+        };
+        let (hotspot, hotspot_requests) = (hotspot(|group| group.busy_seconds), hotspot(|group| group.taken as f64));
         let mut first_token_seconds = self.first_token_seconds;
         first_token_seconds.sort_by(f64::total_cmp);
         Ok(Outcome {
             requests: first_token_seconds.len(),
             hit: held as f64 / prompt.max(1) as f64,
             oracle: self.oracle_tokens as f64 / prompt.max(1) as f64,
-            hotspot: busy.iter().copied().fold(0.0, f64::max) / mean.max(1e-9),
+            hotspot,
+            hotspot_requests,
             first_token_seconds,
             simulated: self.now,
             moved: self.moved,
@@ -337,12 +357,37 @@ impl Simulation {
                     Some(group)
                 }
             },
-            Policy::Ours => {
+            Policy::PowerOfTwo => {
+                let mut any = || alive[self.random.random_range(0..alive.len())];
+                let (one, other) = (any(), any());
+                Some(if sequences(one) <= sequences(other) { one } else { other })
+            }
+            Policy::ConsistentHash => {
+                Some(alive[(request.session.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize % alive.len()])
+            }
+            Policy::PrefixHash => {
+                let first = request.hashes.get(3).or(request.hashes.last()).map_or(0, |hash| hash.0 as u64);
+                let mean = alive.iter().map(|group| sequences(*group)).sum::<usize>() as f64 / alive.len() as f64;
+                let on_the_ring = (0..alive.len()).map(|step| alive[((first >> 32) as usize + step) % alive.len()]);
+                let below = |group: &usize| sequences(*group) as f64 <= 1.25 * mean + 1.0;
+                on_the_ring.clone().find(below).or(on_the_ring.clone().next())
+            }
+            Policy::CacheAware => {
+                let held = |group: usize| self.groups[group].as_ref().map_or(0, |group| group.held(&request.hashes));
+                let (most, group) = alive.iter().map(|group| (held(*group), *group)).max()?;
+                let loads = || alive.iter().map(|group| sequences(*group));
+                let (least, largest) = (loads().min()?, loads().max()?);
+                let uneven = largest - least > 64 && largest as f64 > 1.5 * least as f64;
+                let known = most as f64 * 64.0 > 0.3 * request.tokens as f64;
+                if known && !uneven { Some(group) } else { least_loaded() }
+            }
+            Policy::Ours | Policy::OursNamed => {
                 let router = &self.routers[self.flights[flight].router];
                 let view = router.fleet.view();
                 let wanted = Wanted {
                     hashes: &request.hashes,
                     tokens: request.tokens as usize,
+                    session: (self.policy == Policy::OursNamed).then_some(request.session),
                     avoid: &[],
                     class: Some(Class::Interactive),
                     explain: false,
@@ -419,7 +464,7 @@ impl Simulation {
         for router in &self.routers {
             if let Some(Some(link)) = router.links.get(group) {
                 router.fleet.index.apply(link.slot, &told.stored, &told.evicted);
-                link.ledger.report(load);
+                link.ledger.report(load, self.began + Duration::from_secs_f64(self.now));
             }
         }
         self.send_waiting();
@@ -481,7 +526,8 @@ impl Outcome {
         let line = json!({
             "kind": "fleet", "workload": what, "policy": format!("{policy:?}"), "groups": args.groups,
             "routers": args.routers, "requests": self.requests, "hit": round(self.hit),
-            "oracle": round(self.oracle), "hotspot": round(self.hotspot), "ttft_p50_s": at(0.5),
+            "oracle": round(self.oracle), "hotspot": round(self.hotspot),
+            "hotspot_requests": round(self.hotspot_requests), "ttft_p50_s": at(0.5),
             "ttft_p90_s": at(0.9), "ttft_p99_s": at(0.99), "moved": self.moved,
             "times_life": (self.simulated / took).round(),
         });

@@ -156,7 +156,7 @@ fn service(cache: bool) -> &'static Service {
             let access = Arc::new(Access::open(AccessOptions::default()).expect("no keys"));
             let models = HashMap::from([(MODEL.to_owned(), ModelSpec::new(Arc::clone(tokenizer())))]);
             let service = Service::new(options, models, access);
-            service.fleet().put_unwatched(group()).expect("an endpoint");
+            service.fleet().put_unwatched(group(), std::time::Instant::now()).expect("an endpoint");
             service
         })
     });

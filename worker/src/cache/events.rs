@@ -11,12 +11,14 @@ enum Change {
 }
 
 /// Changes since the last [`drain`](Changes::drain). A hash that came and went (or went and came back)
-/// in between is not mentioned, so the two lists of a delta have no hash in common and their order does
-/// not matter. At most one entry for each block of the pool and each change: bounded by what one step can
-/// do.
+/// in between is not mentioned, so the two lists of a delta have no hash in common. They stand in the order
+/// in which they happened, which is that of their chains: an index of many groups finds neighbours faster.
+/// At most one entry for each block of the pool and each change: bounded by what one step can do.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
-    net: HashMap<BlockHash, Change>,
+    /// Each with its number.
+    net: HashMap<BlockHash, (Change, u64)>,
+    next: u64,
 }
 
 /// A delta of the set of blocks.
@@ -38,22 +40,28 @@ impl Delta {
 impl Changes {
     /// A block can be found.
     pub(super) fn stored(&mut self, hash: BlockHash) {
-        if self.net.remove(&hash) != Some(Change::Evicted) {
-            self.net.insert(hash, Change::Stored);
-        }
+        self.note(hash, Change::Stored);
     }
 
     /// A block was given up.
     pub(super) fn evicted(&mut self, hash: BlockHash) {
-        if self.net.remove(&hash) != Some(Change::Stored) {
-            self.net.insert(hash, Change::Evicted);
+        self.note(hash, Change::Evicted);
+    }
+
+    fn note(&mut self, hash: BlockHash, change: Change) {
+        if self.net.remove(&hash).is_none_or(|(before, _)| before == change) {
+            self.net.insert(hash, (change, self.next));
+            self.next += 1;
         }
     }
 
     /// The net changes; starts over.
     pub(super) fn drain(&mut self) -> Delta {
+        let mut changes: Vec<(u64, BlockHash, Change)> =
+            self.net.drain().map(|(hash, (change, number))| (number, hash, change)).collect();
+        changes.sort_unstable_by_key(|(number, ..)| *number);
         let mut delta = Delta::default();
-        for (hash, change) in self.net.drain() {
+        for (_, hash, change) in changes {
             match change {
                 Change::Stored => delta.stored.push(hash),
                 Change::Evicted => delta.evicted.push(hash),

@@ -162,7 +162,8 @@ impl KvCache {
 
     /// The hashes of all blocks that can be found.
     pub fn snapshot(&self) -> Vec<BlockHash> {
-        self.by_hash.keys().copied().collect()
+        // in the order of the pool: blocks of one chain were mostly taken one after the other
+        self.hash_of.iter().flatten().copied().collect()
     }
 
     /// What changed since the last call.

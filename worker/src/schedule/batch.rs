@@ -83,6 +83,7 @@ impl Scheduler {
             // steps run in order: whoever is admitted to a later one may read these blocks
             self.publish_full_blocks(slot);
         }
+        self.prefill_seconds += prediction.prefill;
         self.flights.push_back(Flight { id: step.id, works, prediction });
         Some(step)
     }

@@ -45,7 +45,7 @@ pub(crate) struct Prediction {
     /// By the cost model alone.
     decode: f64,
     /// By the cost model alone.
-    prefill: f64,
+    pub(crate) prefill: f64,
     /// With what was learned.
     pub(crate) seconds: f64,
 }

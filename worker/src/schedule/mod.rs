@@ -69,6 +69,8 @@ pub(crate) struct Scheduler {
     flights: VecDeque<Flight>,
     last_step: u64,
     completed: u64,
+    /// Predicted time of all prompt computing so far.
+    prefill_seconds: f64,
     /// Guesses made, and those that came true.
     drafted: u64,
     accepted: u64,
@@ -89,6 +91,7 @@ impl Scheduler {
             flights: VecDeque::new(),
             last_step: config.steps_run,
             completed: 0,
+            prefill_seconds: 0.0,
             drafted: 0,
             accepted: 0,
             config,
@@ -130,6 +133,7 @@ impl Scheduler {
             blocks_used: usage.used as u32,
             blocks_cached: usage.cached as u32,
             steps: self.completed,
+            prefill_seconds: self.prefill_seconds,
             draft_tokens: self.drafted,
             accepted_draft_tokens: self.accepted,
         }

@@ -18,7 +18,7 @@ use crate::api::{
         Origin, Place, Text, entry, is_array, is_string, missing, refuse_foreign, unsupported,
     },
     error::ApiError,
-    fields::{Integer, LogprobsField},
+    fields::{Integer, LogprobsField, Name},
     request::{Body, OwnFields, field},
 };
 
@@ -238,6 +238,8 @@ pub fn read(bytes: &[u8]) -> Result<(Conversion, Body<'_>, Echo), ApiError> {
     refuse_memory(&request)?;
     refuse_foreign(&fields)?;
     let echo = echo(&mut request, &fields);
+    fields.prompt_cache_key = echo.prompt_cache_key.as_deref().map(|name| Name::of(name.as_bytes()));
+    fields.user = echo.user.as_deref().map(|name| Name::of(name.as_bytes()));
     let mut conversion = Conversion::new(&DIALECT);
     if let Some(instructions) = request.instructions {
         if !is_string(instructions) {

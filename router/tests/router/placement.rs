@@ -1,0 +1,105 @@
+//! Where requests go: conversations with a name, and groups that have just come. No group is a process here.
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bora_common::blocks::{BlockHash, hash_blocks};
+use bora_router::{
+    RouterOptions,
+    fleet::view::Fleet,
+    place::{
+        admission::Class,
+        choose::{Placement, Wanted, place},
+    },
+};
+
+use crate::virtual_time::{MODEL, record};
+
+fn fleet(groups: usize, now: Instant) -> Arc<Fleet> {
+    let fleet = Fleet::seeded(RouterOptions::default(), 1);
+    for number in 0..groups {
+        fleet.put_unwatched(record(&format!("g{number}"), 1), now).expect("an endpoint");
+    }
+    fleet
+}
+
+/// A prompt that nothing is known of.
+fn new_prompt(number: u32) -> Vec<BlockHash> {
+    let ids: Vec<u32> = (0..64 * 20).map(|id| number * 10_000 + id).collect();
+    hash_blocks(b"", &[], &ids)
+}
+
+fn send(fleet: &Fleet, hashes: &[BlockHash], session: Option<u64>, now: Instant) -> Placement {
+    let view = fleet.view();
+    let wanted = Wanted {
+        hashes,
+        tokens: hashes.len() * 64 + 9,
+        session,
+        avoid: &[],
+        class: Some(Class::Interactive),
+        explain: false,
+        now,
+    };
+    place(fleet, view.model(MODEL).expect("the model"), &wanted).expect("room")
+}
+
+fn name(placement: &Placement) -> String {
+    placement.group.record.group.clone()
+}
+
+#[tokio::test]
+async fn a_named_conversation_goes_home_as_long_as_home_is_there() {
+    let now = Instant::now();
+    let fleet = fleet(8, now);
+    let home = name(&send(&fleet, &new_prompt(0), Some(7), now));
+    // its history is new each time: nothing but the name says where it belongs
+    for turn in 1..20u32 {
+        let now = now + Duration::from_secs(120) * turn;
+        assert_eq!(name(&send(&fleet, &new_prompt(turn), Some(7), now)), home, "turn {turn}");
+    }
+    let elsewhere: HashSet<String> =
+        (20..60u32).map(|number| name(&send(&fleet, &new_prompt(number), None, now))).collect();
+    assert!(elsewhere.len() > 4, "those without a name are spread: {elsewhere:?}");
+
+    let link = fleet.view().groups().find(|group| group.record.group == home).map(|group| Arc::clone(&group.link));
+    fleet.remove(&link.expect("its home"));
+    let now = now + Duration::from_secs(10_000);
+    fleet.put_unwatched(record(&home, 2), now).expect("an endpoint");
+    let again: HashSet<String> =
+        (100..140u32).map(|number| name(&send(&fleet, &new_prompt(number), Some(u64::from(number)), now))).collect();
+    assert!(again.len() > 4, "{again:?}");
+}
+
+#[tokio::test]
+async fn one_name_for_everything_does_not_heap_it_on_one_group() {
+    let now = Instant::now();
+    let fleet = fleet(8, now);
+    let running: Vec<Placement> = (0..16u32).map(|number| send(&fleet, &new_prompt(number), Some(7), now)).collect();
+    let most = fleet.view().groups().map(|group| group.link.ledger.busy().sequences).max();
+    assert!(most <= Some(4), "{most:?} of {} in one of eight groups", running.len());
+}
+
+/// The other groups have been busy for a while, each with conversations of its own.
+#[tokio::test]
+async fn a_group_that_joins_gets_its_share_of_new_conversations_and_not_all() {
+    let mut now = Instant::now();
+    let fleet = fleet(4, now);
+    let mut number = 0;
+    let mut send_for_a_minute = |now: &mut Instant, to: &str| {
+        let mut there = 0;
+        for _ in 0..120 {
+            number += 1;
+            *now += Duration::from_millis(500);
+            there += usize::from(name(&send(&fleet, &new_prompt(number), None, *now)) == to);
+        }
+        there
+    };
+    send_for_a_minute(&mut now, "");
+    send_for_a_minute(&mut now, "");
+    fleet.put_unwatched(record("new", 1), now).expect("an endpoint");
+    let there = send_for_a_minute(&mut now, "new");
+    assert!((12..=48).contains(&there), "{there} of 120, where 24 are a fifth");
+}
