@@ -155,6 +155,23 @@ def test_long_releases_do_not_share_names(tmp_path):
     assert len(names) == 2 and all(len(name) == 28 + len("-router") for name in names)
 
 
+def test_every_pod_runs_where_its_part_does(tmp_path):
+    """A cluster whose nodes are all tainted: a job without the toleration would wait for ever, and its claim with it."""
+    place = lambda name: {"nodeSelector": {"pool": name}, "tolerations": [{"key": name, "operator": "Exists"}], "priorityClassName": name}
+    documents = rendered({
+        **TWO, "router": place("router"), "workers": place("worker"),
+        "etcd": {"builtin": {**EXISTING["builtin"], **place("etcd"), "backup": {"enabled": True}}},
+    }, tmp_path)
+    parts = {"router": "router", "test": "router", "worker": "worker", "etcd": "etcd", "etcd-maintenance": "etcd"}
+    seen = set()
+    for document in documents:
+        for metadata, spec in admission.templates(document):
+            part = parts[metadata["labels"]["app.kubernetes.io/component"]]
+            assert {key: spec.get(key) for key in place("x")} == place(part), document["metadata"]["name"]
+            seen.add(document["kind"])
+    assert seen == {"Deployment", "StatefulSet", "LeaderWorkerSet", "CronJob", "Job", "Pod"}
+
+
 # ---- who reaches what
 
 

@@ -70,6 +70,19 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
+{{/* Where a part's smaller pods run: where the part does. A section of the values. */}}
+{{- define "bora.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end -}}
+
 {{- define "bora.containerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
