@@ -280,6 +280,39 @@ impl PartialEq for Connector {
     }
 }
 
+/// Opens HTTPS connections: shows no certificate, and checks the server's.
+#[derive(Clone, Debug)]
+pub struct HttpsConnector {
+    config: Arc<ClientConfig>,
+}
+
+impl HttpsConnector {
+    /// Trusts the authorities of a PEM file; without one, those of the system.
+    pub fn new(ca_file: Option<&Path>) -> Result<Self, TlsError> {
+        let (path, roots) = match ca_file {
+            Some(path) => (path, roots(path, &read_all(&[path.to_owned()])?.concat())?),
+            None => {
+                let mut roots = RootCertStore::empty();
+                // where the system has none, nobody is trusted, and the handshake says so
+                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+                (Path::new("the system's authorities"), roots)
+            }
+        };
+        let config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| content(path, error))?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        Ok(Self { config: Arc::new(config) })
+    }
+
+    /// The handshake with a server whose certificate must bear that name or address.
+    pub async fn handshake(&self, host: &str, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
+        let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
+        TlsConnector::from(Arc::clone(&self.config)).connect(name, stream).await
+    }
+}
+
 /// A gRPC channel that connects when it is first used; its endpoint's address is `http://host:port`, with TLS or not.
 pub fn channel(endpoint: &Endpoint, tls: Option<&Connector>) -> Channel {
     match tls.cloned() {
@@ -327,7 +360,7 @@ fn digest(contents: &[Vec<u8>]) -> u128 {
 }
 
 /// The certificates of a PEM file as authorities.
-pub fn roots(path: &Path, pem: &[u8]) -> Result<RootCertStore, TlsError> {
+fn roots(path: &Path, pem: &[u8]) -> Result<RootCertStore, TlsError> {
     let mut store = RootCertStore::empty();
     for certificate in certificates(path, pem)? {
         store.add(certificate).map_err(|error| content(path, error))?;

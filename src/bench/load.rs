@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use bora_proto::v1::{GenerateRequest, Sampling, Stopping, generate_event, inference_client::InferenceClient};
+use bora_proto::v1::{
+    GenerateRequest, Grammar, Sampling, Stopping, generate_event, grammar::Kind, inference_client::InferenceClient,
+};
 use clap::Args;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -44,9 +46,16 @@ pub(crate) struct LoadArgs {
     /// how the conversations of successive requests relate
     #[arg(long, value_enum, default_value_t = Conversation::Same)]
     conversation: Conversation,
+    /// file of a JSON schema that every answer keeps; one that is longer than the answer
+    #[arg(long, value_name = "FILE", value_parser = read_file)]
+    json_schema: Option<String>,
     /// process whose CPU time is counted (the router)
     #[arg(long)]
     pid: Option<u32>,
+}
+
+fn read_file(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|error| error.to_string())
 }
 
 /// How the conversations of successive requests relate.
@@ -101,6 +110,7 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
             "conversation": format!("{:?}", args.conversation).to_lowercase(),
             "stream": args.stream,
             "max_tokens": args.max_tokens,
+            "grammar": args.json_schema.is_some(),
             "concurrency": args.concurrency,
             "requests": samples.len(),
             "errors": errors,
@@ -167,10 +177,13 @@ impl Request<'_> {
                 messages.push(json!({"role": "user", "content": code_text(salt + 7919 * (turn + 1), 1024)}));
             }
         }
-        let body = json!({
+        let mut body = json!({
             "model": args.model, "messages": messages, "max_tokens": args.max_tokens, "stream": args.stream,
             "ignore_eos": true, "temperature": 0,
         });
+        if let Some(schema) = &args.json_schema {
+            body["guided_json"] = json!(schema);
+        }
         body.to_string().into_bytes()
     }
 }
@@ -260,6 +273,10 @@ async fn send_grpc(
         request_id: format!("load-{}", request.number),
         token_ids: (0..args.bytes.div_ceil(4) as u32).map(|i| 1000 + (i * 31 + salt) % 8000).collect(),
         sampling: Some(Sampling { temperature: Some(0.0), ..Default::default() }),
+        grammar: args
+            .json_schema
+            .as_ref()
+            .map(|schema| Grammar { kind: Kind::JsonSchema.into(), source: schema.clone() }),
         stopping: Some(Stopping { max_tokens: args.max_tokens, ignore_eos: true, ..Default::default() }),
         ..Default::default()
     };

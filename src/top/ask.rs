@@ -1,17 +1,22 @@
 //! Asks a router what it knows, and the leaders of its groups how far their ranks are.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use bora_common::registry::{GroupRecord, GroupState};
 use bora_common::telemetry::exposition::{self, Family};
+use bora_common::tls::HttpsConnector;
 use bora_proto::v1::{RankStatus, StatusRequest, admin_client::AdminClient};
 use futures::future::join_all;
 use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::StatusCode;
 use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, HOST, HeaderValue};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tonic::transport::Endpoint;
 
@@ -80,16 +85,50 @@ pub(super) struct Look {
 }
 
 /// Whom to ask.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Asker {
+    /// host:port
     router: String,
+    tls: Option<HttpsConnector>,
+    /// `Bearer KEY`
+    authorization: Option<HeaderValue>,
     ask_leaders: bool,
 }
 
 impl Asker {
-    pub(super) fn new(router: &str, ask_leaders: bool) -> Self {
-        let address = router.trim_start_matches("http://").trim_end_matches('/');
-        Self { router: address.to_owned(), ask_leaders }
+    /// Of a router at `host:port`, `http://host:port` or `https://host:port`.
+    pub(super) fn new(
+        router: &str,
+        api_key: Option<&str>,
+        ca_file: Option<&Path>,
+        ask_leaders: bool,
+    ) -> anyhow::Result<Self> {
+        let (is_https, address) = match router.split_once("://") {
+            None => (ca_file.is_some(), router),
+            Some(("https", address)) => (true, address),
+            Some(("http", _)) if ca_file.is_some() => bail!("{router}: --ca-file is for https"),
+            Some(("http", address)) => (false, address),
+            Some(_) => bail!("{router}: expected host:port, http://host:port or https://host:port"),
+        };
+        let address = address.trim_end_matches('/');
+        let authorization = api_key.map(|key| -> anyhow::Result<HeaderValue> {
+            let mut value =
+                HeaderValue::from_str(&format!("Bearer {key}")).context("the API key is no header's value")?;
+            value.set_sensitive(true);
+            Ok(value)
+        });
+        Ok(Self {
+            router: address.to_owned(),
+            tls: is_https.then(|| HttpsConnector::new(ca_file)).transpose()?,
+            authorization: authorization.transpose()?,
+            ask_leaders,
+        })
+    }
+
+    /// Without its port and the brackets of an IPv6 address.
+    fn host(&self) -> &str {
+        let host = self.router.rsplit_once(':').map_or(self.router.as_str(), |(host, _)| host);
+        host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
     }
 
     /// Looks once.
@@ -115,15 +154,35 @@ impl Asker {
     async fn get(&self, path: &str) -> anyhow::Result<String> {
         let stream =
             TcpStream::connect(&self.router).await.with_context(|| format!("connecting to {}", self.router))?;
+        match &self.tls {
+            None => self.get_over(stream, path).await,
+            Some(tls) => {
+                let stream = tls.handshake(self.host(), stream).await;
+                self.get_over(stream.with_context(|| format!("tls with {}", self.router))?, path).await
+            }
+        }
+    }
+
+    async fn get_over(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        path: &str,
+    ) -> anyhow::Result<String> {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let driving = tokio::spawn(connection);
-        let request = hyper::Request::get(path).header("host", &self.router).body(Empty::<Bytes>::new())?;
+        let mut request = hyper::Request::get(path).header(HOST, &self.router).body(Empty::<Bytes>::new())?;
+        if let Some(authorization) = &self.authorization {
+            request.headers_mut().insert(AUTHORIZATION, authorization.clone());
+        }
         let response =
             sender.send_request(request).await.with_context(|| format!("asking {} for {path}", self.router))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
         driving.abort();
         let body = body.map_err(|error| anyhow::anyhow!("{path}: {error}"))?.to_bytes();
+        if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+            bail!("{} answered {status} for {path}: --api-key (or BORA_API_KEY), or its admin port", self.router);
+        }
         if !status.is_success() {
             bail!("{} answered {status} for {path}: is it a router?", self.router);
         }

@@ -7,6 +7,7 @@ mod table;
 mod view;
 
 use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -17,9 +18,15 @@ use view::View;
 /// Whom to ask, and how often.
 #[derive(Args, Debug)]
 pub(crate) struct TopArgs {
-    /// host:port of a router: its admin port (http.admin), or the API's
+    /// host:port of a router: its admin port (http.admin), or the API's; https://host:port where it speaks TLS
     #[arg(default_value = "127.0.0.1:8000")]
     router: String,
+    /// an API key, where the router asks for one
+    #[arg(long, env = "BORA_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// PEM file of the authorities that the router's certificate is checked against; the system's where absent
+    #[arg(long)]
+    ca_file: Option<PathBuf>,
     /// seconds between two looks
     #[arg(long, short, default_value_t = 2.0, value_parser = seconds)]
     interval: f64,
@@ -43,7 +50,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 pub(crate) fn run(args: TopArgs) -> anyhow::Result<()> {
     let interval = Duration::from_secs_f64(args.interval);
     let runtime = crate::runtime()?;
-    let asker = Asker::new(&args.router, !args.no_ranks);
+    let asker = Asker::new(&args.router, args.api_key.as_deref(), args.ca_file.as_deref(), !args.no_ranks)?;
     if !args.once && std::io::stdout().is_terminal() {
         return screen::run(&runtime, asker, interval, args.count);
     }

@@ -1,5 +1,6 @@
 """Tokens of an OIDC provider at the real router: good ones, bad ones, and keys that rotate."""
 
+import itertools
 import json
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 from cluster import BORA, Cluster, free_port, http, wait_until
 from provider import Key, Provider, segment
-from test_access import ASK, key_file
+from test_access import ASK, key_file, until_refused
 
 TENANTS = {
     "acme": ({}, ["acme-key"]),
@@ -116,19 +117,17 @@ def test_claims_of_a_wrong_type_are_refused(router, provider):
 
 
 def test_clocks_may_be_apart_by_the_skew(router, provider):
-    now = int(time.time())
-    assert ask(router.url, provider.token(exp=now - 30))[0] == 200
-    assert ask(router.url, provider.token(nbf=now + 30))[0] == 200
+    assert ask(router.url, provider.token(exp=int(time.time()) - 5))[0] == 200
+    assert ask(router.url, provider.token(nbf=int(time.time()) + 50))[0] == 200
 
 
 def test_claims_name_the_tenant_whose_limits_hold(router, provider):
     assert ask(router.url, provider.token(tenant="elsewhere"))[0] == 403
-    status, headers, _ = ask(router.url, provider.token(tenant="slow"))
-    assert status == 200 and headers["x-ratelimit-limit-requests"] == "2"
-    # another token of the same tenant shares its limits
-    assert ask(router.url, provider.token("ec-1", tenant="slow", sub="bob"))[0] == 200
-    status, headers, _ = ask(router.url, provider.token(tenant="slow", sub="eve"))
-    assert status == 429 and int(headers["retry-after"]) > 0 and headers["x-ratelimit-remaining-requests"] == "0"
+    # all tokens of one tenant share its limits
+    people = itertools.cycle(["alice", "bob", "eve"])
+    granted, (_, headers, _) = until_refused(lambda: ask(router.url, provider.token("ec-1", tenant="slow", sub=next(people))), 2)
+    assert granted[0][1]["x-ratelimit-limit-requests"] == "2"
+    assert int(headers["retry-after"]) > 0 and headers["x-ratelimit-remaining-requests"] == "0"
     status, _, body = ask(router.url, provider.token(tenant="nobody"))
     assert status == 403 and "tenant" in body["error"]["message"]
     assert ask(router.url, provider.token(tenant=None))[0] == 403
@@ -159,16 +158,16 @@ def test_keys_rotate_and_unknown_ones_cause_few_fetches(cluster):
         time.sleep(11)  # two fetches are at least ten seconds apart
         provider.keys["rsa-2"] = Key("RS256", "rsa-2")
         del provider.keys["rsa-1"]
-        fetched = provider.fetches
+        fetched, began = provider.fetches, time.monotonic()
         # a token with a new key is taken at once: its request causes the fetch
         assert ask(process.url, provider.token("rsa-2"))[0] == 200
         assert provider.fetches == fetched + 1
         # what was signed with a key that is gone is refused, though it was good before
         assert ask(process.url, old)[0] == 401
-        began = time.monotonic()
         for number in range(30):
             assert ask(process.url, provider.token("rsa-2", headers={"kid": f"made-up-{number}"}))[0] == 401
-        assert provider.fetches == fetched + 1 or time.monotonic() - began > 9, "unknown keys cause no storm of fetches"
+        # one at once, and at most one more for every ten seconds that a slow machine takes
+        assert provider.fetches - fetched <= 1 + (time.monotonic() - began) / 10, "unknown keys cause no storm of fetches"
         # the provider is away: tokens are taken with the keys that are known
         provider.broken = True
         assert ask(process.url, provider.token("rsa-2", sub="later"))[0] == 200
@@ -184,10 +183,10 @@ def test_keys_out_of_a_file(cluster, provider, tmp_path):
     token = provider.token(key=key)
     assert ask(process.url, token)[0] == 401
     file.write_text(json.dumps({"keys": [key.jwk()]}))
-    wait_until("the file was read again", lambda: ask(process.url, token)[0] == 200, seconds=15, every=0.3)
+    wait_until("the file was read again", lambda: ask(process.url, token)[0] == 200, every=0.3)
     assert ask(process.url, provider.token())[0] == 401
     file.write_text("{}")
-    time.sleep(2.5)
+    wait_until("the broken file was seen", lambda: "keys for tokens stay as they were" in process.log(), every=0.3)
     assert ask(process.url, token)[0] == 200, "a file that can't be used changes nothing"
     process.stop()
     cluster.processes.remove(process)
@@ -205,4 +204,4 @@ def test_a_section_that_cannot_work_stops_the_start(change, word, tmp_path):
         section = {"issuer": "https://idp.example.com", "audience": ["bora"], **change}
         config = cluster.config("router", router={"access": {"keys": str(keys), "jwt": section}})
         process = cluster.spawn("router", [BORA, "router", "--config", config, "--port", free_port()])
-        assert process.wait_exit(20) != 0 and word in process.log(), process.log()
+        assert process.wait_exit(60) != 0 and word in process.log(), process.log()

@@ -14,7 +14,7 @@ WEATHER = {"type": "function", "function": {"name": "get_weather", "description"
 def client():
     with Cluster(model=MODEL, model_dir=FIXTURES / "bora-demo" / "fp8") as cluster:
         serve(cluster, "--served-model-name", MODEL, "--device", "cpu", "--num-kv-blocks", "256", "--lenient-conversations")
-        yield openai.OpenAI(base_url=cluster.router_url + "/v1", api_key="none", max_retries=0, timeout=120)
+        yield openai.OpenAI(base_url=cluster.router_url + "/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def ask(client, messages, **more):

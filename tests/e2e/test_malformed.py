@@ -36,6 +36,11 @@ def tool(function, **more):
     return chat(tools=[{"type": "function", "function": function}], **more)
 
 
+def allowed(mode, *names):
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [{"type": "function", "function": {"name": name}} for name in names]}}
+    return tool({"name": "f"}, tool_choice=choice)
+
+
 def called(call):
     return messages(*USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "abcdefghi", "content": "x"})
 
@@ -66,6 +71,10 @@ def message(**changes):
 
 def block(**fields):
     return message(messages=[{"role": "user", "content": [fields]}])
+
+
+def use(tool_input):
+    return message(messages=[*USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": tool_input}]}, *USER])
 
 
 def with_deep_schema(request, depth=2000):
@@ -242,7 +251,12 @@ TABLE = [
     ("tool_choice of a stranger", tool({"name": "f"}, tool_choice={"type": "function", "function": {"name": "g"}}), 400, "tool_choice"),
     ("tool_choice with no tools", chat(tool_choice="required"), 400, "tool_choice"),
     ("tool_choice of no tools", chat(tools=[], tool_choice="required"), 400, "tool_choice"),
-    ("allowed_tools of strangers", tool({"name": "f"}, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "g"}}]}}), 400, "tool_choice"),
+    ("allowed_tools of strangers", allowed("required", "g"), 400, "tool_choice"),
+    ("allowed_tools with a stranger", allowed("auto", "f", "g"), 400, "tool_choice"),
+    ("allowed_tools of an unknown mode", allowed("none", "f"), 400, "tool_choice"),
+    ("allowed_tools without names", tool({"name": "f"}, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function"}]}}), 400, "tool_choice"),
+    ("allowed_tools without tools", tool({"name": "f"}, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}), 400, "tool_choice"),
+    ("required of allowed tools that are none", allowed("required"), 400, "tool_choice"),
     ("parallel_tool_calls a string", tool({"name": "f"}, parallel_tool_calls="yes"), 400, "parallel_tool_calls"),
     # ---- sampling
     ("temperature an array", chat(temperature=[]), 400, "temperature"),
@@ -431,6 +445,9 @@ MESSAGES = [
     ("result without a call", block(type="tool_result", tool_use_id="x", content="y"), 400, "messages[0].content[0]"),
     ("result without id", block(type="tool_result", content="y"), 400, ""),
     ("call without name", message(messages=[*USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "input": {}}]}]), 400, "name"),
+    ("call's input a string", use('{"a": 1}'), 400, "messages[1].content[0].input"),
+    ("call's input a number", use(7), 400, "messages[1].content[0].input"),
+    ("call's input an array", use([]), 400, "messages[1].content[0].input"),
     ("system a number", message(system=3), 400, "system"),
     ("system of pictures", message(system=[{"type": "image"}]), 400, "system"),
     ("temperature high", message(temperature=9), 400, "temperature"),

@@ -23,7 +23,7 @@ PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 
 @pytest.fixture(scope="module")
 def client(served):
-    return openai.OpenAI(base_url=served.router_url + "/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=served.router_url + "/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def ask(client, **more):
@@ -97,12 +97,37 @@ def test_a_named_tool_streamed(client):
     assert name == "stop" and json.loads(arguments)["why"] in ("done", "lost") and finish == "tool_calls"
 
 
+def test_of_the_allowed_tools_only(client):
+    # the bias makes the first id a call wherever it may be; random weights name any tool
+    more = {"temperature": 1, "logit_bias": {"9": 100}, "parallel_tool_calls": False}
+    for name in ("search", "stop"):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": name}}]}}
+        for seed in range(3):
+            answer = ask(client, tools=TOOLS, tool_choice=choice, seed=seed, **more).choices[0]
+            assert [call.function.name for call in answer.message.tool_calls] == [name] and arguments_fit(answer.message.tool_calls[0]), answer
+    # nobody is made to call
+    text = ask(client, tools=TOOLS, tool_choice=choice, temperature=0, logit_bias={"9": -100}).choices[0].message
+    assert text.content and not text.tool_calls
+    none = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
+    assert not ask(client, tools=TOOLS, tool_choice=none, seed=1, **more).choices[0].message.tool_calls
+
+
+def test_of_the_allowed_tools_only_in_responses(client):
+    tools = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    for name in ("search", "stop"):
+        choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": name}]}
+        answer = client.responses.create(model="tiny", input="Where is it?", max_output_tokens=200, tools=tools, tool_choice=choice, parallel_tool_calls=False,
+                                         extra_body={"logit_bias": {"9": 100}, "seed": 5})
+        assert [item.name for item in answer.output] == [name], answer
+        assert answer.tool_choice.mode == "auto"
+
+
 def test_forbidden_tools_are_not_called(client):
     # random weights would rather call than not: the bias makes the first id a call wherever it may be
     forced = {"9": 100}
     called = ask(client, tools=TOOLS, temperature=0, logit_bias=forced, extra_body={"return_token_ids": True}).choices[0]
     assert 9 in called.model_extra["token_ids"]
-    spared = ask(client, tools=TOOLS, tool_choice="none", temperature=0, extra_body={"return_token_ids": True}).choices[0]
+    spared = ask(client, tools=TOOLS, tool_choice="none", temperature=0, logit_bias=forced, extra_body={"return_token_ids": True}).choices[0]
     assert 9 not in spared.model_extra["token_ids"] and not spared.message.tool_calls
 
 
@@ -117,8 +142,12 @@ def test_forbidden_tools_are_not_called(client):
     ({"tool_choice": "required"}, "tool_choice"),
 ])
 def test_what_can_not_be_compiled_is_refused(served, body, field):
-    begun = time.monotonic()
-    status, _, answer = http("POST", served.router_url + "/v1/chat/completions", {"model": "tiny", "messages": QUESTION, **body})
-    assert status == 400, answer
-    assert answer["error"]["param"] == field and answer["error"]["type"] == "invalid_request_error"
-    assert time.monotonic() - begun < 5
+    times = []
+    for _ in range(5):
+        begun = time.monotonic()
+        status, _, answer = http("POST", served.router_url + "/v1/chat/completions", {"model": "tiny", "messages": QUESTION, **body})
+        times.append(time.monotonic() - begun)
+        assert status == 400, answer
+        assert answer["error"]["param"] == field and answer["error"]["type"] == "invalid_request_error"
+    # 100 ms are the goal (docs/performance.md has what was measured); this build is slow, and so may the machine be at any moment
+    assert min(times) < 2, times

@@ -12,7 +12,9 @@ import time
 
 import pytest
 
-from cluster import BORA, Cluster, wait_until
+from certificates import Authority
+from cluster import BORA, Cluster, free_port, wait_until
+from test_access import key_file
 
 REQUEST = {"model": "tiny", "prompt": [1000, 1001, 1002], "max_tokens": 3}
 
@@ -66,6 +68,38 @@ def test_a_wrong_address_is_named(fleet):
     etcd = top(f"127.0.0.1:{fleet.etcd_port}", "--once")
     assert etcd.returncode != 0 and re.search("is it a router|/groups|/version", etcd.stderr), etcd.stderr
     assert top(fleet.address, "--once", "--interval", "0").returncode != 0
+
+
+def test_a_router_with_keys_and_tls(tmp_path):
+    authority, stranger = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs", "stranger")
+    certificate, private = authority.issue("api", into=tmp_path)
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(key_file({"people": ({}, ["top-key"])}))
+    with Cluster(registry="static") as cluster:
+        cluster.etcd_port, port = free_port(), free_port()
+        cluster.start_worker("pretender", device="fake", port=cluster.etcd_port)
+        cluster.sections = {"http": {"tls": {"certificate_file": str(certificate), "key_file": str(private)}}}
+        cluster.spawn("router", [BORA, "router", "--config", cluster.config("router", router={"access": {"keys": str(keys)}}), "--port", port])
+        look = ["--once", "--interval", "0.2"]
+
+        def seen():
+            answer = top(f"https://localhost:{port}", *look, "--ca-file", authority.certificate, "--api-key", "top-key")
+            return "1 of 1 groups ready" in answer.stdout and answer
+        wait_until("the group is seen", seen, every=0.3)
+        assert "top-key" not in seen().stdout
+        # a file of authorities means TLS, and the key may come by the environment
+        environment = {**os.environ, "BORA_API_KEY": "top-key"}
+        assert top(f"localhost:{port}", *look, "--ca-file", authority.certificate, env=environment).returncode == 0
+        for words, address, arguments in [
+            (["401", "--api-key"], f"https://localhost:{port}", ["--ca-file", authority.certificate]),
+            (["401", "--api-key"], f"https://localhost:{port}", ["--ca-file", authority.certificate, "--api-key", "another"]),
+            (["UnknownIssuer"], f"https://localhost:{port}", ["--ca-file", stranger.certificate, "--api-key", "top-key"]),
+            (["--ca-file"], f"http://localhost:{port}", ["--ca-file", authority.certificate]),
+            (["absent.crt"], f"localhost:{port}", ["--ca-file", tmp_path / "absent.crt"]),
+            (["localhost"], f"localhost:{port}", ["--api-key", "top-key"]),
+        ]:
+            refused = top(address, *look, *arguments)
+            assert refused.returncode != 0 and all(word in refused.stderr for word in words), (words, refused.stderr)
 
 
 def screen_of(master, seconds):

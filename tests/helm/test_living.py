@@ -39,6 +39,7 @@ class Pods:
 
     def local(self, text):
         text = text.replace("bora-etcd-0.bora-etcd.llm.svc.cluster.local:2379", f"127.0.0.1:{self.etcd.client}")
+        text = text.replace("/etc/bora/keys", str(self.directory / "keys"))
         text = text.replace("/etc/bora/etcd-tls", str(self.etcd.directory / "client")).replace("/usr/share/bora/demo-model", str(self.model))
         for port, own in self.ports.items():
             text = re.sub(rf"(0\.0\.0\.0:|127\.0\.0\.1:|port: ){port}\b", rf"\g<1>{own}", text)
@@ -87,9 +88,9 @@ class Pods:
 def serve_and_ask(pods, groups):
     api, admin = (f"http://127.0.0.1:{pods.ports[port]}" for port in (8000, 8001))
     try:
-        wait_until("the router", lambda: ask_http("GET", f"{admin}/health")[0] == 200, 20)
-        wait_until("the groups", lambda: ask_http("GET", f"{admin}/ready")[2].get("ready_groups") == groups, 60)
-        answer = run(sys.executable, SCRIPTS / "ask.py", api, "bora-demo", "30")
+        wait_until("the router", lambda: ask_http("GET", f"{admin}/health")[0] == 200, 60)
+        wait_until("the groups", lambda: ask_http("GET", f"{admin}/ready")[2].get("ready_groups") == groups, 120)
+        answer = run(sys.executable, SCRIPTS / "ask.py", api, "bora-demo", "120", timeout=180)
         assert answer.returncode == 0 and re.search(r"\d+ tokens from bora-demo, group bora-demo-0", answer.stdout), answer.stdout + answer.stderr
         metrics = ask_http("GET", f"{admin}/metrics")[2]
         assert 'bora_router_group_ready{model="bora-demo",group="bora-demo-0"} 1' in metrics
@@ -101,7 +102,7 @@ def serve_and_ask(pods, groups):
         for _, child in pods.running:
             child.send_signal(signal.SIGTERM)
         for name, child in pods.running:
-            assert child.wait(40) == 0, name
+            assert child.wait(120) == 0, name
     except AssertionError as error:
         raise AssertionError(f"{error}\n{pods.logs()}") from error
 
@@ -119,6 +120,35 @@ def test_the_demo_preset_serves(tmp_path, demo_model):
             pods.start("router", named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"], "bora-router-abc")
             pods.start("worker", named(documents, "StatefulSet", "bora-demo")["spec"]["template"]["spec"], "bora-demo-0")
             serve_and_ask(pods, 1)
+        finally:
+            pods.stop()
+
+
+def test_the_question_is_answered_where_routers_ask_for_keys(tmp_path, demo_model):
+    documents = parse(render_text([DEMO], ['router.keys.secret="tenants"', 'test.apiKey.secret="question"']))
+    secrets = {("question", "api-key"): "helm-test-key"}
+    (tmp_path / "keys").mkdir()
+    digest = hashlib.sha256(b"helm-test-key").hexdigest()
+    (tmp_path / "keys" / "keys.yaml").write_text(f"tenants:\n- name: tests\n  keys: [{{name: helm, sha256: {digest}}}]\n")
+    (container,) = named(documents, "Pod", "bora-test")["spec"]["containers"]
+    (tmp_path / "etcd").mkdir()
+    with ChartEtcd(tmp_path / "etcd") as etcd:
+        pods = Pods(documents, etcd, tmp_path, demo_model)
+
+        def question(environment):
+            words = [SCRIPTS / "ask.py" if word == "/scripts/ask.py" else word for word in container["command"][1:]]
+            words = [f"http://127.0.0.1:{pods.ports[8000]}" if str(word).startswith("http://bora.llm.svc") else word for word in words]
+            return run(sys.executable, *words, env={**os.environ, **environment}, timeout=400)
+
+        try:
+            pods.start("router", named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"], "bora-router-abc")
+            pods.start("worker", named(documents, "StatefulSet", "bora-demo")["spec"]["template"]["spec"], "bora-demo-0")
+            wait_until("the group", lambda: ask_http("GET", f"http://127.0.0.1:{pods.ports[8001]}/ready")[2].get("ready_groups") == 1, 120)
+            references = {variable["name"]: variable["valueFrom"]["secretKeyRef"] for variable in container["env"]}
+            answered = question({name: secrets[place["name"], place["key"]] for name, place in references.items()})
+            assert answered.returncode == 0 and "tokens from bora-demo" in answered.stdout, f"{answered}\n{pods.logs()}"
+            refused = question({})
+            assert refused.returncode != 0 and "HTTP 401" in refused.stderr, refused
         finally:
             pods.stop()
 

@@ -25,6 +25,7 @@ EVERYTHING = {
     },
     "etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "backup": {"enabled": True}}},
     "telemetry": {"otlpEndpoint": "http://collector:4317"},
+    "test": {"apiKey": {"secret": "question"}},
     "ingress": {"enabled": True, "tlsSecret": "t"},
     "httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}]},
     "monitoring": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}, "prometheusRule": {"enabled": True}, "dashboards": {"enabled": True}},
@@ -50,6 +51,7 @@ OTHERS = {
     "etcd.builtin.tls.source": CHART_CERTIFICATES,
     "etcd.builtin.storage.kind": {"etcd": {"builtin": {**NO_CERTIFICATES["builtin"], "replicas": 1}}},
     "serviceAccount.create": PLAIN,
+    "test.apiKey.secret": PLAIN,
     "serviceAccount.name": {"etcd": NO_CERTIFICATES, "serviceAccount": {"create": False}},
     "monitoring.podMonitor": {"etcd": NO_CERTIFICATES, "monitoring": {"podMonitor": {"enabled": True}}},
 }
@@ -347,5 +349,30 @@ def test_notes_name_the_next_command():
     assert outcome.returncode == 0, outcome.stderr
     text = outcome.stdout.split("NOTES:")[1]
     assert "helm test bora -n llm --logs" in text and "port-forward svc/bora 8000:80" in text and "bora-demo" in text
+    assert "curl -N http://127.0.0.1" in text and "Bearer" not in text
+    secure = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client", "--values", PRESETS[0], "--set", "router.tls.secret=t,router.keys.secret=k")
+    assert "curl -N -k https://127.0.0.1" in secure.stdout and "authorization: Bearer" in secure.stdout, secure.stderr
     empty = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client").stdout.split("NOTES:")[1]
     assert "It has no model yet" in empty
+
+
+def test_the_question_of_helm_test_has_a_key_where_one_is_needed(tmp_path):
+    sets = ['router.keys.secret="tenants"', 'test.apiKey.secret="question"', 'test.apiKey.key="token"']
+    (container,) = named(parse(render_text([PRESETS[0]], sets)), "Pod", "bora-test")["spec"]["containers"]
+    assert container["env"] == [{"name": "BORA_API_KEY", "valueFrom": {"secretKeyRef": {"name": "question", "key": "token"}}}]
+    (container,) = named(parse(render_text([PRESETS[0]])), "Pod", "bora-test")["spec"]["containers"]
+    assert "env" not in container
+
+    def notes(**values):
+        (tmp_path / "v.json").write_text(json.dumps(values))
+        install = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client", "--values", PRESETS[0], "--values", tmp_path / "v.json")
+        assert install.returncode == 0, install.stderr
+        return install.stdout.split("NOTES:")[1]
+
+    keys, jwt = {"keys": {"secret": "tenants"}}, {"options": {"access": {"jwt": {"issuer": "https://idp.example.com", "audience": ["bora"]}}}}
+    for router in (keys, jwt):
+        assert "Set test.apiKey.secret" in notes(router=router)
+        assert "test.apiKey" not in notes(router=router, test={"apiKey": {"secret": "question"}})
+        assert "asks for no key" not in notes(router={**router, "service": {"type": "LoadBalancer"}})
+    assert "test.apiKey" not in notes()
+    assert "asks for no key" in notes(router={"service": {"type": "LoadBalancer"}})

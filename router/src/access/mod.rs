@@ -3,8 +3,8 @@
 //! A key travels in `authorization: Bearer ...` or `x-api-key` and is looked up by its SHA-256 ([`keys`]); the file holds
 //! no secret, and how long a look-up takes says nothing about other keys. In its place stands a token of an OIDC
 //! provider ([`jwt`]), whose tenant is one of the same file. Each request leaves one line ([`audit`]). A request is admitted twice: when its head
-//! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`]). Limits hold for this
-//! router alone: n replicas let n times as much through.
+//! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`]). Limits are the
+//! cluster's: each router that lives grants its share.
 //!
 //! Without a key file everybody may do everything, as befits a router that listens on loopback.
 

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 
@@ -79,8 +79,15 @@ fn parallel_requests_are_counted_while_they_run() {
     caller.admit(wish(1, 0)).unwrap();
 }
 
+/// Whether that is the number of seconds, less those that a slow machine let pass.
+fn is_within(seconds: Option<u32>, most: u32, began: Instant) -> bool {
+    let passed = began.elapsed().as_secs() as u32 + 1;
+    seconds.is_some_and(|seconds| seconds <= most && seconds + passed >= most)
+}
+
 #[test]
 fn a_minute_s_requests_and_then_no_more() {
+    let began = Instant::now();
     let caller = caller(Limits { requests_per_minute: Some(3), ..Limits::default() });
     for left in (0..3).rev() {
         caller.admit(wish(1, 0)).unwrap();
@@ -92,7 +99,7 @@ fn a_minute_s_requests_and_then_no_more() {
     }
     let error = caller.admit(wish(1, 0)).unwrap_err();
     assert_eq!(error.status, StatusCode::TOO_MANY_REQUESTS);
-    assert!((19..=20).contains(&error.retry_after.unwrap()), "a third of a minute: {:?}", error.retry_after);
+    assert!(is_within(error.retry_after, 20, began), "a third of a minute: {:?}", error.retry_after);
 }
 
 #[test]
@@ -106,20 +113,21 @@ fn tokens_are_reserved_and_settled() {
     drop(caller.admit(wish(4_400, 0)).unwrap());
     assert!(caller.admit(wish(1_000, 0)).is_err());
     // larger than a minute's worth: when the bucket is full, and then it is owed
+    let began = Instant::now();
     let caller = self::caller(Limits { tokens_per_minute: Some(100), ..Limits::default() });
     drop(caller.admit(wish(350, 0)).unwrap());
     let error = caller.admit(wish(1, 0)).unwrap_err();
-    assert!((150..=151).contains(&error.retry_after.unwrap()), "{:?}", error.retry_after);
+    assert!(is_within(error.retry_after, 151, began), "{:?}", error.retry_after);
 }
 
 #[test]
 fn each_of_several_routers_grants_its_share() {
-    let limits = Limits { requests_per_minute: Some(12), parallel_requests: Some(5), ..Limits::default() };
+    let limits = Limits { requests_per_minute: Some(3), parallel_requests: Some(5), ..Limits::default() };
     let routers = LiveRouters::default();
     let caller = among(limits, &routers);
     let admitted = |caller: &Caller| (0..20).filter(|_| caller.admit(wish(1, 0)).is_ok()).count();
     routers.set(3);
-    assert_eq!(admitted(&caller), 4, "what was saved for more shrinks to the share");
+    assert_eq!(admitted(&caller), 1, "what was saved for more shrinks to the share");
     routers.set(1);
     assert_eq!(admitted(&caller), 0, "a router that dies leaves a rate, not what it had saved");
     let caller = among(Limits { parallel_requests: Some(5), ..Limits::default() }, &routers);

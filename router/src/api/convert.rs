@@ -175,6 +175,11 @@ pub fn is_array(written: &RawValue) -> bool {
     written.get().starts_with('[')
 }
 
+/// Whether a JSON value is an object.
+pub fn is_object(written: &RawValue) -> bool {
+    written.get().starts_with('{')
+}
+
 /// Refuses what other APIs have and one with a single answer has not.
 pub fn refuse_foreign(fields: &Body<'_>) -> Result<(), ApiError> {
     let is_above_one = |number: &Option<Integer>| number.is_some_and(|Integer(number)| number != 1);

@@ -236,7 +236,7 @@ pub fn check(
     if choice == ToolChoice::Forbidden
         && let Some(id) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_id("[TOOL_CALLS]"))
     {
-        sampling.logit_bias.entry(id).or_insert(FORBIDDEN);
+        sampling.logit_bias.insert(id, FORBIDDEN);
     }
     let ignore_eos = body.ignore_eos.unwrap_or(false);
     let mut end_ids = stop_token_ids.clone();
@@ -248,7 +248,7 @@ pub fn check(
     let emit = EmitOptions {
         tokenizer: spec.tokenizer.clone(),
         skip_special: body.skip_special_tokens.unwrap_or(true),
-        tool_calls: matches!(choice, ToolChoice::Auto | ToolChoice::Forced(..)),
+        tool_calls: matches!(choice, ToolChoice::Auto(_) | ToolChoice::Forced(..)),
         streamed: stream,
         whole_calls: client.mistral,
         only_one_call: body.parallel_tool_calls == Some(false),

@@ -34,8 +34,8 @@ pub struct Structure {
 pub enum ToolChoice {
     /// There are no tools.
     NoTools,
-    /// They may be called, or not.
-    Auto,
+    /// These may be called, or not; all tools where it is `None`.
+    Auto(Option<Vec<String>>),
     /// They are in the prompt, and must not be called.
     Forbidden,
     /// One of these must be called; of all tools where it is `None`. The flag allows several calls.
@@ -49,9 +49,9 @@ impl ToolChoice {
         let tools = body.tools.is_some_and(|tools| !is_empty_array(tools.get()));
         let several = body.parallel_tool_calls != Some(false);
         let choice = match &body.tool_choice {
-            None => Self::Auto,
+            None => Self::Auto(None),
             Some(Value::String(choice)) => match choice.as_str() {
-                "auto" => Self::Auto,
+                "auto" => Self::Auto(None),
                 "none" => Self::Forbidden,
                 // "any" is Mistral's word for it
                 "required" | "any" => Self::Forced(None, several),
@@ -67,14 +67,24 @@ impl ToolChoice {
                 }
                 Some("allowed_tools") => {
                     let allowed = choice.get("allowed_tools").unwrap_or(&Value::Null);
-                    let names = allowed.get("tools").and_then(Value::as_array).map(|tools| {
-                        let name = |tool: &Value| Some(tool.get("function")?.get("name")?.as_str()?.to_owned());
-                        tools.iter().filter_map(name).collect()
-                    });
-                    match (allowed.get("mode").and_then(Value::as_str), names) {
-                        (Some("required"), Some(names)) => Self::Forced(Some(names), several),
-                        (Some("auto"), Some(_)) => Self::Auto,
-                        _ => return Err(unknown_choice()),
+                    let name = |tool: &Value| Some(tool.get("function")?.get("name")?.as_str()?.to_owned());
+                    let names: Option<Vec<String>> = allowed
+                        .get("tools")
+                        .and_then(Value::as_array)
+                        .and_then(|tools| tools.iter().map(name).collect());
+                    let names = names.ok_or_else(|| {
+                        let message =
+                            "`tool_choice.allowed_tools.tools` must be an array of objects that name functions.";
+                        ApiError::invalid("tool_choice", message)
+                    })?;
+                    match allowed.get("mode").and_then(Value::as_str) {
+                        Some("required") => Self::Forced(Some(names), several),
+                        Some("auto") if names.is_empty() => Self::Forbidden,
+                        Some("auto") => Self::Auto(Some(names)),
+                        _ => {
+                            let message = "`tool_choice.allowed_tools.mode` must be \"auto\" or \"required\".";
+                            return Err(ApiError::invalid("tool_choice", message));
+                        }
                     }
                 }
                 _ => return Err(unknown_choice()),
@@ -82,7 +92,7 @@ impl ToolChoice {
             Some(_) => return Err(unknown_choice()),
         };
         match choice {
-            Self::Auto | Self::Forbidden if !tools => Ok(Self::NoTools),
+            Self::Auto(_) | Self::Forbidden if !tools => Ok(Self::NoTools),
             Self::Forced(..) if !tools => {
                 Err(ApiError::invalid("tool_choice", "`tool_choice` forces a call, but there are no `tools`."))
             }
@@ -126,11 +136,17 @@ pub fn structure(
                 Some(Structure { grammar, field: "tool_choice" })
             }
             // an answer in the wanted form, or calls
-            (ToolChoice::Auto, Some(Structure { grammar, field })) if grammar.kind() == Kind::JsonSchema => {
-                let calls = calls(body, None, body.parallel_tool_calls != Some(false), spec)?;
+            (ToolChoice::Auto(names), Some(Structure { grammar, field })) if grammar.kind() == Kind::JsonSchema => {
+                let calls = calls(body, names.as_deref(), body.parallel_tool_calls != Some(false), spec)?;
                 let source = &grammar.source;
                 let source = format!("start: answer | {}\nanswer: %json {source}\n{}", calls.start, calls.rules);
                 Some(Structure { grammar: lark(source), field })
+            }
+            // any text, and then calls of some of the tools
+            (ToolChoice::Auto(Some(names)), None) => {
+                let calls = calls(body, Some(names), body.parallel_tool_calls != Some(false), spec)?;
+                let source = format!("start: text? ({})?\ntext: /(?s:.+)/\n{}", calls.start, calls.rules);
+                Some(Structure { grammar: lark(source), field: "tool_choice" })
             }
             (_, wanted) => wanted,
         };
@@ -284,10 +300,17 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
         .tools
         .map_or(Ok(Vec::new()), |tools| serde_json::from_str(tools.get()))
         .map_err(|error| ApiError::invalid("tools", format!("`tools`: {error}.")))?;
+    let functions: Vec<&Value> = tools.iter().filter_map(|tool| tool.get("function")).collect();
+    let is_there = |wanted: &String| functions.iter().any(|function| function.get("name") == Some(&json!(wanted)));
+    if let Some(stranger) = names.unwrap_or_default().iter().find(|name| !is_there(name)) {
+        let shown: String = stranger.chars().take(64).collect();
+        let message = format!("`tool_choice` names \"{shown}\", which is not one of `tools`.");
+        return Err(ApiError::invalid("tool_choice", message));
+    }
     let mut rules = String::from("calls: ");
     let mut bodies = String::new();
     let mut count = 0;
-    for function in tools.iter().filter_map(|tool| tool.get("function")) {
+    for function in functions {
         let Some(name) = function.get("name").and_then(Value::as_str) else { continue };
         if names.is_some_and(|names| !names.iter().any(|wanted| wanted == name)) {
             continue;
@@ -347,6 +370,18 @@ mod tests {
         let named = read(&named).unwrap().unwrap();
         assert!(named.grammar.source.starts_with("start: calls\ncalls: call_0\n"), "{}", named.grammar.source);
 
+        let allowed = |mode: &str, names: &[&str]| {
+            let names: Vec<Value> =
+                names.iter().map(|name| json!({"type": "function", "function": {"name": name}})).collect();
+            json!({"tools": tools(), "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": names}}})
+        };
+        let some = read(&allowed("required", &["add"])).unwrap().unwrap();
+        assert!(some.grammar.source.starts_with("start: calls+\ncalls: call_0\n"), "{}", some.grammar.source);
+        let some = read(&allowed("auto", &["add"])).unwrap().unwrap();
+        let start = "start: text? (calls+)?\ntext: /(?s:.+)/\ncalls: call_0\ncall_0: <[9]> \"add\" <[32]>";
+        assert!(some.grammar.source.starts_with(start), "{}", some.grammar.source);
+        assert_eq!(read(&allowed("auto", &[])).unwrap(), None);
+
         let one = json!({"tools": tools(), "tool_choice": "any", "parallel_tool_calls": false});
         assert!(read(&one).unwrap().unwrap().grammar.source.starts_with("start: calls\n"));
     }
@@ -361,6 +396,15 @@ mod tests {
             either.grammar.source.starts_with("start: answer | calls+\nanswer: %json {"),
             "{}",
             either.grammar.source
+        );
+        let choice = json!({"type": "allowed_tools", "allowed_tools": {"mode": "auto",
+            "tools": [{"type": "function", "function": {"name": "add"}}]}});
+        let some = read(&json!({"response_format": format, "tools": tools(), "tool_choice": choice})).unwrap().unwrap();
+        assert!(
+            some.grammar.source.starts_with("start: answer | calls+\n")
+                && some.grammar.source.contains("\ncalls: call_0\n"),
+            "{}",
+            some.grammar.source
         );
         let never = json!({"response_format": format, "tools": tools(), "tool_choice": "none"});
         assert_eq!(read(&never).unwrap().unwrap().grammar.kind(), Kind::JsonSchema);

@@ -244,11 +244,13 @@ async fn forms_choices_and_logprobs_reach_the_group() {
     assert_eq!(answer.json()["text"]["format"], format);
     let named = json!({"type": "function", "name": "read_file"});
     harness.post(PATH, ask(json!({"tools": [tool()], "tool_choice": named, "seed": 7, "top_k": 3}))).await;
-    let some = json!({"type": "allowed_tools", "mode": "required", "tools": [named]});
-    harness.post(PATH, ask(json!({"tools": [tool()], "tool_choice": some}))).await;
+    for mode in ["required", "auto"] {
+        let some = json!({"type": "allowed_tools", "mode": mode, "tools": [named]});
+        harness.post(PATH, ask(json!({"tools": [tool()], "tool_choice": some}))).await;
+    }
     let seen = harness.groups[0].seen();
     assert!(seen[0].grammar.as_ref().is_some_and(|grammar| grammar.source.contains("integer")));
-    for request in &seen[1..3] {
+    for request in &seen[1..4] {
         assert!(request.grammar.as_ref().is_some_and(|grammar| grammar.source.contains("read_file")));
     }
     assert_eq!(seen[1].sampling.as_ref().map(|sampling| (sampling.seed, sampling.top_k)), Some((7, Some(3))));

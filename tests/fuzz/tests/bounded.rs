@@ -10,6 +10,11 @@ use std::{
 
 use rand::{SeedableRng as _, rngs::StdRng};
 
+/// Inputs that are tried whatever the time.
+const FEWEST: u64 = 100;
+/// An input that takes longer each time it is tried could be used to stop a router.
+const LONGEST: Duration = Duration::from_secs(2);
+
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
@@ -29,25 +34,36 @@ fn run(name: &str, target: fn(&[u8])) {
     let seed = setting("BORA_FUZZ_SEED", 1);
     let mut random = StdRng::seed_from_u64(seed);
     let end = Instant::now() + Duration::from_secs(setting("BORA_FUZZ_SECONDS", 4));
-    let mut tried = 0;
-    while Instant::now() < end {
+    let mut tried = 0_u64;
+    // on a machine that stands still for that long, too, something is tried
+    while Instant::now() < end || tried < FEWEST {
         let input = bora_fuzz::mutate::mutate(&inputs, &mut random);
         check(name, target, &input, &format!("seed {seed}, input {tried}"));
         tried += 1;
     }
     println!("{name}: {tried} inputs");
-    assert!(tried > 100, "{name}: only {tried} inputs in the time given");
 }
 
 fn check(name: &str, target: fn(&[u8]), input: &[u8], what: &str) {
-    let began = Instant::now();
+    // the machine may stand still once, but not each time
+    let mut shortest = Duration::MAX;
+    for _ in 0..3 {
+        let began = Instant::now();
+        try_once(name, target, input, what);
+        shortest = shortest.min(began.elapsed());
+        if shortest < LONGEST {
+            return;
+        }
+    }
+    panic!("{name} took {shortest:?} ({what})");
+}
+
+fn try_once(name: &str, target: fn(&[u8]), input: &[u8], what: &str) {
     if catch_unwind(AssertUnwindSafe(|| target(input))).is_err() {
         let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{name}"));
         std::fs::write(&file, input).expect("writable");
         panic!("{name} failed ({what}); the input is in {}", file.display());
     }
-    // an input that costs that much could be used to stop a router
-    assert!(began.elapsed() < Duration::from_secs(2), "{name} took {:?} ({what})", began.elapsed());
 }
 
 #[test]

@@ -62,6 +62,39 @@ fn a_schema_makes_json_that_fits_it() {
 }
 
 #[test]
+fn text_may_be_followed_by_calls_of_some_tools() {
+    let (grammars, vocabulary) = (grammars(), vocabulary());
+    let (calls, args) = (vocabulary.special_id("[TOOL_CALLS]").unwrap(), vocabulary.special_id("[ARGS]").unwrap());
+    // as the router writes it
+    let lark = format!(
+        "start: text? (calls+)?\ntext: /(?s:.+)/\ncalls: call_0\ncall_0: <[{calls}]> \"look\" <[{args}]> arguments_0\n\
+         arguments_0: %json {{\"type\": \"object\", \"additionalProperties\": false}}\n"
+    );
+    let source = source(GrammarKind::Lark, &lark);
+    let ids = |text: &str| -> Vec<u32> {
+        let of_byte = |byte: u8| (0..vocabulary.len() as u32).find(|id| vocabulary.ordinary(*id) == Some(&[byte]));
+        text.bytes().map(|byte| of_byte(byte).unwrap()).collect()
+    };
+    let end = vocabulary.eos_id();
+    for before in [String::new(), "a [TOOL_CALLS]\n\"{\u{e9}".to_owned()] {
+        let mut state = grammars.begin(&source, &ids(&before)).unwrap();
+        let mask = state.mask().unwrap();
+        let every = (0..vocabulary.len() as u32).filter(|id| allows(&mask, *id)).count();
+        assert!(allows(&mask, calls) && allows(&mask, end) && !allows(&mask, args) && every > 8_000, "{every}");
+        state.accept(calls).unwrap();
+        let mask = state.mask().unwrap();
+        let next = (0..vocabulary.len() as u32).filter(|id| allows(&mask, *id));
+        assert!(next.into_iter().all(|id| vocabulary.ordinary(id).is_some_and(|bytes| b"look".starts_with(bytes))));
+        for id in [ids("look"), vec![args], ids("{}")].concat() {
+            state.accept(id).unwrap();
+        }
+        let mask = state.mask().unwrap();
+        let next: Vec<u32> = (0..vocabulary.len() as u32).filter(|id| allows(&mask, *id)).collect();
+        assert_eq!(next, [end.min(calls), end.max(calls)]);
+    }
+}
+
+#[test]
 fn a_forced_call_is_made_of_the_special_ids() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
     let (calls, args) = (vocabulary.special_id("[TOOL_CALLS]").unwrap(), vocabulary.special_id("[ARGS]").unwrap());

@@ -10,12 +10,11 @@ use std::{
 };
 
 use axum::http::{Request, Uri, header};
-use bora_common::tls;
+use bora_common::tls::HttpsConnector;
 use bytes::Bytes;
 use futures::FutureExt as _;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
-use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::{
@@ -24,7 +23,6 @@ use tokio::{
     sync::{Notify, watch},
     time::{Instant, timeout},
 };
-use tokio_rustls::TlsConnector;
 
 use super::{JwtAlgorithm, JwtError, JwtOptions, verify::PublicKey};
 
@@ -52,7 +50,7 @@ pub enum KeySource {
         /// Whether it is the issuer's discovery document, and the issuer.
         discover: Option<String>,
         /// How its certificate is checked.
-        tls: Arc<ClientConfig>,
+        tls: HttpsConnector,
     },
 }
 
@@ -77,13 +75,9 @@ impl KeySource {
         if url.scheme_str() == Some("http") && !is_loopback(&url) {
             tracing::warn!(%url, "keys for tokens are fetched without TLS: whoever is on the way can let anybody in");
         }
-        let roots = roots(options.jwks_ca_file.as_ref()).map_err(|reason| wrong("jwks_ca_file", reason))?;
-        let tls = ClientConfig::builder_with_provider(tls::provider())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| wrong("jwks_url", error.to_string()))?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        Ok(Self::Url { url, discover, tls: Arc::new(tls) })
+        let tls = HttpsConnector::new(options.jwks_ca_file.as_deref())
+            .map_err(|error| wrong("jwks_ca_file", error.to_string()))?;
+        Ok(Self::Url { url, discover, tls })
     }
 
     async fn read(&self) -> Result<Vec<u8>, String> {
@@ -243,19 +237,8 @@ fn host_of(url: &Uri) -> &str {
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 
-fn roots(ca_file: Option<&PathBuf>) -> Result<RootCertStore, String> {
-    if let Some(path) = ca_file {
-        let pem = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        return tls::roots(path, &pem).map_err(|error| error.to_string());
-    }
-    let mut roots = RootCertStore::empty();
-    // where the system has none, nothing over https is trusted, and the fetch says so
-    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    Ok(roots)
-}
-
 /// Gets a small document.
-async fn fetch(url: &Uri, tls: &Arc<ClientConfig>) -> Result<Vec<u8>, String> {
+async fn fetch(url: &Uri, tls: &HttpsConnector) -> Result<Vec<u8>, String> {
     let fetching = async {
         let host = host_of(url);
         let secure = url.scheme_str() == Some("https");
@@ -264,9 +247,7 @@ async fn fetch(url: &Uri, tls: &Arc<ClientConfig>) -> Result<Vec<u8>, String> {
         if !secure {
             return get(url, stream).await;
         }
-        let name = ServerName::try_from(host.to_owned()).map_err(|error| error.to_string())?;
-        let stream = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await;
-        get(url, stream.map_err(|error| error.to_string())?).await
+        get(url, tls.handshake(host, stream).await.map_err(|error| error.to_string())?).await
     };
     match timeout(FETCH_WITHIN, fetching).await {
         Ok(outcome) => outcome.map_err(|reason| format!("{url}: {reason}")),

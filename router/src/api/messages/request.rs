@@ -15,7 +15,7 @@ use serde_json::{Value, json, value::RawValue};
 use crate::api::{
     convert::{
         ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, ChatToolFunction, Conversion, Dialect,
-        Origin, Place, Text, entry, is_array, is_string, missing, refuse_foreign, unsupported,
+        Origin, Place, Text, entry, is_array, is_object, is_string, missing, refuse_foreign, unsupported,
     },
     error::ApiError,
     fields::OneOrMany,
@@ -342,6 +342,11 @@ impl<'a> Blocks<'a> {
             }
             (Some("tool_use"), "assistant") => {
                 let arguments = match block.input {
+                    // the chat API takes arguments as a text, this one does not
+                    Some(input) if !is_object(input) => {
+                        let message = format!("`{place}.input` must be an object.");
+                        return Err(ApiError::invalid(format!("{place}.input"), message));
+                    }
                     Some(input) => input,
                     None => entry(no_arguments(), place)?,
                 };
