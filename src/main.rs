@@ -14,6 +14,7 @@ mod top;
 mod worker;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -78,4 +79,13 @@ fn nccl_defaults() {
 /// The reactor of a subcommand.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()
+}
+
+/// Runs a server on a reactor of its own. What still runs when it has ended (a call into a driver that stands still) does not
+/// keep the process.
+fn run_server(server: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(server);
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    outcome
 }

@@ -48,7 +48,7 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
         .into());
     }
     logging::start(&config.log)?;
-    crate::runtime()?.block_on(async {
+    crate::run_server(async {
         config.router.grpc = config.grpc.connector()?;
         let registry = config.registry.open(&config.cluster, config.router.grpc.clone())?;
         serve(&config, "bora-router", None, registry.as_ref(), shutdown::token()?).await

@@ -69,7 +69,7 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
         tokenize::open(path)
             .context("no tokenizer: --tokenizer names one, --skip-tokenizer-init serves token ids only")?;
     }
-    crate::runtime()?.block_on(async {
+    crate::run_server(async {
         let signalled = shutdown::token()?;
         let group_stop = CancellationToken::new();
         let registry = config.registry.open(&config.cluster, None)?;

@@ -76,7 +76,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     }
     let model = config.worker_model()?.clone();
     logging::start(&config.log)?;
-    crate::runtime()?.block_on(async {
+    crate::run_server(async {
         config.worker.tls = config.grpc.tls.clone();
         let registry = config.registry.open(&config.cluster, config.grpc.connector()?)?;
         let metrics = WorkerMetrics::new();

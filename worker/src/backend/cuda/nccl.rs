@@ -5,7 +5,7 @@
 //! the library has another name than it expects.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{ncclComm_t, ncclConfig_t, ncclDataType_t, ncclRedOp_t, ncclResult_t as Status, ncclUniqueId};
@@ -18,6 +18,8 @@ use crate::parallel::{Abort, Collective, CollectiveError};
 
 /// How long the ranks may take to connect their GPUs.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(120);
+/// How long an abort waits for a call that has not returned.
+const ABORT_PATIENCE: Duration = Duration::from_secs(1);
 /// Between two looks at a call that is still going on.
 const POLL: Duration = Duration::from_micros(200);
 /// NCCL's marks of a value that is left to it (nccl.h, NCCL_CONFIG_INITIALIZER).
@@ -107,16 +109,20 @@ pub(super) struct Communicator {
 /// What the rank's thread and whoever aborts it share.
 struct Shared {
     functions: &'static Functions,
-    /// `None` once it was aborted: NCCL has freed it then.
-    handle: Mutex<Option<Handle>>,
+    handle: Handle,
+    /// Held during a call.
+    calls: Mutex<()>,
+    /// Why, once it was aborted: NCCL has freed it then.
     aborted: OnceLock<String>,
 }
 
 #[derive(Clone, Copy)]
 struct Handle(ncclComm_t);
 
-// SAFETY: NCCL lets any thread use a communicator, one at a time; the mutex sees to that.
+// SAFETY: NCCL lets any thread use a communicator, one at a time; `Shared::calls` sees to that.
 unsafe impl Send for Handle {}
+// SAFETY: the same.
+unsafe impl Sync for Handle {}
 
 impl Communicator {
     /// Connects this rank's GPU with those of the others. All ranks come here; a rank that does not is an error on the
@@ -177,7 +183,8 @@ impl Communicator {
             check(functions, None, "ncclCommInitRankConfig", status)?;
             return Err(BackendError::Device("NCCL made no communicator".to_owned()));
         }
-        let shared = Arc::new(Shared { functions, handle: Mutex::new(Some(Handle(handle))), aborted: OnceLock::new() });
+        let shared =
+            Arc::new(Shared { functions, handle: Handle(handle), calls: Mutex::default(), aborted: OnceLock::new() });
         let communicator = Self { shared, ranks };
         communicator.settle("connecting the GPUs", status)?;
         tracing::info!(rank, ranks, nccl = version, "connected the GPUs");
@@ -235,9 +242,9 @@ impl Communicator {
     /// An error if the communicator was aborted or another rank's failure has reached it: what the stream brought
     /// since is not to be used.
     pub(super) fn check(&self) -> Result<()> {
-        let handle = self.shared.lock();
-        let state = self.state(&handle)?;
-        check(self.shared.functions, handle.map(|handle| handle.0), "NCCL", state)
+        let calling = self.shared.calling()?;
+        let state = self.state(&calling)?;
+        check(self.shared.functions, Some(self.shared.handle.0), "NCCL", state)
     }
 
     /// Frees whoever waits in it, from any thread.
@@ -247,9 +254,8 @@ impl Communicator {
 
     fn submit(&self, call: &str, submit: impl FnOnce(&Functions, ncclComm_t) -> c_int) -> Result<()> {
         let status = {
-            let handle = self.shared.lock();
-            let Some(Handle(handle)) = *handle else { return Err(self.shared.ended()) };
-            submit(self.shared.functions, handle)
+            let _calling = self.shared.calling()?;
+            submit(self.shared.functions, self.shared.handle.0)
         };
         self.settle(call, status)
     }
@@ -265,16 +271,16 @@ impl Communicator {
                 return Err(BackendError::Device(reason));
             }
             std::thread::sleep(POLL);
-            status = self.state(&self.shared.lock())?;
+            status = self.state(&self.shared.calling()?)?;
         }
-        let handle = self.shared.lock();
-        check(self.shared.functions, handle.map(|handle| handle.0), call, status)
+        let _calling = self.shared.calling()?;
+        check(self.shared.functions, Some(self.shared.handle.0), call, status)
     }
 
-    fn state(&self, handle: &Option<Handle>) -> Result<c_int> {
-        let Some(Handle(handle)) = *handle else { return Err(self.shared.ended()) };
+    fn state(&self, _calling: &MutexGuard<'_, ()>) -> Result<c_int> {
         let mut state = 0;
-        // SAFETY: the communicator is live: it is freed under the lock that the caller holds.
+        let handle = self.shared.handle.0;
+        // SAFETY: the communicator was live when the caller began its call, which an abort waits for.
         let status = unsafe { (self.shared.functions.async_error)(handle, &raw mut state) };
         check(self.shared.functions, Some(handle), "ncclCommGetAsyncError", status)?;
         Ok(state)
@@ -282,23 +288,40 @@ impl Communicator {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Option<Handle>> {
-        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The right to make a call; an error once it was aborted.
+    fn calling(&self) -> Result<MutexGuard<'_, ()>> {
+        let calling = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.aborted.get() {
+            None => Ok(calling),
+            Some(reason) => Err(BackendError::Collective(CollectiveError::Aborted(reason.clone()))),
+        }
     }
 
-    fn ended(&self) -> BackendError {
-        let reason = self.aborted.get().cloned().unwrap_or_default();
-        BackendError::Collective(CollectiveError::Aborted(reason))
+    /// The same for an abort. A call returns at once, unless the GPU's queue is full behind a kernel that waits for a rank
+    /// that is gone: only the abort frees that one, so it is not waited for any longer.
+    #[allow(clippy::disallowed_methods)] // for a second at most, when all is over
+    fn last_call(&self) -> Option<MutexGuard<'_, ()>> {
+        let deadline = Instant::now() + ABORT_PATIENCE;
+        loop {
+            match self.calls.try_lock() {
+                Ok(calling) => return Some(calling),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() > deadline => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(POLL),
+            }
+        }
     }
 }
 
 impl Abort for Shared {
     fn abort(&self, reason: &str) {
-        let mut handle = self.lock();
-        let Some(Handle(communicator)) = handle.take() else { return };
-        let _ = self.aborted.set(reason.to_owned());
-        // SAFETY: taken out of the lock's keeping, so it is freed once. Kernels that wait for a rank that is gone end.
-        unsafe { (self.functions.abort)(communicator) };
+        if self.aborted.set(reason.to_owned()).is_err() {
+            return;
+        }
+        let _calling = self.last_call();
+        // SAFETY: only the first abort comes here, so it is freed once. Kernels that wait for a rank that is gone end, and so does
+        // a call that could not be waited for.
+        unsafe { (self.functions.abort)(self.handle.0) };
     }
 }
 
