@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod config;
 mod doctor;
+mod flags;
 mod logging;
 mod router;
 mod serve;

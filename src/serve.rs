@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use bora_common::config::{ByteSize, ModelOptions};
+use bora_common::config::ModelOptions;
 use bora_common::tls::HttpTls;
 use bora_router::{ConversationRules, Digest};
-use bora_worker::{CpuFp8, DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerMetrics, WorkerSettings};
+use bora_worker::{WorkerMetrics, WorkerSettings};
 use clap::Args;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::flags::EngineFlags;
 use crate::{logging, router, shutdown, tokenize};
 
 /// What to serve, and how.
@@ -28,48 +29,17 @@ pub(crate) struct ServeArgs {
     /// names to serve it under; --model as given where absent
     #[arg(long, num_args = 1.., value_delimiter = ',')]
     served_model_name: Vec<String>,
-    /// ranks that the model is split over
-    #[arg(long, short = 't', visible_alias = "tp", default_value_t = 1)]
-    tensor_parallel_size: u32,
+    #[command(flatten)]
+    engine: EngineFlags,
     /// longest prompt plus output, tokens; the model's own limit where absent
     #[arg(long)]
     max_model_len: Option<u32>,
-    /// what to run on
-    #[arg(long, value_enum, default_value = "auto")]
-    device: DeviceChoice,
     /// address to listen on
     #[arg(long, default_value = "127.0.0.1")]
     host: String,
     /// port to listen on; 0 = any free one
     #[arg(long, default_value_t = 8000)]
     port: u16,
-    /// sequences that run at once
-    #[arg(long)]
-    max_num_seqs: Option<u32>,
-    /// tokens in one step
-    #[arg(long)]
-    max_num_batched_tokens: Option<u32>,
-    /// type of the KV cache's numbers
-    #[arg(long, value_enum, default_value = "auto")]
-    kv_cache_dtype: KvDtype,
-    /// blocks of 64 tokens in the KV cache
-    #[arg(long, visible_alias = "num-gpu-blocks-override")]
-    num_kv_blocks: Option<u32>,
-    /// memory of the KV cache on each rank, for example 4GiB
-    #[arg(long)]
-    kv_cache_memory: Option<ByteSize>,
-    /// share of a GPU's memory that is used, weights included
-    #[arg(long)]
-    gpu_memory_utilization: Option<f32>,
-    /// where weights come from
-    #[arg(long, value_enum, default_value = "auto")]
-    load_format: LoadFormat,
-    /// speculation as JSON, for example {"method": "ngram", "num_speculative_tokens": 8}; 0 turns it off
-    #[arg(long)]
-    speculative_config: Option<SpeculativeOptions>,
-    /// how FP8 weights are multiplied on the CPU
-    #[arg(long, value_enum, default_value = "dequantized")]
-    cpu_fp8: CpuFp8,
     /// key that requests must carry (several may be given); none is needed where absent
     #[arg(long, env = "BORA_API_KEY", hide_env_values = true, num_args = 1..)]
     api_key: Vec<String>,
@@ -147,19 +117,8 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     config.router.access.api_keys = args.api_key.iter().map(|key| Digest::of(key.as_bytes())).collect();
     let worker = &mut config.worker;
     worker.group = Some("local".into());
-    worker.device = args.device;
-    worker.tensor_parallel_size = args.tensor_parallel_size;
     worker.max_model_len = args.max_model_len;
-    worker.load_format = args.load_format;
-    worker.cpu_fp8 = args.cpu_fp8;
-    worker.kv_cache.blocks = args.num_kv_blocks;
-    worker.kv_cache.memory = args.kv_cache_memory;
-    worker.kv_cache.dtype = args.kv_cache_dtype;
-    worker.kv_cache.device_share = args.gpu_memory_utilization.unwrap_or(worker.kv_cache.device_share);
-    let schedule = &mut worker.schedule;
-    schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
-    schedule.max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);
-    schedule.speculative = args.speculative_config.or(schedule.speculative.take());
+    args.engine.apply(worker);
     config.check()?;
     Ok(config)
 }

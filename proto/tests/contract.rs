@@ -100,6 +100,9 @@ fn group_events() -> [(&'static str, GroupEvent); 4] {
                     prefill_seconds: 0.0, // 0.1 does not tell it
                     draft_tokens: 8,
                     accepted_draft_tokens: 9,
+                    // came later: what is not said is 0
+                    host_blocks_total: 0,
+                    host_blocks_cached: 0,
                 }),
             ),
         ),

@@ -134,6 +134,10 @@ def test_the_judge_sees_what_is_wrong():
     ({"workers": {"autoscaling": {"scaleUp": {"periodSeconds": 0}}}}, "schema"),
     ({"commonLabels": {"a": "not a label"}}, "schema"),
     ({"fullnameOverride": "with.dots"}, "schema"),
+    # these select, or are told apart by
+    ({"router": {"podLabels": {"app.kubernetes.io/component": "x"}}}, "schema"),
+    ({"workers": {"podLabels": {"bora/model": "x"}}}, "schema"),
+    ({"commonLabels": {"app.kubernetes.io/name": "x"}}, "schema"),
 ])
 def test_what_could_not_be_installed_is_refused_by_name(wrong, why, tmp_path):
     (tmp_path / "v.json").write_text(json.dumps(wrong))
@@ -149,6 +153,23 @@ def test_a_release_that_begins_with_a_digit_needs_another_name(tmp_path):
 def test_long_releases_do_not_share_names(tmp_path):
     names = {objects(rendered({"etcd": EXISTING}, tmp_path, release), "Deployment")[0]["metadata"]["name"] for release in (LONG_RELEASE, LONG_RELEASE[:-1] + "x")}
     assert len(names) == 2 and all(len(name) == 28 + len("-router") for name in names)
+
+
+def test_every_pod_runs_where_its_part_does(tmp_path):
+    """A cluster whose nodes are all tainted: a job without the toleration would wait for ever, and its claim with it."""
+    place = lambda name: {"nodeSelector": {"pool": name}, "tolerations": [{"key": name, "operator": "Exists"}], "priorityClassName": name}
+    documents = rendered({
+        **TWO, "router": place("router"), "workers": place("worker"),
+        "etcd": {"builtin": {**EXISTING["builtin"], **place("etcd"), "backup": {"enabled": True}}},
+    }, tmp_path)
+    parts = {"router": "router", "test": "router", "worker": "worker", "etcd": "etcd", "etcd-maintenance": "etcd"}
+    seen = set()
+    for document in documents:
+        for metadata, spec in admission.templates(document):
+            part = parts[metadata["labels"]["app.kubernetes.io/component"]]
+            assert {key: spec.get(key) for key in place("x")} == place(part), document["metadata"]["name"]
+            seen.add(document["kind"])
+    assert seen == {"Deployment", "StatefulSet", "LeaderWorkerSet", "CronJob", "Job", "Pod"}
 
 
 # ---- who reaches what
@@ -211,5 +232,5 @@ def test_metrics_that_are_away_take_no_group_away(tmp_path):
     documents = rendered({"models": {"day": {}, "batch": {"workers": {"autoscaling": {"minReplicas": 0}}}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda"}}}, tmp_path)
     for name, ignored in (("bora-day", "false"), ("bora-batch", "true")):
         spec = named(documents, "ScaledObject", name)["spec"]
-        assert [trigger["metadata"]["ignoreNullValues"] for trigger in spec["triggers"][:3]] == [ignored] * 3
+        assert "queued_prefill_seconds" in spec["triggers"][0]["metadata"]["query"] and spec["triggers"][0]["metadata"]["ignoreNullValues"] == ignored
         assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"

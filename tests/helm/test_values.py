@@ -349,6 +349,9 @@ def test_notes_name_the_next_command():
     assert outcome.returncode == 0, outcome.stderr
     text = outcome.stdout.split("NOTES:")[1]
     assert "helm test bora -n llm --logs" in text and "port-forward svc/bora 8000:80" in text and "bora-demo" in text
+    assert "curl -N http://127.0.0.1" in text and "Bearer" not in text
+    secure = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client", "--values", PRESETS[0], "--set", "router.tls.secret=t,router.keys.secret=k")
+    assert "curl -N -k https://127.0.0.1" in secure.stdout and "authorization: Bearer" in secure.stdout, secure.stderr
     empty = helm("install", "bora", CHART, "--namespace", "llm", "--dry-run=client").stdout.split("NOTES:")[1]
     assert "It has no model yet" in empty
 

@@ -1,6 +1,7 @@
-// Attention for single rows (decode): the keys of a row are split over blocks, each block leaves a partial result, and the
-// one that finishes last adds them up. The query heads that share a KV head are packed into the 16 rows of the tensor cores'
-// tile. Softmax in base 2 and f32.
+// Attention for single rows and for few rows of a sequence that follow each other (decode; guesses that are verified; the end
+// of a prompt): the keys are split over blocks, each block leaves a partial result, and the one that finishes last adds them
+// up. The query heads that share a KV head are packed into the 16 rows of the tensor cores' tile, and as many rows of the
+// sequence as fit there: they share what is read of the cache. Softmax in base 2 and f32.
 #include "device.cuh"
 
 constexpr u32 DECODE_WARPS = 4, WARP_TOKENS = 16;
@@ -31,14 +32,21 @@ __device__ __forceinline__ u32 value_place(u32 token, u32 piece) {
   return token * stored_row<D, Kv>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ token % 8 : piece) * 16;
 }
 
+// Some rows of one sequence, at positions that follow each other. The host writes the same in backend/cuda/step.rs.
+struct DecodeItem {
+  u32 first_row;
+  u32 count;   // times (query heads / kv heads) <= 16; 0: nothing to do
+  u32 before;  // rows of the items before this one
+};
+
 // q [rows][query heads][D], scaled by s(p); caches [block][kv head][64][D]. A row of position p reads keys 0..=p.
-// `attention_rows` lists the rows of the batch that are decoded here. Output [row][query heads * D]. Scratch, for split s of
-// query head h of the i-th listed row: partial [i][h][splits][D] (normalised) and log_sum [i][h][splits] (base 2);
-// finished [i][kv head] counts the blocks that are done: zero before and after.
-// Launch: grid (splits <= 128, kv heads, listed rows), block (128), dynamic shared memory
-// decode_shared_bytes<D, Kv>(). query heads / kv heads <= 16. score_scale = log2(e) / sqrt(D).
+// `items` lists the rows of the batch that are decoded here. Output [row][query heads * D]. Scratch, for split s of
+// query head h of the i-th row of all items: partial [i][h][splits][D] (normalised) and log_sum [i][h][splits] (base 2);
+// finished [item][kv head] counts the blocks that are done: zero before and after.
+// Launch: grid (splits <= 128, kv heads, items), block (128), dynamic shared memory
+// decode_shared_bytes<D, Kv>(). score_scale = log2(e) / sqrt(D).
 template <u32 D, typename Kv, typename Out>
-__device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const u32* attention_rows,
+__device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const DecodeItem* items,
                                                  const u32* positions, const u32* row_sequence, const u32* tables,
                                                  const u32* table_start, float* partial, float* log_sum, u32* finished, Out* out,
                                                  float out_scale, u32 query_heads, u32 kv_heads, float score_scale) {
@@ -47,8 +55,13 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
   DYNAMIC_SHARED(shared);
   const u32 split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, listed = blockIdx.z;
   const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-  const u32 group = query_heads / kv_heads, row = attention_rows[listed], position = positions[row];
+  const DecodeItem item = items[listed];
+  if (item.count == 0) return;
+  const u32 group = query_heads / kv_heads, row = item.first_row, tile_rows = item.count * group;
+  const u32 first_position = positions[row], position = first_position + item.count - 1;  // of the last row
   const u32* table = tables + table_start[row_sequence[row]];
+  // tile row r is head r % group of row r / group
+  const u32 own_position[2] = {first_position + g / group, first_position + (g + 8) / group};
 
   const u32 blocks = position / KV_BLOCK + 1, share = (blocks + splits - 1) / splits;
   const u32 first = min(split * share, blocks), last = min(first + share, blocks);
@@ -78,7 +91,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     copy_async_commit();
   }
 
-  // Query fragments: row of the tile = head of the group.
+  // Query fragments.
   u32 a[D / 16][4];
   const bf16* q_heads = q + ((u64)row * query_heads + kv_head * group) * D;
 #pragma unroll
@@ -87,8 +100,9 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     for (u32 i = 0; i < 4; i++) {
       // e4m3 keys are read four dimensions at a time: theirs is another order of the dimensions, the same for q
       const u32 four = D >= 64 ? k / 4 * 64 + t * 16 + k % 4 * 4 : t * 8 + k * 4;
-      const u32 head = g + i % 2 * 8, dimension = NARROW ? four + i / 2 * 2 : k * 16 + i / 2 * 8 + t * 2;
-      const u32 pair = head < group ? *reinterpret_cast<const u32*>(q_heads + head * D + dimension) : 0;
+      const u32 r = g + i % 2 * 8, dimension = NARROW ? four + i / 2 * 2 : k * 16 + i / 2 * 8 + t * 2;
+      const bf16* q_row = q_heads + ((u64)(r / group) * query_heads + r % group) * D;
+      const u32 pair = r < tile_rows ? *reinterpret_cast<const u32*>(q_row + dimension) : 0;
       a[k][i] = NARROW ? pack_f16(low_bf16(pair), high_bf16(pair)) : pair;
     }
 
@@ -105,7 +119,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
 
     const u32 token = block * KV_BLOCK + warp * WARP_TOKENS;
     if (token + WARP_TOKENS - 1 > position) {
-      // nothing was stored behind the row's position; what lies there (a NaN, even) must not meet the weight 0
+      // nothing was stored behind the last row's position; what lies there (a NaN, even) must not meet the weight 0
       const u32 begin = position < token ? 0 : (position - token + 1) * ROW;
       for (u32 i = lane * 16; i < TILE - begin; i += WARP * 16)
         *reinterpret_cast<uint4*>(const_cast<u8*>(v_tile) + begin + i) = make_uint4(0, 0, 0, 0);
@@ -144,7 +158,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     for (u32 j = 0; j < 2; j++)
 #pragma unroll
       for (u32 i = 0; i < 4; i++) {
-        const bool seen = token + j * 8 + t * 2 + i % 2 <= position;
+        const bool seen = token + j * 8 + t * 2 + i % 2 <= own_position[i / 2];
         scores[j][i] = seen ? scores[j][i] * score_scale : NEGATIVE_INFINITY;
         block_largest[i / 2] = fmaxf(block_largest[i / 2], scores[j][i]);
       }
@@ -224,29 +238,38 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     merge_sum[warp * 16 + g] = sum[0], merge_sum[warp * 16 + g + 8] = sum[1];
   }
   __syncthreads();
-  const u64 first_head = (u64)listed * query_heads + kv_head * group;
-  Out* row_out = out + ((u64)row * query_heads + kv_head * group) * D;
-  for (u32 i = threadIdx.x; i < group * D / 4; i += blockDim.x) {
-    const u32 head = i / (D / 4), dimension = i % (D / 4) * 4;
+  // of a tile row: its place in the scratch, and in the output
+  auto scratch_place = [&](u32 r) { return (u64)(item.before + r / group) * query_heads + kv_head * group + r % group; };
+  auto out_place = [&](u32 r) { return out + ((u64)(row + r / group) * query_heads + kv_head * group + r % group) * D; };
+  for (u32 i = threadIdx.x; i < tile_rows * D / 4; i += blockDim.x) {
+    const u32 r = i / (D / 4), dimension = i % (D / 4) * 4;
     float top = NEGATIVE_INFINITY;
 #pragma unroll
-    for (u32 w = 0; w < DECODE_WARPS; w++) top = fmaxf(top, merge_largest[w * 16 + head]);
+    for (u32 w = 0; w < DECODE_WARPS; w++) top = fmaxf(top, merge_largest[w * 16 + r]);
+    if (top == NEGATIVE_INFINITY && active > 1) {
+      // all keys of this split lie behind the row: only where the last row sees some (a NaN goes the same way, and comes out
+      // of adding up)
+      const u64 at = scratch_place(r) * splits + split;
+      store4(partial + at * D + dimension, make_float4(0.f, 0.f, 0.f, 0.f));
+      if (dimension == 0) log_sum[at] = NEGATIVE_INFINITY;
+      continue;
+    }
     float total = 0.f;
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (u32 w = 0; w < DECODE_WARPS; w++) {
-      const float weight = exp2f(merge_largest[w * 16 + head] - top);
-      const float4 p = load4(merge_o + (w * 16 + head) * D + dimension);
-      total += merge_sum[w * 16 + head] * weight;
+      const float weight = exp2f(merge_largest[w * 16 + r] - top);
+      const float4 p = load4(merge_o + (w * 16 + r) * D + dimension);
+      total += merge_sum[w * 16 + r] * weight;
       v.x += p.x * weight, v.y += p.y * weight, v.z += p.z * weight, v.w += p.w * weight;
     }
     const float inverse = 1.f / total;
     v = make_float4(v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse);
     if (active == 1) {
-      store_activation4(row_out + head * D + dimension, v, out_scale);
+      store_activation4(out_place(r) + dimension, v, out_scale);
       continue;
     }
-    const u64 at = (first_head + head) * splits + split;
+    const u64 at = scratch_place(r) * splits + split;
     store4(partial + at * D + dimension, v);
     if (dimension == 0) log_sum[at] = top + log2f(total);
   }
@@ -263,41 +286,42 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
   __syncthreads();
   if (ticket != active - 1) return;
   __threadfence();
-  float* weights = reinterpret_cast<float*>(shared);  // [head of the group][active]
-  for (u32 head = warp; head < group; head += DECODE_WARPS) {
+  float* weights = reinterpret_cast<float*>(shared);  // [tile row][active]
+  for (u32 r = warp; r < tile_rows; r += DECODE_WARPS) {
+    const float* sums = log_sum + scratch_place(r) * splits;
     float top = NEGATIVE_INFINITY;
-    for (u32 s = lane; s < active; s += WARP) top = fmaxf(top, log_sum[(first_head + head) * splits + s]);
+    for (u32 s = lane; s < active; s += WARP) top = fmaxf(top, sums[s]);
     top = warp_max(top);
     float total = 0.f;
     for (u32 s = lane; s < active; s += WARP) {
-      const float weight = exp2f(log_sum[(first_head + head) * splits + s] - top);
-      weights[head * active + s] = weight;
+      const float weight = exp2f(sums[s] - top);
+      weights[r * active + s] = weight;
       total += weight;
     }
     const float inverse = 1.f / warp_sum(total);
-    for (u32 s = lane; s < active; s += WARP) weights[head * active + s] *= inverse;
+    for (u32 s = lane; s < active; s += WARP) weights[r * active + s] *= inverse;
   }
   __syncthreads();
-  for (u32 i = threadIdx.x; i < group * D / 4; i += blockDim.x) {
-    const u32 head = i / (D / 4), dimension = i % (D / 4) * 4;
-    const float* parts = partial + (first_head + head) * splits * D + dimension;
+  for (u32 i = threadIdx.x; i < tile_rows * D / 4; i += blockDim.x) {
+    const u32 r = i / (D / 4), dimension = i % (D / 4) * 4;
+    const float* parts = partial + scratch_place(r) * splits * D + dimension;
     float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
     for (u32 s = 0; s < active; s++) {
       const float4 p = load4(parts + (u64)s * D);
-      const float weight = weights[head * active + s];
+      const float weight = weights[r * active + s];
       v.x += p.x * weight, v.y += p.y * weight, v.z += p.z * weight, v.w += p.w * weight;
     }
-    store_activation4(row_out + head * D + dimension, v, out_scale);
+    store_activation4(out_place(r) + dimension, v, out_scale);
   }
 }
 
 #define DECODE(NAME, D, KV, OUT)                                                                                              \
-  KERNEL __launch_bounds__(128) NAME(const bf16* q, const KV* k_cache, const KV* v_cache, const u32* attention_rows,          \
+  KERNEL __launch_bounds__(128) NAME(const bf16* q, const KV* k_cache, const KV* v_cache, const DecodeItem* items,            \
                                      const u32* positions, const u32* row_sequence, const u32* tables, const u32* table_start, \
                                      float* partial, float* log_sum, u32* finished, OUT* out, float out_scale,                \
                                      u32 query_heads, u32 kv_heads, float score_scale) {                                      \
-    decode_attention<D, KV, OUT>(q, k_cache, v_cache, attention_rows, positions, row_sequence, tables, table_start, partial,  \
+    decode_attention<D, KV, OUT>(q, k_cache, v_cache, items, positions, row_sequence, tables, table_start, partial,           \
                                  log_sum, finished, out, out_scale, query_heads, kv_heads, score_scale);                      \
   }
 DECODE(decode_attention_32_bf16_to_bf16, 32, bf16, bf16)

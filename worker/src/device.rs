@@ -5,10 +5,10 @@ use std::ops::Range;
 use bora_common::model::{ModelConfig, Quantization};
 use bora_common::registry::Device;
 
-use crate::backend::KvBudget;
-use crate::backend::cpu::{self, CpuOptions};
+use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::{self, CudaOptions};
-use crate::options::{CpuFp8, DeviceChoice, KvDtype, WorkerOptions};
+use crate::backend::{KvBudget, KvDtype};
+use crate::options::{DeviceChoice, WorkerOptions};
 use crate::parallel::DeviceOptions;
 use crate::process::WorkerError;
 use crate::telemetry::floor::Floors;
@@ -52,26 +52,15 @@ fn gpus_of(options: &WorkerOptions) -> Range<usize> {
 
 /// What the backends are told.
 pub(crate) fn options_of(device: Device, options: &WorkerOptions) -> Result<DeviceOptions, WorkerError> {
-    let dtype = options.kv_cache.dtype;
-    let refuse = |reason: &str| Err(WorkerError::Options(format!("worker.kv_cache.dtype: {reason}")));
+    let kv = options.kv_cache.dtype;
     if device == Device::Cuda {
-        let kv = match dtype {
-            KvDtype::Auto | KvDtype::Bf16 => cuda::KvDtype::Bf16,
-            KvDtype::Fp8 => cuda::KvDtype::E4m3,
-            KvDtype::F32 => return refuse("f32 is for the CPU, a GPU takes bf16 or fp8"),
-        };
+        if kv == KvDtype::F32 {
+            let reason = "worker.kv_cache.dtype: f32 is for the CPU, a GPU takes bf16 or fp8";
+            return Err(WorkerError::Options(reason.to_owned()));
+        }
         return Ok(DeviceOptions::Cuda(CudaOptions { kv, ..CudaOptions::default() }));
     }
-    let kv = match dtype {
-        KvDtype::Bf16 => cpu::KvDtype::Bf16,
-        KvDtype::Auto | KvDtype::F32 => cpu::KvDtype::F32,
-        KvDtype::Fp8 => return refuse("fp8 is for GPUs, a CPU takes f32 or bf16"),
-    };
-    let fp8 = match options.cpu_fp8 {
-        CpuFp8::Dequantized => cpu::Fp8Mode::Dequantized,
-        CpuFp8::W8a8 => cpu::Fp8Mode::W8A8,
-    };
-    Ok(DeviceOptions::Cpu(CpuOptions { fp8, kv }))
+    Ok(DeviceOptions::Cpu(CpuOptions { fp8: options.cpu_fp8, kv, ..CpuOptions::default() }))
 }
 
 /// How much KV cache each rank makes.

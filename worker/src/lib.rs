@@ -17,7 +17,9 @@ pub mod speculate;
 pub mod telemetry;
 pub mod weights;
 
-pub use options::{CpuFp8, DeviceChoice, KvCacheOptions, KvDtype, LoadFormat, WorkerOptions};
+pub use backend::{Fp8Mode, KvDtype};
+pub use options::{DeviceChoice, KvCacheOptions, WorkerOptions};
 pub use process::{WorkerError, WorkerSettings, open_engine, run};
 pub use speculate::SpeculativeOptions;
 pub use telemetry::WorkerMetrics;
+pub use weights::LoadFormat;

@@ -8,8 +8,10 @@ use clap::ValueEnum;
 use serde::Deserialize;
 
 use crate::backend::fake::FakeOptions;
+use crate::backend::{Fp8Mode, KvDtype};
 use crate::engine::EngineOptions;
 use crate::speculate::SpeculativeOptions;
+use crate::weights::LoadFormat;
 
 /// One worker process and the group it belongs to. Every process of a group is given the same section but
 /// for `ranks`, `listen` and `advertise`.
@@ -58,7 +60,7 @@ pub struct WorkerOptions {
     /// Where weights come from.
     pub load_format: LoadFormat,
     /// How FP8 weights are multiplied on the CPU.
-    pub cpu_fp8: CpuFp8,
+    pub cpu_fp8: Fp8Mode,
     /// The KV cache.
     pub kv_cache: KvCacheOptions,
     /// The scheduler.
@@ -91,7 +93,7 @@ impl Default for WorkerOptions {
             drain_seconds: Duration::from_secs(120),
             max_model_len: None,
             load_format: LoadFormat::Auto,
-            cpu_fp8: CpuFp8::Dequantized,
+            cpu_fp8: Fp8Mode::Dequantized,
             kv_cache: KvCacheOptions::default(),
             schedule: EngineOptions::default(),
             fake: FakeOptions::default(),
@@ -115,28 +117,6 @@ pub enum DeviceChoice {
     Fake,
 }
 
-/// Where weights come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum LoadFormat {
-    /// The checkpoint's safetensors.
-    #[default]
-    Auto,
-    /// Seeded random values of the model's shapes: for benchmarks where there is no checkpoint.
-    Dummy,
-}
-
-/// How FP8 weights are multiplied on the CPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum CpuFp8 {
-    /// Weights are widened to float32 (what transformers does on a CPU).
-    #[default]
-    Dequantized,
-    /// Activations are rounded to FP8 with the checkpoint's static scales, as on a GPU.
-    W8a8,
-}
-
 /// The KV cache of a group.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -149,27 +129,14 @@ pub struct KvCacheOptions {
     pub device_share: f32,
     /// Type of its numbers.
     pub dtype: KvDtype,
+    /// Memory of the host for each rank that cached blocks go to before they are given up; none where it is absent.
+    pub host_memory: Option<ByteSize>,
 }
 
 impl Default for KvCacheOptions {
     fn default() -> Self {
-        Self { blocks: None, memory: None, device_share: 0.9, dtype: KvDtype::default() }
+        Self { blocks: None, memory: None, device_share: 0.9, dtype: KvDtype::default(), host_memory: None }
     }
-}
-
-/// Type of the numbers in the KV cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum KvDtype {
-    /// bf16 on a GPU, float32 on a CPU.
-    #[default]
-    Auto,
-    /// float32 (CPU only).
-    F32,
-    /// bfloat16.
-    Bf16,
-    /// e4m3 (GPU only).
-    Fp8,
 }
 
 impl WorkerOptions {

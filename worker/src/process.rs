@@ -13,7 +13,6 @@ use bora_common::registry::{
     RendezvousRecord, Speed,
 };
 use bora_common::tls::{Acceptor, TlsError};
-use bora_common::tokenizer::TokenizerError;
 use bora_proto::v1;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -25,10 +24,10 @@ use crate::backend::fake::FakeRunner;
 use crate::device;
 use crate::engine::step::{RunError, StepRunner};
 use crate::engine::{EngineConfig, EngineHandle, EngineStartError, calibrate};
-use crate::grammar::Grammars;
-use crate::options::{LoadFormat, WorkerOptions};
+use crate::grammar::PendingGrammars;
+use crate::options::WorkerOptions;
 use crate::parallel::{
-    self, FollowError, FollowerOptions, GroupProgress, LeaderOptions, MemberOptions, StartError, Timeouts, follow,
+    FollowError, FollowerOptions, GroupProgress, LeaderOptions, MemberOptions, StartError, Timeouts, follow,
     start_group,
 };
 use crate::service::{self, Host, RankSource, ServeError, ServiceOptions};
@@ -249,10 +248,7 @@ async fn open(
     registry: &dyn Registry,
 ) -> Result<OpenGroup, WorkerError> {
     let started = Instant::now();
-    let grammars = load_grammars(settings).await?;
-    if let Some(grammars) = &grammars {
-        settings.metrics.of_grammars(grammars);
-    }
+    let grammars = load_grammars(settings)?;
     let ranks = bring_up(settings, device, group, epoch, grammars.clone(), registry).await?;
     let record = describe(settings, device, group, epoch, endpoint, &ranks)?;
     if device == Device::Fake {
@@ -271,7 +267,12 @@ async fn open(
         config.options.speculative.get_or_insert_default();
     }
     config.steps_run = ranks.steps;
-    config.grammars = grammars;
+    config.host = ranks.runner.host_memory();
+    // the ranks have waited for them
+    config.grammars = grammars.wait().map_err(WorkerError::Options)?;
+    if let Some(grammars) = &config.grammars {
+        settings.metrics.of_grammars(grammars);
+    }
     let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
     if let Some(floors) = ranks.model.as_ref().and_then(|model| device::floors(device, &settings.options, model)) {
         engine.metrics().know_floors(floors);
@@ -299,7 +300,7 @@ async fn bring_up(
     device: Device,
     group: &str,
     epoch: u64,
-    grammars: Option<Arc<Grammars>>,
+    grammars: PendingGrammars,
     registry: &dyn Registry,
 ) -> Result<Ranks, WorkerError> {
     let options = &settings.options;
@@ -391,7 +392,7 @@ fn member_options(
     settings: &WorkerSettings,
     device: Device,
     group: &str,
-    grammars: Option<Arc<Grammars>>,
+    grammars: PendingGrammars,
 ) -> Result<MemberOptions, WorkerError> {
     let options = &settings.options;
     let ranks = options.local_ranks();
@@ -399,14 +400,13 @@ fn member_options(
     Ok(MemberOptions {
         group: group.into(),
         model_dir: settings.model.path.clone(),
-        load_format: match options.load_format {
-            LoadFormat::Auto => parallel::LoadFormat::Safetensors,
-            LoadFormat::Dummy => parallel::LoadFormat::Dummy { seed: 0 },
-        },
+        load_format: options.load_format,
+        seed: 0,
         device: device::options_of(device, options)?,
         ranks: options.tensor_parallel_size as usize,
         local_ranks: first as usize..last as usize + 1,
         kv: device::kv_budget(device, options),
+        host_bytes: options.kv_cache.host_memory.map_or(0, |memory| memory.0),
         host: own_host(options),
         timeouts: Timeouts {
             join: options.rendezvous_seconds,
@@ -418,15 +418,11 @@ fn member_options(
     })
 }
 
-/// What compiles grammars, where the model has a tokenizer.
-async fn load_grammars(settings: &WorkerSettings) -> Result<Option<Arc<Grammars>>, WorkerError> {
-    let Some(path) = settings.model.tokenizer_path().map(Path::to_owned) else { return Ok(None) };
-    match blocking(move || Grammars::load(&path)).await {
-        Ok(grammars) => Ok(Some(Arc::new(grammars))),
-        // ids in, ids out: the router says whether it needs one
-        Err(TokenizerError::Missing(_)) => Ok(None),
-        Err(error) => Err(WorkerError::Options(error.to_string())),
-    }
+/// Begins to make what compiles grammars, where the model has a tokenizer.
+fn load_grammars(settings: &WorkerSettings) -> Result<PendingGrammars, WorkerError> {
+    let Some(path) = settings.model.tokenizer_path().map(Path::to_owned) else { return Ok(PendingGrammars::none()) };
+    PendingGrammars::load(path)
+        .map_err(|error| WorkerError::Options(format!("no thread to read the tokenizer: {error}")))
 }
 
 /// The group's record, with the window that its cache has room for.
@@ -516,10 +512,13 @@ async fn follow_leader(
     };
     let deadline = Instant::now() + options.rendezvous_seconds;
     settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
-    let grammars = load_grammars(&settings).await?;
-    if let Some(grammars) = &grammars {
-        settings.metrics.of_grammars(grammars);
-    }
+    let grammars = load_grammars(&settings)?;
+    let (pending, metrics) = (grammars.clone(), settings.metrics.clone());
+    tokio::task::spawn_blocking(move || {
+        if let Ok(Some(grammars)) = pending.wait() {
+            metrics.of_grammars(&grammars);
+        }
+    });
     loop {
         let (leader, epoch) = tokio::select! {
             found = find_leader(options, &group, registry.as_ref()) => found?,

@@ -5,13 +5,18 @@ mod support;
 
 use std::sync::Arc;
 
+use bora_common::blocks::{BlockChain, BlockHash};
 use bora_common::registry::Speed;
 use bora_proto::v1::{self, generate_event::Event};
 use bora_worker::SpeculativeOptions;
+use bora_worker::backend::Backend as _;
 use bora_worker::backend::cpu::CpuOptions;
 use bora_worker::engine::runner::{Bounds, ModelRunner};
+use bora_worker::engine::step::HostMemory;
 use bora_worker::engine::{EngineConfig, EngineHandle, EngineOptions, EventStream};
 use bora_worker::grammar::Grammars;
+use bora_worker::model::KvShape;
+use bora_worker::weights::ShardPlan;
 use support::{Goldens, KV_BLOCKS, LIMITS, fixture, single};
 use tokio_stream::StreamExt as _;
 
@@ -23,16 +28,30 @@ fn start(max_num_batched_tokens: u32) -> EngineHandle {
 }
 
 fn start_with(options: EngineOptions, grammars: Option<Arc<Grammars>>) -> EngineHandle {
-    let rank = single(&fixture("tiny_text"), CpuOptions::default());
+    start_in(KV_BLOCKS as u32, 0, options, grammars)
+}
+
+/// The same with a cache of `kv_blocks` blocks and host memory for `host_blocks`.
+fn start_in(kv_blocks: u32, host_blocks: u32, options: EngineOptions, grammars: Option<Arc<Grammars>>) -> EngineHandle {
+    let mut rank = single(&fixture("tiny_text"), CpuOptions::default());
+    let mut host = HostMemory::default();
+    if host_blocks > 0 {
+        let shape = KvShape::new(&rank.config, &ShardPlan::new(&rank.config, 0, 1).unwrap());
+        let seconds_per_block = rank.backend.allocate_host(&shape, host_blocks as usize).unwrap();
+        assert!(seconds_per_block < 0.01, "{seconds_per_block}");
+        host = HostMemory { blocks: host_blocks, seconds_per_block };
+    }
     let vocabulary_size = rank.config.vocab_size;
     let bounds = Bounds { limits: LIMITS, kv_blocks: KV_BLOCKS, vocabulary_size };
-    let runner = ModelRunner::new(rank.backend, rank.model, 0, bounds).with_grammars(grammars.clone());
+    let runner =
+        ModelRunner::new(rank.backend, rank.model, 0, bounds).with_grammars(grammars.clone()).with_host_memory(host);
     assert!(options.max_logit_rows() <= LIMITS.logit_rows);
     let config = EngineConfig {
         options,
         epoch: 1,
-        kv_blocks: KV_BLOCKS as u32,
-        max_model_len: LIMITS.model_len as u32,
+        kv_blocks,
+        host,
+        max_model_len: (LIMITS.model_len as u32).min(kv_blocks * 64),
         vocabulary_size: vocabulary_size as u32,
         eos_ids: vec![2],
         images: false,
@@ -261,4 +280,61 @@ async fn speculation_changes_the_steps_and_nothing_else() {
     assert_eq!(plain.load().draft_tokens, 0);
     let load = guessing.load();
     assert!(load.accepted_draft_tokens > 0 && load.accepted_draft_tokens <= load.draft_tokens);
+}
+
+#[tokio::test]
+async fn conversations_of_three_times_the_cache_come_back_from_host_memory() {
+    let golden = Goldens::of("tiny_text").ids("long.input_ids");
+    // three conversations of ten blocks in a cache of twelve
+    let prompts: Vec<Vec<u32>> =
+        (0..3).map(|i| golden.iter().cycle().skip(7 * i).take(640).copied().collect()).collect();
+    let asked = |prompt: &[u32]| {
+        let logprobs = v1::Logprobs { top: Some(0), prompt_top: None };
+        v1::GenerateRequest { logprobs: Some(logprobs), ..greedy(prompt.to_vec(), 20) }
+    };
+    let options = EngineOptions { max_num_seqs: 4, max_num_batched_tokens: 128, ..Default::default() };
+    let spilling = start_in(12, 32, options.clone(), None);
+    let dropping = start_in(12, 0, options, None);
+    let mut watched = spilling.watch("a router".into()).await.unwrap();
+    let mut first = Vec::new();
+    for prompt in &prompts {
+        let heard = hear(spilling.generate(asked(prompt)).unwrap()).await;
+        assert_eq!(heard.cached_tokens, 0);
+        first.push(heard);
+    }
+    for round in 0..2 {
+        for (prompt, before) in prompts.iter().zip(&first) {
+            let longer = [prompt.as_slice(), &before.ids].concat();
+            let cold = hear(dropping.generate(asked(&longer)).unwrap()).await;
+            let heard = hear(spilling.generate(asked(&longer)).unwrap()).await;
+            assert_eq!(heard.cached_tokens, 640, "all that was full, round {round}");
+            assert_eq!(heard.ids, cold.ids);
+            for (found, expected) in heard.logprobs.iter().zip(&cold.logprobs) {
+                let (found, expected) = (found.chosen.unwrap(), expected.chosen.unwrap());
+                assert!((found.logprob - expected.logprob).abs() < 1e-4, "{found:?} {expected:?}");
+            }
+        }
+    }
+    // what a router was told is what is there
+    let mut held = std::collections::HashSet::new();
+    while let Ok(event) = watched.try_recv() {
+        match event.event.unwrap() {
+            v1::group_event::Event::Snapshot(part) => held.extend(BlockHash::parse_many(&part.block_hashes)),
+            v1::group_event::Event::Blocks(changed) => {
+                for hash in BlockHash::parse_many(&changed.evicted) {
+                    assert!(held.remove(&hash));
+                }
+                held.extend(BlockHash::parse_many(&changed.stored));
+            }
+            _ => {}
+        }
+    }
+    for (prompt, before) in prompts.iter().zip(&first) {
+        let hashes = BlockChain::new(&[], Vec::new()).extend(&[prompt.as_slice(), &before.ids].concat());
+        assert!(hashes.iter().all(|hash| held.contains(hash)));
+    }
+    let flushed = spilling.flush().await.unwrap();
+    assert!(flushed >= 30, "{flushed}");
+    let heard = hear(spilling.generate(asked(&prompts[0])).unwrap()).await;
+    assert_eq!((heard.cached_tokens, &heard.ids), (0, &first[0].ids));
 }

@@ -2,7 +2,8 @@
 
 mod support;
 
-use bora_worker::backend::cpu::{CpuOptions, Fp8Mode, KvDtype};
+use bora_worker::backend::cpu::CpuOptions;
+use bora_worker::backend::{Fp8Mode, KvDtype};
 use support::{Goldens, KV_BLOCKS, Piece, Rank, argmax, blocks, difference, fixture, logsumexp, single};
 
 const CHECKPOINTS: [&str; 4] = ["tiny_text", "tiny_text_fp8", "tiny_vlm", "tiny_vlm_fp8"];
@@ -90,7 +91,7 @@ fn greedy_ids_equal_the_reference() {
 /// best id where two are nearly equal, and nowhere else.
 #[test]
 fn static_fp8_stays_close_to_the_reference() {
-    let options = CpuOptions { fp8: Fp8Mode::W8A8, ..CpuOptions::default() };
+    let options = CpuOptions { fp8: Fp8Mode::W8a8, ..CpuOptions::default() };
     for checkpoint in ["tiny_text_fp8", "tiny_vlm_fp8"] {
         let goldens = Goldens::of(checkpoint);
         let mut rank = single(&fixture(checkpoint), options);

@@ -9,12 +9,14 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bora_worker::LoadFormat;
 use bora_worker::backend::cpu::CpuOptions;
 use bora_worker::backend::{KvBudget, Limits};
 use bora_worker::engine::step::{Admission, PromptLogprobs, RunError, Step, StepOutput, StepRunner, Tokens, Work};
+use bora_worker::grammar::PendingGrammars;
 use bora_worker::parallel::{
-    DeviceOptions, FollowError, FollowerOptions, LeaderOptions, LoadFormat, MemberOptions, StartError, StartedGroup,
-    Timeouts, follow, start_group,
+    DeviceOptions, FollowError, FollowerOptions, LeaderOptions, MemberOptions, StartError, StartedGroup, Timeouts,
+    follow, start_group,
 };
 use bora_worker::sample::SamplingParams;
 use support::{Goldens, fixture, logsumexp};
@@ -27,14 +29,16 @@ fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -
     MemberOptions {
         group: "tiny".to_owned(),
         model_dir: fixture(checkpoint),
-        load_format: LoadFormat::Safetensors,
+        load_format: LoadFormat::Auto,
+        seed: 0,
         device: DeviceOptions::Cpu(CpuOptions::default()),
         ranks,
         local_ranks,
         kv: KvBudget::Blocks(64),
+        host_bytes: 0,
         host: "127.0.0.1".to_owned(),
         timeouts: Timeouts { join: JOIN, heartbeat: Duration::from_secs(3), collective: Duration::from_secs(30) },
-        grammars: None,
+        grammars: PendingGrammars::none(),
         tls: None,
     }
 }
@@ -273,7 +277,7 @@ async fn random_weights_are_served_without_a_checkpoint() {
     for ranks in [1, 2] {
         let mut options = member("tiny_text", ranks, 0..ranks);
         options.model_dir = folder.path().to_owned();
-        options.load_format = LoadFormat::Dummy { seed: 3 };
+        (options.load_format, options.seed) = (LoadFormat::Dummy, 3);
         let mut group =
             start_group(LeaderOptions { member: options, epoch: 1, limits: LIMITS, peers: None }).await.unwrap();
         assert!(group.fingerprint.starts_with("dummy-"), "{}", group.fingerprint);
@@ -506,8 +510,7 @@ async fn strangers_are_refused_and_missing_ranks_named() {
     let mut other_group = member("tiny_text", 2, 1..2);
     other_group.group = "huge".to_owned();
     let mut other_numbers = member("tiny_text", 2, 1..2);
-    other_numbers.device =
-        DeviceOptions::Cpu(CpuOptions { kv: bora_worker::backend::cpu::KvDtype::Bf16, ..CpuOptions::default() });
+    other_numbers.device = DeviceOptions::Cpu(CpuOptions { kv: bora_worker::KvDtype::Bf16, ..CpuOptions::default() });
     for (member, epoch, expected) in [
         (other_group, None, "this is group `tiny`, not `huge`"),
         (member("tiny_text", 4, 1..2), None, "the group has 2 ranks, not 4"),

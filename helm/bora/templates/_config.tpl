@@ -27,7 +27,7 @@ router:
   {{- if .Values.router.keys.secret }}
   {{- $_ := set $options "access" (dict "keys" (printf "/etc/bora/keys/%s" .Values.router.keys.key)) }}
   {{- end }}
-  {{- mergeOverwrite $options (deepCopy .Values.router.options) | toYaml | nindent 2 }}
+  {{- mergeOverwrite $options (deepCopy (default dict .Values.router.options)) | toYaml | nindent 2 }}
 log:
   level: {{ .Values.log.level | quote }}
   format: {{ .Values.log.format }}
@@ -72,6 +72,9 @@ worker:
     {{- end }}
     {{- with $workers.kvCache.deviceShare }}
     device_share: {{ . }}
+    {{- end }}
+    {{- with $workers.kvCache.hostMemory }}
+    host_memory: {{ . }}
     {{- end }}
     dtype: {{ $workers.kvCache.dtype }}
   {{- with $workers.schedule }}

@@ -17,8 +17,10 @@ that two releases do not share one. A Service's name has no dots and begins with
 {{- $full -}}
 {{- end -}}
 
+{{/* An etcd of one's own may serve releases of one name in several namespaces. */}}
 {{- define "bora.cluster" -}}
-{{- default (include "bora.fullname" .) .Values.cluster -}}
+{{- $full := include "bora.fullname" . -}}
+{{- default (ternary $full (printf "%s.%s" .Release.Namespace $full) (eq .Values.etcd.kind "builtin")) .Values.cluster -}}
 {{- end -}}
 
 {{/* Labels that select; `component` and, for workers, `model` are added by who calls. */}}
@@ -65,6 +67,19 @@ imagePullSecrets:
   {{- range . }}
   - name: {{ . }}
   {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Where a part's smaller pods run: where the part does. A section of the values. */}}
+{{- define "bora.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 

@@ -131,17 +131,9 @@ spec:
     {{- with $workers.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
-  {{- with $workers.nodeSelector }}
-  nodeSelector: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $workers.tolerations }}
-  tolerations: {{- toYaml . | nindent 4 }}
-  {{- end }}
+  {{- include "bora.placement" $workers | indent 2 }}
   {{- with $workers.affinity }}
   affinity: {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $workers.priorityClassName }}
-  priorityClassName: {{ . }}
   {{- end }}
   {{- with $workers.runtimeClassName }}
   runtimeClassName: {{ . }}

@@ -22,6 +22,8 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 const SHARDS: usize = 64;
 /// Hashes that are looked for together.
 const TOGETHER: usize = 16;
+/// Behind a run of fewer blocks the next ones are looked for together.
+const SHORT_RUN: usize = 4;
 const SMALLEST: usize = 16;
 /// Entries of a chunk: 64 KiB.
 const CHUNK: usize = 4096;
@@ -385,64 +387,86 @@ impl BlockTable {
 
     /// Gives the bits of each block in turn to `see`, until it returns false.
     pub(super) fn walk(&self, hashes: &[BlockHash], mut see: impl FnMut(usize, u64) -> bool) {
-        let arrays = Arc::clone(&self.arrays.read());
-        let mut shards: [Option<Arc<Slots>>; SHARDS] = [const { None }; SHARDS];
-        let mut chunks = Arc::clone(&arrays.chunks.read());
-        // behind the last block that was found
-        let mut next = usize::MAX;
-        for (number, some) in hashes.chunks(TOGETHER).enumerate() {
-            let mut bits = [0; TOGETHER];
-            let run = chunks
-                .get(next / CHUNK)
-                .and_then(|chunk| chunk.get(next % CHUNK..next % CHUNK + some.len()))
-                .is_some_and(|run| read_run(run, some, &mut bits));
-            if run {
-                next += some.len();
-            } else {
-                // First the slots of all, so that memory is asked for all of them at once, then their entries.
-                let mut keys = [0; TOGETHER];
-                let mut first = [0; TOGETHER];
-                for ((hash, key), first) in some.iter().zip(&mut keys).zip(&mut first) {
-                    *key = key_of(*hash);
-                    let shard = shard_of(*key);
-                    let slots = shards[shard].get_or_insert_with(|| Arc::clone(&arrays.shards[shard].read()));
-                    *first = slots.get(first_slot(*key, slots.len())).map_or(0, |slot| slot.load(Ordering::Acquire));
-                }
-                // entries that slots tell of are in chunks that were there before
-                chunks = Arc::clone(&arrays.chunks.read());
-                for ((key, first), bits) in keys.iter().zip(first).zip(&mut bits).take(some.len()) {
-                    let guess = place_in(first, *key).and_then(|place| Some((place, entry(&chunks, place)?)));
-                    let found = match guess.and_then(|(place, entry)| Some((place, entry.bits_of(*key)?))) {
-                        Some(found) => Some(found),
-                        None if first == 0 => None,
-                        None => shards[shard_of(*key)].as_deref().and_then(|slots| {
-                            find(slots, &chunks, *key).and_then(|(place, entry)| Some((place, entry.bits_of(*key)?)))
-                        }),
-                    };
-                    if let Some((place, there)) = found {
-                        *bits = there;
-                        next = place + 1;
-                    }
-                }
-            }
+        let mut search = Search::new(Arc::clone(&self.arrays.read()));
+        let mut at = 0;
+        let mut run = usize::MAX;
+        while at < hashes.len() {
+            // behind a long run another one most likely begins, else memory is asked for many blocks at once
+            let together = if run < SHORT_RUN { TOGETHER } else { 1 };
+            let some = &hashes[at..(at + together).min(hashes.len())];
+            let bits = search.look_up(some);
             for (place, bits) in bits.iter().take(some.len()).enumerate() {
-                if !see(number * TOGETHER + place, *bits) {
+                if !see(at + place, *bits) {
                     return;
                 }
             }
+            at += some.len();
+            run = 0;
+            for (entry, hash) in search.behind().iter().zip(&hashes[at..]) {
+                let Some(bits) = entry.bits_of(key_of(*hash)) else { break };
+                if !see(at + run, bits) {
+                    return;
+                }
+                run += 1;
+            }
+            at += run;
+            search.next += run;
         }
     }
 }
 
-/// Whether these entries are those of the hashes; then their bits are read.
-fn read_run(run: &[Entry], hashes: &[BlockHash], bits: &mut [u64; TOGETHER]) -> bool {
-    run.iter().zip(hashes).zip(bits).all(|((entry, hash), bits)| match entry.bits_of(key_of(*hash)) {
-        Some(there) => {
-            *bits = there;
-            true
+/// What one walk has seen so far.
+struct Search {
+    arrays: Arc<Arrays>,
+    shards: [Option<Arc<Slots>>; SHARDS],
+    chunks: Arc<Chunks>,
+    /// The place behind the last block that was found.
+    next: usize,
+}
+
+impl Search {
+    fn new(arrays: Arc<Arrays>) -> Self {
+        let chunks = Arc::clone(&arrays.chunks.read());
+        Self { arrays, shards: [const { None }; SHARDS], chunks, next: usize::MAX }
+    }
+
+    /// The entries behind the last block that was found, to the end of their chunk.
+    fn behind(&self) -> &[Entry] {
+        let chunk = self.chunks.get(self.next / CHUNK);
+        chunk.and_then(|chunk| chunk.get(self.next % CHUNK..)).unwrap_or_default()
+    }
+
+    /// The bits of up to [`TOGETHER`] blocks: first the slots of all, so that memory is asked for all of them at once,
+    /// then their entries.
+    fn look_up(&mut self, hashes: &[BlockHash]) -> [u64; TOGETHER] {
+        let mut bits = [0; TOGETHER];
+        let mut keys = [0; TOGETHER];
+        let mut first = [0; TOGETHER];
+        for ((hash, key), first) in hashes.iter().zip(&mut keys).zip(&mut first) {
+            *key = key_of(*hash);
+            let shard = shard_of(*key);
+            let slots = self.shards[shard].get_or_insert_with(|| Arc::clone(&self.arrays.shards[shard].read()));
+            *first = slots.get(first_slot(*key, slots.len())).map_or(0, |slot| slot.load(Ordering::Acquire));
         }
-        None => false,
-    })
+        // entries that slots tell of are in chunks that were there before
+        self.chunks = Arc::clone(&self.arrays.chunks.read());
+        let chunks = &self.chunks;
+        for ((key, first), bits) in keys.iter().zip(first).zip(&mut bits).take(hashes.len()) {
+            let guess = place_in(first, *key).and_then(|place| Some((place, entry(chunks, place)?)));
+            let found = match guess.and_then(|(place, entry)| Some((place, entry.bits_of(*key)?))) {
+                Some(found) => Some(found),
+                None if first == 0 => None,
+                None => self.shards[shard_of(*key)].as_deref().and_then(|slots| {
+                    find(slots, chunks, *key).and_then(|(place, entry)| Some((place, entry.bits_of(*key)?)))
+                }),
+            };
+            if let Some((place, there)) = found {
+                *bits = there;
+                self.next = place + 1;
+            }
+        }
+        bits
+    }
 }
 
 #[cfg(test)]

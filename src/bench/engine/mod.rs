@@ -10,29 +10,32 @@
 //! - `prefill`: seconds from a prompt to its first id; the best of several.
 //! - `agentic`: conversations whose turns each add to the one before; `throughput`: many prompts at once that share
 //!   their first half.
+//! - `edit`: answers that repeat their prompt; not in the baseline.
 
+mod edit;
 mod sections;
 mod trace;
 
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use bora_common::config::{ByteSize, LogOptions, ModelOptions};
+use bora_common::config::{LogOptions, ModelOptions};
 use bora_common::model::ModelConfig;
 use bora_common::registry::{Device, GroupRecord};
+use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{GenerateRequest, Sampling, Stopping};
 use bora_worker::engine::{EngineHandle, EventStream};
-use bora_worker::{
-    DeviceChoice, KvDtype, LoadFormat, SpeculativeOptions, WorkerMetrics, WorkerOptions, WorkerSettings,
-};
+use bora_worker::telemetry::floor::Floors;
+use bora_worker::{KvDtype, SpeculativeOptions, WorkerMetrics, WorkerOptions, WorkerSettings};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use crate::logging;
-use bora_worker::telemetry::floor::Floors;
+use crate::flags::EngineFlags;
+use crate::{logging, tokenize};
 
 /// What to measure, on what.
 #[derive(Args, Debug)]
@@ -40,36 +43,14 @@ pub(crate) struct EngineArgs {
     /// directory with the model's config.json (and its weights, unless --load-format dummy)
     #[arg(long)]
     model: PathBuf,
-    /// where weights come from
-    #[arg(long, value_enum, default_value = "auto")]
-    load_format: LoadFormat,
-    /// what to run on
-    #[arg(long, value_enum, default_value = "auto")]
-    device: DeviceChoice,
-    /// ranks that the model is split over
-    #[arg(long, short = 't', visible_alias = "tp", default_value_t = 1)]
-    tensor_parallel_size: u32,
-    /// type of the KV cache's numbers
-    #[arg(long, value_enum, default_value = "auto")]
-    kv_cache_dtype: KvDtype,
-    /// memory of the KV cache on each rank
-    #[arg(long)]
-    kv_cache_memory: Option<ByteSize>,
-    /// share of a GPU's memory that is used
-    #[arg(long)]
-    gpu_memory_utilization: Option<f32>,
+    #[command(flatten)]
+    engine: EngineFlags,
     /// longest prompt plus output, tokens
     #[arg(long, default_value_t = 140_000)]
     max_model_len: u32,
-    /// tokens in one step
+    /// tokenizer file or directory, which `edit` needs
     #[arg(long)]
-    max_num_batched_tokens: Option<u32>,
-    /// sequences that run at once
-    #[arg(long)]
-    max_num_seqs: Option<u32>,
-    /// speculation as JSON, for example {"num_speculative_tokens": 8}; none where absent, since random weights repeat themselves
-    #[arg(long)]
-    speculative_config: Option<SpeculativeOptions>,
+    tokenizer: Option<PathBuf>,
     /// what to measure, in this order
     #[arg(long, value_enum, value_delimiter = ',', default_value = "decode,prefill,agentic,throughput")]
     workload: Vec<Workload>,
@@ -96,6 +77,8 @@ enum Workload {
     Declong,
     /// a prompt of 255k and decode at 250k
     Long256,
+    /// source files said again with a name changed; for --speculative-config
+    Edit,
 }
 
 /// Measures, and prints JSON lines.
@@ -105,13 +88,13 @@ pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let (engine, record) = bora_worker::open_engine(settings(&args)).await?;
     let start_seconds = started.elapsed().as_secs_f64();
-    let gpu = gpu_name(record.device, args.tensor_parallel_size as usize);
+    let gpu = gpu_name(record.device, args.engine.tensor_parallel_size as usize);
     let model = ModelConfig::from_dir(&args.model)?;
-    let kv_bytes = if args.kv_cache_dtype == KvDtype::Fp8 { 1.0 } else { 2.0 };
+    let kv_bytes = if args.engine.kv_cache_dtype == KvDtype::Fp8 { 1.0 } else { 2.0 };
     out.line(json!({
         "kind": "engine", "bora": env!("CARGO_PKG_VERSION"), "device": gpu, "start_s": round(start_seconds, 2),
         "kv_tokens": u64::from(record.kv_blocks) * u64::from(record.block_tokens), "block": record.block_tokens,
-        "kv_cache_dtype": format!("{:?}", args.kv_cache_dtype).to_lowercase(), "ranks": record.ranks.len(),
+        "kv_cache_dtype": format!("{:?}", args.engine.kv_cache_dtype).to_lowercase(), "ranks": record.ranks.len(),
         "max_num_batched_tokens": engine.config().options.max_num_batched_tokens,
         "max_num_seqs": engine.config().options.max_num_seqs, "max_model_len": record.max_model_len,
         "speed": record.speed,
@@ -123,6 +106,7 @@ pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
         out,
         random: 1234,
         scale: args.scale.max(1),
+        tokenizer: args.tokenizer.as_deref().map(tokenize::open).transpose()?.map(Arc::new),
     };
     bench.warm_up().await?;
     for workload in &args.workload {
@@ -132,26 +116,16 @@ pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
 }
 
 fn settings(args: &EngineArgs) -> WorkerSettings {
-    let mut options = WorkerOptions {
-        device: args.device,
-        tensor_parallel_size: args.tensor_parallel_size,
-        load_format: args.load_format,
-        max_model_len: Some(args.max_model_len),
-        ..WorkerOptions::default()
-    };
-    options.kv_cache.dtype = args.kv_cache_dtype;
-    options.kv_cache.memory = args.kv_cache_memory;
-    options.kv_cache.device_share = args.gpu_memory_utilization.unwrap_or(options.kv_cache.device_share);
-    let schedule = &mut options.schedule;
-    schedule.speculative = Some(args.speculative_config.clone().unwrap_or_else(SpeculativeOptions::off));
-    schedule.max_num_seqs = args.max_num_seqs.unwrap_or(schedule.max_num_seqs);
-    schedule.max_num_batched_tokens = args.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);
+    let mut options = WorkerOptions { max_model_len: Some(args.max_model_len), ..WorkerOptions::default() };
+    args.engine.clone().apply(&mut options);
+    // random weights repeat themselves: speculation only where it is asked for
+    options.schedule.speculative.get_or_insert_with(SpeculativeOptions::off);
     let model = ModelOptions {
         name: "bench".into(),
         aliases: Vec::new(),
         path: args.model.clone(),
-        tokenizer: None,
-        skip_tokenizer_init: true,
+        tokenizer: args.tokenizer.clone(),
+        skip_tokenizer_init: args.tokenizer.is_none(),
     };
     WorkerSettings { options, model, metrics: WorkerMetrics::new() }
 }
@@ -195,6 +169,7 @@ struct Bench {
     out: Out,
     random: u64,
     scale: usize,
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl Bench {
@@ -222,6 +197,10 @@ impl Bench {
             Workload::Long256 => {
                 self.prefill(255 * k, 1).await?;
                 self.decode(1, 250 * k).await?;
+            }
+            Workload::Edit => {
+                let tokenizer = self.tokenizer.clone();
+                self.edit(tokenizer.as_deref()).await?;
             }
         }
         Ok(())

@@ -124,6 +124,20 @@ EXPORT Status cuMemcpyDtoHAsync_v2(void* d, DevicePointer s, size_t n, void* st)
 EXPORT Status cuMemcpyDtoDAsync_v2(DevicePointer d, DevicePointer s, size_t n, void* st) { return run(st, [=] { memmove((void*)d, (void*)s, n); }); }
 EXPORT Status cuMemsetD8_v2(DevicePointer d, unsigned char v, size_t n) { memset((void*)d, v, n); return 0; }
 EXPORT Status cuMemsetD8Async(DevicePointer d, unsigned char v, size_t n, void* st) { return run(st, [=] { memset((void*)d, v, n); }); }
+struct Copy2D {
+  size_t source_x, source_y; int source_type; const char* source_host; DevicePointer source_device; void* source_array; size_t source_pitch;
+  size_t target_x, target_y; int target_type; char* target_host; DevicePointer target_device; void* target_array; size_t target_pitch;
+  size_t width, height;
+};
+EXPORT Status cuMemcpy2DAsync_v2(const Copy2D* c, void* st) {
+  const Copy2D copy = *c;
+  if (copy.source_pitch < copy.width || copy.target_pitch < copy.width || copy.source_x || copy.source_y || copy.target_x || copy.target_y) return 1;
+  return run(st, [=] {
+    const char* from = copy.source_type == 1 ? copy.source_host : (const char*)copy.source_device;
+    char* to = copy.target_type == 1 ? copy.target_host : (char*)copy.target_device;
+    for (size_t row = 0; row < copy.height; row++) memcpy(to + row * copy.target_pitch, from + row * copy.source_pitch, copy.width);
+  });
+}
 struct Event { double time; };
 EXPORT Status cuEventCreate(void** e, unsigned) { *e = new Event{0}; return 0; }
 EXPORT Status cuEventDestroy_v2(void* e) { delete (Event*)e; return 0; }

@@ -32,8 +32,8 @@ use bora_common::registry::Speed;
 use serde::Deserialize;
 
 use crate::engine::step::{
-    BlockId, Drawn, PositionLogprobs, PromptOutput, RunError, Sampled, SequenceFault, Slot, Step, StepOutput,
-    StepRunner, TokenLogprob, Tokens, Work,
+    BlockCopy, BlockId, Drawn, HostMemory, PositionLogprobs, PromptOutput, RunError, Sampled, SequenceFault, Slot,
+    Step, StepOutput, StepRunner, TokenLogprob, Tokens, Work,
 };
 
 /// What a fake group pretends to be.
@@ -44,6 +44,8 @@ pub struct FakeOptions {
     pub vocabulary_size: u32,
     /// Blocks of 64 tokens.
     pub kv_blocks: u32,
+    /// Blocks of 64 tokens in pretended host memory.
+    pub host_blocks: u32,
     /// Longest prompt plus output, tokens.
     pub max_model_len: u32,
     /// Steps that may be in flight.
@@ -84,6 +86,7 @@ impl Default for FakeOptions {
         Self {
             vocabulary_size: 131_072,
             kv_blocks: 5_120,
+            host_blocks: 0,
             max_model_len: 262_144,
             pipeline_depth: 2,
             mode: FakeMode::Echo,
@@ -195,6 +198,8 @@ pub struct FakeRunner {
     options: FakeOptions,
     /// The ids in each block, 64 a block.
     memory: Vec<u32>,
+    /// The same of host memory.
+    host: Vec<u32>,
     /// Slots that have a block in their table.
     users: Vec<u32>,
     slots: Vec<Option<FakeSlot>>,
@@ -209,6 +214,7 @@ impl FakeRunner {
         let blocks = options.kv_blocks as usize;
         Self {
             memory: vec![0; blocks * BLOCK_TOKENS],
+            host: vec![0; options.host_blocks as usize * BLOCK_TOKENS],
             users: vec![0; blocks],
             slots: Vec::new(),
             last_step: 0,
@@ -255,6 +261,7 @@ impl FakeRunner {
                 last: None,
             });
         }
+        self.copy(&step.copies)?;
         let mut output = StepOutput { id: step.id, seconds: self.seconds(step), ..Default::default() };
         for work in &step.work {
             self.compute(work)?;
@@ -266,7 +273,25 @@ impl FakeRunner {
                 output.sampled.push(self.sample_along(work)?);
             }
         }
+        // as late as they may be done
+        self.copy(&step.beside)?;
         Ok(output)
+    }
+
+    fn copy(&mut self, copies: &[BlockCopy]) -> Result<(), String> {
+        for copy in copies {
+            let (BlockCopy::ToHost { block, host } | BlockCopy::FromHost { host, block }) = *copy;
+            let [on_device, on_host] = [block, host].map(|place| place as usize * BLOCK_TOKENS);
+            if on_device >= self.memory.len() || on_host >= self.host.len() {
+                return Err(format!("{copy:?}: there is no such block"));
+            }
+            let (device, host) = (&mut self.memory[on_device..], &mut self.host[on_host..]);
+            match copy {
+                BlockCopy::ToHost { .. } => host[..BLOCK_TOKENS].copy_from_slice(&device[..BLOCK_TOKENS]),
+                BlockCopy::FromHost { .. } => device[..BLOCK_TOKENS].copy_from_slice(&host[..BLOCK_TOKENS]),
+            }
+        }
+        Ok(())
     }
 
     fn seconds(&self, step: &Step) -> f64 {
@@ -410,6 +435,10 @@ impl FakeRunner {
 }
 
 impl StepRunner for FakeRunner {
+    fn host_memory(&self) -> HostMemory {
+        HostMemory { blocks: self.options.host_blocks, seconds_per_block: 2e-4 * self.options.time_scale }
+    }
+
     fn pipeline_depth(&self) -> usize {
         self.options.pipeline_depth
     }

@@ -17,14 +17,17 @@ use std::sync::Arc;
 
 use bora_common::model::ModelConfig;
 
-use crate::engine::step::{BlockId, Drawn, SequenceFault, Slot};
+use crate::engine::step::{BlockCopy, BlockId, Drawn, SequenceFault, Slot};
 use crate::grammar::Mask;
 use crate::parallel::{Abort, Collective};
 use crate::weights::ShardPlan;
 
 pub mod cpu;
 pub mod cuda;
+mod dtype;
 pub mod fake;
+
+pub use dtype::{Fp8Mode, KvDtype};
 
 /// What a backend is built from; the constructor itself is each backend's own.
 pub struct RankSetup {
@@ -151,12 +154,23 @@ pub trait Backend: Send + Sized + 'static {
     /// and before the first step.
     fn allocate_kv(&mut self, shape: &crate::model::KvShape, blocks: usize) -> Result<()>;
 
+    /// Bytes of one block of this rank's KV cache.
+    fn block_bytes(&self, shape: &crate::model::KvShape) -> usize;
+    /// Takes room for `blocks` blocks in host memory, so that [`copy_blocks`](Self::copy_blocks) can be used; returns the seconds
+    /// that a block takes on its way. Called once, after `allocate_kv`.
+    fn allocate_host(&mut self, shape: &crate::model::KvShape, blocks: usize) -> Result<f64>;
+
     /// Called once, after `allocate_kv`: the moment to time kernels and to record graphs of `forward`.
     fn warm_up(&mut self, _forward: impl Fn(&mut Self) -> Result<Self::Logits>) -> Result<()> {
         Ok(())
     }
 
     // ---- one step ------------------------------------------------------------------------------------
+
+    /// Copies blocks between the cache and host memory: `first` before anything that is submitted later, `beside` after those and
+    /// before anything that is submitted from the next call on. Each list in its order. Where there is host memory, this is called
+    /// once a step, before `execute`.
+    fn copy_blocks(&mut self, first: &[BlockCopy], beside: &[BlockCopy]) -> Result<()>;
 
     /// Runs `forward` over the batch. A backend may record what `forward` does and replay it the next time
     /// for a batch of the same shape (CUDA graphs): everything that varies is read from the batch's

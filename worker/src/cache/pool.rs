@@ -56,6 +56,11 @@ impl BlockPool {
         self.free.len() + self.idle
     }
 
+    /// Blocks that hold nothing.
+    pub(super) fn free(&self) -> usize {
+        self.free.len()
+    }
+
     /// Unreferenced blocks whose content is kept.
     pub(super) fn idle(&self) -> usize {
         self.idle
@@ -110,6 +115,20 @@ impl BlockPool {
             Place::Used(count) => self.entries[block as usize].place = Place::Used(count - 1),
             Place::Free | Place::Idle => debug_assert!(false, "a block was released twice"),
         }
+    }
+
+    /// The last reference less; the block becomes idle and is the next to be given up.
+    pub(super) fn release_as_oldest(&mut self, block: BlockId) {
+        if self.entries[block as usize].place != Place::Used(1) {
+            return self.release(block, true);
+        }
+        self.entries[block as usize] = Entry { place: Place::Idle, older: NONE, newer: self.oldest };
+        match self.oldest {
+            NONE => self.newest = block,
+            oldest => self.entries[oldest as usize].older = block,
+        }
+        self.oldest = block;
+        self.idle += 1;
     }
 
     /// The content of a block is no longer wanted: frees it if it is idle.

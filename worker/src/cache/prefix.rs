@@ -1,12 +1,13 @@
 //! The prefix cache: full blocks found again by the hash of everything up to their end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use bora_common::blocks::BlockHash;
 
 use super::events::{Changes, Delta};
+use super::host::HostTier;
 use super::pool::BlockPool;
-use crate::engine::step::BlockId;
+use crate::engine::step::{BlockCopy, BlockId, HostBlock};
 
 /// A running sequence's blocks: those it has, in the order of its positions, and how many more it may
 /// take. Has to be given back with [`KvCache::release`].
@@ -16,6 +17,17 @@ pub struct Lease {
     pub blocks: Vec<BlockId>,
     /// Blocks that it may still take.
     pub reserved: usize,
+    /// Blocks of the lease whose content is in host memory, in their order, and has to be copied before anything reads it.
+    pub fetches: VecDeque<Fetch>,
+}
+
+/// A block that comes back from host memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fetch {
+    /// Where it is.
+    pub from: HostBlock,
+    /// Where it goes.
+    pub to: BlockId,
 }
 
 /// How many blocks are what.
@@ -29,6 +41,10 @@ pub struct Usage {
     pub cached: usize,
     /// Promised to running sequences and not yet taken.
     pub reserved: usize,
+    /// All of host memory.
+    pub host_total: usize,
+    /// Of host memory, those that hold a block.
+    pub host_cached: usize,
 }
 
 /// The KV cache of a group, as its leader sees it: which block holds what. The same on every rank.
@@ -42,45 +58,127 @@ pub struct KvCache {
     hash_of: Vec<Option<BlockHash>>,
     reserved: usize,
     changes: Changes,
+    host: HostTier,
+    /// Copies that have to be done before the next step writes anything.
+    copies: Vec<BlockCopy>,
+    /// Places in host memory that the step made last reads from.
+    being_fetched: Vec<HostBlock>,
 }
 
 impl KvCache {
-    /// An empty cache of `blocks` blocks.
-    pub fn new(blocks: u32) -> Self {
+    /// An empty cache of `blocks` blocks, and of `host_blocks` in host memory.
+    pub fn new(blocks: u32, host_blocks: u32) -> Self {
         Self {
             pool: BlockPool::new(blocks),
             by_hash: HashMap::new(),
             hash_of: vec![None; blocks as usize],
             reserved: 0,
             changes: Changes::default(),
+            host: HostTier::new(host_blocks),
+            copies: Vec::new(),
+            being_fetched: Vec::new(),
         }
     }
 
-    /// How many of the first blocks of a chain are there.
+    /// How many of the first blocks of a chain are there, on the device or in host memory.
     pub fn find(&self, hashes: &[BlockHash]) -> usize {
+        hashes.iter().take_while(|hash| self.contains(hash)).count()
+    }
+
+    /// How many of the first blocks of a chain are on the device.
+    pub fn find_on_device(&self, hashes: &[BlockHash]) -> usize {
         hashes.iter().take_while(|hash| self.by_hash.contains_key(hash)).count()
+    }
+
+    /// How many of these blocks would have to be fetched.
+    pub fn in_host_memory(&self, hashes: &[BlockHash]) -> usize {
+        hashes.iter().filter(|hash| !self.by_hash.contains_key(hash)).count()
     }
 
     /// Whether a block can be found.
     pub fn contains(&self, hash: &BlockHash) -> bool {
-        self.by_hash.contains_key(hash)
+        self.by_hash.contains_key(hash) || self.host.contains(hash)
     }
 
     /// Reserves `total` blocks, of which the first are those of `hashes` that are there (in one piece from
     /// the start). `None` where they do not fit now.
     pub fn admit(&mut self, hashes: &[BlockHash], total: usize) -> Option<Lease> {
-        let found = self.find(hashes).min(total);
-        let blocks: Vec<BlockId> = hashes[..found].iter().filter_map(|hash| self.by_hash.get(hash).copied()).collect();
-        let newly_pinned = blocks.iter().filter(|block| self.pool.references(**block) == 0).count();
-        let to_reserve = total - found;
+        let found = &hashes[..self.find(hashes).min(total)];
+        let held: Vec<Option<BlockId>> = found.iter().map(|hash| self.by_hash.get(hash).copied()).collect();
+        let newly_pinned = held.iter().flatten().filter(|block| self.pool.references(**block) == 0).count();
+        let to_reserve = total - held.iter().flatten().count();
         if self.pool.available() - self.reserved < newly_pinned + to_reserve {
             return None;
         }
-        for block in &blocks {
+        for block in held.iter().flatten() {
             self.pool.refer(*block);
         }
         self.reserved += to_reserve;
-        Some(Lease { blocks, reserved: to_reserve })
+        let mut lease = Lease { reserved: to_reserve, ..Lease::default() };
+        // all are pinned before the first block is taken, which may move another one there
+        let absent = found.iter().zip(&held).filter(|(_, held)| held.is_none());
+        let mut places: VecDeque<HostBlock> = absent.filter_map(|(hash, _)| self.host.pin(hash)).collect();
+        for held in held {
+            match held {
+                Some(block) => lease.blocks.push(block),
+                None => {
+                    let next = lease.blocks.len() + 1;
+                    self.grow(&mut lease, next);
+                    if let (Some(from), Some(to)) = (places.pop_front(), lease.blocks.last().copied()) {
+                        lease.fetches.push_back(Fetch { from, to });
+                    }
+                }
+            }
+        }
+        Some(lease)
+    }
+
+    /// Takes up to `most` of the copies that a lease waits for; the step that is being made does them beside its work. Those
+    /// of the step before are done by then.
+    pub fn fetch(&mut self, lease: &mut Lease, most: usize) -> Vec<BlockCopy> {
+        let count = lease.fetches.len().min(most);
+        let fetches = lease.fetches.drain(..count).map(|Fetch { from, to }| {
+            self.being_fetched.push(from);
+            BlockCopy::FromHost { host: from, block: to }
+        });
+        fetches.collect()
+    }
+
+    /// A step is being made: what the one before it fetched may be given up again.
+    pub fn begin_step(&mut self) {
+        for place in std::mem::take(&mut self.being_fetched) {
+            self.host.fetched(place);
+        }
+    }
+
+    /// Copies to host memory, at most `most`, of what will be given up first if the next step takes `wanted` blocks. Nobody
+    /// writes there during the step that is being made.
+    pub fn spill(&mut self, wanted: usize, most: usize) -> Vec<BlockCopy> {
+        let doomed = wanted.saturating_sub(self.pool.free());
+        let oldest: Vec<BlockId> = self.pool.idle_blocks().take(doomed).collect();
+        let mut copies = Vec::new();
+        for block in oldest {
+            if copies.len() >= most {
+                break;
+            }
+            copies.extend(self.keep_copy(block));
+        }
+        copies
+    }
+
+    /// What the next step has to copy before anything else.
+    pub fn take_copies(&mut self) -> Vec<BlockCopy> {
+        std::mem::take(&mut self.copies)
+    }
+
+    /// The copy to host memory that a named block still needs, if there is room for it.
+    fn keep_copy(&mut self, block: BlockId) -> Option<BlockCopy> {
+        let hash = self.hash_of[block as usize].filter(|hash| !self.host.contains(hash))?;
+        let stored = self.host.store(hash)?;
+        if let Some(given_up) = stored.given_up.filter(|hash| !self.by_hash.contains_key(hash)) {
+            self.changes.evicted(given_up);
+        }
+        Some(BlockCopy::ToHost { block, host: stored.place })
     }
 
     /// Appends blocks to the lease, from its reservation, until it has `blocks` of them. Gives up the
@@ -103,6 +201,11 @@ impl KvCache {
             return Some(block);
         }
         let block = self.pool.take_oldest()?;
+        let is_there = self.hash_of[block as usize].is_some_and(|hash| self.host.touch(&hash));
+        if !is_there {
+            let copy = self.keep_copy(block);
+            self.copies.extend(copy);
+        }
         self.unname(block);
         Some(block)
     }
@@ -115,7 +218,9 @@ impl KvCache {
         }
         self.by_hash.insert(hash, block);
         self.hash_of[block as usize] = Some(hash);
-        self.changes.stored(hash);
+        if !self.host.contains(&hash) {
+            self.changes.stored(hash);
+        }
     }
 
     /// The content of a block is not to be trusted: it can't be found any more.
@@ -127,7 +232,9 @@ impl KvCache {
     fn unname(&mut self, block: BlockId) {
         if let Some(hash) = self.hash_of[block as usize].take() {
             self.by_hash.remove(&hash);
-            self.changes.evicted(hash);
+            if !self.host.contains(&hash) {
+                self.changes.evicted(hash);
+            }
         }
     }
 
@@ -135,19 +242,34 @@ impl KvCache {
     /// before its start.
     pub fn release(&mut self, lease: Lease) {
         self.reserved -= lease.reserved;
+        for fetch in &lease.fetches {
+            self.host.unpin(fetch.from);
+        }
         for block in lease.blocks.iter().rev() {
             let keep = self.hash_of[*block as usize].is_some();
             self.pool.release(*block, keep);
         }
     }
 
-    /// Forgets every block that no sequence refers to; returns how many that were.
+    /// Pinned blocks of host memory; for tests.
+    #[cfg(test)]
+    pub(crate) fn host_pinned(&self) -> usize {
+        self.host.pinned()
+    }
+
+    /// Forgets every block that no sequence refers to, here and in host memory; returns how many that were.
     pub fn flush(&mut self) -> usize {
         let idle: Vec<BlockId> = self.pool.idle_blocks().collect();
         for block in &idle {
             self.forget(*block);
         }
-        idle.len()
+        let spilled = self.host.flush();
+        for hash in &spilled {
+            if !self.by_hash.contains_key(hash) {
+                self.changes.evicted(*hash);
+            }
+        }
+        idle.len() + spilled.len()
     }
 
     /// How many blocks are what.
@@ -157,13 +279,16 @@ impl KvCache {
             used: self.pool.total() - self.pool.available(),
             cached: self.pool.idle(),
             reserved: self.reserved,
+            host_total: self.host.usage().0,
+            host_cached: self.host.usage().1,
         }
     }
 
     /// The hashes of all blocks that can be found.
     pub fn snapshot(&self) -> Vec<BlockHash> {
         // in the order of the pool: blocks of one chain were mostly taken one after the other
-        self.hash_of.iter().flatten().copied().collect()
+        let on_device = self.hash_of.iter().flatten().copied();
+        on_device.chain(self.host.hashes().filter(|hash| !self.by_hash.contains_key(hash))).collect()
     }
 
     /// What changed since the last call.
@@ -175,6 +300,7 @@ impl KvCache {
     #[cfg(test)]
     pub(crate) fn check(&self) {
         self.pool.check();
+        self.host.check();
         assert!(self.reserved <= self.pool.available(), "a promise can't be kept");
         assert_eq!(self.by_hash.len(), self.hash_of.iter().flatten().count());
         for (hash, block) in &self.by_hash {

@@ -8,6 +8,12 @@ fn chain(family: u128, blocks: usize) -> Vec<BlockHash> {
     (0..blocks as u128).map(|i| BlockHash(family << 32 | i)).collect()
 }
 
+/// Total, used, cached, reserved.
+fn usage(cache: &KvCache) -> [usize; 4] {
+    let usage = cache.usage();
+    [usage.total, usage.used, usage.cached, usage.reserved]
+}
+
 fn fill(cache: &mut KvCache, lease: &mut Lease, hashes: &[BlockHash]) {
     cache.grow(lease, hashes.len());
     for (block, hash) in lease.blocks.iter().zip(hashes) {
@@ -17,7 +23,7 @@ fn fill(cache: &mut KvCache, lease: &mut Lease, hashes: &[BlockHash]) {
 
 #[test]
 fn a_prefix_is_found_shared_and_given_up_end_first() {
-    let mut cache = KvCache::new(4);
+    let mut cache = KvCache::new(4, 0);
     let hashes = chain(1, 3);
     let mut first = cache.admit(&hashes, 4).unwrap();
     assert!(first.blocks.is_empty());
@@ -29,9 +35,9 @@ fn a_prefix_is_found_shared_and_given_up_end_first() {
     let second = cache.admit(&hashes, 3).unwrap();
     assert_eq!(second.blocks, first.blocks, "shared");
     cache.release(first);
-    assert_eq!(cache.usage(), Usage { total: 4, used: 3, cached: 0, reserved: 0 });
+    assert_eq!(usage(&cache), [4, 3, 0, 0]);
     cache.release(second);
-    assert_eq!(cache.usage(), Usage { total: 4, used: 0, cached: 3, reserved: 0 });
+    assert_eq!(usage(&cache), [4, 0, 3, 0]);
 
     let mut other = cache.admit(&chain(2, 2), 2).unwrap();
     cache.grow(&mut other, 2);
@@ -42,7 +48,7 @@ fn a_prefix_is_found_shared_and_given_up_end_first() {
 
 #[test]
 fn blocks_that_hold_the_same_are_named_once() {
-    let mut cache = KvCache::new(4);
+    let mut cache = KvCache::new(4, 0);
     let hashes = chain(1, 2);
     let mut first = cache.admit(&[], 2).unwrap();
     let mut second = cache.admit(&[], 2).unwrap();
@@ -55,12 +61,12 @@ fn blocks_that_hold_the_same_are_named_once() {
     assert_eq!(cache.usage().cached, 2);
     assert_eq!(cache.flush(), 2);
     assert_eq!(cache.drain_changes().evicted.len(), 2);
-    assert_eq!(cache.usage(), Usage { total: 4, used: 0, cached: 0, reserved: 0 });
+    assert_eq!(usage(&cache), [4, 0, 0, 0]);
 }
 
 #[test]
 fn forgotten_blocks_are_not_found_but_stay_with_their_users() {
-    let mut cache = KvCache::new(2);
+    let mut cache = KvCache::new(2, 0);
     let hashes = chain(1, 2);
     let mut lease = cache.admit(&hashes, 2).unwrap();
     fill(&mut cache, &mut lease, &hashes);
@@ -72,6 +78,65 @@ fn forgotten_blocks_are_not_found_but_stay_with_their_users() {
     cache.check();
 }
 
+/// What the blocks of device and host hold.
+struct Memory {
+    device: Vec<Option<BlockHash>>,
+    host: Vec<Option<BlockHash>>,
+}
+
+impl Memory {
+    fn new(blocks: u32, host_blocks: u32) -> Self {
+        Self { device: vec![None; blocks as usize], host: vec![None; host_blocks as usize] }
+    }
+
+    fn copy(&mut self, copies: &[BlockCopy]) {
+        for copy in copies {
+            match *copy {
+                BlockCopy::ToHost { block, host } => self.host[host as usize] = self.device[block as usize],
+                BlockCopy::FromHost { host, block } => self.device[block as usize] = self.host[host as usize],
+            }
+        }
+    }
+}
+
+#[test]
+fn what_the_device_gives_up_comes_back_from_host_memory_and_its_oldest_goes_first() {
+    let mut cache = KvCache::new(3, 3);
+    let (first, second, third) = (chain(1, 2), chain(2, 3), chain(3, 3));
+    let mut lease = cache.admit(&first, 3).unwrap();
+    fill(&mut cache, &mut lease, &first);
+    cache.release(lease);
+    // copied ahead of its end: the later block of the prefix first, at most one a step
+    assert_eq!(cache.spill(3, 1), [BlockCopy::ToHost { block: 1, host: 0 }]);
+    let mut lease = cache.admit(&second, 3).unwrap();
+    fill(&mut cache, &mut lease, &second);
+    // taking the third block moved the first one: that was not copied ahead
+    assert_eq!(cache.take_copies(), [BlockCopy::ToHost { block: 0, host: 1 }]);
+    cache.release(lease);
+    assert_eq!((cache.find_on_device(&first), cache.find(&first), cache.in_host_memory(&first)), (0, 2, 2));
+    assert_eq!(cache.drain_changes().stored.len(), 5);
+
+    // back again: the device's oldest makes room, and host memory's oldest that nobody needs
+    let mut lease = cache.admit(&first, 2).unwrap();
+    assert_eq!(lease.blocks.len(), 2);
+    assert_eq!(cache.take_copies().len(), 2, "into the one place that was left: what the lease wants is pinned");
+    assert_eq!(cache.drain_changes().evicted, [second[2]], "neither here nor there");
+    assert_eq!(cache.fetch(&mut lease, 1).len(), 1);
+    assert_eq!(cache.host_pinned(), 2, "one on its way, one still wanted");
+    cache.begin_step();
+    assert_eq!(cache.host_pinned(), 1);
+    // its caller leaves
+    cache.release(lease);
+    assert_eq!(cache.host_pinned(), 0);
+    assert_eq!(cache.find(&first), 2, "its copies stay");
+    cache.check();
+
+    let lease = cache.admit(&third, 3).unwrap();
+    cache.release(lease);
+    assert_eq!(cache.flush(), 4, "one on the device, three in host memory");
+    assert_eq!(cache.snapshot(), []);
+}
+
 #[derive(Clone, Debug)]
 enum Action {
     Admit { family: u8, length: usize },
@@ -79,6 +144,7 @@ enum Action {
     Release { lease: usize },
     Forget { lease: usize },
     Flush,
+    Spill { wanted: usize, most: usize },
     Drain,
 }
 
@@ -89,6 +155,7 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
         3 => any::<usize>().prop_map(|lease| Action::Release { lease }),
         1 => any::<usize>().prop_map(|lease| Action::Forget { lease }),
         1 => Just(Action::Flush),
+        2 => (0usize..9, 0usize..5).prop_map(|(wanted, most)| Action::Spill { wanted, most }),
         2 => Just(Action::Drain),
     ];
     proptest::collection::vec(action, 1..120)
@@ -96,8 +163,10 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 
 proptest! {
     #[test]
-    fn no_block_is_lost_or_given_twice(blocks in 1u32..24, actions in actions()) {
-        let mut cache = KvCache::new(blocks);
+    fn no_block_is_lost_or_given_twice(blocks in 1u32..24, host_blocks in prop_oneof![Just(0u32), 1u32..20], actions in actions()) {
+        let mut cache = KvCache::new(blocks, host_blocks);
+        // what each block holds: by the copies that steps do
+        let mut memory = Memory::new(blocks, host_blocks);
         let mut running: Vec<(Lease, Vec<BlockHash>)> = Vec::new();
         let mut watched: HashSet<BlockHash> = HashSet::new();
         for action in actions {
@@ -105,8 +174,18 @@ proptest! {
                 Action::Admit { family, length } => {
                     let hashes = chain(u128::from(family), length);
                     // as the scheduler does: the last block is always computed
-                    if let Some(lease) = cache.admit(&hashes[..length - 1], length) {
+                    if let Some(mut lease) = cache.admit(&hashes[..length - 1], length) {
                         prop_assert_eq!(lease.blocks.len() + lease.reserved, length);
+                        // a step or two until all is there
+                        memory.copy(&cache.take_copies());
+                        while !lease.fetches.is_empty() {
+                            cache.begin_step();
+                            memory.copy(&cache.fetch(&mut lease, 2));
+                        }
+                        for (block, hash) in lease.blocks.iter().zip(&hashes) {
+                            prop_assert_eq!(memory.device[*block as usize], Some(*hash), "what was found is what it was");
+                            cache.publish(*block, *hash);
+                        }
                         running.push((lease, hashes));
                     }
                 }
@@ -116,7 +195,9 @@ proptest! {
                     let wanted = (lease.blocks.len() + by).min(hashes.len());
                     cache.grow(lease, wanted);
                     prop_assert_eq!(lease.blocks.len(), wanted, "an admitted sequence always gets its blocks");
+                    memory.copy(&cache.take_copies());
                     for (block, hash) in lease.blocks.iter().zip(hashes.iter()) {
+                        memory.device[*block as usize] = Some(*hash);
                         cache.publish(*block, *hash);
                     }
                 }
@@ -132,6 +213,12 @@ proptest! {
                 }
                 Action::Flush => {
                     cache.flush();
+                }
+                Action::Spill { wanted, most } => {
+                    cache.begin_step();
+                    let copies = cache.spill(wanted, most);
+                    prop_assert!(copies.len() <= most);
+                    memory.copy(&copies);
                 }
                 Action::Drain => {
                     let delta = cache.drain_changes();
@@ -155,6 +242,7 @@ proptest! {
         for (lease, _) in running {
             cache.release(lease);
         }
-        prop_assert_eq!(cache.usage().used, 0);
+        cache.begin_step();
+        prop_assert_eq!((cache.usage().used, cache.host_pinned()), (0, 0));
     }
 }

@@ -8,6 +8,7 @@ use bora_common::config::seconds;
 use bora_common::registry::{GroupRecord, Speed};
 use serde::Deserialize;
 
+use crate::engine::step::HostMemory;
 use crate::grammar::Grammars;
 use crate::speculate::SpeculativeOptions;
 
@@ -63,6 +64,8 @@ pub struct EngineConfig {
     pub epoch: u64,
     /// Blocks of KV cache.
     pub kv_blocks: u32,
+    /// Host memory that blocks may go to.
+    pub host: HostMemory,
     /// Longest prompt plus output, tokens.
     pub max_model_len: u32,
     /// Ids are below this.
@@ -91,6 +94,7 @@ impl EngineConfig {
             options: EngineOptions { max_num_seqs: record.max_sequences, ..options },
             epoch: record.epoch,
             kv_blocks: record.kv_blocks,
+            host: HostMemory::default(),
             max_model_len: record.max_model_len,
             vocabulary_size: record.vocabulary_size,
             eos_ids,

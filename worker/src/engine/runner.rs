@@ -16,8 +16,8 @@ use bora_common::blocks::BLOCK_TOKENS;
 use rayon::iter::{IntoParallelRefMutIterator as _, ParallelIterator as _};
 
 use super::step::{
-    Admission, BlockId, PromptOutput, RunError, Sampled, SequenceFault, Slot, Step, StepOutput, StepRunner, Tokens,
-    Work,
+    Admission, BlockCopy, BlockId, HostMemory, PromptOutput, RunError, Sampled, SequenceFault, Slot, Step, StepOutput,
+    StepRunner, Tokens, Work,
 };
 use crate::backend::{Backend, BackendError, Batch, BatchSequence, Limits, SampleRequest, SampleResults};
 use crate::grammar::{GrammarError, GrammarState, Grammars, Mask};
@@ -32,6 +32,7 @@ pub struct ModelRunner<B: Backend> {
     bounds: Bounds,
     slots: Vec<Option<Sequence>>,
     grammars: Option<Arc<Grammars>>,
+    host: HostMemory,
     admitted: u64,
     last_step: u64,
     pending: VecDeque<Pending>,
@@ -85,6 +86,7 @@ impl<B: Backend> ModelRunner<B> {
             bounds,
             slots,
             grammars: None,
+            host: HostMemory::default(),
             admitted: 0,
             last_step: 0,
             pending: VecDeque::new(),
@@ -98,12 +100,25 @@ impl<B: Backend> ModelRunner<B> {
         self
     }
 
+    /// With host memory that the backend has taken.
+    pub fn with_host_memory(mut self, host: HostMemory) -> Self {
+        self.host = host;
+        self
+    }
+
     /// Checks a step against the tables and changes them; returns what the backend shall do.
     fn prepare(&mut self, step: &Step) -> Result<(Batch, Vec<SampleRequest>, Pending), String> {
         if step.id != self.last_step + 1 {
             return Err(format!("its id follows {}: a step was lost or came twice", self.last_step));
         }
         self.last_step = step.id;
+        for copy in step.copies.iter().chain(&step.beside) {
+            let (BlockCopy::ToHost { block, host } | BlockCopy::FromHost { host, block }) = *copy;
+            if block as usize >= self.bounds.kv_blocks || host >= self.host.blocks {
+                let (blocks, host_blocks) = (self.bounds.kv_blocks, self.host.blocks);
+                return Err(format!("{copy:?} where there are {blocks} blocks and {host_blocks} in host memory"));
+            }
+        }
         for slot in &step.release {
             if self.slots.get_mut(*slot as usize).and_then(Option::take).is_none() {
                 return Err(format!("it releases slot {slot}, which is not in use"));
@@ -260,6 +275,9 @@ impl<B: Backend> ModelRunner<B> {
         for admission in &step.admit {
             self.backend.admit(admission)?;
         }
+        if self.host.blocks > 0 {
+            self.backend.copy_blocks(&step.copies, &step.beside)?;
+        }
         if batch.sequences.is_empty() {
             return Ok(Vec::new());
         }
@@ -342,6 +360,10 @@ impl<B: Backend> ModelRunner<B> {
 }
 
 impl<B: Backend> StepRunner for ModelRunner<B> {
+    fn host_memory(&self) -> HostMemory {
+        self.host
+    }
+
     fn pipeline_depth(&self) -> usize {
         self.backend.pipeline_depth()
     }

@@ -113,7 +113,10 @@ impl Sequence {
 
     /// Leaves the queue with its lease, of which the first blocks were found in the cache.
     pub(crate) fn start(&mut self, lease: Lease, now: Instant) {
-        self.published = lease.blocks.len();
+        // what is still to be fetched can't be found by others yet
+        let first_fetched = lease.fetches.front().map(|fetch| fetch.to);
+        self.published =
+            lease.blocks.iter().position(|block| Some(*block) == first_fetched).unwrap_or(lease.blocks.len());
         self.cached_tokens = lease.blocks.len() * BLOCK_TOKENS;
         self.computed = self.cached_tokens;
         self.lease = lease;
@@ -124,6 +127,11 @@ impl Sequence {
             cached_tokens: self.cached_tokens as u32,
             queued_seconds: (now - self.created).as_secs_f64(),
         });
+    }
+
+    /// Whether blocks of its prefix have yet to come from host memory.
+    pub(crate) fn fetches(&self) -> bool {
+        !self.lease.fetches.is_empty()
     }
 
     /// Whether known tokens have yet to be computed.

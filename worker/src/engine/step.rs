@@ -13,6 +13,37 @@ pub type Slot = u32;
 /// A block of the KV cache, numbered the same on every rank.
 pub type BlockId = u32;
 
+/// A block of host memory, numbered the same on every rank.
+pub type HostBlock = u32;
+
+/// A block's content goes from one place to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BlockCopy {
+    /// From the KV cache to host memory.
+    ToHost {
+        /// From.
+        block: BlockId,
+        /// To.
+        host: HostBlock,
+    },
+    /// From host memory to the KV cache.
+    FromHost {
+        /// From.
+        host: HostBlock,
+        /// To.
+        block: BlockId,
+    },
+}
+
+/// The host memory that ranks keep blocks in.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct HostMemory {
+    /// How many blocks it has room for.
+    pub blocks: u32,
+    /// What it takes to copy one.
+    pub seconds_per_block: f64,
+}
+
 /// One pass through the model over a batch of sequences.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Step {
@@ -22,6 +53,11 @@ pub struct Step {
     pub release: Vec<Slot>,
     /// Sequences that run for the first time.
     pub admit: Vec<Admission>,
+    /// Copies that are done before the work, in order.
+    pub copies: Vec<BlockCopy>,
+    /// Copies that may run beside the work, in order, after `copies`: nothing of this step writes where they read or reads where
+    /// they write. They are done before the next step begins.
+    pub beside: Vec<BlockCopy>,
     /// What to compute, at most one entry a slot.
     pub work: Vec<Work>,
     /// Of those in `admit`, the ones that are traced.
@@ -188,6 +224,10 @@ pub trait StepRunner: Send {
     /// Waits for the oldest submitted step.
     fn collect(&mut self) -> Result<StepOutput, RunError>;
 
+    /// What steps may copy blocks to.
+    fn host_memory(&self) -> HostMemory {
+        HostMemory::default()
+    }
     /// No sequence runs and none waits.
     fn idle(&mut self) {}
 }

@@ -18,6 +18,7 @@ fn config(fake: &FakeOptions) -> EngineConfig {
         options: EngineOptions { max_num_seqs: 16, max_waiting: 32, ..Default::default() },
         epoch: 77,
         kv_blocks: fake.kv_blocks,
+        host: Default::default(),
         max_model_len: fake.max_model_len,
         vocabulary_size: fake.vocabulary_size,
         eos_ids: vec![fake.eos_id],

@@ -140,6 +140,7 @@ mod tests {
             options: EngineOptions::default(),
             epoch: 1,
             kv_blocks: 16,
+            host: Default::default(),
             max_model_len: 1_024,
             vocabulary_size: 10,
             eos_ids: Vec::new(),

@@ -7,6 +7,7 @@
 //! milliseconds: callers do it before the step loop sees the request ([`Grammars::prepare`]), and the result is
 //! kept for the ranks and for the next request with the same grammar.
 
+mod pending;
 mod state;
 
 use std::collections::HashMap;
@@ -23,6 +24,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 
+pub use pending::PendingGrammars;
 pub(crate) use state::allows;
 pub use state::{GrammarState, Mask};
 
@@ -148,7 +150,8 @@ struct Kept {
 }
 
 impl Grammars {
-    /// Reads the vocabulary of a tokenizer file or model directory. A few tenths of a second.
+    /// Reads the vocabulary of a tokenizer file or model directory. A second of processor time for 131,072 ids, most of it for
+    /// what llguidance prepares once: see [`PendingGrammars`].
     pub fn load(tokenizer: &Path) -> Result<Self, TokenizerError> {
         let vocabulary = Vocabulary::load(tokenizer)?;
         Self::new(&vocabulary)

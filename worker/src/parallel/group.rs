@@ -21,7 +21,7 @@ use super::rendezvous::{Expected, Rendezvous, serve};
 use super::shared::SharedRank;
 use super::single::SingleRank;
 use super::tcp::{MeshKey, MeshOptions, connect_mesh};
-use crate::engine::step::{RunError, Step, StepOutput, StepRunner};
+use crate::engine::step::{HostMemory, RunError, Step, StepOutput, StepRunner};
 use crate::telemetry::ranks::RankMetrics;
 use crate::telemetry::spans::RankSpans;
 use crate::weights::{ShardError, ShardPlan, WeightError};
@@ -306,6 +306,10 @@ impl GroupRunner {
 }
 
 impl StepRunner for GroupRunner {
+    fn host_memory(&self) -> HostMemory {
+        self.first.host_memory()
+    }
+
     fn pipeline_depth(&self) -> usize {
         self.first.pipeline_depth()
     }

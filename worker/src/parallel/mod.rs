@@ -25,7 +25,7 @@ pub use collective::{Abort, Collective, CollectiveError};
 pub use fault::GroupProgress;
 pub use follower::{FollowError, follow};
 pub use group::{GroupRunner, StartError, StartedGroup, start_group};
-pub use options::{DeviceOptions, FollowerOptions, LeaderOptions, LoadFormat, MemberOptions, Timeouts};
+pub use options::{DeviceOptions, FollowerOptions, LeaderOptions, MemberOptions, Timeouts};
 pub use shared::SharedRank;
 pub use single::SingleRank;
 pub use tcp::{TcpRank, loopback_mesh};

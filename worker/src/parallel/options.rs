@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bora_common::tls::GrpcTls;
@@ -10,7 +9,8 @@ use bora_common::tls::GrpcTls;
 use crate::backend::cpu::CpuOptions;
 use crate::backend::cuda::CudaOptions;
 use crate::backend::{KvBudget, Limits};
-use crate::grammar::Grammars;
+use crate::grammar::PendingGrammars;
+use crate::weights::LoadFormat;
 
 /// What every process of a group is told; leader and followers alike.
 #[derive(Clone, Debug)]
@@ -21,6 +21,8 @@ pub struct MemberOptions {
     pub model_dir: PathBuf,
     /// Where the weights come from.
     pub load_format: LoadFormat,
+    /// Of dummy weights: equal seeds make equal weights.
+    pub seed: u64,
     /// What the ranks of this process compute on.
     pub device: DeviceOptions,
     /// Ranks of the whole group (tensor-parallel size).
@@ -29,12 +31,14 @@ pub struct MemberOptions {
     pub local_ranks: Range<usize>,
     /// KV cache of each rank; the group takes the least that a rank can hold.
     pub kv: KvBudget,
+    /// Host memory of each rank that cached blocks may go to, bytes; 0 = none.
+    pub host_bytes: u64,
     /// Name or address under which the other processes reach this one, and by which errors name it.
     pub host: String,
     /// How long to wait for others.
     pub timeouts: Timeouts,
-    /// What compiles grammars; `None` where there is no tokenizer.
-    pub grammars: Option<Arc<Grammars>>,
+    /// What compiles grammars; ranks wait for it once their weights are loaded.
+    pub grammars: PendingGrammars,
     /// Mutual TLS between the group's processes; plain text where it is absent. Tensors are never encrypted.
     pub tls: Option<GrpcTls>,
 }
@@ -63,19 +67,6 @@ pub struct FollowerOptions {
     /// How long this address is tried. Shorter than `timeouts.join` where the address may be an old one and
     /// can be looked up again.
     pub connect_within: Duration,
-}
-
-/// Where weights come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LoadFormat {
-    /// The checkpoint's safetensors.
-    #[default]
-    Safetensors,
-    /// Random numbers of the right shapes, for benchmarks.
-    Dummy {
-        /// Equal seeds make equal weights.
-        seed: u64,
-    },
 }
 
 /// What ranks compute on.
@@ -113,7 +104,7 @@ impl MemberOptions {
             DeviceOptions::Cuda(options) => DeviceOptions::Cuda(CudaOptions { device: 0, ..options }),
             cpu @ DeviceOptions::Cpu(_) => cpu,
         };
-        format!("{device:?}, weights {:?}", self.load_format)
+        format!("{device:?}, weights {:?} {}, {} bytes of host memory", self.load_format, self.seed, self.host_bytes)
     }
 
     /// Where others reach a port of this process.

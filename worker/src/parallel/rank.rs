@@ -9,24 +9,24 @@ use std::time::Duration;
 
 use super::collective::Collective;
 use super::fault::{Fault, GroupProgress};
-use super::options::{DeviceOptions, LoadFormat, MemberOptions};
+use super::options::{DeviceOptions, MemberOptions};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::cuda::{CudaBackend, CudaOptions};
 use crate::backend::{Backend, BackendError, Limits, RankSetup};
 use crate::engine::runner::{Bounds, ModelRunner};
-use crate::engine::step::{RunError, Step, StepRunner};
-use crate::grammar::Grammars;
+use crate::engine::step::{HostMemory, RunError, Step, StepRunner};
+use crate::grammar::PendingGrammars;
 use crate::model::{KvShape, Ministral3};
 use crate::telemetry::ranks::{RankMetrics, Timed};
 use crate::telemetry::spans::RankSpans;
-use crate::weights::{ShardPlan, WeightError, Weights};
+use crate::weights::{LoadFormat, ShardPlan, WeightError, Weights};
 use bora_common::model::ModelConfig;
 
 /// Opens the weights as the options say.
 pub(super) fn open_weights(options: &MemberOptions, config: &ModelConfig) -> Result<Weights, WeightError> {
     match options.load_format {
-        LoadFormat::Safetensors => Weights::open(&options.model_dir, config),
-        LoadFormat::Dummy { seed } => Ok(Weights::dummy(config, seed)),
+        LoadFormat::Auto => Weights::open(&options.model_dir, config),
+        LoadFormat::Dummy => Ok(Weights::dummy(config, options.seed)),
     }
 }
 
@@ -45,8 +45,9 @@ struct Loaded<B: Backend> {
     shape: KvShape,
     kv_blocks: usize,
     limits: Limits,
+    host_bytes: u64,
     vocabulary_size: usize,
-    grammars: Option<Arc<Grammars>>,
+    grammars: PendingGrammars,
 }
 
 impl<B: Backend> LoadedRank for Loaded<B>
@@ -59,10 +60,19 @@ where
 
     fn start(mut self: Box<Self>, kv_blocks: usize) -> Result<Box<dyn StepRunner>, BackendError> {
         self.backend.allocate_kv(&self.shape, kv_blocks)?;
+        // the same on every rank: all are told the same bytes and have equally large blocks
+        let host_blocks = (self.host_bytes / self.backend.block_bytes(&self.shape) as u64).min(u64::from(u32::MAX) - 1);
+        let mut host = HostMemory::default();
+        if host_blocks > 0 {
+            let seconds_per_block = self.backend.allocate_host(&self.shape, host_blocks as usize)?;
+            host = HostMemory { blocks: host_blocks as u32, seconds_per_block };
+        }
         let model = &self.model;
         self.backend.warm_up(|backend| model.forward(backend))?;
         let bounds = Bounds { limits: self.limits, kv_blocks, vocabulary_size: self.vocabulary_size };
-        Ok(Box::new(ModelRunner::new(self.backend, self.model, self.rank, bounds).with_grammars(self.grammars)))
+        let runner = ModelRunner::new(self.backend, self.model, self.rank, bounds);
+        let grammars = self.grammars.wait().map_err(BackendError::Device)?;
+        Ok(Box::new(runner.with_grammars(grammars).with_host_memory(host)))
     }
 }
 
@@ -165,6 +175,7 @@ impl Loading<'_> {
             shape,
             kv_blocks,
             limits: self.limits,
+            host_bytes: self.options.host_bytes,
             vocabulary_size: self.weights.config().vocab_size,
             grammars: self.options.grammars.clone(),
         }))

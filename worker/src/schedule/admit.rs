@@ -70,10 +70,15 @@ impl Scheduler {
         let mut cacheable: &[BlockHash] = &[];
         if self.config.options.prefix_cache {
             cacheable = sequence.cacheable();
-            if let Some(next) = cacheable.get(self.cache.find(cacheable))
-                && self.computing.contains_key(next)
-            {
-                return Verdict::Wait(*next);
+            let (on_device, found) = (self.cache.find_on_device(cacheable), self.cache.find(cacheable));
+            // also what another one fetches from host memory
+            for next in [on_device, found].iter().filter_map(|index| cacheable.get(*index)) {
+                if self.computing.contains_key(next) {
+                    return Verdict::Wait(*next);
+                }
+            }
+            if !self.worth_fetching(&cacheable[..found], on_device) {
+                cacheable = &cacheable[..on_device];
             }
         }
         let Some(lease) = self.cache.admit(cacheable, sequence.blocks_needed()) else {

@@ -19,9 +19,12 @@ impl Scheduler {
         let mut decoding: Vec<Slot> = Vec::with_capacity(self.order.len());
         let mut context_sum = 0;
         let mut candidates: Vec<Candidate> = Vec::new();
+        let mut fetching = false;
         for slot in self.order.iter().copied() {
             let Some(sequence) = &self.slots[slot as usize] else { continue };
-            if sequence.decodes() {
+            if sequence.fetches() {
+                fetching = true;
+            } else if sequence.decodes() {
                 decoding.push(slot);
                 context_sum += sequence.computed + 1;
             } else if sequence.prefills() {
@@ -34,7 +37,7 @@ impl Scheduler {
                 });
             }
         }
-        if decoding.is_empty() && candidates.is_empty() {
+        if decoding.is_empty() && candidates.is_empty() && !fetching {
             return None;
         }
         let mut drafts = match self.drafts(&decoding, context_sum, candidates.iter().any(|candidate| candidate.scored))
@@ -83,6 +86,7 @@ impl Scheduler {
             // steps run in order: whoever is admitted to a later one may read these blocks
             self.publish_full_blocks(slot);
         }
+        self.copy_blocks(&mut step, prediction.seconds);
         self.prefill_seconds += prediction.prefill;
         self.flights.push_back(Flight { id: step.id, works, prediction });
         Some(step)

@@ -163,6 +163,11 @@ impl StepBudget {
         }
     }
 
+    /// Seconds to compute `tokens` tokens behind `context` tokens.
+    pub(crate) fn prefill_seconds(&self, context: usize, tokens: usize) -> f64 {
+        self.cost.prefill_seconds(context as u64, tokens as u64) * self.prefill_correction
+    }
+
     /// What a further row costs a step that decodes, as a share of the step.
     pub(crate) fn row_share(&self, decoding: usize, context_sum: usize) -> f64 {
         let rows = decoding.max(1);

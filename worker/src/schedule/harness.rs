@@ -73,6 +73,7 @@ pub(super) fn config(kv_blocks: u32) -> EngineConfig {
         options: EngineOptions { max_num_seqs: 8, max_num_batched_tokens: 512, ..Default::default() },
         epoch: 1,
         kv_blocks,
+        host: Default::default(),
         max_model_len: kv_blocks * 64,
         vocabulary_size: 1_000,
         eos_ids: vec![2],
@@ -124,6 +125,7 @@ impl Harness {
         let fake = FakeOptions {
             vocabulary_size: config.vocabulary_size,
             kv_blocks: config.kv_blocks,
+            host_blocks: config.host.blocks,
             mode,
             time_scale: 0.0,
             faulty_id: Some(999),

@@ -6,6 +6,7 @@
 //!   evicted.
 //! - `budget`: how many tokens of which prompt fit into a step.
 //! - `draft`: which ids are guessed, and verified in the step that would draw them.
+//! - `host`: blocks that go to host memory and come back.
 //! - `batch`: makes the step; `outcome`: takes in what came of it.
 //!
 //! With a pipeline of two, step n + 1 is made before the ids of step n are known: a decode refers to the id
@@ -17,6 +18,7 @@ mod admit;
 mod batch;
 mod budget;
 mod draft;
+mod host;
 mod outcome;
 
 use std::collections::{HashMap, VecDeque};
@@ -81,7 +83,7 @@ impl Scheduler {
     pub(crate) fn new(config: EngineConfig) -> Self {
         Self {
             budget: StepBudget::new(&config.speed, &config.options),
-            cache: KvCache::new(config.kv_blocks),
+            cache: KvCache::new(config.kv_blocks, config.host.blocks),
             waiting: Default::default(),
             slots: (0..config.options.max_num_seqs).map(|_| None).collect(),
             order: Vec::new(),
@@ -132,6 +134,8 @@ impl Scheduler {
             blocks_total: usage.total as u32,
             blocks_used: usage.used as u32,
             blocks_cached: usage.cached as u32,
+            host_blocks_total: usage.host_total as u32,
+            host_blocks_cached: usage.host_cached as u32,
             steps: self.completed,
             prefill_seconds: self.prefill_seconds,
             draft_tokens: self.drafted,

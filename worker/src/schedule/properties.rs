@@ -9,6 +9,7 @@ use bora_proto::v1;
 use proptest::prelude::*;
 
 use super::harness::{Harness, Heard, config, expected, request};
+use crate::engine::step::HostMemory;
 use crate::engine::{EngineConfig, EngineOptions, EventStream};
 use crate::speculate::SpeculativeOptions;
 
@@ -145,6 +146,7 @@ proptest! {
         // with few ids guesses are made, and now and then come true
         vocabulary_size in prop_oneof![Just(1_000u32), Just(950), Just(3)],
         guesses in prop::option::of(1u32..7),
+        host_blocks in prop_oneof![Just(0u32), 1u32..40],
         prefix_cache in prop::bool::weighted(0.9),
         tokens_per_second in prop_oneof![Just(1e9), Just(1_000.0), Just(100.0)],
     ) {
@@ -162,6 +164,7 @@ proptest! {
                 ..plain.options
             },
             vocabulary_size,
+            host: HostMemory { blocks: host_blocks, seconds_per_block: 0.005 },
             max_model_len: plain.max_model_len.min(350),
             // every fortieth id or so ends a sequence
             eos_ids: (0..vocabulary_size).step_by(40).skip(1).map(|id| id + 1).collect(),

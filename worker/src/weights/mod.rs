@@ -86,3 +86,14 @@ pub enum WeightError {
         value: f32,
     },
 }
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadFormat {
+    /// The checkpoint's safetensors.
+    #[default]
+    Auto,
+    /// Seeded random values of the model's shapes: for benchmarks where there is no checkpoint.
+    Dummy,
+}

@@ -3,28 +3,10 @@
 use bora_common::blocks::BLOCK_TOKENS;
 use half::bf16;
 
+use crate::backend::KvDtype;
 use crate::engine::step::BlockId;
 use crate::model::KvShape;
-
-/// What the KV cache holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KvDtype {
-    /// Exact.
-    #[default]
-    F32,
-    /// Half the memory, 8 bits of mantissa.
-    Bf16,
-}
-
-impl KvDtype {
-    /// Bytes of a number.
-    pub fn size(self) -> usize {
-        match self {
-            KvDtype::F32 => 4,
-            KvDtype::Bf16 => 2,
-        }
-    }
-}
+use crate::weights::e4m3;
 
 /// K and V of every layer: each [blocks, kv_heads, 64, head_dim].
 pub(super) struct KvCache {
@@ -41,13 +23,16 @@ enum Numbers {
     F32(Vec<f32>),
     /// As bits: fresh zeros of integers take no memory until they are written.
     Bf16(Vec<u16>),
+    /// As codes.
+    Fp8(Vec<u8>),
 }
 
 impl Numbers {
     fn zeros(count: usize, dtype: KvDtype) -> Self {
         match dtype {
-            KvDtype::F32 => Numbers::F32(vec![0.0; count]),
+            KvDtype::Auto | KvDtype::F32 => Numbers::F32(vec![0.0; count]),
             KvDtype::Bf16 => Numbers::Bf16(vec![0; count]),
+            KvDtype::Fp8 => Numbers::Fp8(vec![0; count]),
         }
     }
 
@@ -59,6 +44,28 @@ impl Numbers {
                     *to = bf16::from_f32(*from).to_bits();
                 }
             }
+            Numbers::Fp8(all) => {
+                for (to, from) in all[start..].iter_mut().zip(numbers) {
+                    *to = e4m3::encode(*from);
+                }
+            }
+        }
+    }
+
+    fn copy(&mut self, start: usize, from: &Self, from_start: usize, count: usize) {
+        match (self, from) {
+            (Numbers::F32(to), Numbers::F32(from)) => {
+                to[start..start + count].copy_from_slice(&from[from_start..from_start + count]);
+            }
+            (Numbers::Bf16(to), Numbers::Bf16(from)) => {
+                to[start..start + count].copy_from_slice(&from[from_start..from_start + count]);
+            }
+            (Numbers::Fp8(to), Numbers::Fp8(from)) => {
+                to[start..start + count].copy_from_slice(&from[from_start..from_start + count]);
+            }
+            _ => {
+                debug_assert!(false, "both caches are of one type");
+            }
         }
     }
 
@@ -68,6 +75,7 @@ impl Numbers {
             Numbers::Bf16(all) => {
                 out.extend(all[start..start + count].iter().map(|bits| bf16::from_bits(*bits).to_f32()))
             }
+            Numbers::Fp8(all) => out.extend(all[start..start + count].iter().map(|code| e4m3::decode(*code))),
         }
     }
 }
@@ -105,6 +113,16 @@ impl KvCache {
             self.layers[layer].values.append_to(start, tokens * head_dim, &mut values);
         }
         (keys, values)
+    }
+
+    /// Copies a whole block from another cache of the same shape.
+    pub(super) fn copy_block(&mut self, block: usize, from: &KvCache, from_block: usize) {
+        let (to, from_start) = (self.start(block, 0), from.start(from_block, 0));
+        let count = self.start(block + 1, 0) - to;
+        for (layer, from) in self.layers.iter_mut().zip(&from.layers) {
+            layer.keys.copy(to, &from.keys, from_start, count);
+            layer.values.copy(to, &from.values, from_start, count);
+        }
     }
 
     fn start(&self, block: usize, head: usize) -> usize {

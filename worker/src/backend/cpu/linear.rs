@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
-use super::{Activations, Fp8Mode};
-use crate::backend::{BackendError, Result};
+use super::Activations;
+use crate::backend::{BackendError, Fp8Mode, Result};
 use crate::weights::{Dtype, Fp8Scales, LinearShard, e4m3};
 
 /// One or several linears over the same input, stacked along the output.
@@ -41,7 +41,7 @@ impl Linear {
                 _ => 1.0,
             };
             numbers.extend(shard.weight.to_f32(factor));
-            let scales = shard.scales.filter(|_| mode == Fp8Mode::W8A8 && shard.weight.dtype == Dtype::F8E4M3);
+            let scales = shard.scales.filter(|_| mode == Fp8Mode::W8a8 && shard.weight.dtype == Dtype::F8E4M3);
             match parts.last_mut() {
                 // neighbours in plain float32 are one product
                 Some(last) if last.scales.is_none() && scales.is_none() => last.rows.end = rows.end,
@@ -53,6 +53,11 @@ impl Linear {
             _ => Some(Tensor::from_vec(numbers, (outputs, inputs), &Device::Cpu).map_err(device)?),
         };
         Ok(Self { weight, outputs, parts })
+    }
+
+    /// Whether its input is rounded to FP8.
+    pub(super) fn rounds_its_input(&self) -> bool {
+        self.parts.iter().any(|part| part.scales.is_some())
     }
 
     /// [T, inputs] to [T, outputs].

@@ -14,16 +14,20 @@ use std::time::Instant;
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::RopeTable;
 
-use super::{Backend, BackendError, Batch, KvBudget, RankSetup, Result, SampleRequest, SampleResults};
-use crate::engine::step::{Admission, Drawn, SequenceFault, Slot};
+use super::{
+    Backend, BackendError, Batch, Fp8Mode, KvBudget, KvDtype, RankSetup, Result, SampleRequest, SampleResults,
+};
+use crate::engine::step::{Admission, BlockCopy, Drawn, SequenceFault, Slot};
 use crate::grammar::Mask;
 use crate::model::KvShape;
 use crate::sample::{SlotState, score};
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
 use kv::KvCache;
-pub use kv::KvDtype;
 use linear::Linear;
+
+/// Rows of products that the CUDA backend's own kernel computes.
+const FEW_ROWS: usize = 16;
 
 /// How the CPU backend computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,16 +36,9 @@ pub struct CpuOptions {
     pub fp8: Fp8Mode,
     /// What the KV cache holds.
     pub kv: KvDtype,
-}
-
-/// What the CPU backend does with FP8 weights.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Fp8Mode {
-    /// Multiplies the weights by their scale at load; activations stay in float32.
-    #[default]
-    Dequantized,
-    /// Rounds activations to FP8 with their static scale, as a GPU does.
-    W8A8,
+    /// Rounds to bf16 what the CUDA backend holds in bf16 between its kernels: the oracle for FP8, where a last bit decides on
+    /// which side of a whole e4m3 step a number falls.
+    pub as_on_gpu: bool,
 }
 
 /// One rank on the CPU.
@@ -50,6 +47,7 @@ pub struct CpuBackend {
     options: CpuOptions,
     rope: RopeTable,
     cache: Option<KvCache>,
+    host: Option<KvCache>,
     step: StepState,
     slots: Vec<Option<SlotState>>,
     last_ids: Vec<u32>,
@@ -96,6 +94,7 @@ impl CpuBackend {
             setup,
             options,
             cache: None,
+            host: None,
             step: StepState::default(),
             slots: (0..slots).map(|_| None).collect(),
             last_ids: vec![0; slots],
@@ -112,6 +111,22 @@ impl CpuBackend {
             self.setup.collective.all_reduce(&mut values.numbers)?;
         }
         Ok(())
+    }
+
+    /// To bf16, where the GPU's numbers are wanted.
+    fn round(&self, numbers: &mut [f32]) {
+        if self.options.as_on_gpu {
+            for number in numbers {
+                *number = half::bf16::from_f32(*number).to_f32();
+            }
+        }
+    }
+
+    /// The same of what a linear reads; what is rounded to FP8 for it comes from f32.
+    fn round_input(&self, numbers: &mut [f32], next: &Linear) {
+        if !next.rounds_its_input() {
+            self.round(numbers);
+        }
     }
 
     fn rms(&self, row: &[f32], gain: &[f32], out: &mut [f32]) {
@@ -173,6 +188,32 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn block_bytes(&self, shape: &KvShape) -> usize {
+        shape.block_bytes(self.options.kv.size())
+    }
+
+    fn allocate_host(&mut self, shape: &KvShape, blocks: usize) -> Result<f64> {
+        self.host = Some(KvCache::new(*shape, blocks, self.options.kv));
+        let started = Instant::now();
+        let copies: Vec<BlockCopy> =
+            (0..blocks.min(8) as u32).map(|host| BlockCopy::ToHost { block: 0, host }).collect();
+        self.copy_blocks(&copies, &[])?;
+        Ok(started.elapsed().as_secs_f64() / copies.len().max(1) as f64)
+    }
+
+    fn copy_blocks(&mut self, first: &[BlockCopy], beside: &[BlockCopy]) -> Result<()> {
+        let (Some(cache), Some(host_cache)) = (&mut self.cache, &mut self.host) else {
+            return Err(BackendError::Device("there is no host memory for blocks".to_owned()));
+        };
+        for copy in first.iter().chain(beside) {
+            match *copy {
+                BlockCopy::ToHost { block, host } => host_cache.copy_block(host as usize, cache, block as usize),
+                BlockCopy::FromHost { host, block } => cache.copy_block(block as usize, host_cache, host as usize),
+            }
+        }
+        Ok(())
+    }
+
     fn execute(
         &mut self,
         batch: &Batch,
@@ -208,7 +249,7 @@ impl Backend for CpuBackend {
         residual: &mut Activations,
         partial: Option<Activations>,
         gain: &Vec<f32>,
-        _next: &Linear,
+        next: &Linear,
     ) -> Result<Activations> {
         if let Some(mut partial) = partial {
             self.all_reduce(&mut partial)?;
@@ -221,11 +262,17 @@ impl Backend for CpuBackend {
         for (row, out) in residual.numbers.chunks_exact(columns).zip(normed.chunks_exact_mut(columns)) {
             self.rms(row, gain, out);
         }
+        self.round_input(&mut normed, next);
         Ok(Activations { numbers: normed, columns })
     }
 
     fn linear(&mut self, input: &Activations, weights: &Linear) -> Result<Activations> {
-        weights.apply(input)
+        let mut product = weights.apply(input)?;
+        // its own kernel for few rows leaves sums in f32
+        if product.rows() > FEW_ROWS {
+            self.round(&mut product.numbers);
+        }
+        Ok(product)
     }
 
     fn rotate_and_store(&mut self, qkv: Activations, layer: usize) -> Result<Activations> {
@@ -256,24 +303,28 @@ impl Backend for CpuBackend {
             }
         }
         self.step = step;
+        self.round(&mut query);
         Ok(Activations { numbers: query, columns: query_columns })
     }
 
-    fn attend(&mut self, q: Activations, layer: usize, _next: &Linear) -> Result<Activations> {
+    fn attend(&mut self, q: Activations, layer: usize, next: &Linear) -> Result<Activations> {
         let step = std::mem::take(&mut self.step);
         let group = self.setup.plan.query_group();
         let attended = attention::attend(self.cache()?, &step.batch, &q, layer, group);
         self.step = step;
-        attended
+        let mut attended = attended?;
+        self.round_input(&mut attended.numbers, next);
+        Ok(attended)
     }
 
-    fn gate(&mut self, gate_up: Activations, _next: &Linear) -> Result<Activations> {
+    fn gate(&mut self, gate_up: Activations, next: &Linear) -> Result<Activations> {
         let columns = gate_up.columns / 2;
         let mut gated = Vec::with_capacity(gate_up.numbers.len() / 2);
         for row in gate_up.numbers.chunks_exact(gate_up.columns) {
             let (gate, up) = row.split_at(columns);
             gated.extend(gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up));
         }
+        self.round_input(&mut gated, next);
         Ok(Activations { numbers: gated, columns })
     }
 

@@ -55,7 +55,7 @@ fn fp8_linear_equals_the_reference() {
     let input = Activations { numbers: numbers(&goldens, "lin_x"), columns: inputs };
     let rounded: Vec<u8> = input.numbers.iter().map(|x| e4m3::encode(x / shard.scales.unwrap().input)).collect();
     assert_eq!(rounded, goldens.tensor("lin_xq").unwrap().data());
-    for (mode, name) in [(Fp8Mode::W8A8, "lin_y_w8a8"), (Fp8Mode::Dequantized, "lin_y_dequant")] {
+    for (mode, name) in [(Fp8Mode::W8a8, "lin_y_w8a8"), (Fp8Mode::Dequantized, "lin_y_dequant")] {
         let linear = Linear::load(&[shard.clone(), shard.clone()], mode).unwrap();
         let output = linear.apply(&input).unwrap();
         for (row, expected) in numbers(&goldens, name).chunks_exact(outputs).enumerate() {

@@ -2,9 +2,10 @@
 
 use bora_common::blocks::BLOCK_TOKENS;
 
+use super::CudaBackend;
 use super::driver::{Arguments, Shape};
 use super::linear::{InputFormat, Tensor, TensorFormat};
-use super::{CudaBackend, KvDtype};
+use crate::backend::KvDtype;
 use crate::backend::Result;
 
 /// Blocks of decode attention that fit on a multiprocessor.
@@ -12,9 +13,9 @@ pub(super) const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
 /// Most parts that one row's keys are cut into.
 const MOST_KEY_SPLITS: usize = 128;
 impl CudaBackend {
-    /// Parts that each row's keys are cut into when `rows` rows are decoded.
-    fn key_splits(&self, rows: usize) -> usize {
-        let blocks = rows.max(1) * self.setup.plan.kv_heads.len();
+    /// Parts that each item's keys are cut into when there are `items` of them.
+    fn key_splits(&self, items: usize) -> usize {
+        let blocks = items.max(1) * self.setup.plan.kv_heads.len();
         // rounded down: all blocks run at once, and none is left for a second round
         (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / blocks).clamp(1, MOST_KEY_SPLITS)
     }
@@ -54,13 +55,13 @@ impl CudaBackend {
             let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block, shared };
             self.launch(&name, launch, arguments)?;
         }
-        if shape.decode_rows > 0 {
-            let splits = self.key_splits(shape.decode_rows) as u32;
+        if shape.decode_items > 0 {
+            let splits = self.key_splits(shape.decode_items) as u32;
             let arguments = Arguments::default()
                 .address(q.address)
                 .address(keys)
                 .address(values)
-                .address(step.decode_rows)
+                .address(step.decode_items)
                 .address(step.positions)
                 .address(step.row_sequence)
                 .address(step.tables)
@@ -75,7 +76,7 @@ impl CudaBackend {
                 .f32(score_scale);
             let name = format!("decode_attention_{head_dim}_{}_to_{suffix}", kv.name());
             let launch = Shape {
-                grid: [splits, kv_heads, shape.decode_rows as u32],
+                grid: [splits, kv_heads, shape.decode_items as u32],
                 block: 128,
                 shared: decode_shared_bytes(head_dim, kv),
             };
@@ -88,14 +89,15 @@ impl CudaBackend {
 /// The kernel for chunks of a prompt, its threads and its shared memory (as its file says).
 pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32, u32) {
     if head_dim == 128 && hopper {
-        let raw = if kv == KvDtype::E4m3 { 4 * BLOCK_TOKENS * 128 } else { 0 };
+        let raw = if kv == KvDtype::Fp8 { 4 * BLOCK_TOKENS * 128 } else { 0 };
         let bytes = 1024 + 128 * 256 + 4 * 2 * BLOCK_TOKENS * 256 + raw;
         return (format!("hopper_attention_{}_to_{suffix}", kv.name()), 384, bytes as u32);
     }
     let padded = head_dim * 2 + 16;
-    let bytes = match kv {
-        KvDtype::Bf16 => 4 * BLOCK_TOKENS * padded,
-        KvDtype::E4m3 => 4 * BLOCK_TOKENS * head_dim + 2 * BLOCK_TOKENS * padded,
+    let bytes = if kv == KvDtype::Fp8 {
+        4 * BLOCK_TOKENS * head_dim + 2 * BLOCK_TOKENS * padded
+    } else {
+        4 * BLOCK_TOKENS * padded
     };
     (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), 256, bytes as u32)
 }
@@ -103,10 +105,7 @@ pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper:
 /// `decode_shared_bytes` of attention_decode.cu.
 pub(super) fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
     let (warps, tokens) = (4, 16);
-    let (stages, row) = match kv {
-        KvDtype::Bf16 => (3, head_dim * 2 + 16),
-        KvDtype::E4m3 => (6, head_dim),
-    };
+    let (stages, row) = if kv == KvDtype::Fp8 { (6, head_dim) } else { (3, head_dim * 2 + 16) };
     let ring = warps * stages * 2 * tokens * row;
     let merge = warps * 16 * (head_dim + 2) * 4;
     ring.max(merge) as u32

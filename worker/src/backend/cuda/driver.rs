@@ -253,6 +253,19 @@ impl Event {
         unsafe { result::event::record(self.event, device.stream) }.map_err(during("recording an event"))
     }
 
+    /// Marks the point that another stream has reached by now.
+    pub(super) fn record_on(&self, stream: sys::CUstream) -> Result<()> {
+        // SAFETY: both are live.
+        unsafe { result::event::record(self.event, stream) }.map_err(during("recording an event"))
+    }
+
+    /// What is submitted to the stream from now on waits for the point.
+    pub(super) fn hold(&self, stream: sys::CUstream) -> Result<()> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are live.
+        unsafe { result::stream::wait_event(stream, self.event, flags) }.map_err(during("waiting for an event"))
+    }
+
     /// Waits for the point.
     pub(super) fn wait(&self) -> Result<()> {
         // SAFETY: live.

@@ -1,5 +1,5 @@
-//! Steps of single tokens as recorded graphs: one for each size that a batch is filled up to, all recorded before the
-//! first request.
+//! Decode steps as recorded graphs: one for each size that a batch is filled up to. Those of single tokens are all recorded
+//! before the first request; those that verify guesses when a size comes for the second time.
 
 use super::driver::Graph;
 use super::linear::Linear;
@@ -10,6 +10,16 @@ use crate::backend::{Batch, Result};
 
 /// Largest step that is recorded as a graph.
 const LARGEST_GRAPH: usize = 256;
+/// Graphs of steps with guesses: beyond that, further sizes run without one.
+const MOST_GUESSING_GRAPHS: usize = 96;
+
+/// What a graph is recorded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct GraphSize {
+    pub(super) rows: usize,
+    /// Items of decode attention: as many as rows where each is of another sequence.
+    pub(super) items: usize,
+}
 
 /// A step size's graph.
 pub(super) enum Recording {
@@ -78,11 +88,11 @@ impl CudaBackend {
         let mut sizes: Vec<usize> = (1..=most).map(|rows| graph_rows(rows).min(most)).collect();
         sizes.dedup();
         for rows in sizes {
-            self.inputs.upload(&self.device, &Batch::default(), rows)?;
+            self.inputs.upload(&self.device, &Batch::default(), rows, rows)?;
             // the first time loads kernels, which can't be recorded
             forward(self)?;
             let graph = self.record(|backend| forward(backend).map(|_| ()))?;
-            self.graphs.insert(rows, Recording::Recorded(graph));
+            self.graphs.insert(GraphSize { rows, items: rows }, Recording::Recorded(graph));
         }
         self.device.synchronize()
     }
@@ -94,20 +104,19 @@ impl CudaBackend {
         forward: impl FnOnce(&mut Self) -> Result<Logits>,
     ) -> Result<Logits> {
         self.device.make_current()?;
-        let real = batch.token_ids.len();
-        let sequences = self.setup.limits.sequences;
-        let recorded =
-            self.options.graphs && StepInputs::is_decode(batch) && (1..=LARGEST_GRAPH.min(sequences)).contains(&real);
-        let rows = if recorded { graph_rows(real).min(sequences) } else { real };
+        let size = self.graph_size(batch);
         self.sampler.step_begins(&self.device)?;
-        self.inputs.upload(&self.device, batch, rows)?;
-        if !recorded {
+        let Some(size) = size else {
+            self.inputs.upload(&self.device, batch, batch.token_ids.len(), 0)?;
             return forward(self);
-        }
-        match self.graphs.get(&rows) {
+        };
+        self.inputs.upload(&self.device, batch, size.rows, size.items)?;
+        match self.graphs.get(&size) {
             None => {
                 let logits = forward(self)?;
-                self.graphs.insert(rows, Recording::Warm);
+                if size.items == size.rows || self.graphs.len() < LARGEST_GRAPH + MOST_GUESSING_GRAPHS {
+                    self.graphs.insert(size, Recording::Warm);
+                }
                 Ok(logits)
             }
             Some(Recording::Warm) => {
@@ -117,7 +126,7 @@ impl CudaBackend {
                     Ok(())
                 })?;
                 self.device.replay(&graph)?;
-                self.graphs.insert(rows, Recording::Recorded(graph));
+                self.graphs.insert(size, Recording::Recorded(graph));
                 Ok(logits.unwrap_or(Logits { rows: self.inputs.shape.logit_rows }))
             }
             Some(Recording::Recorded(graph)) => {
@@ -125,6 +134,23 @@ impl CudaBackend {
                 Ok(Logits { rows: self.inputs.shape.logit_rows })
             }
         }
+    }
+
+    /// The graph that a batch is filled up for, if it is one for a graph.
+    fn graph_size(&self, batch: &Batch) -> Option<GraphSize> {
+        let limits = &self.setup.limits;
+        let real = batch.token_ids.len();
+        let guesses = real > batch.sequences.len();
+        let most = if guesses { limits.logit_rows.min(limits.step_tokens) } else { limits.sequences };
+        let most = most.min(LARGEST_GRAPH);
+        if !self.options.graphs || !StepInputs::is_decode(batch) || !(1..=most).contains(&real) {
+            return None;
+        }
+        let rows = graph_rows(real).min(most);
+        // each row that fills up is an item of its own
+        let items = self.inputs.decode_items(batch) + rows - real;
+        let items = if guesses { items.next_power_of_two().min(rows) } else { rows };
+        Some(GraphSize { rows, items })
     }
 
     /// Records what `forward` submits.

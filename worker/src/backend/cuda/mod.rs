@@ -10,6 +10,7 @@ mod attention;
 pub mod check;
 mod driver;
 mod graphs;
+mod host;
 pub mod inspect;
 mod kernels;
 mod libraries;
@@ -30,15 +31,16 @@ use std::sync::Arc;
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::RopeTable;
 
-use super::{Backend, BackendError, Batch, KvBudget, RankSetup, Result, SampleRequest, SampleResults};
-use crate::engine::step::{Admission, Slot};
+use super::{Backend, BackendError, Batch, KvBudget, KvDtype, RankSetup, Result, SampleRequest, SampleResults};
+use crate::engine::step::{Admission, BlockCopy, Slot};
 use crate::model::KvShape;
 use crate::parallel::Abort;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
 use attention::DECODE_BLOCKS_A_MULTIPROCESSOR;
 use driver::{Address, Arguments, Buffer, Device, Shape};
-use graphs::{KnownProduct, Recording};
+use graphs::{GraphSize, KnownProduct, Recording};
+use host::HostBlocks;
 use kernels::Kernels;
 use linear::{InputFormat, TensorFormat, load_slice};
 pub use linear::{Linear, Tensor};
@@ -46,10 +48,10 @@ pub(crate) use machine::memory;
 pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
 use nccl::Communicator;
-pub use options::{CudaOptions, KvDtype, Sums};
+pub use options::{CudaOptions, Sums};
 use peers::Peers;
 use sampler::Sampler;
-use step::StepInputs;
+use step::{ITEM_ROWS, StepInputs};
 
 /// Steps in flight: the CPU prepares one while the GPU runs another.
 const PIPELINE_DEPTH: usize = 2;
@@ -59,7 +61,7 @@ const RESERVED_BYTES: u64 = 512 << 20;
 /// One rank on a GPU.
 pub struct CudaBackend {
     // fields drop in this order: what was recorded before what it reads, the device last
-    graphs: HashMap<usize, Recording>,
+    graphs: HashMap<GraphSize, Recording>,
     /// Where there are several ranks.
     communicator: Option<Communicator>,
     /// Where the ranks are GPUs of one host that reach each other.
@@ -69,6 +71,7 @@ pub struct CudaBackend {
     inputs: StepInputs,
     sampler: Sampler,
     cache: Option<Cache>,
+    host: Option<HostBlocks>,
     buffers: Option<Buffers>,
     rope: RopeTable,
     frequencies: Buffer,
@@ -125,6 +128,13 @@ impl CudaBackend {
                 reason: format!("{head_dim}: the kernels know 32, 64 and 128"),
             });
         }
+        let options = CudaOptions { kv: options.kv.or(KvDtype::Bf16), ..options };
+        if options.kv == KvDtype::F32 {
+            return Err(BackendError::Unsupported {
+                tensor: "the KV cache".to_owned(),
+                reason: "f32 is for the CPU, a GPU takes bf16 or fp8".to_owned(),
+            });
+        }
         let group = setup.plan.query_group();
         if group > 16 {
             return Err(BackendError::Unsupported {
@@ -160,6 +170,7 @@ impl CudaBackend {
             inputs,
             sampler,
             cache: None,
+            host: None,
             buffers: None,
             rope,
             frequencies,
@@ -214,10 +225,8 @@ impl CudaBackend {
         let rows = Matmul::padded_rows(limits.step_tokens.max(limits.sequences));
         let logit_rows = Matmul::padded_rows(limits.logit_rows.max(limits.sequences));
         let heads = plan.heads.len();
-        let decode_blocks =
-            (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR).max(rows * plan.kv_heads.len());
-        // each block leaves one row a head of its group; splits are rounded up
-        let partials = (decode_blocks + rows * plan.kv_heads.len()) * plan.query_group();
+        // a block leaves the rows of its tile where keys are split, and then all blocks run at once
+        let partials = self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR * ITEM_ROWS;
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,
             input: Buffer::new(rows * self.widths.input_bytes.max(config.hidden_size * 2), "the inputs of linears")?,
@@ -337,6 +346,18 @@ impl Backend for CudaBackend {
         self.device.make_current()?;
         self.tune_products()?;
         self.record_graphs(&forward)
+    }
+
+    fn block_bytes(&self, shape: &KvShape) -> usize {
+        shape.block_bytes(self.options.kv.size())
+    }
+
+    fn allocate_host(&mut self, shape: &KvShape, blocks: usize) -> Result<f64> {
+        self.take_host_memory(shape, blocks)
+    }
+
+    fn copy_blocks(&mut self, first: &[BlockCopy], beside: &[BlockCopy]) -> Result<()> {
+        self.submit_copies(first, beside)
     }
 
     fn execute(&mut self, batch: &Batch, forward: impl FnOnce(&mut Self) -> Result<Logits>) -> Result<Logits> {

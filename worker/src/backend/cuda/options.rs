@@ -1,30 +1,6 @@
 //! How the CUDA backend computes.
 
-/// What the KV cache holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KvDtype {
-    /// bfloat16.
-    #[default]
-    Bf16,
-    /// FP8 (e4m3, scale 1): half the memory and half the traffic.
-    E4m3,
-}
-
-impl KvDtype {
-    pub(super) fn size(self) -> usize {
-        match self {
-            KvDtype::Bf16 => 2,
-            KvDtype::E4m3 => 1,
-        }
-    }
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            KvDtype::Bf16 => "bf16",
-            KvDtype::E4m3 => "e4m3",
-        }
-    }
-}
+use crate::backend::KvDtype;
 
 /// How the CUDA backend computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

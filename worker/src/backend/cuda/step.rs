@@ -9,6 +9,10 @@ use crate::backend::{BackendError, Batch, Limits, Result};
 
 /// Rows of a prefill tile: tokens times the query heads that share a KV head.
 const TILE_ROWS: usize = 128;
+/// The same of a decode item (`DecodeItem` in attention_decode.cu).
+pub(super) const ITEM_ROWS: usize = 16;
+/// A sequence with at most so many rows has them decoded: its keys are split over the GPU.
+const FEW_ROWS: usize = 32;
 /// The id that stands for "the one drawn last in this slot" (`SAMPLED` in rows.cu).
 const SAMPLED: u32 = u32::MAX;
 /// Steps whose pinned copies exist at once: one more than may be in flight.
@@ -21,7 +25,7 @@ struct Places {
     row_slot: usize,
     positions: usize,
     row_sequence: usize,
-    decode_rows: usize,
+    decode_items: usize,
     logit_rows: usize,
     table_start: usize,
     tiles: usize,
@@ -36,7 +40,7 @@ pub(super) struct StepAddresses {
     pub(super) row_slot: Address,
     pub(super) positions: Address,
     pub(super) row_sequence: Address,
-    pub(super) decode_rows: Address,
+    pub(super) decode_items: Address,
     pub(super) logit_rows: Address,
     pub(super) table_start: Address,
     pub(super) tiles: Address,
@@ -48,8 +52,8 @@ pub(super) struct StepAddresses {
 pub(super) struct StepShape {
     /// T, filled up where the step is replayed from a graph.
     pub(super) rows: usize,
-    /// Rows with one token each.
-    pub(super) decode_rows: usize,
+    /// Items of single and of few rows of a sequence, filled up likewise.
+    pub(super) decode_items: usize,
     /// Tiles of the others.
     pub(super) tiles: usize,
     /// Wanted rows of logits, filled up likewise.
@@ -86,7 +90,7 @@ impl StepInputs {
             row_slot: place(rows),
             positions: place(rows),
             row_sequence: place(rows),
-            decode_rows: place(rows),
+            decode_items: place(3 * rows),
             logit_rows: place(limits.logit_rows.max(limits.sequences)),
             table_start: place(limits.sequences + 1),
             tiles: place(3 * (rows.div_ceil(tokens_in_tile) + limits.sequences)),
@@ -116,7 +120,7 @@ impl StepInputs {
             row_slot: at(places.row_slot),
             positions: at(places.positions),
             row_sequence: at(places.row_sequence),
-            decode_rows: at(places.decode_rows),
+            decode_items: at(places.decode_items),
             logit_rows: at(places.logit_rows),
             table_start: at(places.table_start),
             tiles: at(places.tiles),
@@ -124,13 +128,19 @@ impl StepInputs {
         }
     }
 
-    /// Whether every sequence has one row and wants its logits: the steps that graphs are recorded for.
+    /// Whether every sequence has few rows and wants their logits: the steps that graphs are recorded for.
     pub(super) fn is_decode(batch: &Batch) -> bool {
-        batch.logit_rows.len() == batch.token_ids.len() && batch.sequences.iter().all(|sequence| sequence.rows == 1)
+        batch.logit_rows.len() == batch.token_ids.len()
+            && batch.sequences.iter().all(|sequence| sequence.rows as usize <= FEW_ROWS)
     }
 
-    /// Puts a batch on the device, filled up to `rows` rows (more than it has only for a decode step).
-    pub(super) fn upload(&mut self, device: &Device, batch: &Batch, rows: usize) -> Result<()> {
+    /// Items that the rows of such a step make.
+    pub(super) fn decode_items(&self, batch: &Batch) -> usize {
+        batch.sequences.iter().map(|sequence| (sequence.rows as usize).div_ceil(ITEM_ROWS / self.group)).sum()
+    }
+
+    /// Puts a batch on the device, filled up to `rows` rows and `items` items (more than it has only for a decode step).
+    pub(super) fn upload(&mut self, device: &Device, batch: &Batch, rows: usize, items: usize) -> Result<()> {
         let index = self.next;
         self.next = (self.next + 1) % self.pinned.len();
         let (pinned, copied) = &mut self.pinned[index];
@@ -139,7 +149,8 @@ impl StepInputs {
         let places = self.places;
         let real = batch.token_ids.len();
         let filling = rows - real;
-        let mut shape = StepShape { rows, decode_rows: 0, tiles: 0, logit_rows: batch.logit_rows.len() + filling };
+        let mut decoded = 0;
+        let mut shape = StepShape { rows, decode_items: 0, tiles: 0, logit_rows: batch.logit_rows.len() + filling };
         let mut tables_end = 0;
         let mut tiles = Vec::new();
         for (number, sequence) in batch.sequences.iter().enumerate() {
@@ -160,9 +171,14 @@ impl StepInputs {
                 words[places.positions + row] = batch.positions[row];
                 words[places.row_sequence + row] = number as u32;
             }
-            if count == 1 {
-                words[places.decode_rows + shape.decode_rows] = first as u32;
-                shape.decode_rows += 1;
+            if count <= FEW_ROWS {
+                let step = ITEM_ROWS / self.group;
+                for offset in (0..count).step_by(step) {
+                    let item = [first + offset, step.min(count - offset), decoded].map(|word| word as u32);
+                    words[places.decode_items + 3 * shape.decode_items..][..3].copy_from_slice(&item);
+                    shape.decode_items += 1;
+                    decoded += item[1] as usize;
+                }
                 continue;
             }
             let step = TILE_ROWS / self.group;
@@ -190,10 +206,17 @@ impl StepInputs {
                 words[places.row_slot + row] = 0;
                 words[places.positions + row] = 0;
                 words[places.row_sequence + row] = number as u32;
-                words[places.decode_rows + shape.decode_rows] = row as u32;
-                shape.decode_rows += 1;
+                let item = [row as u32, 1, decoded as u32];
+                words[places.decode_items + 3 * shape.decode_items..][..3].copy_from_slice(&item);
+                shape.decode_items += 1;
+                decoded += 1;
                 words[places.logit_rows + row] = row as u32;
             }
+        }
+        while shape.decode_items < items {
+            // nothing to do
+            words[places.decode_items + 3 * shape.decode_items..][..3].fill(0);
+            shape.decode_items += 1;
         }
         let used = (places.tables + tables_end) * 4;
         device.upload_async(self.buffer.address, &pinned.as_slice()[..used])?;

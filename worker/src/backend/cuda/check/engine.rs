@@ -8,9 +8,10 @@ use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::ModelConfig;
 use serde_json::json;
 
-use super::super::{CudaBackend, CudaOptions, KvDtype};
+use super::super::{CudaBackend, CudaOptions};
 use super::Outcome;
 use super::reference::{Random, median};
+use crate::backend::KvDtype;
 use crate::backend::{Backend, KvBudget, Limits, RankSetup};
 use crate::engine::runner::{Bounds, ModelRunner};
 use crate::engine::step::{Admission, Step, StepRunner, Tokens, Work};
@@ -44,7 +45,7 @@ pub(super) fn run(config: Option<&Path>, only: &str, report: &mut dyn FnMut(Outc
     for options in [
         CudaOptions::default(),
         CudaOptions { overlap: false, ..CudaOptions::default() },
-        CudaOptions { kv: KvDtype::E4m3, ..CudaOptions::default() },
+        CudaOptions { kv: KvDtype::Fp8, ..CudaOptions::default() },
     ] {
         let name = format!("kv {}{}", options.kv.name(), if options.overlap { "" } else { ", no overlap" });
         if name.contains(only)
@@ -80,7 +81,7 @@ impl Driver {
             release
         };
         self.live.extend(admit.iter().map(|admission| admission.slot));
-        Ok(self.runner.submit(Step { id: self.step, release, admit, work, traces: Vec::new() })?)
+        Ok(self.runner.submit(Step { id: self.step, release, admit, work, ..Step::default() })?)
     }
 
     /// `batch` prompts of `context` random tokens, one after the other; seconds.

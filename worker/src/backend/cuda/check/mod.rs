@@ -11,7 +11,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{CudaOptions, KvDtype, Sums};
+use super::{CudaOptions, Sums};
+use crate::backend::KvDtype;
 
 /// What one check found.
 #[derive(Clone, Debug)]
@@ -65,7 +66,7 @@ pub fn run(section: Section, fixtures: &Path, config: Option<&Path>, only: &str,
         Section::Kernels => kernels::run(only, report),
         Section::Models => {
             for overlap in [true, false] {
-                for kv in [KvDtype::Bf16, KvDtype::E4m3] {
+                for kv in [KvDtype::Bf16, KvDtype::Fp8] {
                     let options = CudaOptions { kv, overlap, ..CudaOptions::default() };
                     models::run(fixtures, options, 1, only, report);
                 }

@@ -8,12 +8,13 @@ use std::time::Duration;
 use safetensors::SafeTensors;
 use serde_json::json;
 
-use super::super::{CudaBackend, CudaOptions, KvDtype};
+use super::super::{CudaBackend, CudaOptions};
 use super::Outcome;
 use super::reference::{from_f32, median};
-use crate::backend::{Backend, BackendError, Batch, BatchSequence, KvBudget, Limits, RankSetup};
+use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::{Backend, BackendError, Batch, BatchSequence, Fp8Mode, KvBudget, KvDtype, Limits, RankSetup};
 use crate::engine::runner::{Bounds, ModelRunner};
-use crate::engine::step::{Admission, Step, StepRunner, Tokens, Work};
+use crate::engine::step::{Admission, BlockCopy, Step, StepRunner, Tokens, Work};
 use crate::model::{KvShape, Ministral3};
 use crate::parallel::{Collective, SharedRank, SingleRank};
 use crate::sample::SamplingParams;
@@ -24,6 +25,14 @@ use bora_common::model::ModelConfig;
 const CASES: [&str; 4] = ["short", "code", "long", "card_small_talk"];
 const LIMITS: Limits = Limits { step_tokens: 1408, sequences: 8, model_len: 2048, logit_rows: 1408 };
 const BLOCKS: usize = 128;
+
+/// How much further from the reference than the roundings of a GPU alone lead the CPU backend (median and most of the differences of
+/// logits, largest gap), and what is free besides. Where inputs are rounded to FP8 a last bit decides on which side of a whole
+/// e4m3 step a number falls, so that two right computations differ from each other as much as from the reference.
+const MEDIAN_SHARE: (f64, f64) = (1.3, 0.005);
+const MOST_SHARE: (f64, f64) = (2.5, 0.1);
+/// By how much fewer best ids may agree, besides one.
+const AGREEMENT_LOSS: f64 = 0.1;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -191,30 +200,57 @@ fn check_case(
         let agreeing = gaps.iter().filter(|gap| **gap == 0.0).count();
         (agreeing as f64 / gaps.len() as f64, gaps.into_iter().fold(0.0, f64::max))
     };
+    let (mut moved, mut guessed) = (0.0, found_greedy.clone());
+    if ranks == 1 {
+        let mut rank = open(folder, options, Box::new(SingleRank::default()))?;
+        if ids.len() > BLOCK_TOKENS {
+            moved = moved_through_host(&mut rank, &ids)?;
+        }
+        guessed = decode_guessing(rank, &ids, &greedy)?;
+    }
+    let guessed_equal = guessed.iter().zip(&found_greedy).take_while(|(a, b)| a == b).count();
     let same = found_greedy.iter().zip(&greedy).take_while(|(a, b)| a == b).count();
     let (median_whole, most_whole) = differences(&whole);
     let (median_chunked, most_chunked) = differences(&chunked);
     let (median_stepped, most_stepped) = differences(&stepped);
-    // bf16 activations: the reference's own bf16 forward is off by 0.17 to 0.80. With FP8 (activations or cache) a last
-    // bit decides on which side of a whole e4m3 step a number falls, which later positions read.
-    let (median_bound, most_bound, gap_bound) = match (options.kv, prefix.is_empty()) {
-        (KvDtype::Bf16, true) => (0.06, 0.8, 0.4),
-        (KvDtype::Bf16, false) => (0.3, 3.2, 1.6),
-        (KvDtype::E4m3, _) => (0.4, 4.0, 2.5),
+    // the CPU with the same cache and the same roundings
+    let oracle = oracle_logits(folder, &ids, !prefix.is_empty(), options.kv)?;
+    let from_oracle = |logits: &[f32]| -> (f64, f64) {
+        let all: Vec<f64> = logits.iter().zip(&oracle).map(|(a, b)| f64::from((a - b).abs())).collect();
+        let most =
+            all.iter().copied().fold(0.0, |most: f64, one| if one.is_nan() { f64::INFINITY } else { most.max(one) });
+        (median(all), most)
     };
+    let (median_oracle, most_oracle) = from_oracle(&whole);
+    // how far those roundings alone lead away from the reference
+    let (median_rounded, most_rounded) = differences(&oracle);
+    let (agreement_rounded, gap_rounded) = gaps(&oracle);
     let gaps = [gaps(&whole), gaps(&chunked), gaps(&stepped)];
+    let within = |found: f64, rounded: f64, (share, free): (f64, f64)| found < share * rounded + free;
     let passed = ranks_agree
-        && [median_whole, median_chunked, median_stepped].iter().all(|median| *median < median_bound)
-        && [most_whole, most_chunked, most_stepped].iter().all(|most| *most < most_bound)
-        && gaps.iter().all(|(_, gap)| *gap < gap_bound);
+        && [median_whole, median_chunked, median_stepped].iter().all(|m| within(*m, median_rounded, MEDIAN_SHARE))
+        && [most_whole, most_chunked, most_stepped].iter().all(|most| within(*most, most_rounded, MOST_SHARE))
+        && gaps.iter().all(|(_, gap)| within(*gap, gap_rounded, MOST_SHARE))
+        && gaps.iter().all(|(agreement, _)| *agreement >= agreement_rounded - AGREEMENT_LOSS - 1.0 / argmax.len() as f64)
+        && within(median_oracle, median_rounded, MEDIAN_SHARE)
+        && within(most_oracle, most_rounded, MOST_SHARE)
+        && moved == 0.0
+        // other products compute several rows: an id may differ only where the reference's already did
+        && guessed_equal >= same;
     let details = json!({
         "tokens": ids.len(),
         "ranks_agree": ranks_agree,
         "median_difference": [median_whole, median_chunked, median_stepped],
         "largest_difference": [most_whole, most_chunked, most_stepped],
+        "difference_from_oracle": { "median": median_oracle, "most": most_oracle },
+        "oracle_from_reference": {
+            "median": median_rounded, "most": most_rounded, "argmax_agreement": agreement_rounded, "gap": gap_rounded,
+        },
         "argmax_agreement": gaps.map(|(agreement, _)| agreement),
         "largest_gap": gaps.map(|(_, gap)| gap),
         "greedy_equal": format!("{same}/{}", greedy.len()),
+        "with_guesses_equal": format!("{guessed_equal}/{}", greedy.len()),
+        "moved_through_host": moved,
     });
     Ok((passed, details))
 }
@@ -227,6 +263,119 @@ fn largest(row: &[f32]) -> u32 {
         }
     }
     best as u32
+}
+
+/// Logits of every position by the CPU backend, with the roundings and the cache of a GPU.
+fn oracle_logits(folder: &Path, ids: &[u32], fp8: bool, kv: KvDtype) -> Result<Vec<f32>, Failure> {
+    let config = ModelConfig::from_dir(folder)?;
+    let weights = Weights::open(folder, &config)?;
+    let plan = ShardPlan::new(&config, 0, 1)?;
+    let collective = Box::new(SingleRank::default());
+    let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: LIMITS, collective };
+    let fp8 = if fp8 { Fp8Mode::W8a8 } else { Fp8Mode::Dequantized };
+    let mut backend = CpuBackend::new(setup, CpuOptions { fp8, kv, as_on_gpu: true });
+    let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
+    backend.allocate_kv(&KvShape::new(&config, &plan), BLOCKS)?;
+    let rows = ids.len() as u32;
+    let batch = Batch {
+        token_ids: ids.iter().copied().map(Some).collect(),
+        positions: (0..rows).collect(),
+        sequences: vec![BatchSequence {
+            slot: 0,
+            first_row: 0,
+            rows,
+            context: rows,
+            blocks: (0..ids.len().div_ceil(BLOCK_TOKENS) as u32).collect(),
+        }],
+        logit_rows: (0..rows).collect(),
+    };
+    Ok(backend.execute(&batch, |backend| model.forward(backend))?.numbers)
+}
+
+/// The largest change of the logits behind a prefix whose blocks went to host memory and came back elsewhere.
+fn moved_through_host(rank: &mut Rank, ids: &[u32]) -> Result<f64, BackendError> {
+    let plan = ShardPlan::new(&rank.config, 0, 1).map_err(|error| BackendError::Device(error.to_string()))?;
+    let shape = KvShape::new(&rank.config, &plan);
+    let count = (ids.len() - 1) / BLOCK_TOKENS;
+    rank.backend.allocate_host(&shape, count + 2)?;
+    let (prefix, rest) = ids.split_at(count * BLOCK_TOKENS);
+    all_logits(rank, prefix, prefix.len(), 3)?;
+    let last = |rank: &mut Rank, first_block: u32| -> Result<Vec<f32>, BackendError> {
+        let rows = rest.len() as u32;
+        let start = prefix.len() as u32;
+        let blocks = (first_block..first_block + ids.len().div_ceil(BLOCK_TOKENS) as u32).collect();
+        let batch = Batch {
+            token_ids: rest.iter().copied().map(Some).collect(),
+            positions: (start..start + rows).collect(),
+            sequences: vec![BatchSequence { slot: 0, first_row: 0, rows, context: start + rows, blocks }],
+            logit_rows: (0..rows).collect(),
+        };
+        let model = &rank.model;
+        let logits = rank.backend.execute(&batch, |backend| model.forward(backend))?;
+        let numbers = rank.backend.read_logits(&logits)?;
+        rank.backend.sample(logits, &[])?;
+        rank.backend.collect()?;
+        Ok(numbers)
+    };
+    let expected = last(rank, 3)?;
+    let away: Vec<BlockCopy> =
+        (0..count as u32).map(|i| BlockCopy::ToHost { block: 3 + i, host: (count as u32 + 1) - i }).collect();
+    let back: Vec<BlockCopy> =
+        (0..count as u32).map(|i| BlockCopy::FromHost { host: (count as u32 + 1) - i, block: 60 + i }).collect();
+    rank.backend.copy_blocks(&away[..1], &away[1..])?;
+    rank.backend.copy_blocks(&back[..1], &back[1..])?;
+    rank.backend.copy_blocks(&[], &[])?;
+    let found = last(rank, 60)?;
+    let differences = found.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs()));
+    Ok(differences.fold(0.0, |most, one| if one.is_nan() { f64::INFINITY } else { most.max(one) }))
+}
+
+/// The reference's greedy ids as guesses, some of them wrong, one to nine at a time, beside a sequence that decodes.
+fn decode_guessing(rank: Rank, ids: &[u32], greedy: &[u32]) -> Result<Vec<u32>, Failure> {
+    let bounds = Bounds { limits: LIMITS, kv_blocks: BLOCKS, vocabulary_size: rank.config.vocab_size };
+    let mut runner = ModelRunner::new(rank.backend, rank.model, 0, bounds);
+    let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let admit =
+        |slot| Admission { slot, sampling: sampling.clone(), prompt_ids: Vec::new(), generated_ids: Vec::new() };
+    let work = |slot, start, tokens, new_blocks, drafts| Work {
+        slot,
+        start,
+        tokens,
+        new_blocks,
+        sample: true,
+        drafts,
+        prompt_logprobs: None,
+    };
+    let blocks = (1..1 + (ids.len() + greedy.len() + 16).div_ceil(BLOCK_TOKENS) as u32).collect();
+    let first = vec![
+        work(1, 0, Tokens::Ids(ids.to_vec()), blocks, 0),
+        work(4, 0, Tokens::Ids(vec![100, 200, 300]), vec![100, 101], 0),
+    ];
+    runner.submit(Step { id: 1, admit: vec![admit(1), admit(4)], work: first, ..Step::default() })?;
+    let mut drawn: Vec<u32> = Vec::new();
+    for step in 2.. {
+        for sampled in runner.collect()?.sampled {
+            if sampled.slot == 1 {
+                drawn.extend(sampled.result?.iter().map(|drawn| drawn.token_id));
+            }
+        }
+        if drawn.len() >= greedy.len() {
+            break;
+        }
+        let count = (step as usize % 9).min(greedy.len() - drawn.len());
+        let mut tokens = vec![drawn[drawn.len() - 1]];
+        tokens.extend(&greedy[drawn.len()..drawn.len() + count]);
+        if step % 3 == 0 && count > 0 {
+            // a wrong one, and others behind it
+            let place = 1 + step as usize % count;
+            tokens[place] ^= 1;
+        }
+        let position = (ids.len() + drawn.len() - 1) as u32;
+        let own = work(1, position, Tokens::Ids(tokens), Vec::new(), count as u32);
+        let other = work(4, step as u32 + 1, Tokens::Sampled, Vec::new(), 0);
+        runner.submit(Step { id: step, work: vec![other, own], ..Step::default() })?;
+    }
+    Ok(drawn)
 }
 
 /// The prompt in chunks beside a second sequence that decodes, then both in one batch, two steps in flight.

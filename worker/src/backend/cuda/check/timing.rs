@@ -3,7 +3,6 @@
 
 use serde_json::json;
 
-use super::super::KvDtype;
 use super::super::attention::{decode_shared_bytes, prefill_kernel};
 use super::super::driver::{Address, Arguments, Buffer, Event};
 use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
@@ -11,6 +10,7 @@ use super::super::sampler::Sampler;
 use super::Outcome;
 use super::kernels::Bench;
 use super::reference::{f32_bytes, u32_bytes};
+use crate::backend::KvDtype;
 use crate::backend::{Limits, Result, SampleRequest};
 use crate::engine::step::Admission;
 use crate::sample::SamplingParams;
@@ -301,27 +301,40 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
 }
 
 fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
-    for kv in [KvDtype::Bf16, KvDtype::E4m3] {
-        for (rows, context, split_choices) in [
-            (1usize, 1024usize, vec![16, 33]),
-            (1, 32_768, vec![33]),
-            (1, 131_072, vec![33]),
-            (1, 262_144, vec![33]),
-            (32, 1024, vec![1]),
-            (128, 1024, vec![1]),
-            (4, 32_768, vec![8, 17]),
+    for kv in [KvDtype::Bf16, KvDtype::Fp8] {
+        // sequences, rows of each (more than one: guesses that are verified), context
+        for (sequences, each, context, split_choices) in [
+            (1usize, 1usize, 1024usize, vec![16, 33]),
+            (1, 1, 32_768, vec![33]),
+            (1, 1, 131_072, vec![33]),
+            (1, 1, 262_144, vec![33]),
+            (32, 1, 1024, vec![1]),
+            (128, 1, 1024, vec![1]),
+            (4, 1, 32_768, vec![8, 17]),
+            (1, 4, 32_768, vec![33]),
+            (1, 16, 32_768, vec![8]),
+            (1, 16, 131_072, vec![8]),
+            (8, 4, 1024, vec![4]),
         ] {
+            let rows = sequences * each;
             let blocks = context / 64;
-            let plane = rows * blocks * KV_HEADS * 64 * D * kv.size();
+            let plane = sequences * blocks * KV_HEADS * 64 * D * kv.size();
             // several layers' worth, past the cache
             let layers = PAST_CACHE.div_ceil(2 * plane).clamp(1, 40);
-            let cache = random_bytes(bench, 2 * plane * layers, kv == KvDtype::E4m3, 1.0)?;
+            let cache = random_bytes(bench, 2 * plane * layers, kv == KvDtype::Fp8, 1.0)?;
             let q = random_bytes(bench, (rows * HEADS * D * 2).max(8192), false, 1.0)?;
-            let list: Vec<u32> = (0..rows as u32).collect();
-            let (rows_buffer, positions) =
-                (bench.upload(&u32_bytes(&list))?, bench.upload(&u32_bytes(&vec![context as u32 - 1; rows]))?);
-            let tables = bench.upload(&u32_bytes(&(0..(rows * blocks) as u32).rev().collect::<Vec<_>>()))?;
-            let starts = bench.upload(&u32_bytes(&list.iter().map(|row| row * blocks as u32).collect::<Vec<_>>()))?;
+            // four rows of a sequence share a tile with their heads
+            let items: Vec<[u32; 3]> = (0..sequences)
+                .flat_map(|sequence| (0..each).step_by(4).map(move |row| (sequence * each + row, (each - row).min(4))))
+                .map(|(first, count)| [first as u32, count as u32, first as u32])
+                .collect();
+            let listed = items.len();
+            let items = bench.upload(&u32_bytes(items.as_flattened()))?;
+            let positions: Vec<u32> = (0..rows).map(|row| (context - each + row % each) as u32).collect();
+            let positions = bench.upload(&u32_bytes(&positions))?;
+            let owners = bench.upload(&u32_bytes(&(0..rows).map(|row| (row / each) as u32).collect::<Vec<_>>()))?;
+            let tables = bench.upload(&u32_bytes(&(0..(sequences * blocks) as u32).rev().collect::<Vec<_>>()))?;
+            let starts = bench.upload(&u32_bytes(&(0..sequences).map(|s| (s * blocks) as u32).collect::<Vec<_>>()))?;
             for splits in split_choices {
                 let partial = bench.poisoned(rows * HEADS * splits * D * 4)?;
                 let sums = bench.poisoned(rows * HEADS * splits * 4)?;
@@ -333,9 +346,9 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                         .address(q.address)
                         .address(keys)
                         .address(keys + plane as u64)
-                        .address(rows_buffer.address)
+                        .address(items.address)
                         .address(positions.address)
-                        .address(rows_buffer.address)
+                        .address(owners.address)
                         .address(tables.address)
                         .address(starts.address)
                         .address(partial.address)
@@ -349,7 +362,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                     let name = format!("decode_attention_{D}_{}_to_e4m3", kv.name());
                     bench.launch(
                         &name,
-                        [splits as u32, KV_HEADS as u32, rows as u32],
+                        [splits as u32, KV_HEADS as u32, listed as u32],
                         128,
                         decode_shared_bytes(D, kv),
                         arguments,
@@ -357,7 +370,10 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 })?;
                 tell(
                     report,
-                    format!("decode attention {} rows {rows} context {context} splits {splits}", kv.name()),
+                    format!(
+                        "decode attention {} {sequences} x {each} rows context {context} splits {splits}",
+                        kv.name()
+                    ),
                     us,
                     2.0 * plane as f64,
                     0.0,
@@ -368,7 +384,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
         for (start, count) in [(0usize, 8192usize), (24_576, 8192), (122_880, 8192), (8192, 1024)] {
             let blocks = (start + count) / 64;
             let plane = blocks * KV_HEADS * 64 * D * kv.size();
-            let cache = random_bytes(bench, 2 * plane, kv == KvDtype::E4m3, 1.0)?;
+            let cache = random_bytes(bench, 2 * plane, kv == KvDtype::Fp8, 1.0)?;
             let q = random_bytes(bench, count * HEADS * D * 2, false, 1.0)?;
             let positions = bench.upload(&u32_bytes(&(start as u32..(start + count) as u32).collect::<Vec<_>>()))?;
             let tables = bench.upload(&u32_bytes(&(0..blocks as u32).rev().collect::<Vec<_>>()))?;
