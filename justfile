@@ -28,3 +28,4 @@ quickstart:
 bench:
     scripts/bench/router
     scripts/bench/engine-cpu
+    scripts/bench/api

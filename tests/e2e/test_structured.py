@@ -138,6 +138,7 @@ def test_forbidden_tools_are_not_called(client):
     ({"guided_json": {"type": "string", "pattern": "("}}, "guided_json"),
     ({"guided_grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "guided_grammar"),
     ({"guided_regex": "x" * 300_000}, "guided_regex"),
+    ({"guided_json": {"type": "object", "properties": {f"p{number}": {} for number in range(15_000)}}}, "guided_json"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
 ])

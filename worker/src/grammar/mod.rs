@@ -32,6 +32,9 @@ pub use state::{GrammarState, Mask};
 pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
 /// Brackets within brackets; more could overrun the stack of the grammar's own parser.
 const MAX_NESTING: usize = 128;
+/// Members of an object in a schema: properties that may be left out cost the square of their number, and 20,000 of them
+/// fit into [`MAX_GRAMMAR_BYTES`].
+const MAX_MEMBERS: usize = 1_000;
 /// Work spent on building a grammar: llguidance does 50,000 units in a millisecond.
 const COMPILE_FUEL: u64 = 2_500_000;
 /// Compiled grammars that are kept.
@@ -84,6 +87,10 @@ impl TryFrom<v1::Grammar> for GrammarSource {
         if kind != GrammarKind::JsonSchema && nesting(&grammar.source) > MAX_NESTING {
             return Err(GrammarError(format!("its brackets are nested more than {MAX_NESTING} deep")));
         }
+        // in Lark a schema may stand behind a lone quotation mark
+        if widest_object(&grammar.source, false).max(widest_object(&grammar.source, true)) > MAX_MEMBERS {
+            return Err(GrammarError(format!("an object in it has more than {MAX_MEMBERS} members")));
+        }
         Ok(Self { kind, text: grammar.source })
     }
 }
@@ -100,6 +107,31 @@ fn nesting(text: &str) -> usize {
         deepest = deepest.max(depth);
     }
     deepest
+}
+
+/// Members of the largest JSON object in a text that begins outside of a string, or inside.
+fn widest_object(text: &str, begins_in_string: bool) -> usize {
+    // of each bracket that is open: whether it is an object, and its members
+    let mut open: Vec<(bool, usize)> = Vec::new();
+    let (mut widest, mut in_string, mut escaped) = (0, begins_in_string, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' | b'[' => open.push((byte == b'{', 1)),
+            b'}' | b']' => drop(open.pop()),
+            b',' => {
+                if let Some((true, members)) = open.last_mut() {
+                    *members += 1;
+                    widest = widest.max(*members);
+                }
+            }
+            _ => {}
+        }
+    }
+    widest
 }
 
 /// Compiles grammars for one vocabulary and keeps the newest ones.

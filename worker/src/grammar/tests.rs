@@ -165,3 +165,26 @@ fn bad_grammars_are_refused_quickly() {
     let long = v1::Grammar { kind: v1::grammar::Kind::Regex.into(), source: "a".repeat(MAX_GRAMMAR_BYTES + 1) };
     assert!(GrammarSource::try_from(long).is_err());
 }
+
+#[test]
+fn objects_with_too_many_members_are_refused_before_they_are_compiled() {
+    let schema = |count: usize| {
+        let properties: Vec<String> = (0..count).map(|number| format!("\"p{number}\": {{}}")).collect();
+        format!("{{\"type\": \"object\", \"properties\": {{{}}}}}", properties.join(", "))
+    };
+    let read =
+        |kind: v1::grammar::Kind, source: String| GrammarSource::try_from(v1::Grammar { kind: kind.into(), source });
+    let lark = |schema: String| format!("start: QUOTE answer\nQUOTE: /\"/\nanswer: %json {schema}\n");
+    assert!(read(v1::grammar::Kind::JsonSchema, schema(MAX_MEMBERS)).is_ok());
+    assert!(read(v1::grammar::Kind::Lark, lark(schema(MAX_MEMBERS))).is_ok());
+    for (kind, source) in [
+        (v1::grammar::Kind::JsonSchema, schema(MAX_MEMBERS + 1)),
+        (v1::grammar::Kind::Lark, lark(schema(MAX_MEMBERS + 1))),
+    ] {
+        let error = read(kind, source).unwrap_err();
+        assert!(error.0.contains("members"), "{error}");
+    }
+    // long lists and texts are something else
+    let list = format!("{{\"enum\": [{}]}}", vec!["\"a, b\""; 5_000].join(", "));
+    assert!(read(v1::grammar::Kind::JsonSchema, list).is_ok());
+}
