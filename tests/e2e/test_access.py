@@ -156,7 +156,7 @@ def test_the_key_file_is_read_again(guarded):
 
 def can_be_alone():
     """Whether this machine gives a process a network of its own: there it may listen on all addresses, and nobody reaches it."""
-    return shutil.which("unshare") and subprocess.run(["unshare", "--map-root-user", "--net", "true"], capture_output=True).returncode == 0
+    return shutil.which("ip") and shutil.which("unshare") and subprocess.run(["unshare", "--map-root-user", "--net", "true"], capture_output=True).returncode == 0
 
 
 @pytest.mark.skipif(not can_be_alone(), reason="needs a network namespace of its own")
