@@ -10,7 +10,7 @@ import json
 import snippets
 import toolbox
 import values
-from words import (ADJECTIVES, ANIMALS, CAPITALS, CITIES, HELD_ADJECTIVES, HELD_CITIES, HELD_NAMES, HELD_THINGS, NAMES, THINGS)
+from words import ADJECTIVES, ANIMALS, CAPITALS, CITIES, HELD_ADJECTIVES, HELD_NAMES, HELD_THINGS, NAMES, THINGS
 
 CALL_IDS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -30,7 +30,7 @@ class Conversation:
     def __init__(self, rng, held, tools, unheard=None):
         self.rng, self.held, self.tools = rng, held, tools
         self.unheard = held if unheard is None else unheard
-        self.facts, self.keys = [], set()
+        self.facts, self.keys, self.asked = [], set(), set()
 
     def calls(self, *calls):
         """The assistant's message that makes these (name, arguments) calls."""
@@ -47,6 +47,10 @@ class Conversation:
 
     def pick(self, common, held):
         return self.rng.choice(held if self.held else common)
+
+    def term(self, common, held):
+        """As `pick`; in training half of the words are any words."""
+        return values.strange(self.rng) if not self.held and self.rng.random() < 0.5 else self.pick(common, held)
 
     def say(self, common, unheard):
         return self.rng.choice(unheard if self.unheard else common)
@@ -210,6 +214,8 @@ def edit(c):
             return one_call(c)
         question = c.say(["Rename {a} to {b} in {p}", "In {p}, rename {a} to {b}.", "Please rename {a} in {p} to {b}", "Change the name {a} to {b} in {p}."],
                           ["In the file {p}, {a} should be called {b}: rename it"]).format(a=old, b=new, p=path)
+        if not c.unheard and rng.random() < 0.3:
+            question = toolbox.dressed(rng, question)
         look, act = c.calls((read.name, {"path": path})), c.calls(change)
         return [user(question), look, *c.results(look, ["\n".join(lines)]), act, *c.results(act, [rng.choice(["ok", "done", f"edited {path}", "1 block applied"])]),
                 answer(f"I renamed {old} to {new} in {path}.")]
@@ -218,6 +224,8 @@ def edit(c):
     if change is None:
         return one_call(c)
     question = c.say(["In {p}, replace `{a}` by `{b}`", "Replace `{a}` with `{b}` in {p}.", "In {p} change `{a}` to `{b}`"], ["Edit {p} so that `{a}` becomes `{b}`"]).format(a=old, b=new, p=path)
+    if not c.unheard and rng.random() < 0.3:
+        question = toolbox.dressed(rng, question)
     act = c.calls(change)
     return [user(question), act, *c.results(act, [rng.choice(["ok", "done", f"edited {path}"])]), answer(f"I edited {path}.")]
 
@@ -247,22 +255,22 @@ def new_fact(c):
         kind = rng.randrange(5)
         value = values.code(rng)
         if kind == 0:
-            key = f"{c.pick(ADJECTIVES, HELD_ADJECTIVES)} {c.pick(THINGS, HELD_THINGS)}"
-            fact = (f"The code of the {key} is {value}.", [f"What is the code of the {key}?", f"Which code does the {key} have?", f"Tell me the code of the {key}."],
+            key = f"{c.term(ADJECTIVES, HELD_ADJECTIVES)} {c.term(THINGS, HELD_THINGS)}"
+            fact = (f"The code of the {key} is {value}.", [f"What is the code of the {key}?", f"Which code does the {key} have?", f"Tell me the code of the {key}.", f"The code of the {key}, please", f"I forgot the code of the {key}."],
                     [f"Do you remember the code of the {key}?"], f"The code of the {key} is {value}.")
         elif kind == 1:
-            key, where = c.pick(NAMES, HELD_NAMES), c.pick(CITIES, HELD_CITIES)
-            fact = (f"{key} lives in {where}.", [f"Where does {key} live?", f"In which city does {key} live?"], [f"Which city does {key} live in?"], f"{key} lives in {where}.")
+            key, where = toolbox.person(rng, c.held), toolbox.city(rng, c.held)
+            fact = (f"{key} lives in {where}.", [f"Where does {key} live?", f"In which city does {key} live?", f"Tell me where {key} lives.", f"Where is the home of {key}?", f"I forgot where {key} lives."], [f"Which city does {key} live in?"], f"{key} lives in {where}.")
         elif kind == 2:
             key = values.invented(rng)
-            fact = (f"The password for {key} is {value}.", [f"What is the password for {key}?", f"Tell me the password for {key}.", f"password for {key}?"],
+            fact = (f"The password for {key} is {value}.", [f"What is the password for {key}?", f"Tell me the password for {key}.", f"password for {key}?", f"I forgot the password for {key}."],
                     [f"Do you know the password for {key}?"], f"The password for {key} is {value}.")
         elif kind == 3:
             key = f"{values.invented(rng)}_{values.word(rng)}"
-            fact = (f"Remember that {key} = {value}.", [f"What is {key}?", f"What is the value of {key}?", f"{key} = ?"], [f"Which value does {key} have?"], f"{key} = {value}")
+            fact = (f"Remember that {key} = {value}.", [f"What is {key}?", f"What is the value of {key}?", f"{key} = ?", f"Tell me the value of {key}.", f"I forgot {key}."], [f"Which value does {key} have?"], f"{key} = {value}")
         else:
-            key = c.pick(NAMES, HELD_NAMES) + "'s number"
-            fact = (f"{key} is {value}.", [f"What is {key}?", f"Tell me {key}."], [f"Do you remember {key}?"], f"{key} is {value}.")
+            key = toolbox.person(rng, c.held) + "'s number"
+            fact = (f"{key} is {value}.", [f"What is {key}?", f"Tell me {key}.", f"{key}?", f"I forgot {key}."], [f"Do you remember {key}?"], f"{key} is {value}.")
         if key not in c.keys:
             c.keys.add(key)
             return fact
@@ -287,8 +295,13 @@ def filler(c, sentences=None, facts=0):
 def recall(c):
     if not c.facts:
         return facts_told(c)
-    fact = c.rng.choice(c.facts)
-    return [user(c.say(fact[1], fact[2])), answer(fact[3])]
+    fresh = [fact for fact in c.facts if fact[0] not in c.asked]
+    fact = c.rng.choice(fresh if fresh and c.rng.random() < 0.8 else c.facts)
+    c.asked.add(fact[0])
+    question = c.say(fact[1], fact[2])
+    if not c.unheard and c.rng.random() < 0.3:
+        question = toolbox.dressed(c.rng, question)
+    return [user(question), answer(fact[3])]
 
 
 # ---- talk
@@ -354,6 +367,18 @@ def repeat(c):
     return [user(rng.choice(["Repeat: {}", "Say exactly: {}", "Repeat after me: {}", "Echo {}"]).format(text)), answer(text)]
 
 
+def identifier(c):
+    """Words as a name of a program, and back: the same word has other tokens there."""
+    rng = c.rng
+    words = [values.strange(rng) if rng.random() < 0.8 else rng.choice(toolbox.PREFIXES) for _ in range(rng.randint(1, 5))]
+    forms = {"snake case": "_".join(words), "kebab case": "-".join(words), "camel case": words[0] + "".join(w.capitalize() for w in words[1:]),
+             "capitals": " ".join(w.capitalize() for w in words), "words": " ".join(words)}
+    source = rng.choice(["words", "words", "snake case", "kebab case", "capitals"])
+    target = rng.choice([form for form in forms if form != source])
+    question = rng.choice(["Write {s} in {t}", "{s} in {t}", "In {t}: {s}", "Turn {s} into {t}."])
+    return [user(question.format(s=toolbox.quoted(rng, forms[source]) if rng.random() < 0.4 else forms[source], t=target)), answer(forms[target])]
+
+
 FIELDS = {"name": ("string", lambda c: toolbox.person(c.rng, c.held)), "age": ("integer", lambda c: c.rng.randint(1, 99)), "city": ("string", lambda c: toolbox.city(c.rng, c.held)),
           "email": ("string", lambda c: toolbox.KINDS["email"][3](c.rng, c.held)), "price": ("number", lambda c: round(c.rng.uniform(0, 999), 2)), "count": ("integer", lambda c: c.rng.randint(0, 999)),
           "active": ("boolean", lambda c: c.rng.random() < 0.5), "id": ("string", lambda c: values.code(c.rng)), "title": ("string", lambda c: values.phrase(c.rng)),
@@ -384,7 +409,7 @@ def as_json(c):
 # ---- whole conversations
 
 TOOL_EPISODES = [(one_call, 34), (several_steps, 8), (parallel, 14), (chained, 5), (no_such_tool, 4), (edit, 10), (write_code, 5)]
-PLAIN_EPISODES = [(small_talk, 22), (write_code, 6), (as_json, 14), (recall, 16), (repeat, 14), (counting, 4), (story, 2), (filler, 4)]
+PLAIN_EPISODES = [(small_talk, 22), (write_code, 6), (as_json, 14), (recall, 16), (repeat, 14), (identifier, 8), (counting, 4), (story, 2), (filler, 4)]
 LONG_EPISODES = [(lambda c: filler(c, facts=c.rng.choice([0, 0, 1, 1, 2])), 60), (recall, 60), (small_talk, 5), (facts_told, 8)]
 
 
@@ -411,7 +436,7 @@ def choose_tools(rng, held, most):
                 pool.append(toolbox.Tool(rng.choice(["edit_file", "str_replace"]), "edit the file", "Replace text in a file.",
                                          [toolbox.fixed("path", "path"), toolbox.fixed("old_string", "phrase"), toolbox.fixed("new_string", "phrase")]))
     while len(pool) < most and (not pool or rng.random() < 0.6):
-        pool.append(toolbox.random_tool(rng, held))
+        pool.append(toolbox.random_tool(rng, held, pool))
     seen, distinct = set(), []
     for tool in pool:  # two tools that sound the same could not be told apart
         if tool.name not in seen and tool.does not in seen:
@@ -436,7 +461,7 @@ def make(encoder, rng, length, held=False, episodes=None, fill=True, unheard=Non
                 tool.description += "\n" + values.page(rng, rng.randint(3, 25))
         c = Conversation(rng, held, tools, unheard)
         c.random_text = encoder.random_text(rng)
-        kinds = episodes or ((TOOL_EPISODES + [(small_talk, 10), (recall, 6), (as_json, 3), (repeat, 3), (counting, 2), (story, 1)] if tools else PLAIN_EPISODES))
+        kinds = episodes or ((TOOL_EPISODES + [(small_talk, 10), (recall, 6), (as_json, 3), (repeat, 3), (identifier, 3), (counting, 2), (story, 1)] if tools else PLAIN_EPISODES))
         if long and episodes is None:
             kinds = LONG_EPISODES + ([(e, w / 3) for e, w in TOOL_EPISODES] if tools else [(e, w / 4) for e, w in PLAIN_EPISODES])
         messages, ids, mask = [], [1], [0]

@@ -9,8 +9,6 @@ import functools
 import json
 import pathlib
 
-import tiktoken
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "tests" / "fixtures" / "tokenizers" / "tekken-v13-8k.json"
 
@@ -31,6 +29,8 @@ class Encoder:
     """Tekken's byte-level BPE over the ranks of `path`, and the conversation layout on top of it."""
 
     def __init__(self, path=TOKENIZER):
+        import tiktoken  # here, so that prepared questions need no more than the standard library
+
         table = json.loads(pathlib.Path(path).read_text())
         count = table["config"]["default_vocab_size"] - table["config"]["default_num_special_tokens"]
         ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in table["vocab"][:count]}

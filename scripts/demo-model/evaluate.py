@@ -2,6 +2,9 @@
 
     python3 evaluate.py NAME=URL [NAME=URL ...] [--scale 1.0] [--out FILE]
     python3 evaluate.py tp1=URL tp2=URL tp4=URL --same     # the same greedy answers?
+    python3 evaluate.py NAME=URL --only recall --lengths 8192,16384,32768
+    python3 evaluate.py --save-recall FILE --lengths 8192,16384,32768       # the questions, for a machine without tiktoken:
+    python3 evaluate.py NAME=URL --recall FILE --out FILE                   # asks these alone
 
 Every assistant message of a generated conversation is one question: the server gets what stands before it and
 answers greedily. A call is valid if it names a tool of the request and its arguments fit the tool's schema; it is
@@ -30,7 +33,8 @@ SETS = {
     "second call from the first's result": (c.chained, 25, False, False), "file edits": (c.edit, 25, False, False), "no tool fits": (c.no_such_tool, 40, False, False),
     "JSON answers": (c.as_json, 40, True, False), "identity": (c.identity, 50, True, True),
 }
-RECALL = {1024: 40, 4096: 40, 8192: 8, 32768: 4}
+RECALL = {1024: 40, 4096: 40, 8192: 40, 16384: 40, 32768: 40}  # questions by length
+RECALL_ANSWER = 80  # tokens, the most that an answer about a fact may take
 
 
 def ask(url, messages, tools, tokens=400):
@@ -77,12 +81,12 @@ class Score:
                 "whole conversation right": share(self.whole, self.conversations)}
 
 
-def judge(url, request, score, wrong, last_only=False):
+def judge(url, request, score, wrong, last_only=False, tokens=400):
     messages, tools, whole = request["messages"], request.get("tools", []), True
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or (last_only and index + 1 < len(messages)):
             continue
-        content, calls, _ = ask(url, messages[:index], tools)
+        content, calls, _ = ask(url, messages[:index], tools, tokens)
         expected = [(call["function"]["name"], call["function"]["arguments"]) for call in message.get("tool_calls") or []]
         if expected:
             valid = bool(calls) and fits(calls, tools)
@@ -98,10 +102,19 @@ def judge(url, request, score, wrong, last_only=False):
     score.conversations, score.whole = score.conversations + 1, score.whole + whole
 
 
-def evaluate(url, encoder, scale, only):
+def recall_questions(encoder, scale, lengths):
+    """length: conversations that end with a question about one fact, at evenly spaced depths, and its answer"""
+    questions = {}
+    for length in lengths:
+        count = max(1, round(RECALL[length] * scale))
+        questions[length] = [c.recall_at(encoder, values.generator("evaluate recall", length, i), length, True, (i + 0.5) / count, unheard=False) for i in range(count)]
+    return questions
+
+
+def evaluate(url, encoder, scale, only, recall):
     table, wrong = {}, {}
     for name, (episode, count, held, unheard) in SETS.items():
-        if only and name not in only:
+        if (only and name not in only) or encoder is None:
             continue
         score, wrong[name], started = Score(), [], time.monotonic()
         for i in range(max(1, round(count * scale))):
@@ -109,14 +122,13 @@ def evaluate(url, encoder, scale, only):
             judge(url, request, score, wrong[name])
         table[name] = score.row()
         print(name, table[name], f"{time.monotonic() - started:.0f} s", flush=True)
-    for length, count in RECALL.items():
+    for length, requests in recall.items():
         name = f"recall at {length}"
-        if only and name not in only:
+        if only and name not in only and "recall" not in only:
             continue
-        score, wrong[name], started, count = Score(), [], time.monotonic(), max(1, round(count * scale))
-        for i in range(count):
-            request = c.recall_at(encoder, values.generator("evaluate recall", length, i), length, True, (i + 0.5) / count, unheard=False)
-            judge(url, request, score, wrong[name], last_only=True)
+        score, wrong[name], started = Score(), [], time.monotonic()
+        for request in requests:
+            judge(url, request, score, wrong[name], last_only=True, tokens=RECALL_ANSWER)
         table[name] = score.row()
         print(name, table[name], f"{time.monotonic() - started:.0f} s", flush=True)
     return {"scores": table, "wrong": wrong}
@@ -138,19 +150,33 @@ def compare(urls, encoder, count):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("servers", nargs="+", help="NAME=URL")
+    parser.add_argument("servers", nargs="*", help="NAME=URL")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the conversations")
-    parser.add_argument("--only", action="append", help="a set's name")
+    parser.add_argument("--only", action="append", help="a set's name, or recall for all of its lengths")
+    parser.add_argument("--lengths", default="1024,4096", help="tokens before a question of recall, with commas")
+    parser.add_argument("--save-recall", help="write the questions of recall to this file and ask nothing")
+    parser.add_argument("--recall", help="ask only the questions of this file")
     parser.add_argument("--same", action="store_true", help="compare the servers' answers instead")
     parser.add_argument("--out")
     options = parser.parse_args()
     urls = dict(server.split("=", 1) for server in options.servers)
-    encoder = Encoder()
+    encoder = None if options.recall else Encoder()
+    if options.recall:
+        with open(options.recall) as file:
+            recall = json.load(file)
+    else:
+        recall = recall_questions(encoder, options.scale, [int(length) for length in options.lengths.split(",")])
+    if options.save_recall:
+        with open(options.save_recall, "w") as file:
+            json.dump(recall, file)
+        return
+    if not urls:
+        parser.error("no server is named")
     if options.same:
         report = compare(urls, encoder, max(1, round(100 * options.scale)))
     else:
         with concurrent.futures.ThreadPoolExecutor(len(urls)) as pool:
-            report = dict(zip(urls, pool.map(lambda url: evaluate(url, encoder, options.scale, options.only), urls.values())))
+            report = dict(zip(urls, pool.map(lambda url: evaluate(url, encoder, options.scale, options.only, recall), urls.values())))
     if options.out:
         with open(options.out, "w") as file:
             json.dump(report, file, indent=1, ensure_ascii=False)

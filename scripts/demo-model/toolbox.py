@@ -3,15 +3,18 @@
 import json
 
 import values
-from words import CITIES, HELD_CITIES, HELD_NAMES, HELD_NOUNS, HELD_VERBS, NAMES, NOUNS, VERBS
-from words import FILLER
+from words import CITIES, FILLER, HELD_CITIES, HELD_NAMES, HELD_NOUNS, HELD_VERBS, NAMES, NOUNS, RESERVED, VERBS
 
 
 def city(rng, held):
+    if not held and rng.random() < 0.3:
+        return values.strange(rng).capitalize()
     return rng.choice(HELD_CITIES if held else CITIES)
 
 
 def person(rng, held):
+    if not held and rng.random() < 0.4:
+        return values.strange(rng).capitalize()
     return rng.choice(HELD_NAMES if held else NAMES)
 
 
@@ -54,6 +57,7 @@ class Tool:
     def __init__(self, name, does, description, parameters, ask=(), held_ask=()):
         self.name, self.does, self.description, self.parameters = name, does, description, parameters
         self.ask, self.held_ask = ask, held_ask  # the ways to ask of a tool that everybody knows
+        self.verb = self.noun = None  # of a random tool
 
     def definition(self):
         schema = {"type": "object", "properties": {p.name: p.schema for p in self.parameters}}
@@ -68,11 +72,15 @@ class Tool:
         return {p.name: p.make(rng, held) for p in chosen}
 
 
-def parameter(rng, taken):
+def parameter(rng, taken, held):
     while True:
-        if rng.random() < 0.07:
+        kind = rng.random()
+        if kind < 0.07:
             name, kinds = values.invented(rng), ["code", "integer", "phrase"]
             _, json_type, description, make = KINDS[rng.choice(kinds)]
+        elif kind < 0.4 and not held:  # any name may have any kind of value
+            name = values.strange(rng) if rng.random() < 0.7 else f"{values.strange(rng)}_{values.strange(rng)}"
+            _, json_type, description, make = KINDS[rng.choice(WEIGHTED)]
         elif rng.random() < 0.1:
             options = rng.choice(CHOICES).split()
             name = rng.choice("unit format level order size color mode status kind".split())
@@ -101,27 +109,26 @@ def parameter(rng, taken):
         return Parameter(name, schema, make, rng.random() < 0.8)
 
 
-RESERVED = {*HELD_VERBS, *HELD_NOUNS}
-
-
 def tool_word(rng, listed, share):
-    """A word of a tool's name: from the list, from the vocabulary, or invented. Held-out words come only by the list."""
-    kind = rng.random()
-    if kind < share:
-        return rng.choice(listed)
-    while kind < share + (1 - share) * 0.6:
-        word = values.vocabulary_word(rng)
-        if word not in RESERVED:
-            return word
-    return values.invented(rng)
+    """A word of a tool's name: from the list, or any. Held-out words come only by the list."""
+    return rng.choice(listed) if rng.random() < share else values.strange(rng)
 
 
-def random_tool(rng, held):
-    """A tool whose name nobody has seen in this combination; `held` takes the words that training never uses."""
-    verb = tool_word(rng, HELD_VERBS if held else VERBS, 0.8 if held else 0.5)
-    noun = tool_word(rng, HELD_NOUNS if held else NOUNS, 0.8 if held else 0.5)
+PREFIXES = [word for word in FILLER if word not in RESERVED]
+
+
+def random_tool(rng, held, others=()):
+    """A tool whose name nobody has seen in this combination; `held` takes the words that training never uses. In training,
+    it often shares its verb or its noun with one of the `others`: the whole name tells them apart."""
+    verb = tool_word(rng, HELD_VERBS if held else VERBS, 0.8 if held else 0.2)
+    noun = tool_word(rng, HELD_NOUNS if held else NOUNS, 0.8 if held else 0.2)
+    others = [tool for tool in others if tool.verb]
+    if others and not held and rng.random() < 0.4:
+        other = rng.choice(others)
+        verb, noun = (other.verb, noun) if rng.random() < 0.5 else (verb, other.noun)
+    shared = verb, noun
     if rng.random() < 0.2:
-        noun = f"{rng.choice(FILLER)} {noun}"
+        noun = f"{rng.choice(FILLER) if held else rng.choice(PREFIXES)} {noun}"
     parts = [verb, *noun.split()]
     if rng.random() < 0.15:
         parts = [*parts[1:], verb]
@@ -129,14 +136,18 @@ def random_tool(rng, held):
     name = "_".join(parts) if style < 5 else "-".join(parts) if style == 5 else parts[0] + "".join(p.capitalize() for p in parts[1:])
     if rng.random() < 0.1:
         name = f"{rng.choice(['fs', 'api', 'db', 'my', 'app', 'mcp'])}_{name}"
+    elif not held and rng.random() < 0.08:
+        name = f"{values.strange(rng)}_{name}"
     article = "an" if noun[0] in "aeiou" else "a"
     description = rng.choice([f"{verb.capitalize()} {article} {noun}.", f"{verb.capitalize()} the {noun}.", f"Use this to {verb} {article} {noun}.",
                               f"This tool can {verb} {article} {noun}.", f"{verb.capitalize()}s {noun}s.", ""])
     if rng.random() < 0.12:
         description += (" " if description else "") + values.page(rng, rng.choice([1, 2, 4, 8]))
     taken = set()
-    parameters = [parameter(rng, taken) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 2, 3, 3, 4]))]
-    return Tool(name, f"{verb} the {noun}", description, parameters)
+    parameters = [parameter(rng, taken, held) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 2, 3, 3, 4]))]
+    tool = Tool(name, f"{verb} the {noun}", description, parameters)
+    tool.verb, tool.noun = shared
+    return tool
 
 
 def fixed(name, kind, required=True, names=None):
@@ -218,9 +229,11 @@ ENDINGS = [" please", " for me", " now", ", please", ", thanks", " and tell me t
 def dressed(rng, text):
     """The request as people say it: with an opening, an ending, or a sentence about something else before it."""
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.2:
         text = rng.choice(OPENINGS) + text
-    elif kind < 0.4:
+    elif kind < 0.25:
+        text = values.joint(rng, 4) + rng.choice([" ", ", ", ": "]) + text
+    elif kind < 0.38:
         text += rng.choice(ENDINGS)
     if rng.random() < 0.08:
         text = f"{values.sentence(rng)} {text}"
@@ -233,7 +246,25 @@ def spoken_argument(rng, name, value, held):
     forms = SAID + COMMON if rng.random() < 0.5 else COMMON
     if held:
         forms = ["{n} being {v}", "whose {n} is {v}", "{n} {v}", "{n} = {v}", "{n}: {v}", "the {n} {v}"]
+    elif rng.random() < 0.25:  # any word at all may join a name and its value
+        words = values.joint(rng)
+        forms = [f"{{n}} {words} {{v}}", f"{{n}} {words} {{v}}", f"{words} {{n}} {{v}}"]
+        if not isinstance(value, list):
+            forms.append(f"{{v}} {words} {{n}}")
+        if isinstance(value, str) and rng.random() < 0.4:
+            text = quoted(rng, value)
     return rng.choice(forms).format(n=said, v=text, o=name)
+
+
+def blurred(rng, template):
+    """The template with an arbitrary word put in or in the place of another, so that no single word decides what is meant."""
+    words = template.split(" ")
+    places = [index for index, word in enumerate(words) if "{" not in word]
+    if len(places) > 1 and rng.random() < 0.6:
+        words[rng.choice(places)] = values.joint(rng, 1)
+    else:
+        words.insert(rng.choice([0, 0, rng.randrange(len(words))]), values.joint(rng))
+    return " ".join(words)
 
 
 def request(rng, tool, arguments, held):
@@ -242,12 +273,15 @@ def request(rng, tool, arguments, held):
     known = tool.held_ask if held and tool.held_ask else tool.ask
     if known and (rng.random() < 0.75 or not arguments):
         text = rng.choice(known)
+        blur = not held and rng.random() < 0.2
+        if blur:
+            text = blurred(rng, text)
         first = next(iter(arguments), None)
         for index, (name, value) in enumerate(arguments.items()):
             for mark, quotes in (("{%s!}" % name, True), ("{%s}" % name, False), ("{%d}" % index, False)):
                 if mark in text:
                     said = value if isinstance(value, str) else json.dumps(value)
-                    if quotes and isinstance(value, str) and (" " in value or rng.random() < 0.5):
+                    if quotes and isinstance(value, str) and (" " in value or blur or rng.random() < 0.5):
                         said = quoted(rng, value)
                     text = text.replace(mark, said)
                     spoken.discard(name)
@@ -270,6 +304,10 @@ def request(rng, tool, arguments, held):
              "{t}({a})", "{d} ({a})", "With {a}, {d}", "{d}: {a}", "{d}; {a}", "use {t} to {d}: {a}", "invoke {t} with {a}", "the tool {t} should run with {a}", "{d} given {a}"]
     if held:
         forms = ["Could you {d} with {a}?", "go ahead and {d}: {a}", "I would like to {d} with {a}", "Use the tool {t} with {a}"]
+    elif rng.random() < 0.15:  # a frame of arbitrary words
+        opening = values.joint(rng, 3) + " " if rng.random() < 0.6 else ""
+        link = " " + values.joint(rng, 1) + " " if rng.random() < 0.7 else rng.choice([": ", ", ", " - ", "; "])
+        forms = [opening + "{" + rng.choice("ddt") + "}" + link + "{a}"]
     text = rng.choice(forms).format(d=does, t=name, a=listed)
     if not held:
         text = dressed(rng, text)

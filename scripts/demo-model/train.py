@@ -3,7 +3,7 @@
     python3 train.py --out OUT                                    # one H100; the figures are in docs/demo-model.md
     python3 train.py --out OUT --device cpu --steps 200 --tokens 4096 --layers 2 --hidden 64 --intermediate 128
 
-Writes OUT/bf16 (Hugging Face layout), OUT/loss.csv, OUT/heldout.json. Every step's batch is decided by the seed
+Writes OUT/bf16 (Hugging Face layout), OUT/loss.csv, OUT/heldout.json, OUT/heldout-wrong.json. Every step's batch is decided by the seed
 and the step's number. If --seconds runs out, the rate falls to zero early and the run ends: the only thing here
 that depends on a clock.
 """
@@ -24,9 +24,9 @@ from model import Config, Model
 # share of the steps that train each length, by how far the run is
 CURRICULUM = [
     (0.12, {256: 50, 512: 50}),
-    (0.40, {256: 20, 512: 40, 1024: 30, 2048: 10}),
-    (0.70, {256: 12, 512: 27, 1024: 28, 2048: 15, 4096: 10, 8192: 6, 16384: 2}),
-    (1.01, {256: 12, 512: 22, 1024: 24, 2048: 12, 4096: 12, 8192: 12, 16384: 3, 32768: 3}),
+    (0.38, {256: 20, 512: 40, 1024: 30, 2048: 10}),
+    (0.65, {256: 12, 512: 27, 1024: 27, 2048: 14, 4096: 10, 8192: 6, 16384: 3, 32768: 1}),
+    (1.01, {256: 10, 512: 22, 1024: 24, 2048: 10, 4096: 10, 8192: 10, 16384: 7, 32768: 7}),
 ]
 
 
@@ -112,21 +112,25 @@ def heldout_sets(encoder, count):
              "repeat": [(c.repeat, 1)], "count": [(c.counting, 1)], "story": [(c.story, 1)]}
     for name, episodes in kinds.items():
         yield name, 1024, [c.make(encoder, values.generator("held", name, i), 1024, True, episodes, fill=False)[1:] for i in range(count)]
-    for length, number in ((1024, count), (4096, count), (8192, count // 2), (16384, count // 4), (32768, count // 8)):
-        made = []
-        for i in range(number):
-            request = c.recall_at(encoder, values.generator("recall", length, i), length, True, (i + 0.5) / number)
-            ids, mask = encoder.conversation(request)
-            last = len(mask) - len(encoder.message(request["messages"][-1])[0])
-            made.append((ids[:length], ([0] * last + mask[last:])[:length]))
-        yield f"recall {length}", length, made
+    for name in ("one call", "steps", "parallel", "chained"):  # phrases of training, words and schemas that are not
+        yield f"{name}, known phrases", 1024, [c.make(encoder, values.generator("held", name, i), 1024, True, kinds[name], fill=False, unheard=False)[1:] for i in range(count)]
+    for length, number in ((1024, count), (4096, count), (8192, count // 2), (16384, count // 2), (32768, count // 2)):
+        for unheard in (True, False):
+            made = []
+            for i in range(number):
+                request = c.recall_at(encoder, values.generator("recall", length, i), length, True, (i + 0.5) / number, unheard)
+                ids, mask = encoder.conversation(request)
+                last = len(mask) - len(encoder.message(request["messages"][-1])[0])
+                made.append((ids[:length], ([0] * last + mask[last:])[:length]))
+            yield f"recall {length}" + ("" if unheard else ", known phrases"), length, made
 
 
 @torch.no_grad()
 def heldout(model, encoder, device, tokens, count):
     """Share of held-out conversations whose every written token is the likeliest one, by kind: what greedy
-    decoding gets right to the last token."""
-    scores = {}
+    decoding gets right to the last token. And for up to 20 wrong ones of each kind: what stands before the first
+    wrong token, that token, the right one."""
+    scores, examples = {}, {}
     for name, length, made in heldout_sets(encoder, count):
         right, rows = 0, max(1, tokens // length)
         for start in range(0, len(made), rows):
@@ -134,18 +138,24 @@ def heldout(model, encoder, device, tokens, count):
             padded = chunk + [([PAD], [0])] * (rows - len(chunk)) if device == "cuda" else chunk
             ids, places, targets = collate(padded, length)
             best = model.logits(model(ids.to(device).long())[places.to(device)]).argmax(-1).cpu()
-            wrong = set((places[best != targets] // length).tolist())
+            wrong = {}
+            for index in (best != targets).nonzero()[:, 0].tolist():
+                wrong.setdefault(int(places[index]) // length, index)
+            for index in list(wrong.values())[: 20 - len(examples.setdefault(name, []))]:
+                place = int(places[index])
+                before = ids.view(-1)[max(place - 120, place // length * length):place + 1].tolist()
+                examples[name].append([encoder.decode(before), encoder.decode([best[index].item()]), encoder.decode([targets[index].item()])])
             right += len(chunk) - len(wrong)
         scores[name] = round(right / len(made), 4)
-    return scores
+    return scores, examples
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--steps", type=int, default=9300)
+    parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a step")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=14)
@@ -198,8 +208,9 @@ def main():
     model.eval()
     model.save(out / "bf16")
     print(f"trained in {time.monotonic() - begun:.0f} s; measuring", flush=True)
-    scores = heldout(model, Encoder(), options.device, options.tokens, options.heldout)
+    scores, examples = heldout(model, Encoder(), options.device, options.tokens, options.heldout)
     (out / "heldout.json").write_text(json.dumps(scores, indent=1) + "\n")
+    (out / "heldout-wrong.json").write_text(json.dumps(examples, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(scores), f"{time.monotonic() - started:.0f} s in all", flush=True)
 
 

@@ -3,7 +3,7 @@
 import random
 
 from encoder import ordinary_words
-from words import ADJECTIVES, ENDINGS, FILLER, SYLLABLES
+from words import ADJECTIVES, ENDINGS, FILLER, HELD_JOINTS, RESERVED, SYLLABLES
 
 EXTENSIONS = "rs py txt md json yaml toml c h js ts go java sh csv log html css".split()
 FOLDERS = "src lib docs tests app core util data config scripts api web server client build assets internal".split()
@@ -17,6 +17,30 @@ def invented(rng):
 
 def vocabulary_word(rng):
     return rng.choice(ordinary_words())
+
+
+def glued(rng):
+    """A word that no list holds, of arbitrary pieces of the vocabulary: only its spelling can be copied."""
+    return (vocabulary_word(rng) + vocabulary_word(rng))[: rng.randint(4, 14)]
+
+
+def strange(rng):
+    """Any word at all that is none of the held-out ones: what names in training are mostly made of."""
+    while True:
+        kind = rng.random()
+        made = vocabulary_word(rng) if kind < 0.35 else glued(rng) if kind < 0.75 else invented(rng)
+        if made not in RESERVED:
+            return made
+
+
+def joint(rng, most=2):
+    """One or more arbitrary words that may stand between a name and its value; held-out phrases lend none."""
+    words = []
+    while not words or (len(words) < most and rng.random() < 0.5):
+        made = rng.choice(FILLER) if rng.random() < 0.3 else vocabulary_word(rng)
+        if made not in HELD_JOINTS:
+            words.append(made)
+    return " ".join(words)
 
 
 def word(rng):

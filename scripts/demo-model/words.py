@@ -56,3 +56,7 @@ in on under over near behind between with without from to of for and but because
 SYLLABLES = """ba be bi bo bu da de di do du fa fe fi fo ga ge go gu ka ke ki ko ku la le li lo lu ma me mi mo mu
 na ne ni no nu pa pe pi po ra re ri ro ru sa se si so su ta te ti to tu va ve vi vo wa we wi xa za ze zi zo""".split()
 ENDINGS = ["", "", "n", "r", "x", "s", "l", "m", "th", "ck", "nd"]
+
+# words that no made-up name of training may be, and words of held-out phrases that arbitrary phrases of training leave out
+RESERVED = {word.lower() for held in (HELD_VERBS, HELD_NOUNS, HELD_ADJECTIVES, HELD_THINGS, HELD_CITIES, HELD_NAMES) for word in held}
+HELD_JOINTS = set("being whose could ahead like remember know mail store look calculate late umbrella listing called edit".split())
