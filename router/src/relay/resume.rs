@@ -379,6 +379,7 @@ impl Sequence {
         };
         if !*answered {
             *answered = true;
+            booking.accepted();
             booking.link().breaker.succeeded();
         }
         match event.event {
