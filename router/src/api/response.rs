@@ -9,7 +9,10 @@ use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{PositionLogprobs, TokenLogprob};
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
-use crate::relay::emit::{CallDelta, StopReason};
+use crate::{
+    encode::wire::PackedIds,
+    relay::emit::{CallDelta, StopReason},
+};
 
 /// JSON has no infinity: OpenAI and vLLM write this.
 const LEAST_LOGPROB: f32 = -9999.0;
@@ -47,7 +50,7 @@ pub struct ChatObject<'a, C> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobList<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_token_ids: Option<&'a [u32]>,
+    pub prompt_token_ids: Option<&'a PackedIds>,
 }
 
 /// One choice of a plain chat answer.
@@ -150,7 +153,7 @@ pub struct CompletionChoice<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobList<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_token_ids: Option<&'a [u32]>,
+    pub prompt_token_ids: Option<&'a PackedIds>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<&'a [u32]>,
 }

@@ -41,5 +41,5 @@ fn count(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<Tok
     let rules = service.conversation_rules(caller);
     let prompt = chat_prompt(service, &conversion.body(fields), &model.name, &spec, true, rules)
         .map_err(|error| conversion.in_words_of_client(error))?;
-    Ok(TokenCount { input_tokens: prompt.token_ids.len() })
+    Ok(TokenCount { input_tokens: prompt.ids.len() })
 }
