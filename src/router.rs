@@ -122,14 +122,18 @@ pub(crate) async fn serve(
     served
 }
 
-/// Says that anybody may come in, also where the log's filter hides warnings.
+/// Says that anybody may come in: in the log, and beside it on standard error, whatever the log's filter hides.
 fn warn_of_open_door(format: LogFormat, address: SocketAddr) {
     const WORDS: &str = "ANYBODY WHO REACHES THIS PORT MAY USE THE MODELS: the router listens beyond loopback and no API keys are \
                          set (router.access.keys, --api-key, --api-key-file)";
     tracing::error!(%address, "{WORDS}");
-    if format == LogFormat::Text {
-        let line = "!".repeat(80);
-        eprintln!("{line}\n!! {WORDS}\n!! {address}\n{line}");
+    match format {
+        LogFormat::Text => {
+            let line = "!".repeat(80);
+            eprintln!("{line}\n!! {WORDS}\n!! {address}\n{line}");
+        }
+        // what reads the log as JSON reads this too
+        LogFormat::Json => eprintln!("{}", serde_json::json!({"level": "ERROR", "message": WORDS, "address": address})),
     }
 }
 

@@ -102,16 +102,18 @@ impl CostModel {
         // what those that wait stand behind is not known
         let queue = load.queued_tokens as f64 * self.seconds_per_token;
         let stays = if load.at_home { self.prefill_seconds(0, tokens) } else { 0.0 };
-        let later = (load.moves_in.clamp(0.0, 1.0) * self.later_waits(load) - stays).max(0.0);
+        let later = (load.moves_in.clamp(0.0, 1.0) * self.later_waits(tokens, load) - stays).max(0.0);
         queue + self.prefill_seconds(held, tokens - held) + self.decode_pressure(load) + later
     }
 
-    /// The mean wait in a queue of that utilization, for the turns that are still to come.
-    fn later_waits(&self, load: GroupLoad) -> f64 {
+    /// The mean wait in a queue of that utilization, for the turns that are still to come. What stands there is taken
+    /// to be like this prompt, up to a length that is typical of agents: where all prompts are short, nobody waits for
+    /// a long one.
+    fn later_waits(&self, tokens: u64, load: GroupLoad) -> f64 {
         const LATER_TURNS: f64 = 60.0;
         const TYPICAL_PREFILL_TOKENS: u64 = 8_192;
         let utilization = load.utilization.clamp(0.0, 0.95);
-        let wait = utilization / (1.0 - utilization) * self.prefill_seconds(0, TYPICAL_PREFILL_TOKENS);
+        let wait = utilization / (1.0 - utilization) * self.prefill_seconds(0, tokens.min(TYPICAL_PREFILL_TOKENS));
         LATER_TURNS * wait
     }
 
@@ -200,6 +202,26 @@ mod tests {
         };
         assert!(at(8_000, 4_000, 0.3) > at(8_000, 0, 0.1), "a few common tokens do not hold it");
         assert!(at(60_000, 59_000, 0.3) < at(60_000, 0, 0.1), "a whole conversation does");
+    }
+
+    /// A CPU that computes 4,000 tokens a second, and much slower behind a long context: half a minute for 8,192 of them.
+    #[test]
+    fn a_short_conversation_goes_back_to_a_slow_group_that_has_just_computed_it() {
+        let speed = Speed {
+            prefill_tokens_per_second: 4_000.0,
+            prefill_seconds_per_token_pair: 8.4e-7,
+            decode_step_seconds: 0.005,
+        };
+        let model = CostModel::new(&speed);
+        for tokens in [200, 400, 2_000] {
+            let held = tokens / 2 / 64 * 64;
+            let utilization = model.prefill_seconds(0, tokens / 2) / 120.0;
+            let load =
+                |moves_in, utilization| GroupLoad { utilization, max_sequences: 256, moves_in, ..GroupLoad::default() };
+            let moves_in = 1.0 - held as f64 / tokens as f64;
+            let back = model.first_token_seconds(tokens, held, load(moves_in, utilization));
+            assert!(back < model.first_token_seconds(tokens, 0, load(1.0, 0.0)), "{tokens}");
+        }
     }
 
     #[test]

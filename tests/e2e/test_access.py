@@ -1,6 +1,7 @@
 """Keys, tenants and limits at the real router: 401, 403, 429, and a key file that changes while it serves."""
 
 import hashlib
+import json
 import pathlib
 import shutil
 import subprocess
@@ -161,20 +162,24 @@ def can_be_alone():
 
 @pytest.mark.skipif(not can_be_alone(), reason="needs a network namespace of its own")
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_an_open_door_is_told_whatever_the_log_level(form, tmp_path):
+@pytest.mark.parametrize("level", ["error", "off"])
+def test_an_open_door_is_told_whatever_the_log_level(level, form, tmp_path):
     keys = tmp_path / "keys.yaml"
     keys.write_text(key_file(TENANTS))
     told = "ANYBODY WHO REACHES THIS PORT MAY USE THE MODELS"
     with Cluster(registry="static") as cluster:
         def log_of(name, host, **options):
-            config = cluster.config(name, router=options, log={"level": "error", "format": form}, http={"host": host, "port": 8000, "admin": "127.0.0.1:8001"})
+            config = cluster.config(name, router=options, log={"level": level, "format": form}, http={"host": host, "port": 8000, "admin": "127.0.0.1:8001"})
             process = cluster.spawn(name, ["unshare", "--map-root-user", "--net", "sh", "-c", 'ip link set lo up; exec "$0" router --config "$1"', BORA, config])
             wait_until("it listens or ended", lambda: not process.running() or ":1F40" in listening(process), every=0.2)
             assert process.running(), process.log()
             process.stop(60)
             return process.log()
 
-        assert told in log_of("open", "0.0.0.0")
+        log = log_of("open", "0.0.0.0")
+        assert told in log
+        if form == "json":
+            assert any(json.loads(line).get("message", "").startswith(told) for line in log.splitlines()), "every line is JSON"
         assert told not in log_of("loopback", "127.0.0.1")
         assert told not in log_of("keys", "0.0.0.0", access={"keys": str(keys)})
 

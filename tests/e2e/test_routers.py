@@ -52,6 +52,33 @@ def test_same_decisions_from_the_same_facts():
             wait_until("both routers know the same and choose the same", agree, 5)
 
 
+def test_a_turn_that_follows_at_once_goes_back_to_its_group():
+    """A group tells its load fifty milliseconds apart; what ended meanwhile does not count as running until then."""
+    with Cluster() as cluster:
+        cluster.start_etcd()
+        cluster.start_router(debug=True)
+        for name in ("g0", "g1"):
+            # one sequence at a time: a group that seemed to run one still would be full
+            cluster.start_digest(name, schedule={"max_num_seqs": 1})
+        cluster.wait_ready(2)
+        rng = random.Random(11)
+        went = []
+        for _ in range(12):
+            prompt = [rng.randrange(1000, 8000) for _ in range(64 * 20 + 7)]
+            turns = []
+            for _ in range(2):
+                body = {"prompt": prompt, "max_tokens": 16, "ignore_eos": True, "return_token_ids": True}
+                status, headers, answer = cluster.post("/v1/completions", body)
+                assert status == 200, answer
+                turns.append((headers["x-bora-group"], answer["usage"]["prompt_tokens_details"]["cached_tokens"], headers["x-bora-decision"]))
+                prompt = prompt + answer["choices"][0]["token_ids"] + [1234]
+            went.append(turns)
+        back = [first[0] == second[0] and second[1] >= 64 * 20 for first, second in went]
+        # news that a busy machine delivers after the answer may send one or the other elsewhere
+        assert sum(back) >= 8, "\n".join(map(str, went))
+        assert {first[0] for first, _ in went} == {"g0", "g1"}, "new conversations are spread"
+
+
 def test_limits_hold_for_all_routers_together():
     key = "the-key"
     with Cluster() as cluster:

@@ -218,6 +218,17 @@ fn dump_float(number: f64, out: &mut String) {
     out.push_str(&digits[whole..]);
 }
 
+/// Eight bytes of a string at once: the lowest bit that is set is the highest one of the first byte that a string can't
+/// hold as it is (a quote, a backslash, a control character). What stands behind that byte may be told wrongly.
+fn special_bytes(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 255;
+    const HIGH: u64 = ONES << 7;
+    // a byte below `n` borrows when `n` is taken from it
+    let below = |word: u64, n: u8| word.wrapping_sub(ONES * u64::from(n)) & !word & HIGH;
+    let equal = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
+    below(word, 0x20) | equal(b'"') | equal(b'\\')
+}
+
 struct Reader<'a> {
     text: &'a str,
     bytes: &'a [u8],
@@ -401,7 +412,19 @@ impl<'a> Reader<'a> {
     /// Moves to the next quote, backslash or forbidden byte; the end of the text is an error.
     fn skip_plain(&mut self) -> Result<(), JsonError> {
         let rest = &self.bytes[self.position..];
-        match rest.iter().position(|byte| matches!(byte, b'"' | b'\\' | 0..=0x1F)) {
+        let (words, last) = rest.as_chunks::<8>();
+        let plain = words.iter().position(|word| special_bytes(u64::from_le_bytes(*word)) != 0);
+        let length = match plain {
+            Some(number) => {
+                let first = special_bytes(u64::from_le_bytes(words[number])).trailing_zeros() / 8;
+                Some(number * 8 + first as usize)
+            }
+            None => {
+                let ends = |byte: &u8| matches!(byte, b'"' | b'\\' | 0..=0x1F);
+                last.iter().position(ends).map(|place| words.len() * 8 + place)
+            }
+        };
+        match length {
             Some(length) => {
                 self.position += length;
                 Ok(())

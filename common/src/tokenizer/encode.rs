@@ -8,7 +8,7 @@ pub(super) enum Encoder {
         tokenizer: Box<fastokens::Tokenizer>,
         /// Id of rank 0.
         first_id: u32,
-        /// Whether a text may be cut in front of a line that begins with a letter.
+        /// Whether a text may be cut in front of certain lines: see [`piece`].
         cuts_at_lines: bool,
     },
     /// A `tokenizer.json` of any kind.
@@ -33,7 +33,10 @@ impl Encoder {
                     let (piece, behind) = rest.split_at(end);
                     rest = behind;
                     match tokenizer.encode_ordinary(piece) {
-                        Ok(ranks) => ids.extend(ranks.into_iter().map(|rank| rank + first_id)),
+                        Ok(ranks) => {
+                            ids.reserve(ranks.len());
+                            ids.extend(ranks.into_iter().map(|rank| rank + first_id));
+                        }
                         Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),
                     }
                 }
@@ -46,8 +49,9 @@ impl Encoder {
     }
 }
 
-/// The pattern of every `tekken.json` so far. No word that it matches goes from a line break on to a letter,
-/// so the words of two texts that meet there are those of both together.
+/// The pattern of every `tekken.json` so far. No word that it matches goes from a line break on to a letter, or to
+/// spaces before one, so the words of two texts that meet there are those of both together: a line break is the last of
+/// its word unless another one or a slash follows, at once or behind white space.
 const TEKKEN_PATTERN: &str = concat!(
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
@@ -64,13 +68,26 @@ fn piece(text: &str) -> usize {
         return text.len();
     }
     let bytes = &text.as_bytes()[..LIBRARY_SPREADS_FROM - 1];
-    let cut = bytes.windows(2).rposition(|pair| pair[0] == b'\n' && pair[1].is_ascii_alphabetic());
-    cut.map_or(text.len(), |before| before + 1)
+    // from behind: what the line that begins at `end` begins with, behind its spaces and tabs
+    let mut first = None;
+    for (before, byte) in bytes.iter().enumerate().rev() {
+        match byte {
+            b'\n' if first.is_some_and(|first: u8| first.is_ascii_alphabetic()) => return before + 1,
+            b' ' | b'\t' => {}
+            other => first = Some(*other),
+        }
+    }
+    text.len()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The ids of a text that is not cut.
+    fn whole_of(library: &fastokens::Tokenizer, first_id: u32, text: &str) -> Vec<u32> {
+        library.encode_ordinary(text).expect("ids").into_iter().map(|rank| rank + first_id).collect()
+    }
 
     /// Lines of everything that stands beside a line break in real text, cut and not cut.
     #[test]
@@ -78,7 +95,25 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
         let tokenizer = crate::tokenizer::Tokenizer::from_file(path).expect("a tokenizer");
         let ends = ["", " ", "  ", ";", "{/", "}\r", "\t", "\n\n", " \n", "é", "\u{301}", "9", "//", "\u{2028}", "..."];
-        let begins = ["a", "Z", " a", "\tx", "é", "1", "/", "\n", "\r\n", "ab", "_", "\u{301}a"];
+        let begins = [
+            "a",
+            "Z",
+            " a",
+            "\tx",
+            "é",
+            "1",
+            "/",
+            "\n",
+            "\r\n",
+            "ab",
+            "_",
+            "\u{301}a",
+            "    b",
+            " \t c",
+            "  /d",
+            " \n e",
+            "  \u{301}f",
+        ];
         let mut text = String::new();
         let mut state = 7u64;
         while text.len() < 3 * LIBRARY_SPREADS_FROM {
@@ -92,9 +127,10 @@ mod tests {
             panic!("the fixture has the pattern of tekken");
         };
         assert!(piece(&text) < LIBRARY_SPREADS_FROM);
-        let whole: Vec<u32> =
-            library.encode_ordinary(&text).expect("ids").into_iter().map(|rank| rank + first_id).collect();
-        assert_eq!(tokenizer.encode(&text), whole);
+        let indented = format!("{}x", "    let y = 2; // \n\t  \t\n \n\n    \t".repeat(LIBRARY_SPREADS_FROM / 20));
+        assert!(piece(&indented) < LIBRARY_SPREADS_FROM, "code is indented");
+        assert_eq!(tokenizer.encode(&indented), whole_of(library, *first_id, &indented));
+        assert_eq!(tokenizer.encode(&text), whole_of(library, *first_id, &text));
         let endless = "x".repeat(LIBRARY_SPREADS_FROM + 5);
         assert_eq!(piece(&endless), endless.len());
     }

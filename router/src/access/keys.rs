@@ -16,15 +16,39 @@
 //!         sha256: 2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683  # printf %s KEY | sha256sum
 //! ```
 
-use std::{collections::HashSet, fmt, path::Path, path::PathBuf};
+use std::{
+    collections::HashSet,
+    fmt,
+    hash::{Hash, Hasher},
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Deserializer};
+use subtle::ConstantTimeEq as _;
 
 use super::limits::Limits;
 
 /// The SHA-256 of a key.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+///
+/// Digests are compared in constant time, also by the maps that they are the keys of. Where such a map looks depends on a
+/// SipHash of the digest under a secret that is drawn anew in each process, so the time of a look-up says nothing about the
+/// digests in it. Even a whole digest would be of no use: what has to be sent is a key that has it.
+#[derive(Clone, Copy)]
 pub struct Digest([u8; 32]);
+
+impl PartialEq for Digest {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+impl Eq for Digest {}
+
+impl Hash for Digest {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
+    }
+}
 
 impl Digest {
     /// Of a key's bytes.
@@ -152,7 +176,13 @@ mod tests {
     #[test]
     fn the_file_is_checked() {
         let key = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683";
-        assert_eq!(Digest::of(b"key"), Digest::parse(key).unwrap());
+        let digest = Digest::of(b"key");
+        assert_eq!(digest, Digest::parse(key).unwrap());
+        for at in [0, 31, 63] {
+            let mut other = key.to_owned().into_bytes();
+            other[at] = if other[at] == b'0' { b'1' } else { b'0' };
+            assert_ne!(digest, Digest::parse(std::str::from_utf8(&other).unwrap()).unwrap(), "digit {at}");
+        }
         let good = format!("tenants:\n- name: a\n  max_context: 10\n  keys: [{{sha256: {key}}}]\n");
         assert_eq!(KeyFile::parse(&good).unwrap().tenants[0].limits.max_context, Some(10));
         for (bad, word) in [

@@ -1,8 +1,8 @@
 //! Who may ask for what: API keys, the tenants they belong to, and the tenants' limits.
 //!
-//! A key travels in `authorization: Bearer ...` or `x-api-key` and is looked up by its SHA-256 ([`keys`]); the file holds
-//! no secret, and how long a look-up takes says nothing about other keys. In its place stands a token of an OIDC
-//! provider ([`jwt`]), whose tenant is one of the same file. Each request leaves one line ([`audit`]). A request is admitted twice: when its head
+//! A key travels in `authorization: Bearer ...` or `x-api-key` and is looked up by its SHA-256, in constant time
+//! ([`keys::Digest`] says what that means); the file holds no secret. In its place stands a token of an OIDC provider
+//! ([`jwt`]), whose tenant is one of the same file. Each request leaves one line ([`audit`]). A request is admitted twice: when its head
 //! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`]). Limits are the
 //! cluster's: each router that lives grants its share.
 //!

@@ -146,8 +146,7 @@ impl Answer {
         let task = Arc::new(Task {
             request_id: self.context.request_id.clone(),
             model: model.to_string(),
-            token_ids: prompt.encoded.token_ids,
-            packed: prompt.encoded.packed,
+            ids: prompt.encoded.ids,
             images: prompt.encoded.images,
             hashes: prompt.encoded.hashes.into(),
             class: params.class,
@@ -337,7 +336,7 @@ impl Answer {
 
     /// Tokens so far.
     pub fn usage(&self) -> Usage {
-        let prompt_tokens = self.tasks.iter().map(|task| task.token_ids.len() as u32).sum();
+        let prompt_tokens = self.tasks.iter().map(|task| task.ids.len() as u32).sum();
         let completion_tokens = self.choices.iter().map(|choice| choice.emitter.completion_tokens()).sum();
         let cached_tokens =
             self.choices.iter().step_by(self.params.n as usize).map(|choice| choice.cached_tokens).sum();

@@ -50,7 +50,7 @@ pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
             top,
             names,
         }),
-        prompt_token_ids: params.return_token_ids.then(|| answer.tasks[0].token_ids.as_slice()),
+        prompt_token_ids: params.return_token_ids.then(|| &answer.tasks[0].ids),
     })
 }
 
@@ -75,7 +75,7 @@ impl EventWriter for ChatWriter {
                 stop_reason: None,
                 token_ids: None,
             };
-            let ids = answer.params.return_token_ids.then(|| answer.tasks[0].token_ids.as_slice());
+            let ids = answer.params.return_token_ids.then(|| &answer.tasks[0].ids);
             let mut chunk = chunk(answer, [choice]);
             chunk.prompt_token_ids = ids;
             write_event(&chunk, out);

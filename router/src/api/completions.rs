@@ -24,7 +24,7 @@ pub fn object(answer: &mut Answer) -> serde_json::Result<Vec<u8>> {
         .enumerate()
         .map(|(index, choice)| {
             let first_of_prompt = &answer.choices[choice.prompt * params.n as usize];
-            let prompt_ids = answer.tasks[choice.prompt].token_ids.as_slice();
+            let prompt_ids = &answer.tasks[choice.prompt].ids;
             CompletionChoice {
                 index: index as u32,
                 text: &choice.delta.text,
@@ -68,8 +68,8 @@ fn plain_logprobs<'a>(
     let mut logprobs = CompletionLogprobs::default();
     let mut offset = 0;
     if answer.params.echo {
-        if let Some(first) = answer.tasks[choice.prompt].token_ids.first() {
-            logprobs.push_unknown(*first, &mut offset, names);
+        if let Some(first) = answer.tasks[choice.prompt].ids.iter().next() {
+            logprobs.push_unknown(first, &mut offset, names);
         }
         for position in &first_of_prompt.prompt_logprobs {
             logprobs.push(position, top, &mut offset, names);
@@ -113,7 +113,7 @@ impl EventWriter for CompletionWriter {
             }
             logprobs
         });
-        let prompt_ids = answer.tasks[choice.prompt].token_ids.as_slice();
+        let prompt_ids = &answer.tasks[choice.prompt].ids;
         let send_ids = !std::mem::replace(&mut self.ids_sent[number], true);
         let chunk_choice = CompletionChoice {
             index: number as u32,

@@ -128,7 +128,7 @@ async fn prepare_in_pool(
 
 /// Asks the tenant's limits, now that the request's tokens are counted.
 fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, ApiError> {
-    let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len() as u64);
+    let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.ids.len() as u64);
     let prompt_tokens = lengths.clone().sum();
     context.audit.asks(&prepared.served_model, prompt_tokens);
     if let Some(caller) = &context.caller {

@@ -164,8 +164,7 @@ impl Asked<'_> {
         let prompts = prompts
             .into_iter()
             .map(|(encoded, text)| {
-                let output_bound =
-                    params::output_bound(&params, endpoint, encoded.token_ids.len(), model.max_model_len)?;
+                let output_bound = params::output_bound(&params, endpoint, encoded.ids.len(), model.max_model_len)?;
                 Ok(PreparedPrompt { encoded, output_bound, text })
             })
             .collect::<Result<_, ApiError>>()?;
@@ -206,7 +205,7 @@ pub fn chat_prompt(
         takes_images,
     };
     if let Some(encoded) = service.conversations().encode(tokenizer, &written) {
-        service.metrics().encoded(encoded.token_ids.len(), encoded.reused_tokens);
+        service.metrics().encoded(encoded.ids.len(), encoded.reused_tokens);
         return Ok(encoded);
     }
     if rules == ConversationRules::Lenient
@@ -252,7 +251,7 @@ impl RepairedConversation {
         let written = Written { messages: &messages, continue_final_message, ..*written };
         let encoded = match service.conversations().encode(tokenizer, &written) {
             Some(encoded) => {
-                service.metrics().encoded(encoded.token_ids.len(), encoded.reused_tokens);
+                service.metrics().encoded(encoded.ids.len(), encoded.reused_tokens);
                 encoded
             }
             None => {
@@ -326,7 +325,7 @@ fn text_prompt(
     special: bool,
     params: &Params,
 ) -> Result<(EncodedPrompt, Option<String>), ApiError> {
-    let encoded = EncodedPrompt::new(text_ids(&text, spec, special)?, Vec::new(), &params.cache_salt);
+    let encoded = EncodedPrompt::new(&text_ids(&text, spec, special)?, Vec::new(), &params.cache_salt);
     Ok((encoded, params.echo.then_some(text)))
 }
 
@@ -344,7 +343,7 @@ fn id_prompt(
         Some(tokenizer) if params.echo => Some(tokenizer.decode(&token_ids, true)),
         _ => None,
     };
-    Ok((EncodedPrompt::new(token_ids, Vec::new(), &params.cache_salt), text))
+    Ok((EncodedPrompt::new(&token_ids, Vec::new(), &params.cache_salt), text))
 }
 
 impl From<EncodeError> for ApiError {

@@ -7,15 +7,19 @@ use std::borrow::Cow;
 
 use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{PositionLogprobs, TokenLogprob};
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
-use crate::relay::emit::{CallDelta, StopReason};
+use crate::{
+    encode::wire::PackedIds,
+    relay::emit::{CallDelta, StopReason},
+};
 
 /// JSON has no infinity: OpenAI and vLLM write this.
 const LEAST_LOGPROB: f32 = -9999.0;
 
 /// `usage`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
     /// Ids of the prompts, each prompt once.
     pub prompt_tokens: u32,
@@ -28,7 +32,7 @@ pub struct Usage {
 }
 
 /// Part of [`Usage`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct PromptTokensDetails {
     /// Ids found in the group's prefix cache.
     pub cached_tokens: u32,
@@ -47,7 +51,7 @@ pub struct ChatObject<'a, C> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobList<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_token_ids: Option<&'a [u32]>,
+    pub prompt_token_ids: Option<&'a PackedIds>,
 }
 
 /// One choice of a plain chat answer.
@@ -150,7 +154,7 @@ pub struct CompletionChoice<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<PromptLogprobList<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_token_ids: Option<&'a [u32]>,
+    pub prompt_token_ids: Option<&'a PackedIds>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<&'a [u32]>,
 }
@@ -187,13 +191,13 @@ fn finite(logprob: f32) -> f32 {
 }
 
 /// `logprobs` in chat.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ChatLogprobs<'a> {
     pub content: Vec<ChatLogprob<'a>>,
 }
 
 /// A token of [`ChatLogprobs`].
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ChatLogprob<'a> {
     token: Cow<'a, str>,
     logprob: f32,

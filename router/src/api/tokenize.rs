@@ -81,7 +81,8 @@ fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Re
         TokenizeTarget::Messages => {
             let rules = service.conversation_rules(caller);
             // images have ids whether or not the model's groups can look at them
-            let mut ids = chat_prompt(service, &body, &model.name, &spec, true, rules)?.token_ids;
+            let prompt = chat_prompt(service, &body, &model.name, &spec, true, rules)?;
+            let mut ids: Vec<u32> = prompt.ids.iter().collect();
             if body.add_special_tokens == Some(true)
                 && let Some(bos) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id())
                 && ids.first() != Some(&bos)

@@ -37,7 +37,7 @@ pub(super) fn prepared(
             span.set("gen_ai.operation.name", operation);
         }
         Ok(prepared) => {
-            let tokens: usize = prepared.prompts.iter().map(|prompt| prompt.encoded.token_ids.len()).sum();
+            let tokens: usize = prepared.prompts.iter().map(|prompt| prompt.encoded.ids.len()).sum();
             encoding.set("bora.prompt_tokens", tokens as i64);
             let params = &prepared.params;
             span.rename(format!("{operation} {}", prepared.model));

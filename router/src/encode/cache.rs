@@ -9,18 +9,23 @@
 //! Tenants with different salts share nothing, so nobody learns from the time an answer takes what another
 //! one asked. The hash is keyed with a number that no client knows. Both parts are bounded in bytes.
 
-use std::sync::Arc;
+use std::{cell::RefCell, ops::Range, sync::Arc};
 
 use bora_common::{
-    blocks::{BlockChain, BlockHash},
+    blocks::{BLOCK_TOKENS, BlockChain, BlockHash},
     conversation::{DataUrls, Growth, NotGrown, Outline, TextEncoder},
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::Image;
+use bytes::Bytes;
 use serde_json::value::RawValue;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
-use super::{EncodedPrompt, generations::Generations, wire};
+use super::{
+    EncodedPrompt,
+    generations::Generations,
+    wire::{Packer, pack_with_parts, unpack},
+};
 
 /// Shorter texts are encoded faster than they are looked up.
 const SHORTEST_KEPT_TEXT: usize = 128;
@@ -53,8 +58,9 @@ struct Turn {
     /// Ids up to its end.
     tokens: usize,
     outlines: Vec<Outline>,
-    token_ids: Box<[u32]>,
-    packed: Box<[u8]>,
+    /// Its own ids, packed, and their number.
+    packed: Bytes,
+    count: usize,
     hashes: Box<[BlockHash]>,
     images: Vec<Image>,
     /// Ready for the id behind it.
@@ -65,13 +71,7 @@ impl Turn {
     fn bytes(&self) -> usize {
         let images: usize = self.images.iter().map(|image| image.data.len() + size_of::<Image>()).sum();
         let outlines: usize = self.outlines.iter().map(Outline::size).sum();
-        TURN_BYTES
-            + self.token_ids.len() * 4
-            + self.packed.len()
-            + self.hashes.len() * 16
-            + self.key.to_le_bytes().len()
-            + images
-            + outlines
+        TURN_BYTES + self.packed.len() + self.hashes.len() * 16 + self.key.to_le_bytes().len() + images + outlines
     }
 }
 
@@ -88,7 +88,8 @@ impl Drop for Turn {
 /// The cache of one router.
 pub struct ConversationCache {
     turns: Generations<Arc<Turn>>,
-    texts: Generations<Arc<[u32]>>,
+    /// Their ids, packed.
+    texts: Generations<Bytes>,
     seed: u64,
 }
 
@@ -119,25 +120,24 @@ impl ConversationCache {
             }
         };
         let salt = self.link(self.link(0, written.model), written.salt);
-        let texts = Texts { tokenizer, cache: self, salt };
+        let texts = Texts { tokenizer, cache: self, salt, new: RefCell::default() };
         let mut prompt = Prompt::with(known.as_ref());
-        let reused_tokens = prompt.token_ids.len();
+        let reused_tokens = prompt.ids.len();
         let mut last = known;
         for run in &growth.runs {
             let encoded = growth.encode(run, tokenizer, &texts, &DataUrls).ok()?;
             if !encoded.images.is_empty() && !written.takes_images {
                 return None;
             }
-            let begin = prompt.token_ids.len();
+            let begin = prompt.ids.len();
             let images: Vec<Image> = encoded.images.iter().map(|image| super::picture(image, begin)).collect();
             let mut chain = last
                 .as_ref()
                 .map_or_else(|| BlockChain::new(written.salt.as_bytes(), Vec::new()), |turn| turn.chain.clone());
             chain.expect_images(super::image_spans(&images));
             let hashes = chain.extend(&encoded.token_ids);
-            let packed = wire::pack(&encoded.token_ids);
-            prompt.token_ids.extend_from_slice(&encoded.token_ids);
-            prompt.packed.extend_from_slice(&packed);
+            let packed = self.pack(&encoded.token_ids, texts.new.take());
+            prompt.ids.push(&packed, encoded.token_ids.len());
             prompt.hashes.extend_from_slice(&hashes);
             prompt.images.extend_from_slice(&images);
             let messages = last.as_ref().map_or(0, |turn| turn.messages) + run.outlines.len();
@@ -145,10 +145,10 @@ impl ConversationCache {
                 before: last.take(),
                 key: *keys.get(messages)?,
                 messages,
-                tokens: prompt.token_ids.len(),
+                tokens: prompt.ids.len(),
                 outlines: run.outlines.clone(),
-                token_ids: encoded.token_ids.into_boxed_slice(),
-                packed: packed.into_boxed_slice(),
+                packed,
+                count: encoded.token_ids.len(),
                 hashes: hashes.into_boxed_slice(),
                 images,
                 chain,
@@ -158,8 +158,21 @@ impl ConversationCache {
             }
             last = Some(turn);
         }
-        let Prompt { token_ids, packed, hashes, images } = prompt;
-        Some(EncodedPrompt { token_ids, packed: packed.into(), images, hashes, reused_tokens })
+        let Prompt { ids, hashes, images } = prompt;
+        Some(EncodedPrompt { ids: ids.finish(), images, hashes, reused_tokens })
+    }
+
+    /// Packs the ids of a turn, and keeps those of its texts that were not known.
+    fn pack(&self, token_ids: &[u32], new: Vec<(u128, Range<usize>)>) -> Bytes {
+        let (packed, ranges) = pack_with_parts(token_ids, new.iter().map(|(_, range)| range.clone()));
+        for ((key, _), range) in new.into_iter().zip(ranges) {
+            let bytes = TURN_BYTES + range.len();
+            // a slice holds the whole turn: only what is most of it may do that, or a small text would hold a large turn
+            let most = range.len() * 2 >= packed.len();
+            let text = if most { packed.slice(range) } else { Bytes::copy_from_slice(&packed[range]) };
+            self.texts.insert(key, text, bytes);
+        }
+        packed
     }
 
     /// Number `n` is the key of the first `n` messages.
@@ -218,8 +231,7 @@ impl ConversationCache {
 
 /// A prompt while it is put together.
 struct Prompt {
-    token_ids: Vec<u32>,
-    packed: Vec<u8>,
+    ids: Packer,
     hashes: Vec<BlockHash>,
     images: Vec<Image>,
 }
@@ -234,15 +246,10 @@ impl Prompt {
         }
         // room for an answer's worth of new ids, so that the copy is made once
         let tokens = known.map_or(0, |turn| turn.tokens) + 1024;
-        let mut prompt = Self {
-            token_ids: Vec::with_capacity(tokens),
-            packed: Vec::with_capacity(tokens * 3),
-            hashes: Vec::new(),
-            images: Vec::new(),
-        };
+        let hashes = Vec::with_capacity(tokens / BLOCK_TOKENS);
+        let mut prompt = Self { ids: Packer::default(), hashes, images: Vec::new() };
         for turn in path.into_iter().rev() {
-            prompt.token_ids.extend_from_slice(&turn.token_ids);
-            prompt.packed.extend_from_slice(&turn.packed);
+            prompt.ids.push(&turn.packed, turn.count);
             prompt.hashes.extend_from_slice(&turn.hashes);
             prompt.images.extend_from_slice(&turn.images);
         }
@@ -256,6 +263,8 @@ struct Texts<'a> {
     cache: &'a ConversationCache,
     /// Of model, tenant and router: models differ in their tokenizers.
     salt: u128,
+    /// Texts that were not known: their keys, and where their ids stand in the turn.
+    new: RefCell<Vec<(u128, Range<usize>)>>,
 }
 
 impl TextEncoder for Texts<'_> {
@@ -264,13 +273,12 @@ impl TextEncoder for Texts<'_> {
             return self.tokenizer.encode_into(text, token_ids);
         }
         let key = self.salt ^ xxh3_128_with_seed(text.as_bytes(), self.cache.seed);
-        if let Some((ids, _)) = self.cache.texts.get(key) {
-            return token_ids.extend_from_slice(&ids);
+        if let Some((packed, _)) = self.cache.texts.get(key) {
+            return token_ids.extend(unpack(&packed));
         }
-        let ids: Arc<[u32]> = self.tokenizer.encode(text).into();
-        token_ids.extend_from_slice(&ids);
-        let bytes = TURN_BYTES + ids.len() * 4;
-        self.cache.texts.insert(key, ids, bytes);
+        let begin = token_ids.len();
+        self.tokenizer.encode_into(text, token_ids);
+        self.new.borrow_mut().push((key, begin..token_ids.len()));
     }
 }
 
@@ -362,8 +370,7 @@ mod tests {
                         assert_eq!(expected.is_some(), got.is_some(), "{}", line.request.get());
                         continue;
                     };
-                    assert_eq!(got.token_ids, expected.token_ids, "{}", line.request.get());
-                    assert_eq!(got.packed, expected.packed);
+                    assert_eq!(got.ids, expected.ids, "{}", line.request.get());
                     assert_eq!(got.hashes, expected.hashes);
                     assert_eq!(got.images, expected.images);
                     same += 1;
@@ -388,17 +395,17 @@ mod tests {
         messages.push(raw(r#"{"role": "assistant", "content": "I see"}"#));
         messages.push(raw(r#"{"role": "user", "content": "Go on"}"#));
         let second = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
-        assert_eq!(second.reused_tokens, first.token_ids.len());
+        assert_eq!(second.reused_tokens, first.ids.len());
         let again = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
-        assert_eq!(again.reused_tokens, second.token_ids.len());
-        assert_eq!(again.token_ids, second.token_ids);
+        assert_eq!(again.reused_tokens, second.ids.len());
+        assert_eq!(again.ids, second.ids);
         for other in [
             Written { salt: "tenant", ..written(&messages, None) },
             Written { model: "other", ..written(&messages, None) },
             written(&messages, Some(raw("[]"))),
         ] {
             let prompt = cache.encode(tokenizer(), &other).expect("a prompt");
-            assert_eq!((prompt.reused_tokens, &prompt.token_ids), (0, &second.token_ids));
+            assert_eq!((prompt.reused_tokens, &prompt.ids), (0, &second.ids));
         }
     }
 
@@ -412,8 +419,11 @@ mod tests {
         let first = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
         let second = Written { model: "other", ..written(&messages, None) };
         let second = cache.encode(&other, &second).expect("a prompt");
-        assert_ne!(first.token_ids, second.token_ids);
-        assert_eq!(other.decode(&second.token_ids, true), tokenizer().decode(&first.token_ids, true));
+        assert_ne!(first.ids, second.ids);
+        let text = |tokenizer: &Tokenizer, prompt: &EncodedPrompt| {
+            tokenizer.decode(&prompt.ids.iter().collect::<Vec<_>>(), true)
+        };
+        assert_eq!(text(&other, &second), text(tokenizer(), &first));
     }
 
     /// Neighbours of one role become one part of the prompt: a turn that goes on is not the one known.
@@ -428,8 +438,29 @@ mod tests {
         for end in 1..=3 {
             let written = written(&messages[..end], None);
             let prompt = cache.encode(tokenizer(), &written).expect("a prompt");
-            assert_eq!(prompt.token_ids, whole(&written).expect("a prompt").token_ids);
+            assert_eq!(prompt.ids, whole(&written).expect("a prompt").ids);
         }
+    }
+
+    /// A client that rewrites the past: its texts are known, and give the ids that the tokenizer gave.
+    #[test]
+    fn texts_are_known_when_their_past_is_not() {
+        let cache = ConversationCache::new(1 << 20);
+        let message = |role: &str, number: u32| {
+            let text = format!("line {number}\\n").repeat(40);
+            format!(r#"{{"role": "{role}", "content": "{text}"}}"#)
+        };
+        let mut texts = Vec::new();
+        for first in [1, 2, 3, 2] {
+            let messages = [message("user", first), message("assistant", 7), message("user", 8)];
+            let messages: Vec<&RawValue> = messages.iter().map(|message| raw(message)).collect();
+            let written = written(&messages, None);
+            let prompt = cache.encode(tokenizer(), &written).expect("a prompt");
+            assert_eq!(prompt.ids, whole(&written).expect("a prompt").ids);
+            texts.push(cache.texts.bytes());
+        }
+        let one = texts[0] / 3;
+        assert_eq!(texts, [3 * one, 4 * one, 5 * one, 5 * one], "one of three texts is new, then none");
     }
 
     #[test]

@@ -18,14 +18,13 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_128;
 
 use cache::Written;
+use wire::PackedIds;
 
 /// A prompt in the form that goes to a group.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EncodedPrompt {
-    /// Ids.
-    pub token_ids: Vec<u32>,
-    /// The same, packed ([`wire::pack`]).
-    pub packed: Bytes,
+    /// Ids, packed.
+    pub ids: PackedIds,
     /// Images and where their placeholders stand.
     pub images: Vec<Image>,
     /// The hashes of its full blocks.
@@ -36,10 +35,9 @@ pub struct EncodedPrompt {
 
 impl EncodedPrompt {
     /// Hashes the blocks of a prompt that is not known from before.
-    pub fn new(token_ids: Vec<u32>, images: Vec<Image>, salt: &str) -> Self {
-        let hashes = BlockChain::new(salt.as_bytes(), image_spans(&images)).extend(&token_ids);
-        let packed = wire::pack(&token_ids).into();
-        Self { token_ids, packed, images, hashes, reused_tokens: 0 }
+    pub fn new(token_ids: &[u32], images: Vec<Image>, salt: &str) -> Self {
+        let hashes = BlockChain::new(salt.as_bytes(), image_spans(&images)).extend(token_ids);
+        Self { ids: PackedIds::of(token_ids), images, hashes, reused_tokens: 0 }
     }
 }
 
@@ -96,7 +94,7 @@ pub fn conversation(
     }
     let encoded = conversation.encode(tokenizer, &DataUrls)?;
     let images = encoded.images.iter().map(|image| picture(image, 0)).collect();
-    Ok(EncodedPrompt::new(encoded.token_ids, images, written.salt))
+    Ok(EncodedPrompt::new(&encoded.token_ids, images, written.salt))
 }
 
 /// A picture as groups take it; `begin` is where the ids that its offset counts from stand in the prompt.

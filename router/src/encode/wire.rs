@@ -1,34 +1,185 @@
 //! Token ids as they go to a group: packed varints, as protobuf has them. Through a general encoder, one call each,
 //! the ids of a long conversation cost more than everything else that the router does with it. They are packed
 //! here in one pass, branch-free for ids that real vocabularies have, and kept with the turns that they are of, so
-//! that a conversation that grew is put together from bytes.
+//! that a conversation that grew is put together from bytes: of long turns nothing is copied before it is written
+//! to the group's connection. Two bytes and a half an id, where a list of ids takes four.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use serde::{Serialize, Serializer};
+
+/// Pieces of at least so many bytes are shared, smaller ones copied: that is about what counting one owner more costs.
+const SHARED_FROM: usize = 4 << 10;
+/// Ids that are packed in one go.
+const AT_ONCE: usize = 64;
 
 /// Varints one after the other.
 pub fn pack(ids: &[u32]) -> Vec<u8> {
-    // three bytes hold any id below two million
-    let mut packed = vec![0; ids.len() * 3 + 8];
-    let mut end = 0;
-    for (number, id) in ids.iter().enumerate() {
-        let id = *id;
-        let Some(place) = packed.get_mut(end..end + 4).filter(|_| id < 1 << 21) else {
-            return pack_large(ids, packed, number, end);
-        };
-        let more = (u32::from(id >= 1 << 7) << 7) | (u32::from(id >= 1 << 14) << 15);
-        let word = (id & 0x7f) | ((id << 1) & 0x7f00) | ((id << 2) & 0x7f_0000) | more;
-        place.copy_from_slice(&word.to_le_bytes());
-        end += 1 + usize::from(id >= 1 << 7) + usize::from(id >= 1 << 14);
-    }
-    packed.truncate(end);
+    let mut packed = Vec::with_capacity(packed_length(ids));
+    pack_into(ids, &mut packed);
     packed
 }
 
-/// Goes on from number `from` with ids of any size.
-fn pack_large(ids: &[u32], mut packed: Vec<u8>, from: usize, end: usize) -> Vec<u8> {
-    packed.truncate(end);
-    for id in &ids[from..] {
-        prost::encoding::encode_varint(u64::from(*id), &mut packed);
+/// Bytes that ids take.
+pub(super) fn packed_length(ids: &[u32]) -> usize {
+    let length = |id: &u32| {
+        let id = *id;
+        1 + usize::from(id >= 1 << 7)
+            + usize::from(id >= 1 << 14)
+            + usize::from(id >= 1 << 21)
+            + usize::from(id >= 1 << 28)
+    };
+    ids.iter().map(length).sum()
+}
+
+/// Appends varints.
+pub(super) fn pack_into(ids: &[u32], packed: &mut Vec<u8>) {
+    for some in ids.chunks(AT_ONCE) {
+        if some.iter().any(|id| *id >= 1 << 21) {
+            some.iter().for_each(|id| prost::encoding::encode_varint(u64::from(*id), packed));
+            continue;
+        }
+        // three bytes hold each of these; the last one is written as four
+        let mut bytes = [0; AT_ONCE * 3 + 1];
+        let mut end = 0;
+        for id in some {
+            let id = *id;
+            let more = (u32::from(id >= 1 << 7) << 7) | (u32::from(id >= 1 << 14) << 15);
+            let word = (id & 0x7f) | ((id << 1) & 0x7f00) | ((id << 2) & 0x7f_0000) | more;
+            if let Some(place) = bytes.get_mut(end..end + 4) {
+                place.copy_from_slice(&word.to_le_bytes());
+            }
+            end += 1 + usize::from(id >= 1 << 7) + usize::from(id >= 1 << 14);
+        }
+        packed.extend_from_slice(&bytes[..end]);
     }
-    packed
+}
+
+/// The ids of varints that [`pack`] wrote.
+pub(super) fn unpack(packed: &[u8]) -> impl Iterator<Item = u32> + '_ {
+    let mut bytes = packed.iter();
+    std::iter::from_fn(move || {
+        let first = *bytes.next()?;
+        let mut id = u32::from(first & 0x7f);
+        let (mut last, mut shift) = (first, 7);
+        while last >= 0x80 {
+            last = *bytes.next()?;
+            id |= u32::from(last & 0x7f) << shift;
+            shift += 7;
+        }
+        Some(id)
+    })
+}
+
+/// The ids of a prompt, packed, in pieces that may be parts of what is kept of a conversation.
+#[derive(Clone, Debug, Default)]
+pub struct PackedIds {
+    pieces: Vec<Bytes>,
+    count: usize,
+    size: usize,
+}
+
+impl PackedIds {
+    /// Packs ids.
+    pub fn of(ids: &[u32]) -> Self {
+        let packed = Bytes::from(pack(ids));
+        Self { count: ids.len(), size: packed.len(), pieces: vec![packed] }
+    }
+
+    /// Number of ids.
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Bytes of all pieces.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// The bytes, one piece behind the other.
+    pub fn pieces(&self) -> &[Bytes] {
+        &self.pieces
+    }
+
+    /// The ids.
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.pieces.iter().flat_map(|piece| unpack(piece))
+    }
+}
+
+impl PartialEq for PackedIds {
+    /// The same ids, whatever the pieces.
+    fn eq(&self, other: &Self) -> bool {
+        self.count == other.count && self.iter().eq(other.iter())
+    }
+}
+
+/// As a list of numbers.
+impl Serialize for PackedIds {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.iter())
+    }
+}
+
+/// Puts a prompt together from packed turns.
+#[derive(Default)]
+pub(super) struct Packer {
+    ids: PackedIds,
+    /// Small pieces, copied.
+    small: Vec<u8>,
+}
+
+impl Packer {
+    /// Appends `count` ids.
+    pub(super) fn push(&mut self, packed: &Bytes, count: usize) {
+        self.ids.count += count;
+        self.ids.size += packed.len();
+        if packed.len() < SHARED_FROM {
+            self.small.extend_from_slice(packed);
+            return;
+        }
+        self.end_small();
+        self.ids.pieces.push(packed.clone());
+    }
+
+    /// Ids so far.
+    pub(super) fn len(&self) -> usize {
+        self.ids.count
+    }
+
+    /// All of it.
+    pub(super) fn finish(mut self) -> PackedIds {
+        self.end_small();
+        self.ids
+    }
+
+    fn end_small(&mut self) {
+        if !self.small.is_empty() {
+            self.ids.pieces.push(std::mem::take(&mut self.small).into());
+        }
+    }
+}
+
+/// Ids packed as one, with the bytes of each of some parts of them. Parts stand in their order and do not overlap.
+pub(super) fn pack_with_parts(ids: &[u32], parts: impl Iterator<Item = Range<usize>>) -> (Bytes, Vec<Range<usize>>) {
+    let mut packed = Vec::with_capacity(packed_length(ids));
+    let mut ranges = Vec::new();
+    let mut done = 0;
+    for part in parts {
+        pack_into(&ids[done..part.start], &mut packed);
+        let begin = packed.len();
+        pack_into(&ids[part.clone()], &mut packed);
+        ranges.push(begin..packed.len());
+        done = part.end;
+    }
+    pack_into(&ids[done..], &mut packed);
+    (packed.into(), ranges)
 }
 
 #[cfg(test)]
@@ -38,15 +189,23 @@ mod tests {
 
     use super::*;
 
-    /// The general encoder's bytes, whatever the ids.
-    #[test]
-    fn packed_ids_are_protobufs() {
+    /// Ids at the edges of every length of a varint, alone, among others and many.
+    fn samples() -> Vec<Vec<u32>> {
         let edges = [0, 1, 127, 128, 16_383, 16_384, 131_071, (1 << 21) - 1];
         let many: Vec<u32> = (0..10_000).map(|at| edges[at % edges.len()] ^ (at as u32 & 1)).collect();
         let large = [vec![5, 200], vec![1 << 21, u32::MAX], vec![7; 100]].concat();
-        for ids in [Vec::new(), vec![3], edges.to_vec(), many, large, vec![u32::MAX; 50]] {
+        let longest = vec![(1 << 21) - 1; AT_ONCE];
+        let five = vec![(1 << 28) - 1, 1 << 28];
+        vec![Vec::new(), vec![3], edges.to_vec(), many, large, longest, five, vec![u32::MAX; 50]]
+    }
+
+    /// The general encoder's bytes, whatever the ids.
+    #[test]
+    fn packed_ids_are_protobufs() {
+        for ids in samples() {
             let request = GenerateRequest { token_ids: ids.clone(), ..GenerateRequest::default() };
             let packed = pack(&ids);
+            assert_eq!(packed.len(), packed_length(&ids));
             let mut bytes = Vec::new();
             if !packed.is_empty() {
                 bytes.push(2 << 3 | 2); // field 2, length-delimited
@@ -54,6 +213,46 @@ mod tests {
                 bytes.extend_from_slice(&packed);
             }
             assert_eq!(bytes, request.encode_to_vec());
+        }
+    }
+
+    #[test]
+    fn what_was_packed_comes_out_again() {
+        for ids in samples() {
+            let packed = PackedIds::of(&ids);
+            assert_eq!((packed.len(), packed.size()), (ids.len(), pack(&ids).len()));
+            assert!(packed.iter().eq(ids.iter().copied()));
+            assert_eq!(serde_json::to_string(&packed).expect("JSON"), serde_json::to_string(&ids).expect("JSON"));
+        }
+    }
+
+    /// Long turns are shared and short ones copied; the ids are those of all of them.
+    #[test]
+    fn turns_are_put_together() {
+        let turns: Vec<Vec<u32>> = [10, 20, 5_000, 1, 6_000, 7_000, 3, 4].map(|length| (0..length).collect()).to_vec();
+        let mut packer = Packer::default();
+        let turns_packed: Vec<Bytes> = turns.iter().map(|turn| pack(turn).into()).collect();
+        turns.iter().zip(&turns_packed).for_each(|(turn, packed)| packer.push(packed, turn.len()));
+        assert_eq!(packer.len(), turns.concat().len());
+        let ids = packer.finish();
+        assert_eq!(ids, PackedIds::of(&turns.concat()));
+        assert_eq!(ids.pieces().concat(), pack(&turns.concat()));
+        assert_eq!(ids.size(), pack(&turns.concat()).len());
+        let shared =
+            ids.pieces().iter().filter(|piece| turns_packed.iter().any(|turn| turn.as_ptr() == piece.as_ptr()));
+        assert_eq!((ids.pieces().len(), shared.count()), (6, 3));
+    }
+
+    #[test]
+    fn parts_are_found_among_the_rest() {
+        for ids in samples() {
+            let third = ids.len() / 3;
+            let parts = [0..third, third..third, third + third / 2..ids.len()];
+            let (packed, ranges) = pack_with_parts(&ids, parts.iter().cloned());
+            assert_eq!(packed, pack(&ids));
+            for (part, range) in parts.into_iter().zip(ranges) {
+                assert_eq!(packed[range], pack(&ids[part]));
+            }
         }
     }
 }

@@ -2,6 +2,10 @@
 //!
 //! A placement is booked before the first await, so that the next choice sees it; a [`Booking`] gives it
 //! back on every way out, because it does so when it is dropped.
+//!
+//! A report is 50 ms old by the time the next one comes, a second where nothing changes. What was booked since is
+//! added to it, and what it counts and has ended since is taken off: else a group that has just answered would
+//! look busier than one that knows nothing of the conversation, to the turn that follows at once.
 
 use std::{
     sync::Arc,
@@ -40,6 +44,10 @@ struct Entry {
     /// Of `booked_*`, what was booked after the last report.
     fresh_tokens: u64,
     fresh_sequences: u32,
+    /// Of what the last report counts, the prompts that this router knows to be computed since.
+    computed_tokens: u64,
+    /// Of what the last report counts, the sequences that this router knows to have ended since.
+    ended_sequences: u32,
     /// Seconds of prefills that this router booked.
     recent_booked: Recent,
     /// Seconds of prefills that the group told of, whoever sent them.
@@ -85,6 +93,8 @@ impl Ledger {
         entry.report_number += 1;
         entry.fresh_tokens = 0;
         entry.fresh_sequences = 0;
+        entry.computed_tokens = 0;
+        entry.ended_sequences = 0;
     }
 
     /// A group that has just come counts as that busy, until that fades.
@@ -98,13 +108,15 @@ impl Ledger {
     }
 
     /// The load to reckon with: never less than what this router itself has there, whatever the report's
-    /// age, and never less than the report plus what was sent since.
+    /// age, and never less than what is left of the report plus what was sent since.
     pub fn busy(&self) -> Busy {
         let entry = self.entry.lock();
         let reported_sequences = entry.reported.running.saturating_add(entry.reported.waiting);
+        let still_queued = entry.reported.queued_prefill_tokens.saturating_sub(entry.computed_tokens);
+        let still_there = reported_sequences.saturating_sub(entry.ended_sequences);
         Busy {
-            queued_tokens: entry.booked_tokens.max(entry.reported.queued_prefill_tokens + entry.fresh_tokens),
-            sequences: entry.booked_sequences.max(reported_sequences.saturating_add(entry.fresh_sequences)),
+            queued_tokens: entry.booked_tokens.max(still_queued.saturating_add(entry.fresh_tokens)),
+            sequences: entry.booked_sequences.max(still_there.saturating_add(entry.fresh_sequences)),
         }
     }
 
@@ -127,19 +139,26 @@ impl Ledger {
         entry.report_number
     }
 
-    fn give_back_tokens(&self, tokens: u64, report_number: u64) {
+    /// Tokens booked under `report_number` wait no longer. `was_there`: the group had them, so a report that came
+    /// since counts them (or as many of them as were left to compute: their neighbours are done as well by then).
+    fn give_back_tokens(&self, tokens: u64, report_number: u64, was_there: bool) {
         let mut entry = self.entry.lock();
         entry.booked_tokens = entry.booked_tokens.saturating_sub(tokens);
         if entry.report_number == report_number {
             entry.fresh_tokens = entry.fresh_tokens.saturating_sub(tokens);
+        } else if was_there {
+            entry.computed_tokens = entry.computed_tokens.saturating_add(tokens);
         }
     }
 
-    fn give_back_sequence(&self, report_number: u64) {
+    /// The same for the sequence itself.
+    fn give_back_sequence(&self, report_number: u64, was_there: bool) {
         let mut entry = self.entry.lock();
         entry.booked_sequences = entry.booked_sequences.saturating_sub(1);
         if entry.report_number == report_number {
             entry.fresh_sequences = entry.fresh_sequences.saturating_sub(1);
+        } else if was_there {
+            entry.ended_sequences = entry.ended_sequences.saturating_add(1);
         }
     }
 }
@@ -152,6 +171,8 @@ pub struct Booking {
     queued_tokens: u64,
     report_number: u64,
     expected: Vec<BlockHash>,
+    /// Whether the group took it: what it refused, or never got, no report counts.
+    accepted: bool,
     prefilled_at: Option<Instant>,
 }
 
@@ -168,7 +189,7 @@ impl Booking {
     ) -> Self {
         let report_number = link.ledger.book(queued_tokens, seconds, now);
         index.expect(link.slot, &expected);
-        Self { link, index, queued_tokens, report_number, expected, prefilled_at: None }
+        Self { link, index, queued_tokens, report_number, expected, accepted: false, prefilled_at: None }
     }
 
     /// The group this is booked on.
@@ -176,8 +197,14 @@ impl Booking {
         &self.link
     }
 
+    /// The group said something of it.
+    pub fn accepted(&mut self) {
+        self.accepted = true;
+    }
+
     /// A token came: the prompt is computed, and soon the group has told what it stored.
     pub fn received_token(&mut self) {
+        self.accepted();
         let Some(prefilled_at) = self.prefilled_at else {
             self.prefilled_at = Some(Instant::now());
             return self.prefilled();
@@ -189,7 +216,7 @@ impl Booking {
 
     fn prefilled(&mut self) {
         if self.queued_tokens > 0 {
-            self.link.ledger.give_back_tokens(self.queued_tokens, self.report_number);
+            self.link.ledger.give_back_tokens(self.queued_tokens, self.report_number, self.accepted);
             self.queued_tokens = 0;
         }
     }
@@ -198,7 +225,7 @@ impl Booking {
 impl Drop for Booking {
     fn drop(&mut self) {
         self.prefilled();
-        self.link.ledger.give_back_sequence(self.report_number);
+        self.link.ledger.give_back_sequence(self.report_number, self.accepted);
         self.link.room.changed();
         self.index.forget(self.link.slot, &self.expected);
     }
@@ -219,13 +246,66 @@ mod tests {
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
         let later = ledger.book(200, 0.0, Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1700, sequences: 4 });
-        ledger.give_back_tokens(200, later);
-        ledger.give_back_sequence(later);
-        ledger.give_back_tokens(1000, number);
-        ledger.give_back_sequence(number);
+        ledger.give_back_tokens(200, later, true);
+        ledger.give_back_sequence(later, true);
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
+        ledger.give_back_tokens(1000, number, true);
+        ledger.give_back_sequence(number, true);
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 500, sequences: 2 }, "what others sent");
         ledger.report(Load::default(), Instant::now());
         assert_eq!(ledger.busy(), Busy::default());
+    }
+
+    /// The report is as old as the group likes: what it counts and this router saw end is not there any more.
+    #[test]
+    fn what_ended_since_the_last_report_is_taken_off_it() {
+        let ledger = Ledger::default();
+        let numbers: Vec<u64> = (0..3).map(|_| ledger.book(100, 0.0, Instant::now())).collect();
+        ledger.report(Load { running: 3, queued_prefill_tokens: 120, ..Load::default() }, Instant::now());
+        for (left, number) in numbers.iter().enumerate().rev() {
+            ledger.give_back_tokens(100, *number, true);
+            ledger.give_back_sequence(*number, true);
+            let queued_tokens = 100 * left as u64;
+            assert_eq!(
+                ledger.busy(),
+                Busy { queued_tokens, sequences: left as u32 },
+                "the report had 20 of each third"
+            );
+        }
+        // what came and went between two reports is in neither
+        let between = ledger.book(100, 0.0, Instant::now());
+        ledger.give_back_tokens(100, between, true);
+        ledger.give_back_sequence(between, true);
+        assert_eq!(ledger.busy(), Busy::default());
+        // of the next report nothing is taken off that ended before it
+        ledger.report(Load { running: 2, waiting: 1, queued_prefill_tokens: 50, ..Load::default() }, Instant::now());
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 50, sequences: 3 });
+    }
+
+    #[test]
+    fn what_the_group_never_took_is_not_taken_off_its_report() {
+        let ledger = Ledger::default();
+        let number = ledger.book(100, 0.0, Instant::now());
+        // of others: this one is on its way, or was refused
+        ledger.report(Load { running: 1, queued_prefill_tokens: 70, ..Load::default() }, Instant::now());
+        ledger.give_back_tokens(100, number, false);
+        ledger.give_back_sequence(number, false);
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 70, sequences: 1 });
+    }
+
+    /// More can end than the report has: some of it was on its way when the group told.
+    #[test]
+    fn a_report_is_never_taken_below_nothing() {
+        let ledger = Ledger::default();
+        let numbers: Vec<u64> = (0..4).map(|_| ledger.book(100, 0.0, Instant::now())).collect();
+        ledger.report(Load { running: 1, queued_prefill_tokens: 100, ..Load::default() }, Instant::now());
+        for number in numbers {
+            ledger.give_back_tokens(100, number, true);
+            ledger.give_back_sequence(number, true);
+        }
+        assert_eq!(ledger.busy(), Busy::default());
+        let _ = ledger.book(30, 0.0, Instant::now());
+        assert_eq!(ledger.busy(), Busy { queued_tokens: 30, sequences: 1 }, "what is sent now is not hidden by it");
     }
 
     #[test]

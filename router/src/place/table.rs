@@ -4,7 +4,9 @@
 //! Entries stand in chunks, in the order in which they came: groups tell of blocks in the order of their chain,
 //! so the entry of a prompt's next block most often stands behind that of the block before it, and a walk reads
 //! memory from front to back instead of missing the processor's cache with every block. A map of 64 shards (open
-//! addressing; half of a slot is part of the key, the other half the entry's place) finds what stands elsewhere.
+//! addressing; half of a slot is part of the key, the other half the entry's place) finds what stands elsewhere: a
+//! conversation that was told of in pieces stands in as many places, so a walk that left a piece looks for blocks
+//! further ahead as well, sixteen at once ([`Ahead`]), instead of waiting for memory behind every piece.
 //!
 //! There is one writer at a time, for a batch of blocks, so that a group that tells of all its blocks does not keep
 //! the others waiting. Readers never wait: they hold the arrays that they look into, which change in place or are
@@ -22,8 +24,12 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 const SHARDS: usize = 64;
 /// Hashes that are looked for together.
 const TOGETHER: usize = 16;
-/// Behind a run of fewer blocks the next ones are looked for together.
-const SHORT_RUN: usize = 4;
+/// Behind a run of so many blocks only the next one is looked for: another long run most likely begins with it.
+const LONG_RUN: usize = 128;
+/// Longest way from one block that is looked for ahead to the next.
+const LONGEST_STRIDE: usize = 32;
+/// Entries of a line of the processor's cache.
+const LINE: usize = 64 / size_of::<Entry>();
 const SMALLEST: usize = 16;
 /// Entries of a chunk: 64 KiB.
 const CHUNK: usize = 4096;
@@ -55,7 +61,7 @@ impl Entry {
     }
 }
 
-type Chunk = Box<[Entry]>;
+type Chunk = [Entry];
 type Chunks = Vec<Arc<Chunk>>;
 type Slots = Box<[AtomicU64]>;
 
@@ -238,7 +244,7 @@ impl Writer {
             more.push(Arc::default());
             self.used.push(0);
         }
-        more[self.chunk] = Arc::new(std::iter::repeat_with(Entry::default).take(CHUNK).collect());
+        more[self.chunk] = std::iter::repeat_with(Entry::default).take(CHUNK).collect();
         let chunks = Arc::new(more);
         *arrays.chunks.write() = Arc::clone(&chunks);
         self.place = 1;
@@ -389,29 +395,53 @@ impl BlockTable {
     pub(super) fn walk(&self, hashes: &[BlockHash], mut see: impl FnMut(usize, u64) -> bool) {
         let mut search = Search::new(Arc::clone(&self.arrays.read()));
         let mut at = 0;
-        let mut run = usize::MAX;
+        let (mut run, mut run_before) = (LONG_RUN, LONG_RUN);
         while at < hashes.len() {
-            // behind a long run another one most likely begins, else memory is asked for many blocks at once
-            let together = if run < SHORT_RUN { TOGETHER } else { 1 };
-            let some = &hashes[at..(at + together).min(hashes.len())];
-            let bits = search.look_up(some);
-            for (place, bits) in bits.iter().take(some.len()).enumerate() {
-                if !see(at + place, *bits) {
+            let Some(place) = search.place_of(hashes, at, run.min(run_before)) else {
+                if !see(at, 0) {
                     return;
                 }
-            }
-            at += some.len();
+                at += 1;
+                run = 0;
+                continue;
+            };
+            run_before = run;
             run = 0;
-            for (entry, hash) in search.behind().iter().zip(&hashes[at..]) {
+            for (entry, hash) in search.entries_from(place).iter().zip(&hashes[at..]) {
                 let Some(bits) = entry.bits_of(key_of(*hash)) else { break };
                 if !see(at + run, bits) {
                     return;
                 }
                 run += 1;
             }
-            at += run;
-            search.next += run;
+            if run == 0 && !see(at, 0) {
+                // given to another block since it was found
+                return;
+            }
+            at += run.max(1);
         }
+    }
+}
+
+/// Where some blocks of a chain stand: `places[n]` is that of block `from + n * stride`.
+#[derive(Default)]
+struct Ahead {
+    from: usize,
+    stride: usize,
+    places: Vec<Option<usize>>,
+}
+
+impl Ahead {
+    /// Where block `at` stands, if its piece reaches to the next block that was looked for.
+    fn guess(&self, at: usize) -> Option<usize> {
+        let number = at.checked_sub(self.from)?.div_ceil(self.stride.max(1));
+        let place = (*self.places.get(number)?)?;
+        place.checked_sub(self.from + number * self.stride - at)
+    }
+
+    /// Whether blocks behind `at` were looked for.
+    fn reaches(&self, at: usize) -> bool {
+        at < self.from + self.places.len() * self.stride
     }
 }
 
@@ -420,52 +450,89 @@ struct Search {
     arrays: Arc<Arrays>,
     shards: [Option<Arc<Slots>>; SHARDS],
     chunks: Arc<Chunks>,
-    /// The place behind the last block that was found.
-    next: usize,
+    ahead: Ahead,
 }
 
 impl Search {
     fn new(arrays: Arc<Arrays>) -> Self {
         let chunks = Arc::clone(&arrays.chunks.read());
-        Self { arrays, shards: [const { None }; SHARDS], chunks, next: usize::MAX }
+        Self { arrays, shards: [const { None }; SHARDS], chunks, ahead: Ahead::default() }
     }
 
-    /// The entries behind the last block that was found, to the end of their chunk.
-    fn behind(&self) -> &[Entry] {
-        let chunk = self.chunks.get(self.next / CHUNK);
-        chunk.and_then(|chunk| chunk.get(self.next % CHUNK..)).unwrap_or_default()
+    /// The entries from a place to the end of its chunk.
+    fn entries_from(&self, place: usize) -> &[Entry] {
+        let chunk = self.chunks.get(place / CHUNK);
+        chunk.and_then(|chunk| chunk.get(place % CHUNK..)).unwrap_or_default()
     }
 
-    /// The bits of up to [`TOGETHER`] blocks: first the slots of all, so that memory is asked for all of them at once,
-    /// then their entries.
-    fn look_up(&mut self, hashes: &[BlockHash]) -> [u64; TOGETHER] {
-        let mut bits = [0; TOGETHER];
+    /// Where block `at` stands, behind pieces of at least `run` blocks.
+    fn place_of(&mut self, hashes: &[BlockHash], at: usize, run: usize) -> Option<usize> {
+        if run >= LONG_RUN {
+            return self.find_some(&hashes[at..=at], 1).pop().flatten();
+        }
+        if self.ahead.reaches(at) {
+            let key = key_of(hashes[at]);
+            let is_here = |place: &usize| entry(&self.chunks, *place).is_some_and(|entry| entry.bits_of(key).is_some());
+            let guess = self.ahead.guess(at).filter(is_here);
+            return guess.or_else(|| self.find_some(&hashes[at..=at], 1).pop().flatten());
+        }
+        // pieces as long as the last ones have one of these each
+        let stride = (run * 3 / 4 + 1).min(LONGEST_STRIDE);
+        let places = self.find_some(&hashes[at..], stride);
+        self.ahead = Ahead { from: at, stride, places };
+        self.ahead.places.first().copied().flatten()
+    }
+
+    /// Where up to [`TOGETHER`] blocks stand, every `stride`-th of these: first the slots of all, so that memory is
+    /// asked for all of them at once, then their entries.
+    fn find_some(&mut self, hashes: &[BlockHash], stride: usize) -> Vec<Option<usize>> {
         let mut keys = [0; TOGETHER];
         let mut first = [0; TOGETHER];
-        for ((hash, key), first) in hashes.iter().zip(&mut keys).zip(&mut first) {
-            *key = key_of(*hash);
-            let shard = shard_of(*key);
+        let mut count = 0;
+        for hash in hashes.iter().step_by(stride).take(TOGETHER) {
+            let key = key_of(*hash);
+            let shard = shard_of(key);
             let slots = self.shards[shard].get_or_insert_with(|| Arc::clone(&self.arrays.shards[shard].read()));
-            *first = slots.get(first_slot(*key, slots.len())).map_or(0, |slot| slot.load(Ordering::Acquire));
+            keys[count] = key;
+            first[count] = slots.get(first_slot(key, slots.len())).map_or(0, |slot| slot.load(Ordering::Acquire));
+            count += 1;
         }
         // entries that slots tell of are in chunks that were there before
         self.chunks = Arc::clone(&self.arrays.chunks.read());
         let chunks = &self.chunks;
-        for ((key, first), bits) in keys.iter().zip(first).zip(&mut bits).take(hashes.len()) {
-            let guess = place_in(first, *key).and_then(|place| Some((place, entry(chunks, place)?)));
-            let found = match guess.and_then(|(place, entry)| Some((place, entry.bits_of(*key)?))) {
-                Some(found) => Some(found),
-                None if first == 0 => None,
-                None => self.shards[shard_of(*key)].as_deref().and_then(|slots| {
-                    find(slots, chunks, *key).and_then(|(place, entry)| Some((place, entry.bits_of(*key)?)))
-                }),
-            };
-            if let Some((place, there)) = found {
-                *bits = there;
-                self.next = place + 1;
+        let slots = |key| self.shards[shard_of(key)].as_deref();
+        let guess = |key: u64, first: u64| match place_in(first, key) {
+            None if first != 0 => search(slots(key)?, key).find_map(|(_, slot)| place_in(slot, key)),
+            place => place,
+        };
+        let mut guesses = [None; TOGETHER];
+        for ((key, first), place) in keys.iter().zip(first).zip(&mut guesses).take(count) {
+            *place = guess(*key, first);
+            if let Some(place) = *place
+                && count > 1
+            {
+                // the lines around it: what is read next
+                for near in [place.saturating_sub(LINE), place, place + LINE] {
+                    std::hint::black_box(entry(chunks, near).map(|entry| entry.key.load(Ordering::Relaxed)));
+                }
             }
         }
-        bits
+        if count == TOGETHER {
+            // the slots of those behind them, which are looked for next
+            for hash in hashes.iter().step_by(stride).skip(TOGETHER).take(TOGETHER) {
+                let key = key_of(*hash);
+                let slot = slots(key).and_then(|slots| slots.get(first_slot(key, slots.len())));
+                std::hint::black_box(slot.map(|slot| slot.load(Ordering::Relaxed)));
+            }
+        }
+        let sure = |key: u64, guess: Option<usize>| {
+            let place = guess?;
+            if entry(chunks, place).is_some_and(|entry| entry.key.load(Ordering::Acquire) == key) {
+                return Some(place);
+            }
+            find(slots(key)?, chunks, key).map(|(place, _)| place)
+        };
+        keys.iter().zip(guesses).take(count).map(|(key, guess)| sure(*key, guess)).collect()
     }
 }
 
@@ -537,12 +604,53 @@ mod tests {
             true
         });
         assert_eq!(seen, chain.len());
+        let most: Vec<BlockHash> = chain.iter().copied().filter(|hash| hash.0 % 5 > 0).collect();
+        table.unset(chain.iter().copied().filter(|hash| hash.0 % 5 == 0), 0);
+        table.walk(&most, |place, bits| {
+            assert_eq!(bits, table.bits(most[place]), "{place}");
+            assert_ne!(bits, 0);
+            true
+        });
+        table.set(chain[..5_000].iter().copied(), 0);
         table.unset(chain[300..301].iter().copied(), 0);
         table.set(std::iter::once(hash(99_999)), 5);
         table.walk(&chain[..400], |place, bits| {
             assert_eq!(bits & 1, u64::from(place != 300));
             true
         });
+    }
+
+    /// Conversations told of a piece at a time, in turn, with pieces of every length, and blocks that are missing.
+    #[test]
+    fn walks_find_pieces_of_any_length() {
+        for piece in [1, 2, 3, 5, 8, 15, 16, 31, 32, 33, 100, 127, 200, 5_000] {
+            let table = BlockTable::default();
+            let conversation = |number: u64| (0..3_000u64).map(|at| hash(number * 1_000_000 + at)).collect::<Vec<_>>();
+            let conversations: Vec<Vec<BlockHash>> = (0..7).map(conversation).collect();
+            for first in (0..3_000).step_by(piece) {
+                for (bit, chain) in conversations.iter().enumerate() {
+                    // lengths differ from piece to piece
+                    let cut = first + (piece / 2) * usize::from((first / piece) % 3 == 1);
+                    let end = (first + piece).min(chain.len());
+                    table.set(chain[first..cut.min(end)].iter().copied(), bit as u32);
+                    table.set(chain[cut.min(end)..end].iter().copied(), bit as u32);
+                }
+            }
+            let missing = |at: usize| at % 701 == 700;
+            for (bit, chain) in conversations.iter().enumerate() {
+                table.unset((0..chain.len()).filter(|at| missing(*at)).map(|at| chain[at]), bit as u32);
+            }
+            for (bit, chain) in conversations.iter().enumerate() {
+                let mut seen = 0;
+                table.walk(chain, |place, bits| {
+                    assert_eq!(bits, if missing(place) { 0 } else { 1 << bit }, "{piece} {place}");
+                    assert_eq!(place, seen);
+                    seen += 1;
+                    true
+                });
+                assert_eq!(seen, chain.len());
+            }
+        }
     }
 
     #[test]

@@ -3,13 +3,15 @@
 //! bytes are those of any other protobuf encoder.
 
 use bora_proto::v1::{GenerateEvent, GenerateRequest};
-use bytes::{BufMut as _, Bytes};
+use bytes::BufMut as _;
 use prost::Message as _;
 use tonic::{
     Status,
     codec::{Codec, EncodeBuf, Encoder},
 };
 use tonic_prost::{ProstCodec, ProstDecoder};
+
+use crate::encode::wire::PackedIds;
 
 /// Field 2, length-delimited: `GenerateRequest.token_ids`.
 const TOKEN_IDS_KEY: u8 = 2 << 3 | 2;
@@ -20,7 +22,7 @@ pub struct Outgoing {
     /// Everything but the ids.
     pub request: GenerateRequest,
     /// The prompt's ids.
-    pub prompt: Bytes,
+    pub prompt: PackedIds,
     /// The ids generated so far.
     pub generated: Vec<u8>,
 }
@@ -54,13 +56,13 @@ impl Encoder for RequestEncoder {
 
     fn encode(&mut self, outgoing: Outgoing, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
         let Outgoing { request, prompt, generated } = outgoing;
-        let length = prompt.len() + generated.len();
+        let length = prompt.size() + generated.len();
         buffer.reserve(request.encoded_len() + length + 16);
         // what is missing of an empty list is nothing, as protobuf has it
         if length > 0 {
             buffer.put_u8(TOKEN_IDS_KEY);
             prost::encoding::encode_varint(length as u64, buffer);
-            buffer.put_slice(&prompt);
+            prompt.pieces().iter().for_each(|piece| buffer.put_slice(piece));
             buffer.put_slice(&generated);
         }
         request.encode(buffer).map_err(|error| Status::internal(error.to_string()))

@@ -34,7 +34,7 @@ use super::{
     watch::Watch,
 };
 use crate::{
-    encode::wire::pack,
+    encode::wire::{PackedIds, pack},
     fleet::view::{Fleet, Link},
     metrics::Metrics,
     options::RouterOptions,
@@ -59,10 +59,8 @@ pub struct Task {
     pub request_id: String,
     /// The model's name.
     pub model: String,
-    /// The prompt.
-    pub token_ids: Vec<u32>,
-    /// The same as it goes to a group.
-    pub packed: Bytes,
+    /// The prompt, as it goes to a group.
+    pub ids: PackedIds,
     /// Its images, in the order of their offsets.
     pub images: Vec<Image>,
     /// The hashes of its full blocks.
@@ -247,11 +245,11 @@ impl Sequence {
         let ask = Ask {
             model: self.task.model.clone(),
             hashes: Arc::clone(&self.task.hashes),
-            tokens: self.task.token_ids.len(),
+            tokens: self.task.ids.len(),
             session: self.task.session,
             class,
             tenant: self.task.tenant,
-            cost: self.task.token_ids.len() as f64 + f64::from(self.task.stopping.max_tokens.min(MOST_EXPECTED_TOKENS)),
+            cost: self.task.ids.len() as f64 + f64::from(self.task.stopping.max_tokens.min(MOST_EXPECTED_TOKENS)),
             until,
             explain: self.explains(),
         };
@@ -379,6 +377,7 @@ impl Sequence {
         };
         if !*answered {
             *answered = true;
+            booking.accepted();
             booking.link().breaker.succeeded();
         }
         match event.event {
@@ -500,7 +499,7 @@ impl Sequence {
         };
         let finished = Finished {
             reason: reason as i32,
-            prompt_tokens: self.task.token_ids.len() as u32,
+            prompt_tokens: self.task.ids.len() as u32,
             cached_tokens: 0,
             completion_tokens: self.generated.len() as u32,
             timing: None,
@@ -519,7 +518,7 @@ impl Sequence {
         let avoid: Vec<Slot> = if avoid_tried { self.tried.iter().map(|link| link.slot).collect() } else { Vec::new() };
         let wanted = Wanted {
             hashes: &self.task.hashes,
-            tokens: self.task.token_ids.len() + self.generated.len(),
+            tokens: self.task.ids.len() + self.generated.len(),
             session: self.task.session,
             avoid: &avoid,
             class,
@@ -569,6 +568,6 @@ impl Sequence {
             },
             grammar: self.task.grammar.clone(),
         };
-        Outgoing { request, prompt: self.task.packed.clone(), generated: pack(&self.generated) }
+        Outgoing { request, prompt: self.task.ids.clone(), generated: pack(&self.generated) }
     }
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use bora_common::blocks::{BlockHash, hash_blocks};
+use bora_proto::v1::Load;
 use bora_router::{
     RouterOptions,
     fleet::view::Fleet,
@@ -16,7 +17,7 @@ use bora_router::{
     },
 };
 
-use crate::virtual_time::{MODEL, record};
+use crate::virtual_time::{MODEL, MOST_SEQUENCES, record};
 
 fn fleet(groups: usize, now: Instant) -> Arc<Fleet> {
     let fleet = Fleet::seeded(RouterOptions::default(), 1);
@@ -80,6 +81,28 @@ async fn one_name_for_everything_does_not_heap_it_on_one_group() {
     let running: Vec<Placement> = (0..16u32).map(|number| send(&fleet, &new_prompt(number), Some(7), now)).collect();
     let most = fleet.view().groups().map(|group| group.link.ledger.busy().sequences).max();
     assert!(most <= Some(4), "{most:?} of {} in one of eight groups", running.len());
+}
+
+/// A group tells its load fifty milliseconds apart: until then it looks as full as it was before the answers ended.
+#[tokio::test]
+async fn a_turn_that_follows_at_once_goes_where_the_conversation_is() {
+    let now = Instant::now();
+    let fleet = fleet(2, now);
+    let conversations: Vec<Vec<BlockHash>> = (0..2 * MOST_SEQUENCES).map(new_prompt).collect();
+    let mut running: Vec<Placement> = conversations.iter().map(|hashes| send(&fleet, hashes, None, now)).collect();
+    let homes: Vec<String> = running.iter().map(name).collect();
+    for group in fleet.view().groups() {
+        let here = || conversations.iter().zip(&homes).filter(|(_, home)| **home == group.record.group);
+        let stored: Vec<u8> = here().flat_map(|(hashes, _)| hashes).flat_map(|hash| hash.to_bytes()).collect();
+        fleet.index.apply(group.link.slot, &stored, &[]);
+        group.link.ledger.report(Load { running: here().count() as u32, ..Load::default() }, now);
+        assert!(!group.has_room(Class::Interactive), "{} is full", group.record.group);
+    }
+    running.iter_mut().for_each(|placement| placement.booking.received_token());
+    drop(running);
+    for (hashes, home) in conversations.iter().zip(&homes) {
+        assert_eq!(&name(&send(&fleet, hashes, None, now)), home);
+    }
 }
 
 /// The other groups have been busy for a while, each with conversations of its own.

@@ -27,7 +27,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{sync::oneshot, time::Instant};
 
 pub(crate) const MODEL: &str = "m";
-const MOST_SEQUENCES: u32 = 4;
+pub(crate) const MOST_SEQUENCES: u32 = 4;
 const STEPS: usize = 1_000;
 
 struct Group {

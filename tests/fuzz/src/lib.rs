@@ -57,12 +57,12 @@ pub fn request(input: &[u8]) {
 fn same(cached: &Prepared, fresh: &Prepared) {
     assert_eq!(cached.prompts.len(), fresh.prompts.len());
     for (one, other) in cached.prompts.iter().zip(&fresh.prompts) {
-        assert_eq!(one.encoded.token_ids, other.encoded.token_ids);
+        assert_eq!(one.encoded.ids, other.encoded.ids);
         assert_eq!(one.encoded.hashes, other.encoded.hashes);
         assert_eq!(one.encoded.images, other.encoded.images);
-        let length = one.encoded.token_ids.len();
+        let length = one.encoded.ids.len();
         assert!(length + one.output_bound as usize <= WINDOW as usize, "{length} + {}", one.output_bound);
-        assert!(one.encoded.token_ids.iter().all(|id| *id < VOCABULARY));
+        assert!(one.encoded.ids.iter().all(|id| id < VOCABULARY));
     }
 }
 

@@ -4,9 +4,10 @@
 //! llguidance compiles the grammar against the bytes of the model's tokens and computes, at each position, the
 //! set of ids that can still lead to a text of the language. Every rank keeps the state of its sequences
 //! ([`GrammarState`]) and computes the same masks from the same ids, so masks never travel. Compiling takes
-//! milliseconds: callers do it before the step loop sees the request ([`Grammars::prepare`]), and the result is
-//! kept for the ranks and for the next request with the same grammar.
+//! milliseconds, and what would take much longer is refused before ([`limits`]). Callers compile before the step loop sees
+//! the request ([`Grammars::prepare`]), and the result is kept for the ranks and for the next request with the same grammar.
 
+mod limits;
 mod pending;
 mod state;
 
@@ -24,17 +25,11 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 
+pub use limits::MAX_GRAMMAR_BYTES;
 pub use pending::PendingGrammars;
 pub(crate) use state::allows;
 pub use state::{GrammarState, Mask};
 
-/// Bytes of a grammar's source.
-pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
-/// Brackets within brackets; more could overrun the stack of the grammar's own parser.
-const MAX_NESTING: usize = 128;
-/// Members of an object in a schema: properties that may be left out cost the square of their number, and 20,000 of them
-/// fit into [`MAX_GRAMMAR_BYTES`].
-const MAX_MEMBERS: usize = 1_000;
 /// Work spent on building a grammar: llguidance does 50,000 units in a millisecond.
 const COMPILE_FUEL: u64 = 2_500_000;
 /// Compiled grammars that are kept.
@@ -84,54 +79,12 @@ impl TryFrom<v1::Grammar> for GrammarSource {
             let length = grammar.source.len();
             return Err(GrammarError(format!("it has {length} bytes, at most {MAX_GRAMMAR_BYTES} are taken")));
         }
-        if kind != GrammarKind::JsonSchema && nesting(&grammar.source) > MAX_NESTING {
-            return Err(GrammarError(format!("its brackets are nested more than {MAX_NESTING} deep")));
-        }
-        // in Lark a schema may stand behind a lone quotation mark
-        if widest_object(&grammar.source, false).max(widest_object(&grammar.source, true)) > MAX_MEMBERS {
-            return Err(GrammarError(format!("an object in it has more than {MAX_MEMBERS} members")));
+        match kind {
+            GrammarKind::JsonSchema => limits::check_schema(&grammar.source)?,
+            GrammarKind::Regex | GrammarKind::Lark => limits::check_lark(&grammar.source)?,
         }
         Ok(Self { kind, text: grammar.source })
     }
-}
-
-/// The deepest nesting of brackets, wherever they stand.
-fn nesting(text: &str) -> usize {
-    let (mut depth, mut deepest) = (0_usize, 0);
-    for byte in text.bytes() {
-        match byte {
-            b'(' | b'[' | b'{' => depth += 1,
-            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        deepest = deepest.max(depth);
-    }
-    deepest
-}
-
-/// Members of the largest JSON object in a text that begins outside of a string, or inside.
-fn widest_object(text: &str, begins_in_string: bool) -> usize {
-    // of each bracket that is open: whether it is an object, and its members
-    let mut open: Vec<(bool, usize)> = Vec::new();
-    let (mut widest, mut in_string, mut escaped) = (0, begins_in_string, false);
-    for byte in text.bytes() {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' if in_string => escaped = true,
-            b'"' => in_string = !in_string,
-            _ if in_string => {}
-            b'{' | b'[' => open.push((byte == b'{', 1)),
-            b'}' | b']' => drop(open.pop()),
-            b',' => {
-                if let Some((true, members)) = open.last_mut() {
-                    *members += 1;
-                    widest = widest.max(*members);
-                }
-            }
-            _ => {}
-        }
-    }
-    widest
 }
 
 /// Compiles grammars for one vocabulary and keeps the newest ones.
@@ -175,9 +128,10 @@ impl Grammars {
         let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
             .map_err(|error| GrammarError(error.to_string()))?;
         factory.quiet();
-        let limits = factory.limits_mut();
-        limits.initial_lexer_fuel = COMPILE_FUEL;
-        limits.verbose_errors = false;
+        let compiler = factory.limits_mut();
+        compiler.initial_lexer_fuel = COMPILE_FUEL;
+        compiler.max_grammar_size = limits::MAX_SYMBOLS;
+        compiler.verbose_errors = false;
         Ok(Self {
             factory,
             kept: Mutex::default(),
@@ -274,8 +228,10 @@ impl std::fmt::Debug for Grammars {
     }
 }
 
+/// What the compiler says first. What made it panic is no business of a client's.
 fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().chars().take(500).collect()
+    let line = text.lines().next().unwrap_or_default();
+    if line.starts_with("panic:") { "it can't be compiled".into() } else { line.chars().take(500).collect() }
 }
 
 #[cfg(test)]

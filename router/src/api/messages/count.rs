@@ -7,6 +7,7 @@ use axum::{
     extract::State,
     http::{Request, Response},
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::request::read;
@@ -21,7 +22,7 @@ use crate::{
 };
 
 /// The answer.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct TokenCount {
     /// Ids of the whole prompt: system, tools, messages.
     pub input_tokens: usize,
@@ -41,5 +42,5 @@ fn count(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<Tok
     let rules = service.conversation_rules(caller);
     let prompt = chat_prompt(service, &conversion.body(fields), &model.name, &spec, true, rules)
         .map_err(|error| conversion.in_words_of_client(error))?;
-    Ok(TokenCount { input_tokens: prompt.token_ids.len() })
+    Ok(TokenCount { input_tokens: prompt.ids.len() })
 }

@@ -1,0 +1,270 @@
+//! What is too large to be compiled, found in one walk before anything is compiled.
+//!
+//! A few hundred bytes can keep a compiler busy for minutes: pattern properties are compared in pairs, `multipleOf` counts
+//! through remainders, optional properties cost the square of their number. So schemas are counted first, also those that
+//! stand in a Lark grammar behind `%json`; all schemas of one grammar share the limits of [`Counted`]. What combines into
+//! more than it looks like (`allOf` of `anyOf`s, references with siblings) is stopped by [`MAX_SYMBOLS`] while it is compiled.
+
+use serde_json::{Deserializer, Value};
+
+use super::GrammarError;
+
+/// Bytes of a grammar's source.
+pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
+/// Symbols that a grammar may be compiled to: 128 tools of 20 parameters fit.
+pub(super) const MAX_SYMBOLS: usize = 25_000;
+/// Brackets within brackets; more could overrun the stack of the grammar's own parser.
+const MAX_NESTING: usize = 128;
+/// Members of an object, and elements of a list of schemas or required names.
+const MAX_MEMBERS: usize = 1_000;
+/// Members of `properties`: those that may be left out cost the square of their number, and references multiply them.
+const MAX_PROPERTIES: usize = 500;
+/// Members of all objects and elements of all lists, wherever they stand: in `$defs`, `anyOf`, `enum`, `properties`.
+const MAX_PARTS: usize = 20_000;
+/// Bytes of one `pattern`.
+const MAX_PATTERN_BYTES: usize = 8 * 1024;
+/// Bytes of all patterns.
+const MAX_PATTERNS_BYTES: usize = 64 * 1024;
+/// Patterns of all `patternProperties`; each is compared with each other of its object.
+const MAX_PATTERN_PROPERTIES: usize = 64;
+/// What all `multipleOf` have in common at the earliest, without their powers of ten: states of the automaton that counts.
+const MAX_MULTIPLE: u64 = 10_000;
+/// Lists of these names hold schemas, or names of members.
+const LISTS_OF_SCHEMAS: [&str; 7] = ["anyOf", "oneOf", "allOf", "prefixItems", "items", "required", "type"];
+
+/// A schema in JSON within its limits; an error says which one it breaks.
+pub(super) fn check_schema(text: &str) -> Result<(), GrammarError> {
+    let schema: Value = serde_json::from_str(text).map_err(|error| GrammarError(format!("it is no JSON: {error}")))?;
+    Counted::default().add(&schema, "")
+}
+
+/// A grammar in Lark within its limits, with the schemas in it; so is a regular expression.
+pub(super) fn check_lark(text: &str) -> Result<(), GrammarError> {
+    if nesting(text) > MAX_NESTING {
+        return Err(GrammarError(format!("its brackets are nested more than {MAX_NESTING} deep")));
+    }
+    let mut counted = Counted::default();
+    let mut rest = text;
+    while let Some((_, after)) = rest.split_once("%json") {
+        rest = after;
+        let mut values = Deserializer::from_str(after).into_iter::<Value>();
+        // what is no JSON is no schema: the words stand in a comment or a text, or the compiler refuses it
+        if let Some(Ok(schema)) = values.next() {
+            counted.add(&schema, "")?;
+            rest = &after[values.byte_offset()..];
+        }
+    }
+    Ok(())
+}
+
+/// The deepest nesting of brackets, wherever they stand.
+fn nesting(text: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    for byte in text.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
+}
+
+/// What the schemas of one grammar hold so far.
+struct Counted {
+    parts: usize,
+    patterns_bytes: usize,
+    pattern_properties: usize,
+    multiple: u64,
+}
+
+impl Default for Counted {
+    fn default() -> Self {
+        Self { parts: 0, patterns_bytes: 0, pattern_properties: 0, multiple: 1 }
+    }
+}
+
+impl Counted {
+    /// Counts a value that stands under this name. JSON that was read is nested 128 deep at most, and so is this.
+    fn add(&mut self, value: &Value, name: &str) -> Result<(), GrammarError> {
+        match value {
+            Value::Object(members) => {
+                at_most("members in an object", members.len(), MAX_MEMBERS)?;
+                self.count_parts(members.len())?;
+                if name == "properties" {
+                    at_most("members in `properties`", members.len(), MAX_PROPERTIES)?;
+                }
+                if name == "patternProperties" {
+                    self.pattern_properties += members.len();
+                    at_most("`patternProperties`", self.pattern_properties, MAX_PATTERN_PROPERTIES)?;
+                    members.keys().try_for_each(|pattern| self.count_pattern(pattern))?;
+                }
+                members.iter().try_for_each(|(name, member)| self.add(member, name))
+            }
+            Value::Array(elements) => {
+                if LISTS_OF_SCHEMAS.contains(&name) {
+                    at_most(&format!("elements in `{name}`"), elements.len(), MAX_MEMBERS)?;
+                }
+                self.count_parts(elements.len())?;
+                elements.iter().try_for_each(|element| self.add(element, ""))
+            }
+            Value::String(pattern) if name == "pattern" => self.count_pattern(pattern),
+            Value::Number(number) if name == "multipleOf" => {
+                // what is no number in this sense is the compiler's to refuse
+                let Some(digits) = digits_of(&number.to_string()) else { return Ok(()) };
+                self.multiple = least_common_multiple(self.multiple, digits);
+                if self.multiple > MAX_MULTIPLE {
+                    let reason = format!(
+                        "its `multipleOf` have no common multiple up to {MAX_MULTIPLE} (powers of ten aside), which is the most"
+                    );
+                    return Err(GrammarError(reason));
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn count_parts(&mut self, parts: usize) -> Result<(), GrammarError> {
+        self.parts += parts;
+        at_most("members and elements in all", self.parts, MAX_PARTS)
+    }
+
+    fn count_pattern(&mut self, pattern: &str) -> Result<(), GrammarError> {
+        at_most("bytes in a pattern", pattern.len(), MAX_PATTERN_BYTES)?;
+        self.patterns_bytes += pattern.len();
+        at_most("bytes in all patterns", self.patterns_bytes, MAX_PATTERNS_BYTES)
+    }
+}
+
+fn at_most(what: &str, count: usize, limit: usize) -> Result<(), GrammarError> {
+    if count > limit { Err(GrammarError(format!("it has more than {limit} {what}"))) } else { Ok(()) }
+}
+
+/// The digits of a positive number without its point, exponent and outer zeros; `None` where there are none, or too many.
+fn digits_of(number: &str) -> Option<u64> {
+    let mantissa = number.split(['e', 'E']).next()?;
+    let digits = mantissa.replace('.', "");
+    match digits.trim_end_matches('0').parse::<u64>() {
+        Ok(digits) => Some(digits),
+        Err(_) if digits.bytes().all(|byte| byte == b'0' || byte == b'-') => None,
+        Err(_) => Some(u64::MAX),
+    }
+}
+
+/// Saturates; both are above 0.
+fn least_common_multiple(one: u64, other: u64) -> u64 {
+    let (mut larger, mut smaller) = (one, other);
+    while smaller > 0 {
+        (larger, smaller) = (smaller, larger % smaller);
+    }
+    (one / larger).saturating_mul(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// `count` members of this value.
+    fn members(count: usize, value: &Value) -> Value {
+        (0..count).map(|number| (format!("p{number}"), value.clone())).collect::<serde_json::Map<_, _>>().into()
+    }
+
+    fn list(count: usize, value: impl Fn(usize) -> Value) -> Value {
+        (0..count).map(value).collect::<Vec<_>>().into()
+    }
+
+    fn object(number: usize) -> Value {
+        json!({"type": "object", "properties": {format!("k{number}"): {}}})
+    }
+
+    /// Each with a word of its refusal; none of them can be counted on to be refused by the compiler, or soon.
+    fn hostile() -> Vec<(Value, &'static str)> {
+        vec![
+            (json!({"properties": members(501, &json!({}))}), "members in `properties`"),
+            (json!({"$defs": members(1_001, &json!({"type": "null"}))}), "members in an object"),
+            (json!({"$defs": {"a": {"items": {"properties": members(501, &json!({}))}}}}), "members in `properties`"),
+            (json!({"properties": members(50, &json!({"properties": members(450, &json!({}))}))}), "in all"),
+            (json!({"$defs": members(200, &json!({"enum": list(100, |number| number.into())}))}), "in all"),
+            (json!({"anyOf": list(4_000, object)}), "elements in `anyOf`"),
+            (json!({"items": {"oneOf": list(1_001, object)}}), "elements in `oneOf`"),
+            (json!({"not": {"allOf": list(1_001, object)}}), "elements in `allOf`"),
+            (json!({"prefixItems": list(2_000, object)}), "elements in `prefixItems`"),
+            (json!({"required": list(5_000, |number| format!("r{number}").into())}), "elements in `required`"),
+            (json!({"anyOf": list(30, |_| json!({"anyOf": list(700, |_| json!({}))}))}), "in all"),
+            (json!({"enum": list(20_001, |number| number.into())}), "in all"),
+            (json!({"const": list(30_000, |number| number.into())}), "in all"),
+            (json!({"enum": list(5_000, |number| json!({"a": [number, number]}))}), "in all"),
+            (json!({"pattern": "a".repeat(200_000)}), "bytes in a pattern"),
+            (json!({"properties": members(30, &json!({"pattern": "a|b".repeat(2_000)}))}), "bytes in all patterns"),
+            (json!({"patternProperties": {"a".repeat(9_000): {}}}), "bytes in a pattern"),
+            (json!({"patternProperties": members(500, &json!({}))}), "patternProperties"),
+            (json!({"anyOf": list(3, |_| json!({"patternProperties": members(30, &json!({}))}))}), "patternProperties"),
+            (json!({"multipleOf": 1_000_003}), "multipleOf"),
+            (json!({"multipleOf": 4_294_967_291_u32}), "multipleOf"),
+            (json!({"multipleOf": 1.234_567_891_234_567e-9}), "multipleOf"),
+            (json!({"allOf": [{"multipleOf": 101}, {"multipleOf": 1.03}]}), "multipleOf"),
+        ]
+    }
+
+    #[test]
+    fn hostile_schemas_are_refused_uncompiled_also_within_a_grammar() {
+        for (schema, word) in hostile() {
+            let text = schema.to_string();
+            let shown: String = text.chars().take(80).collect();
+            let GrammarError(reason) = check_schema(&text).expect_err(&shown);
+            assert!(reason.contains(word), "{shown}: {reason}");
+            for lark in [
+                format!("start: answer\nanswer: %json {text}\n"),
+                // a lone quotation mark, words in a text and in a comment, another schema in front
+                format!(
+                    "// %json [\"\nstart: QUOTE \"%json\" a b\nQUOTE: /\"/\na: %json {{\"type\": \"null\"}}\nb: %json\n {text}\n"
+                ),
+            ] {
+                let GrammarError(reason) = check_lark(&lark).expect_err(&shown);
+                assert!(reason.contains(word), "{shown}: {reason}");
+            }
+        }
+    }
+
+    #[test]
+    fn schemas_of_one_grammar_share_the_limits() {
+        let schema = json!({"enum": list(6_000, |number| number.into())}).to_string();
+        let grammar = |count: usize| {
+            (0..count)
+                .map(|number| format!("a{number}: %json {schema}\n"))
+                .fold("start: a0\n".to_owned(), |all, one| all + &one)
+        };
+        assert_eq!(check_lark(&grammar(3)), Ok(()));
+        assert!(check_lark(&grammar(4)).is_err());
+    }
+
+    #[test]
+    fn what_is_within_the_limits_is_let_through() {
+        for schema in [
+            json!({"properties": members(500, &json!({"type": "string"}))}),
+            json!({"$defs": members(1_000, &json!({"type": "string"}))}),
+            json!({"enum": list(19_000, |number| number.into())}),
+            json!({"anyOf": list(1_000, object)}),
+            json!({"pattern": "a".repeat(8_000)}),
+            json!({"patternProperties": members(64, &json!({}))}),
+            json!({"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 1e-6}, "c": {"multipleOf": 500_000}, "d": {"multipleOf": 60}}}),
+            // wrong, and the compiler's to say so
+            json!({"multipleOf": 0}),
+            json!({"multipleOf": "2"}),
+            // a property of that name
+            json!({"properties": {"pattern": {"type": "string"}, "required": {"type": "array"}}}),
+            json!(true),
+        ] {
+            assert_eq!(check_schema(&schema.to_string()), Ok(()));
+        }
+        assert!(check_schema("not json").is_err());
+        assert!(
+            check_schema(&format!("{}{}", "[".repeat(100_000), "]".repeat(100_000))).is_err(),
+            "no stack is overrun"
+        );
+    }
+}
