@@ -72,6 +72,16 @@ fn request() {
 }
 
 #[test]
+fn agents() {
+    run("agents", bora_fuzz::agents);
+}
+
+#[test]
+fn grammar() {
+    run("grammar", bora_fuzz::grammar);
+}
+
+#[test]
 fn tool_calls() {
     run("tool_calls", bora_fuzz::tool_calls);
 }
