@@ -13,7 +13,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 /// Inputs that are tried whatever the time.
 const FEWEST: u64 = 100;
 /// An input that takes longer each time it is tried could be used to stop a router.
-const LONGEST: Duration = Duration::from_secs(2);
+const LONGEST: Duration = Duration::from_secs(5);
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
