@@ -37,6 +37,9 @@ pub(crate) struct EngineFlags {
     /// GiB of host memory, of all ranks together, that cached blocks go to before they are given up
     #[arg(long, visible_alias = "swap-space")]
     kv_offloading_size: Option<f64>,
+    /// sum over the ranks by NCCL alone, not through the GPUs' view of each other's memory
+    #[arg(long)]
+    disable_custom_all_reduce: bool,
     /// how FP8 weights are multiplied on the CPU
     #[arg(long, value_enum, default_value = "dequantized")]
     cpu_fp8: Fp8Mode,
@@ -52,6 +55,7 @@ impl EngineFlags {
         options.tensor_parallel_size = self.tensor_parallel_size;
         options.load_format = self.load_format;
         options.cpu_fp8 = self.cpu_fp8;
+        options.disable_custom_all_reduce = self.disable_custom_all_reduce;
         let cache = &mut options.kv_cache;
         cache.blocks = self.num_kv_blocks;
         cache.memory = self.kv_cache_memory;

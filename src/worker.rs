@@ -42,6 +42,12 @@ pub(crate) struct WorkerArgs {
     /// host:port of the process that holds rank 0 (worker.leader)
     #[arg(long)]
     leader: Option<HostPort>,
+    /// which state of its deployment it is of: a group's processes are all of one (worker.revision)
+    #[arg(long, env = "BORA_REVISION")]
+    revision: Option<String>,
+    /// sum over the ranks by NCCL alone (worker.disable_custom_all_reduce)
+    #[arg(long)]
+    disable_custom_all_reduce: bool,
     /// what to run on (worker.device)
     #[arg(long, value_enum)]
     device: Option<DeviceChoice>,
@@ -65,6 +71,8 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     worker.advertise = args.advertise.or(worker.advertise.take());
     worker.host = args.host.or(worker.host.take());
     worker.leader = args.leader.or(worker.leader.take());
+    worker.revision = args.revision.unwrap_or(std::mem::take(&mut worker.revision));
+    worker.disable_custom_all_reduce |= args.disable_custom_all_reduce;
     worker.device = args.device.unwrap_or(worker.device);
     worker.tensor_parallel_size = args.tensor_parallel_size.unwrap_or(worker.tensor_parallel_size);
     worker.check()?;

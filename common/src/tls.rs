@@ -287,8 +287,17 @@ pub struct HttpsConnector {
 }
 
 impl HttpsConnector {
-    /// Trusts the authorities of a PEM file; without one, those of the system.
+    /// For HTTP/1.1. Trusts the authorities of a PEM file; without one, those of the system.
     pub fn new(ca_file: Option<&Path>) -> Result<Self, TlsError> {
+        Self::speaking(&[], ca_file)
+    }
+
+    /// For gRPC; trusts likewise.
+    pub fn for_grpc(ca_file: Option<&Path>) -> Result<Self, TlsError> {
+        Self::speaking(&[b"h2"], ca_file)
+    }
+
+    fn speaking(protocols: &[&[u8]], ca_file: Option<&Path>) -> Result<Self, TlsError> {
         let (path, roots) = match ca_file {
             Some(path) => (path, roots(path, &read_all(&[path.to_owned()])?.concat())?),
             None => {
@@ -298,11 +307,12 @@ impl HttpsConnector {
                 (Path::new("the system's authorities"), roots)
             }
         };
-        let config = ClientConfig::builder_with_provider(provider())
+        let mut config = ClientConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
             .map_err(|error| content(path, error))?
             .with_root_certificates(roots)
             .with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
         Ok(Self { config: Arc::new(config) })
     }
 
@@ -310,6 +320,21 @@ impl HttpsConnector {
     pub async fn handshake(&self, host: &str, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
         let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
         TlsConnector::from(Arc::clone(&self.config)).connect(name, stream).await
+    }
+
+    /// A gRPC channel that connects when it is first used; its endpoint's address is `http://host:port` all the same.
+    pub fn channel(self, endpoint: &Endpoint) -> Channel {
+        endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
+            let connector = self.clone();
+            async move {
+                let host = uri.host().unwrap_or_default();
+                let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+                let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(443))).await?;
+                stream.set_nodelay(true)?;
+                let stream = tokio::time::timeout(HANDSHAKE_WITHIN, connector.handshake(host, stream)).await??;
+                Ok::<_, io::Error>(TokioIo::new(stream))
+            }
+        }))
     }
 }
 

@@ -175,8 +175,13 @@ async fn etcd_away_and_back_even_empty() {
 async fn ranks_meet_at_the_newest_epoch() {
     let etcd = Etcd::start();
     let registry = etcd.registry();
-    let offer =
-        |epoch| RendezvousRecord { group: "g/1".into(), epoch, leader: format!("127.0.0.1:{epoch}"), world_size: 2 };
+    let offer = |epoch| RendezvousRecord {
+        group: "g/1".into(),
+        epoch,
+        leader: format!("127.0.0.1:{epoch}"),
+        world_size: 2,
+        revision: "a".into(),
+    };
     let old = registry.offer_rendezvous(offer(9)).await.unwrap();
     let new = registry.offer_rendezvous(offer(10)).await.unwrap();
     let found = async |wanted: Option<u64>| {

@@ -79,7 +79,7 @@ pub struct Metrics {
     queued_sequences: Counter,
     waited_seconds: Histogram,
     waiting: Family<LineLabels, Gauge>,
-    waiting_tokens: Family<ModelLabels, Gauge>,
+    waiting_tokens: Family<LineLabels, Gauge>,
     unserved_requests: Family<ModelLabels, Counter>,
     moved: [Counter; 2],
     prompt_tokens: Counter,
@@ -127,7 +127,7 @@ impl Metrics {
         let queued_sequences = Counter::default();
         let waited_seconds = Histogram::new(WAIT_BUCKETS);
         let waiting = Family::<LineLabels, Gauge>::default();
-        let waiting_tokens = Family::<ModelLabels, Gauge>::default();
+        let waiting_tokens = Family::<LineLabels, Gauge>::default();
         let unserved_requests = Family::<ModelLabels, Counter>::default();
         let moves = Family::<MoveLabels, Counter>::default();
         let tokens = Family::<TokenLabels, Counter>::default();
@@ -314,8 +314,8 @@ impl Metrics {
             for class in Class::ALL {
                 let labels = LineLabels { model: model.clone(), class: class.name() };
                 self.waiting.get_or_create(&labels).set(line.requests[class as usize] as i64);
+                self.waiting_tokens.get_or_create(&labels).set(line.tokens[class as usize] as i64);
             }
-            self.waiting_tokens.get_or_create(&ModelLabels { model: model.clone() }).set(line.tokens as i64);
         }
     }
 

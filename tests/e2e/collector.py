@@ -35,17 +35,23 @@ class Span:
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
-    def __init__(self):
+    def __init__(self, certificate=None):
+        """`certificate`: (certificate file, key file) of one that speaks TLS."""
         self.lock, self.kept, self.metrics = threading.Lock(), [], {}
+        self.certificate = certificate
 
     def __enter__(self):
         self.server = grpc.server(futures.ThreadPoolExecutor(4))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self.server)
         service = type("Metrics", (metrics_service_pb2_grpc.MetricsServiceServicer,), {"Export": lambda _, *a: self.take_metrics(*a)})()
         metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(service, self.server)
-        self.port = self.server.add_insecure_port("127.0.0.1:0")
+        if self.certificate:
+            chain, key = (path.read_bytes() for path in self.certificate)
+            self.port = self.server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key, chain)]))
+        else:
+            self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.server.start()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if self.certificate else ''}://127.0.0.1:{self.port}"
         return self
 
     def __exit__(self, *_):

@@ -3,7 +3,7 @@
 import signal
 import time
 
-from cluster import Cluster, free_port
+from cluster import Cluster, free_port, wait_until
 from goldens import cases
 from sse import Stream, token_ids
 
@@ -53,6 +53,20 @@ def test_static_registry_and_a_given_leader():
         cluster.start_router()
         cluster.wait_ready(1)
         assert cluster.post("/v1/completions", {"model": "tiny", "prompt": [1000, 1001], "max_tokens": 2})[0] == 200
+
+
+def test_a_follower_of_another_revision_joins_no_group():
+    """As in a rolling update: the old group's follower is still there when the new one's leader comes, under the same name."""
+    with Cluster() as cluster:
+        cluster.start_etcd()
+        cluster.start_router()
+        old = cluster.start_worker("pair", ranks=[1], size=2, flags=("--revision", "old"))
+        cluster.start_worker("pair", ranks=[0], size=2, env={"BORA_REVISION": "new"})
+        wait_until("it is said", lambda: "the group's leader is of another revision" in old.log(), 60)
+        new = cluster.start_worker("pair", ranks=[1], size=2, flags=("--revision", "new"))
+        cluster.wait_ready(1)
+        assert cluster.post("/v1/completions", {"model": "tiny", "prompt": [1000], "max_tokens": 1})[0] == 200
+        assert "joined the group" in new.log() and "joined the group" not in old.log() and old.running()
 
 
 def test_a_missing_rank_is_named():

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from certificates import Authority
 from cluster import Cluster, free_port, http, wait_until
 from collector import Collector
 
@@ -153,6 +154,27 @@ def test_a_collector_that_is_away_or_stuck_holds_nothing_up():
 
 def test_an_endpoint_that_can_not_work_is_named():
     with Cluster(registry="static") as cluster:
-        worker = cluster.start_worker("only", device="fake", env={"OTEL_EXPORTER_OTLP_ENDPOINT": "https://collector:4317"})
+        worker = cluster.start_worker("only", device="fake", env={"OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4317"})
         assert worker.wait_exit(10) != 0
         assert "telemetry.otlp_endpoint" in worker.log() and "http://host:port" in worker.log()
+
+
+def test_a_collector_is_spoken_to_over_tls(tmp_path):
+    authority, stranger = Authority(tmp_path), Authority(tmp_path, "stranger")
+    with Collector(authority.issue("collector")) as collector, Cluster(registry="static") as cluster:
+        telemetry = {"otlp_endpoint": collector.url, "otlp_ca_file": str(authority.certificate), "sample_ratio": 1, "metrics_seconds": 0.2}
+        cluster.sections = {"telemetry": telemetry}
+        cluster.start_worker("only", device="fake", port=cluster.etcd_port)
+        cluster.start_router()
+        cluster.wait_ready()
+        assert cluster.post("/v1/chat/completions", HELLO, headers=under(TRACE))[0] == 200
+        whole_trace(collector, TRACE, {"encode", "place", "generate"})
+        wait_until("metrics are there", lambda: collector.metrics, 30)
+        # one that the authority did not sign gets nothing
+        telemetry["otlp_ca_file"] = str(stranger.certificate)
+        suspicious = cluster.start_router("suspicious")
+        wait_until("the outage is said", lambda: "takes no metrics" in suspicious.log(), 30)
+        # the environment's own variable
+        missing = cluster.start_worker("other", device="fake", env={"OTEL_EXPORTER_OTLP_CERTIFICATE": str(tmp_path / "nowhere.crt")})
+        assert missing.wait_exit(30) != 0
+        assert "telemetry.otlp_ca_file" in missing.log() and "nowhere.crt" in missing.log()

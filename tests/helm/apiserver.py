@@ -30,7 +30,7 @@ KINDS = {
     "autoscaling/v2": [("HorizontalPodAutoscaler", "horizontalpodautoscalers")],
     "networking.k8s.io/v1": [("NetworkPolicy", "networkpolicies"), ("Ingress", "ingresses")],
     "leaderworkerset.x-k8s.io/v1": [("LeaderWorkerSet", "leaderworkersets")],
-    "keda.sh/v1alpha1": [("ScaledObject", "scaledobjects")],
+    "keda.sh/v1alpha1": [("ScaledObject", "scaledobjects"), ("TriggerAuthentication", "triggerauthentications")],
     "monitoring.coreos.com/v1": [("PodMonitor", "podmonitors"), ("PrometheusRule", "prometheusrules")],
 }
 PATH = re.compile(r"^(?:/api/(?P<core>v1)|/apis/(?P<group>[^/]+/[^/]+))(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>\w+))?$")

@@ -234,3 +234,18 @@ def test_metrics_that_are_away_take_no_group_away(tmp_path):
         spec = named(documents, "ScaledObject", name)["spec"]
         assert "queued_prefill_seconds" in spec["triggers"][0]["metadata"]["query"] and spec["triggers"][0]["metadata"]["ignoreNullValues"] == ignored
         assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
+
+
+def test_keda_shows_prometheus_who_it_is(tmp_path):
+    auth = {"modes": ["bearer", "tls"], "secret": "monitoring", "keys": {"bearerToken": "jwt"}}
+    documents = rendered({"models": {"m": {}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda", "minReplicas": 0, "prometheusAuth": auth}}}, tmp_path)
+    authentication = named(documents, "TriggerAuthentication", "bora-m-prometheus")
+    definitions.validate(authentication)
+    targets = {one["parameter"]: (one["name"], one["key"]) for one in authentication["spec"]["secretTargetRef"]}
+    assert targets == {"bearerToken": ("monitoring", "jwt"), "ca": ("monitoring", "ca.crt"), "cert": ("monitoring", "tls.crt"), "key": ("monitoring", "tls.key")}
+    scaled = named(documents, "ScaledObject", "bora-m")
+    definitions.validate(scaled)
+    triggers = scaled["spec"]["triggers"]
+    assert {trigger["metadata"]["authModes"] for trigger in triggers} == {"bearer,tls"}
+    assert {trigger["authenticationRef"]["name"] for trigger in triggers} == {"bora-m-prometheus"} and len(triggers) == 5
+    assert any("bora:model_batch_backlog_seconds:sum" in trigger["metadata"]["query"] for trigger in triggers)

@@ -62,9 +62,10 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
         "etcd": {"kind": "external", "external": {"endpoints": ["a:2379", "[::1]:2379"], "username": "u", "passwordSecret": {"name": "s"},
                                                   "tls": {"enabled": True, "secret": "t", "clientCertificate": True}}},
         "router": {"options": sample(schema()["properties"]["router"]["properties"]["options"])},
-        "workers": {"device": "cpu", "maxModelLen": 512, "kvCache": {"blocks": 64, "memory": "1GiB", "deviceShare": 0.8, "hostMemory": "2GiB", "dtype": "f32"}, "loadFormat": "dummy",
+        "workers": {"device": "cpu", "maxModelLen": 512, "kvCache": {"blocks": 64, "memory": "1GiB", "deviceShare": 0.8, "hostMemory": "2GiB", "dtype": "f32"}, "loadFormat": "dummy", "disableCustomAllReduce": True,
                     "schedule": {**sample(schema()["$defs"]["workers"]["properties"]["schedule"]), "max_num_seqs": 8, "max_num_batched_tokens": 512}},
         "bindAddress": "::",
+        "telemetry": {"otlpEndpoint": "https://collector:4317", "otlpCaSecret": "o"},
         "grpc": {"tls": {"secret": "g"}},
     }
     options["router"].update(tls={"secret": "h"}, keys={"secret": "k"})

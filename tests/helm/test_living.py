@@ -59,7 +59,8 @@ class Pods:
             elif source == "metadata.name":
                 value = pod_name
             elif source:
-                value = labels[re.fullmatch(r"metadata\.labels\['(.*)'\]", source)[1]]
+                # a label that is not there is empty, as the kubelet has it
+                value = labels.get(re.fullmatch(r"metadata\.labels\['(.*)'\]", source)[1], "")
             else:
                 value = self.expand(variable["value"], environment)
             environment[variable["name"]] = value
@@ -164,8 +165,8 @@ def test_a_group_of_two_pods_forms(tmp_path, demo_model):
         label = "leaderworkerset.sigs.k8s.io/"
         try:
             pods.start("router", named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"], "bora-router-abc")
-            pods.start("follower", template["workerTemplate"]["spec"], "bora-demo-0-1", {f"{label}group-index": "0", f"{label}worker-index": "1"})
-            pods.start("leader", template["leaderTemplate"]["spec"], "bora-demo-0", {f"{label}group-index": "0", f"{label}worker-index": "0"})
+            pods.start("follower", template["workerTemplate"]["spec"], "bora-demo-0-1", {f"{label}group-index": "0", f"{label}worker-index": "1", f"{label}template-revision-hash": "7d9"})
+            pods.start("leader", template["leaderTemplate"]["spec"], "bora-demo-0", {f"{label}group-index": "0", f"{label}worker-index": "0", f"{label}template-revision-hash": "7d9"})
             serve_and_ask(pods, 1)
         finally:
             pods.stop()

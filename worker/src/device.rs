@@ -6,7 +6,7 @@ use bora_common::model::{ModelConfig, Quantization};
 use bora_common::registry::Device;
 
 use crate::backend::cpu::CpuOptions;
-use crate::backend::cuda::{self, CudaOptions};
+use crate::backend::cuda::{self, CudaOptions, Sums};
 use crate::backend::{KvBudget, KvDtype};
 use crate::options::{DeviceChoice, WorkerOptions};
 use crate::parallel::DeviceOptions;
@@ -58,7 +58,8 @@ pub(crate) fn options_of(device: Device, options: &WorkerOptions) -> Result<Devi
             let reason = "worker.kv_cache.dtype: f32 is for the CPU, a GPU takes bf16 or fp8";
             return Err(WorkerError::Options(reason.to_owned()));
         }
-        return Ok(DeviceOptions::Cuda(CudaOptions { kv, ..CudaOptions::default() }));
+        let sums = if options.disable_custom_all_reduce { Sums::Nccl } else { Sums::default() };
+        return Ok(DeviceOptions::Cuda(CudaOptions { kv, sums, ..CudaOptions::default() }));
     }
     Ok(DeviceOptions::Cpu(CpuOptions { fp8: options.cpu_fp8, kv, ..CpuOptions::default() }))
 }
@@ -87,4 +88,21 @@ pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfi
 /// Tokens of the prompts that the group's speed is measured with.
 pub(crate) fn calibration_tokens(device: Device) -> usize {
     if device == Device::Cuda { GPU_CALIBRATION_TOKENS } else { CPU_CALIBRATION_TOKENS }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_are_left_to_nccl_by_request() {
+        let sums = |disable_custom_all_reduce| {
+            let options = WorkerOptions { disable_custom_all_reduce, ..WorkerOptions::default() };
+            match options_of(Device::Cuda, &options) {
+                Ok(DeviceOptions::Cuda(cuda)) => cuda.sums,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((sums(false), sums(true)), (Sums::Measured, Sums::Nccl));
+    }
 }

@@ -43,6 +43,11 @@ pub struct WorkerOptions {
     pub host: Option<String>,
     /// `host:port` of the leader's `peers`, where no registry says it.
     pub leader: Option<HostPort>,
+    /// Which state of its deployment this process is of, for example the hash of a pod's template. A group is of one: in a
+    /// rolling update its followers join no leader of the next or the last one.
+    pub revision: String,
+    /// Sums over the ranks go through NCCL alone, also where the GPUs reach each other's memory.
+    pub disable_custom_all_reduce: bool,
     /// How long the ranks wait for each other at the start.
     #[serde(deserialize_with = "seconds")]
     pub rendezvous_seconds: Duration,
@@ -87,6 +92,8 @@ impl Default for WorkerOptions {
             advertise: None,
             host: None,
             leader: None,
+            revision: String::new(),
+            disable_custom_all_reduce: false,
             rendezvous_seconds: Duration::from_secs(300),
             heartbeat_seconds: Duration::from_secs(5),
             collective_seconds: Duration::from_secs(30),

@@ -38,6 +38,7 @@ fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -
         host_bytes: 0,
         host: "127.0.0.1".to_owned(),
         timeouts: Timeouts { join: JOIN, heartbeat: Duration::from_secs(3), collective: Duration::from_secs(30) },
+        revision: "a".to_owned(),
         grammars: PendingGrammars::none(),
         tls: None,
     }
@@ -509,10 +510,13 @@ async fn strangers_are_refused_and_missing_ranks_named() {
     };
     let mut other_group = member("tiny_text", 2, 1..2);
     other_group.group = "huge".to_owned();
+    let mut other_revision = member("tiny_text", 2, 1..2);
+    other_revision.revision = "b".to_owned();
     let mut other_numbers = member("tiny_text", 2, 1..2);
     other_numbers.device = DeviceOptions::Cpu(CpuOptions { kv: bora_worker::KvDtype::Bf16, ..CpuOptions::default() });
     for (member, epoch, expected) in [
         (other_group, None, "this is group `tiny`, not `huge`"),
+        (other_revision, None, "the leader is of revision `a`, you of `b`"),
         (member("tiny_text", 4, 1..2), None, "the group has 2 ranks, not 4"),
         (member("tiny_text", 2, 0..1), None, "rank 0 is not one of 1..2"),
         (member("tiny_text_fp8", 2, 1..2), None, "both must be the same checkpoint"),

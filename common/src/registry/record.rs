@@ -100,6 +100,9 @@ pub struct RendezvousRecord {
     pub leader: String,
     /// Ranks that must come.
     pub world_size: u32,
+    /// Which state of its deployment the leader is of; a process of another one does not come. Empty where nobody says.
+    #[serde(default)]
+    pub revision: String,
 }
 
 /// A router as it is announced under `/bora/v1/{cluster}/routers/{router}`: others count it, nobody calls it.

@@ -9,6 +9,7 @@ mod otlp;
 pub mod process;
 pub mod trace;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,15 +18,19 @@ use opentelemetry_sdk::Resource;
 use serde::Deserialize;
 
 use crate::config::{ConfigError, seconds};
+use crate::tls::TlsError;
 pub use trace::{Span, TraceContext};
 
 /// What an operator sets: the `telemetry` section of the configuration.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryOptions {
-    /// `http://host:port` of an OTLP collector's gRPC service (usually port 4317); nothing is exported where it is
-    /// absent. `OTEL_EXPORTER_OTLP_ENDPOINT` beats it.
+    /// `http://host:port` or `https://host:port` of an OTLP collector's gRPC service (usually port 4317); nothing is
+    /// exported where it is absent. `OTEL_EXPORTER_OTLP_ENDPOINT` beats it.
     pub otlp_endpoint: Option<String>,
+    /// PEM file of the authorities that the certificate of an `https` collector is checked against; those of the system
+    /// where it is absent. `OTEL_EXPORTER_OTLP_CERTIFICATE` beats it.
+    pub otlp_ca_file: Option<PathBuf>,
     /// Share of the requests that are traced, of those whose client decides nothing: a `traceparent` that comes with
     /// a request is obeyed.
     pub sample_ratio: f64,
@@ -38,15 +43,23 @@ pub struct TelemetryOptions {
 
 impl Default for TelemetryOptions {
     fn default() -> Self {
-        Self { otlp_endpoint: None, sample_ratio: 0.01, metrics: true, metrics_seconds: Duration::from_secs(30) }
+        Self {
+            otlp_endpoint: None,
+            otlp_ca_file: None,
+            sample_ratio: 0.01,
+            metrics: true,
+            metrics_seconds: Duration::from_secs(30),
+        }
     }
 }
 
 impl TelemetryOptions {
     /// The options with what the environment says.
     fn with_environment(mut self) -> Self {
-        let from_environment = std::env::var("OTEL_EXPORTER_OTLP_ENDPOINT").ok().filter(|value| !value.is_empty());
-        self.otlp_endpoint = from_environment.or(self.otlp_endpoint);
+        let from_environment = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        self.otlp_endpoint = from_environment("OTEL_EXPORTER_OTLP_ENDPOINT").or(self.otlp_endpoint);
+        let certificate = from_environment("OTEL_EXPORTER_OTLP_CERTIFICATE").map(PathBuf::from);
+        self.otlp_ca_file = certificate.or(self.otlp_ca_file);
         self
     }
 
@@ -58,10 +71,11 @@ impl TelemetryOptions {
         }
         if let Some(endpoint) = &self.otlp_endpoint
             && !endpoint.starts_with("http://")
+            && !endpoint.starts_with("https://")
         {
             return conflict(format!(
-                "telemetry.otlp_endpoint: expected http://host:port of a collector's gRPC service, found `{endpoint}` \
-                 (a collector on this host or in this network speaks TLS to others)"
+                "telemetry.otlp_endpoint: expected http://host:port or https://host:port of a collector's gRPC service, \
+                 found `{endpoint}`"
             ));
         }
         Ok(())
@@ -111,6 +125,9 @@ pub enum TelemetryError {
     /// The exporter can't be made.
     #[error("telemetry.otlp_endpoint: {0}")]
     Exporter(String),
+    /// The authorities can't be used.
+    #[error("telemetry.otlp_ca_file: {0}")]
+    Authorities(#[from] TlsError),
 }
 
 /// Telemetry of this process; ends (and sends what is left, for a moment) when it is dropped.
@@ -130,10 +147,11 @@ pub fn start(
     options.check().map_err(TelemetryError::Options)?;
     let Some(endpoint) = &options.otlp_endpoint else { return Ok(Telemetry { metrics: None, tracing: false }) };
     let resource = identity.resource();
-    trace::start(endpoint, options.sample_ratio, &resource)?;
+    let channel = otlp::channel(endpoint, options.otlp_ca_file.as_deref())?;
+    trace::start(channel.clone(), options.sample_ratio, &resource)?;
     let metrics = match source {
         Some(source) if options.metrics => {
-            let pusher = otlp::Pusher::new(endpoint, &resource, options.metrics_seconds)?;
+            let pusher = otlp::Pusher::new(channel, &resource, options.metrics_seconds);
             Some(tokio::spawn(pusher.run(source)))
         }
         _ => None,

@@ -1,6 +1,7 @@
 //! Metrics to an OTLP collector: what `/metrics` says, sent now and then. One source for both ways, so that they
 //! never disagree; a collector that is slow or away costs nothing but its own figures.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use opentelemetry_proto::tonic::collector::metrics::v1::ExportMetricsServiceRequest;
@@ -16,8 +17,24 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::exposition::{Family, Sample, parse};
 use super::{MetricsSource, TelemetryError};
+use crate::tls::HttpsConnector;
 
-const SEND_WITHIN: Duration = Duration::from_secs(5);
+/// How long the collector may take for one message.
+pub(super) const SEND_WITHIN: Duration = Duration::from_secs(5);
+
+/// The way to the collector, opened when something is first sent; with TLS where the address begins with `https`.
+pub(super) fn channel(endpoint: &str, ca_file: Option<&Path>) -> Result<Channel, TelemetryError> {
+    let wrong = |error: tonic::transport::Error| TelemetryError::Exporter(format!("`{endpoint}`: {error}"));
+    let of =
+        |address: String| Endpoint::from_shared(address).map(|to| to.connect_timeout(SEND_WITHIN).timeout(SEND_WITHIN));
+    let Some(authority) = endpoint.strip_prefix("https://") else {
+        return Ok(of(endpoint.to_owned()).map_err(wrong)?.connect_lazy());
+    };
+    let connector = HttpsConnector::for_grpc(ca_file)?;
+    let origin = endpoint.parse().map_err(|error| TelemetryError::Exporter(format!("`{endpoint}`: {error}")))?;
+    // the connector speaks TLS itself; what is sent says https
+    Ok(connector.channel(&of(format!("http://{authority}")).map_err(wrong)?.origin(origin)))
+}
 
 pub(super) struct Pusher {
     client: MetricsServiceClient<Channel>,
@@ -27,15 +44,10 @@ pub(super) struct Pusher {
 }
 
 impl Pusher {
-    pub(super) fn new(endpoint: &str, resource: &Resource, every: Duration) -> Result<Self, TelemetryError> {
-        let channel = Endpoint::from_shared(endpoint.to_owned())
-            .map_err(|error| TelemetryError::Exporter(format!("`{endpoint}`: {error}")))?
-            .connect_timeout(SEND_WITHIN)
-            .timeout(SEND_WITHIN)
-            .connect_lazy();
+    pub(super) fn new(channel: Channel, resource: &Resource, every: Duration) -> Self {
         let attributes = resource.iter().map(|(key, value)| attribute(key.as_str(), &value.to_string())).collect();
         let resource = ResourceMessage { attributes, ..Default::default() };
-        Ok(Self { client: MetricsServiceClient::new(channel), resource, every, began: nanoseconds() })
+        Self { client: MetricsServiceClient::new(channel), resource, every, began: nanoseconds() }
     }
 
     /// Sends until it is dropped.

@@ -10,12 +10,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::trace::{Event, SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState};
 use opentelemetry::{InstrumentationScope, KeyValue, Value};
-use opentelemetry_otlp::WithExportConfig as _;
+use opentelemetry_otlp::{WithExportConfig as _, WithTonicConfig as _};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, SpanData, SpanProcessor};
 use serde::{Deserialize, Serialize};
+use tonic::transport::Channel;
 
 use super::TelemetryError;
+use super::otlp::SEND_WITHIN;
 
 /// Spans that wait to be sent; more are dropped.
 const QUEUE: usize = 8_192;
@@ -23,8 +25,6 @@ const QUEUE: usize = 8_192;
 const BATCH: usize = 512;
 /// How long spans are gathered.
 const DELAY: Duration = Duration::from_secs(1);
-/// How long a collector may take.
-const EXPORT_WITHIN: Duration = Duration::from_secs(5);
 /// How long the last spans may take at the end of the process.
 const FLUSH_WITHIN: Duration = Duration::from_secs(2);
 
@@ -89,13 +89,13 @@ struct Tracer {
 
 static TRACER: OnceLock<Tracer> = OnceLock::new();
 
-pub(super) fn start(endpoint: &str, sample_ratio: f64, resource: &Resource) -> Result<(), TelemetryError> {
+pub(super) fn start(channel: Channel, sample_ratio: f64, resource: &Resource) -> Result<(), TelemetryError> {
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
-        .with_endpoint(endpoint)
-        .with_timeout(EXPORT_WITHIN)
+        .with_channel(channel)
+        .with_timeout(SEND_WITHIN)
         .build()
-        .map_err(|error| TelemetryError::Exporter(format!("`{endpoint}`: {error}")))?;
+        .map_err(|error| TelemetryError::Exporter(error.to_string()))?;
     let config = BatchConfigBuilder::default()
         .with_max_queue_size(QUEUE)
         .with_max_export_batch_size(BATCH)

@@ -63,6 +63,9 @@ worker:
   max_model_len: {{ int64 . }}
   {{- end }}
   load_format: {{ $workers.loadFormat }}
+  {{- if $workers.disableCustomAllReduce }}
+  disable_custom_all_reduce: true
+  {{- end }}
   kv_cache:
     {{- with $workers.kvCache.blocks }}
     blocks: {{ int64 . }}

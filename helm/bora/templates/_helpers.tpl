@@ -127,6 +127,9 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and (eq (int $workers.autoscaling.minReplicas) 0) (eq $workers.autoscaling.kind "hpa") -}}
 {{- fail (printf "models.%s.workers.autoscaling: minReplicas 0 needs kind keda" .key) -}}
 {{- end -}}
+{{- if and $workers.autoscaling.prometheusAuth.modes (not $workers.autoscaling.prometheusAuth.secret) -}}
+{{- fail (printf "models.%s.workers.autoscaling.prometheusAuth: modes need the name of a secret" .key) -}}
+{{- end -}}
 {{- if and (eq $workers.kind "LeaderWorkerSet") (eq (int $workers.leaderWorkerSet.maxUnavailable) 0) (eq (int $workers.leaderWorkerSet.maxSurge) 0) -}}
 {{- fail (printf "models.%s.workers.leaderWorkerSet: maxUnavailable and maxSurge can't both be 0: no group could be replaced" .key) -}}
 {{- end -}}
@@ -395,12 +398,29 @@ grpc:
 {{- printf "%s:%d" (ternary "[$(POD_IP)]" "$(POD_IP)" (contains ":" .root.Values.bindAddress)) (int .port) -}}
 {{- end -}}
 
+{{/* The authority of an https collector. */}}
+{{- define "bora.telemetryVolumes" -}}
+{{- if and .Values.telemetry.otlpEndpoint .Values.telemetry.otlpCaSecret }}
+- name: otlp-tls
+  secret: {secretName: {{ .Values.telemetry.otlpCaSecret }}, defaultMode: 0440}
+{{- end }}
+{{- end -}}
+
+{{- define "bora.telemetryMounts" -}}
+{{- if and .Values.telemetry.otlpEndpoint .Values.telemetry.otlpCaSecret }}
+- {name: otlp-tls, mountPath: /etc/bora/otlp-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
 {{- /* The `telemetry` section, where a collector is named. */ -}}
 {{- define "bora.telemetry" -}}
 {{- with .Values.telemetry }}
 {{- if .otlpEndpoint -}}
 telemetry:
   otlp_endpoint: {{ .otlpEndpoint | quote }}
+  {{- if .otlpCaSecret }}
+  otlp_ca_file: /etc/bora/otlp-tls/ca.crt
+  {{- end }}
   sample_ratio: {{ .sampleRatio }}
   metrics: {{ .metrics }}
 {{- end }}

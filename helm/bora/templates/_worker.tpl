@@ -48,6 +48,9 @@ spec:
         - name: PROCESS_INDEX
           valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/worker-index']"}}
         - {name: BORA_GROUP, value: {{ $model.fullname }}-$(GROUP_INDEX)}
+        # a pod of the old template joins no leader of the new one, whose group has the same name
+        - name: BORA_REVISION
+          valueFrom: {fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/template-revision-hash']"}}
         {{- else }}
         - {name: PROCESS_INDEX, value: "0"}
         - {name: BORA_GROUP, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
@@ -108,6 +111,7 @@ spec:
         - {name: tmp, mountPath: /tmp}
         {{- include "bora.registryMounts" $root | nindent 8 }}
         {{- include "bora.grpcMounts" $root | nindent 8 }}
+        {{- with include "bora.telemetryMounts" $root }}{{ . | nindent 8 }}{{ end }}
         {{- if ne $model.storage.kind "image" }}
         - {name: model-{{ $model.key }}, mountPath: {{ $model.mount }}, readOnly: true}
         {{- end }}
@@ -125,6 +129,7 @@ spec:
       emptyDir: {sizeLimit: 4Gi}
     {{- include "bora.registryVolumes" $root | nindent 4 }}
     {{- include "bora.grpcVolumes" $root | nindent 4 }}
+    {{- with include "bora.telemetryVolumes" $root }}{{ . | nindent 4 }}{{ end }}
     {{- if ne $model.storage.kind "image" }}
     {{- include "bora.modelVolume" $model | nindent 4 }}
     {{- end }}

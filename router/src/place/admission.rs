@@ -108,8 +108,8 @@ pub struct Ask {
 pub struct Line {
     /// Requests of each [`Class`].
     pub requests: [usize; 2],
-    /// Tokens of their prompts.
-    pub tokens: u64,
+    /// Tokens of the prompts of each class.
+    pub tokens: [u64; 2],
 }
 
 struct Waiter {
@@ -183,7 +183,7 @@ impl Admission {
             for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
                 let line = lines.entry(waiter.ask.model.clone()).or_default();
                 line.requests[waiter.ask.class as usize] += 1;
-                line.tokens += waiter.ask.tokens as u64;
+                line.tokens[waiter.ask.class as usize] += waiter.ask.tokens as u64;
             }
         }
         lines

@@ -1,33 +1,34 @@
-//! Requests that no group can start now: who waits, who goes first, who is refused.
+//! Requests that no group can start now: who waits, who goes first, who is refused. Groups hold their sequences until the test
+//! lets them go, so that no pause decides anything.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use crate::support::*;
-use bora_proto::v1::GenerateRequest;
 use bora_router::RouterOptions;
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
-/// How long a sequence runs here.
-const RUN: Duration = Duration::from_millis(150);
+/// More than any test sends.
+const ALL: usize = 1_000;
 
-fn slow(_: &GenerateRequest) -> Result<Vec<Act>, tonic::Status> {
-    let mut acts = say("ok");
-    acts.insert(1, Act::Pause(RUN));
-    Ok(acts)
-}
-
-/// A router over groups that run one sequence at a time.
-async fn one_at_a_time(names: &[&str], options: RouterOptions) -> Arc<Harness> {
+/// A router over groups that run one sequence at a time, each until its group's gate lets it go.
+async fn one_at_a_time<const N: usize>(names: [&str; N], options: RouterOptions) -> (Arc<Harness>, [Gate; N]) {
+    let gates = names.map(|_| Gate::closed());
     let groups = names
         .iter()
-        .map(|name| {
-            let mut group = Group::start(name, slow);
+        .zip(&gates)
+        .map(|(name, gate)| {
+            let gate = gate.clone();
+            let mut group = Group::start(name, move |_| {
+                let mut acts = say("ok");
+                acts.insert(1, Act::Hold(gate.clone()));
+                Ok(acts)
+            });
             group.max_sequences = 1;
             group
         })
         .collect();
-    Arc::new(Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await)
+    (Arc::new(Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await), gates)
 }
 
 fn chat(text: &str, priority: Value) -> Value {
@@ -59,28 +60,49 @@ fn order(harness: &Harness) -> Vec<String> {
 
 #[tokio::test]
 async fn what_has_no_room_waits_in_the_router_and_goes_where_room_comes_first() {
-    let harness = one_at_a_time(&["a", "b"], options()).await;
+    let (harness, [one, other]) = one_at_a_time(["a", "b"], options()).await;
     let mut tasks = Vec::new();
     for number in 0..6 {
         tasks.push(send(&harness, "t", chat(&number.to_string(), Value::Null)).await);
     }
-    let sent: usize = harness.groups.iter().map(|group| group.seen().len()).sum();
-    assert_eq!(sent, 2, "one on each group, the others wait here");
+    let each = |harness: &Harness| [harness.groups[0].seen().len(), harness.groups[1].seen().len()];
+    assert_eq!(each(&harness), [1, 1], "one on each group, the others wait here");
+    // wherever a sequence ends, the next one goes
+    for (gate, expected) in [(&one, [2, 1]), (&one, [3, 1]), (&other, [3, 2]), (&one, [4, 2])] {
+        gate.open(1);
+        harness
+            .until("the next one is sent", |harness| {
+                each(harness).iter().sum::<usize>() == expected.iter().sum::<usize>()
+            })
+            .await;
+        assert_eq!(each(&harness), expected);
+    }
+    assert_eq!(harness.router.service().fleet().room.waiting(), 0);
+    one.open(ALL);
+    other.open(ALL);
     for task in tasks {
         assert_eq!(task.await.expect("joined").status, 200);
     }
-    let each: Vec<usize> = harness.groups.iter().map(|group| group.seen().len()).collect();
-    assert_eq!(each, [3, 3]);
-    assert_eq!(harness.router.service().fleet().room.waiting(), 0);
+    assert_eq!(each(&harness), [4, 2]);
 }
 
 #[tokio::test]
 async fn interactive_goes_before_batch() {
-    let harness = one_at_a_time(&["a"], options()).await;
+    let (harness, [gate]) = one_at_a_time(["a"], options()).await;
     let mut tasks = vec![send(&harness, "t", chat("first", Value::Null)).await];
     for (text, priority) in [("batch", json!("batch")), ("later", json!(7)), ("soon", json!("interactive"))] {
         tasks.push(send(&harness, "t", chat(text, priority)).await);
     }
+    let metrics = harness.get("/metrics").await.text;
+    let in_line = |what: &str, class: &str| -> u64 {
+        let start = format!("bora_router_waiting_{what}{{model=\"{MODEL}\",class=\"{class}\"}} ");
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&start)).expect("a series of each class");
+        line.parse().expect("a number")
+    };
+    assert_eq!((in_line("sequences", "interactive"), in_line("sequences", "batch")), (1, 2));
+    let (interactive, batch) = (in_line("tokens", "interactive"), in_line("tokens", "batch"));
+    assert!(interactive > 0 && batch > interactive, "{interactive} {batch}");
+    gate.open(ALL);
     for task in tasks {
         assert_eq!(task.await.expect("joined").status, 200);
     }
@@ -91,12 +113,13 @@ async fn interactive_goes_before_batch() {
 
 #[tokio::test]
 async fn tenants_take_turns() {
-    let harness = one_at_a_time(&["a"], options()).await;
+    let (harness, [gate]) = one_at_a_time(["a"], options()).await;
     let mut tasks = vec![send(&harness, "many", chat("m0", Value::Null)).await];
     for number in 1..5 {
         tasks.push(send(&harness, "many", chat(&format!("m{number}"), Value::Null)).await);
     }
     tasks.push(send(&harness, "few", chat("f0", Value::Null)).await);
+    gate.open(ALL);
     for task in tasks {
         assert_eq!(task.await.expect("joined").status, 200);
     }
@@ -107,7 +130,7 @@ async fn tenants_take_turns() {
 
 #[tokio::test]
 async fn who_leaves_while_waiting_is_never_sent_and_a_full_line_is_a_429() {
-    let harness = one_at_a_time(&["a"], RouterOptions { max_waiting: 1, ..options() }).await;
+    let (harness, [gate]) = one_at_a_time(["a"], RouterOptions { max_waiting: 1, ..options() }).await;
     let first = send(&harness, "t", chat("first", Value::Null)).await;
     let leaves = send(&harness, "t", chat("leaves", Value::Null)).await;
     let refused = harness.post(CHAT, chat("too many", Value::Null)).await;
@@ -116,6 +139,7 @@ async fn who_leaves_while_waiting_is_never_sent_and_a_full_line_is_a_429() {
     leaves.abort();
     harness.until("its place in line is free", |harness| harness.router.service().fleet().room.waiting() == 0).await;
     let last = send(&harness, "t", chat("last", Value::Null)).await;
+    gate.open(ALL);
     assert_eq!(first.await.expect("joined").status, 200);
     assert_eq!(last.await.expect("joined").status, 200);
     assert_eq!(order(&harness), ["first", "last"]);
@@ -123,9 +147,10 @@ async fn who_leaves_while_waiting_is_never_sent_and_a_full_line_is_a_429() {
 
 #[tokio::test]
 async fn waiting_has_an_end() {
-    let harness = one_at_a_time(&["a"], RouterOptions { max_waiting_seconds: 0.05, ..options() }).await;
+    let (harness, [gate]) = one_at_a_time(["a"], RouterOptions { max_waiting_seconds: 0.05, ..options() }).await;
     let first = send(&harness, "t", chat("first", Value::Null)).await;
     let waited = harness.post(CHAT, chat("second", Value::Null)).await;
     assert_eq!(waited.status, 429, "{}", waited.text);
+    gate.open(ALL);
     assert_eq!(first.await.expect("joined").status, 200);
 }

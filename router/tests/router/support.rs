@@ -31,7 +31,7 @@ use futures::{Stream, StreamExt as _};
 use http_body_util::BodyExt as _;
 use parking_lot::Mutex;
 use serde_json::Value;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::{Semaphore, broadcast, mpsc};
 use tonic::{Request, Response, Status};
 use tower::ServiceExt as _;
 
@@ -61,12 +61,35 @@ pub enum Act {
     /// Like `Ids`, each with a logprob of -0.5 and one alternative (id 1500 at -1.5).
     IdsWithLogprobs(Vec<u32>),
     Pause(Duration),
+    /// Goes on when the test opens the gate for one more.
+    Hold(Gate),
     Finish(FinishReason),
     Fail(Status),
     /// Never says anything again.
     Hang,
     /// The group dies: every connection is reset.
     Die,
+}
+
+/// Holds sequences until the test lets them go on.
+#[derive(Clone, Debug)]
+pub struct Gate(Arc<Semaphore>);
+
+impl Gate {
+    pub fn closed() -> Self {
+        Self(Arc::new(Semaphore::new(0)))
+    }
+
+    /// Lets as many more go on, whenever they come.
+    pub fn open(&self, count: usize) {
+        self.0.add_permits(count);
+    }
+
+    async fn pass(&self) {
+        if let Ok(permit) = self.0.acquire().await {
+            permit.forget();
+        }
+    }
 }
 
 /// Text and then the end of the sequence, a token at a time.
@@ -153,6 +176,10 @@ impl Inference for Scripted {
                         None => return None,
                         Some(Act::Pause(time)) => {
                             tokio::time::sleep(time).await;
+                            continue;
+                        }
+                        Some(Act::Hold(gate)) => {
+                            gate.pass().await;
                             continue;
                         }
                         Some(Act::Hang) => {
@@ -470,7 +497,8 @@ impl Harness {
     }
 
     pub async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
-        for _ in 0..500 {
+        // long enough for a machine that stands still for seconds
+        for _ in 0..3_000 {
             if holds(self) {
                 return;
             }

@@ -112,6 +112,7 @@ pub async fn follow(options: FollowerOptions) -> Result<String, FollowError> {
         collective_address,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         settings: options.member.settings(),
+        revision: options.member.revision.clone(),
     };
     let deadline = Instant::now() + options.connect_within;
     let mut link = Link::join(&options, hello, deadline).await?;

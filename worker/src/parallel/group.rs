@@ -128,6 +128,7 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
             ranks: member.ranks,
             first_remote: member.local_ranks.end,
             fingerprint: fingerprint.clone(),
+            revision: member.revision.clone(),
             settings: member.settings(),
             heartbeat_timeout: member.timeouts.heartbeat,
         };
@@ -161,7 +162,6 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
                 .enumerate()
                 .map(|(rank, address)| RankAddress { rank: rank as u32, collective_address: address.clone() })
                 .collect(),
-            nccl_id: Vec::new(),
             collective_key: key.to_vec(),
             epoch,
             limits: Some(limits.into()),

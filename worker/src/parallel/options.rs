@@ -37,6 +37,8 @@ pub struct MemberOptions {
     pub host: String,
     /// How long to wait for others.
     pub timeouts: Timeouts,
+    /// Which state of its deployment this process is of; equal in all processes of a group.
+    pub revision: String,
     /// What compiles grammars; ranks wait for it once their weights are loaded.
     pub grammars: PendingGrammars,
     /// Mutual TLS between the group's processes; plain text where it is absent. Tensors are never encrypted.

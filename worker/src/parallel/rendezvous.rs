@@ -34,6 +34,7 @@ pub(super) struct Expected {
     /// Ranks below this one are the leader's own.
     pub(super) first_remote: usize,
     pub(super) fingerprint: String,
+    pub(super) revision: String,
     pub(super) settings: String,
     pub(super) heartbeat_timeout: Duration,
 }
@@ -85,6 +86,12 @@ impl Rendezvous {
         }
         if hello.epoch != 0 && hello.epoch != expected.epoch {
             return Err(Status::aborted(format!("this is epoch {} of the group, not {}", expected.epoch, hello.epoch)));
+        }
+        if hello.revision != expected.revision {
+            return refuse(format!(
+                "the leader is of revision `{}`, you of `{}`: all processes of a group are of one",
+                expected.revision, hello.revision
+            ));
         }
         if hello.version != env!("CARGO_PKG_VERSION") {
             return refuse(format!("the leader runs version {}, you run {}", env!("CARGO_PKG_VERSION"), hello.version));

@@ -25,6 +25,8 @@ pub(super) struct HostBlocks {
     block_bytes: usize,
     blocks: usize,
     stream: sys::CUstream,
+    /// The stream of all work, which outlives this: some copies go through it.
+    work: sys::CUstream,
     /// The work stream has reached the copies beside a step.
     begun: Event,
     /// The copies beside the last step are done.
@@ -45,7 +47,7 @@ struct Pieces {
 }
 
 impl HostBlocks {
-    fn new(block_bytes: usize, blocks: usize) -> Result<Self> {
+    fn new(block_bytes: usize, blocks: usize, work: sys::CUstream) -> Result<Self> {
         let refused = |error: result::DriverError| {
             let gib = (block_bytes * blocks) as f64 / f64::from(1 << 30);
             BackendError::OutOfMemory(format!("{gib:.1} GiB of pinned host memory for cached blocks: {error:?}"))
@@ -59,6 +61,7 @@ impl HostBlocks {
             block_bytes,
             blocks,
             stream,
+            work,
             begun: Event::new(false)?,
             done: Event::new(false)?,
             pending: false,
@@ -103,8 +106,10 @@ impl HostBlocks {
 
 impl Drop for HostBlocks {
     fn drop(&mut self) {
-        // SAFETY: both were made in `new`; nothing copies any more once the stream has ended.
+        // SAFETY: memory and stream were made in `new`; the device, and with it the stream of all work, is dropped after
+        // this. Nothing copies any more once both streams have ended.
         unsafe {
+            let _ = result::stream::synchronize(self.work);
             let _ = result::stream::synchronize(self.stream);
             let _ = result::stream::destroy(self.stream);
             let _ = result::free_host(self.pointer);
@@ -115,7 +120,7 @@ impl Drop for HostBlocks {
 impl CudaBackend {
     pub(super) fn take_host_memory(&mut self, shape: &KvShape, blocks: usize) -> Result<f64> {
         self.device.make_current()?;
-        let host = HostBlocks::new(shape.block_bytes(self.options.kv.size()), blocks)?;
+        let host = HostBlocks::new(shape.block_bytes(self.options.kv.size()), blocks, self.device.stream)?;
         self.host = Some(host);
         let (start, end) = (Event::new(true)?, Event::new(true)?);
         let copies: Vec<BlockCopy> =

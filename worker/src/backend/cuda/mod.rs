@@ -70,8 +70,9 @@ pub struct CudaBackend {
     matmul: Matmul,
     inputs: StepInputs,
     sampler: Sampler,
-    cache: Option<Cache>,
+    /// Before the cache that it copies from and to.
     host: Option<HostBlocks>,
+    cache: Option<Cache>,
     buffers: Option<Buffers>,
     rope: RopeTable,
     frequencies: Buffer,

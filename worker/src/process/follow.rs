@@ -1,0 +1,126 @@
+//! The life of a group on a process that holds other ranks: it looks for its leader and follows it to the end.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bora_common::registry::{Device, Registry, RegistryError};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use super::{WorkerError, WorkerSettings, load_grammars, member_options};
+use crate::options::WorkerOptions;
+use crate::parallel::{FollowError, FollowerOptions, follow};
+
+/// How often a follower looks for its leader.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// How long a follower tries an address from the registry before it looks there again.
+const LOOK_UP_AGAIN_AFTER: Duration = Duration::from_secs(5);
+
+/// Follows the group's leader until the group ends, or `stop` is cancelled and the leader has drained.
+pub(super) async fn follow_leader(
+    settings: WorkerSettings,
+    device: Device,
+    registry: Arc<dyn Registry>,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let options = &settings.options;
+    if device == Device::Fake {
+        return Err(WorkerError::Options("worker.ranks: a fake group is one process".into()));
+    }
+    let Some(group) = options.group.clone() else {
+        return Err(WorkerError::Options("worker.group: a group of several processes needs a name".into()));
+    };
+    let deadline = Instant::now() + options.rendezvous_seconds;
+    settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
+    let grammars = load_grammars(&settings)?;
+    let (pending, metrics) = (grammars.clone(), settings.metrics.clone());
+    tokio::task::spawn_blocking(move || {
+        if let Ok(Some(grammars)) = pending.wait() {
+            metrics.of_grammars(&grammars);
+        }
+    });
+    loop {
+        let (leader, epoch) = tokio::select! {
+            found = find_leader(options, &group, registry.as_ref()) => found?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        tracing::info!(group, leader, epoch, ranks = ?options.local_ranks(), "joining the group");
+        // an address from the registry may be that of a leader that has just died: it is looked up again
+        let looked_up = options.leader.is_none();
+        let connect_within = if looked_up { LOOK_UP_AGAIN_AFTER } else { options.rendezvous_seconds };
+        let member = member_options(&settings, device, &group, grammars.clone())?;
+        let following = FollowerOptions { member, leader, epoch, connect_within };
+        let ended = tokio::select! {
+            ended = follow(following) => ended,
+            () = drained(&stop, options.drain_seconds) => return Ok(()),
+        };
+        match ended {
+            Ok(reason) => {
+                tracing::info!(group, reason, "the group ended");
+                return Ok(());
+            }
+            Err(error) if stop.is_cancelled() => {
+                // the leader's goodbye may be lost when its process ends right after it
+                tracing::info!(group, %error, "the group ended");
+                return Ok(());
+            }
+            Err(FollowError::Unreachable { .. } | FollowError::OtherEpoch { .. })
+                if looked_up && Instant::now() < deadline =>
+            {
+                sleep(LOOK_AGAIN).await;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Completes when a follower that was told to stop may go. All processes of a group are told so at the same
+/// time, and the leader lets running sequences finish before it says goodbye: until then it needs its ranks.
+async fn drained(stop: &CancellationToken, drain: Duration) {
+    stop.cancelled().await;
+    tracing::info!(seconds = drain.as_secs(), "staying until the leader has drained");
+    sleep(drain).await;
+}
+
+async fn find_leader(
+    options: &WorkerOptions,
+    group: &str,
+    registry: &dyn Registry,
+) -> Result<(String, Option<u64>), WorkerError> {
+    if let Some(leader) = &options.leader {
+        return Ok((leader.to_string(), None));
+    }
+    let deadline = Instant::now() + options.rendezvous_seconds;
+    // in a rolling update leaders of both revisions have one name: the other one's is not joined
+    let mut other = None;
+    loop {
+        match registry.find_rendezvous(group).await {
+            Ok(Some(record)) if record.revision == options.revision => return Ok((record.leader, Some(record.epoch))),
+            Ok(Some(record)) => {
+                if other.as_ref() != Some(&record.revision) {
+                    let (theirs, own) = (&record.revision, &options.revision);
+                    tracing::warn!(
+                        group,
+                        leader = record.leader,
+                        theirs,
+                        own,
+                        "the group's leader is of another revision"
+                    );
+                    other = Some(record.revision);
+                }
+            }
+            Ok(None) => {}
+            Err(error @ RegistryError::Unsupported { .. }) => return Err(error.into()),
+            Err(error) => tracing::debug!(group, %error, "looking for the leader"),
+        }
+        if Instant::now() >= deadline {
+            let seconds = options.rendezvous_seconds.as_secs();
+            if let Some(theirs) = other {
+                let own = options.revision.clone();
+                return Err(WorkerError::OtherRevision { group: group.into(), theirs, own, seconds });
+            }
+            return Err(WorkerError::NoLeader { group: group.into(), seconds });
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+}

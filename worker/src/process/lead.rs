@@ -1,0 +1,120 @@
+//! The life of a group on the process that holds rank 0: it is served and announced, watched, and drained at its end.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bora_common::config::HostPort;
+use bora_common::registry::{Device, GroupRecord, GroupState, Registry};
+use bora_common::tls::Acceptor;
+use bora_proto::v1;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::start::{OpenGroup, open};
+use super::{WorkerError, WorkerSettings, host_name, listen};
+use crate::engine::step::RunError;
+use crate::parallel::GroupProgress;
+use crate::service::{self, Host, RankSource, ServiceOptions};
+
+/// How long the registry may take to forget a group that failed.
+const WITHDRAW_WITHIN: Duration = Duration::from_secs(1);
+
+/// Leads a group until `stop` is cancelled, then drains it; an error where the group can't go on.
+pub(super) async fn lead(
+    settings: WorkerSettings,
+    device: Device,
+    registry: Arc<dyn Registry>,
+    stop: CancellationToken,
+) -> Result<(), WorkerError> {
+    let options = &settings.options;
+    let listener = listen("worker.listen", &options.listen).await?;
+    let port = listener.local_addr().map_or(options.listen.port, |address| address.port());
+    let endpoint = match &options.advertise {
+        Some(address) => address.clone(),
+        None => HostPort { host: options.listen.host.clone(), port },
+    };
+    let health = match &options.health {
+        Some(address) => Some(listen("worker.health", address).await?),
+        None => None,
+    };
+    let tls = options.tls.as_ref().map(Acceptor::for_grpc).transpose()?;
+    let group = options.group.clone().unwrap_or_else(|| format!("{}-{port}", host_name()));
+    let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+
+    let host = Host::loading();
+    let closing = CancellationToken::new();
+    let _close_on_exit = closing.clone().drop_guard();
+    let serving = tokio::spawn(service::serve(
+        listener,
+        host.clone(),
+        ServiceOptions { tls, health, ..ServiceOptions::default() },
+        closing.clone().cancelled_owned(),
+    ));
+
+    settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
+    let opened = tokio::select! {
+        opened = open(&settings, device, &group, epoch, endpoint.to_string(), registry.as_ref()) => opened?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    let OpenGroup { engine, record, progress, failed } = opened;
+    settings.metrics.of_leader(engine.observer(), &record, progress.clone());
+    host.ready(engine.clone(), record.clone(), rank_source(&record, progress));
+    let announcement = registry.announce(record).await?;
+
+    let reason = tokio::select! {
+        () = stop.cancelled() => None,
+        reason = engine.failed() => Some(reason),
+        reason = idle_failure(failed) => Some(reason),
+        ended = serving => {
+            ended.unwrap_or(Ok(()))?;
+            Some("its port was closed".into())
+        }
+    };
+    if let Some(reason) = reason {
+        tracing::error!(group, reason, "the group failed, ending so that it can be started again");
+        // streams are told "retry elsewhere" by the engine; give the words a moment to leave
+        let _ = timeout(WITHDRAW_WITHIN, announcement.withdraw()).await;
+        return Err(WorkerError::GroupFailed { group, reason });
+    }
+    announcement.update(|record| record.state = GroupState::Draining);
+    match engine.drain(options.drain_seconds).await {
+        Ok((finished, unfinished)) => tracing::info!(group, finished, unfinished, "drained"),
+        Err(error) => tracing::warn!(group, %error, "not drained"),
+    }
+    announcement.withdraw().await;
+    Ok(())
+}
+
+/// Completes when a rank failed while no step ran.
+async fn idle_failure(failed: Option<watch::Receiver<Option<RunError>>>) -> String {
+    if let Some(mut failed) = failed {
+        // an error means that the runner was dropped: then the engine says why
+        let reason = match failed.wait_for(Option::is_some).await {
+            Ok(error) => error.as_ref().map(ToString::to_string),
+            Err(_) => None,
+        };
+        if let Some(reason) = reason {
+            return reason;
+        }
+    }
+    std::future::pending().await
+}
+
+/// How the ranks are, for `Admin.Status`.
+fn rank_source(record: &GroupRecord, progress: Option<Arc<GroupProgress>>) -> RankSource {
+    let ranks = record.ranks.clone();
+    Arc::new(move || {
+        let steps = progress.as_ref().map(|progress| progress.steps()).unwrap_or_default();
+        ranks
+            .iter()
+            .map(|rank| v1::RankStatus {
+                rank: rank.rank,
+                host: rank.host.clone(),
+                pid: rank.pid,
+                steps: steps.get(rank.rank as usize).copied().unwrap_or(0),
+                ..Default::default()
+            })
+            .collect()
+    })
+}

@@ -1,0 +1,271 @@
+//! The start of a group: its ranks are brought up and measured, and the engine is started on them.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bora_common::blocks::BLOCK_TOKENS;
+use bora_common::config::HostPort;
+use bora_common::model::ModelConfig;
+use bora_common::registry::{
+    Device, GroupRecord, GroupState, MemoryRegistry, RankRecord, Registry, RegistryError, RendezvousOffer,
+    RendezvousRecord, Speed,
+};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::{WorkerError, WorkerSettings, host_name, listen, load_grammars, member_options, own_host};
+use crate::backend::Limits;
+use crate::backend::fake::FakeRunner;
+use crate::device;
+use crate::engine::step::{RunError, StepRunner};
+use crate::engine::{EngineConfig, EngineHandle, calibrate};
+use crate::grammar::PendingGrammars;
+use crate::options::WorkerOptions;
+use crate::parallel::{GroupProgress, LeaderOptions, start_group};
+
+/// Longest window where nothing is said: what the models are advertised for.
+const LONGEST_WINDOW: u32 = 262_144;
+
+/// The ranks of a group, ready to run steps.
+struct Ranks {
+    runner: Box<dyn StepRunner>,
+    facts: Facts,
+    records: Vec<RankRecord>,
+    progress: Option<Arc<GroupProgress>>,
+    /// The group's first failure, also while no step runs.
+    failed: Option<watch::Receiver<Option<RunError>>>,
+    speed: Speed,
+    /// Steps run so far.
+    steps: u64,
+    /// The model, where there is one.
+    model: Option<ModelConfig>,
+}
+
+/// What the group's record says of the model.
+struct Facts {
+    kv_blocks: u32,
+    vocabulary_size: u32,
+    max_position: u32,
+    fingerprint: String,
+    eos_ids: Vec<u32>,
+}
+
+/// A group whose ranks are up and whose engine runs.
+pub(super) struct OpenGroup {
+    pub(super) engine: EngineHandle,
+    pub(super) record: GroupRecord,
+    pub(super) progress: Option<Arc<GroupProgress>>,
+    pub(super) failed: Option<watch::Receiver<Option<RunError>>>,
+}
+
+/// Starts a group of one process and its engine, without serving it: for benchmarks of the engine itself. The engine
+/// ends when the handle is dropped.
+pub async fn open_engine(settings: WorkerSettings) -> Result<(EngineHandle, GroupRecord), WorkerError> {
+    let device = device::choose(&settings.options)?;
+    let registry = MemoryRegistry::new();
+    let opened = open(&settings, device, "engine", 1, String::new(), &registry).await?;
+    Ok((opened.engine, opened.record))
+}
+
+/// Brings the ranks up, measures them and starts the engine on them.
+pub(super) async fn open(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    epoch: u64,
+    endpoint: String,
+    registry: &dyn Registry,
+) -> Result<OpenGroup, WorkerError> {
+    let started = Instant::now();
+    let grammars = load_grammars(settings)?;
+    let ranks = bring_up(settings, device, group, epoch, grammars.clone(), registry).await?;
+    let record = describe(settings, device, group, epoch, endpoint, &ranks)?;
+    if device == Device::Fake {
+        tracing::warn!(group, "this group is fake: it has no model and only pretends to answer");
+    }
+    tracing::info!(
+        group, epoch, endpoint = record.endpoint, model = record.model, device = ?device, ranks = record.ranks.len(),
+        kv_blocks = record.kv_blocks, max_model_len = record.max_model_len,
+        prefill_tokens_per_second = record.speed.prefill_tokens_per_second.round(),
+        decode_step_seconds = record.speed.decode_step_seconds,
+        seconds = started.elapsed().as_secs_f64(), "group is ready"
+    );
+    let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone());
+    // on GPUs by request, until it was measured there; a fake keeps the pace that it was told
+    if device == Device::Cpu {
+        config.options.speculative.get_or_insert_default();
+    }
+    config.steps_run = ranks.steps;
+    config.host = ranks.runner.host_memory();
+    // the ranks have waited for them
+    config.grammars = grammars.wait().map_err(WorkerError::Options)?;
+    if let Some(grammars) = &config.grammars {
+        settings.metrics.of_grammars(grammars);
+    }
+    let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
+    if let Some(floors) = ranks.model.as_ref().and_then(|model| device::floors(device, &settings.options, model)) {
+        engine.metrics().know_floors(floors);
+    }
+    Ok(OpenGroup { engine, record, progress: ranks.progress, failed: ranks.failed })
+}
+
+async fn bring_up(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    epoch: u64,
+    grammars: PendingGrammars,
+    registry: &dyn Registry,
+) -> Result<Ranks, WorkerError> {
+    let options = &settings.options;
+    if device == Device::Fake {
+        return Ok(fake_ranks(options));
+    }
+    let size = options.tensor_parallel_size;
+    let (mut peers, mut _offer): (_, Option<RendezvousOffer>) = (None, None);
+    if options.local_ranks().len() < size as usize {
+        let listener = listen("worker.peers", &options.peers).await?;
+        let port = listener.local_addr().map_or(options.peers.port, |address| address.port());
+        let leader = HostPort { host: own_host(options), port }.to_string();
+        let record = RendezvousRecord {
+            group: group.into(),
+            epoch,
+            leader,
+            world_size: size,
+            revision: options.revision.clone(),
+        };
+        match registry.offer_rendezvous(record).await {
+            Ok(offer) => _offer = Some(offer),
+            // followers are told the address by their configuration
+            Err(RegistryError::Unsupported { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        peers = Some(listener);
+    }
+    let model_len = options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize;
+    let leader = LeaderOptions {
+        member: member_options(settings, device, group, grammars)?,
+        epoch,
+        limits: Limits {
+            step_tokens: options.schedule.max_num_batched_tokens as usize,
+            sequences: options.schedule.max_num_seqs as usize,
+            model_len,
+            logit_rows: options.schedule.max_logit_rows(),
+        },
+        peers,
+    };
+    let mut started = start_group(leader).await?;
+    let kv_blocks = started.kv_blocks;
+    let positions = (kv_blocks * BLOCK_TOKENS).min(model_len);
+    let chunk = device::calibration_tokens(device).min(options.schedule.max_num_batched_tokens as usize);
+    let (runner, measured) = blocking(move || {
+        let measured = calibrate(&mut started.runner, chunk, positions);
+        (started, measured)
+    })
+    .await;
+    let started = runner;
+    let (speed, steps) = measured?;
+    Ok(Ranks {
+        facts: Facts {
+            kv_blocks: kv_blocks as u32,
+            vocabulary_size: started.model.vocab_size as u32,
+            max_position: started.model.max_position_embeddings as u32,
+            fingerprint: started.fingerprint,
+            eos_ids: started.model.eos_token_ids.clone(),
+        },
+        model: Some(started.model),
+        runner: Box::new(started.runner),
+        records: started.ranks,
+        progress: Some(started.progress),
+        failed: Some(started.failed),
+        speed,
+        steps,
+    })
+}
+
+fn fake_ranks(options: &WorkerOptions) -> Ranks {
+    let mut fake = options.fake.clone();
+    fake.kv_blocks = options.kv_cache.blocks.unwrap_or(fake.kv_blocks);
+    fake.max_model_len = options.max_model_len.unwrap_or(fake.max_model_len);
+    let records = (0..options.tensor_parallel_size)
+        .map(|rank| RankRecord { rank, host: host_name(), pid: std::process::id() })
+        .collect();
+    Ranks {
+        facts: Facts {
+            kv_blocks: fake.kv_blocks,
+            vocabulary_size: fake.vocabulary_size,
+            max_position: fake.max_model_len,
+            fingerprint: "fake".into(),
+            eos_ids: vec![fake.eos_id],
+        },
+        records,
+        progress: None,
+        failed: None,
+        speed: fake.speed(),
+        steps: 0,
+        model: None,
+        runner: Box::new(FakeRunner::new(fake)),
+    }
+}
+
+/// The group's record, with the window that its cache has room for.
+fn describe(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    epoch: u64,
+    endpoint: String,
+    ranks: &Ranks,
+) -> Result<GroupRecord, WorkerError> {
+    let facts = &ranks.facts;
+    let room = facts.kv_blocks.saturating_mul(BLOCK_TOKENS as u32);
+    let window = match settings.options.max_model_len {
+        Some(asked) if asked > facts.max_position => {
+            return Err(WorkerError::Options(format!(
+                "worker.max_model_len: {asked} is beyond the model's {} positions",
+                facts.max_position
+            )));
+        }
+        Some(asked) if asked > room => {
+            return Err(WorkerError::Options(format!(
+                "worker.max_model_len: {asked} tokens do not fit into a KV cache of {} blocks ({room} tokens)",
+                facts.kv_blocks
+            )));
+        }
+        Some(asked) => asked,
+        None => {
+            let window = facts.max_position.min(LONGEST_WINDOW);
+            if window > room {
+                tracing::warn!(window, room, "the KV cache holds less than the model's window: serving what fits");
+            }
+            window.min(room)
+        }
+    };
+    Ok(GroupRecord {
+        group: group.into(),
+        epoch,
+        endpoint,
+        model: settings.model.name.clone(),
+        aliases: settings.model.aliases.clone(),
+        device,
+        weight_fingerprint: facts.fingerprint.clone(),
+        ranks: ranks.records.clone(),
+        block_tokens: BLOCK_TOKENS as u32,
+        kv_blocks: facts.kv_blocks,
+        max_model_len: window,
+        vocabulary_size: facts.vocabulary_size,
+        max_sequences: settings.options.schedule.max_num_seqs,
+        images: device == Device::Fake && settings.options.fake.images,
+        speed: ranks.speed,
+        state: GroupState::Ready,
+        version: env!("CARGO_PKG_VERSION").into(),
+    })
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let handle: JoinHandle<T> = tokio::task::spawn_blocking(work);
+    match handle.await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
