@@ -25,7 +25,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
     access::audit::Audit,
-    api::{error::ApiError, generate, groups, listing, messages, status, tokenize},
+    api::{error::ApiError, generate, groups, listing, messages, responses::output::ResponseObject, status, tokenize},
     console,
     openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, agents, requests, responses},
     service::Service,
@@ -109,22 +109,22 @@ fn api() -> Vec<Route<Arc<Service>>> {
         Route::post("/v1/responses", generate::responses)
             .says("generation", "OpenAI's Responses, without memory; streamed as typed events.")
             .takes::<agents::ResponsesRequest>()
-            .answers::<agents::ResponseObject>()
+            .answers::<ResponseObject<'static>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/messages", generate::messages)
             .says("generation", "Anthropic's Messages; streamed as typed events.")
             .takes::<agents::MessagesRequest>()
-            .answers::<agents::MessageObject>()
+            .answers::<messages::output::MessageObject<'static>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS)
-            .errors_as::<agents::AgentError>(),
+            .errors_as::<messages::error::Envelope<'static>>(),
         Route::post("/v1/messages/count_tokens", messages::count::count_tokens)
             .says("tokens", "The number of tokens of a prompt.")
             .takes::<agents::CountRequest>()
-            .answers::<agents::TokenCount>()
+            .answers::<messages::count::TokenCount>()
             .errors(REQUEST_ERRORS)
-            .errors_as::<agents::AgentError>(),
+            .errors_as::<messages::error::Envelope<'static>>(),
         Route::get("/v1/models", listing::list)
             .says("models", "Every model that is served or configured, under each of its names.")
             .answers::<responses::ModelList>()

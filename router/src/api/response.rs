@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{PositionLogprobs, TokenLogprob};
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
 const LEAST_LOGPROB: f32 = -9999.0;
 
 /// `usage`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
     /// Ids of the prompts, each prompt once.
     pub prompt_tokens: u32,
@@ -31,7 +32,7 @@ pub struct Usage {
 }
 
 /// Part of [`Usage`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct PromptTokensDetails {
     /// Ids found in the group's prefix cache.
     pub cached_tokens: u32,
@@ -190,13 +191,13 @@ fn finite(logprob: f32) -> f32 {
 }
 
 /// `logprobs` in chat.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ChatLogprobs<'a> {
     pub content: Vec<ChatLogprob<'a>>,
 }
 
 /// A token of [`ChatLogprobs`].
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ChatLogprob<'a> {
     token: Cow<'a, str>,
     logprob: f32,

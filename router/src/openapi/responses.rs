@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use bora_common::registry::{Device, GroupState};
 use schemars::JsonSchema;
 
+use crate::api::response::{ChatLogprobs, Usage};
+
 /// OpenAI's form of an error.
 #[derive(JsonSchema)]
 pub struct ErrorObject {
@@ -23,22 +25,6 @@ pub struct ErrorFields {
     /// The field at fault.
     pub param: Option<String>,
     pub code: Option<String>,
-}
-
-/// Tokens that a request used.
-#[derive(JsonSchema)]
-pub struct Usage {
-    pub prompt_tokens: u32,
-    pub total_tokens: u32,
-    pub completion_tokens: u32,
-    pub prompt_tokens_details: PromptTokensDetails,
-}
-
-/// Part of [`Usage`].
-#[derive(JsonSchema)]
-pub struct PromptTokensDetails {
-    /// Found in the group's prefix cache.
-    pub cached_tokens: u32,
 }
 
 /// A chat answer.
@@ -61,7 +47,7 @@ pub struct ChatCompletion {
 pub struct ChatChoice {
     pub index: u32,
     pub message: AssistantMessage,
-    pub logprobs: Option<ChatLogprobs>,
+    pub logprobs: Option<ChatLogprobs<'static>>,
     pub finish_reason: Option<FinishReason>,
     /// The stop string or stop token that ended it.
     pub stop_reason: Option<StopReason>,
@@ -109,29 +95,6 @@ pub struct MadeFunction {
     pub name: String,
     /// JSON text.
     pub arguments: String,
-}
-
-/// Logprobs of a chat answer.
-#[derive(JsonSchema)]
-pub struct ChatLogprobs {
-    pub content: Vec<ChatLogprob>,
-}
-
-/// A token with its alternatives.
-#[derive(JsonSchema)]
-pub struct ChatLogprob {
-    pub token: String,
-    pub logprob: f32,
-    pub bytes: Option<Vec<u8>>,
-    pub top_logprobs: Vec<TopLogprob>,
-}
-
-/// An alternative.
-#[derive(JsonSchema)]
-pub struct TopLogprob {
-    pub token: String,
-    pub logprob: f32,
-    pub bytes: Option<Vec<u8>>,
 }
 
 /// A token of a prompt.

@@ -17,6 +17,8 @@ pub(super) const MAX_SYMBOLS: usize = 25_000;
 const MAX_NESTING: usize = 128;
 /// Members of an object, and elements of a list of schemas or required names.
 const MAX_MEMBERS: usize = 1_000;
+/// Members of `properties`: those that may be left out cost the square of their number, and references multiply them.
+const MAX_PROPERTIES: usize = 500;
 /// Members of all objects and elements of all lists, wherever they stand: in `$defs`, `anyOf`, `enum`, `properties`.
 const MAX_PARTS: usize = 20_000;
 /// Bytes of one `pattern`.
@@ -90,6 +92,9 @@ impl Counted {
             Value::Object(members) => {
                 at_most("members in an object", members.len(), MAX_MEMBERS)?;
                 self.count_parts(members.len())?;
+                if name == "properties" {
+                    at_most("members in `properties`", members.len(), MAX_PROPERTIES)?;
+                }
                 if name == "patternProperties" {
                     self.pattern_properties += members.len();
                     at_most("`patternProperties`", self.pattern_properties, MAX_PATTERN_PROPERTIES)?;
@@ -179,10 +184,10 @@ mod tests {
     /// Each with a word of its refusal; none of them can be counted on to be refused by the compiler, or soon.
     fn hostile() -> Vec<(Value, &'static str)> {
         vec![
-            (json!({"properties": members(1_001, &json!({}))}), "members in an object"),
+            (json!({"properties": members(501, &json!({}))}), "members in `properties`"),
             (json!({"$defs": members(1_001, &json!({"type": "null"}))}), "members in an object"),
-            (json!({"$defs": {"a": {"items": {"properties": members(1_001, &json!({}))}}}}), "members in an object"),
-            (json!({"properties": members(30, &json!({"properties": members(700, &json!({}))}))}), "in all"),
+            (json!({"$defs": {"a": {"items": {"properties": members(501, &json!({}))}}}}), "members in `properties`"),
+            (json!({"properties": members(50, &json!({"properties": members(450, &json!({}))}))}), "in all"),
             (json!({"$defs": members(200, &json!({"enum": list(100, |number| number.into())}))}), "in all"),
             (json!({"anyOf": list(4_000, object)}), "elements in `anyOf`"),
             (json!({"items": {"oneOf": list(1_001, object)}}), "elements in `oneOf`"),
@@ -240,7 +245,8 @@ mod tests {
     #[test]
     fn what_is_within_the_limits_is_let_through() {
         for schema in [
-            json!({"properties": members(1_000, &json!({"type": "string"}))}),
+            json!({"properties": members(500, &json!({"type": "string"}))}),
+            json!({"$defs": members(1_000, &json!({"type": "string"}))}),
             json!({"enum": list(19_000, |number| number.into())}),
             json!({"anyOf": list(1_000, object)}),
             json!({"pattern": "a".repeat(8_000)}),

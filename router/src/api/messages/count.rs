@@ -7,6 +7,7 @@ use axum::{
     extract::State,
     http::{Request, Response},
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::request::read;
@@ -21,7 +22,7 @@ use crate::{
 };
 
 /// The answer.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct TokenCount {
     /// Ids of the whole prompt: system, tools, messages.
     pub input_tokens: usize,

@@ -6,6 +6,7 @@ use axum::{
     http::{HeaderName, HeaderValue, Response, StatusCode, header},
     middleware::Next,
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{api::error::ApiError, server::RequestId};
@@ -13,14 +14,18 @@ use crate::{api::error::ApiError, server::RequestId};
 /// Where Anthropic's clients look for the id of a request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
-#[derive(Serialize)]
-struct Envelope<'a> {
+/// Anthropic's form of an error.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "MessagesError")]
+pub struct Envelope<'a> {
     r#type: &'static str,
     error: Fields<'a>,
     request_id: &'a str,
 }
 
-#[derive(Serialize)]
+/// What went wrong.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "MessagesErrorFields")]
 struct Fields<'a> {
     r#type: &'static str,
     message: &'a str,

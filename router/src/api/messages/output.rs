@@ -1,7 +1,8 @@
 //! The answer as a message: blocks of text and of tool use.
 
+use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::value::RawValue;
+use serde_json::{Map, Value, value::RawValue};
 
 use bora_common::conversation::Json;
 
@@ -11,7 +12,7 @@ use crate::{
 };
 
 /// A message of the assistant's.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct MessageObject<'a> {
     /// Of the message.
     pub id: &'a str,
@@ -32,7 +33,7 @@ pub struct MessageObject<'a> {
 }
 
 /// A block of a message.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ContentBlock<'a> {
     /// Text.
@@ -47,12 +48,13 @@ pub enum ContentBlock<'a> {
         /// The tool.
         name: &'a str,
         /// Its arguments.
+        #[schemars(with = "Map<String, Value>")]
         input: Box<RawValue>,
     },
 }
 
 /// `usage`: what was read from the cache is not part of `input_tokens`.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct MessageUsage {
     /// Ids of the prompt that were computed.
     pub input_tokens: u32,

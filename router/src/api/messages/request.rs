@@ -6,11 +6,12 @@
 
 use std::{borrow::Cow, cell::Cell};
 
+use schemars::JsonSchema;
 use serde::{
     Deserialize,
     de::{IgnoredAny, MapAccess},
 };
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Map, Value, json, value::RawValue};
 
 use crate::api::{
     convert::{
@@ -21,6 +22,7 @@ use crate::api::{
     fields::OneOrMany,
     request::{Body, OwnFields, field},
 };
+use crate::openapi::agents;
 
 const DIALECT: Dialect = Dialect {
     fields: &[("stop", "stop_sequences"), ("response_format", "output_config.format")],
@@ -36,29 +38,39 @@ const DIALECT: Dialect = Dialect {
 };
 
 /// The fields that only this API has, or means something else by.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, JsonSchema)]
+#[schemars(rename = "OwnMessagesFields")]
 pub struct MessagesRequest<'a> {
     /// Instructions in front of the messages: a text, or blocks of text.
+    #[schemars(with = "Option<agents::AgentContent>")]
     pub system: Option<&'a RawValue>,
     /// Tools that may be called; only the client's own.
+    #[schemars(with = "Option<Vec<Tool<'static>>>")]
     pub tools: Option<Vec<&'a RawValue>>,
     /// Whether and which.
     pub tool_choice: Option<ToolChoice>,
     /// Texts that end the answer.
+    #[schemars(length(max = 16))]
     pub stop_sequences: Option<Vec<String>>,
     /// The form of the answer.
     pub output_config: Option<OutputConfig>,
     /// The form of the answer, under its older name.
+    #[schemars(with = "Option<Map<String, Value>>")]
     pub output_format: Option<Value>,
     /// Ignored: this model does not think.
+    #[schemars(with = "Option<Map<String, Value>>")]
     pub thinking: Option<IgnoredAny>,
     /// Ignored: every prompt is cached.
+    #[schemars(with = "Option<Map<String, Value>>")]
     pub cache_control: Option<IgnoredAny>,
     /// Ignored: nothing is taken out of a conversation.
+    #[schemars(with = "Option<Map<String, Value>>")]
     pub context_management: Option<IgnoredAny>,
     /// Refused unless it is empty.
+    #[schemars(skip)]
     pub mcp_servers: Option<Vec<IgnoredAny>>,
     /// Refused.
+    #[schemars(skip)]
     pub container: Option<Value>,
 }
 
@@ -83,9 +95,11 @@ impl<'de> OwnFields<'de> for MessagesRequest<'de> {
 }
 
 /// `tool_choice`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
+#[schemars(rename = "AgentChoice")]
 pub struct ToolChoice {
     /// `auto`, `any`, `tool` or `none`.
+    #[schemars(with = "agents::AgentMode")]
     pub r#type: String,
     /// Of the tool that must be called.
     pub name: Option<String>,
@@ -94,17 +108,21 @@ pub struct ToolChoice {
 }
 
 /// `output_config`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 pub struct OutputConfig {
     /// `{"type": "json_schema", "schema": {...}}`
+    #[schemars(with = "Option<Map<String, Value>>")]
     pub format: Option<Value>,
 }
 
 /// One of `messages`.
-#[derive(Debug, Deserialize)]
-struct Message<'a> {
+#[derive(Debug, Deserialize, JsonSchema)]
+#[schemars(rename = "AgentMessage")]
+pub struct Message<'a> {
+    #[schemars(required, with = "agents::AgentRole")]
     role: Option<Cow<'a, str>>,
     #[serde(borrow)]
+    #[schemars(required, with = "agents::AgentContent")]
     content: Option<&'a RawValue>,
 }
 
@@ -137,14 +155,20 @@ struct Source<'a> {
 }
 
 /// One of `tools`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[schemars(rename = "AgentTool")]
 struct Tool<'a> {
+    /// `custom`, or absent.
     r#type: Option<Cow<'a, str>>,
     #[serde(borrow)]
+    #[schemars(required, with = "String")]
     name: Option<&'a RawValue>,
     #[serde(borrow)]
+    #[schemars(with = "Option<String>")]
     description: Option<&'a RawValue>,
+    /// A JSON schema.
     #[serde(borrow)]
+    #[schemars(required, with = "Map<String, Value>")]
     input_schema: Option<&'a RawValue>,
     strict: Option<bool>,
 }

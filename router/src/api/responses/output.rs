@@ -1,6 +1,7 @@
 //! The answer as a response object: a list of items, each a message or a call, and what the request asked for.
 
 use bora_proto::v1::PositionLogprobs;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, value::RawValue};
 
@@ -15,8 +16,9 @@ use crate::{
 };
 
 /// `status` of a response or of an item.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
+#[schemars(rename = "ResponseStatus")]
 pub enum Status {
     /// More will come.
     InProgress,
@@ -112,8 +114,9 @@ pub fn logprobs_of<'a>(positions: &[PositionLogprobs], answer: &'a Answer) -> Ve
 }
 
 /// An item as the client sees it.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[schemars(rename = "OutputItem")]
 pub enum ItemObject<'a> {
     /// Text.
     Message {
@@ -142,7 +145,8 @@ pub enum ItemObject<'a> {
 }
 
 /// The text of a message.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "OutputText")]
 pub struct TextPart<'a> {
     /// `output_text`
     pub r#type: &'static str,
@@ -155,7 +159,7 @@ pub struct TextPart<'a> {
 }
 
 /// The response object.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ResponseObject<'a> {
     id: &'a str,
     object: &'static str,
@@ -164,6 +168,8 @@ pub struct ResponseObject<'a> {
     background: bool,
     error: Option<ResponseError<'a>>,
     incomplete_details: Option<IncompleteDetails>,
+    /// As it came.
+    #[schemars(with = "Option<Value>")]
     instructions: Option<&'a RawValue>,
     max_output_tokens: Option<i64>,
     max_tool_calls: Option<i64>,
@@ -178,8 +184,10 @@ pub struct ResponseObject<'a> {
     service_tier: &'static str,
     store: bool,
     temperature: f32,
+    #[schemars(with = "Map<String, Value>")]
     text: &'a TextOptions,
     tool_choice: &'a Value,
+    #[schemars(with = "Vec<Value>")]
     tools: &'a [Box<RawValue>],
     top_logprobs: u32,
     top_p: f32,
@@ -189,20 +197,20 @@ pub struct ResponseObject<'a> {
 }
 
 /// Why a response failed.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ResponseError<'a> {
     code: &'a str,
     message: &'a str,
 }
 
 /// Why a response is incomplete.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct IncompleteDetails {
     reason: &'static str,
 }
 
 /// `usage`.
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct ResponseUsage {
     /// Ids of the prompt.
     pub input_tokens: u32,
@@ -217,7 +225,7 @@ pub struct ResponseUsage {
 }
 
 /// Part of [`ResponseUsage`].
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct InputTokensDetails {
     /// Ids found in the group's prefix cache.
     pub cached_tokens: u32,
@@ -226,7 +234,7 @@ pub struct InputTokensDetails {
 }
 
 /// Part of [`ResponseUsage`].
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct OutputTokensDetails {
     /// None.
     pub reasoning_tokens: u32,

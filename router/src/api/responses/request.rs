@@ -6,6 +6,7 @@
 
 use std::{borrow::Cow, cell::Cell, fmt};
 
+use schemars::JsonSchema;
 use serde::{
     Deserialize, Serialize,
     de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor},
@@ -21,6 +22,7 @@ use crate::api::{
     fields::{Integer, LogprobsField, Name},
     request::{Body, OwnFields, field},
 };
+use crate::openapi::agents;
 
 const DIALECT: Dialect = Dialect {
     fields: &[("messages", "input"), ("max_tokens", "max_output_tokens"), ("response_format", "text.format")],
@@ -37,25 +39,32 @@ const DIALECT: Dialect = Dialect {
 };
 
 /// The fields that only this API has, or means something else by.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, JsonSchema)]
+#[schemars(rename = "OwnResponsesFields")]
 pub struct ResponsesRequest<'a> {
     /// A text of the user's, or the items of the conversation.
+    #[schemars(required, with = "agents::ResponsesInput")]
     pub input: Option<Input<'a>>,
     /// A system message in front of the input.
+    #[schemars(with = "Option<String>")]
     pub instructions: Option<&'a RawValue>,
     /// Most tokens that are generated; cut at the room left in the model's window.
+    #[schemars(with = "Option<u32>", range(min = 1))]
     pub max_output_tokens: Option<Integer>,
     /// The form of the text.
     pub text: Option<TextOptions>,
     /// Functions that may be called.
+    #[schemars(with = "Option<Vec<Tool<'static>>>")]
     pub tools: Option<Vec<&'a RawValue>>,
     /// Whether and which.
+    #[schemars(with = "Option<agents::ResponsesChoice>")]
     pub tool_choice: Option<Value>,
     /// What else the answer is to hold: `message.output_text.logprobs`.
     pub include: Option<Vec<String>>,
     /// Only `effort: none`.
     pub reasoning: Option<Reasoning>,
     /// Comes back in the answer.
+    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
     pub metadata: Option<serde_json::Map<String, Value>>,
     /// Comes back in the answer.
     pub user: Option<String>,
@@ -64,22 +73,29 @@ pub struct ResponsesRequest<'a> {
     /// Comes back in the answer.
     pub safety_identifier: Option<String>,
     /// Comes back in the answer: it counts the calls of tools that a server runs, and this one runs none.
+    #[schemars(with = "Option<i64>")]
     pub max_tool_calls: Option<Integer>,
     /// Nothing is kept, whatever it says.
     pub store: Option<bool>,
     /// Nothing is cut off, whatever it says.
     pub truncation: Option<String>,
     /// Refused.
+    #[schemars(skip)]
     pub background: Option<bool>,
     /// Refused.
+    #[schemars(skip)]
     pub previous_response_id: Option<Value>,
     /// Refused.
+    #[schemars(skip)]
     pub conversation: Option<Value>,
     /// Refused.
+    #[schemars(skip)]
     pub prompt: Option<Value>,
     /// Refused: the field is `input`.
+    #[schemars(skip)]
     pub messages: Option<IgnoredAny>,
     /// Says nothing that matters here.
+    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
     pub stream_options: Option<IgnoredAny>,
 }
 
@@ -149,9 +165,10 @@ impl<'de> Deserialize<'de> for Input<'de> {
 }
 
 /// `text`.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub struct TextOptions {
     /// `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "name", "schema", "strict"}`.
+    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
     pub format: Option<Value>,
     /// Comes back in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -159,7 +176,7 @@ pub struct TextOptions {
 }
 
 /// `reasoning`.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 pub struct Reasoning {
     /// Only `none`.
     pub effort: Option<String>,
@@ -192,15 +209,22 @@ struct Part<'a> {
     image_url: Option<&'a RawValue>,
 }
 
-/// One of `tools`.
-#[derive(Debug, Deserialize)]
+/// One of `tools`: a function.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[schemars(rename = "ResponsesTool")]
 struct Tool<'a> {
+    /// `function`
+    #[schemars(required)]
     r#type: Option<Cow<'a, str>>,
     #[serde(borrow)]
+    #[schemars(required, with = "String")]
     name: Option<&'a RawValue>,
     #[serde(borrow)]
+    #[schemars(with = "Option<String>")]
     description: Option<&'a RawValue>,
+    /// A JSON schema.
     #[serde(borrow)]
+    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
     parameters: Option<&'a RawValue>,
     strict: Option<bool>,
 }
