@@ -94,15 +94,19 @@ impl CostModel {
     /// `held`: what waits before it, what it has to compute, and the decode steps around it. Conversations
     /// come back: what their later turns will wait at a group that is busy as it was of late counts too, or
     /// every new one would go where a few common tokens are held already. It counts as far as a conversation moves
-    /// in. Where it is at home it counts less, by what the prompt takes to compute and no more: a client that gives
+    /// in, and a little where it stays, or a group whose conversations turn out to be long ones would keep them all. Where
+    /// it is at home by its client's word it counts less, by what the prompt takes to compute and no more: a client that gives
     /// all its conversations one name does not heap them on one group.
     pub fn first_token_seconds(&self, tokens: u64, held: u64, load: GroupLoad) -> f64 {
+        // simulated: without it the busiest of 16 groups has 12 % more than the mean instead of 10
+        const STAYS: f64 = 0.05;
         // at least one token is computed: its logits are needed
         let held = held.min(tokens.saturating_sub(1));
         // what those that wait stand behind is not known
         let queue = load.queued_tokens as f64 * self.seconds_per_token;
         let stays = if load.at_home { self.prefill_seconds(0, tokens) } else { 0.0 };
-        let later = (load.moves_in.clamp(0.0, 1.0) * self.later_waits(tokens, load) - stays).max(0.0);
+        let share = STAYS + (1.0 - STAYS) * load.moves_in.clamp(0.0, 1.0);
+        let later = (share * self.later_waits(tokens, load) - stays).max(0.0);
         queue + self.prefill_seconds(held, tokens - held) + self.decode_pressure(load) + later
     }
 

@@ -15,6 +15,7 @@ use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::net::TcpStream;
+use tokio::sync::Barrier;
 
 /// What to send and how often.
 #[derive(Args, Debug)]
@@ -49,6 +50,9 @@ pub(crate) struct LoadArgs {
     /// file of a JSON schema that every answer keeps; one that is longer than the answer
     #[arg(long, value_name = "FILE", value_parser = read_file)]
     json_schema: Option<String>,
+    /// requests of every connection that are not counted, before all others: the first turns of growing conversations
+    #[arg(long, default_value_t = 0)]
+    warm_up: usize,
     /// process whose CPU time is counted (the router)
     #[arg(long)]
     pid: Option<u32>,
@@ -82,12 +86,15 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     }
     let args = Arc::new(args);
     let next = Arc::new(AtomicUsize::new(0));
-    let cpu_before = args.pid.map(cpu_seconds).transpose()?;
-    let started = Instant::now();
+    let warm = Arc::new(Barrier::new(args.concurrency + 1));
     let mut tasks = tokio::task::JoinSet::new();
     for connection in 0..args.concurrency {
-        tasks.spawn(drive(args.clone(), next.clone(), connection));
+        tasks.spawn(drive(args.clone(), next.clone(), warm.clone(), connection));
     }
+    warm.wait().await;
+    let cpu_before = args.pid.map(cpu_seconds).transpose()?;
+    let started = Instant::now();
+    warm.wait().await;
     let (mut samples, mut errors) = (Vec::new(), 0usize);
     while let Some(done) = tasks.join_next().await {
         let (some, failed) = done.context("a connection's task failed")?;
@@ -112,6 +119,7 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
             "max_tokens": args.max_tokens,
             "grammar": args.json_schema.is_some(),
             "concurrency": args.concurrency,
+            "warm_up": args.warm_up,
             "requests": samples.len(),
             "errors": errors,
             "seconds": round(seconds),
@@ -126,13 +134,27 @@ pub(crate) async fn run(args: LoadArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn drive(args: Arc<LoadArgs>, next: Arc<AtomicUsize>, connection: usize) -> (Vec<Sample>, usize) {
+async fn drive(
+    args: Arc<LoadArgs>,
+    next: Arc<AtomicUsize>,
+    warm: Arc<Barrier>,
+    connection: usize,
+) -> (Vec<Sample>, usize) {
     let (mut samples, mut errors) = (Vec::new(), 0);
     let mut client = None;
     let mut turn = 0;
     loop {
-        let number = next.fetch_add(1, Ordering::Relaxed);
-        if number >= args.requests {
+        if turn == args.warm_up {
+            // what goes wrong before counts as an error, what goes well does not count
+            samples.clear();
+            warm.wait().await;
+            warm.wait().await;
+        }
+        let number = match turn < args.warm_up {
+            true => args.requests + connection * args.warm_up + turn,
+            false => next.fetch_add(1, Ordering::Relaxed),
+        };
+        if turn >= args.warm_up && number >= args.requests {
             return (samples, errors);
         }
         let request = Request { args: &args, number, connection, turn };

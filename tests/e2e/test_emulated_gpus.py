@@ -69,12 +69,15 @@ def test_ranks_on_gpus_answer_together_and_end_together(how):
         cluster.wait_ready(2, seconds=120)
 
 
-def test_a_group_of_two_threads():
+@pytest.mark.parametrize("flags", [(), ("--disable-custom-all-reduce",)])
+def test_a_group_of_two_threads(flags):
     with Cluster() as cluster:
         cluster.start_etcd()
         cluster.start_router()
-        worker = cluster.start_worker("gpus", size=2, **OPTIONS)
+        worker = cluster.start_worker("gpus", size=2, flags=flags, **OPTIONS)
         cluster.wait_ready(1, seconds=120)
         for case in decided():
             assert answer(cluster, case) == (case.greedy, "gpus"), case.name
         assert worker.log().count("connected the GPUs") == 2
+        # the two ways of a sum are measured and said where there is a choice
+        assert ("sums over ranks: rows" in worker.log()) == (not flags)

@@ -133,6 +133,9 @@ struct ShardUse {
 
 /// What only the writer knows.
 struct Writer {
+    /// The same arrays that readers see: nobody else replaces them, so the writer counts no owners to look into them.
+    slots: [Arc<Slots>; SHARDS],
+    chunks: Arc<Chunks>,
     shards: [ShardUse; SHARDS],
     /// Blocks of each group.
     of_group: [usize; 64],
@@ -155,7 +158,15 @@ pub(super) struct BlockTable {
 
 impl Default for Writer {
     fn default() -> Self {
-        Self { shards: [ShardUse::default(); SHARDS], of_group: [0; 64], used: Vec::new(), chunk: 0, place: 0 }
+        Self {
+            slots: std::array::from_fn(|_| Arc::default()),
+            chunks: Arc::default(),
+            shards: [ShardUse::default(); SHARDS],
+            of_group: [0; 64],
+            used: Vec::new(),
+            chunk: 0,
+            place: 0,
+        }
     }
 }
 
@@ -163,7 +174,7 @@ impl Writer {
     /// Sets a group's bit of a key; true if it is the key's first one.
     fn set(&mut self, arrays: &Arrays, key: u64, group: u32) -> bool {
         let bit = 1 << group;
-        if let Some((_, entry)) = find(&arrays.shards[shard_of(key)].read(), &arrays.chunks.read(), key) {
+        if let Some((_, entry)) = find(&self.slots[shard_of(key)], &self.chunks, key) {
             let before = entry.bits.fetch_or(bit, Ordering::Relaxed);
             self.of_group[group as usize] += usize::from(before & bit == 0);
             return false;
@@ -175,8 +186,8 @@ impl Writer {
 
     /// A key that is not there yet.
     fn put(&mut self, arrays: &Arrays, key: u64, bits: u64) {
-        let (place, chunks) = self.free_place(arrays);
-        if let Some(entry) = entry(&chunks, place) {
+        let place = self.free_place(arrays);
+        if let Some(entry) = entry(&self.chunks, place) {
             entry.bits.store(bits, Ordering::Release);
             entry.key.store(key, Ordering::Release);
             self.used[place / CHUNK] += 1;
@@ -186,28 +197,23 @@ impl Writer {
 
     /// Takes a group's bit of a key away; true if it was the last one.
     fn unset(&mut self, arrays: &Arrays, key: u64, group: u32) -> bool {
-        let slots = Arc::clone(&arrays.shards[shard_of(key)].read());
-        let chunks = Arc::clone(&arrays.chunks.read());
-        let Some((place, entry)) = find(&slots, &chunks, key) else { return false };
-        self.unset_in(arrays, key, place, entry, group)
-    }
-
-    fn unset_in(&mut self, arrays: &Arrays, key: u64, place: usize, entry: &Entry, group: u32) -> bool {
+        let Some((place, entry)) = find(&self.slots[shard_of(key)], &self.chunks, key) else { return false };
         let bit = 1 << group;
         let before = entry.bits.fetch_and(!bit, Ordering::Relaxed);
         self.of_group[group as usize] -= usize::from(before & bit != 0);
         let last = before == bit;
         if last {
-            self.remove(arrays, key, place, entry);
+            entry.key.store(0, Ordering::Release);
+            self.remove(arrays, key, place);
         }
         last
     }
 
-    fn remove(&mut self, arrays: &Arrays, key: u64, place: usize, entry: &Entry) {
-        entry.key.store(0, Ordering::Release);
+    /// Takes a key out whose entry is free again.
+    fn remove(&mut self, arrays: &Arrays, key: u64, place: usize) {
         let shard = shard_of(key);
-        let slots = Arc::clone(&arrays.shards[shard].read());
-        let slot = search(&slots, key).find(|(_, slot)| *slot == slot_of(key, place));
+        let slots = &self.slots[shard];
+        let slot = search(slots, key).find(|(_, slot)| *slot == slot_of(key, place));
         if let Some((number, _)) = slot {
             slots[number].store(REMOVED, Ordering::Release);
         }
@@ -215,48 +221,50 @@ impl Writer {
         let chunk = place / CHUNK;
         self.used[chunk] -= 1;
         if self.used[chunk] == 0 && chunk != self.chunk {
-            let mut chunks = arrays.chunks.read().to_vec();
+            let mut chunks = self.chunks.to_vec();
             chunks[chunk] = Arc::default();
-            *arrays.chunks.write() = Arc::new(chunks);
+            self.replace_chunks(arrays, chunks);
         }
     }
 
+    fn replace_chunks(&mut self, arrays: &Arrays, chunks: Chunks) {
+        self.chunks = Arc::new(chunks);
+        *arrays.chunks.write() = Arc::clone(&self.chunks);
+    }
+
     /// The next free entry: behind the last one, as long as its chunk has any.
-    fn free_place(&mut self, arrays: &Arrays) -> (usize, Arc<Chunks>) {
-        let chunks = Arc::clone(&arrays.chunks.read());
-        let rest = chunks.get(self.chunk).and_then(|chunk| chunk.get(self.place..)).unwrap_or_default();
+    fn free_place(&mut self, arrays: &Arrays) -> usize {
+        let rest = self.chunks.get(self.chunk).and_then(|chunk| chunk.get(self.place..)).unwrap_or_default();
         if let Some(ahead) = rest.iter().position(|entry| entry.key.load(Ordering::Relaxed) == 0) {
             let place = self.place + ahead;
             self.place = place + 1;
-            return (self.chunk * CHUNK + place, chunks);
+            return self.chunk * CHUNK + place;
         }
         // one with much room, or a new one where one was given back, or behind all others
-        let lengths = self.used.iter().zip(chunks.iter()).map(|(used, chunk)| (*used, chunk.len()));
+        let lengths = self.used.iter().zip(self.chunks.iter()).map(|(used, chunk)| (*used, chunk.len()));
         let roomy = lengths.clone().position(|(used, length)| length > 0 && length - used >= WORTH_FILLING);
-        self.place = 0;
         if let Some(chunk) = roomy {
-            self.chunk = chunk;
+            (self.chunk, self.place) = (chunk, 0);
             return self.free_place(arrays);
         }
         self.chunk = lengths.clone().position(|(_, length)| length == 0).unwrap_or(self.used.len());
-        let mut more = chunks.to_vec();
+        let mut more = self.chunks.to_vec();
         if self.chunk == more.len() {
             more.push(Arc::default());
             self.used.push(0);
         }
         more[self.chunk] = std::iter::repeat_with(Entry::default).take(CHUNK).collect();
-        let chunks = Arc::new(more);
-        *arrays.chunks.write() = Arc::clone(&chunks);
+        self.replace_chunks(arrays, more);
         self.place = 1;
-        (self.chunk * CHUNK, chunks)
+        self.chunk * CHUNK
     }
 
     fn put_in_map(&mut self, arrays: &Arrays, key: u64, place: usize) {
         let shard = shard_of(key);
-        let mut slots = Arc::clone(&arrays.shards[shard].read());
-        if (self.shards[shard].taken + 1) * 10 > slots.len() * 7 {
-            slots = self.grow(arrays, shard);
+        if (self.shards[shard].taken + 1) * 10 > self.slots[shard].len() * 7 {
+            self.grow(arrays, shard);
         }
+        let slots = &self.slots[shard];
         let first = first_slot(key, slots.len());
         let free = slots[first..].iter().chain(&slots[..first]).find(|slot| {
             let slot = slot.load(Ordering::Relaxed);
@@ -271,16 +279,24 @@ impl Writer {
         }
     }
 
+    /// Asks memory for what the search of some keys begins with, for all of them at once.
+    fn touch(&self, keys: &[u64]) {
+        for key in keys {
+            let slots = &self.slots[shard_of(*key)];
+            let slot = slots.get(first_slot(*key, slots.len()));
+            std::hint::black_box(slot.map(|slot| slot.load(Ordering::Relaxed)));
+        }
+    }
+
     /// Moves a shard's slots to a new array with room, without those that were removed.
-    fn grow(&mut self, arrays: &Arrays, shard: usize) -> Arc<Slots> {
-        let old = Arc::clone(&arrays.shards[shard].read());
-        let chunks = Arc::clone(&arrays.chunks.read());
+    fn grow(&mut self, arrays: &Arrays, shard: usize) {
+        let (old, chunks) = (&self.slots[shard], &self.chunks);
         let uses = &mut self.shards[shard];
         let length = (uses.live * 2).max(SMALLEST);
         let new: Slots = std::iter::repeat_with(AtomicU64::default).take(length).collect();
         for slot in old.iter().map(|slot| slot.load(Ordering::Relaxed)).filter(|slot| *slot != 0 && *slot != REMOVED) {
             let place = (slot & u64::from(u32::MAX)) as usize - 1;
-            let Some(key) = entry(&chunks, place).map(|entry| entry.key.load(Ordering::Relaxed)) else { continue };
+            let Some(key) = entry(chunks, place).map(|entry| entry.key.load(Ordering::Relaxed)) else { continue };
             let first = first_slot(key, length);
             let mut from_first = new[first..].iter().chain(&new[..first]);
             if let Some(free) = from_first.find(|slot| slot.load(Ordering::Relaxed) == 0) {
@@ -288,9 +304,8 @@ impl Writer {
             }
         }
         uses.taken = uses.live;
-        let new = Arc::new(new);
-        *arrays.shards[shard].write() = Arc::clone(&new);
-        new
+        self.slots[shard] = Arc::new(new);
+        *arrays.shards[shard].write() = Arc::clone(&self.slots[shard]);
     }
 }
 
@@ -312,8 +327,15 @@ impl BlockTable {
             let arrays = Arc::clone(&self.arrays.read());
             // only the writer changes it
             let mut live = self.live.load(Ordering::Relaxed);
-            for hash in hashes.by_ref().take(BATCH) {
-                change(&mut writer, &arrays, &mut live, key_of(hash));
+            for _ in 0..BATCH / TOGETHER {
+                let mut keys = [0; TOGETHER];
+                let mut count = 0;
+                for (key, hash) in keys.iter_mut().zip(hashes.by_ref()) {
+                    *key = key_of(hash);
+                    count += 1;
+                }
+                writer.touch(&keys[..count]);
+                keys[..count].iter().for_each(|key| change(&mut writer, &arrays, &mut live, *key));
             }
             self.live.store(live, Ordering::Relaxed);
             drop(arrays);
@@ -334,10 +356,10 @@ impl BlockTable {
                 return self.give_back(&mut writer, &arrays);
             };
             let mut gone = 0;
-            for (place, entry) in chunk.iter().enumerate() {
+            for entry in chunk.iter() {
                 if entry.bits.load(Ordering::Relaxed) & (1 << group) != 0 {
                     let key = entry.key.load(Ordering::Relaxed);
-                    gone += usize::from(writer.unset_in(&arrays, key, number * CHUNK + place, entry, group));
+                    gone += usize::from(writer.unset(&arrays, key, group));
                 }
             }
             self.live.fetch_sub(gone, Ordering::Relaxed);
@@ -476,8 +498,8 @@ impl Search {
             let guess = self.ahead.guess(at).filter(is_here);
             return guess.or_else(|| self.find_some(&hashes[at..=at], 1).pop().flatten());
         }
-        // pieces as long as the last ones have one of these each
-        let stride = (run * 3 / 4 + 1).min(LONGEST_STRIDE);
+        // pieces as long as the last ones have two of these each
+        let stride = (run / 2 + 1).min(LONGEST_STRIDE);
         let places = self.find_some(&hashes[at..], stride);
         self.ahead = Ahead { from: at, stride, places };
         self.ahead.places.first().copied().flatten()
@@ -515,14 +537,6 @@ impl Search {
                 for near in [place.saturating_sub(LINE), place, place + LINE] {
                     std::hint::black_box(entry(chunks, near).map(|entry| entry.key.load(Ordering::Relaxed)));
                 }
-            }
-        }
-        if count == TOGETHER {
-            // the slots of those behind them, which are looked for next
-            for hash in hashes.iter().step_by(stride).skip(TOGETHER).take(TOGETHER) {
-                let key = key_of(*hash);
-                let slot = slots(key).and_then(|slots| slots.get(first_slot(key, slots.len())));
-                std::hint::black_box(slot.map(|slot| slot.load(Ordering::Relaxed)));
             }
         }
         let sure = |key: u64, guess: Option<usize>| {

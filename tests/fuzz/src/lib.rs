@@ -17,6 +17,7 @@ use bora_common::{
     registry::{Device, GroupRecord, GroupState, RankRecord, Speed},
     tokenizer::Tokenizer,
 };
+use bora_proto::v1;
 use bora_router::{
     Access, AccessOptions, ModelSpec, RouterOptions, Service,
     api::{
@@ -25,6 +26,7 @@ use bora_router::{
         prepare::{Prepared, prepare},
     },
 };
+use bora_worker::grammar::{GrammarError, GrammarSource, Grammars};
 use bytes::Bytes;
 
 const MODEL: &str = "m";
@@ -39,8 +41,17 @@ pub fn corpus(target: &str) -> PathBuf {
 /// A request's body, read, checked and encoded as the router does it: an error is the client's, and a prompt is the same
 /// whether or not its beginning was seen before.
 pub fn request(input: &[u8]) {
+    prepare_for([Endpoint::Chat, Endpoint::Completions], input);
+}
+
+/// The same for the requests of other APIs.
+pub fn agents(input: &[u8]) {
+    prepare_for([Endpoint::Responses, Endpoint::Messages], input);
+}
+
+fn prepare_for(endpoints: [Endpoint; 2], input: &[u8]) {
     let bytes = Bytes::copy_from_slice(input);
-    for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+    for endpoint in endpoints {
         let prepared = |service: &Service| prepare(service, endpoint, Client::default(), None, &bytes);
         let (cached, fresh) = (prepared(service(true)), prepared(service(false)));
         match (&cached, &fresh) {
@@ -132,6 +143,30 @@ pub fn conversation(input: &[u8]) {
         assert!(image.offset + image.length <= encoded.token_ids.len());
         assert!(image.index < conversation.images().len());
     }
+}
+
+/// A grammar in each of its languages: compiled soon or refused in words, the same way each time.
+pub fn grammar(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    for kind in [v1::grammar::Kind::JsonSchema, v1::grammar::Kind::Lark, v1::grammar::Kind::Regex] {
+        let grammar = v1::Grammar { kind: kind.into(), source: text.to_owned() };
+        let Ok(source) = GrammarSource::try_from(grammar) else { continue };
+        match (grammars().prepare(&source), grammars().begin(&source, &[])) {
+            (Ok(()), Ok(mut state)) => assert!(state.mask().is_ok(), "a grammar that was compiled has a first mask"),
+            (Err(GrammarError(once)), Err(GrammarError(again))) => {
+                assert!(!once.is_empty() && once == again, "{once}; {again}")
+            }
+            (once, again) => panic!("{once:?}, and then {:?}", again.err()),
+        }
+    }
+}
+
+fn grammars() -> &'static Grammars {
+    static GRAMMARS: OnceLock<Grammars> = OnceLock::new();
+    GRAMMARS.get_or_init(|| {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/tokenizers/tekken-v13-8k.json");
+        Grammars::load(path.as_ref()).expect("the fixture is a tokenizer")
+    })
 }
 
 fn tokenizer() -> &'static Arc<Tokenizer> {

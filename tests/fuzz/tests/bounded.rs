@@ -13,7 +13,7 @@ use rand::{SeedableRng as _, rngs::StdRng};
 /// Inputs that are tried whatever the time.
 const FEWEST: u64 = 100;
 /// An input that takes longer each time it is tried could be used to stop a router.
-const LONGEST: Duration = Duration::from_secs(2);
+const LONGEST: Duration = Duration::from_secs(5);
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -69,6 +69,16 @@ fn try_once(name: &str, target: fn(&[u8]), input: &[u8], what: &str) {
 #[test]
 fn request() {
     run("request", bora_fuzz::request);
+}
+
+#[test]
+fn agents() {
+    run("agents", bora_fuzz::agents);
+}
+
+#[test]
+fn grammar() {
+    run("grammar", bora_fuzz::grammar);
 }
 
 #[test]
