@@ -1,4 +1,4 @@
-"""Draws a loss curve: python3 plot.py results/loss.csv results/loss.svg. Standard library only."""
+"""Draws a loss curve: python3 plot.py OUT/loss.csv loss.svg. Standard library only."""
 
 import csv
 import math

@@ -1,6 +1,6 @@
 """Trains bora-demo from nothing on conversations that it makes as it goes, then measures it on held-out ones.
 
-    python3 train.py --out OUT                                    # one H100; the figures are in docs/demo-model.md
+    python3 train.py --out OUT                                    # one GPU; the figures are in docs/demo-model.md
     python3 train.py --out OUT --device cpu --steps 200 --tokens 4096 --layers 2 --hidden 64 --intermediate 128
 
 Writes OUT/bf16 (Hugging Face layout), OUT/loss.csv, OUT/heldout.json, OUT/heldout-wrong.json. Every step's batch is decided by the seed
