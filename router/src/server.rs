@@ -25,7 +25,13 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
     access::audit::Audit,
-    api::{error::ApiError, generate, groups, listing, messages, responses::output::ResponseObject, status, tokenize},
+    api::{
+        error::ApiError,
+        generate, groups, listing, messages,
+        response::{ChatChoice, ChatObject, CompletionChoice, CompletionObject},
+        responses::output::ResponseObject,
+        status, tokenize,
+    },
     console,
     openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, agents, requests, responses},
     service::Service,
@@ -97,13 +103,13 @@ fn api() -> Vec<Route<Arc<Service>>> {
         Route::post("/v1/chat/completions", generate::chat)
             .says("generation", "An answer to a conversation; streamed as chunks where `stream` is true.")
             .takes::<requests::ChatRequest>()
-            .answers::<responses::ChatCompletion>()
+            .answers::<ChatObject<'static, Vec<ChatChoice<'static>>>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/completions", generate::completions)
             .says("generation", "The continuation of a text or of token ids.")
             .takes::<requests::CompletionRequest>()
-            .answers::<responses::Completion>()
+            .answers::<CompletionObject<'static, Vec<CompletionChoice<'static>>>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/responses", generate::responses)

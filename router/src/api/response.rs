@@ -3,7 +3,7 @@
 
 #![allow(missing_docs)] // of fields: they are OpenAI's and vLLM's own
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{PositionLogprobs, TokenLogprob};
@@ -12,6 +12,7 @@ use serde::{Serialize, Serializer, ser::SerializeMap as _};
 
 use crate::{
     encode::wire::PackedIds,
+    openapi::responses as described,
     relay::emit::{CallDelta, StopReason},
 };
 
@@ -39,35 +40,44 @@ pub struct PromptTokensDetails {
 }
 
 /// A chat answer, or a chunk of one.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "ChatCompletion")]
 pub struct ChatObject<'a, C> {
     pub id: &'a str,
     pub object: &'static str,
     pub created: u64,
     pub model: &'a str,
     pub choices: C,
+    /// Not in every chunk of a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(required)]
     pub usage: Option<Usage>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<DescribedPromptLogprobs>")]
     pub prompt_logprobs: Option<PromptLogprobList<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     pub prompt_token_ids: Option<&'a PackedIds>,
 }
 
 /// One choice of a plain chat answer.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ChatChoice<'a> {
     pub index: u32,
     pub message: ChatMessage<'a>,
     pub logprobs: Option<ChatLogprobs<'a>>,
+    #[schemars(with = "Option<described::FinishReason>")]
     pub finish_reason: Option<&'static str>,
+    /// The stop string or stop token that ended it.
+    #[schemars(with = "Option<described::StopReason>")]
     pub stop_reason: Option<&'a StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<&'a [u32]>,
 }
 
 /// The assistant's message.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "AssistantMessage")]
 pub struct ChatMessage<'a> {
     pub role: &'static str,
     pub content: Option<&'a str>,
@@ -100,21 +110,27 @@ pub struct ChatDelta<'a> {
 }
 
 /// A tool call, or a piece of one: then it has an index, and a head in its first piece only.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "MadeCall")]
 pub struct ToolCallObject<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(skip)]
     pub index: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(required)]
     pub id: Option<&'a str>,
     pub r#type: &'static str,
     pub function: FunctionObject<'a>,
 }
 
 /// Part of [`ToolCallObject`].
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "MadeFunction")]
 pub struct FunctionObject<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(required)]
     pub name: Option<&'a str>,
+    /// JSON text.
     pub arguments: &'a str,
 }
 
@@ -132,28 +148,36 @@ impl<'a> ToolCallObject<'a> {
 }
 
 /// A completion, or a chunk of one.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Completion")]
 pub struct CompletionObject<'a, C> {
     pub id: &'a str,
     pub object: &'static str,
     pub created: u64,
     pub model: &'a str,
     pub choices: C,
+    /// Not in every chunk of a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(required)]
     pub usage: Option<Usage>,
 }
 
 /// One choice of a completion.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct CompletionChoice<'a> {
     pub index: u32,
     pub text: &'a str,
     pub logprobs: Option<CompletionLogprobs<'a>>,
+    #[schemars(with = "Option<described::FinishReason>")]
     pub finish_reason: Option<&'static str>,
+    /// The stop string or stop token that ended it.
+    #[schemars(with = "Option<described::StopReason>")]
     pub stop_reason: Option<&'a StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<DescribedPromptLogprobs>")]
     pub prompt_logprobs: Option<PromptLogprobList<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     pub prompt_token_ids: Option<&'a PackedIds>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<&'a [u32]>,
@@ -233,11 +257,12 @@ impl<'a> ChatLogprob<'a> {
 }
 
 /// `logprobs` in completions: four lists of the same length.
-#[derive(Default, Serialize)]
+#[derive(Default, Serialize, JsonSchema)]
 pub struct CompletionLogprobs<'a> {
     text_offset: Vec<usize>,
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<Cow<'a, str>>,
+    #[schemars(with = "Vec<Option<BTreeMap<String, f32>>>")]
     top_logprobs: Vec<Option<TopLogprobs<'a>>>,
 }
 
@@ -286,6 +311,9 @@ impl Serialize for TopLogprobs<'_> {
     }
 }
 
+/// As [`PromptLogprobList`] is described: its names are ids.
+type DescribedPromptLogprobs = Vec<Option<BTreeMap<String, PromptToken<'static>>>>;
+
 /// vLLM's `prompt_logprobs`: `null` for the first token, then `{id: {logprob, rank, decoded_token}}`.
 pub struct PromptLogprobList<'a> {
     /// Positions 1.. of the prompt.
@@ -311,7 +339,8 @@ struct PromptPosition<'a> {
     names: TokenNames<'a>,
 }
 
-#[derive(Serialize)]
+/// A token of a prompt.
+#[derive(Serialize, JsonSchema)]
 struct PromptToken<'a> {
     logprob: f32,
     rank: u32,

@@ -1,10 +1,10 @@
 //! `GET /openapi.json`: what the API takes and answers, for people and for tools.
 //!
 //! A [`Route`] is what serves a path and what is said of it, in one: nothing is served without a description. Schemas are
-//! derived: those of Responses and Messages from the types that are read and written ([`agents`] says what can't be), those of
-//! the others from the types of [`requests`] and [`responses`]. Chat bodies are read by hand and chat answers borrow from where
-//! they are made, so these are not the ones that the router works with; `tests/e2e/test_openapi.py` holds them together: it asks
-//! the real server, and a field that is not described fails it.
+//! derived: those of generated answers and of the requests of Responses and Messages from the types that are written and read
+//! ([`agents`] says what can't be), those of the others from the types of [`requests`] and [`responses`]. The bodies of chat and
+//! completions are read by hand, so these are not the ones that the router works with; `tests/e2e/test_openapi.py` holds them
+//! together: it asks the real server, and a field that is not described fails it.
 
 pub mod agents;
 pub mod requests;

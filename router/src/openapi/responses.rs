@@ -1,13 +1,9 @@
-//! Answers, as the document describes them; what is written is in [`crate::api`].
+//! Answers, as the document describes them, that are not described by the types that are written ([`crate::api::response`]).
 
 #![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
 
-use std::collections::BTreeMap;
-
 use bora_common::registry::{Device, GroupState};
 use schemars::JsonSchema;
-
-use crate::api::response::{ChatLogprobs, Usage};
 
 /// OpenAI's form of an error.
 #[derive(JsonSchema)]
@@ -27,34 +23,6 @@ pub struct ErrorFields {
     pub code: Option<String>,
 }
 
-/// A chat answer.
-#[derive(JsonSchema)]
-pub struct ChatCompletion {
-    pub id: String,
-    pub object: String,
-    pub created: u64,
-    pub model: String,
-    pub choices: Vec<ChatChoice>,
-    pub usage: Usage,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_logprobs: Option<Vec<Option<BTreeMap<String, PromptToken>>>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_token_ids: Option<Vec<u32>>,
-}
-
-/// One choice of a chat answer.
-#[derive(JsonSchema)]
-pub struct ChatChoice {
-    pub index: u32,
-    pub message: AssistantMessage,
-    pub logprobs: Option<ChatLogprobs<'static>>,
-    pub finish_reason: Option<FinishReason>,
-    /// The stop string or stop token that ended it.
-    pub stop_reason: Option<StopReason>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub token_ids: Option<Vec<u32>>,
-}
-
 /// Why an answer is over.
 #[derive(JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -70,75 +38,6 @@ pub enum FinishReason {
 pub enum StopReason {
     Text(String),
     Id(u32),
-}
-
-/// What the model says.
-#[derive(JsonSchema)]
-pub struct AssistantMessage {
-    pub role: String,
-    pub content: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tool_calls: Option<Vec<MadeCall>>,
-}
-
-/// A call that the model makes.
-#[derive(JsonSchema)]
-pub struct MadeCall {
-    pub id: String,
-    pub r#type: String,
-    pub function: MadeFunction,
-}
-
-/// Part of [`MadeCall`].
-#[derive(JsonSchema)]
-pub struct MadeFunction {
-    pub name: String,
-    /// JSON text.
-    pub arguments: String,
-}
-
-/// A token of a prompt.
-#[derive(JsonSchema)]
-pub struct PromptToken {
-    pub logprob: f32,
-    pub rank: u32,
-    pub decoded_token: String,
-}
-
-/// A completion.
-#[derive(JsonSchema)]
-pub struct Completion {
-    pub id: String,
-    pub object: String,
-    pub created: u64,
-    pub model: String,
-    pub choices: Vec<CompletionChoice>,
-    pub usage: Usage,
-}
-
-/// One choice of a completion.
-#[derive(JsonSchema)]
-pub struct CompletionChoice {
-    pub index: u32,
-    pub text: String,
-    pub logprobs: Option<CompletionLogprobs>,
-    pub finish_reason: Option<FinishReason>,
-    pub stop_reason: Option<StopReason>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_logprobs: Option<Vec<Option<BTreeMap<String, PromptToken>>>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_token_ids: Option<Vec<u32>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub token_ids: Option<Vec<u32>>,
-}
-
-/// Logprobs of a completion: lists of the same length.
-#[derive(JsonSchema)]
-pub struct CompletionLogprobs {
-    pub text_offset: Vec<u64>,
-    pub token_logprobs: Vec<Option<f32>>,
-    pub tokens: Vec<String>,
-    pub top_logprobs: Vec<Option<BTreeMap<String, f32>>>,
 }
 
 /// All models.
