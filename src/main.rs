@@ -13,7 +13,7 @@ mod tokenize;
 mod top;
 mod worker;
 
-use std::process::ExitCode;
+use std::io::Write;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
@@ -46,7 +46,7 @@ enum What {
     Bench(bench::BenchArgs),
 }
 
-fn main() -> ExitCode {
+fn main() {
     nccl_defaults();
     let outcome = match Command::parse().what {
         What::Serve(args) => serve::run(args),
@@ -58,13 +58,22 @@ fn main() -> ExitCode {
         What::Tokenize(args) => tokenize::run(args),
         What::Bench(args) => bench::run(args),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+    end(match outcome {
+        Ok(()) => 0,
         Err(error) => {
             eprintln!("bora: {error:#}");
-            ExitCode::FAILURE
+            1
         }
-    }
+    })
+}
+
+/// Ends the process at once. Threads may still stand in a call of a GPU's driver or of NCCL (a rank that is gone, requests in
+/// flight): what those libraries tidy up at an exit would wait for them, or run beside them and crash.
+#[allow(unsafe_code)]
+fn end(code: i32) -> ! {
+    let _ = std::io::stdout().flush();
+    // SAFETY: flushed; nothing else of this process has to outlive it.
+    unsafe { libc::_exit(code) }
 }
 
 /// NVLink multicast stays off unless the operator turns it on: setting it up hangs or fails on some hosts.

@@ -30,7 +30,7 @@ enum What {
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<()> {
     match args.what {
         What::Load(args) => crate::runtime()?.block_on(load::run(args)),
-        What::Engine(args) => crate::runtime()?.block_on(engine::run(args)),
+        What::Engine(args) => crate::run_server(engine::run(args)),
         What::Fleet(args) => crate::runtime()?.block_on(fleet::run(args)),
         What::Index(args) => {
             index::run(&args);

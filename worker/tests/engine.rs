@@ -55,6 +55,7 @@ fn start_in(kv_blocks: u32, host_blocks: u32, options: EngineOptions, grammars: 
         vocabulary_size: vocabulary_size as u32,
         eos_ids: vec![2],
         images: false,
+        least_chunk: 1,
         speed: Speed {
             prefill_tokens_per_second: 1e4,
             prefill_seconds_per_token_pair: 1e-7,

@@ -238,6 +238,10 @@ pub trait Backend: Send + Sized + 'static {
     fn pipeline_depth(&self) -> usize {
         1
     }
+    /// Tokens of prompts that a step computes in the time of one of them, or nearly: fewer leave the device idle.
+    fn least_chunk(&self) -> usize {
+        1
+    }
 }
 
 /// What to read from one row of the logits.

@@ -76,6 +76,8 @@ pub struct EngineConfig {
     pub images: bool,
     /// How fast the group is, for the time of a chunk.
     pub speed: Speed,
+    /// Prompts get this many tokens of a step, however slow it already is.
+    pub least_chunk: usize,
     /// Steps that the runner ran before: the first one of the engine follows them.
     pub steps_run: u64,
     /// What compiles grammars; `None` refuses them.
@@ -100,6 +102,7 @@ impl EngineConfig {
             eos_ids,
             images: record.images,
             speed: record.speed,
+            least_chunk: 1,
             steps_run: 0,
             grammars: None,
         }

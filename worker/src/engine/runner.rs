@@ -368,6 +368,10 @@ impl<B: Backend> StepRunner for ModelRunner<B> {
         self.backend.pipeline_depth()
     }
 
+    fn least_chunk(&self) -> usize {
+        self.backend.least_chunk()
+    }
+
     fn submit(&mut self, step: Step) -> Result<(), RunError> {
         let (batch, mut requests, mut pending) =
             self.prepare(&step).map_err(|reason| RunError::Invalid { step: step.id, reason })?;

@@ -228,6 +228,10 @@ pub trait StepRunner: Send {
     fn host_memory(&self) -> HostMemory {
         HostMemory::default()
     }
+    /// Tokens of prompts that a step computes in the time of one of them, or nearly: fewer leave a device idle.
+    fn least_chunk(&self) -> usize {
+        1
+    }
     /// No sequence runs and none waits.
     fn idle(&mut self) {}
 }

@@ -24,6 +24,7 @@ fn config(fake: &FakeOptions) -> EngineConfig {
         eos_ids: vec![fake.eos_id],
         images: false,
         speed: fake.speed(),
+        least_chunk: 1,
         steps_run: 0,
         grammars: None,
     }

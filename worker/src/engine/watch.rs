@@ -146,6 +146,7 @@ mod tests {
             eos_ids: Vec::new(),
             images: false,
             speed: fake.speed(),
+            least_chunk: 1,
             steps_run: 0,
             grammars: None,
         });

@@ -314,6 +314,10 @@ impl StepRunner for GroupRunner {
         self.first.pipeline_depth()
     }
 
+    fn least_chunk(&self) -> usize {
+        self.first.least_chunk()
+    }
+
     fn submit(&mut self, step: Step) -> Result<(), RunError> {
         self.check()?;
         self.spread(&step).map_err(|error| self.fault.settle(error))?;

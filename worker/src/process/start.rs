@@ -97,6 +97,7 @@ pub(super) async fn open(
     }
     config.steps_run = ranks.steps;
     config.host = ranks.runner.host_memory();
+    config.least_chunk = ranks.runner.least_chunk();
     // the ranks have waited for them
     config.grammars = grammars.wait().map_err(WorkerError::Options)?;
     if let Some(grammars) = &config.grammars {

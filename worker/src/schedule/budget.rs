@@ -11,12 +11,12 @@ use crate::engine::EngineOptions;
 use crate::engine::request::Class;
 use crate::engine::step::Slot;
 
-/// A prompt always gets this many tokens a step, however slow the step already is: it has to end.
+/// A prompt always gets this many tokens a step at least, however slow the step already is: it has to end.
 const LEAST_CHUNK: usize = BLOCK_TOKENS;
-/// Chunks of at least this many tokens end at a multiple of `PRODUCT_TILE`: large enough that little is lost by it.
+/// Chunks of at least this many tokens end at a multiple of a quarter of it, and so do twice as long ones with twice as much,
+/// and so on: then matrix products fill their tiles, and attention's blocks (one for 32 tokens and a KV head) fill the
+/// multiprocessors of a GPU to 97 % and more. Little is lost by it.
 const MANY_TOKENS: usize = 1_024;
-/// Tokens in a tile of a GPU's large matrix products; whole blocks.
-const PRODUCT_TILE: usize = 4 * BLOCK_TOKENS;
 /// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
 pub(crate) const MAX_SCORED_POSITIONS: usize = 256;
 /// Weight of the newest step in the running corrections.
@@ -56,6 +56,8 @@ pub(crate) struct StepBudget {
     step_seconds: f64,
     idle_step_seconds: f64,
     max_tokens: usize,
+    /// Of the prompts in a step, together.
+    least_chunk: usize,
     decode_correction: f64,
     prefill_correction: f64,
 }
@@ -69,12 +71,13 @@ struct Rest {
 }
 
 impl StepBudget {
-    pub(crate) fn new(speed: &Speed, options: &EngineOptions) -> Self {
+    pub(crate) fn new(speed: &Speed, options: &EngineOptions, least_chunk: usize) -> Self {
         Self {
             cost: CostModel::new(speed),
             step_seconds: options.step_seconds.as_secs_f64(),
             idle_step_seconds: options.idle_step_seconds.as_secs_f64(),
             max_tokens: options.max_num_batched_tokens as usize,
+            least_chunk: least_chunk.next_multiple_of(BLOCK_TOKENS).max(LEAST_CHUNK),
             decode_correction: 1.0,
             prefill_correction: 1.0,
         }
@@ -105,7 +108,8 @@ impl StepBudget {
         if let Some((oldest, others)) = candidates.split_first_mut() {
             let half = Rest { seconds: rest.seconds / 2.0, tokens: rest.tokens / 2, ..rest };
             let own = if others.is_empty() { rest } else { half };
-            let least = LEAST_CHUNK.min(oldest.remaining).min(rest.tokens);
+            let least = self.least_chunk.min(oldest.remaining).min(rest.tokens);
+            let least = if oldest.scored { least.min(rest.scored) } else { least };
             let granted = self.chunk(oldest, own).max(least);
             self.spend(&mut rest, oldest, granted);
             others.sort_by_key(|candidate| (candidate.class, candidate.remaining));
@@ -139,8 +143,10 @@ impl StepBudget {
         if tokens >= candidate.remaining {
             return candidate.remaining;
         }
-        // large chunks end where matrix products fill their tiles
-        let unit = if tokens >= MANY_TOKENS { PRODUCT_TILE } else { BLOCK_TOKENS };
+        let unit = match tokens / MANY_TOKENS {
+            0 => BLOCK_TOKENS,
+            times => (MANY_TOKENS / 4) << times.ilog2(),
+        };
         let end = (candidate.context + tokens) / unit * unit;
         if end > candidate.context { end - candidate.context } else { tokens }
     }

@@ -3,7 +3,7 @@ use super::*;
 fn budget() -> StepBudget {
     let speed =
         Speed { prefill_tokens_per_second: 20_000.0, prefill_seconds_per_token_pair: 1e-9, decode_step_seconds: 0.010 };
-    StepBudget::new(&speed, &EngineOptions::default())
+    StepBudget::new(&speed, &EngineOptions::default(), 1)
 }
 
 fn prompt(slot: Slot, context: usize, remaining: usize) -> Candidate {
@@ -62,8 +62,8 @@ fn batch_prompts_get_what_is_left() {
     assert!(granted(&grants, 1) >= 4_096 - 64, "though admitted later");
     let (grants, _) = budget().share(0, 0, vec![batch, prompt(1, 0, 64), prompt(2, 0, 50_000)]);
     assert_eq!(granted(&grants, 1), 64);
-    assert_eq!(granted(&grants, 2), 7_936, "whole tiles of products");
-    assert_eq!(granted(&grants, 0), 192, "what is left of 8,192");
+    assert_eq!(granted(&grants, 2), 7_168, "whole tiles of products, full rounds of attention");
+    assert_eq!(granted(&grants, 0), 960, "what is left of 8,192");
 }
 
 #[test]
@@ -89,4 +89,17 @@ fn predictions_follow_what_steps_really_take() {
     // 30 ms instead of 40, each token four times as long
     let (before, after) = (granted(&before, 0) as f64, granted(&after, 0) as f64);
     assert!((after / before - 0.1875).abs() < 0.05, "{before} {after}");
+}
+
+#[test]
+fn a_prompt_gets_the_least_chunk_of_the_device_behind_any_context() {
+    let speed =
+        Speed { prefill_tokens_per_second: 8_000.0, prefill_seconds_per_token_pair: 4e-9, decode_step_seconds: 0.020 };
+    let budget = StepBudget::new(&speed, &EngineOptions::default(), 330);
+    for context in [0, 100_000] {
+        let (grants, _) = budget.share(2, 20_000, vec![prompt(0, context, 50_000)]);
+        assert_eq!(granted(&grants, 0), 384, "{context}: whole blocks");
+    }
+    let (grants, _) = budget.share(2, 20_000, vec![prompt(0, 100_000, 70)]);
+    assert_eq!(granted(&grants, 0), 70);
 }

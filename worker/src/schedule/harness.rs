@@ -79,6 +79,7 @@ pub(super) fn config(kv_blocks: u32) -> EngineConfig {
         eos_ids: vec![2],
         images: false,
         speed: options.speed(),
+        least_chunk: 1,
         steps_run: 0,
         grammars: None,
     }

@@ -82,7 +82,7 @@ impl Scheduler {
     /// An empty one. The configuration has been checked.
     pub(crate) fn new(config: EngineConfig) -> Self {
         Self {
-            budget: StepBudget::new(&config.speed, &config.options),
+            budget: StepBudget::new(&config.speed, &config.options, config.least_chunk),
             cache: KvCache::new(config.kv_blocks, config.host.blocks),
             waiting: Default::default(),
             slots: (0..config.options.max_num_seqs).map(|_| None).collect(),

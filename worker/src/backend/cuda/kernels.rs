@@ -52,30 +52,15 @@ impl Kernels {
         device.launch(kernel, shape, arguments, overlap, name)
     }
 
+    /// Each name stands in one of the modules.
     fn find(&self, name: &str, shared: u32) -> Result<Kernel> {
-        let file = file_of(name);
-        let index = FAT_BINARIES.iter().position(|(stem, _)| *stem == file);
-        let module = index.and_then(|index| self.modules.get(index));
-        module.ok_or(CudaUnavailable::NoKernels)?.kernel(name, shared)
+        let mut outcome = Err(CudaUnavailable::NoKernels.into());
+        for module in &self.modules {
+            outcome = module.kernel(name, shared);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        outcome
     }
-}
-
-/// The file of `worker/kernels` that holds a kernel.
-fn file_of(kernel: &str) -> &'static str {
-    const FILES: [(&str, &str); 11] = [
-        ("embed", "rows"),
-        ("prepare_rows", "rows"),
-        ("rope", "rope"),
-        ("gate", "gate"),
-        ("linear", "linear"),
-        ("decode_attention", "attention_decode"),
-        ("prefill_attention", "attention_prefill"),
-        ("hopper_attention", "attention_prefill_hopper"),
-        ("random", "fill"),
-        ("read_ceiling", "fill"),
-        ("sample_rows", "sample"),
-    ];
-    let file = FILES.iter().find(|(prefix, _)| kernel.starts_with(prefix)).map(|(_, file)| *file);
-    // add_..._norm_to_..., count_ids
-    file.unwrap_or(if kernel == "count_ids" { "sample" } else { "norm" })
 }

@@ -533,6 +533,13 @@ impl Backend for CudaBackend {
     fn pipeline_depth(&self) -> usize {
         PIPELINE_DEPTH
     }
+
+    /// As many as give each multiprocessor a block of prefill attention. A block walks over all keys before its tile, and
+    /// takes as long whether the others have work or not.
+    fn least_chunk(&self) -> usize {
+        let tokens_in_tile = step::TILE_ROWS / self.setup.plan.query_group();
+        self.device.multiprocessors as usize / self.setup.plan.kv_heads.len() * tokens_in_tile
+    }
 }
 
 /// A norm's gain, bf16.

@@ -8,7 +8,7 @@ use super::driver::{Address, Buffer, Device, Event, Pinned};
 use crate::backend::{BackendError, Batch, Limits, Result};
 
 /// Rows of a prefill tile: tokens times the query heads that share a KV head.
-const TILE_ROWS: usize = 128;
+pub(super) const TILE_ROWS: usize = 128;
 /// The same of a decode item (`DecodeItem` in attention_decode.cu).
 pub(super) const ITEM_ROWS: usize = 16;
 /// A sequence with at most so many rows has them decoded: its keys are split over the GPU.

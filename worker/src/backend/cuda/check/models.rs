@@ -233,7 +233,8 @@ fn check_case(
         && gaps.iter().all(|(_, gap)| within(*gap, gap_rounded, MOST_SHARE))
         && gaps.iter().all(|(agreement, _)| *agreement >= agreement_rounded - AGREEMENT_LOSS - 1.0 / argmax.len() as f64)
         && within(median_oracle, median_rounded, MEDIAN_SHARE)
-        && within(most_oracle, most_rounded, MOST_SHARE)
+        // each may be off the reference to its own side
+        && most_oracle <= most_rounded + MOST_SHARE.0 * most_rounded + MOST_SHARE.1
         && moved == 0.0
         // other products compute several rows: an id may differ only where the reference's already did
         && guessed_equal >= same;
