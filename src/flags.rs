@@ -43,7 +43,8 @@ pub(crate) struct EngineFlags {
     /// how FP8 weights are multiplied on the CPU
     #[arg(long, value_enum, default_value = "dequantized")]
     cpu_fp8: Fp8Mode,
-    /// speculation as JSON, for example {"method": "ngram", "num_speculative_tokens": 8}; 0 turns it off
+    /// speculation as JSON, for example {"method": "ngram", "num_speculative_tokens": 8};
+    /// {"num_speculative_tokens": 0} turns it off
     #[arg(long)]
     pub(crate) speculative_config: Option<SpeculativeOptions>,
 }
