@@ -19,6 +19,8 @@ use crate::{
     relay::emit::EmitOptions,
 };
 
+/// What calls are written with: a model that is kept from the first must not go on with the others, or half a call is its answer.
+const CALL_TOKENS: [&str; 3] = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"];
 /// A bias that no logit outweighs.
 const FORBIDDEN: f32 = -1_000.0;
 /// OpenAI's default where a completion names no `max_tokens`.
@@ -204,10 +206,9 @@ pub fn check(
         ));
     }
     let (mut sampling, seed) = sampling(body, limits, model, spec)?;
-    if choice == ToolChoice::Forbidden
-        && let Some(id) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_id("[TOOL_CALLS]"))
-    {
-        sampling.logit_bias.insert(id, FORBIDDEN);
+    if choice == ToolChoice::Forbidden {
+        let special = |name: &&str| spec.tokenizer.as_ref()?.special_id(name);
+        sampling.logit_bias.extend(CALL_TOKENS.iter().filter_map(special).map(|id| (id, FORBIDDEN)));
     }
     let ignore_eos = body.ignore_eos.unwrap_or(false);
     let mut end_ids = stop_token_ids.clone();
