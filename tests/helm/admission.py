@@ -1,14 +1,15 @@
 """What an API server, its controllers and a server-side apply refuse beyond schemas: lengths and shapes of names and labels, entries of a list
 under one key, references that lead nowhere, and changes of fields that can't be changed."""
 
+import copy
 import re
 
 LABEL = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
 SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 # longest name of what the kind's controller makes longer ones of: a pod's label bears the name of a StatefulSet and a hash of ten, the StatefulSets of a
-# LeaderWorkerSet bear the group's number besides, and a CronJob's Jobs a time
-LONGEST = {"Service": 63, "StatefulSet": 52, "LeaderWorkerSet": 49, "CronJob": 52, "Job": 63}
+# LeaderWorkerSet bear the group's number besides, a CronJob's Jobs a time, and KEDA's autoscaler, whose name is a label's value, says so in front
+LONGEST = {"Service": 63, "StatefulSet": 52, "LeaderWorkerSet": 49, "CronJob": 52, "Job": 63, "ScaledObject": 63 - len("keda-hpa-")}
 # lists that are maps for a server-side apply, by the field's name, and what their keys are
 KEYED = {
     "containers": ("name",), "initContainers": ("name",), "volumes": ("name",), "env": ("name",), "volumeMounts": ("mountPath",),
@@ -122,6 +123,26 @@ def change(old, new):
         for field in sorted((old["spec"].keys() | new["spec"].keys()) - CHANGEABLE[kind]):
             if old["spec"].get(field) != new["spec"].get(field):
                 yield f"spec.{field}"
+
+
+def replicas(old, new, force=False):
+    """What a server-side apply by Helm leaves of `spec.replicas`, and who owns it from then on; a ConflictError where another one does."""
+    managers = copy.deepcopy(old["metadata"].get("managedFields", [])) if old else []
+    scalers = [one for one in managers if one.get("subresource") == "scale"]
+    wanted = new.get("spec", {}).get("replicas")
+    now = old["spec"].get("replicas") if old else None
+    if wanted is None:
+        was_helms = any(one["manager"] == "helm" for one in managers)
+        # what nobody owns any more becomes its default
+        return (now if scalers or not was_helms else 1), scalers
+    if scalers and wanted != now and not force:
+        raise ConflictError(f'Apply failed with 1 conflict: conflict with "{scalers[0]["manager"]}" with subresource "scale": .spec.replicas')
+    helms = {"manager": "helm", "operation": "Apply", "fieldsType": "FieldsV1", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+    return wanted, [helms, *(scalers if wanted == now else [])]
+
+
+class ConflictError(Exception):
+    """Another manager owns a field that is to have another value."""
 
 
 def selected(documents, labels):

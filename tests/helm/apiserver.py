@@ -1,5 +1,6 @@
 """A stand-in for a Kubernetes API server: it stores objects, merges server-side applies and deletes, and refuses what the
-schemas refuse, what tests/helm/admission.py knows of names, labels and lists, and changes of fields that can't be changed. It has no controllers, no admission and no scheduler. There is no kube-apiserver in the package registries
+schemas refuse, what tests/helm/admission.py knows of names, labels and lists, and changes of fields that can't be changed. It knows who owns the number of
+an object's replicas, and of no other field. It has no controllers, no admission and no scheduler. There is no kube-apiserver in the package registries
 that the tests may use; what helm itself does (install, upgrade, rollback, test, uninstall) is real.
 """
 
@@ -33,6 +34,8 @@ KINDS = {
     "keda.sh/v1alpha1": [("ScaledObject", "scaledobjects"), ("TriggerAuthentication", "triggerauthentications")],
     "monitoring.coreos.com/v1": [("PodMonitor", "podmonitors"), ("PrometheusRule", "prometheusrules")],
 }
+# what has a subresource `scale`
+SCALED = ("Deployment", "StatefulSet", "LeaderWorkerSet")
 PATH = re.compile(r"^(?:/api/(?P<core>v1)|/apis/(?P<group>[^/]+/[^/]+))(?:/namespaces/(?P<namespace>[^/]+))?/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>\w+))?$")
 
 
@@ -128,6 +131,14 @@ class Server:
     def names(self):
         """kind/name of all objects but helm's own records."""
         return sorted(f"{one['kind']}/{one['metadata']['name']}" for one in self.objects.values() if not one.get("type", "").startswith("helm.sh/"))
+
+    def scale(self, kind, name, replicas, manager="kube-controller-manager"):
+        """What an autoscaler does: it sets the number through the subresource `scale`, and owns it from then on."""
+        with self.lock:
+            one = self.get(kind, name)
+            one["spec"]["replicas"] = replicas
+            others = [entry for entry in one["metadata"].get("managedFields", []) if entry.get("subresource") != "scale" and entry["manager"] != "helm"]
+            one["metadata"]["managedFields"] = [*others, {"manager": manager, "operation": "Update", "subresource": "scale", "fieldsV1": {"f:spec": {"f:replicas": {}}}}]
 
     def get(self, kind, name):
         (found,) = [one for one in self.objects.values() if one["kind"] == kind and one["metadata"]["name"] == name]
@@ -290,6 +301,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return self.refuse(422, "Invalid", f"{kind} {key[2]}: {reason}")
             if old and (fields := list(admission.change(old, document))):
                 return self.refuse(422, "Invalid", f"{kind} {key[2]}: {', '.join(fields)}: field is immutable")
+            if kind in SCALED:
+                try:
+                    replicas, managers = admission.replicas(old, document, query.get("force") == "true")
+                except admission.ConflictError as conflict:
+                    return self.refuse(409, "Conflict", str(conflict))
+                document["metadata"]["managedFields"] = managers
+                if replicas is not None:
+                    document["spec"]["replicas"] = replicas
             if old:
                 document = merge(old, document)
             if query.get("dryRun"):

@@ -1,11 +1,12 @@
 """The life of a release with the real helm against a stand-in of an API server: install, test, upgrade, rollback, uninstall."""
 
 import copy
+import json
 
 import pytest
 
 from apiserver import Server
-from chart import CHART, NAMESPACE, PRESETS, helm, preset
+from chart import CHART, NAMESPACE, PRESETS, helm, named, parse, preset
 
 PRESET = {path.stem: path for path in PRESETS}
 
@@ -58,6 +59,80 @@ def test_install_test_upgrade_rollback_uninstall(name, server, tmp_path):
 
     succeeds(helm("uninstall", "bora", *at))
     assert server.objects == {}, server.names()
+
+
+SCALED = [("LeaderWorkerSet", "bora-sets"), ("StatefulSet", "bora-single"), ("Deployment", "bora-router")]
+
+
+def scaling(directory, kind, **more):
+    """Values of two models and the routers, scaled by `kind`."""
+    file = directory / f"{kind}.json"
+    models = {"sets": {"workers": {"kind": "LeaderWorkerSet", "tensorParallelSize": 4}}, "single": {}}
+    file.write_text(json.dumps({
+        "models": models, "workers": {"replicas": 3, "autoscaling": {"kind": kind, "minReplicas": 2}}, "router": {"replicas": 3, "autoscaling": {"enabled": kind != "none"}}, **more,
+    }))
+    return file
+
+
+def test_an_autoscaler_takes_over_without_a_group_lost(server, tmp_path):
+    """What Helm set and gives up becomes 1 again: three groups would end in the upgrade that is to bring more."""
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    count = lambda: [server.get(kind, name)["spec"].get("replicas") for kind, name in SCALED]
+    succeeds(helm("install", "bora", CHART, *at, "--values", scaling(tmp_path, "none")))
+    assert count() == [3, 3, 3]
+    # also where nothing is scaled for a while, and Helm's number stays for another upgrade
+    for level in ("info", "debug"):
+        succeeds(helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "keda", log={"level": level})))
+        assert count() == [3, 3, 3]
+    for kind, name in SCALED:
+        server.scale(kind, name, 5, manager="keda")
+    # from then on it is the autoscaler's: not in the manifest, so that neither this upgrade nor a rollback to it sets it back
+    succeeds(helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "keda", log={"level": "warn"})))
+    assert count() == [5, 5, 5]
+    manifest = parse(succeeds(helm("get", "manifest", "bora", *at)))
+    assert not any("replicas" in named(manifest, kind, name)["spec"] for kind, name in SCALED)
+    # back to a number of one's own: another one's field is asked for, as docs/upgrade.md says
+    outcome = helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "none"))
+    assert outcome.returncode != 0 and 'conflict with "keda"' in outcome.stderr, outcome.stderr
+    succeeds(helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "none"), "--force-conflicts"))
+    assert count() == [3, 3, 3]
+
+
+def test_a_release_that_begins_with_an_autoscaler_names_no_number(server, tmp_path):
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    succeeds(helm("install", "bora", CHART, *at, "--values", scaling(tmp_path, "keda")))
+    succeeds(helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "keda", log={"level": "debug"})))
+    assert not any("replicas" in server.get(kind, name)["spec"] for kind, name in SCALED)
+
+
+def test_from_one_autoscaler_to_the_other(server, tmp_path):
+    """Each leaves the other's objects alone: KEDA refuses a target that has an autoscaler unless that says it may, and Helm takes over no object that
+    another one made, as KEDA's autoscaler is."""
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    scaled = lambda kind: {name for name in server.names() if name.startswith((f"{kind}/bora-sets", f"{kind}/bora-single"))}
+    both = lambda kind: {f"{kind}/bora-sets", f"{kind}/bora-single"}
+    succeeds(helm("install", "bora", CHART, *at, "--values", scaling(tmp_path, "hpa")))
+    assert scaled("HorizontalPodAutoscaler") == both("HorizontalPodAutoscaler")
+    for name in ("bora-sets", "bora-single"):
+        assert server.get("HorizontalPodAutoscaler", name)["metadata"]["annotations"]["validations.keda.sh/hpa-ownership"] == "false"
+    succeeds(helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "keda")))
+    assert scaled("ScaledObject") == both("ScaledObject") and not scaled("HorizontalPodAutoscaler")
+    # as KEDA would: the name is its own
+    for name in ("bora-sets", "bora-single"):
+        assert "name" not in server.get("ScaledObject", name)["spec"]["advanced"]["horizontalPodAutoscalerConfig"]
+    succeeds(helm("rollback", "bora", "1", *at))
+    assert scaled("HorizontalPodAutoscaler") == both("HorizontalPodAutoscaler") and not scaled("ScaledObject")
+
+
+def test_a_leader_worker_set_does_not_become_a_stateful_set(server, tmp_path):
+    """It has made a StatefulSet of its own name, which Helm would find in its way in the middle of the upgrade."""
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    succeeds(helm("install", "bora", CHART, *at, "--set-json", 'models={"m": {"workers": {"kind": "LeaderWorkerSet"}}}'))
+    outcome = helm("upgrade", "bora", CHART, *at, "--set-json", 'models={"m": {}}')
+    assert outcome.returncode != 0 and "models.m.workers.kind: its groups are a LeaderWorkerSet" in outcome.stderr, outcome.stderr
+    # under another key the new groups come beside the old ones
+    succeeds(helm("upgrade", "bora", CHART, *at, "--set-json", 'models={"m2": {}}'))
+    assert "StatefulSet/bora-m2" in server.names() and "LeaderWorkerSet/bora-m" not in server.names()
 
 
 def test_a_claim_that_is_to_be_kept_outlives_the_release(server, tmp_path):

@@ -155,6 +155,12 @@ seccompProfile: {type: RuntimeDefault}
 {{- if and (eq $model.download.kind "objectStore") (eq $model.download.objectStore.source "") -}}
 {{- fail (printf "models.%s.download.objectStore.source: expected one" .key) -}}
 {{- end -}}
+{{- /* a LeaderWorkerSet makes a StatefulSet and a Service of its own name, which a StatefulSet of ours could not replace */ -}}
+{{- if and (eq $workers.kind "StatefulSet") (.root.Capabilities.APIVersions.Has "leaderworkerset.x-k8s.io/v1/LeaderWorkerSet") -}}
+{{- if lookup "leaderworkerset.x-k8s.io/v1" "LeaderWorkerSet" .root.Release.Namespace $model.fullname -}}
+{{- fail (printf "models.%s.workers.kind: its groups are a LeaderWorkerSet, whose own objects bear the names of the StatefulSet; give the model another key, or delete the LeaderWorkerSet %s first" .key $model.fullname) -}}
+{{- end -}}
+{{- end -}}
 {{- $_ := set $model "pods" $pods -}}
 {{- toYaml $model -}}
 {{- end -}}
@@ -187,6 +193,31 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "bora.urlPort" -}}
 {{- $url := urlParse . -}}
 {{- default (ternary "443" "80" (eq $url.scheme "https")) (regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host)) -}}
+{{- end -}}
+
+{{/*
+How many of an object there are to be, where no autoscaler says it: dict root, of (apiVersion, kind, name), scaled, replicas.
+A field that Helm set and gives up becomes its default, one group: so with the upgrade that brings an autoscaler the number that there
+is stays in the manifest, until the autoscaler has set it once (by the subresource `scale`) and it is its own.
+*/}}
+{{- define "bora.replicas" -}}
+{{- if not .scaled -}}
+replicas: {{ .replicas }}
+{{- else if .root.Capabilities.APIVersions.Has (printf "%s/%s" .of.apiVersion .of.kind) -}}
+{{- $live := lookup .of.apiVersion .of.kind .root.Release.Namespace .of.name -}}
+{{- $helms := false -}}
+{{- $scalers := false -}}
+{{- range dig "metadata" "managedFields" list $live -}}
+{{- if eq (default "" .subresource) "scale" -}}
+{{- $scalers = true -}}
+{{- else if hasKey (dig "fieldsV1" "f:spec" dict .) "f:replicas" -}}
+{{- $helms = true -}}
+{{- end -}}
+{{- end -}}
+{{- if and $helms (not $scalers) -}}
+replicas: {{ $live.spec.replicas }}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* The volume of a model's storage. */}}
