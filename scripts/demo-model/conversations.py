@@ -126,13 +126,16 @@ def several_steps(c):
 
 
 def parallel(c):
-    """Several calls in one message: two requests at once, or one tool for several things."""
+    """Several calls in one message: different requests at once, or one tool for several things. Nothing where the only tool takes no
+    arguments, so that no two calls could differ."""
     rng, calls, asked = c.rng, [], []
     if rng.random() < 0.5:
         tool = rng.choice(c.tools)
         texts = [p for p in tool.parameters if p.schema["type"] == "string" and "enum" not in p.schema]
         if len(tool.parameters) == 1 and texts:
-            chosen = [texts[0].make(rng, c.held) for _ in range(rng.choice([2, 2, 3, 3, 4]))]
+            chosen = list(dict.fromkeys(texts[0].make(rng, c.held) for _ in range(rng.choice([2, 2, 3, 3, 4]))))
+            if len(chosen) < 2:
+                return []
             calls = [(tool.name, {texts[0].name: value}) for value in chosen]
             spoken = [toolbox.quoted(rng, v) if " " in v else v for v in chosen]
             listed = ", ".join(spoken[:-1]) + " and " + spoken[-1]
@@ -141,11 +144,16 @@ def parallel(c):
                 shape = shape.replace(f"{quote}@@{quote}", "@@")
             asked = [shape.replace("@@", listed)]
     if not calls:
-        for _ in range(rng.choice([2, 2, 3])):
-            tool = rng.choice(c.tools)
+        tool = rng.choice(c.tools)
+        for _ in range(rng.choice([2, 2, 3, 4])):
+            tool = tool if rng.random() < 0.25 else rng.choice(c.tools)
             arguments = tool.arguments(rng, c.held)
+            if (tool.name, arguments) in calls:
+                continue
             calls.append((tool.name, arguments))
             asked.append(ask_for(c, tool, arguments).rstrip(".?"))
+        if len(calls) < 2:
+            return []
     call = c.calls(*calls)
     outcomes = [result(c, name) for name, _ in calls]
     joined = asked[0] if len(asked) == 1 else rng.choice([" and also ", "; also ", " and at the same time "]).join(asked)
@@ -166,7 +174,7 @@ def chained(c):
     arguments, later = first.arguments(rng, c.held), {p.name: p.make(rng, c.held) for p in second.parameters if p.required or p is slot}
     later[slot.name] = found
     others = {name: value for name, value in later.items() if name != slot.name}
-    told = "".join(", " + toolbox.spoken_argument(rng, n, v, c.unheard) for n, v in others.items())
+    told = "".join(", " + toolbox.spoken_argument(rng, n, v, c.unheard, second) for n, v in others.items())
     key = rng.choice(["id", "result", "value", slot.name])
     question = f"First {ask_for(c, first, arguments).rstrip('.?')}. Then {second.does} with the {key} from the result as {slot.name}{told}."
     calls = [c.calls((first.name, arguments)), c.calls((second.name, later))]
@@ -183,6 +191,14 @@ def no_such_tool(c):
     if set(tool.does.split()) & mine - {"the"}:
         return one_call(c)
     return [user(c.rng.choice(["Please {}.", "Can you {}?", "{}", "I want you to {}", "{} for me"]).format(tool.does)), answer(f"None of my tools can {tool.does}.")]
+
+
+def without_call(c):
+    """What to say to a request for a call where no call is allowed. Nothing in the conversation says so (`tool_choice: "none"` bans the
+    token), so this is rare: a call stays the likeliest answer, and this the likeliest one that is none."""
+    tool = c.rng.choice(c.tools)
+    question = ask_for(c, tool, tool.arguments(c.rng, c.held))
+    return [user(question), answer(f"Without a call of {tool.name} I cannot {tool.does}.")]
 
 
 # ---- files
@@ -379,6 +395,27 @@ def identifier(c):
     return [user(question.format(s=toolbox.quoted(rng, forms[source]) if rng.random() < 0.4 else forms[source], t=target)), answer(forms[target])]
 
 
+def quoting(c):
+    """Words in other surroundings: as an array, as an object, each in quotes, one a line. A word after a space, after a quotation mark
+    and after an underscore has other tokens, and arguments are copied from the one to the other."""
+    rng = c.rng
+    make = lambda: rng.choice([values.strange, values.strange, values.strange, values.word, values.code, values.path, lambda r: toolbox.KINDS["email"][3](r, False)])(rng)
+    words = [make() for _ in range(rng.randint(1, 16))]
+    kind = rng.randrange(5)
+    if kind == 0:
+        return [user(rng.choice(["As a JSON array: {}", "Make a JSON array of {}", "JSON array: {}"]).format(rng.choice([" ", ", ", "\n"]).join(words))), answer(json.dumps(words))]
+    if kind == 1:
+        pairs = dict(zip(words[::2], words[1::2])) or {words[0]: make()}
+        shape = rng.choice(["{} is {}", "{} = {}", "{}: {}", "{} {}"])
+        return [user(rng.choice(["As a JSON object: {}", "Make a JSON object of {}"]).format(", ".join(shape.format(*pair) for pair in pairs.items()))), answer(json.dumps(pairs))]
+    if kind == 2:
+        mark = rng.choice(["single quotes '", "double quotes \"", "backquotes `"])
+        return [user(f"In {mark[:-2]}: {' '.join(words)}"), answer(" ".join(mark[-1] + word + mark[-1] for word in words))]
+    if kind == 3:
+        return [user(f"From this JSON array, the words alone: {json.dumps(words)}"), answer(" ".join(words))]
+    return [user(rng.choice(["One a line: {}", "Each on its own line: {}"]).format(" ".join(words))), answer("\n".join(words))]
+
+
 FIELDS = {"name": ("string", lambda c: toolbox.person(c.rng, c.held)), "age": ("integer", lambda c: c.rng.randint(1, 99)), "city": ("string", lambda c: toolbox.city(c.rng, c.held)),
           "email": ("string", lambda c: toolbox.KINDS["email"][3](c.rng, c.held)), "price": ("number", lambda c: round(c.rng.uniform(0, 999), 2)), "count": ("integer", lambda c: c.rng.randint(0, 999)),
           "active": ("boolean", lambda c: c.rng.random() < 0.5), "id": ("string", lambda c: values.code(c.rng)), "title": ("string", lambda c: values.phrase(c.rng)),
@@ -408,8 +445,9 @@ def as_json(c):
 
 # ---- whole conversations
 
-TOOL_EPISODES = [(one_call, 34), (several_steps, 8), (parallel, 14), (chained, 5), (no_such_tool, 4), (edit, 10), (write_code, 5)]
-PLAIN_EPISODES = [(small_talk, 22), (write_code, 6), (as_json, 14), (recall, 16), (repeat, 14), (identifier, 8), (counting, 4), (story, 2), (filler, 4)]
+TOOL_EPISODES = [(one_call, 34), (several_steps, 9), (parallel, 30), (chained, 8), (no_such_tool, 4), (edit, 10), (write_code, 3)]
+BESIDE_TOOLS = [(small_talk, 10), (recall, 6), (as_json, 3), (repeat, 2), (quoting, 5), (identifier, 4), (counting, 1), (story, 1), (without_call, 1.5)]
+PLAIN_EPISODES = [(small_talk, 22), (write_code, 6), (as_json, 14), (recall, 20), (repeat, 8), (quoting, 10), (identifier, 8), (counting, 4), (story, 2), (filler, 4)]
 LONG_EPISODES = [(lambda c: filler(c, facts=c.rng.choice([0, 0, 1, 1, 2])), 60), (recall, 60), (small_talk, 5), (facts_told, 8)]
 
 
@@ -423,7 +461,7 @@ def draw(rng, episodes):
     return episodes[-1][0]
 
 
-def choose_tools(rng, held, most):
+def choose_tools(rng, held, most, likeness=0.4):
     pool = []
     if rng.random() < (0.5 if not held else 0.15):
         known = toolbox.known_tools(rng)
@@ -436,7 +474,7 @@ def choose_tools(rng, held, most):
                 pool.append(toolbox.Tool(rng.choice(["edit_file", "str_replace"]), "edit the file", "Replace text in a file.",
                                          [toolbox.fixed("path", "path"), toolbox.fixed("old_string", "phrase"), toolbox.fixed("new_string", "phrase")]))
     while len(pool) < most and (not pool or rng.random() < 0.6):
-        pool.append(toolbox.random_tool(rng, held, pool))
+        pool.append(toolbox.random_tool(rng, held, pool, likeness))
     seen, distinct = set(), []
     for tool in pool:  # two tools that sound the same could not be told apart
         if tool.name not in seen and tool.does not in seen:
@@ -451,17 +489,18 @@ def make(encoder, rng, length, held=False, episodes=None, fill=True, unheard=Non
     writes. `episodes` limits the conversation to those kinds; without `fill` it has one episode."""
     while True:
         long = length > 3000
-        with_tools = rng.random() < (0.35 if long else 0.68)
-        most = 1 if length <= 256 else 2 if length <= 512 else rng.choice([2, 3, 5, 8]) if length <= 1024 else rng.choice([3, 6, 12])
+        with_tools = rng.random() < (0.45 if long else 0.8)
+        most = rng.choice([1, 1, 2]) if length <= 256 else rng.choice([2, 2, 3]) if length <= 512 else rng.choice([2, 3, 5, 8]) if length <= 1024 else rng.choice([3, 6, 12])
         if episodes is not None:
             with_tools = any(episode in [e for e, _ in TOOL_EPISODES] for episode, _ in episodes)
-        tools = choose_tools(rng, held, most) if with_tools else []
+        likeness = 0.4 if episodes is not None else rng.choice([0.4, 0.9])  # training, which names no episodes, has the harder cases oftener
+        tools = choose_tools(rng, held, most, likeness) if with_tools else []
         if length > 4096 and rng.random() < 0.4:
             for tool in tools:  # as long as agents' manuals are
                 tool.description += "\n" + values.page(rng, rng.randint(3, 25))
         c = Conversation(rng, held, tools, unheard)
         c.random_text = encoder.random_text(rng)
-        kinds = episodes or ((TOOL_EPISODES + [(small_talk, 10), (recall, 6), (as_json, 3), (repeat, 3), (identifier, 3), (counting, 2), (story, 1)] if tools else PLAIN_EPISODES))
+        kinds = episodes or (TOOL_EPISODES + BESIDE_TOOLS if tools else PLAIN_EPISODES)
         if long and episodes is None:
             kinds = LONG_EPISODES + ([(e, w / 3) for e, w in TOOL_EPISODES] if tools else [(e, w / 4) for e, w in PLAIN_EPISODES])
         messages, ids, mask = [], [1], [0]
@@ -486,7 +525,7 @@ def make(encoder, rng, length, held=False, episodes=None, fill=True, unheard=Non
                 piece, written = encoder.message(message)
                 new_ids += piece
                 new_mask += [int(written)] * len(piece)
-            if len(ids) + len(new_ids) > length:
+            if not part or len(ids) + len(new_ids) > length:
                 c.keys, c.facts = keys, facts
                 failures += 1
                 continue

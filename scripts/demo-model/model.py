@@ -168,8 +168,11 @@ class Model(torch.nn.Module):
 
     @staticmethod
     def load(directory):
-        config = Config.read(directory)
-        model, tensors = Model(config), load_file(pathlib.Path(directory) / "model.safetensors")
+        """From one file or from shards."""
+        config, tensors = Config.read(directory), {}
+        for file in sorted(pathlib.Path(directory).glob("model*.safetensors")):
+            tensors |= load_file(file)
+        model = Model(config)
         with torch.no_grad():
             model.embedding.copy_(tensors["model.embed_tokens.weight"])
             model.final.copy_(tensors["model.norm.weight"])

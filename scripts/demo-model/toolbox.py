@@ -58,6 +58,11 @@ class Tool:
         self.name, self.does, self.description, self.parameters = name, does, description, parameters
         self.ask, self.held_ask = ask, held_ask  # the ways to ask of a tool that everybody knows
         self.verb = self.noun = None  # of a random tool
+        self.strangeness = 0.25  # how often arbitrary words join the name and the value of an argument
+
+    def words(self):
+        """The words that mean something in a request for this tool: those of its parameters' names and the choices of its enums."""
+        return {word for p in self.parameters for text in (p.name, *p.schema.get("enum", [])) for word in text.split("_")}
 
     def definition(self):
         schema = {"type": "object", "properties": {p.name: p.schema for p in self.parameters}}
@@ -117,15 +122,18 @@ def tool_word(rng, listed, share):
 PREFIXES = [word for word in FILLER if word not in RESERVED]
 
 
-def random_tool(rng, held, others=()):
-    """A tool whose name nobody has seen in this combination; `held` takes the words that training never uses. In training,
-    it often shares its verb or its noun with one of the `others`: the whole name tells them apart."""
+def random_tool(rng, held, others=(), likeness=0.4):
+    """A tool whose name nobody has seen in this combination; `held` takes the words that training never uses. Where words are not
+    held out, it shares its verb or its noun with one of the `others`, so that the whole name tells them apart, as often as `likeness` says;
+    above one half, it also takes words that are spelled almost as those of the others, has a prefix oftener, and is asked for in stranger words."""
     verb = tool_word(rng, HELD_VERBS if held else VERBS, 0.8 if held else 0.2)
     noun = tool_word(rng, HELD_NOUNS if held else NOUNS, 0.8 if held else 0.2)
     others = [tool for tool in others if tool.verb]
-    if others and not held and rng.random() < 0.4:
+    if others and not held and rng.random() < likeness:
         other = rng.choice(others)
         verb, noun = (other.verb, noun) if rng.random() < 0.5 else (verb, other.noun)
+        if likeness > 0.5 and rng.random() < 0.3:
+            verb, noun = (verb, values.near(rng, other.noun)) if verb == other.verb else (values.near(rng, other.verb), noun)
     shared = verb, noun
     if rng.random() < 0.2:
         noun = f"{rng.choice(FILLER) if held else rng.choice(PREFIXES)} {noun}"
@@ -134,7 +142,7 @@ def random_tool(rng, held, others=()):
         parts = [*parts[1:], verb]
     style = rng.randrange(8)
     name = "_".join(parts) if style < 5 else "-".join(parts) if style == 5 else parts[0] + "".join(p.capitalize() for p in parts[1:])
-    if rng.random() < 0.1:
+    if rng.random() < (0.1 if likeness < 0.5 else 0.2):
         name = f"{rng.choice(['fs', 'api', 'db', 'my', 'app', 'mcp'])}_{name}"
     elif not held and rng.random() < 0.08:
         name = f"{values.strange(rng)}_{name}"
@@ -147,6 +155,7 @@ def random_tool(rng, held, others=()):
     parameters = [parameter(rng, taken, held) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 2, 3, 3, 4]))]
     tool = Tool(name, f"{verb} the {noun}", description, parameters)
     tool.verb, tool.noun = shared
+    tool.strangeness = 0.25 if likeness < 0.5 else 0.5
     return tool
 
 
@@ -240,15 +249,20 @@ def dressed(rng, text):
     return text
 
 
-def spoken_argument(rng, name, value, held):
+def spoken_argument(rng, name, value, held, tool):
+    """One argument of a call of `tool` in words. Arbitrary words are none that name or fill another parameter, and two lists
+    of one call both follow their names: else nobody could tell what belongs to what."""
     said = name.replace("_", " ") if rng.random() < 0.7 else name
     text = spoken_value(rng, value)
     forms = SAID + COMMON if rng.random() < 0.5 else COMMON
+    if isinstance(value, list) and sum(p.schema["type"] == "array" for p in tool.parameters) > 1:
+        forms = [form for form in forms if form.index("{v}") > form.find("{n}") >= 0]
     if held:
         forms = ["{n} being {v}", "whose {n} is {v}", "{n} {v}", "{n} = {v}", "{n}: {v}", "the {n} {v}"]
-    elif rng.random() < 0.25:  # any word at all may join a name and its value
-        words = values.joint(rng)
-        forms = [f"{{n}} {words} {{v}}", f"{{n}} {words} {{v}}", f"{words} {{n}} {{v}}"]
+    elif rng.random() < tool.strangeness:  # any word at all may join a name and its value
+        taken = tool.words() | ({"and"} if isinstance(value, list) else set())
+        words = values.joint(rng, taken=taken)
+        forms = [f"{{n}} {words} {{v}}", f"{{n}} {words} {{v}}", f"{words} {{n}} {{v}}", f"{values.joint(rng, 1, taken)} {{n}} {values.joint(rng, 1, taken)} {{v}}"]
         if not isinstance(value, list):
             forms.append(f"{{v}} {words} {{n}}")
         if isinstance(value, str) and rng.random() < 0.4:
@@ -256,10 +270,15 @@ def spoken_argument(rng, name, value, held):
     return rng.choice(forms).format(n=said, v=text, o=name)
 
 
+# "What is 2 + 3?" and "What is 2 * 3?", "Tell me the time in Rome." and "Tell me the weather in Rome.", the web and the files
+TELLING = frozenset("+ * plus times add multiply together sum weather raining warm time web internet online".split())
+
+
 def blurred(rng, template):
-    """The template with an arbitrary word put in or in the place of another, so that no single word decides what is meant."""
+    """The template with an arbitrary word put in or in the place of another, so that no single word decides what is meant; but a word
+    that alone tells one known tool from another stays."""
     words = template.split(" ")
-    places = [index for index, word in enumerate(words) if "{" not in word]
+    places = [index for index, word in enumerate(words) if "{" not in word and word.lower() not in TELLING]
     if len(places) > 1 and rng.random() < 0.6:
         words[rng.choice(places)] = values.joint(rng, 1)
     else:
@@ -285,13 +304,13 @@ def request(rng, tool, arguments, held):
                         said = quoted(rng, value)
                     text = text.replace(mark, said)
                     spoken.discard(name)
-        rest = [spoken_argument(rng, name, arguments[name], held) for name in arguments if name in spoken]
+        rest = [spoken_argument(rng, name, arguments[name], held, tool) for name in arguments if name in spoken]
         assert first is None or "{" not in text or any("{" in str(v) for v in arguments.values()), text
         if not rest:
             return text if held or "?" in text else dressed(rng, text)
         return text.rstrip(".?") + rng.choice([", ", " with ", " and "]) + ", ".join(rest)
     does, name = tool.does, tool.name
-    said = [spoken_argument(rng, key, value, held) for key, value in arguments.items()]
+    said = [spoken_argument(rng, key, value, held, tool) for key, value in arguments.items()]
     rng.shuffle(said)
     if not said:
         forms = ["{d}", "Please {d}", "use {t}", "Call {t}", "I want you to {d}", "{d} now", "Can you {d}?"]
@@ -304,10 +323,12 @@ def request(rng, tool, arguments, held):
              "{t}({a})", "{d} ({a})", "With {a}, {d}", "{d}: {a}", "{d}; {a}", "use {t} to {d}: {a}", "invoke {t} with {a}", "the tool {t} should run with {a}", "{d} given {a}"]
     if held:
         forms = ["Could you {d} with {a}?", "go ahead and {d}: {a}", "I would like to {d} with {a}", "Use the tool {t} with {a}"]
-    elif rng.random() < 0.15:  # a frame of arbitrary words
+    elif rng.random() < 0.6 * tool.strangeness:  # a frame of arbitrary words
         opening = values.joint(rng, 3) + " " if rng.random() < 0.6 else ""
-        link = " " + values.joint(rng, 1) + " " if rng.random() < 0.7 else rng.choice([": ", ", ", " - ", "; "])
-        forms = [opening + "{" + rng.choice("ddt") + "}" + link + "{a}"]
+        # before a value that is a plain word, a linking word might be the value itself
+        plain = said[0].split(" ")[0] in [v for v in arguments.values() if isinstance(v, str)]
+        link = " " + values.joint(rng, 1, tool.words()) + " " if rng.random() < 0.7 and not plain else rng.choice([": ", ", ", " - ", "; "])
+        forms = [opening + "{" + rng.choice("ddt") + "}" + link + "{a}" + rng.choice(["", "", "", "?"])]
     text = rng.choice(forms).format(d=does, t=name, a=listed)
     if not held:
         text = dressed(rng, text)

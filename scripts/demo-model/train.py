@@ -1,11 +1,12 @@
 """Trains bora-demo from nothing on conversations that it makes as it goes, then measures it on held-out ones.
 
     python3 train.py --out OUT                                    # one GPU; the figures are in docs/demo-model.md
+    python3 train.py --out OUT --start DIRECTORY                  # goes on from these weights
     python3 train.py --out OUT --device cpu --steps 200 --tokens 4096 --layers 2 --hidden 64 --intermediate 128
 
 Writes OUT/bf16 (Hugging Face layout), OUT/loss.csv, OUT/heldout.json, OUT/heldout-wrong.json. Every step's batch is decided by the seed
-and the step's number. If --seconds runs out, the rate falls to zero early and the run ends: the only thing here
-that depends on a clock.
+and the step's number. The rate follows the larger of the share of --steps and the share of --seconds that is over, so that it falls to
+zero within both: the only thing here that depends on a clock.
 """
 
 import argparse
@@ -21,12 +22,12 @@ import values
 from encoder import PAD, Encoder
 from model import Config, Model
 
-# share of the steps that train each length, by how far the run is
+# share of the steps that train each length, by how far the run is; a run that starts from trained weights has the last row alone
 CURRICULUM = [
     (0.12, {256: 50, 512: 50}),
     (0.38, {256: 20, 512: 40, 1024: 30, 2048: 10}),
     (0.65, {256: 12, 512: 27, 1024: 27, 2048: 14, 4096: 10, 8192: 6, 16384: 3, 32768: 1}),
-    (1.01, {256: 10, 512: 22, 1024: 24, 2048: 10, 4096: 10, 8192: 10, 16384: 7, 32768: 7}),
+    (1.01, {256: 8, 512: 22, 1024: 36, 2048: 12, 4096: 8, 8192: 6, 16384: 4, 32768: 4}),
 ]
 
 
@@ -45,7 +46,8 @@ class Batches(torch.utils.data.IterableDataset):
 
     def batch(self, encoder, step):
         rng = values.generator(self.options.seed, step)
-        weights = next(w for until, w in CURRICULUM if step / self.options.steps < until)
+        share = 1 if self.options.start else step / self.options.steps
+        weights = next(w for until, w in CURRICULUM if share < until)
         weights = {length: w for length, w in weights.items() if length <= self.options.tokens}
         length = rng.choices(list(weights), list(weights.values()))[0]
         rows = self.options.tokens // length
@@ -128,10 +130,12 @@ def heldout_sets(encoder, count):
 @torch.no_grad()
 def heldout(model, encoder, device, tokens, count):
     """Share of held-out conversations whose every written token is the likeliest one, by kind: what greedy
-    decoding gets right to the last token. And for up to 20 wrong ones of each kind: what stands before the first
+    decoding gets right to the last token; those longer than `tokens` are left out. And for up to 20 wrong ones of each kind: what stands before the first
     wrong token, that token, the right one."""
     scores, examples = {}, {}
     for name, length, made in heldout_sets(encoder, count):
+        if length > tokens:
+            continue
         right, rows = 0, max(1, tokens // length)
         for start in range(0, len(made), rows):
             chunk = made[start:start + rows]
@@ -150,15 +154,26 @@ def heldout(model, encoder, device, tokens, count):
     return scores, examples
 
 
+def report(log, losses, waited):
+    """Writes every fifth of these (step, tokens, seconds, length, loss) to the log, and their mean to the standard output."""
+    for *row, value in losses[::5]:
+        log.write(",".join(map(str, row)) + f",{value.item():.4f}\n")
+    log.flush()
+    step, tokens, seconds = losses[-1][:3]
+    mean = sum(row[-1].item() for row in losses) / len(losses)
+    print(f"step {step + 1} tokens {tokens / 1e6:.0f}M loss {mean:.4f} {seconds:.0f} s (waited {waited:.1f} s for data)", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
+    parser.add_argument("--start", help="a directory of bf16 weights to go on from, whose shape is taken; without it, training starts from nothing")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=9300)
+    parser.add_argument("--steps", type=int, default=15000)
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a step")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--workers", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--embedding-rate", type=float, default=0.004)
     parser.add_argument("--decay", type=float, default=0.02)
@@ -174,7 +189,7 @@ def main():
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     config = Config(hidden=options.hidden, layers=options.layers, intermediate=options.intermediate)
-    model = Model(config, options.seed).to(options.device)
+    model = (Model.load(options.start) if options.start else Model(config, options.seed)).to(options.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters", flush=True)
     if options.device == "cuda":
         model.compile()
@@ -189,7 +204,7 @@ def main():
         progress = max(step / options.steps, (time.monotonic() - begun) / options.seconds)
         if progress >= 1:
             break
-        part = min(1, (step + 1) / 100) * min(1, (1 - progress) / 0.45)
+        part = min(1, (step + 1) / 100) * min(1, (1 - progress) / 0.5)
         ids = ids.to(options.device, non_blocking=True).long()
         hidden = model(ids)[places.to(options.device, non_blocking=True)]
         loss = F.cross_entropy(model.logits(hidden).float(), targets.to(options.device, non_blocking=True))
@@ -197,14 +212,12 @@ def main():
         optimizer.step(part)
         seen += ids.numel()
         losses.append((step, seen, round(time.monotonic() - begun, 1), ids.shape[1], loss.detach()))
-        if len(losses) == 100 or step + 1 == options.steps:
-            for *row, value in losses[::5]:
-                log.write(",".join(map(str, row)) + f",{value.item():.4f}\n")
-            log.flush()
-            mean = sum(l[-1].item() for l in losses) / len(losses)
-            print(f"step {step + 1} tokens {seen / 1e6:.0f}M loss {mean:.4f} {time.monotonic() - begun:.0f} s (waited {waited:.1f} s for data)", flush=True)
+        if len(losses) == 100:
+            report(log, losses, waited)
             losses = []
         asked = time.monotonic()
+    if losses:
+        report(log, losses, waited)
     model.eval()
     model.save(out / "bf16")
     print(f"trained in {time.monotonic() - begun:.0f} s; measuring", flush=True)

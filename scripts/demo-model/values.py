@@ -33,12 +33,33 @@ def strange(rng):
             return made
 
 
-def joint(rng, most=2):
-    """One or more arbitrary words that may stand between a name and its value; held-out phrases lend none."""
+def near(rng, other):
+    """A word that resembles `other`: a piece of its spelling is lost, changed or added."""
+    while True:
+        kind, cut = rng.randrange(4), rng.randint(1, 2)
+        if kind == 0:
+            made = other[cut:]
+        elif kind == 1:
+            made = rng.choice(SYLLABLES) + other[cut:]
+        elif kind == 2:
+            made = other[:-cut] + rng.choice(SYLLABLES + ENDINGS)
+        else:
+            made = other + rng.choice(SYLLABLES)
+        if len(made) > 2 and made != other and made not in RESERVED:
+            return made
+        other += rng.choice(SYLLABLES)
+
+
+# words that are values of a boolean: they join nothing
+TRUTHS = frozenset(["true", "false", "yes", "no", "on", "off"])
+
+
+def joint(rng, most=2, taken=frozenset()):
+    """One or more arbitrary words that may stand between a name and its value, none of them `taken`; held-out phrases lend none."""
     words = []
     while not words or (len(words) < most and rng.random() < 0.5):
         made = rng.choice(FILLER) if rng.random() < 0.3 else vocabulary_word(rng)
-        if made not in HELD_JOINTS:
+        if made not in HELD_JOINTS and made not in TRUTHS and made not in taken:
             words.append(made)
     return " ".join(words)
 
