@@ -26,6 +26,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use crate::{
     access::audit::Audit,
     api::{
+        declare::Operation,
         error::ApiError,
         generate, groups, listing, messages,
         response::{ChatChoice, ChatObject, CompletionChoice, CompletionObject},
@@ -33,7 +34,7 @@ use crate::{
         status, tokenize,
     },
     console,
-    openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, agents, requests, responses},
+    openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, responses},
     service::Service,
 };
 
@@ -61,7 +62,7 @@ impl RequestId {
 
 /// All routes.
 pub fn routes(service: Arc<Service>) -> Router {
-    let mut document = Document::default();
+    let mut document = Document::new(service.options().clone());
     let mut router = document
         .serve(api())
         // vLLM's and OpenAI's ways to write it
@@ -86,7 +87,7 @@ pub fn routes(service: Arc<Service>) -> Router {
 
 /// What probes, Prometheus and operators ask for, without the API and without keys.
 pub fn admin_routes(service: Arc<Service>) -> Router {
-    let mut document = Document::default();
+    let mut document = Document::new(service.options().clone());
     document
         .serve(probes())
         .merge(document.serve(vec![metrics(), groups()]))
@@ -102,32 +103,32 @@ fn api() -> Vec<Route<Arc<Service>>> {
     vec![
         Route::post("/v1/chat/completions", generate::chat)
             .says("generation", "An answer to a conversation; streamed as chunks where `stream` is true.")
-            .takes::<requests::ChatRequest>()
+            .takes(Operation::Chat)
             .answers::<ChatObject<'static, Vec<ChatChoice<'static>>>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/completions", generate::completions)
             .says("generation", "The continuation of a text or of token ids.")
-            .takes::<requests::CompletionRequest>()
+            .takes(Operation::Completions)
             .answers::<CompletionObject<'static, Vec<CompletionChoice<'static>>>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/responses", generate::responses)
             .says("generation", "OpenAI's Responses, without memory; streamed as typed events.")
-            .takes::<agents::ResponsesRequest>()
+            .takes(Operation::Responses)
             .answers::<ResponseObject<'static>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/messages", generate::messages)
             .says("generation", "Anthropic's Messages; streamed as typed events.")
-            .takes::<agents::MessagesRequest>()
+            .takes(Operation::Messages)
             .answers::<messages::output::MessageObject<'static>>()
             .answers_text("text/event-stream")
             .errors(REQUEST_ERRORS)
             .errors_as::<messages::error::Envelope<'static>>(),
         Route::post("/v1/messages/count_tokens", messages::count::count_tokens)
             .says("tokens", "The number of tokens of a prompt.")
-            .takes::<agents::CountRequest>()
+            .takes(Operation::CountTokens)
             .answers::<messages::count::TokenCount>()
             .errors(REQUEST_ERRORS)
             .errors_as::<messages::error::Envelope<'static>>(),
@@ -141,12 +142,12 @@ fn api() -> Vec<Route<Arc<Service>>> {
             .errors(&[401, 403, 404, 503]),
         Route::post("/tokenize", tokenize::tokenize)
             .says("tokens", "The ids of a conversation or a text; also at /v1/tokenize.")
-            .takes::<requests::TokenizeRequest>()
+            .takes(Operation::Tokenize)
             .answers::<responses::Tokenized>()
             .errors(REQUEST_ERRORS),
         Route::post("/detokenize", tokenize::detokenize)
             .says("tokens", "The text of ids; also at /v1/detokenize.")
-            .takes::<requests::DetokenizeRequest>()
+            .takes(Operation::Detokenize)
             .answers::<responses::Detokenized>()
             .errors(REQUEST_ERRORS),
         groups(),

@@ -16,6 +16,8 @@ VIBE = os.environ.get("VIBE_BIN") or shutil.which("vibe")
 
 WEIGHTS = FIXTURES / "bora-demo"
 MODEL = "bora-demo"
+# what Devstral writes a call with
+CALL_TOKENS = {"[TOOL_CALLS]": 9, "[ARGS]": 32, "[CALL_ID]": 33}
 
 
 def tool(name, description, **properties):
@@ -150,9 +152,22 @@ def test_forced_calls(client):
     for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
         message = ask(client, question, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).choices[0].message
         assert [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls] == [("get_weather", {"city": "Rome"})]
-    other = ask(client, [{"role": "user", "content": "Read the file src/main.rs"}], tools=TOOLS, tool_choice="none").choices[0]
-    assert other.message.tool_calls is None and other.finish_reason == "stop"
-    assert other.message.content == "Without a call of read_file I cannot read the file."
+
+
+def test_no_call_where_none_is_allowed(client):
+    """It says that it would need a call. Nor is there a call or a part of one wherever it would begin or go on with one: the end of the answer
+    is ignored, so there are as many places as tokens."""
+    tokens = 64
+    question = [{"role": "user", "content": "Read the file src/main.rs"}]
+    answer = ask(client, question, tools=TOOLS, tool_choice="none").choices[0]
+    assert answer.message.content == "Without a call of read_file I cannot read the file." and answer.finish_reason == "stop"
+    for skip_special in (True, False):
+        more = {"ignore_eos": True, "return_token_ids": True, "skip_special_tokens": skip_special}
+        choice = client.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=tokens, tools=TOOLS, tool_choice="none", extra_body=more).choices[0]
+        assert choice.message.tool_calls is None
+        assert choice.finish_reason == "length" and len(choice.token_ids) == tokens
+        assert not set(CALL_TOKENS.values()) & set(choice.token_ids)
+        assert not any(name in (choice.message.content or "") for name in CALL_TOKENS)
 
 
 @pytest.mark.parametrize("form", [{}, {"guided_regex": r"(\d+, )*\d+\."}, {"guided_regex": r"(\d+, ){30}\d+\."}], ids=["free", "form", "short form"])

@@ -77,9 +77,9 @@ def test_every_field_of_a_request_is_known_to_the_server(fake_cluster):
     before = unknown()
     model, messages = {"model": "fake-devstral"}, {"messages": [{"role": "user", "content": "Hi"}]}
     for path, name, least, needed in [
-        ("/v1/chat/completions", "ChatRequest", 30, {**messages, "max_tokens": 1}), ("/v1/completions", "CompletionRequest", 30, {"prompt": "Hi", "max_tokens": 1}),
+        ("/v1/chat/completions", "ChatRequest", 30, {**messages, "max_tokens": 1}), ("/v1/completions", "CompletionsRequest", 30, {"prompt": "Hi", "max_tokens": 1}),
         ("/v1/responses", "ResponsesRequest", 15, {"input": "Hi", "max_output_tokens": 1}), ("/v1/messages", "MessagesRequest", 10, {**messages, "max_tokens": 1}),
-        ("/v1/messages/count_tokens", "CountRequest", 3, messages), ("/tokenize", "TokenizeRequest", 5, {"prompt": "Hi"}), ("/detokenize", "DetokenizeRequest", 1, {"tokens": [5]}),
+        ("/v1/messages/count_tokens", "CountTokensRequest", 3, messages), ("/tokenize", "TokenizeRequest", 5, {"prompt": "Hi"}), ("/detokenize", "DetokenizeRequest", 1, {"tokens": [5]}),
     ]:
         fields = {field: None for field in body["components"]["schemas"][name]["properties"]}
         assert len(fields) > least, name
@@ -105,7 +105,7 @@ def strict(body, model, sequences=4):
         schema = schemas[reference.rsplit("/", 1)[1]]
         if "properties" in schema:
             schema["additionalProperties"] = False
-    for name in ("ChatRequest", "CompletionRequest", "TokenizeRequest", "DetokenizeRequest", "ResponsesRequest", "MessagesRequest", "CountRequest"):
+    for name in ("ChatRequest", "CompletionsRequest", "TokenizeRequest", "DetokenizeRequest", "ResponsesRequest", "MessagesRequest", "CountTokensRequest"):
         properties = schemas[name]["properties"]
         properties["model"] = {"enum": [model]}
         schemas[name]["required"] = sorted({*schemas[name].get("required", []), "model"} | ({"max_tokens", "max_output_tokens"} & set(properties)))

@@ -263,7 +263,10 @@ impl Conversion {
         let Some(param) = error.param.take() else { return error };
         let path = self.path(&param).unwrap_or_else(|| param.clone());
         for (name, own) in self.dialect.fields {
-            error.message = error.message.replace(&format!("`{name}"), &format!("`{own}"));
+            // as a whole (`stop` but not `stop_token_ids`), or with what follows it: `messages[3].content`
+            for end in ['`', '[', '.'] {
+                error.message = error.message.replace(&format!("`{name}{end}"), &format!("`{own}{end}"));
+            }
         }
         error.param = Some(path);
         error
@@ -319,6 +322,14 @@ mod tests {
         fields: &[("messages", "input"), ("max_tokens", "max_output_tokens")],
         tails: &[(".function.name", ".name"), (".tool_call_id", ".call_id")],
     };
+
+    #[test]
+    fn a_name_that_begins_like_another_stays() {
+        let conversion = Conversion::new(&DIALECT);
+        let told = |message: &str| conversion.in_words_of_client(ApiError::invalid("x", message)).message;
+        assert_eq!(told("`max_tokens_per_day` is wrong"), "`max_tokens_per_day` is wrong");
+        assert_eq!(told("`messages[2].role` and `max_tokens`"), "`input[2].role` and `max_output_tokens`");
+    }
 
     #[test]
     fn errors_are_told_in_the_clients_words() {

@@ -1,14 +1,34 @@
 //! The kinds of values that fields of requests have: each is read from more forms than one, or says in words of its own
 //! what was expected.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, collections::BTreeMap, fmt};
 
 use bora_common::conversation::{Json, JsonError};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{
     Deserialize,
     de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::value::RawValue;
+
+/// Describes a kind, where it stands, as another one that is written alike.
+macro_rules! described {
+    ($kind:ident: $like:ty) => {
+        impl JsonSchema for $kind {
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($kind).into()
+            }
+
+            fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+                <$like>::json_schema(generator)
+            }
+        }
+    };
+}
 
 /// `messages`: each as it was written, found in one pass over the body.
 #[derive(Debug)]
@@ -145,6 +165,8 @@ impl<'de> Deserialize<'de> for Integer {
     }
 }
 
+described!(Integer: i64);
+
 /// A name of which only the hash is kept. Values of other kinds name nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name(pub Option<u64>);
@@ -167,6 +189,8 @@ impl<'de> Deserialize<'de> for Name {
         Ok(text.map_or(Self(None), |text| Self::of(text.as_bytes())))
     }
 }
+
+described!(Name: String);
 
 /// A text or a list of texts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -198,8 +222,19 @@ impl<'de> Deserialize<'de> for OneOrMany {
     }
 }
 
+described!(OneOrMany: TextOrTexts);
+
+#[derive(JsonSchema)]
+#[schemars(untagged, inline)]
+#[allow(dead_code)] // what is read is above
+enum TextOrTexts {
+    Text(String),
+    Texts(Vec<String>),
+}
+
 /// `logprobs`: a flag in chat, a number in completions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(inline)]
 #[serde(untagged, expecting = "a boolean (chat) or an integer (completions)")]
 pub enum LogprobsField {
     /// Chat.
@@ -209,17 +244,27 @@ pub enum LogprobsField {
 }
 
 /// `priority`: a class by name, or vLLM's number (the higher, the later).
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
+#[schemars(rename = "Priority")]
 #[serde(untagged, expecting = "\"interactive\", \"batch\" or an integer")]
 pub enum PriorityField {
     /// A class.
-    Name(String),
+    Name(#[schemars(with = "PriorityClass")] String),
     /// Above 0: batch.
     Number(i64),
 }
 
+/// Classes of requests.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase")]
+#[allow(dead_code)] // the names are read where all of them are known
+enum PriorityClass {
+    Interactive,
+    Batch,
+}
+
 /// `stream_options`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct StreamOptions {
     /// A last chunk with the usage.
     pub include_usage: Option<bool>,
@@ -227,8 +272,11 @@ pub struct StreamOptions {
     pub continuous_usage_stats: Option<bool>,
 }
 
-/// `logit_bias`.
-pub(super) struct Biases(pub(super) Vec<(String, f64)>);
+/// `logit_bias`, as it was written.
+#[derive(Debug)]
+pub struct Biases(pub Vec<(String, f64)>);
+
+described!(Biases: BTreeMap<String, f64>);
 
 impl<'de> Deserialize<'de> for Biases {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -252,8 +300,9 @@ impl<'de> Deserialize<'de> for Biases {
     }
 }
 
-/// `prompt` of a completion.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A text, several, token ids, or several lists of them.
+#[derive(Clone, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(untagged)]
 pub enum Prompt {
     /// One text.
     Text(String),

@@ -1,11 +1,14 @@
-//! The HTTP surface: OpenAI's API with vLLM's additions, and Anthropic's Messages. A request is read ([`request`]), made
+//! The HTTP surface: OpenAI's API with vLLM's additions, and Anthropic's Messages. A request is read ([`request`], by fields that
+//! are declared once: [`declare`]), made
 //! a chat request where it came by another API ([`convert`], [`responses`], [`messages`]), checked ([`params`]), encoded
 //! ([`prepare`]), placed and run ([`answer`]), and written as an object or as events ([`chat`], [`completions`], [`sse`]).
 
 pub mod answer;
+pub mod bounds;
 pub mod chat;
 pub mod completions;
 pub mod convert;
+pub mod declare;
 pub mod error;
 pub mod fields;
 pub mod generate;

@@ -1,12 +1,14 @@
 //! What a request's parameters may be, and what they become: sampling and stopping for the group, output
 //! rules for the emitter. Every refusal names the field and its limit.
 
-use std::{ops::RangeInclusive, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use bora_proto::v1::{Logprobs, Sampling};
 use serde_json::Value;
 
 use super::{
+    bounds::Limits,
+    declare::Operation,
     error::ApiError,
     fields::{Integer, LogprobsField, PriorityField},
     request::Body,
@@ -17,9 +19,8 @@ use crate::{
     relay::emit::EmitOptions,
 };
 
-/// Longest stop string in bytes; text of this length may be held back.
-const MAX_STOP_BYTES: usize = 1024;
-const MAX_CACHE_SALT_BYTES: usize = 256;
+/// What calls are written with: a model that is kept from the first must not go on with the others, or half a call is its answer.
+const CALL_TOKENS: [&str; 3] = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"];
 /// A bias that no logit outweighs.
 const FORBIDDEN: f32 = -1_000.0;
 /// OpenAI's default where a completion names no `max_tokens`.
@@ -122,29 +123,8 @@ pub struct Client {
 
 /// Refuses what would change the answer and is not served.
 pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
-    for (name, value) in &body.refused {
-        let harmless = match *name {
-            "reasoning_effort" => value.as_str() == Some("none"),
-            "modalities" => value.as_array().is_some_and(|list| list.iter().all(|one| one == "text")),
-            "functions" => value.as_array().is_some_and(Vec::is_empty),
-            "function_call" => value == "none" || value == "auto",
-            "bad_words" | "allowed_token_ids" | "documents" | "logits_processors" => {
-                value.as_array().is_some_and(Vec::is_empty)
-            }
-            _ => false,
-        };
-        if harmless {
-            continue;
-        }
-        let message = match *name {
-            "reasoning_effort" => "`reasoning_effort` is not supported by this model.".to_string(),
-            "functions" | "function_call" => {
-                format!("`{name}` is not supported: use `tools` and `tool_choice`.")
-            }
-            "modalities" | "audio" => format!("`{name}`: only text is generated."),
-            _ => format!("`{name}` is not supported."),
-        };
-        return Err(ApiError::invalid(*name, message));
+    if let Some((refused, _)) = body.refused.iter().find(|(refused, value)| !refused.harmless.includes(value)) {
+        return Err(refused.error());
     }
     if body.use_beam_search == Some(true) {
         return Err(ApiError::invalid("use_beam_search", "`use_beam_search` is not supported."));
@@ -172,32 +152,32 @@ pub fn check(
     if body.stream_options.is_some() && !stream {
         return Err(ApiError::invalid("stream_options", "`stream_options` is only allowed when `stream` is true."));
     }
-    let n = integer("n", body.n, 1..=i64::from(options.max_choices))?.unwrap_or(1) as u32;
-    let best_of = integer("best_of", body.best_of, 1..=i64::from(options.max_choices))?;
+    let limits = &Limits { operation: endpoint.into(), options };
+    let n = body.n(limits)?.unwrap_or(1) as u32;
+    let best_of = body.best_of(limits)?;
     if best_of.is_some_and(|best_of| best_of != i64::from(n)) {
         return Err(ApiError::invalid("best_of", "`best_of` is not supported."));
     }
-    let (max_field, max_tokens) = match body.max_completion_tokens {
-        Some(_) => ("max_completion_tokens", body.max_completion_tokens),
-        None => ("max_tokens", body.max_tokens),
+    let (max_field, max_tokens) = match body.max_completion_tokens(limits)? {
+        Some(most) => ("max_completion_tokens", Some(most)),
+        None => ("max_tokens", body.max_tokens(limits)?),
     };
     let echo = body.echo.unwrap_or(false);
     if echo && endpoint.is_conversation() {
         return Err(ApiError::invalid("echo", "`echo` is a field of /v1/completions only."));
     }
-    let echo_only = echo && max_tokens == Some(Integer(0));
-    let least = if echo_only { 0 } else { 1 };
-    let max_tokens = integer(max_field, max_tokens, least..=i64::from(u32::MAX))?.map(|value| value.max(1) as u32);
-    let min_tokens = integer("min_tokens", body.min_tokens, 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32;
+    let echo_only = echo && max_tokens == Some(0);
+    if max_tokens == Some(0) && !echo {
+        return Err(ApiError::invalid(max_field, format!("`{max_field}` must be at least 1, got 0.")));
+    }
+    let max_tokens = max_tokens.map(|most| most.max(1) as u32);
+    let min_tokens = body.min_tokens(limits)?.unwrap_or(0) as u32;
     if max_tokens.is_some_and(|max_tokens| min_tokens > max_tokens) {
         return Err(ApiError::invalid("min_tokens", format!("`min_tokens` must not be above `{max_field}`.")));
     }
 
-    let stops = stop_strings(body, options)?;
-    let stop_token_ids = body.stop_token_ids.clone().unwrap_or_default();
-    if stop_token_ids.len() > options.max_stop_strings {
-        return Err(too_many("stop_token_ids", options.max_stop_strings));
-    }
+    let stops = body.stop(limits)?.unwrap_or_default().to_vec();
+    let stop_token_ids = body.stop_token_ids(limits)?.unwrap_or_default().to_vec();
     if let Some(id) = stop_token_ids.iter().find(|id| **id >= model.vocabulary_size) {
         return Err(no_such_id("stop_token_ids", *id, model.vocabulary_size));
     }
@@ -205,9 +185,8 @@ pub fn check(
         return Err(ApiError::invalid("stop", "`stop` needs text, and this model is served without a tokenizer."));
     }
 
-    let top_logprobs = top_logprobs(body, endpoint, options)?;
-    let most = i64::from(options.max_logprobs);
-    let prompt_logprobs = integer("prompt_logprobs", body.prompt_logprobs, 0..=most)?.map(|top| top as u32);
+    let top_logprobs = top_logprobs(body, limits)?;
+    let prompt_logprobs = body.prompt_logprobs(limits)?.map(|top| top as u32);
     if prompt_logprobs.is_some() && stream {
         return Err(ApiError::invalid("prompt_logprobs", "`prompt_logprobs` is not available when `stream` is true."));
     }
@@ -219,24 +198,17 @@ pub fn check(
     let logprobs =
         (top_logprobs.is_some() || prompt_top.is_some()).then_some(Logprobs { top: top_logprobs, prompt_top });
 
-    let cache_salt = body.cache_salt.clone().unwrap_or_default();
-    if body.cache_salt.is_some() && (cache_salt.is_empty() || cache_salt.len() > MAX_CACHE_SALT_BYTES) {
-        return Err(ApiError::invalid(
-            "cache_salt",
-            format!("`cache_salt` must have 1 to {MAX_CACHE_SALT_BYTES} bytes."),
-        ));
-    }
+    let cache_salt = body.cache_salt(limits)?.unwrap_or_default().to_owned();
     if structure.is_some() && min_tokens > 0 {
         return Err(ApiError::invalid(
             "min_tokens",
             "`min_tokens` can't be kept where the form of the answer is given.",
         ));
     }
-    let (mut sampling, seed) = sampling(body, model, spec)?;
-    if choice == ToolChoice::Forbidden
-        && let Some(id) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_id("[TOOL_CALLS]"))
-    {
-        sampling.logit_bias.insert(id, FORBIDDEN);
+    let (mut sampling, seed) = sampling(body, limits, model, spec)?;
+    if choice == ToolChoice::Forbidden {
+        let special = |name: &&str| spec.tokenizer.as_ref()?.special_id(name);
+        sampling.logit_bias.extend(CALL_TOKENS.iter().filter_map(special).map(|id| (id, FORBIDDEN)));
     }
     let ignore_eos = body.ignore_eos.unwrap_or(false);
     let mut end_ids = stop_token_ids.clone();
@@ -337,117 +309,49 @@ pub fn check_ids(field: &str, ids: &[u32], vocabulary_size: u32) -> Result<(), A
     }
 }
 
-fn sampling(body: &Body<'_>, model: &ModelGroups, spec: &ModelSpec) -> Result<(Sampling, u64), ApiError> {
+fn sampling(
+    body: &Body<'_>,
+    limits: &Limits<'_>,
+    model: &ModelGroups,
+    spec: &ModelSpec,
+) -> Result<(Sampling, u64), ApiError> {
     let defaults = &spec.defaults;
-    let temperature = number("temperature", body.temperature, 0.0..=2.0)?;
-    let top_p = number("top_p", body.top_p, 0.0..=1.0)?;
-    if top_p == Some(0.0) {
-        return Err(ApiError::invalid("top_p", "`top_p` must be above 0 and at most 1."));
-    }
-    let top_k = integer("top_k", body.top_k, -1..=i64::from(u32::MAX))?.map(|top_k| top_k.max(0) as u32);
-    let repetition = number("repetition_penalty", body.repetition_penalty, 0.01..=10.0)?;
     // any 64 bits are a seed
     let seed = body.seed.map_or_else(rand::random, |Integer(seed)| seed as u64);
+    let top_k = body.top_k(limits)?.map(|top_k| top_k.max(0) as u32);
     let sampling = Sampling {
-        temperature: Some(temperature.unwrap_or(defaults.temperature.unwrap_or(1.0))),
-        top_p: Some(top_p.unwrap_or(defaults.top_p.unwrap_or(1.0))),
-        top_k: Some(top_k.unwrap_or(defaults.top_k.unwrap_or(0))),
-        min_p: Some(number("min_p", body.min_p, 0.0..=1.0)?.unwrap_or(defaults.min_p.unwrap_or(0.0))),
-        presence_penalty: Some(number("presence_penalty", body.presence_penalty, -2.0..=2.0)?.unwrap_or(0.0)),
-        frequency_penalty: Some(number("frequency_penalty", body.frequency_penalty, -2.0..=2.0)?.unwrap_or(0.0)),
-        repetition_penalty: Some(repetition.unwrap_or(defaults.repetition_penalty.unwrap_or(1.0))),
-        logit_bias: logit_bias(body, model.vocabulary_size)?,
+        temperature: Some(body.temperature(limits)?.or(defaults.temperature).unwrap_or(1.0)),
+        top_p: Some(body.top_p(limits)?.or(defaults.top_p).unwrap_or(1.0)),
+        top_k: Some(top_k.or(defaults.top_k).unwrap_or(0)),
+        min_p: Some(body.min_p(limits)?.or(defaults.min_p).unwrap_or(0.0)),
+        presence_penalty: Some(body.presence_penalty(limits)?.unwrap_or(0.0)),
+        frequency_penalty: Some(body.frequency_penalty(limits)?.unwrap_or(0.0)),
+        repetition_penalty: Some(body.repetition_penalty(limits)?.or(defaults.repetition_penalty).unwrap_or(1.0)),
+        logit_bias: logit_bias(body, limits, model.vocabulary_size)?,
         seed,
     };
     Ok((sampling, seed))
 }
 
-fn logit_bias(body: &Body<'_>, vocabulary_size: u32) -> Result<std::collections::HashMap<u32, f32>, ApiError> {
-    const MOST: usize = 1024;
-    let Some(biases) = &body.logit_bias else {
-        return Ok(Default::default());
-    };
-    if biases.len() > MOST {
-        return Err(too_many("logit_bias", MOST));
+fn logit_bias(body: &Body<'_>, limits: &Limits<'_>, vocabulary_size: u32) -> Result<HashMap<u32, f32>, ApiError> {
+    let biases = body.logit_bias(limits)?.unwrap_or_default();
+    match biases.iter().find(|(id, _)| *id >= vocabulary_size) {
+        Some((id, _)) => Err(no_such_id("logit_bias", *id, vocabulary_size)),
+        None => Ok(biases.into_iter().collect()),
     }
-    biases
-        .iter()
-        .map(|(key, bias)| {
-            let id: u32 = key.parse().map_err(|_| {
-                let shown: String = key.chars().take(40).collect();
-                ApiError::invalid("logit_bias", format!("`logit_bias`: the key `{shown}` is not a token id."))
-            })?;
-            if id >= vocabulary_size {
-                return Err(no_such_id("logit_bias", id, vocabulary_size));
-            }
-            if !(-100.0..=100.0).contains(bias) {
-                return Err(ApiError::invalid("logit_bias", "`logit_bias`: a bias must be between -100 and 100."));
-            }
-            Ok((id, *bias as f32))
-        })
-        .collect()
 }
 
-fn stop_strings(body: &Body<'_>, options: &RouterOptions) -> Result<Vec<String>, ApiError> {
-    let stops = body.stop.clone().map(|stops| stops.0).unwrap_or_default();
-    if stops.len() > options.max_stop_strings {
-        return Err(too_many("stop", options.max_stop_strings));
-    }
-    if stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
-        return Err(ApiError::invalid("stop", format!("`stop`: a stop string must have 1 to {MAX_STOP_BYTES} bytes.")));
-    }
-    Ok(stops)
-}
-
-fn top_logprobs(body: &Body<'_>, endpoint: Endpoint, options: &RouterOptions) -> Result<Option<u32>, ApiError> {
-    let most = i64::from(options.max_logprobs);
-    let top = integer("top_logprobs", body.top_logprobs, 0..=most)?;
-    match (endpoint.is_conversation(), body.logprobs) {
-        (true, None | Some(LogprobsField::Flag(false))) => match top {
+fn top_logprobs(body: &Body<'_>, limits: &Limits<'_>) -> Result<Option<u32>, ApiError> {
+    let top = body.top_logprobs(limits)?;
+    match body.logprobs(limits)? {
+        Some(LogprobsField::Count(count)) => Ok(Some(count as u32)),
+        Some(LogprobsField::Flag(true)) => Ok(Some(top.unwrap_or(0) as u32)),
+        None | Some(LogprobsField::Flag(false)) if limits.operation == Operation::Completions => Ok(None),
+        None | Some(LogprobsField::Flag(false)) => match top {
             Some(1..) => Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")),
             _ => Ok(None),
         },
-        (true, Some(LogprobsField::Flag(true))) => Ok(Some(top.unwrap_or(0) as u32)),
-        (true, Some(LogprobsField::Count(_))) => {
-            Err(ApiError::invalid("logprobs", "`logprobs` must be a boolean here; `top_logprobs` is the number."))
-        }
-        (false, None) => Ok(None),
-        (false, Some(LogprobsField::Count(count))) => {
-            Ok(integer("logprobs", Some(Integer(count)), 0..=most)?.map(|count| count as u32))
-        }
-        (false, Some(LogprobsField::Flag(_))) => {
-            Err(ApiError::invalid("logprobs", format!("`logprobs` must be an integer between 0 and {most} here.")))
-        }
     }
-}
-
-fn integer(field: &str, value: Option<Integer>, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
-    match value {
-        Some(Integer(value)) if !range.contains(&value) => {
-            let (least, most) = (range.start(), range.end());
-            let limit = if *most >= i64::from(u32::MAX) {
-                format!("at least {least}")
-            } else {
-                format!("between {least} and {most}")
-            };
-            Err(ApiError::invalid(field, format!("`{field}` must be {limit}, got {value}.")))
-        }
-        value => Ok(value.map(|Integer(value)| value)),
-    }
-}
-
-fn number(field: &str, value: Option<f64>, range: RangeInclusive<f64>) -> Result<Option<f32>, ApiError> {
-    match value {
-        Some(value) if !range.contains(&value) => Err(ApiError::invalid(
-            field,
-            format!("`{field}` must be between {} and {}, got {value}.", range.start(), range.end()),
-        )),
-        value => Ok(value.map(|value| value as f32)),
-    }
-}
-
-fn too_many(field: &str, most: usize) -> ApiError {
-    ApiError::invalid(field, format!("`{field}` must have at most {most} entries."))
 }
 
 fn no_such_id(field: &str, id: u32, vocabulary_size: u32) -> ApiError {

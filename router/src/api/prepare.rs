@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 
 use super::{
     convert::Conversion,
+    declare::Operation,
     error::ApiError,
     fields::{Messages, Prompt},
     messages,
@@ -102,14 +103,14 @@ pub fn prepare(
 ) -> Result<Prepared, ApiError> {
     let asked = Asked { service, endpoint, client, caller };
     match endpoint {
-        Endpoint::Chat => asked.prepare(Body::parse(bytes)?, Form::Chat),
-        Endpoint::Completions => asked.prepare(Body::parse(bytes)?, Form::Completions),
+        Endpoint::Chat => asked.prepare(Body::parse(bytes, Operation::Chat)?, Form::Chat),
+        Endpoint::Completions => asked.prepare(Body::parse(bytes, Operation::Completions)?, Form::Completions),
         Endpoint::Responses => {
-            let (conversion, fields, echo) = responses::request::read(bytes)?;
+            let (conversion, fields, echo) = responses::request::read(bytes, service.options())?;
             asked.prepare_converted(&conversion, fields, Form::Responses(Box::new(echo)))
         }
         Endpoint::Messages => {
-            let (conversion, fields) = messages::request::read(bytes, false)?;
+            let (conversion, fields) = messages::request::read(bytes, Operation::Messages, service.options())?;
             asked.prepare_converted(&conversion, fields, Form::Messages)
         }
     }

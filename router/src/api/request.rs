@@ -1,100 +1,236 @@
 //! The body of a generation or tokenize request, read once and typed from the bytes.
 //!
 //! One struct serves all endpoints: they share nearly every field. What only one of them has, or means something else
-//! by, is read in the same pass into [`OwnFields`]. Every field may be absent or `null`.
-//! A field of a wrong type is an error that names it; a field that nobody knows is counted and ignored.
-//! Values are not judged here: ranges and limits are in [`params`](super::params). Messages and tools stay
+//! by, is read in the same pass into fields of its own. Every field may be absent or `null`.
+//! A field of a wrong type is an error that names it; a field that the operation does not know is counted and ignored.
+//! Bounds are declared here and checked when a value is asked for ([`params`](super::params)). Messages and tools stay
 //! as they came, because their numbers and keys go into the prompt exactly as they were written.
 
 use std::{cell::Cell, fmt, marker::PhantomData};
 
-use serde::{
-    Deserialize,
-    de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor},
-};
-use serde_json::{Value, value::RawValue};
+use schemars::{Schema, SchemaGenerator};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::{Map, Value, json, value::RawValue};
 
 use super::{
+    bounds::{Biasing, Limits, LogprobsForm, Numbers, Texts, at_least},
+    declare::{
+        Declared, Fields,
+        Operation::{self, Chat, Completions, CountTokens, Detokenize, Messages as AgentMessages, Responses, Tokenize},
+        Uses, fields, object, value,
+    },
     error::ApiError,
     fields::{Biases, Integer, Key, LogprobsField, Messages, Name, OneOrMany, PriorityField, Prompt, StreamOptions},
+    messages, responses,
 };
+use crate::openapi::requests;
 
-/// All fields that mean something to Bora.
-#[derive(Debug, Default)]
-#[allow(missing_docs)] // the names are OpenAI's and vLLM's
-pub struct Body<'de> {
-    pub model: Option<String>,
-    pub messages: Option<Messages<'de>>,
-    pub tools: Option<&'de RawValue>,
-    pub tool_choice: Option<Value>,
-    pub parallel_tool_calls: Option<bool>,
-    pub prompt: Option<Prompt>,
-    pub suffix: Option<Value>,
-    pub tokens: Option<Vec<u32>>,
-    pub stream: Option<bool>,
-    pub stream_options: Option<StreamOptions>,
-    pub temperature: Option<f64>,
-    pub top_p: Option<f64>,
-    pub top_k: Option<Integer>,
-    pub min_p: Option<f64>,
-    pub max_tokens: Option<Integer>,
-    pub max_completion_tokens: Option<Integer>,
-    pub min_tokens: Option<Integer>,
-    pub stop: Option<OneOrMany>,
-    pub stop_token_ids: Option<Vec<u32>>,
-    pub include_stop_str_in_output: Option<bool>,
-    pub ignore_eos: Option<bool>,
-    pub seed: Option<Integer>,
-    pub n: Option<Integer>,
-    pub best_of: Option<Integer>,
-    pub use_beam_search: Option<bool>,
-    pub presence_penalty: Option<f64>,
-    pub frequency_penalty: Option<f64>,
-    pub repetition_penalty: Option<f64>,
-    pub logit_bias: Option<Vec<(String, f64)>>,
-    pub logprobs: Option<LogprobsField>,
-    pub top_logprobs: Option<Integer>,
-    pub prompt_logprobs: Option<Integer>,
-    pub echo: Option<bool>,
-    pub skip_special_tokens: Option<bool>,
-    pub return_token_ids: Option<bool>,
-    pub return_tokens_as_token_ids: Option<bool>,
-    pub return_token_strs: Option<bool>,
-    pub add_generation_prompt: Option<bool>,
-    pub continue_final_message: Option<bool>,
-    pub add_special_tokens: Option<bool>,
-    pub cache_salt: Option<String>,
-    pub prompt_cache_key: Option<Name>,
-    pub user: Option<Name>,
-    pub priority: Option<PriorityField>,
-    /// Fields that ask for a form of the answer, in the order they came.
-    pub structured: Vec<(&'static str, Value)>,
-    /// Fields that would change the answer and are not served, in the order they came.
-    pub refused: Vec<(&'static str, Value)>,
-    /// Fields that were ignored because nobody knows them.
-    pub unknown: u32,
+const EVERYWHERE: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages, CountTokens, Tokenize, Detokenize]);
+const GENERATION: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages]);
+/// Where what can't be served is refused by name.
+const REFUSING: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages, Tokenize]);
+const OWN_WORDS: Uses = Uses::of(&[Chat, Completions]);
+
+/// Longest stop string in bytes; text of this length may be held back.
+const MAX_STOP_BYTES: usize = 1024;
+const MAX_CACHE_SALT_BYTES: usize = 256;
+const MAX_BIASES: usize = 1024;
+
+/// How many stop strings there may be, and how long.
+pub fn stops(limits: &Limits<'_>) -> Texts {
+    Texts { most: limits.options.max_stop_strings, bytes: MAX_STOP_BYTES }
+}
+
+fn choices(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
+    1..=i64::from(limits.options.max_choices)
+}
+
+fn alternatives(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
+    0..=i64::from(limits.options.max_logprobs)
+}
+
+/// Nothing is generated only where a completion echoes its prompt.
+fn output_tokens(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
+    at_least(if limits.operation == Completions { 0 } else { 1 })
+}
+
+fields! {
+    /// All fields that mean something to Bora.
+    #[allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
+    pub struct Body<'de> {
+        /// Fields that ask for a form of the answer, in the order they came.
+        pub structured: Vec<(&'static str, Value)>,
+        /// Fields that would change the answer and are not served, in the order they came.
+        pub refused: Vec<(&'static Refused, Value)>,
+        /// Fields that were ignored because the operation does not know them.
+        pub unknown: u32,
+    }
+
+    /// May be absent where one model is served.
+    model: String, EVERYWHERE;
+    messages: Messages<'de> as {
+        AgentMessages | CountTokens => requests::OneOrMore<messages::request::Message<'static>>,
+        _ => requests::OneOrMore<requests::Message>,
+    }, Uses::of(&[Chat, AgentMessages, CountTokens, Tokenize]).required(&[Chat, AgentMessages, CountTokens]);
+    tools: &'de RawValue as Vec<requests::Tool>, Uses::of(&[Chat, Tokenize]);
+    tool_choice: Value as requests::ToolChoice, Uses::of(&[Chat]);
+    /// `false`: one call at most.
+    parallel_tool_calls: bool, Uses::of(&[Chat, Responses, AgentMessages]);
+    prompt: Prompt as { Tokenize => String, _ => Prompt, },
+        Uses::of(&[Completions, Tokenize]).required(&[Completions]);
+    /// Only the empty one.
+    suffix: Value as String, Uses::of(&[Completions]);
+    tokens: Vec<u32>, Uses::of(&[Detokenize]).required(&[Detokenize]);
+    stream: bool, GENERATION;
+    stream_options: StreamOptions, OWN_WORDS;
+    temperature: f64, GENERATION, within |_| (0.0..=2.0).into();
+    top_p: f64, GENERATION, within |_| Numbers { range: 0.0..=1.0, above: true };
+    /// -1 and 0: all.
+    top_k: Integer, GENERATION, within |_| at_least(-1);
+    min_p: f64, GENERATION, within |_| (0.0..=1.0).into();
+    /// Most tokens that are generated; cut to the room that a conversation leaves.
+    max_tokens: Integer, GENERATION.required(&[AgentMessages]), within output_tokens;
+    /// Goes before `max_tokens`.
+    max_completion_tokens: Integer, GENERATION, within output_tokens;
+    min_tokens: Integer, GENERATION, within |_| at_least(0);
+    stop: OneOrMany, GENERATION, within stops;
+    stop_token_ids: Vec<u32>, GENERATION, within |limits| limits.options.max_stop_strings;
+    include_stop_str_in_output: bool, GENERATION;
+    ignore_eos: bool, GENERATION;
+    seed | "random_seed": Integer, GENERATION;
+    n: Integer, OWN_WORDS, within choices;
+    /// Only `n` itself.
+    best_of: Integer, OWN_WORDS, within choices;
+    /// Only `false`.
+    use_beam_search: bool, REFUSING;
+    presence_penalty: f64, GENERATION, within |_| (-2.0..=2.0).into();
+    frequency_penalty: f64, GENERATION, within |_| (-2.0..=2.0).into();
+    repetition_penalty: f64, GENERATION, within |_| (0.01..=10.0).into();
+    /// From token ids to what is added to their logits.
+    logit_bias: Biases, GENERATION, within |_| Biasing { most: MAX_BIASES, range: -100..=100 };
+    /// Whether there are any (chat), or how many alternatives (completions).
+    logprobs: LogprobsField, OWN_WORDS, within |limits| match limits.operation {
+        Completions => LogprobsForm::Count(limits.options.max_logprobs),
+        _ => LogprobsForm::Flag,
+    };
+    top_logprobs: Integer, Uses::of(&[Chat, Responses]), within alternatives;
+    prompt_logprobs: Integer, OWN_WORDS, within alternatives;
+    /// The prompt comes back in front of the answer.
+    echo: bool, Uses::of(&[Completions]);
+    skip_special_tokens: bool, GENERATION;
+    return_token_ids: bool, OWN_WORDS;
+    return_tokens_as_token_ids: bool, Uses::of(&[Chat, Completions, Responses]);
+    return_token_strs: bool, Uses::of(&[Tokenize]);
+    add_generation_prompt: bool, Uses::of(&[Chat, Tokenize]);
+    /// The model goes on with the last message, which is the assistant's.
+    continue_final_message: bool, Uses::of(&[Chat, Tokenize]);
+    add_special_tokens: bool, Uses::of(&[Completions, Tokenize]);
+    /// Separates cached prefixes.
+    cache_salt: String, GENERATION, within |_| 1..=MAX_CACHE_SALT_BYTES;
+    /// Names the conversation, as a hint for its placement.
+    prompt_cache_key: Name, GENERATION;
+    /// Names the conversation, as a hint for its placement, where `prompt_cache_key` does not.
+    user: Name, GENERATION;
+    /// `interactive`, `batch`, or a number: above 0 is batch.
+    priority: PriorityField, GENERATION;
 }
 
 /// Fields that say what an answer has to look like.
-const STRUCTURED: [&str; 6] =
-    ["response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"];
+const STRUCTURED: [Declared; 6] = [
+    Declared::new::<requests::ResponseFormat>("response_format", "", GENERATION),
+    Declared::new::<Map<String, Value>>("guided_json", "A JSON schema that the answer keeps (vLLM's).", GENERATION),
+    Declared::new::<String>("guided_regex", "A regular expression in Rust's syntax.", GENERATION),
+    Declared::new::<Vec<String>>("guided_choice", "One of these texts.", GENERATION),
+    Declared::new::<String>("guided_grammar", "In llguidance's variant of Lark.", GENERATION),
+    Declared::new::<Map<String, Value>>(
+        "structured_outputs",
+        "vLLM's newer form: one of `json`, `regex`, `choice`, `grammar`, `json_object`.",
+        GENERATION,
+    ),
+];
 
-/// Fields that ask for something which silence would not do justice to.
-const REFUSED: [&str; 14] = [
-    "structural_tag",
-    "reasoning_effort",
-    "functions",
-    "function_call",
-    "modalities",
-    "audio",
-    "web_search_options",
-    "bad_words",
-    "allowed_token_ids",
-    "truncate_prompt_tokens",
-    "logits_processors",
-    "chat_template",
-    "documents",
-    "prompt_embeds",
+/// A field that asks for something which silence would not do justice to.
+#[derive(Debug)]
+pub struct Refused {
+    /// Its name.
+    pub name: &'static str,
+    /// What it may be all the same.
+    pub harmless: Harmless,
+    /// What follows its name in the refusal.
+    pub reason: &'static str,
+}
+
+/// Values that ask for nothing.
+#[derive(Debug)]
+pub enum Harmless {
+    /// None but null.
+    Null,
+    /// One of these texts.
+    Texts(&'static [&'static str]),
+    /// A list of nothing.
+    EmptyList,
+    /// A list of nothing but this.
+    ListOf(&'static str),
+}
+
+impl Harmless {
+    /// Whether `value` asks for nothing.
+    pub fn includes(&self, value: &Value) -> bool {
+        match self {
+            Self::Null => value.is_null(),
+            Self::Texts(texts) => value.as_str().is_some_and(|text| texts.contains(&text)),
+            Self::EmptyList => value.as_array().is_some_and(Vec::is_empty),
+            Self::ListOf(text) => value.as_array().is_some_and(|list| list.iter().all(|one| one == text)),
+        }
+    }
+
+    fn schema(&self) -> Value {
+        match self {
+            Self::Null => json!({"type": "null"}),
+            Self::Texts(texts) => {
+                let texts = texts.iter().map(|text| json!(text));
+                json!({"enum": texts.chain([Value::Null]).collect::<Vec<_>>()})
+            }
+            Self::EmptyList => json!({"type": ["array", "null"], "maxItems": 0}),
+            Self::ListOf(text) => json!({"type": ["array", "null"], "items": {"const": text}}),
+        }
+    }
+}
+
+impl Refused {
+    const fn new(name: &'static str, harmless: Harmless) -> Self {
+        Self { name, harmless, reason: " is not supported." }
+    }
+
+    const fn because(mut self, reason: &'static str) -> Self {
+        self.reason = reason;
+        self
+    }
+
+    /// The refusal.
+    pub fn error(&self) -> ApiError {
+        ApiError::invalid(self.name, format!("`{}`{}", self.name, self.reason))
+    }
+}
+
+const USE_TOOLS: &str = " is not supported: use `tools` and `tool_choice`.";
+const ONLY_TEXT: &str = ": only text is generated.";
+
+static REFUSED: [Refused; 14] = [
+    Refused::new("structural_tag", Harmless::Null),
+    Refused::new("reasoning_effort", Harmless::Texts(&["none"])).because(" is not supported by this model."),
+    Refused::new("functions", Harmless::EmptyList).because(USE_TOOLS),
+    Refused::new("function_call", Harmless::Texts(&["none", "auto"])).because(USE_TOOLS),
+    Refused::new("modalities", Harmless::ListOf("text")).because(ONLY_TEXT),
+    Refused::new("audio", Harmless::Null).because(ONLY_TEXT),
+    Refused::new("web_search_options", Harmless::Null),
+    Refused::new("bad_words", Harmless::EmptyList),
+    Refused::new("allowed_token_ids", Harmless::EmptyList),
+    Refused::new("truncate_prompt_tokens", Harmless::Null),
+    Refused::new("logits_processors", Harmless::EmptyList),
+    Refused::new("chat_template", Harmless::Null),
+    Refused::new("documents", Harmless::EmptyList),
+    Refused::new("prompt_embeds", Harmless::Null),
 ];
 
 /// Fields that are known and mean nothing here.
@@ -113,30 +249,43 @@ const WITHOUT_MEANING: [&str; 12] = [
     "spaces_between_special_tokens",
 ];
 
-/// The fields of one endpoint: they go before those that all share.
-pub trait OwnFields<'de>: Default {
-    /// Reads the value of `key` if it is one of these fields; `at` learns its name for the error.
-    fn read<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A, at: &Cell<&'static str>) -> Result<bool, A::Error>;
-}
-
-/// An endpoint without fields of its own.
-impl<'de> OwnFields<'de> for () {
-    fn read<A: MapAccess<'de>>(&mut self, _: &str, _: &mut A, _: &Cell<&'static str>) -> Result<bool, A::Error> {
-        Ok(false)
+/// The schema of an operation's body.
+pub fn describe(limits: &Limits<'_>, generator: &mut SchemaGenerator) -> Schema {
+    let own = match limits.operation {
+        Responses => responses::request::ResponsesRequest::DECLARED,
+        AgentMessages | CountTokens => messages::request::MessagesRequest::DECLARED,
+        _ => <()>::DECLARED,
+    };
+    let mut schema = object(own.iter().chain(Body::DECLARED).chain(&STRUCTURED), limits, generator);
+    let properties = schema.get_mut("properties").and_then(Value::as_object_mut);
+    let Some(properties) = properties else { return schema };
+    let mut add = |name: &str, uses: Uses, field: Value| {
+        if uses.include(limits.operation) && !properties.contains_key(name) {
+            properties.insert(name.to_owned(), field);
+        }
+    };
+    for refused in &REFUSED {
+        let mut field = refused.harmless.schema();
+        field["description"] = "Not served: only what asks for nothing.".into();
+        add(refused.name, REFUSING, field);
     }
+    for name in WITHOUT_MEANING {
+        add(name, GENERATION, json!({"description": "Taken, without effect."}));
+    }
+    schema
 }
 
 impl<'de> Body<'de> {
     /// Reads a body.
-    pub fn parse(bytes: &'de [u8]) -> Result<Self, ApiError> {
-        Self::parse_with::<()>(bytes).map(|(body, ())| body)
+    pub fn parse(bytes: &'de [u8], operation: Operation) -> Result<Self, ApiError> {
+        Self::parse_with::<()>(bytes, operation).map(|(body, ())| body)
     }
 
-    /// Reads a body and the fields of an endpoint.
-    pub fn parse_with<Own: OwnFields<'de>>(bytes: &'de [u8]) -> Result<(Self, Own), ApiError> {
+    /// Reads a body and the fields that only its operation has, or means something else by.
+    pub fn parse_with<Own: Fields<'de>>(bytes: &'de [u8], operation: Operation) -> Result<(Self, Own), ApiError> {
         let field = Cell::new("");
         let mut deserializer = serde_json::Deserializer::from_slice(bytes);
-        let parsed = BodySeed { field: &field, own: PhantomData }
+        let parsed = BodySeed { operation, field: &field, own: PhantomData }
             .deserialize(&mut deserializer)
             .and_then(|body| deserializer.end().map(|()| body));
         parsed.map_err(|error| {
@@ -151,14 +300,37 @@ impl<'de> Body<'de> {
             }
         })
     }
+
+    /// Reads a field that has no member of its own, and says who knows it.
+    fn read_other<A: MapAccess<'de>>(
+        &mut self,
+        key: &str,
+        map: &mut A,
+        at: &Cell<&'static str>,
+    ) -> Result<Uses, A::Error> {
+        if let Some(refused) = REFUSED.iter().find(|refused| refused.name == key) {
+            let asked = value::<Value, A>(map, at, refused.name)?;
+            self.refused.extend(asked.map(|value| (refused, value)));
+            return Ok(REFUSING);
+        }
+        if let Some(form) = STRUCTURED.iter().find(|form| form.name == key) {
+            let asked = value::<Value, A>(map, at, form.name)?;
+            self.structured.extend(asked.map(|value| (form.name, value)));
+            return Ok(GENERATION);
+        }
+        at.set("");
+        map.next_value::<IgnoredAny>()?;
+        Ok(if WITHOUT_MEANING.contains(&key) { GENERATION } else { Uses::of(&[]) })
+    }
 }
 
 struct BodySeed<'a, Own> {
+    operation: Operation,
     field: &'a Cell<&'static str>,
     own: PhantomData<Own>,
 }
 
-impl<'de, Own: OwnFields<'de>> DeserializeSeed<'de> for BodySeed<'_, Own> {
+impl<'de, Own: Fields<'de>> DeserializeSeed<'de> for BodySeed<'_, Own> {
     type Value = (Body<'de>, Own);
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
@@ -166,7 +338,7 @@ impl<'de, Own: OwnFields<'de>> DeserializeSeed<'de> for BodySeed<'_, Own> {
     }
 }
 
-impl<'de, Own: OwnFields<'de>> Visitor<'de> for BodySeed<'_, Own> {
+impl<'de, Own: Fields<'de>> Visitor<'de> for BodySeed<'_, Own> {
     type Value = (Body<'de>, Own);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -178,93 +350,19 @@ impl<'de, Own: OwnFields<'de>> Visitor<'de> for BodySeed<'_, Own> {
         let mut body = Body::default();
         let at = self.field;
         while let Some(Key(key)) = map.next_key()? {
-            if own.read(&key, &mut map, at)? {
-                continue;
+            let mut uses = own.read(&key, &mut map, at)?;
+            if uses.is_none() {
+                uses = body.read(&key, &mut map, at)?;
             }
-            match &*key {
-                "model" => body.model = field(&mut map, at, "model")?,
-                "messages" => body.messages = field(&mut map, at, "messages")?,
-                "tools" => body.tools = field(&mut map, at, "tools")?,
-                "tool_choice" => body.tool_choice = field(&mut map, at, "tool_choice")?,
-                "parallel_tool_calls" => body.parallel_tool_calls = field(&mut map, at, "parallel_tool_calls")?,
-                "prompt" => body.prompt = field(&mut map, at, "prompt")?,
-                "suffix" => body.suffix = field(&mut map, at, "suffix")?,
-                "tokens" => body.tokens = field(&mut map, at, "tokens")?,
-                "stream" => body.stream = field(&mut map, at, "stream")?,
-                "stream_options" => body.stream_options = field(&mut map, at, "stream_options")?,
-                "temperature" => body.temperature = field(&mut map, at, "temperature")?,
-                "top_p" => body.top_p = field(&mut map, at, "top_p")?,
-                "top_k" => body.top_k = field(&mut map, at, "top_k")?,
-                "min_p" => body.min_p = field(&mut map, at, "min_p")?,
-                "max_tokens" => body.max_tokens = field(&mut map, at, "max_tokens")?,
-                "max_completion_tokens" => body.max_completion_tokens = field(&mut map, at, "max_completion_tokens")?,
-                "min_tokens" => body.min_tokens = field(&mut map, at, "min_tokens")?,
-                "stop" => body.stop = field(&mut map, at, "stop")?,
-                "stop_token_ids" => body.stop_token_ids = field(&mut map, at, "stop_token_ids")?,
-                "include_stop_str_in_output" => {
-                    body.include_stop_str_in_output = field(&mut map, at, "include_stop_str_in_output")?;
-                }
-                "ignore_eos" => body.ignore_eos = field(&mut map, at, "ignore_eos")?,
-                // Mistral's name for it
-                "seed" | "random_seed" => body.seed = field(&mut map, at, "seed")?,
-                "n" => body.n = field(&mut map, at, "n")?,
-                "best_of" => body.best_of = field(&mut map, at, "best_of")?,
-                "use_beam_search" => body.use_beam_search = field(&mut map, at, "use_beam_search")?,
-                "presence_penalty" => body.presence_penalty = field(&mut map, at, "presence_penalty")?,
-                "frequency_penalty" => body.frequency_penalty = field(&mut map, at, "frequency_penalty")?,
-                "repetition_penalty" => body.repetition_penalty = field(&mut map, at, "repetition_penalty")?,
-                "logit_bias" => {
-                    body.logit_bias = field::<Biases, A>(&mut map, at, "logit_bias")?.map(|biases| biases.0);
-                }
-                "logprobs" => body.logprobs = field(&mut map, at, "logprobs")?,
-                "top_logprobs" => body.top_logprobs = field(&mut map, at, "top_logprobs")?,
-                "prompt_logprobs" => body.prompt_logprobs = field(&mut map, at, "prompt_logprobs")?,
-                "echo" => body.echo = field(&mut map, at, "echo")?,
-                "skip_special_tokens" => body.skip_special_tokens = field(&mut map, at, "skip_special_tokens")?,
-                "return_token_ids" => body.return_token_ids = field(&mut map, at, "return_token_ids")?,
-                "return_tokens_as_token_ids" => {
-                    body.return_tokens_as_token_ids = field(&mut map, at, "return_tokens_as_token_ids")?;
-                }
-                "return_token_strs" => body.return_token_strs = field(&mut map, at, "return_token_strs")?,
-                "add_generation_prompt" => body.add_generation_prompt = field(&mut map, at, "add_generation_prompt")?,
-                "continue_final_message" => {
-                    body.continue_final_message = field(&mut map, at, "continue_final_message")?;
-                }
-                "add_special_tokens" => body.add_special_tokens = field(&mut map, at, "add_special_tokens")?,
-                "priority" => body.priority = field(&mut map, at, "priority")?,
-                "cache_salt" => body.cache_salt = field(&mut map, at, "cache_salt")?,
-                "prompt_cache_key" => body.prompt_cache_key = field(&mut map, at, "prompt_cache_key")?,
-                "user" => body.user = field(&mut map, at, "user")?,
-                other => {
-                    if let Some(name) = REFUSED.iter().find(|name| **name == other) {
-                        if let Some(value) = field::<Value, A>(&mut map, at, name)? {
-                            body.refused.push((name, value));
-                        }
-                    } else if let Some(name) = STRUCTURED.iter().find(|name| **name == other) {
-                        if let Some(value) = field::<Value, A>(&mut map, at, name)? {
-                            body.structured.push((name, value));
-                        }
-                    } else {
-                        at.set("");
-                        body.unknown += u32::from(!WITHOUT_MEANING.contains(&other));
-                        map.next_value::<IgnoredAny>()?;
-                    }
-                }
-            }
+            let uses = match uses {
+                Some(uses) => uses,
+                None => body.read_other(&key, &mut map, at)?,
+            };
+            body.unknown += u32::from(!uses.include(self.operation));
         }
         at.set("");
         Ok((body, own))
     }
-}
-
-/// Reads one value and remembers its name for the error.
-pub fn field<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
-    map: &mut A,
-    at: &Cell<&'static str>,
-    name: &'static str,
-) -> Result<Option<T>, A::Error> {
-    at.set(name);
-    map.next_value()
 }
 
 #[cfg(test)]
@@ -272,15 +370,17 @@ mod tests {
     use super::*;
 
     fn error(body: &str) -> (Option<String>, String) {
-        let error = Body::parse(body.as_bytes()).expect_err(body);
+        let error = Body::parse(body.as_bytes(), Chat).expect_err(body);
         (error.param, error.message)
     }
 
     #[test]
     fn null_is_absent_and_unknown_fields_are_counted() {
-        let body =
-            Body::parse(br#"{"model":"m","temperature":null,"max_tokens":3.0,"x":{"y":[1]},"user":"u","seed":-1}"#)
-                .expect("valid");
+        let body = Body::parse(
+            br#"{"model":"m","temperature":null,"max_tokens":3.0,"x":{"y":[1]},"user":"u","seed":-1}"#,
+            Chat,
+        )
+        .expect("valid");
         assert_eq!((body.model.as_deref(), body.temperature, body.unknown), (Some("m"), None, 1));
         assert_eq!((body.max_tokens, body.seed), (Some(Integer(3)), Some(Integer(-1))));
     }
@@ -316,7 +416,7 @@ mod tests {
     fn prompts_have_four_forms() {
         let prompt = |text: &str| {
             let body = format!(r#"{{"prompt":{text}}}"#);
-            Body::parse(body.as_bytes()).expect(text).prompt
+            Body::parse(body.as_bytes(), Chat).expect(text).prompt
         };
         assert_eq!(prompt(r#""a""#), Some(Prompt::Text("a".into())));
         assert_eq!(prompt(r#"["a","b"]"#), Some(Prompt::Texts(vec!["a".into(), "b".into()])));

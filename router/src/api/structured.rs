@@ -342,7 +342,7 @@ mod tests {
 
     fn read(body: &Value) -> Result<Option<Structure>, ApiError> {
         let bytes = body.to_string().into_bytes();
-        let body = Body::parse(&bytes)?;
+        let body = Body::parse(&bytes, crate::api::declare::Operation::Chat)?;
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
         let tokenizer = bora_common::tokenizer::Tokenizer::from_file(file).unwrap();
         let spec = ModelSpec { tokenizer: Some(tokenizer.into()), ..ModelSpec::default() };

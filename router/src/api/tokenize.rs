@@ -11,6 +11,7 @@ use axum::{
 use serde::Serialize;
 
 use super::{
+    declare::Operation,
     error::ApiError,
     fields::Prompt,
     generate::read_body,
@@ -73,7 +74,7 @@ pub async fn run<T: Serialize + Send + 'static>(
 }
 
 fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<Tokenized, ApiError> {
-    let body = Fields::parse(bytes)?;
+    let body = Fields::parse(bytes, Operation::Tokenize)?;
     params::refuse_unserved(&body)?;
     let (_, model, spec) = resolve(service, body.model.as_deref())?;
     let with_strings = body.return_token_strs.unwrap_or(false);
@@ -113,7 +114,7 @@ fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Re
 }
 
 fn detokenize_body(service: &Service, _: Option<&Caller>, bytes: &[u8]) -> Result<Detokenized, ApiError> {
-    let body = Fields::parse(bytes)?;
+    let body = Fields::parse(bytes, Operation::Detokenize)?;
     let (_, model, spec) = resolve(service, body.model.as_deref())?;
     let tokens = body.tokens.ok_or_else(|| ApiError::invalid("tokens", "`tokens` is required."))?;
     let Some(tokenizer) = &spec.tokenizer else {

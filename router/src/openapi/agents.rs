@@ -1,34 +1,11 @@
-//! Of OpenAI's Responses and Anthropic's Messages what the code that reads them can't be asked for: their other fields are
-//! derived from [`crate::api::responses`] and [`crate::api::messages`], and so are all their answers.
-//!
-//! Fields that all generation endpoints share are read in one place ([`crate::api::request`]) that knows no endpoint, and an
-//! entry of a conversation is read by one structure whatever its kind, so that a refusal can name the field: here stands which
-//! of them belong together.
+//! What stands in fields of OpenAI's Responses and Anthropic's Messages. The fields are declared where they are read, and answers are
+//! derived from what is written ([`crate::api::responses`], [`crate::api::messages`]); but an entry of a conversation is read by one
+//! structure whatever its kind, so that a refusal can name the field: here stands which of its fields belong together.
 
 #![allow(missing_docs)] // the names are OpenAI's and Anthropic's; what needs words has them
 
 use schemars::JsonSchema;
 use serde_json::{Map, Value};
-
-use crate::api::{messages, responses};
-
-/// `POST /v1/responses`
-#[derive(JsonSchema)]
-pub struct ResponsesRequest {
-    /// May be absent where one model is served.
-    pub model: Option<String>,
-    #[serde(flatten)]
-    pub own: responses::request::ResponsesRequest<'static>,
-    pub parallel_tool_calls: Option<bool>,
-    #[schemars(range(min = 0, max = 20))]
-    pub top_logprobs: Option<u32>,
-    #[schemars(range(min = 0, max = 2))]
-    pub temperature: Option<f64>,
-    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
-    pub top_p: Option<f64>,
-    pub seed: Option<i64>,
-    pub stream: Option<bool>,
-}
 
 /// A text of the user's, or the items of a conversation.
 #[derive(JsonSchema)]
@@ -81,35 +58,6 @@ pub enum InputPart {
 pub enum ResponsesChoice {
     Mode(String),
     Named(#[schemars(with = "Map<String, Value>")] Map<String, Value>),
-}
-
-/// `POST /v1/messages`
-#[derive(JsonSchema)]
-pub struct MessagesRequest {
-    #[serde(flatten)]
-    pub prompt: CountRequest,
-    #[schemars(range(min = 1))]
-    pub max_tokens: u32,
-    #[schemars(range(min = 0, max = 2))]
-    pub temperature: Option<f64>,
-    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
-    pub top_p: Option<f64>,
-    #[schemars(range(min = -1))]
-    pub top_k: Option<i64>,
-    pub stream: Option<bool>,
-    #[schemars(with = "Option<Map<String, Value>>")]
-    pub metadata: Option<Map<String, Value>>,
-}
-
-/// `POST /v1/messages/count_tokens`
-#[derive(JsonSchema)]
-pub struct CountRequest {
-    /// May be absent where one model is served.
-    pub model: Option<String>,
-    #[schemars(length(min = 1))]
-    pub messages: Vec<messages::request::Message<'static>>,
-    #[serde(flatten)]
-    pub own: messages::request::MessagesRequest<'static>,
 }
 
 /// Who speaks.

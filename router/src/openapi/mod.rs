@@ -1,10 +1,10 @@
 //! `GET /openapi.json`: what the API takes and answers, for people and for tools.
 //!
-//! A [`Route`] is what serves a path and what is said of it, in one: nothing is served without a description. Schemas are
-//! derived: those of generated answers and of the requests of Responses and Messages from the types that are written and read
-//! ([`agents`] says what can't be), those of the others from the types of [`requests`] and [`responses`]. The bodies of chat and
-//! completions are read by hand, so these are not the ones that the router works with; `tests/e2e/test_openapi.py` holds them
-//! together: it asks the real server, and a field that is not described fails it.
+//! A [`Route`] is what serves a path and what is said of it, in one: nothing is served without a description. Fields of
+//! requests are described by the declarations that they are read and bounded by ([`crate::api::declare`]), with the limits
+//! that this router has; generated answers by the types that are written; the rest by the types of [`responses`]. What stands in
+//! messages, tools and forms of answers is described by hand ([`requests`], [`agents`]); `tests/e2e/test_openapi.py` asks the real
+//! server.
 
 pub mod agents;
 pub mod requests;
@@ -21,7 +21,10 @@ use axum::{
 use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 
-use crate::api::status;
+use crate::{
+    api::{bounds::Limits, declare::Operation, request, status},
+    options::RouterOptions,
+};
 
 type Describe = fn(&mut SchemaGenerator) -> Schema;
 
@@ -32,7 +35,7 @@ pub struct Route<S> {
     handler: MethodRouter<S>,
     summary: &'static str,
     tag: &'static str,
-    takes: Option<Describe>,
+    takes: Option<Operation>,
     answers: Vec<Answer>,
     errors: &'static [u16],
     error: Describe,
@@ -84,8 +87,8 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
     }
 
     /// The body.
-    pub fn takes<T: JsonSchema>(mut self) -> Self {
-        self.takes = Some(|generator| generator.subschema_for::<T>());
+    pub fn takes(mut self, operation: Operation) -> Self {
+        self.takes = Some(operation);
         self
     }
 
@@ -121,18 +124,22 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
     }
 }
 
+const SCHEMAS: &str = "/components/schemas";
+
 /// What is described so far.
 pub struct Document {
     paths: Map<String, Value>,
     requests: SchemaGenerator,
     answers: SchemaGenerator,
+    options: RouterOptions,
 }
 
-impl Default for Document {
-    fn default() -> Self {
+impl Document {
+    /// Nothing yet, of a router with these limits.
+    pub fn new(options: RouterOptions) -> Self {
         let settings = || {
             let mut settings = SchemaSettings::draft2020_12();
-            settings.definitions_path = "/components/schemas".into();
+            settings.definitions_path = SCHEMAS.into();
             settings.meta_schema = None;
             settings
         };
@@ -140,11 +147,10 @@ impl Default for Document {
             paths: Map::new(),
             requests: settings().for_deserialize().into_generator(),
             answers: settings().for_serialize().into_generator(),
+            options,
         }
     }
-}
 
-impl Document {
     /// A router of these routes, which are described from now on.
     pub fn serve<S: Clone + Send + Sync + 'static>(&mut self, routes: Vec<Route<S>>) -> Router<S> {
         routes.into_iter().fold(Router::new(), |router, route| {
@@ -181,7 +187,7 @@ impl Document {
             "responses": responses,
         });
         if let Some(takes) = route.takes {
-            let schema = takes(&mut self.requests);
+            let schema = self.body(takes);
             operation["requestBody"] = json!({"required": true, "content": {"application/json": {"schema": schema}}});
         }
         if route.keyless {
@@ -197,6 +203,16 @@ impl Document {
         }
         let item = self.paths.entry(path).or_insert_with(|| json!({}));
         item[route.method] = operation;
+    }
+
+    /// The schema of a body, among the others and by its name.
+    fn body(&mut self, operation: Operation) -> Schema {
+        let name = format!("{operation:?}Request");
+        let limits = Limits { operation, options: &self.options };
+        let schema = request::describe(&limits, &mut self.requests);
+        let reference = Schema::new_ref(format!("#{SCHEMAS}/{name}"));
+        self.requests.definitions_mut().insert(name, schema.to_value());
+        reference
     }
 
     /// The whole document.

@@ -2,6 +2,7 @@
 
 mod admission;
 mod api;
+mod description;
 mod faults;
 mod goldens;
 mod lenient;

@@ -14,6 +14,7 @@ use super::request::read;
 use crate::{
     access::Caller,
     api::{
+        declare::Operation,
         error::ApiError,
         prepare::{chat_prompt, resolve},
         tokenize,
@@ -34,7 +35,7 @@ pub async fn count_tokens(State(service): State<Arc<Service>>, request: Request<
 }
 
 fn count(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<TokenCount, ApiError> {
-    let (conversion, fields) = read(bytes, true)?;
+    let (conversion, fields) = read(bytes, Operation::CountTokens, service.options())?;
     if fields.unknown > 0 {
         service.metrics().unknown_fields(fields.unknown);
     }

@@ -4,25 +4,24 @@
 //! message says follows; pictures that tools returned are shown there too, because the model looks at pictures in a
 //! user's message only. A last message of the assistant's is continued. Thinking is left out: this model does not think.
 
-use std::{borrow::Cow, cell::Cell};
+use std::borrow::Cow;
 
 use schemars::JsonSchema;
-use serde::{
-    Deserialize,
-    de::{IgnoredAny, MapAccess},
-};
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value, json, value::RawValue};
 
 use crate::api::{
+    bounds::Limits,
     convert::{
         ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, ChatToolFunction, Conversion, Dialect,
         Origin, Place, Text, entry, is_array, is_object, is_string, missing, refuse_foreign, unsupported,
     },
+    declare::{Operation, Uses, fields},
     error::ApiError,
     fields::OneOrMany,
-    request::{Body, OwnFields, field},
+    request::{Body, stops},
 };
-use crate::openapi::agents;
+use crate::{openapi::agents, options::RouterOptions};
 
 const DIALECT: Dialect = Dialect {
     fields: &[("stop", "stop_sequences"), ("response_format", "output_config.format")],
@@ -37,61 +36,34 @@ const DIALECT: Dialect = Dialect {
     ],
 };
 
-/// The fields that only this API has, or means something else by.
-#[derive(Debug, Default, JsonSchema)]
-#[schemars(rename = "OwnMessagesFields")]
-pub struct MessagesRequest<'a> {
-    /// Instructions in front of the messages: a text, or blocks of text.
-    #[schemars(with = "Option<agents::AgentContent>")]
-    pub system: Option<&'a RawValue>,
-    /// Tools that may be called; only the client's own.
-    #[schemars(with = "Option<Vec<Tool<'static>>>")]
-    pub tools: Option<Vec<&'a RawValue>>,
-    /// Whether and which.
-    pub tool_choice: Option<ToolChoice>,
-    /// Texts that end the answer.
-    #[schemars(length(max = 16))]
-    pub stop_sequences: Option<Vec<String>>,
-    /// The form of the answer.
-    pub output_config: Option<OutputConfig>,
-    /// The form of the answer, under its older name.
-    #[schemars(with = "Option<Map<String, Value>>")]
-    pub output_format: Option<Value>,
-    /// Ignored: this model does not think.
-    #[schemars(with = "Option<Map<String, Value>>")]
-    pub thinking: Option<IgnoredAny>,
-    /// Ignored: every prompt is cached.
-    #[schemars(with = "Option<Map<String, Value>>")]
-    pub cache_control: Option<IgnoredAny>,
-    /// Ignored: nothing is taken out of a conversation.
-    #[schemars(with = "Option<Map<String, Value>>")]
-    pub context_management: Option<IgnoredAny>,
-    /// Refused unless it is empty.
-    #[schemars(skip)]
-    pub mcp_servers: Option<Vec<IgnoredAny>>,
-    /// Refused.
-    #[schemars(skip)]
-    pub container: Option<Value>,
-}
+const USES: Uses = Uses::of(&[Operation::Messages, Operation::CountTokens]);
 
-impl<'de> OwnFields<'de> for MessagesRequest<'de> {
-    fn read<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A, at: &Cell<&'static str>) -> Result<bool, A::Error> {
-        match key {
-            "system" => self.system = field(map, at, "system")?,
-            "tools" => self.tools = field(map, at, "tools")?,
-            "tool_choice" => self.tool_choice = field(map, at, "tool_choice")?,
-            "stop_sequences" => self.stop_sequences = field(map, at, "stop_sequences")?,
-            "output_config" => self.output_config = field(map, at, "output_config")?,
-            "output_format" => self.output_format = field(map, at, "output_format")?,
-            "thinking" => self.thinking = field(map, at, "thinking")?,
-            "cache_control" => self.cache_control = field(map, at, "cache_control")?,
-            "context_management" => self.context_management = field(map, at, "context_management")?,
-            "mcp_servers" => self.mcp_servers = field(map, at, "mcp_servers")?,
-            "container" => self.container = field(map, at, "container")?,
-            _ => return Ok(false),
-        }
-        Ok(true)
-    }
+fields! {
+    /// The fields that only this API has, or means something else by.
+    pub struct MessagesRequest<'a> {}
+
+    /// Instructions in front of the messages: a text, or blocks of text.
+    system: &'a RawValue as agents::AgentContent, USES;
+    /// Tools that may be called; only the client's own.
+    tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
+    /// Whether and which.
+    tool_choice: ToolChoice, USES;
+    /// Texts that end the answer.
+    stop_sequences: Vec<String>, USES, within stops;
+    /// The form of the answer.
+    output_config: OutputConfig, USES;
+    /// The form of the answer, under its older name.
+    output_format: Value as Map<String, Value>, USES;
+    /// Ignored: this model does not think.
+    thinking: IgnoredAny as Map<String, Value>, USES;
+    /// Ignored: every prompt is cached.
+    cache_control: IgnoredAny as Map<String, Value>, USES;
+    /// Ignored: nothing is taken out of a conversation.
+    context_management: IgnoredAny as Map<String, Value>, USES;
+    /// Refused unless it is empty.
+    mcp_servers: Vec<IgnoredAny> as [(); 0], USES;
+    /// Refused.
+    container: Value as (), USES;
 }
 
 /// `tool_choice`.
@@ -179,12 +151,19 @@ const NO_ARGUMENTS: &str = "{}";
 const BILLING: &str = "x-anthropic-billing-header";
 
 /// Reads a request: its conversation and its other fields. Counting tokens needs no `max_tokens`.
-pub fn read(bytes: &[u8], counts_only: bool) -> Result<(Conversion, Body<'_>), ApiError> {
-    let (mut fields, request) = Body::parse_with::<MessagesRequest<'_>>(bytes)?;
-    if fields.max_tokens.is_none() && !counts_only {
+pub fn read<'b>(
+    bytes: &'b [u8],
+    operation: Operation,
+    options: &RouterOptions,
+) -> Result<(Conversion, Body<'b>), ApiError> {
+    let (mut fields, request) = Body::parse_with::<MessagesRequest<'_>>(bytes, operation)?;
+    if fields.max_tokens.is_none() && operation != Operation::CountTokens {
         return Err(ApiError::invalid("max_tokens", "`max_tokens` is required."));
     }
     refuse_foreign(&fields)?;
+    if let Some(stops) = request.stop_sequences(&Limits { operation, options })? {
+        fields.stop = Some(OneOrMany(stops.to_vec()));
+    }
     if request.mcp_servers.is_some_and(|servers| !servers.is_empty()) {
         return Err(ApiError::invalid("mcp_servers", "`mcp_servers` is not supported: this server calls no tools."));
     }
@@ -209,9 +188,6 @@ pub fn read(bytes: &[u8], counts_only: bool) -> Result<(Conversion, Body<'_>), A
             fields.parallel_tool_calls = Some(false);
         }
         fields.tool_choice = Some(tool_choice(choice)?);
-    }
-    if let Some(stops) = request.stop_sequences {
-        fields.stop = Some(OneOrMany(stops));
     }
     let format = request.output_config.and_then(|config| config.format).or(request.output_format);
     if let Some(format) = format {

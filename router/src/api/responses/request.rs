@@ -4,25 +4,28 @@
 //! before them, reasoning is left out (this model has none to go on with). What needs a memory of ours is refused by
 //! name: `previous_response_id`, `conversation`, `background`, `prompt`, references to items.
 
-use std::{borrow::Cow, cell::Cell, fmt};
+use std::{borrow::Cow, fmt};
 
 use schemars::JsonSchema;
 use serde::{
     Deserialize, Serialize,
-    de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{Deserializer, IgnoredAny, SeqAccess, Visitor},
 };
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Map, Value, json, value::RawValue};
 
 use crate::api::{
+    bounds::Limits,
+    bounds::at_least,
     convert::{
         ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, ChatToolFunction, Conversion, Dialect,
         Origin, Place, Text, entry, is_array, is_string, missing, refuse_foreign, unsupported,
     },
+    declare::{Operation, Uses, fields},
     error::ApiError,
     fields::{Integer, LogprobsField, Name},
-    request::{Body, OwnFields, field},
+    request::Body,
 };
-use crate::openapi::agents;
+use crate::{openapi::agents, options::RouterOptions};
 
 const DIALECT: Dialect = Dialect {
     fields: &[("messages", "input"), ("max_tokens", "max_output_tokens"), ("response_format", "text.format")],
@@ -38,95 +41,54 @@ const DIALECT: Dialect = Dialect {
     ],
 };
 
-/// The fields that only this API has, or means something else by.
-#[derive(Debug, Default, JsonSchema)]
-#[schemars(rename = "OwnResponsesFields")]
-pub struct ResponsesRequest<'a> {
-    /// A text of the user's, or the items of the conversation.
-    #[schemars(required, with = "agents::ResponsesInput")]
-    pub input: Option<Input<'a>>,
-    /// A system message in front of the input.
-    #[schemars(with = "Option<String>")]
-    pub instructions: Option<&'a RawValue>,
-    /// Most tokens that are generated; cut at the room left in the model's window.
-    #[schemars(with = "Option<u32>", range(min = 1))]
-    pub max_output_tokens: Option<Integer>,
-    /// The form of the text.
-    pub text: Option<TextOptions>,
-    /// Functions that may be called.
-    #[schemars(with = "Option<Vec<Tool<'static>>>")]
-    pub tools: Option<Vec<&'a RawValue>>,
-    /// Whether and which.
-    #[schemars(with = "Option<agents::ResponsesChoice>")]
-    pub tool_choice: Option<Value>,
-    /// What else the answer is to hold: `message.output_text.logprobs`.
-    pub include: Option<Vec<String>>,
-    /// Only `effort: none`.
-    pub reasoning: Option<Reasoning>,
-    /// Comes back in the answer.
-    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
-    pub metadata: Option<serde_json::Map<String, Value>>,
-    /// Comes back in the answer.
-    pub user: Option<String>,
-    /// Comes back in the answer.
-    pub prompt_cache_key: Option<String>,
-    /// Comes back in the answer.
-    pub safety_identifier: Option<String>,
-    /// Comes back in the answer: it counts the calls of tools that a server runs, and this one runs none.
-    #[schemars(with = "Option<i64>")]
-    pub max_tool_calls: Option<Integer>,
-    /// Nothing is kept, whatever it says.
-    pub store: Option<bool>,
-    /// Nothing is cut off, whatever it says.
-    pub truncation: Option<String>,
-    /// Refused.
-    #[schemars(skip)]
-    pub background: Option<bool>,
-    /// Refused.
-    #[schemars(skip)]
-    pub previous_response_id: Option<Value>,
-    /// Refused.
-    #[schemars(skip)]
-    pub conversation: Option<Value>,
-    /// Refused.
-    #[schemars(skip)]
-    pub prompt: Option<Value>,
-    /// Refused: the field is `input`.
-    #[schemars(skip)]
-    pub messages: Option<IgnoredAny>,
-    /// Says nothing that matters here.
-    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
-    pub stream_options: Option<IgnoredAny>,
-}
+const USES: Uses = Uses::of(&[Operation::Responses]);
 
-impl<'de> OwnFields<'de> for ResponsesRequest<'de> {
-    fn read<A: MapAccess<'de>>(&mut self, key: &str, map: &mut A, at: &Cell<&'static str>) -> Result<bool, A::Error> {
-        match key {
-            "input" => self.input = field(map, at, "input")?,
-            "instructions" => self.instructions = field(map, at, "instructions")?,
-            "max_output_tokens" => self.max_output_tokens = field(map, at, "max_output_tokens")?,
-            "text" => self.text = field(map, at, "text")?,
-            "tools" => self.tools = field(map, at, "tools")?,
-            "tool_choice" => self.tool_choice = field(map, at, "tool_choice")?,
-            "include" => self.include = field(map, at, "include")?,
-            "reasoning" => self.reasoning = field(map, at, "reasoning")?,
-            "metadata" => self.metadata = field(map, at, "metadata")?,
-            "user" => self.user = field(map, at, "user")?,
-            "prompt_cache_key" => self.prompt_cache_key = field(map, at, "prompt_cache_key")?,
-            "safety_identifier" => self.safety_identifier = field(map, at, "safety_identifier")?,
-            "max_tool_calls" => self.max_tool_calls = field(map, at, "max_tool_calls")?,
-            "store" => self.store = field(map, at, "store")?,
-            "truncation" => self.truncation = field(map, at, "truncation")?,
-            "background" => self.background = field(map, at, "background")?,
-            "previous_response_id" => self.previous_response_id = field(map, at, "previous_response_id")?,
-            "conversation" => self.conversation = field(map, at, "conversation")?,
-            "prompt" => self.prompt = field(map, at, "prompt")?,
-            "messages" => self.messages = field(map, at, "messages")?,
-            "stream_options" => self.stream_options = field(map, at, "stream_options")?,
-            _ => return Ok(false),
-        }
-        Ok(true)
-    }
+fields! {
+    /// The fields that only this API has, or means something else by.
+    pub struct ResponsesRequest<'a> {}
+
+    /// A text of the user's, or the items of the conversation.
+    input: Input<'a> as agents::ResponsesInput, USES.required(&[Operation::Responses]);
+    /// A system message in front of the input.
+    instructions: &'a RawValue as String, USES;
+    /// Most tokens that are generated; cut at the room left in the model's window.
+    max_output_tokens: Integer, USES, within |_| at_least(1);
+    /// The form of the text.
+    text: TextOptions, USES;
+    /// Functions that may be called.
+    tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
+    /// Whether and which.
+    tool_choice: Value as agents::ResponsesChoice, USES;
+    /// What else the answer is to hold: `message.output_text.logprobs`.
+    include: Vec<String>, USES;
+    /// Only `effort: none`.
+    reasoning: Reasoning, USES;
+    /// Comes back in the answer.
+    metadata: Map<String, Value>, USES;
+    /// Comes back in the answer.
+    user: String, USES;
+    /// Comes back in the answer.
+    prompt_cache_key: String, USES;
+    /// Comes back in the answer.
+    safety_identifier: String, USES;
+    /// Comes back in the answer: it counts the calls of tools that a server runs, and this one runs none.
+    max_tool_calls: Integer, USES;
+    /// Nothing is kept, whatever it says.
+    store: bool, USES;
+    /// Nothing is cut off, whatever it says.
+    truncation: String, USES;
+    /// Only `false`: nothing is kept.
+    background: bool, USES;
+    /// Refused.
+    previous_response_id: Value as (), USES;
+    /// Refused.
+    conversation: Value as (), USES;
+    /// Refused.
+    prompt: Value as (), USES;
+    /// Refused: the field is `input`.
+    messages: IgnoredAny as (), USES;
+    /// Says nothing that matters here.
+    stream_options: IgnoredAny as Map<String, Value>, USES;
 }
 
 /// `input`.
@@ -168,7 +130,7 @@ impl<'de> Deserialize<'de> for Input<'de> {
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 pub struct TextOptions {
     /// `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "name", "schema", "strict"}`.
-    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
+    #[schemars(with = "Option<Map<String, Value>>")]
     pub format: Option<Value>,
     /// Comes back in the answer.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -224,7 +186,7 @@ struct Tool<'a> {
     description: Option<&'a RawValue>,
     /// A JSON schema.
     #[serde(borrow)]
-    #[schemars(with = "Option<serde_json::Map<String, Value>>")]
+    #[schemars(with = "Option<Map<String, Value>>")]
     parameters: Option<&'a RawValue>,
     strict: Option<bool>,
 }
@@ -243,7 +205,7 @@ pub struct Echo {
     /// With its default.
     pub text: TextOptions,
     /// As it came, or empty.
-    pub metadata: serde_json::Map<String, Value>,
+    pub metadata: Map<String, Value>,
     /// As it came.
     pub user: Option<String>,
     /// As it came.
@@ -257,10 +219,12 @@ pub struct Echo {
 }
 
 /// Reads a request: its conversation, its other fields, and what comes back.
-pub fn read(bytes: &[u8]) -> Result<(Conversion, Body<'_>, Echo), ApiError> {
-    let (mut fields, mut request) = Body::parse_with::<ResponsesRequest<'_>>(bytes)?;
+pub fn read<'b>(bytes: &'b [u8], options: &RouterOptions) -> Result<(Conversion, Body<'b>, Echo), ApiError> {
+    let limits = Limits { operation: Operation::Responses, options };
+    let (mut fields, mut request) = Body::parse_with::<ResponsesRequest<'_>>(bytes, limits.operation)?;
     refuse_memory(&request)?;
     refuse_foreign(&fields)?;
+    let max_output_tokens = request.max_output_tokens(&limits)?;
     let echo = echo(&mut request, &fields);
     fields.prompt_cache_key = echo.prompt_cache_key.as_deref().map(|name| Name::of(name.as_bytes()));
     fields.user = echo.user.as_deref().map(|name| Name::of(name.as_bytes()));
@@ -282,8 +246,8 @@ pub fn read(bytes: &[u8]) -> Result<(Conversion, Body<'_>, Echo), ApiError> {
     }
     conversion.set_tools(&tools(request.tools.as_deref().unwrap_or_default())?)?;
     fields.tool_choice = request.tool_choice.map(tool_choice);
-    if let Some(most) = request.max_output_tokens {
-        fields.max_tokens = Some(most);
+    if let Some(most) = max_output_tokens {
+        fields.max_tokens = Some(Integer(most));
         fields.max_completion_tokens = None;
     }
     let wants_logprobs = request.include.iter().flatten().any(|name| name == "message.output_text.logprobs");

@@ -1,0 +1,264 @@
+//! How a field of a request is declared: once, with its name, the kind of its value, the operations that know it, its
+//! bounds, and what is said of it.
+//!
+//! [`fields!`] makes three things of a list of such declarations: the struct that a body is read into ([`Fields::read`]), an
+//! accessor for each field with bounds that refuses what is beyond them, and the entries of the description at
+//! `/openapi.json` ([`object`]). So nothing can be read that is not described, nor described that is not read, nor checked
+//! against other limits than those that are told. That is why the description is made by `schemars` and not by
+//! annotations of handlers: what can be derived is a schema of a type, and these schemas depend on the operation and on
+//! what the operator set.
+
+use std::cell::Cell;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Deserialize, de::MapAccess};
+use serde_json::{Map, Value, json};
+
+use super::{bounds::Limits, params::Endpoint};
+
+/// What a client can ask for with a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the names are those of the routes
+pub enum Operation {
+    Chat,
+    Completions,
+    Responses,
+    Messages,
+    CountTokens,
+    Tokenize,
+    Detokenize,
+}
+
+impl From<Endpoint> for Operation {
+    fn from(endpoint: Endpoint) -> Self {
+        match endpoint {
+            Endpoint::Chat => Self::Chat,
+            Endpoint::Completions => Self::Completions,
+            Endpoint::Responses => Self::Responses,
+            Endpoint::Messages => Self::Messages,
+        }
+    }
+}
+
+/// The operations that know a field.
+#[derive(Clone, Copy, Debug)]
+pub struct Uses {
+    known: &'static [Operation],
+    required: &'static [Operation],
+}
+
+impl Uses {
+    /// These know it.
+    pub const fn of(known: &'static [Operation]) -> Self {
+        Self { known, required: &[] }
+    }
+
+    /// These need it.
+    pub const fn required(mut self, required: &'static [Operation]) -> Self {
+        self.required = required;
+        self
+    }
+
+    /// Whether `operation` knows it.
+    pub fn include(&self, operation: Operation) -> bool {
+        self.known.contains(&operation)
+    }
+}
+
+/// One field, as it is described.
+pub struct Declared {
+    /// Its name.
+    pub name: &'static str,
+    /// Other names of it.
+    pub aliases: &'static [&'static str],
+    /// What is said of it.
+    pub words: &'static str,
+    /// Who knows it.
+    pub uses: Uses,
+    /// Its schema, for an operation that needs it (`true`) or takes null as well.
+    pub schema: fn(&mut SchemaGenerator, Operation, bool) -> Schema,
+    /// Its bounds.
+    pub bound: Option<fn(&mut Schema, &Limits<'_>)>,
+}
+
+impl Declared {
+    /// A field with a schema that is the same for all.
+    pub const fn new<T: JsonSchema>(name: &'static str, words: &'static str, uses: Uses) -> Self {
+        let schema = |generator: &mut SchemaGenerator, _, required| schema_of::<T>(generator, required);
+        Self { name, aliases: &[], words, uses, schema, bound: None }
+    }
+}
+
+/// The schema of a value, or of one that may be null.
+pub fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator, required: bool) -> Schema {
+    if required { generator.subschema_for::<T>() } else { generator.subschema_for::<Option<T>>() }
+}
+
+/// Fields that are read from a body.
+pub trait Fields<'de>: Default {
+    /// Their declarations.
+    const DECLARED: &'static [Declared];
+
+    /// Reads the value of `key` if it is one of these fields, and says who knows it; `at` learns its name for the error.
+    fn read<A: MapAccess<'de>>(
+        &mut self,
+        key: &str,
+        map: &mut A,
+        at: &Cell<&'static str>,
+    ) -> Result<Option<Uses>, A::Error>;
+}
+
+/// No fields.
+impl<'de> Fields<'de> for () {
+    const DECLARED: &'static [Declared] = &[];
+
+    fn read<A: MapAccess<'de>>(
+        &mut self,
+        _: &str,
+        _: &mut A,
+        _: &Cell<&'static str>,
+    ) -> Result<Option<Uses>, A::Error> {
+        Ok(None)
+    }
+}
+
+/// Reads one value and remembers its name for the error.
+pub fn value<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
+    map: &mut A,
+    at: &Cell<&'static str>,
+    name: &'static str,
+) -> Result<Option<T>, A::Error> {
+    at.set(name);
+    map.next_value()
+}
+
+/// The schema of a body with those of `declared` that its operation knows; of two with one name the first counts.
+pub fn object<'d>(
+    declared: impl IntoIterator<Item = &'d Declared>,
+    limits: &Limits<'_>,
+    generator: &mut SchemaGenerator,
+) -> Schema {
+    let mut properties = Map::new();
+    let mut required = Vec::new();
+    for field in declared {
+        if !field.uses.include(limits.operation) || properties.contains_key(field.name) {
+            continue;
+        }
+        let is_required = field.uses.required.contains(&limits.operation);
+        if is_required {
+            required.push(field.name);
+        }
+        let mut schema = (field.schema)(generator, limits.operation, is_required);
+        if let Some(bound) = field.bound {
+            bound(&mut schema, limits);
+        }
+        // a schema that is `true` becomes an object by this
+        let mut words = field.words.trim().to_owned();
+        if let Some(alias) = field.aliases.first() {
+            words = format!("{words} Also `{alias}`.").trim_start().to_owned();
+        }
+        if !words.is_empty() {
+            schema.insert("description".into(), words.into());
+        }
+        properties.insert(field.name.into(), schema.to_value());
+    }
+    let mut schema = Map::from_iter([("type".to_owned(), json!("object")), ("properties".into(), properties.into())]);
+    if !required.is_empty() {
+        schema.insert("required".into(), Value::from(required));
+    }
+    Schema::from(schema)
+}
+
+/// Declares the fields of a body: `name | "alias": kind as schema, uses, within bounds;`.
+///
+/// The kind is what the value is read as, and the schema (`as`) what it is described as where the kind can't say it; `as {..}`
+/// is an arm for each operation. The bounds are a function of [`Limits`]. What the struct has besides stands in its braces.
+macro_rules! fields {
+    (
+        $(#[$meta:meta])*
+        pub struct $name:ident<$life:lifetime> {
+            $( $(#[doc = $besides_doc:literal])* pub $besides:ident: $besides_kind:ty, )*
+        }
+        $(
+            $(#[doc = $doc:literal])*
+            $field:ident $(| $alias:literal)? : $kind:ty
+                $(as $schema:ty)? $(as { $($at:pat => $at_schema:ty,)+ })?
+                , $uses:expr
+                $(, within $bounds:expr)? ;
+        )*
+    ) => {
+        $(#[$meta])*
+        #[derive(Debug, Default)]
+        pub struct $name<$life> {
+            $( $(#[doc = $doc])* pub $field: Option<$kind>, )*
+            $( $(#[doc = $besides_doc])* pub $besides: $besides_kind, )*
+        }
+
+        impl<$life> $name<$life> {
+            $( $crate::api::declare::fields!(@accessor $field: $kind $(, $bounds)?); )*
+        }
+
+        impl<$life> $crate::api::declare::Fields<$life> for $name<$life> {
+            const DECLARED: &'static [$crate::api::declare::Declared] = &[
+                $( $crate::api::declare::Declared {
+                    name: stringify!($field),
+                    aliases: &[$($alias)?],
+                    words: concat!($($doc),*),
+                    uses: $uses,
+                    schema: $crate::api::declare::fields!(@schema $kind $(as $schema)? $(as { $($at => $at_schema,)+ })?),
+                    bound: $crate::api::declare::fields!(@bound $kind $(, $bounds)?),
+                }, )*
+            ];
+
+            fn read<Entries: serde::de::MapAccess<$life>>(
+                &mut self,
+                key: &str,
+                map: &mut Entries,
+                at: &std::cell::Cell<&'static str>,
+            ) -> Result<Option<$crate::api::declare::Uses>, Entries::Error> {
+                match key {
+                    $( stringify!($field) $(| $alias)? => {
+                        self.$field = $crate::api::declare::value(map, at, stringify!($field))?;
+                        Ok(Some($uses))
+                    } )*
+                    _ => Ok(None),
+                }
+            }
+        }
+    };
+    (@accessor $field:ident: $kind:ty) => {};
+    (@accessor $field:ident: $kind:ty, $bounds:expr) => {
+        #[doc = concat!("`", stringify!($field), "`, or why it can't be that.")]
+        pub fn $field(
+            &self,
+            limits: &$crate::api::bounds::Limits<'_>,
+        ) -> Result<Option<<$kind as $crate::api::bounds::Bounded>::Checked<'_>>, $crate::api::error::ApiError> {
+            let bounds: fn(
+                &$crate::api::bounds::Limits<'_>,
+            ) -> <$kind as $crate::api::bounds::Bounded>::Bounds = $bounds;
+            let Some(value) = &self.$field else { return Ok(None) };
+            $crate::api::bounds::Bounded::checked(value, stringify!($field), &bounds(limits)).map(Some)
+        }
+    };
+    (@schema $kind:ty as { $($at:pat => $at_schema:ty,)+ }) => {
+        |generator, operation, required| match operation {
+            $( $at => $crate::api::declare::schema_of::<$at_schema>(generator, required), )+
+        }
+    };
+    (@schema $kind:ty as $schema:ty) => {
+        |generator, _, required| $crate::api::declare::schema_of::<$schema>(generator, required)
+    };
+    (@schema $kind:ty) => {
+        |generator, _, required| $crate::api::declare::schema_of::<$kind>(generator, required)
+    };
+    (@bound $kind:ty) => { None };
+    (@bound $kind:ty, $bounds:expr) => {
+        Some(|schema, limits| {
+            let bounds: fn(
+                &$crate::api::bounds::Limits<'_>,
+            ) -> <$kind as $crate::api::bounds::Bounded>::Bounds = $bounds;
+            <$kind as $crate::api::bounds::Bounded>::describe(&bounds(limits), schema);
+        })
+    };
+}
+pub(crate) use fields;
