@@ -32,6 +32,9 @@ pub(crate) struct IndexArgs {
     /// blocks that a group tells of at once
     #[arg(long, default_value_t = 4096)]
     piece: u64,
+    /// pieces differ: half as long to one and a half times as long
+    #[arg(long)]
+    vary: bool,
     /// how often every conversation is replaced by another before prompts are looked up
     #[arg(long, default_value_t = 0.0)]
     turnover: f64,
@@ -70,11 +73,17 @@ struct Bench<'a> {
 impl Bench<'_> {
     /// Tells of these conversations, a piece of each in turn.
     fn store(&self, some: &[Conversation]) {
-        for first in (0..self.args.prompt).step_by(self.args.piece.max(1) as usize) {
+        let mut first = 0;
+        while first < self.args.prompt {
+            let piece = match (self.args.piece.max(1), self.args.vary) {
+                (piece, true) => (piece / 2 + xxh3_128(&first.to_le_bytes()) as u64 % (piece + 1)).max(1),
+                (piece, false) => piece,
+            };
             for one in some {
-                let piece: Vec<u8> = one.hashes(first, self.args.piece).flat_map(BlockHash::to_bytes).collect();
-                self.index.apply(self.slots[one.group as usize], &piece, &[]);
+                let told: Vec<u8> = one.hashes(first, piece).flat_map(BlockHash::to_bytes).collect();
+                self.index.apply(self.slots[one.group as usize], &told, &[]);
             }
+            first += piece;
         }
     }
 
@@ -169,7 +178,7 @@ pub(crate) fn run(args: &IndexArgs) {
         "{}",
         json!({
             "kind": "index", "groups": args.groups, "blocks": blocks, "megabytes": megabytes,
-            "piece": args.piece, "turnover": args.turnover,
+            "piece": args.piece, "vary": args.vary, "turnover": args.turnover,
             "fill_seconds": (fill_seconds * 10.0).round() / 10.0, "prompt_tokens": args.prompt * 64,
             "lookup_p50_us": still.0, "lookup_p99_us": still.1,
             "lookup_p50_us_while_changing": while_changing.0, "lookup_p99_us_while_changing": while_changing.1,

@@ -68,9 +68,10 @@ def run(minutes, every=10.0):
         for name, values in samples.items():
             quarter = max(1, len(values) // 4)
             second, last = values[quarter:2 * quarter], values[-quarter:]
+            at = {minute: values[round(minute * 60 / every) - 1] for minute in (2, 5, 10, 15, 20) if minute <= minutes}
             growth = sum(last) / len(last) / (sum(second) / len(second)) - 1 if second else 0.0
             flat &= growth < 0.05
-            result["megabytes"][name] = {"first": values[0], "second_quarter": round(sum(second) / max(1, len(second)), 1),
+            result["megabytes"][name] = {"first": values[0], "at_minute": at, "second_quarter": round(sum(second) / max(1, len(second)), 1),
                                          "last_quarter": round(sum(last) / len(last), 1), "growth": round(growth, 4)}
         return {**result, "flat": flat}
 

@@ -155,12 +155,14 @@ def test_forced_calls(client):
 
 
 def test_no_call_where_none_is_allowed(client):
-    """A call is all that it knows to say here. What it says instead is not tested, but that it is no call, nor a part of one, wherever it would begin
-    or go on with one: the end of the answer is ignored, so there are as many places as tokens."""
+    """It says that it would need a call. Nor is there a call or a part of one wherever it would begin or go on with one: the end of the answer
+    is ignored, so there are as many places as tokens."""
     tokens = 64
+    question = [{"role": "user", "content": "Read the file src/main.rs"}]
+    answer = ask(client, question, tools=TOOLS, tool_choice="none").choices[0]
+    assert answer.message.content == "Without a call of read_file I cannot read the file." and answer.finish_reason == "stop"
     for skip_special in (True, False):
         more = {"ignore_eos": True, "return_token_ids": True, "skip_special_tokens": skip_special}
-        question = [{"role": "user", "content": "Read the file src/main.rs"}]
         choice = client.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=tokens, tools=TOOLS, tool_choice="none", extra_body=more).choices[0]
         assert choice.message.tool_calls is None
         assert choice.finish_reason == "length" and len(choice.token_ids) == tokens
