@@ -72,3 +72,36 @@ impl EngineFlags {
         schedule.speculative = self.speculative_config.or(schedule.speculative.take());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory as _, Parser};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        engine: EngineFlags,
+    }
+
+    fn parse(value: &str) -> Result<Option<SpeculativeOptions>, clap::Error> {
+        Command::try_parse_from(["bora", "--speculative-config", value])
+            .map(|command| command.engine.speculative_config)
+    }
+
+    #[test]
+    fn what_the_help_of_speculation_shows_is_taken() {
+        let command = Command::command();
+        let argument = command.get_arguments().find(|argument| argument.get_id() == "speculative_config");
+        let help = argument.and_then(clap::Arg::get_help).expect("a help").to_string();
+        let shown: Vec<&str> =
+            help.match_indices('{').filter_map(|(at, _)| Some(&help[at..=at + help[at..].find('}')?])).collect();
+        assert_eq!(shown.len(), 2, "{help}");
+        for example in shown {
+            assert!(parse(example).is_ok_and(|options| options.is_some()), "{example}");
+        }
+        assert_eq!(parse(r#"{"num_speculative_tokens": 0}"#).ok().flatten(), Some(SpeculativeOptions::off()));
+        assert!(parse("0").is_err(), "a number alone is not shown");
+    }
+}
