@@ -72,7 +72,7 @@ def cluster():
                                  fake={"script": rules, "time_scale": 0.02, "echo_ids_from": 1000, "images": True})
         cluster.start_worker("slow", model=SLOW, device="fake", kv_cache={"blocks": 4096},
                              fake={"echo_ids_from": 1000, "decode_step_seconds": 0.02})
-        cluster.wait_ready(4)
+        cluster.wait_ready(4, seconds=300)  # a busy machine takes long to read the large tokenizer
         yield cluster
         for process in cluster.processes:
             assert process.running(), f"{process.name} ended:\n{process.log()[-3000:]}"
