@@ -172,6 +172,22 @@ def test_every_pod_runs_where_its_part_does(tmp_path):
     assert seen == {"Deployment", "StatefulSet", "LeaderWorkerSet", "CronJob", "Job", "Pod"}
 
 
+def test_a_hung_worker_is_not_waited_for_as_long_as_a_drain(tmp_path):
+    documents = rendered({"etcd": EXISTING, "workers": {"drainSeconds": 900}, **TWO}, tmp_path)
+    leaders = 0
+    for document in documents:
+        for metadata, spec in admission.templates(document):
+            if metadata["labels"]["app.kubernetes.io/component"] != "worker":
+                continue
+            # a drain has its time, and the pod a little more; a process that takes no connections has none to give
+            assert spec["terminationGracePeriodSeconds"] == 930
+            for container in spec["containers"]:
+                if "livenessProbe" in container:
+                    leaders += 1
+                    assert container["livenessProbe"]["terminationGracePeriodSeconds"] <= 30
+    assert leaders == 2
+
+
 # ---- who reaches what
 
 

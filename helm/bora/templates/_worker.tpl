@@ -88,6 +88,8 @@ spec:
         periodSeconds: 10
         timeoutSeconds: 5
         failureThreshold: 6
+        # what takes no connection any more drains nothing either: without this its pod, and its group, would be waited for as long as a drain may take
+        terminationGracePeriodSeconds: 30
       {{- end }}
       securityContext:
         {{- if $workers.rdma.ipcLock }}
