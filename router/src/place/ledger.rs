@@ -5,7 +5,9 @@
 //!
 //! A report is 50 ms old by the time the next one comes, a second where nothing changes. What was booked since is
 //! added to it, and what it counts and has ended since is taken off: else a group that has just answered would
-//! look busier than one that knows nothing of the conversation, to the turn that follows at once.
+//! look busier than one that knows nothing of the conversation, to the turn that follows at once. Of a prompt that the
+//! group has begun with its report has what is left: a router that counted its own prompts in full until their first token
+//! would send others away from a group that is nearly done.
 
 use std::{
     sync::Arc,
@@ -44,6 +46,10 @@ struct Entry {
     /// Of `booked_*`, what was booked after the last report.
     fresh_tokens: u64,
     fresh_sequences: u32,
+    /// Of `booked_tokens`, those of sequences that have started: before the last report, which counts what is left of
+    /// them, and since.
+    counted_tokens: u64,
+    started_tokens: u64,
     /// Of what the last report counts, the prompts that this router knows to be computed since.
     computed_tokens: u64,
     /// Of what the last report counts, the sequences that this router knows to have ended since.
@@ -93,6 +99,7 @@ impl Ledger {
         entry.report_number += 1;
         entry.fresh_tokens = 0;
         entry.fresh_sequences = 0;
+        entry.counted_tokens += std::mem::take(&mut entry.started_tokens);
         entry.computed_tokens = 0;
         entry.ended_sequences = 0;
     }
@@ -108,14 +115,16 @@ impl Ledger {
     }
 
     /// The load to reckon with: never less than what this router itself has there, whatever the report's
-    /// age, and never less than what is left of the report plus what was sent since.
+    /// age, and never less than what is left of the report plus what was sent since. Of prompts that have started the
+    /// report knows better: half of a long one may be computed by now.
     pub fn busy(&self) -> Busy {
         let entry = self.entry.lock();
         let reported_sequences = entry.reported.running.saturating_add(entry.reported.waiting);
         let still_queued = entry.reported.queued_prefill_tokens.saturating_sub(entry.computed_tokens);
         let still_there = reported_sequences.saturating_sub(entry.ended_sequences);
+        let not_counted = entry.booked_tokens.saturating_sub(entry.counted_tokens);
         Busy {
-            queued_tokens: entry.booked_tokens.max(still_queued.saturating_add(entry.fresh_tokens)),
+            queued_tokens: not_counted.max(still_queued.saturating_add(entry.fresh_tokens)),
             sequences: entry.booked_sequences.max(still_there.saturating_add(entry.fresh_sequences)),
         }
     }
@@ -139,14 +148,27 @@ impl Ledger {
         entry.report_number
     }
 
-    /// Tokens booked under `report_number` wait no longer. `was_there`: the group had them, so a report that came
-    /// since counts them (or as many of them as were left to compute: their neighbours are done as well by then).
-    fn give_back_tokens(&self, tokens: u64, report_number: u64, was_there: bool) {
+    /// The group started to compute these tokens: the next report counts what is left of them. The number of the last one.
+    fn started(&self, tokens: u64) -> u64 {
+        let mut entry = self.entry.lock();
+        entry.started_tokens = entry.started_tokens.saturating_add(tokens);
+        entry.report_number
+    }
+
+    /// Tokens booked under `report_number` wait no longer. `started`: the group had them, and what was the last report
+    /// when it began with them; so a report that came since they were booked counts them (or as many of them as were
+    /// left to compute: their neighbours are done as well by then).
+    fn give_back_tokens(&self, tokens: u64, report_number: u64, started: Option<u64>) {
         let mut entry = self.entry.lock();
         entry.booked_tokens = entry.booked_tokens.saturating_sub(tokens);
+        if started == Some(entry.report_number) {
+            entry.started_tokens = entry.started_tokens.saturating_sub(tokens);
+        } else if started.is_some() {
+            entry.counted_tokens = entry.counted_tokens.saturating_sub(tokens);
+        }
         if entry.report_number == report_number {
             entry.fresh_tokens = entry.fresh_tokens.saturating_sub(tokens);
-        } else if was_there {
+        } else if started.is_some() {
             entry.computed_tokens = entry.computed_tokens.saturating_add(tokens);
         }
     }
@@ -171,8 +193,8 @@ pub struct Booking {
     queued_tokens: u64,
     report_number: u64,
     expected: Vec<BlockHash>,
-    /// Whether the group took it: what it refused, or never got, no report counts.
-    accepted: bool,
+    /// The number of the last report when the group began with it: what it refused, or never got, no report counts.
+    started: Option<u64>,
     prefilled_at: Option<Instant>,
 }
 
@@ -189,7 +211,7 @@ impl Booking {
     ) -> Self {
         let report_number = link.ledger.book(queued_tokens, seconds, now);
         index.expect(link.slot, &expected);
-        Self { link, index, queued_tokens, report_number, expected, accepted: false, prefilled_at: None }
+        Self { link, index, queued_tokens, report_number, expected, started: None, prefilled_at: None }
     }
 
     /// The group this is booked on.
@@ -197,9 +219,11 @@ impl Booking {
         &self.link
     }
 
-    /// The group said something of it.
+    /// The group said something of it: it has left the group's queue.
     pub fn accepted(&mut self) {
-        self.accepted = true;
+        if self.started.is_none() {
+            self.started = Some(self.link.ledger.started(self.queued_tokens));
+        }
     }
 
     /// A token came: the prompt is computed, and soon the group has told what it stored.
@@ -216,7 +240,7 @@ impl Booking {
 
     fn prefilled(&mut self) {
         if self.queued_tokens > 0 {
-            self.link.ledger.give_back_tokens(self.queued_tokens, self.report_number, self.accepted);
+            self.link.ledger.give_back_tokens(self.queued_tokens, self.report_number, self.started);
             self.queued_tokens = 0;
         }
     }
@@ -225,7 +249,7 @@ impl Booking {
 impl Drop for Booking {
     fn drop(&mut self) {
         self.prefilled();
-        self.link.ledger.give_back_sequence(self.report_number, self.accepted);
+        self.link.ledger.give_back_sequence(self.report_number, self.started.is_some());
         self.link.room.changed();
         self.index.forget(self.link.slot, &self.expected);
     }
@@ -246,10 +270,10 @@ mod tests {
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
         let later = ledger.book(200, 0.0, Instant::now());
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1700, sequences: 4 });
-        ledger.give_back_tokens(200, later, true);
+        ledger.give_back_tokens(200, later, Some(ledger.started(200)));
         ledger.give_back_sequence(later, true);
         assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
-        ledger.give_back_tokens(1000, number, true);
+        ledger.give_back_tokens(1000, number, Some(ledger.started(1000)));
         ledger.give_back_sequence(number, true);
         assert_eq!(ledger.busy(), Busy { queued_tokens: 500, sequences: 2 }, "what others sent");
         ledger.report(Load::default(), Instant::now());
@@ -263,7 +287,7 @@ mod tests {
         let numbers: Vec<u64> = (0..3).map(|_| ledger.book(100, 0.0, Instant::now())).collect();
         ledger.report(Load { running: 3, queued_prefill_tokens: 120, ..Load::default() }, Instant::now());
         for (left, number) in numbers.iter().enumerate().rev() {
-            ledger.give_back_tokens(100, *number, true);
+            ledger.give_back_tokens(100, *number, Some(ledger.started(100)));
             ledger.give_back_sequence(*number, true);
             let queued_tokens = 100 * left as u64;
             assert_eq!(
@@ -274,7 +298,7 @@ mod tests {
         }
         // what came and went between two reports is in neither
         let between = ledger.book(100, 0.0, Instant::now());
-        ledger.give_back_tokens(100, between, true);
+        ledger.give_back_tokens(100, between, Some(ledger.started(100)));
         ledger.give_back_sequence(between, true);
         assert_eq!(ledger.busy(), Busy::default());
         // of the next report nothing is taken off that ended before it
@@ -288,7 +312,7 @@ mod tests {
         let number = ledger.book(100, 0.0, Instant::now());
         // of others: this one is on its way, or was refused
         ledger.report(Load { running: 1, queued_prefill_tokens: 70, ..Load::default() }, Instant::now());
-        ledger.give_back_tokens(100, number, false);
+        ledger.give_back_tokens(100, number, None);
         ledger.give_back_sequence(number, false);
         assert_eq!(ledger.busy(), Busy { queued_tokens: 70, sequences: 1 });
     }
@@ -300,7 +324,7 @@ mod tests {
         let numbers: Vec<u64> = (0..4).map(|_| ledger.book(100, 0.0, Instant::now())).collect();
         ledger.report(Load { running: 1, queued_prefill_tokens: 100, ..Load::default() }, Instant::now());
         for number in numbers {
-            ledger.give_back_tokens(100, number, true);
+            ledger.give_back_tokens(100, number, Some(ledger.started(100)));
             ledger.give_back_sequence(number, true);
         }
         assert_eq!(ledger.busy(), Busy::default());
@@ -340,6 +364,33 @@ mod tests {
         assert!((seconds() - 15.0).abs() < 1e-6);
         told(f64::INFINITY);
         assert!(seconds() < 15.0 + 2.0 * RECENT.as_secs_f64(), "whatever it says");
+    }
+
+    /// The group tells what is left of a prompt that it computes; what it has not begun with counts in full.
+    #[test]
+    fn of_a_prompt_that_has_started_the_report_knows_how_much_is_left() {
+        let ledger = Ledger::default();
+        let queued = || ledger.busy().queued_tokens;
+        let tell = |queued_prefill_tokens| {
+            ledger.report(Load { running: 1, queued_prefill_tokens, ..Load::default() }, Instant::now());
+        };
+        let (long, short) = (ledger.book(8000, 0.0, Instant::now()), ledger.book(300, 0.0, Instant::now()));
+        let began = ledger.started(8000);
+        assert_eq!(queued(), 8300, "no report since");
+        tell(5000);
+        assert_eq!(queued(), 5000);
+        tell(100);
+        assert_eq!(queued(), 300, "the other one may still be on its way");
+        let sent = ledger.book(50, 0.0, Instant::now());
+        assert_eq!(queued(), 350);
+        ledger.give_back_tokens(8000, long, Some(began));
+        assert_eq!(queued(), 350);
+        ledger.give_back_tokens(50, sent, None);
+        ledger.give_back_tokens(300, short, Some(ledger.started(300)));
+        assert_eq!(queued(), 0);
+        tell(0);
+        let _ = ledger.book(70, 0.0, Instant::now());
+        assert_eq!(queued(), 70, "nothing is left over of those");
     }
 
     #[test]

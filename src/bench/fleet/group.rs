@@ -23,7 +23,24 @@ struct Running {
     number: usize,
     hashes: Arc<[BlockHash]>,
     context: u64,
+    /// Of the prompt, what the group did not hold when it last looked.
+    to_compute: u64,
     output: u64,
+}
+
+/// The prompt that is computed now.
+struct Prefill {
+    request: Running,
+    began: f64,
+    seconds: f64,
+}
+
+impl Prefill {
+    /// Tokens that are left to compute.
+    fn left(&self, now: f64) -> u64 {
+        let done = ((now - self.began) / self.seconds.max(1e-9)).clamp(0.0, 1.0);
+        (self.request.to_compute as f64 * (1.0 - done)) as u64
+    }
 }
 
 /// A group.
@@ -37,7 +54,7 @@ pub(super) struct SimulatedGroup {
     pinned: HashMap<BlockHash, u32>,
     clock: u64,
     waiting: VecDeque<Running>,
-    prefilling: Option<Running>,
+    prefilling: Option<Prefill>,
     decoding: Vec<Running>,
     pub(super) told: Told,
     /// Seconds spent on prefills.
@@ -87,8 +104,14 @@ impl SimulatedGroup {
         self.waiting.len() + usize::from(self.prefilling.is_some()) + self.decoding.len()
     }
 
-    pub(super) fn load(&self) -> Load {
-        let queued = self.waiting.iter().chain(&self.prefilling).map(|request| request.context).sum();
+    /// Whether a prompt is computed, so that there is news without anything coming or going.
+    pub(super) fn is_computing(&self) -> bool {
+        self.prefilling.is_some()
+    }
+
+    pub(super) fn load(&self, now: f64) -> Load {
+        let waiting: u64 = self.waiting.iter().map(|request| request.to_compute).sum();
+        let queued = waiting + self.prefilling.as_ref().map_or(0, |prefill| prefill.left(now));
         Load {
             running: (usize::from(self.prefilling.is_some()) + self.decoding.len()) as u32,
             waiting: if self.decoding.len() >= self.max_sequences { self.waiting.len() as u32 } else { 0 },
@@ -99,13 +122,22 @@ impl SimulatedGroup {
         }
     }
 
+    /// Seconds of prompts that it was given so far.
+    pub(super) fn work(&self) -> f64 {
+        let waits =
+            |request: &Running| self.cost.prefill_seconds(request.context - request.to_compute, request.to_compute);
+        self.busy_seconds + self.waiting.iter().map(waits).sum::<f64>()
+    }
+
     /// A request arrives.
     pub(super) fn take(&mut self, number: usize, request: &Request, now: f64) -> Option<Next> {
         self.taken += 1;
+        let held = self.held(&request.hashes) as u64 * 64;
         self.waiting.push_back(Running {
             number,
             hashes: request.hashes.clone(),
             context: request.tokens,
+            to_compute: request.tokens.saturating_sub(held).max(1),
             output: request.output,
         });
         self.start(now)
@@ -113,7 +145,7 @@ impl SimulatedGroup {
 
     /// The prefill that runs is done.
     pub(super) fn first_token(&mut self, now: f64) -> [Option<Next>; 2] {
-        let Some(done) = self.prefilling.take() else {
+        let Some(Prefill { request: done, .. }) = self.prefilling.take() else {
             return [None, None];
         };
         self.store(&done.hashes);
@@ -135,7 +167,11 @@ impl SimulatedGroup {
 
     /// It died: the requests that it had.
     pub(super) fn die(&mut self) -> Vec<usize> {
-        let all = self.waiting.drain(..).chain(self.prefilling.take()).chain(self.decoding.drain(..));
+        let all = self
+            .waiting
+            .drain(..)
+            .chain(self.prefilling.take().map(|prefill| prefill.request))
+            .chain(self.decoding.drain(..));
         all.map(|request| request.number).collect()
     }
 
@@ -143,7 +179,7 @@ impl SimulatedGroup {
         if self.prefilling.is_some() || self.decoding.len() >= self.max_sequences {
             return None;
         }
-        let next = self.waiting.pop_front()?;
+        let mut next = self.waiting.pop_front()?;
         let held = (self.held(&next.hashes) as u64 * 64).min(next.context - 1);
         for hash in next.hashes.iter() {
             let pins = self.pinned.entry(*hash).or_default();
@@ -159,7 +195,8 @@ impl SimulatedGroup {
         self.held_tokens += held;
         self.prompt_tokens += next.context;
         let first = Next::FirstToken { request: next.number, at: now + seconds };
-        self.prefilling = Some(next);
+        next.to_compute = next.context - held;
+        self.prefilling = Some(Prefill { request: next, began: now, seconds });
         Some(first)
     }
 

@@ -6,6 +6,7 @@
 //! 0.226, 1.142 and 8.39 s for 8k, 32k and 128k tokens).
 
 mod group;
+mod outcome;
 mod workload;
 
 use std::{
@@ -31,14 +32,16 @@ use bora_router::{
 };
 use clap::Args;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
-use serde_json::json;
 
 use group::{Next, SimulatedGroup};
+use outcome::Outcome;
 use workload::{Session, Workload};
 
 const MODEL: &str = "simulated";
 /// From a change in a group to the routers that hear of it.
 const NEWS_DELAY: f64 = 0.02;
+/// How often a group that computes tells how much of it is left.
+const NEWS_INTERVAL: f64 = 0.05;
 const MAX_SEQUENCES: u32 = 128;
 /// 1,480,320 tokens.
 const BLOCKS: u32 = 23_130;
@@ -94,6 +97,9 @@ enum Policy {
     CacheAware,
     /// A session's first turn as least loaded, the others where the first went (vllm-router's `sticky_least_loaded`).
     Sticky,
+    /// The same, the first turn where the fewest seconds of prompts were computed or wait: nobody's, but what can be
+    /// had with perfect knowledge and without moving a conversation.
+    StickyLeastWork,
     /// Bora's, which is told nothing of sessions.
     Ours,
     /// Bora's, where clients name their session.
@@ -112,8 +118,16 @@ struct Request {
 #[derive(Clone, Copy, Debug)]
 enum Event {
     Arrive(usize),
-    FirstToken { group: usize, request: usize },
-    End { group: usize, request: usize },
+    FirstToken {
+        group: usize,
+        request: usize,
+    },
+    End {
+        group: usize,
+        request: usize,
+    },
+    /// The request's router hears that its prompt is computed now.
+    Started(usize),
     News(usize),
     Join,
     Die(usize),
@@ -199,19 +213,6 @@ struct Simulation {
     gone: Vec<SimulatedGroup>,
 }
 
-struct Outcome {
-    requests: usize,
-    hit: f64,
-    oracle: f64,
-    /// Seconds of prefill of the busiest group over the mean.
-    hotspot: f64,
-    /// Requests of the busiest group over the mean.
-    hotspot_requests: f64,
-    first_token_seconds: Vec<f64>,
-    simulated: f64,
-    moved: usize,
-}
-
 impl Simulation {
     fn new(args: &FleetArgs, policy: Policy, sessions: Vec<Session>) -> anyhow::Result<Self> {
         let routers = (0..args.routers.max(1)).map(|number| RouterReplica {
@@ -275,12 +276,15 @@ impl Simulation {
     fn join(&mut self) -> anyhow::Result<()> {
         let now = self.began + Duration::from_secs_f64(self.now);
         let number = self.groups.len();
-        self.groups.push(Some(SimulatedGroup::new(CostModel::new(&SPEED), MAX_SEQUENCES, BLOCKS)));
+        let group = SimulatedGroup::new(CostModel::new(&SPEED), MAX_SEQUENCES, BLOCKS);
         self.news.push(false);
         for router in &mut self.routers {
             let link = router.fleet.put_unwatched(record(number), now)?;
+            // a group's events begin with its load
+            link.ledger.report(group.load(self.now), now);
             router.links.push(Some(link));
         }
+        self.groups.push(Some(group));
         Ok(())
     }
 
@@ -296,6 +300,11 @@ impl Simulation {
                 }
                 Event::FirstToken { group, request } => self.first_token(group, request),
                 Event::End { group, request } => self.end(group, request),
+                Event::Started(flight) => {
+                    if let Some(booking) = &mut self.flights[flight].booking {
+                        booking.accepted();
+                    }
+                }
                 Event::News(group) => self.tell(group),
                 Event::Join => self.join()?,
                 Event::Die(group) => self.die(group),
@@ -357,6 +366,15 @@ impl Simulation {
                     Some(group)
                 }
             },
+            Policy::StickyLeastWork => match self.assigned.get(&request.session) {
+                Some(group) if self.groups[*group].is_some() => Some(*group),
+                _ => {
+                    let work = |group: usize| self.groups[group].as_ref().map_or(f64::INFINITY, SimulatedGroup::work);
+                    let group = alive.iter().copied().min_by(|one, other| work(*one).total_cmp(&work(*other)))?;
+                    self.assigned.insert(request.session, group);
+                    Some(group)
+                }
+            },
             Policy::PowerOfTwo => {
                 let mut any = || alive[self.random.random_range(0..alive.len())];
                 let (one, other) = (any(), any());
@@ -407,7 +425,10 @@ impl Simulation {
 
     fn follow(&mut self, group: usize, next: Option<Next>) {
         match next {
-            Some(Next::FirstToken { request, at }) => self.at(at, Event::FirstToken { group, request }),
+            Some(Next::FirstToken { request, at }) => {
+                self.at(at, Event::FirstToken { group, request });
+                self.at(self.now + NEWS_DELAY, Event::Started(request));
+            }
             Some(Next::End { request, at }) => self.at(at, Event::End { group, request }),
             None => {}
         }
@@ -460,12 +481,16 @@ impl Simulation {
         let Some(there) = &mut self.groups[group] else {
             return;
         };
-        let (told, load) = (std::mem::take(&mut there.told), there.load());
+        let (told, load, is_computing) = (std::mem::take(&mut there.told), there.load(self.now), there.is_computing());
         for router in &self.routers {
             if let Some(Some(link)) = router.links.get(group) {
                 router.fleet.index.apply(link.slot, &told.stored, &told.evicted);
                 link.ledger.report(load, self.began + Duration::from_secs_f64(self.now));
             }
+        }
+        if is_computing {
+            self.news[group] = true;
+            self.at(self.now + NEWS_INTERVAL, Event::News(group));
         }
         self.send_waiting();
     }
@@ -509,28 +534,5 @@ fn record(number: usize) -> GroupRecord {
         speed: SPEED,
         state: GroupState::Ready,
         version: String::new(),
-    }
-}
-
-impl Outcome {
-    fn line(&self, workload: Workload, policy: Policy, args: &FleetArgs, took: f64) -> String {
-        let at = |share: f64| {
-            let place = ((self.first_token_seconds.len() as f64 - 1.0) * share).round() as usize;
-            self.first_token_seconds.get(place).map(|seconds| (seconds * 1e4).round() / 1e4)
-        };
-        let round = |value: f64| (value * 1e3).round() / 1e3;
-        let mut what = format!("{workload:?}").to_lowercase();
-        for (asked, word) in [(args.join, " join"), (args.die, " die")] {
-            what.push_str(if asked { word } else { "" });
-        }
-        let line = json!({
-            "kind": "fleet", "workload": what, "policy": format!("{policy:?}"), "groups": args.groups,
-            "routers": args.routers, "requests": self.requests, "hit": round(self.hit),
-            "oracle": round(self.oracle), "hotspot": round(self.hotspot),
-            "hotspot_requests": round(self.hotspot_requests), "ttft_p50_s": at(0.5),
-            "ttft_p90_s": at(0.9), "ttft_p99_s": at(0.99), "moved": self.moved,
-            "times_life": (self.simulated / took).round(),
-        });
-        line.to_string()
     }
 }
