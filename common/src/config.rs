@@ -154,6 +154,11 @@ pub fn seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D
         .ok_or_else(|| D::Error::custom(format!("`{value}`: expected a number of seconds above 0")))
 }
 
+/// The same where it may be absent.
+pub fn some_seconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    seconds(deserializer).map(Some)
+}
+
 /// Where groups are announced and found.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]

@@ -24,6 +24,10 @@ struct f16 {
 struct e4m3 {
   u8 bits;
 };
+// Describes a matrix in global memory and the boxes that are copied out of it; made by the driver.
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
 template <typename Value>
 constexpr bool is_f16 = false;
 template <>
@@ -139,6 +143,27 @@ __device__ __forceinline__ void copy_tile(void* shared, const void* global, u32 
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
+// Copies the box whose first element stands in `column` and `row`; the barrier counts all of its bytes. What is read `once` leaves
+// the L2 cache before anything else.
+template <bool ONCE>
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap& map, u32 column, u32 row, u64* barrier) {
+  constexpr u64 evict_first = 0x12F0000000000000ull, evict_last = 0x14F0000000000000ull;
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
+               ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(ONCE ? evict_first : evict_last)
+               : "memory");
+}
+// The same of a matrix whose map has the dimensions [row / 8][half][row % 8][column]: rows of both halves, eight and eight.
+__device__ __forceinline__ void copy_box_of_pairs(void* shared, const TensorMap& map, u32 column, u32 eighth, u64* barrier) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %3, %4}], [%5], %6;"
+               ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(0), "r"(eighth), "r"(shared_address(barrier)), "l"(0x12F0000000000000ull)
+               : "memory");
+}
+// Until as many blocks have added 1; what they wrote before a fence is seen past the L1 cache.
+__device__ __forceinline__ void wait_for_count(const u32* counter, u32 count) {
+  u32 seen;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  while (seen != count);
+}
 // Numbered barriers among some of a block's threads: `threads` of them, those that only arrive included.
 __device__ __forceinline__ void meet(u32 number, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
 __device__ __forceinline__ void meet_later(u32 number, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
@@ -235,25 +260,23 @@ __device__ __forceinline__ u8* align_shared_1024(u8* p) {
 __device__ __forceinline__ u64 matrix_descriptor(const u8* start, u32 leading, u32 stride) {
   return (u64)((shared_address(start) & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
 }
-// Products of a warpgroup (four warps) into 64 x 128 f32; the operands are bf16 or f16.
-#define ACCUMULATORS(c) \
-  "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), \
-  "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), \
-  "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), \
-  "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), \
-  "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), \
-  "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), \
-  "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), \
-  "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]), \
-  "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]), \
-  "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), \
-  "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]), \
-  "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]), \
-  "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), \
-  "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), \
-  "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), \
-  "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
-#define ACCUMULATOR_NAMES "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+// Accumulators of a warpgroup's products (four warps): 64 rows, and eight columns for each four numbers of a thread.
+#define ACC1(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define ACC2(c, j) ACC1(c, j), ACC1(c, j + 1)
+#define ACC4(c, j) ACC2(c, j), ACC2(c, j + 2)
+#define ACC6(c, j) ACC4(c, j), ACC2(c, j + 4)
+#define ACC8(c, j) ACC4(c, j), ACC4(c, j + 4)
+#define ACC12(c, j) ACC8(c, j), ACC4(c, j + 8)
+#define ACC16(c, j) ACC8(c, j), ACC8(c, j + 8)
+#define ACCUMULATORS(c) ACC16(c, 0)
+#define NAMES4 "%0,%1,%2,%3"
+#define NAMES8 NAMES4 ",%4,%5,%6,%7"
+#define NAMES16 NAMES8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define NAMES24 NAMES16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define NAMES32 NAMES24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES48 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define NAMES64 NAMES48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define ACCUMULATOR_NAMES "{" NAMES64 "}"
 // c[64,128] (+)= a[64,16] b[16,128], both as rows of K in shared memory; `add` or replace c.
 template <typename Value>
 __device__ __forceinline__ void warpgroup_multiply(float (&c)[16][4], u64 a, u64 b, bool add) {
@@ -292,6 +315,27 @@ __device__ __forceinline__ void warpgroup_multiply_transposed(float (&c)[16][4],
   __trap();
 #endif
 }
+// c[64,N] (+)= a[64,32] b[32,N], e4m3, both as rows of K in shared memory; `add` or replace c.
+template <u32 N>
+__device__ __forceinline__ void warpgroup_multiply_e4m3(float (&c)[N / 8][4], u64 a, u64 b, bool add) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define MULTIPLY(COLUMNS, ACCUMULATED, NAMES, A, B, ADD)                                                                      \
+  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" COLUMNS                  \
+               "k32.f32.e4m3.e4m3 {" NAMES "}, " A ", " B ", add, 1, 1;}"                                                     \
+               : ACCUMULATED                                                                                                  \
+               : "l"(a), "l"(b), "r"((u32)add))
+  if constexpr (N == 8) MULTIPLY("8", ACC1(c, 0), NAMES4, "%4", "%5", "%6");
+  if constexpr (N == 16) MULTIPLY("16", ACC2(c, 0), NAMES8, "%8", "%9", "%10");
+  if constexpr (N == 32) MULTIPLY("32", ACC4(c, 0), NAMES16, "%16", "%17", "%18");
+  if constexpr (N == 48) MULTIPLY("48", ACC6(c, 0), NAMES24, "%24", "%25", "%26");
+  if constexpr (N == 64) MULTIPLY("64", ACC8(c, 0), NAMES32, "%32", "%33", "%34");
+  if constexpr (N == 96) MULTIPLY("96", ACC12(c, 0), NAMES48, "%48", "%49", "%50");
+  if constexpr (N == 128) MULTIPLY("128", ACC16(c, 0), NAMES64, "%64", "%65", "%66");
+#undef MULTIPLY
+#else
+  __trap();
+#endif
+}
 // Registers of each thread of the warpgroup from here on: given back, or taken (until there are enough).
 template <int COUNT>
 __device__ __forceinline__ void give_registers() {
@@ -307,6 +351,8 @@ __device__ __forceinline__ void take_registers() {
 }
 
 #endif  // not emulated
+
+__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
 // Where piece `piece` (16 bytes) of token `token` lies in a KV head's tile of a cache block. Rows of 256 bytes (128 bf16) lie
 // as the warpgroup's matrix instructions want them in shared memory: two halves, rows of 128 bytes, the pieces of a row

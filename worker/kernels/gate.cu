@@ -1,8 +1,6 @@
 // SwiGLU: y = silu(gate) * up, in the form that the next linear reads.
 #include "device.cuh"
 
-__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
-
 // Input [rows][gate | up], each half `width` wide with its own scale; output [rows][width].
 // Launch: grid (ceil(width / 4 / block), rows), block (any); width % 4 == 0.
 template <typename In, typename Out>

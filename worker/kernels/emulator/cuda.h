@@ -175,6 +175,33 @@ inline void copy_tile(void* shared, const void* global, unsigned bytes, unsigned
   memcpy(shared, global, bytes);
   auto c = (emulator::Counter*)b; c->bytes -= bytes; emulator::settle(c);
 }
+namespace emulator {
+// What a TensorMap holds here: of each dimension, innermost first, its size, its stride in bytes and the box's size.
+struct Map { const unsigned char* data; unsigned dimensions; unsigned size[4], box[4]; uint64_t stride[4]; };
+static_assert(sizeof(Map) <= 128);
+inline void copy_box(void* shared, const void* map_pointer, const unsigned (&start)[4], unsigned long long* b) {
+  const Map& map = *(const Map*)map_pointer;
+  unsigned at[4] = {}, bytes = 0, offset = (unsigned)((unsigned char*)shared - dynamic_shared());
+  if (offset % 1024 || map.box[0] != 128) { fprintf(stderr, "emulator: a box that is not swizzled as it should be\n"); abort(); }
+  for (at[3] = 0; at[3] < map.box[3]; at[3]++) for (at[2] = 0; at[2] < map.box[2]; at[2]++) for (at[1] = 0; at[1] < map.box[1]; at[1]++)
+    for (at[0] = 0; at[0] < map.box[0]; at[0]++, bytes++) {
+      bool inside = true;
+      uint64_t from = 0;
+      for (unsigned d = 0; d < 4; d++) inside = inside && start[d] + at[d] < map.size[d], from += (uint64_t)(start[d] + at[d]) * map.stride[d];
+      ((unsigned char*)shared)[bytes ^ (bytes >> 7 & 7) << 4] = inside ? map.data[from] : 0;
+    }
+  auto c = (Counter*)b; c->bytes -= (int)bytes; settle(c);
+}
+}  // namespace emulator
+template <bool> void copy_box(void* shared, const struct TensorMap& map, unsigned column, unsigned row, unsigned long long* b) {
+  emulator::copy_box(shared, &map, {column, row, 0, 0}, b);
+}
+inline void copy_box_of_pairs(void* shared, const struct TensorMap& map, unsigned column, unsigned eighth, unsigned long long* b) {
+  emulator::copy_box(shared, &map, {column, 0, 0, eighth}, b);
+}
+inline void wait_for_count(const unsigned* counter, unsigned count) {
+  if (*counter != count) { fprintf(stderr, "emulator: a block waits for blocks that come after it\n"); abort(); }
+}
 inline void meet_later(unsigned number, unsigned threads) {
   auto& barrier = emulator::numbered[number];
   if (++barrier.arrived == threads) barrier.arrived = 0, barrier.generation++;
@@ -310,6 +337,29 @@ template <typename Value> void warpgroup_multiply(float (&c)[16][4], uint64_t a,
 }
 template <typename Value> void warpgroup_multiply_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) {
   emulator::warpgroup<128, Value>(c, a, b, true, add);
+}
+namespace emulator {
+// Row `row` of 32 e4m3 of a swizzled matrix.
+inline void row_of_e4m3(float (&values)[32], uint64_t descriptor, unsigned row) {
+  const unsigned start = (unsigned)(descriptor & 0x3fff) << 4, stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4;
+  for (unsigned k = 0; k < 32; k++) {
+    unsigned at = start + row % 8 * 128 + row / 8 * stride + k;
+    values[k] = e4m3_value(dynamic_shared()[at ^ (at >> 7 & 7) << 4]);
+  }
+}
+}  // namespace emulator
+template <unsigned N> void warpgroup_multiply_e4m3(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+  const unsigned lane = emulator::current->linear % 32, warp = emulator::current->linear / 32 % 4, g = lane / 4, t = lane % 4;
+  float rows[2][32], column[32];
+  for (unsigned half = 0; half < 2; half++) emulator::row_of_e4m3(rows[half], a, warp * 16 + half * 8 + g);
+  for (unsigned j = 0; j < N / 8; j++) for (unsigned e = 0; e < 2; e++) {
+    emulator::row_of_e4m3(column, b, j * 8 + t * 2 + e);
+    for (unsigned half = 0; half < 2; half++) {
+      float sum = add ? c[j][half * 2 + e] : 0.f;
+      for (unsigned k = 0; k < 32; k++) sum += rows[half][k] * column[k];
+      c[j][half * 2 + e] = sum;
+    }
+  }
 }
 template <int> void give_registers() {}
 template <int> void take_registers() {}

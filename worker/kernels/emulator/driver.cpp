@@ -21,6 +21,9 @@ namespace hopper {
 #include "../fill.cu"
 #include "../gate.cu"
 #include "../linear.cu"
+namespace wide {
+#include "../linear_wide.cu"
+}
 #include "../norm.cu"
 #include "../rope.cu"
 #include "../rows.cu"
@@ -35,10 +38,12 @@ namespace {
 struct Launch { dim3 grid, block; unsigned shared; };
 typedef std::function<Work(void**, Launch)> Binder;
 
+// An argument, wherever it lies.
+template <typename T> T read(const void* from) { T value; memcpy(&value, from, sizeof value); return value; }
 template <typename... A> Binder bind(void (*kernel)(A...)) {
   return [kernel](void** parameters, Launch launch) -> Work {
     size_t i = 0;
-    std::tuple<std::remove_const_t<A>...> arguments{*(std::remove_const_t<A>*)parameters[i++]...};
+    std::tuple<std::remove_const_t<A>...> arguments{read<std::remove_const_t<A>>(parameters[i++])...};
     return [kernel, arguments, launch] {
       auto body = [kernel, &arguments] { std::apply(kernel, arguments); };
       typedef decltype(body) Threads;
@@ -50,6 +55,7 @@ std::map<std::string, Binder>& registry() {
   using namespace kernels;
   using namespace kernels::prefill;
   using namespace kernels::hopper;
+  using namespace kernels::wide;
   static std::map<std::string, Binder> all = {
 #define REGISTER(NAME) {#NAME, bind(NAME)},
 #include "registry.inc"
@@ -137,6 +143,19 @@ EXPORT Status cuMemcpy2DAsync_v2(const Copy2D* c, void* st) {
     char* to = copy.target_type == 1 ? copy.target_host : (char*)copy.target_device;
     for (size_t row = 0; row < copy.height; row++) memcpy(to + row * copy.target_pitch, from + row * copy.source_pitch, copy.width);
   });
+}
+EXPORT Status cuTensorMapEncodeTiled(void* map, int type, unsigned dimensions, void* data, const uint64_t* sizes, const uint64_t* strides,
+                                     const unsigned* box, const unsigned* steps, int interleave, int swizzle, int, int) {
+  // bytes, swizzled over 128 of them
+  if (type != 0 || dimensions < 2 || dimensions > 4 || interleave != 0 || swizzle != 3 || box[0] != 128 || (uintptr_t)data % 16) return 1;
+  emulator::Map m{(const unsigned char*)data, dimensions, {1, 1, 1, 1}, {1, 1, 1, 1}, {1, 0, 0, 0}};
+  for (unsigned d = 0; d < dimensions; d++) {
+    if (steps[d] != 1 || box[d] > 256 || (d && strides[d - 1] % 16)) return 1;
+    m.size[d] = (unsigned)sizes[d], m.box[d] = box[d];
+    if (d) m.stride[d] = strides[d - 1];
+  }
+  memcpy(map, &m, sizeof m);
+  return 0;
 }
 struct Event { double time; };
 EXPORT Status cuEventCreate(void** e, unsigned) { *e = new Event{0}; return 0; }

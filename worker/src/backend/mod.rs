@@ -205,8 +205,14 @@ pub trait Backend: Send + Sized + 'static {
     /// Causal attention of q over the cache of `layer`: [T, H d], in the form that `next` reads.
     fn attend(&mut self, q: Self::Tensor, layer: usize, next: &Self::Linear) -> Result<Self::Tensor>;
 
-    /// `silu(gate) * up` of [T, 2 i] stacked as gate | up: [T, i], in the form that `next` reads.
-    fn gate(&mut self, gate_up: Self::Tensor, next: &Self::Linear) -> Result<Self::Tensor>;
+    /// `silu(x G^T) * (x U^T)` with `gate_up` the weights of G and U (i rows each) and their scales: [T, i], in the form
+    /// that `next` reads.
+    fn gated_linear(
+        &mut self,
+        input: &Self::Tensor,
+        gate_up: &Self::Linear,
+        next: &Self::Linear,
+    ) -> Result<Self::Tensor>;
 
     /// The wanted rows only (`Batch::logit_rows`): adds the partial sums, final norm, head, and gathers the
     /// ranks' vocabulary shards. Every rank gets the same numbers bit for bit, since every rank samples.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bora_common::blocks::BLOCK_TOKENS;
-use bora_common::config::seconds;
+use bora_common::config::{seconds, some_seconds};
 use bora_common::registry::{GroupRecord, Speed};
 use serde::Deserialize;
 
@@ -20,9 +20,10 @@ pub struct EngineOptions {
     pub max_num_seqs: u32,
     /// Tokens in a step, whatever the time they take; at least `max_num_seqs`.
     pub max_num_batched_tokens: u32,
-    /// Predicted time of a step while streams are being decoded: prompts are cut into chunks that fit.
-    #[serde(deserialize_with = "seconds")]
-    pub step_seconds: Duration,
+    /// Predicted time of a step while streams are being decoded: prompts are cut into chunks that fit. Where absent 50 ms, or
+    /// five decode steps of the model by itself where that is longer.
+    #[serde(deserialize_with = "some_seconds")]
+    pub step_seconds: Option<Duration>,
     /// The same while nothing is being decoded: how long a new request or an abort may have to wait.
     #[serde(deserialize_with = "seconds")]
     pub idle_step_seconds: Duration,
@@ -39,7 +40,7 @@ impl Default for EngineOptions {
         Self {
             max_num_seqs: 256,
             max_num_batched_tokens: 8_192,
-            step_seconds: Duration::from_millis(50),
+            step_seconds: None,
             idle_step_seconds: Duration::from_secs(1),
             max_waiting: 1_024,
             prefix_cache: true,

@@ -71,8 +71,7 @@ impl<B: Backend> Ministral3<B> {
             let attention = backend.linear(&attended, &layer.output)?;
 
             let normed = backend.norm(&mut residual, Some(attention), &layer.mlp_norm, &layer.gate_up)?;
-            let gate_up = backend.linear(&normed, &layer.gate_up)?;
-            let gated = backend.gate(gate_up, &layer.down)?;
+            let gated = backend.gated_linear(&normed, &layer.gate_up, &layer.down)?;
             partial = Some(backend.linear(&gated, &layer.down)?);
         }
         backend.head(residual, partial, &self.final_norm, &self.head)

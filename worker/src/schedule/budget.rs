@@ -17,6 +17,10 @@ const LEAST_CHUNK: usize = BLOCK_TOKENS;
 /// and so on: then matrix products fill their tiles, and attention's blocks (one for 32 tokens and a KV head) fill the
 /// multiprocessors of a GPU to 97 % and more. Little is lost by it.
 const MANY_TOKENS: usize = 1_024;
+/// What a step that decodes may take where nothing else is configured, and how many decode steps of the model by itself at least:
+/// a large model's prompts would be cut into chunks too small for its matrix products.
+const STEP_SECONDS: f64 = 0.05;
+const DECODE_STEPS: f64 = 5.0;
 /// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
 pub(crate) const MAX_SCORED_POSITIONS: usize = 256;
 /// Weight of the newest step in the running corrections.
@@ -74,7 +78,10 @@ impl StepBudget {
     pub(crate) fn new(speed: &Speed, options: &EngineOptions, least_chunk: usize) -> Self {
         Self {
             cost: CostModel::new(speed),
-            step_seconds: options.step_seconds.as_secs_f64(),
+            step_seconds: options.step_seconds.map_or_else(
+                || STEP_SECONDS.max(DECODE_STEPS * speed.decode_step_seconds),
+                |configured| configured.as_secs_f64(),
+            ),
             idle_step_seconds: options.idle_step_seconds.as_secs_f64(),
             max_tokens: options.max_num_batched_tokens as usize,
             least_chunk: least_chunk.next_multiple_of(BLOCK_TOKENS).max(LEAST_CHUNK),

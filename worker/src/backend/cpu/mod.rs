@@ -317,7 +317,8 @@ impl Backend for CpuBackend {
         Ok(attended)
     }
 
-    fn gate(&mut self, gate_up: Activations, next: &Linear) -> Result<Activations> {
+    fn gated_linear(&mut self, input: &Activations, gate_up: &Linear, next: &Linear) -> Result<Activations> {
+        let gate_up = self.linear(input, gate_up)?;
         let columns = gate_up.columns / 2;
         let mut gated = Vec::with_capacity(gate_up.numbers.len() / 2);
         for row in gate_up.numbers.chunks_exact(gate_up.columns) {

@@ -9,17 +9,15 @@ use crate::backend::KvDtype;
 use crate::backend::Result;
 
 /// Blocks of decode attention that fit on a multiprocessor.
-pub(super) const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
-/// Most parts that one row's keys are cut into.
-const MOST_KEY_SPLITS: usize = 128;
-impl CudaBackend {
-    /// Parts that each item's keys are cut into when there are `items` of them.
-    fn key_splits(&self, items: usize) -> usize {
-        let blocks = items.max(1) * self.setup.plan.kv_heads.len();
-        // rounded down: all blocks run at once, and none is left for a second round
-        (self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / blocks).clamp(1, MOST_KEY_SPLITS)
-    }
+const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
 
+/// Parts that the keys of all decoded rows are cut into: all of them run at once, for each KV head.
+pub(super) fn decode_parts(multiprocessors: u32, kv_heads: usize) -> usize {
+    // rounded down: none is left for a second round
+    (multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / kv_heads.max(1)).max(1)
+}
+
+impl CudaBackend {
     /// Submits causal attention of q over the cache of `layer`: tiles of prompts and single rows.
     pub(super) fn submit_attention(&mut self, q: &Tensor, layer: usize, input_format: InputFormat) -> Result<Tensor> {
         let head_dim = self.setup.config.head_dim;
@@ -56,12 +54,12 @@ impl CudaBackend {
             self.launch(&name, launch, arguments)?;
         }
         if shape.decode_items > 0 {
-            let splits = self.key_splits(shape.decode_items) as u32;
             let arguments = Arguments::default()
                 .address(q.address)
                 .address(keys)
                 .address(values)
                 .address(step.decode_items)
+                .address(step.decode_parts)
                 .address(step.positions)
                 .address(step.row_sequence)
                 .address(step.tables)
@@ -76,7 +74,7 @@ impl CudaBackend {
                 .f32(score_scale);
             let name = format!("decode_attention_{head_dim}_{}_to_{suffix}", kv.name());
             let launch = Shape {
-                grid: [splits, kv_heads, shape.decode_items as u32],
+                grid: [self.inputs.parts as u32, kv_heads, 1],
                 block: 128,
                 shared: decode_shared_bytes(head_dim, kv),
             };
@@ -105,7 +103,8 @@ pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper:
 /// `decode_shared_bytes` of attention_decode.cu.
 pub(super) fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
     let (warps, tokens) = (4, 16);
-    let (stages, row) = if kv == KvDtype::Fp8 { (6, head_dim) } else { (3, head_dim * 2 + 16) };
+    let padding = if head_dim == 128 { 0 } else { 16 };
+    let (stages, row) = if kv == KvDtype::Fp8 { (6, head_dim) } else { (3, head_dim * 2 + padding) };
     let ring = warps * stages * 2 * tokens * row;
     let merge = warps * 16 * (head_dim + 2) * 4;
     ring.max(merge) as u32

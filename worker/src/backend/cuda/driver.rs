@@ -286,28 +286,32 @@ impl Drop for Event {
     }
 }
 
-/// Kernel arguments: each in its own eight bytes, which is where the driver reads as many as the argument has.
+/// Kernel arguments: each in eight bytes of its own (or more), which is where the driver reads as many as the argument has.
 #[derive(Default)]
 pub(super) struct Arguments {
     slots: Vec<u64>,
+    /// Where each begins.
+    starts: Vec<usize>,
 }
 
 impl Arguments {
-    pub(super) fn address(mut self, value: Address) -> Self {
-        self.slots.push(value);
+    /// A struct, as its words.
+    pub(super) fn block(mut self, words: &[u64]) -> Self {
+        self.starts.push(self.slots.len());
+        self.slots.extend_from_slice(words);
         self
     }
-    pub(super) fn u32(mut self, value: u32) -> Self {
-        self.slots.push(u64::from(value));
-        self
+    pub(super) fn u64(self, value: u64) -> Self {
+        self.block(&[value])
     }
-    pub(super) fn u64(mut self, value: u64) -> Self {
-        self.slots.push(value);
-        self
+    pub(super) fn address(self, value: Address) -> Self {
+        self.u64(value)
     }
-    pub(super) fn f32(mut self, value: f32) -> Self {
-        self.slots.push(u64::from(value.to_bits()));
-        self
+    pub(super) fn u32(self, value: u32) -> Self {
+        self.u64(u64::from(value))
+    }
+    pub(super) fn f32(self, value: f32) -> Self {
+        self.u32(value.to_bits())
     }
 }
 
@@ -379,8 +383,9 @@ impl Device {
         overlap: bool,
         name: &str,
     ) -> Result<()> {
+        let Arguments { slots, starts } = &mut arguments;
         let mut pointers: Vec<*mut c_void> =
-            arguments.slots.iter_mut().map(|slot| std::ptr::from_mut(slot).cast()).collect();
+            starts.iter().map(|start| std::ptr::from_mut(&mut slots[*start]).cast()).collect();
         let mut attribute = sys::CUlaunchAttribute_st {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],

@@ -75,6 +75,11 @@ impl CudaBackend {
                 let shape = ProductShape { m, n: known.outputs, k: known.inputs, formats: known.formats };
                 self.matmul.tune(&self.device, shape, super::matmul::Operands { x, w: known.weight, y })?;
             }
+            if known.formats == Formats::E4m3ToBf16 {
+                let tools = (&self.device, &mut self.kernels, &mut self.matmul);
+                let operands = super::matmul::Operands { x, w: known.weight, y };
+                self.wide.compare(tools, (known.outputs, known.inputs), operands, rows)?;
+            }
         }
         self.device.synchronize()
     }

@@ -67,7 +67,7 @@ impl Tensor {
 }
 
 /// Rows up to which our own kernels are used: beyond, cuBLASLt is faster.
-const FEW_ROWS: usize = 16;
+pub(super) const FEW_ROWS: usize = 16;
 const UNIT_ROWS: usize = 32;
 /// Weights that a block streams between two sums over its warps: enough to hide them, and few enough that the
 /// last blocks end together.

@@ -23,7 +23,9 @@ mod options;
 mod peers;
 mod ranks;
 mod sampler;
+mod shares;
 mod step;
+mod wide;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -37,7 +39,6 @@ use crate::model::KvShape;
 use crate::parallel::Abort;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
-use attention::DECODE_BLOCKS_A_MULTIPROCESSOR;
 use driver::{Address, Arguments, Buffer, Device, Shape};
 use graphs::{GraphSize, KnownProduct, Recording};
 use host::HostBlocks;
@@ -52,6 +53,7 @@ pub use options::{CudaOptions, Sums};
 use peers::Peers;
 use sampler::Sampler;
 use step::{ITEM_ROWS, StepInputs};
+use wide::Wide;
 
 /// Steps in flight: the CPU prepares one while the GPU runs another.
 const PIPELINE_DEPTH: usize = 2;
@@ -66,8 +68,11 @@ pub struct CudaBackend {
     communicator: Option<Communicator>,
     /// Where the ranks are GPUs of one host that reach each other.
     peers: Option<Peers>,
+    /// Nothing is exchanged with the other ranks: only while a step is timed.
+    alone: bool,
     kernels: Kernels,
     matmul: Matmul,
+    wide: Wide,
     inputs: StepInputs,
     sampler: Sampler,
     /// Before the cache that it copies from and to.
@@ -102,6 +107,8 @@ struct Buffers {
     residual: Buffer,
     input: Buffer,
     product: Buffer,
+    /// What SwiGLU leaves of few rows, while their input is still read.
+    gated: Buffer,
     query: Buffer,
     logits: Buffer,
     /// [ranks][rows][columns of a rank]: the logits of all ranks, where there are several.
@@ -146,11 +153,13 @@ impl CudaBackend {
         let device = Device::open(options.device)?;
         let kernels = Kernels::load()?;
         let matmul = Matmul::new()?;
+        let wide = Wide::new(&device)?;
         let rope = setup.config.rope.table(head_dim);
         let frequencies = Buffer::new(rope.frequencies.len() * 4, "the rotary frequencies")?;
         let bytes: Vec<u8> = rope.frequencies.iter().flat_map(|frequency| frequency.to_le_bytes()).collect();
         device.upload(frequencies.address, &bytes, "the rotary frequencies")?;
-        let inputs = StepInputs::new(&setup.limits, group)?;
+        let parts = attention::decode_parts(device.multiprocessors, setup.plan.kv_heads.len());
+        let inputs = StepInputs::new(&setup.limits, group, parts)?;
         let sampler = Sampler::new(&device, &setup.limits, setup.config.vocab_size)?;
         tracing::info!(gpu = device.name, multiprocessors = device.multiprocessors, "opened a GPU");
         let communicator = match setup.plan.ranks {
@@ -166,8 +175,10 @@ impl CudaBackend {
             graphs: HashMap::new(),
             communicator,
             peers,
+            alone: false,
             kernels,
             matmul,
+            wide,
             inputs,
             sampler,
             cache: None,
@@ -226,8 +237,8 @@ impl CudaBackend {
         let rows = Matmul::padded_rows(limits.step_tokens.max(limits.sequences));
         let logit_rows = Matmul::padded_rows(limits.logit_rows.max(limits.sequences));
         let heads = plan.heads.len();
-        // a block leaves the rows of its tile where keys are split, and then all blocks run at once
-        let partials = self.device.multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR * ITEM_ROWS;
+        // a part of the keys leaves the rows of two tiles: an item's that began before it, and one's that goes on behind it
+        let partials = self.inputs.parts * 2 * plan.kv_heads.len() * ITEM_ROWS;
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,
             input: Buffer::new(rows * self.widths.input_bytes.max(config.hidden_size * 2), "the inputs of linears")?,
@@ -235,6 +246,7 @@ impl CudaBackend {
                 Linear::product_bytes(self.widths.outputs, rows).max(rows * config.hidden_size * 4),
                 "the products of linears",
             )?,
+            gated: Buffer::new(rows.min(wide::MOST_ROWS) * self.widths.outputs / 2, "the gated inputs")?,
             query: Buffer::new(rows * heads * config.head_dim * 2, "the queries")?,
             logits: Buffer::new(logit_rows * config.vocab_size.max(plan.vocabulary_per_rank) * 4, "the logits")?,
             gathered: match plan.ranks {
@@ -346,7 +358,8 @@ impl Backend for CudaBackend {
     fn warm_up(&mut self, forward: impl Fn(&mut Self) -> Result<Logits>) -> Result<()> {
         self.device.make_current()?;
         self.tune_products()?;
-        self.record_graphs(&forward)
+        self.record_graphs(&forward)?;
+        self.time_communication(&forward)
     }
 
     fn block_bytes(&self, shape: &KvShape) -> usize {
@@ -408,8 +421,11 @@ impl Backend for CudaBackend {
     }
 
     fn linear(&mut self, input: &Tensor, weights: &Linear) -> Result<Tensor> {
-        let target = self.buffers()?.product.address;
-        weights.apply((&self.device, &mut self.kernels, &mut self.matmul), input, target, false, self.options.overlap)
+        let (target, overlap) = (self.buffers()?.product.address, self.options.overlap);
+        if self.wide.multiplies(weights, input.rows) {
+            return self.wide.multiply((&self.device, &mut self.kernels), input, weights, target, overlap);
+        }
+        weights.apply((&self.device, &mut self.kernels, &mut self.matmul), input, target, false, overlap)
     }
 
     fn rotate_and_store(&mut self, qkv: Tensor, layer: usize) -> Result<Tensor> {
@@ -457,7 +473,13 @@ impl Backend for CudaBackend {
         self.submit_attention(&q, layer, next.input_format)
     }
 
-    fn gate(&mut self, gate_up: Tensor, next: &Linear) -> Result<Tensor> {
+    fn gated_linear(&mut self, input: &Tensor, gate_up: &Linear, next: &Linear) -> Result<Tensor> {
+        if self.wide.gates(gate_up, next, input.rows) {
+            let target = self.buffers()?.gated.address;
+            let tools = (&self.device, &mut self.kernels);
+            return self.wide.gate(tools, input, (gate_up, next), target, self.options.overlap);
+        }
+        let gate_up = self.linear(input, gate_up)?;
         let width = gate_up.columns / 2;
         let target = self.buffers()?.input.address;
         let (suffix, scale, format) = match next.input_format {

@@ -16,7 +16,8 @@ impl CudaBackend {
         format: InputFormat,
         rows: Option<(Address, usize)>,
     ) -> Result<Tensor> {
-        let by_peers = partial.is_some() && self.peers.as_ref().is_some_and(|peers| residual.rows <= peers.rows);
+        let by_peers =
+            partial.is_some() && !self.alone && self.peers.as_ref().is_some_and(|peers| residual.rows <= peers.rows);
         let partial = match partial {
             Some(partial) if !by_peers => Some(self.reduce_over_ranks(partial)?),
             partial => partial,

@@ -1,11 +1,11 @@
 //! What the ranks of a group exchange on their GPUs: sums of partial products and parts of the logits.
 
-use super::driver::{Arguments, Event, Shape};
+use super::driver::{Arguments, Event, Graph, Shape};
 use super::linear::{Tensor, TensorFormat};
 use super::nccl::Numbers;
 use super::peers::PEER_ROWS;
-use super::{CudaBackend, Sums};
-use crate::backend::{BackendError, Result};
+use super::{CudaBackend, Logits, Sums};
+use crate::backend::{BackendError, Batch, Result};
 
 impl CudaBackend {
     /// Takes what NCCL takes at its first calls (connections, their buffers) before the KV cache is sized, and finds out
@@ -73,18 +73,55 @@ impl CudaBackend {
         // loads the kernels, which can't be recorded
         sums(self)?;
         let graph = self.record(sums)?;
+        Ok(self.time_graph(&graph)? * 1e3 / SUMS as f32)
+    }
+
+    /// Says what share of a decode step the exchange with the other ranks takes: a step's time beside that of the same step
+    /// without any exchange (whose numbers nobody reads).
+    pub(super) fn time_communication(&mut self, forward: &impl Fn(&mut Self) -> Result<Logits>) -> Result<()> {
+        if self.communicator.is_none() || !self.options.graphs {
+            return Ok(());
+        }
+        let most = self.setup.limits.sequences;
+        for rows in [1, 64].into_iter().filter(|rows| *rows <= most) {
+            self.inputs.upload(&self.device, &Batch::default(), rows, rows)?;
+            let mut milliseconds = [0f32; 2];
+            for (alone, milliseconds) in [false, true].into_iter().zip(&mut milliseconds) {
+                self.alone = alone;
+                let outcome = forward(self).and_then(|_| self.record(|backend| forward(backend).map(|_| ())));
+                self.alone = false;
+                *milliseconds = self.time_graph(&outcome?)?;
+            }
+            let [step, alone] = milliseconds;
+            tracing::info!(
+                rank = self.setup.plan.rank,
+                rows,
+                step_ms = step,
+                without_ms = alone,
+                share = 1.0 - alone / step,
+                "communication in a decode step"
+            );
+        }
+        self.peers.as_ref().map_or(Ok(()), |peers| peers.check())
+    }
+
+    /// Milliseconds of a graph, the mean of several runs after one.
+    fn time_graph(&mut self, graph: &Graph) -> Result<f32> {
+        const RUNS: usize = 4;
         let (start, end) = (Event::new(true)?, Event::new(true)?);
-        self.device.replay(&graph)?;
+        self.device.replay(graph)?;
         start.record(&self.device)?;
-        self.device.replay(&graph)?;
+        for _ in 0..RUNS {
+            self.device.replay(graph)?;
+        }
         end.record(&self.device)?;
         end.wait()?;
-        Ok(end.since(&start)? * 1e3 / SUMS as f32)
+        Ok(end.since(&start)? / RUNS as f32)
     }
 
     /// Adds up a partial product over the ranks. Every rank has multiplied by the same scales.
     pub(super) fn reduce_over_ranks(&mut self, partial: Tensor) -> Result<Tensor> {
-        if self.communicator.is_none() {
+        if self.communicator.is_none() || self.alone {
             return Ok(partial);
         }
         let partial = match partial.format {
@@ -117,7 +154,7 @@ impl CudaBackend {
         let (per_rank, vocabulary) = (self.setup.plan.vocabulary_per_rank, self.setup.config.vocab_size);
         let buffers = self.buffers()?;
         let (logits, gathered) = (buffers.logits.address, buffers.gathered.address);
-        let Some(communicator) = &self.communicator else { return Ok(()) };
+        let Some(communicator) = self.communicator.as_ref().filter(|_| !self.alone) else { return Ok(()) };
         // the last rank may have fewer columns; what it sends beyond them is not read
         communicator.all_gather(&self.device, logits, gathered, rows * per_rank, Numbers::F32)?;
         let arguments = Arguments::default()

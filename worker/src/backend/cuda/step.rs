@@ -5,13 +5,14 @@
 use bora_common::blocks::BLOCK_TOKENS;
 
 use super::driver::{Address, Buffer, Device, Event, Pinned};
+use super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use crate::backend::{BackendError, Batch, Limits, Result};
 
 /// Rows of a prefill tile: tokens times the query heads that share a KV head.
 pub(super) const TILE_ROWS: usize = 128;
 /// The same of a decode item (`DecodeItem` in attention_decode.cu).
 pub(super) const ITEM_ROWS: usize = 16;
-/// A sequence with at most so many rows has them decoded: its keys are split over the GPU.
+/// A sequence with at most so many rows has them decoded: its keys are split over the GPU (`MOST_NEW_ROWS` in attention_decode.cu).
 const FEW_ROWS: usize = 32;
 /// The id that stands for "the one drawn last in this slot" (`SAMPLED` in rows.cu).
 const SAMPLED: u32 = u32::MAX;
@@ -26,6 +27,7 @@ struct Places {
     positions: usize,
     row_sequence: usize,
     decode_items: usize,
+    decode_parts: usize,
     logit_rows: usize,
     table_start: usize,
     tiles: usize,
@@ -41,6 +43,7 @@ pub(super) struct StepAddresses {
     pub(super) positions: Address,
     pub(super) row_sequence: Address,
     pub(super) decode_items: Address,
+    pub(super) decode_parts: Address,
     pub(super) logit_rows: Address,
     pub(super) table_start: Address,
     pub(super) tiles: Address,
@@ -64,6 +67,8 @@ pub(super) struct StepShape {
 pub(super) struct StepInputs {
     places: Places,
     group: usize,
+    /// Parts that the keys of decoded rows are cut into.
+    pub(super) parts: usize,
     /// A block that rows which only fill up a step write to and read from.
     spare_block: u32,
     buffer: Buffer,
@@ -73,8 +78,8 @@ pub(super) struct StepInputs {
 }
 
 impl StepInputs {
-    /// `group`: query heads that share a KV head.
-    pub(super) fn new(limits: &Limits, group: usize) -> Result<Self> {
+    /// `group`: query heads that share a KV head; `parts`: those that the keys of decoded rows are cut into.
+    pub(super) fn new(limits: &Limits, group: usize, parts: usize) -> Result<Self> {
         let rows = limits.step_tokens.max(limits.sequences);
         let blocks = limits.model_len.div_ceil(BLOCK_TOKENS);
         let tokens_in_tile = TILE_ROWS / group;
@@ -90,7 +95,8 @@ impl StepInputs {
             row_slot: place(rows),
             positions: place(rows),
             row_sequence: place(rows),
-            decode_items: place(3 * rows),
+            decode_items: place(ITEM_WORDS * rows),
+            decode_parts: place(PART_WORDS * (parts + 1)),
             logit_rows: place(limits.logit_rows.max(limits.sequences)),
             table_start: place(limits.sequences + 1),
             tiles: place(3 * (rows.div_ceil(tokens_in_tile) + limits.sequences)),
@@ -105,7 +111,7 @@ impl StepInputs {
             pinned.push((Pinned::new(bytes)?, Event::new(false)?));
         }
         let buffer = Buffer::new(bytes, "the tables of a step")?;
-        Ok(Self { places, group, spare_block: 0, buffer, pinned, next: 0, shape: StepShape::default() })
+        Ok(Self { places, group, parts, spare_block: 0, buffer, pinned, next: 0, shape: StepShape::default() })
     }
 
     pub(super) fn set_spare_block(&mut self, block: u32) {
@@ -121,6 +127,7 @@ impl StepInputs {
             positions: at(places.positions),
             row_sequence: at(places.row_sequence),
             decode_items: at(places.decode_items),
+            decode_parts: at(places.decode_parts),
             logit_rows: at(places.logit_rows),
             table_start: at(places.table_start),
             tiles: at(places.tiles),
@@ -149,7 +156,7 @@ impl StepInputs {
         let places = self.places;
         let real = batch.token_ids.len();
         let filling = rows - real;
-        let mut decoded = 0;
+        let mut decoded: Vec<Share> = Vec::new();
         let mut shape = StepShape { rows, decode_items: 0, tiles: 0, logit_rows: batch.logit_rows.len() + filling };
         let mut tables_end = 0;
         let mut tiles = Vec::new();
@@ -174,10 +181,9 @@ impl StepInputs {
             if count <= FEW_ROWS {
                 let step = ITEM_ROWS / self.group;
                 for offset in (0..count).step_by(step) {
-                    let item = [first + offset, step.min(count - offset), decoded].map(|word| word as u32);
-                    words[places.decode_items + 3 * shape.decode_items..][..3].copy_from_slice(&item);
-                    shape.decode_items += 1;
-                    decoded += item[1] as usize;
+                    let (row, rows) = (first + offset, step.min(count - offset));
+                    let blocks = batch.positions[row + rows - 1] / BLOCK_TOKENS as u32 + 1;
+                    decoded.push(Share { first_row: row as u32, rows: rows as u32, blocks });
                 }
                 continue;
             }
@@ -206,18 +212,16 @@ impl StepInputs {
                 words[places.row_slot + row] = 0;
                 words[places.positions + row] = 0;
                 words[places.row_sequence + row] = number as u32;
-                let item = [row as u32, 1, decoded as u32];
-                words[places.decode_items + 3 * shape.decode_items..][..3].copy_from_slice(&item);
-                shape.decode_items += 1;
-                decoded += 1;
+                decoded.push(Share { first_row: row as u32, rows: 1, blocks: 1 });
                 words[places.logit_rows + row] = row as u32;
             }
         }
-        while shape.decode_items < items {
-            // nothing to do
-            words[places.decode_items + 3 * shape.decode_items..][..3].fill(0);
-            shape.decode_items += 1;
+        if decoded.len() < items {
+            decoded.resize(items, Share { first_row: 0, rows: 0, blocks: 0 });
         }
+        shape.decode_items = decoded.len();
+        let (before, part_words) = words.split_at_mut(places.decode_parts);
+        share_out(&decoded, self.parts, &mut before[places.decode_items..], part_words);
         let used = (places.tables + tables_end) * 4;
         device.upload_async(self.buffer.address, &pinned.as_slice()[..used])?;
         copied.record(device)?;

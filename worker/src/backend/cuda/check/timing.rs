@@ -3,10 +3,11 @@
 
 use serde_json::json;
 
-use super::super::attention::{decode_shared_bytes, prefill_kernel};
+use super::super::attention::{decode_parts, decode_shared_bytes, prefill_kernel};
 use super::super::driver::{Address, Arguments, Buffer, Event};
 use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::super::sampler::Sampler;
+use super::super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use super::Outcome;
 use super::kernels::Bench;
 use super::reference::{f32_bytes, u32_bytes};
@@ -303,18 +304,19 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
 fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
     for kv in [KvDtype::Bf16, KvDtype::Fp8] {
         // sequences, rows of each (more than one: guesses that are verified), context
-        for (sequences, each, context, split_choices) in [
-            (1usize, 1usize, 1024usize, vec![16, 33]),
-            (1, 1, 32_768, vec![33]),
-            (1, 1, 131_072, vec![33]),
-            (1, 1, 262_144, vec![33]),
-            (32, 1, 1024, vec![1]),
-            (128, 1, 1024, vec![1]),
-            (4, 1, 32_768, vec![8, 17]),
-            (1, 4, 32_768, vec![33]),
-            (1, 16, 32_768, vec![8]),
-            (1, 16, 131_072, vec![8]),
-            (8, 4, 1024, vec![4]),
+        for (sequences, each, context) in [
+            (1usize, 1usize, 1024usize),
+            (8, 1, 1024),
+            (1, 1, 32_768),
+            (1, 1, 131_072),
+            (1, 1, 262_144),
+            (32, 1, 1024),
+            (128, 1, 1024),
+            (16, 1, 13_312),
+            (4, 1, 32_768),
+            (1, 4, 32_768),
+            (1, 16, 32_768),
+            (8, 4, 1024),
         ] {
             let rows = sequences * each;
             let blocks = context / 64;
@@ -324,62 +326,56 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             let cache = random_bytes(bench, 2 * plane * layers, kv == KvDtype::Fp8, 1.0)?;
             let q = random_bytes(bench, (rows * HEADS * D * 2).max(8192), false, 1.0)?;
             // four rows of a sequence share a tile with their heads
-            let items: Vec<[u32; 3]> = (0..sequences)
+            let items: Vec<Share> = (0..sequences)
                 .flat_map(|sequence| (0..each).step_by(4).map(move |row| (sequence * each + row, (each - row).min(4))))
-                .map(|(first, count)| [first as u32, count as u32, first as u32])
+                .map(|(first, rows)| Share { first_row: first as u32, rows: rows as u32, blocks: blocks as u32 })
                 .collect();
-            let listed = items.len();
-            let items = bench.upload(&u32_bytes(items.as_flattened()))?;
+            let parts = decode_parts(bench.device.multiprocessors, KV_HEADS);
+            let mut item_words = vec![0; items.len() * ITEM_WORDS];
+            let mut part_words = vec![0; (parts + 1) * PART_WORDS];
+            share_out(&items, parts, &mut item_words, &mut part_words);
+            let items = bench.upload(&u32_bytes(&item_words))?;
+            let shares = bench.upload(&u32_bytes(&part_words))?;
             let positions: Vec<u32> = (0..rows).map(|row| (context - each + row % each) as u32).collect();
             let positions = bench.upload(&u32_bytes(&positions))?;
             let owners = bench.upload(&u32_bytes(&(0..rows).map(|row| (row / each) as u32).collect::<Vec<_>>()))?;
             let tables = bench.upload(&u32_bytes(&(0..(sequences * blocks) as u32).rev().collect::<Vec<_>>()))?;
             let starts = bench.upload(&u32_bytes(&(0..sequences).map(|s| (s * blocks) as u32).collect::<Vec<_>>()))?;
-            for splits in split_choices {
-                let partial = bench.poisoned(rows * HEADS * splits * D * 4)?;
-                let sums = bench.poisoned(rows * HEADS * splits * 4)?;
-                let finished = bench.upload(&vec![0; rows * KV_HEADS * 4])?;
-                let out = bench.poisoned(rows * HEADS * D)?;
-                let us = microseconds(bench, layers.max(4), |bench, call| {
-                    let keys = cache.address + (call % layers * 2 * plane) as u64;
-                    let arguments = Arguments::default()
-                        .address(q.address)
-                        .address(keys)
-                        .address(keys + plane as u64)
-                        .address(items.address)
-                        .address(positions.address)
-                        .address(owners.address)
-                        .address(tables.address)
-                        .address(starts.address)
-                        .address(partial.address)
-                        .address(sums.address)
-                        .address(finished.address)
-                        .address(out.address)
-                        .f32(0.02)
-                        .u32(HEADS as u32)
-                        .u32(KV_HEADS as u32)
-                        .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
-                    let name = format!("decode_attention_{D}_{}_to_e4m3", kv.name());
-                    bench.launch(
-                        &name,
-                        [splits as u32, KV_HEADS as u32, listed as u32],
-                        128,
-                        decode_shared_bytes(D, kv),
-                        arguments,
-                    )
-                })?;
-                tell(
-                    report,
-                    format!(
-                        "decode attention {} {sequences} x {each} rows context {context} splits {splits}",
-                        kv.name()
-                    ),
-                    us,
-                    2.0 * plane as f64,
-                    0.0,
-                    1.0,
-                );
-            }
+            let partial = bench.poisoned(parts * 2 * KV_HEADS * 16 * D * 4)?;
+            let sums = bench.poisoned(parts * 2 * KV_HEADS * 16 * 4)?;
+            let finished = bench.upload(&vec![0; rows * KV_HEADS * 4])?;
+            let out = bench.poisoned(rows * HEADS * D)?;
+            let us = microseconds(bench, layers.max(4), |bench, call| {
+                let keys = cache.address + (call % layers * 2 * plane) as u64;
+                let arguments = Arguments::default()
+                    .address(q.address)
+                    .address(keys)
+                    .address(keys + plane as u64)
+                    .address(items.address)
+                    .address(shares.address)
+                    .address(positions.address)
+                    .address(owners.address)
+                    .address(tables.address)
+                    .address(starts.address)
+                    .address(partial.address)
+                    .address(sums.address)
+                    .address(finished.address)
+                    .address(out.address)
+                    .f32(0.02)
+                    .u32(HEADS as u32)
+                    .u32(KV_HEADS as u32)
+                    .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
+                let name = format!("decode_attention_{D}_{}_to_e4m3", kv.name());
+                bench.launch(&name, [parts as u32, KV_HEADS as u32, 1], 128, decode_shared_bytes(D, kv), arguments)
+            })?;
+            tell(
+                report,
+                format!("decode attention {} {sequences} x {each} rows context {context}", kv.name()),
+                us,
+                2.0 * plane as f64,
+                0.0,
+                1.0,
+            );
         }
         for (start, count) in [(0usize, 8192usize), (24_576, 8192), (122_880, 8192), (8192, 1024)] {
             let blocks = (start + count) / 64;

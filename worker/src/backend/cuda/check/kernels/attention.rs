@@ -2,6 +2,7 @@
 
 use super::super::super::attention::{cache_place, decode_shared_bytes, prefill_kernel};
 use super::super::super::driver::{Arguments, Buffer};
+use super::super::super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use super::super::reference::{bf16_bytes, round, u32_bytes};
 use super::{Bench, compare_activation};
 use crate::backend::{KvDtype, Result};
@@ -95,25 +96,29 @@ pub(super) fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut worst = 0f64;
     for (heads, kv_heads, d) in [(8, 2, 128), (12, 1, 128), (8, 4, 32), (9, 3, 64), (16, 1, 32), (3, 3, 128)] {
         for kv in [KvDtype::Bf16, KvDtype::Fp8] {
-            for splits in [1, 3, 66] {
+            for parts in [1, 3, 66] {
                 let contexts = [1, 63, 64, 65, 200, 1500, 130, 66, 9, 1000];
                 // rows of each sequence: guesses that are verified, within a block and across blocks
                 let counts = [1, 1, 1, 1, 1, 1, 5, 4, 9, 2];
                 let cache = TestCache::new(bench, &contexts, kv_heads, d, kv)?;
                 let step = 16 / (heads / kv_heads);
-                let (mut positions, mut sequences, mut items, mut decoded) = (vec![], vec![], vec![], 0u32);
+                let (mut positions, mut sequences, mut items) = (vec![], vec![], vec![]);
                 let mut attention_rows = Vec::new();
                 for (index, (context, count)) in contexts.iter().zip(counts).enumerate() {
                     if index == 2 {
                         // a row that some other kernel owns stands between, and an item of nothing
                         positions.push(0);
                         sequences.push(0);
-                        items.push([0, 0, 0]);
+                        items.push(Share { first_row: 0, rows: 0, blocks: 0 });
                     }
                     for offset in (0..count).step_by(step) {
                         let rows = step.min(count - offset);
-                        items.push([positions.len() as u32, rows as u32, decoded]);
-                        decoded += rows as u32;
+                        let last = context - count + offset + rows - 1;
+                        items.push(Share {
+                            first_row: positions.len() as u32,
+                            rows: rows as u32,
+                            blocks: (last / 64 + 1) as u32,
+                        });
                         for row in offset..offset + rows {
                             attention_rows.push((positions.len(), index));
                             positions.push((context - count + row) as u32);
@@ -122,17 +127,21 @@ pub(super) fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                     }
                 }
                 let rows = positions.len();
+                let mut item_words = vec![0; items.len() * ITEM_WORDS];
+                let mut part_words = vec![0; (parts + 1) * PART_WORDS];
+                share_out(&items, parts, &mut item_words, &mut part_words);
                 let q = bench.random.bf16s(rows * heads * d, 1.5);
                 let buffers = [
                     bench.upload(&bf16_bytes(&q))?,
-                    bench.upload(&u32_bytes(items.as_flattened()))?,
+                    bench.upload(&u32_bytes(&item_words))?,
+                    bench.upload(&u32_bytes(&part_words))?,
                     bench.upload(&u32_bytes(&positions))?,
                     bench.upload(&u32_bytes(&sequences))?,
                     bench.upload(&u32_bytes(&cache.tables))?,
                     bench.upload(&u32_bytes(&cache.starts))?,
                 ];
                 let listed = items.len();
-                let partials = decoded as usize * heads * splits;
+                let partials = parts * 2 * kv_heads * 16;
                 let (partial, sums) = (bench.poisoned(partials * d * 4)?, bench.poisoned(partials * 4)?);
                 let finished = bench.upload(&vec![0; listed * kv_heads * 4])?;
                 for (suffix, scale) in [("bf16", 1.0), ("e4m3", 0.01)] {
@@ -147,6 +156,7 @@ pub(super) fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                         .address(buffers[3].address)
                         .address(buffers[4].address)
                         .address(buffers[5].address)
+                        .address(buffers[6].address)
                         .address(partial.address)
                         .address(sums.address)
                         .address(finished.address)
@@ -155,7 +165,7 @@ pub(super) fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
                         .u32(heads as u32)
                         .u32(kv_heads as u32)
                         .f32(std::f32::consts::LOG2_E / (d as f32).sqrt());
-                    let grid = [splits as u32, kv_heads as u32, listed as u32];
+                    let grid = [parts as u32, kv_heads as u32, 1];
                     bench.launch(
                         &format!("decode_attention_{d}_{}_to_{suffix}", kv.name()),
                         grid,

@@ -68,13 +68,14 @@ impl Bench {
 }
 
 pub(super) fn run(only: &str, report: &mut dyn FnMut(Outcome)) {
-    let checks: [(&str, Check); 11] = [
+    let checks: [(&str, Check); 12] = [
         ("embed", rows::embed),
         ("prepare rows", rows::prepare_rows),
         ("norm", rows::norm),
         ("rope", rows::rope),
         ("gate", rows::gate),
         ("linear, few rows", products::linear),
+        ("wide products", products::wide),
         ("matrix products", products::products),
         ("random weights", products::random_weights),
         ("decode attention", attention::decode_attention),

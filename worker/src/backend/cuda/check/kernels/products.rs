@@ -2,8 +2,9 @@
 
 use super::super::super::linear::{InputFormat, Linear, Tensor, TensorFormat, load_slice};
 use super::super::super::matmul::{Formats, Matmul, Operands, ProductShape};
+use super::super::super::wide::Wide;
 use super::super::reference::{bf16_bytes, from_bf16, from_f32};
-use super::{Bench, distance, from_e4m3};
+use super::{Bench, compare_activation, distance, from_e4m3};
 use crate::backend::{BackendError, Result};
 use crate::weights::{Dtype, Fp8Scales, LinearShard, RandomFill, RowOrder, Slice, Source, e4m3};
 
@@ -81,6 +82,86 @@ pub(super) fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
     }
     // f32 sums of exact products; the tensor cores keep at least 13 bits behind the leading one of a sum
     Ok((worst, 1e-3))
+}
+
+/// An FP8 linear of parts that share an input, and its weights.
+fn load_fp8(bench: &mut Bench, parts: &[Fp8Scales], rows: usize, k: usize) -> Result<(Linear, Vec<f32>)> {
+    let (numbers, bytes) = operand(bench, parts.len() * rows * k, true);
+    let shards: Vec<LinearShard<'_>> = parts
+        .iter()
+        .zip(bytes.chunks_exact(rows * k))
+        .map(|(scales, bytes)| LinearShard {
+            weight: Slice {
+                name: "w",
+                dtype: Dtype::F8E4M3,
+                rows,
+                columns: k,
+                source: Source::Stored { bytes, row_stride: k, order: RowOrder::Plain },
+            },
+            scales: Some(*scales),
+        })
+        .collect();
+    Ok((Linear::load(&bench.device, &mut bench.kernels, &shards)?, numbers))
+}
+
+pub(super) fn wide(bench: &mut Bench) -> Result<(f64, f64)> {
+    let wide = Wide::new(&bench.device)?;
+    let mut worst = 0f64;
+    for (m, n, k) in [
+        (17, 128, 256),
+        (32, 384, 5120),
+        (40, 256, 768),
+        (64, 512, 512),
+        (70, 128, 1152),
+        (100, 256, 384),
+        (128, 384, 640),
+    ] {
+        let (layer, w) = load_fp8(bench, &[Fp8Scales { weight: 0.5, input: 2.0 }], n, k)?;
+        let (x, x_bytes) = operand(bench, m * k, true);
+        let input = bench.upload(&x_bytes)?;
+        let tensor =
+            Tensor { address: input.address, rows: m, columns: k, format: TensorFormat::E4m3, part_scales: Vec::new() };
+        let expected = multiply(&x, &w, m, n, k);
+        let out = bench.poisoned(m * n * 2)?;
+        // twice: the counters are left as they were
+        for _ in 0..2 {
+            wide.multiply((&bench.device, &mut bench.kernels), &tensor, &layer, out.address, true)?;
+            worst = worst.max(distance(&from_bf16(&bench.read(&out, m * n * 2)?), &expected) / 5e-3);
+        }
+    }
+    let next = load_fp8(bench, &[Fp8Scales { weight: 1.0, input: 0.037 }], 16, 64)?.0;
+    for (m, width, k) in [
+        (1, 64, 128),
+        (8, 128, 384),
+        (9, 192, 256),
+        (20, 64, 1280),
+        (37, 128, 512),
+        (64, 320, 256),
+        (90, 64, 640),
+        (128, 128, 128),
+    ] {
+        let scales = [Fp8Scales { weight: 1e-5, input: 2.0 }, Fp8Scales { weight: 3e-5, input: 2.0 }];
+        let (layer, w) = load_fp8(bench, &scales, width, k)?;
+        let (x, x_bytes) = operand(bench, m * k, true);
+        let input = bench.upload(&x_bytes)?;
+        let tensor =
+            Tensor { address: input.address, rows: m, columns: k, format: TensorFormat::E4m3, part_scales: Vec::new() };
+        let out = bench.poisoned(m * width)?;
+        wide.gate((&bench.device, &mut bench.kernels), &tensor, (&layer, &next), out.address, true)?;
+        let products = multiply(&x, &w, m, 2 * width, k);
+        let expected: Vec<f64> = products
+            .chunks_exact(2 * width)
+            .flat_map(|row| {
+                let (gate, up) = row.split_at(width);
+                gate.iter().zip(up).map(|(gate, up)| {
+                    let gate = gate * f64::from(layer.part_scales[0]);
+                    gate / (1.0 + (-gate).exp()) * up * f64::from(layer.part_scales[1])
+                })
+            })
+            .collect();
+        worst = worst.max(compare_activation(&bench.read(&out, m * width)?, &expected, "e4m3", 0.037));
+    }
+    Ok((worst, 1.0))
 }
 
 pub(super) fn products(bench: &mut Bench) -> Result<(f64, f64)> {
