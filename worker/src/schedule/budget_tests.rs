@@ -95,11 +95,30 @@ fn predictions_follow_what_steps_really_take() {
 fn a_prompt_gets_the_least_chunk_of_the_device_behind_any_context() {
     let speed =
         Speed { prefill_tokens_per_second: 8_000.0, prefill_seconds_per_token_pair: 4e-9, decode_step_seconds: 0.020 };
-    let budget = StepBudget::new(&speed, &EngineOptions::default(), 330);
+    let options = EngineOptions { step_seconds: Some(Duration::from_millis(50)), ..EngineOptions::default() };
+    let budget = StepBudget::new(&speed, &options, 330);
     for context in [0, 100_000] {
         let (grants, _) = budget.share(2, 20_000, vec![prompt(0, context, 50_000)]);
         assert_eq!(granted(&grants, 0), 384, "{context}: whole blocks");
     }
     let (grants, _) = budget.share(2, 20_000, vec![prompt(0, 100_000, 70)]);
     assert_eq!(granted(&grants, 0), 70);
+}
+
+#[test]
+fn a_step_is_as_long_as_configured_or_five_decode_steps_of_a_slow_model() {
+    let speed = |decode_step_seconds| Speed {
+        prefill_tokens_per_second: 10_000.0,
+        prefill_seconds_per_token_pair: 0.0,
+        decode_step_seconds,
+    };
+    let granted_by = |speed: Speed, step_seconds| {
+        let options = EngineOptions { step_seconds, ..EngineOptions::default() };
+        let (grants, _) = StepBudget::new(&speed, &options, 64).share(1, 1_000, vec![prompt(0, 0, 50_000)]);
+        granted(&grants, 0)
+    };
+    // what the decode step leaves of 50 ms, and of five times 20 ms
+    assert!((384..=448).contains(&granted_by(speed(0.005), None)));
+    assert!((704..=832).contains(&granted_by(speed(0.020), None)));
+    assert!((256..=320).contains(&granted_by(speed(0.020), Some(Duration::from_millis(50)))));
 }
