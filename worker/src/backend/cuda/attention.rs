@@ -103,7 +103,8 @@ pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper:
 /// `decode_shared_bytes` of attention_decode.cu.
 pub(super) fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
     let (warps, tokens) = (4, 16);
-    let padding = if head_dim == 128 { 0 } else { 16 };
+    // rows of 256 bytes are copied as they lie in the cache
+    let padding = if head_dim * 2 == 256 { 0 } else { 16 };
     let (stages, row) = if kv == KvDtype::Fp8 { (6, head_dim) } else { (3, head_dim * 2 + padding) };
     let ring = warps * stages * 2 * tokens * row;
     let merge = warps * 16 * (head_dim + 2) * 4;

@@ -3,7 +3,7 @@
 
 use super::driver::Graph;
 use super::linear::Linear;
-use super::matmul::{Formats, Matmul, ProductShape};
+use super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::step::StepInputs;
 use super::{CudaBackend, Logits};
 use crate::backend::{Batch, Result};
@@ -71,13 +71,13 @@ impl CudaBackend {
         let most_logits = self.setup.limits.logit_rows.max(self.setup.limits.sequences);
         for known in self.products.clone() {
             let (rows, y) = if known.formats == Formats::Bf16ToF32 { (most_logits, logits) } else { (most, y) };
+            let operands = Operands { x, w: known.weight, y };
             for m in Matmul::tuned_rows(rows) {
                 let shape = ProductShape { m, n: known.outputs, k: known.inputs, formats: known.formats };
-                self.matmul.tune(&self.device, shape, super::matmul::Operands { x, w: known.weight, y })?;
+                self.matmul.tune(&self.device, shape, operands)?;
             }
             if known.formats == Formats::E4m3ToBf16 {
                 let tools = (&self.device, &mut self.kernels, &mut self.matmul);
-                let operands = super::matmul::Operands { x, w: known.weight, y };
                 self.wide.compare(tools, (known.outputs, known.inputs), operands, rows)?;
             }
         }
