@@ -84,7 +84,8 @@ impl StepBudget {
             ),
             idle_step_seconds: options.idle_step_seconds.as_secs_f64(),
             max_tokens: options.max_num_batched_tokens as usize,
-            least_chunk: least_chunk.next_multiple_of(BLOCK_TOKENS).max(LEAST_CHUNK),
+            // more would begin another round of attention's blocks
+            least_chunk: (least_chunk / BLOCK_TOKENS * BLOCK_TOKENS).max(LEAST_CHUNK),
             decode_correction: 1.0,
             prefill_correction: 1.0,
         }

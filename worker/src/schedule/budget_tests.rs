@@ -99,7 +99,7 @@ fn a_prompt_gets_the_least_chunk_of_the_device_behind_any_context() {
     let budget = StepBudget::new(&speed, &options, 330);
     for context in [0, 100_000] {
         let (grants, _) = budget.share(2, 20_000, vec![prompt(0, context, 50_000)]);
-        assert_eq!(granted(&grants, 0), 384, "{context}: whole blocks");
+        assert_eq!(granted(&grants, 0), 320, "{context}: whole blocks");
     }
     let (grants, _) = budget.share(2, 20_000, vec![prompt(0, 100_000, 70)]);
     assert_eq!(granted(&grants, 0), 70);
