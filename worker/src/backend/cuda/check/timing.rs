@@ -432,7 +432,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 us,
                 2.0 * plane as f64,
                 4.0 * HEADS as f64 * D as f64 * pairs,
-                BF16_A_SECOND,
+                if transposes { FP8_A_SECOND } else { BF16_A_SECOND },
             );
         }
     }
