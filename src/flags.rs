@@ -1,5 +1,7 @@
 //! Flags that every command with an engine of its own has, named as vLLM's.
 
+use std::time::Duration;
+
 use bora_common::config::ByteSize;
 use bora_worker::{DeviceChoice, Fp8Mode, KvDtype, LoadFormat, SpeculativeOptions, WorkerOptions};
 use clap::Args;
@@ -22,6 +24,9 @@ pub(crate) struct EngineFlags {
     /// tokens in one step
     #[arg(long)]
     max_num_batched_tokens: Option<u32>,
+    /// seconds that a step may take while streams are being decoded: prompts are cut into chunks that fit
+    #[arg(long)]
+    step_seconds: Option<f64>,
     /// type of the KV cache's numbers
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) kv_cache_dtype: KvDtype,
@@ -69,6 +74,8 @@ impl EngineFlags {
         let schedule = &mut options.schedule;
         schedule.max_num_seqs = self.max_num_seqs.unwrap_or(schedule.max_num_seqs);
         schedule.max_num_batched_tokens = self.max_num_batched_tokens.unwrap_or(schedule.max_num_batched_tokens);
+        let seconds = self.step_seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        schedule.step_seconds = seconds.or(schedule.step_seconds);
         schedule.speculative = self.speculative_config.or(schedule.speculative.take());
     }
 }

@@ -13,8 +13,9 @@ constexpr u32 prefill_shared_bytes() {
   return sizeof(Kv) == 2 ? 4 * KV_BLOCK * padded_row<D>() : 4 * KV_BLOCK * D + 2 * KV_BLOCK * padded_row<D>();
 }
 
-// tiles [n][3]: sequence, first row of the batch, tokens (<= 128 / group). The tokens of a tile are consecutive rows of one
-// sequence. A row of position p reads keys 0..=p. Output [row][query heads * D].
+// tiles [n][4]: sequence, the first of its pairs of (row of the batch, query head that shares the KV head), pairs (<= 128), and what is
+// of use on Hopper alone. A tile's pairs follow each other: row by row, and the heads of a row. All rows are of one sequence. A row
+// of position p reads keys 0..=p. Output [row][query heads * D].
 // Launch: grid (kv heads, tiles), block (256), dynamic shared memory prefill_shared_bytes<D, Kv>().
 template <u32 D, typename Kv, typename Out>
 __device__ __forceinline__ void prefill_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const u32* tiles,
@@ -25,11 +26,11 @@ __device__ __forceinline__ void prefill_attention(const bf16* q, const Kv* k_cac
   DYNAMIC_SHARED(shared);
   constexpr u32 PADDED = padded_row<D>(), RAW = sizeof(Kv) == 2 ? PADDED : D, RAW_TILE = KV_BLOCK * RAW, TILE = KV_BLOCK * PADDED;
   constexpr u32 PIECES = D * sizeof(Kv) / 16;
-  const u32 kv_head = blockIdx.x, sequence = tiles[blockIdx.y * 3], first_row = tiles[blockIdx.y * 3 + 1], tokens = tiles[blockIdx.y * 3 + 2];
+  const u32* tile = tiles + blockIdx.y * 4;
+  const u32 kv_head = blockIdx.x, sequence = tile[0], first = tile[1], pairs = tile[2], group = query_heads / kv_heads;
   const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-  const u32 group = query_heads / kv_heads, used_rows = tokens * group;
   const u32* table = tables + table_start[sequence];
-  const u32 first_position = positions[first_row], last_position = first_position + tokens - 1;
+  const u32 first_position = positions[first / group], last_position = positions[(first + pairs - 1) / group];
   const u32 blocks = last_position / KV_BLOCK + 1;
 
   auto load = [&](u32 block) {
@@ -54,10 +55,10 @@ __device__ __forceinline__ void prefill_attention(const bf16* q, const Kv* k_cac
   u32 a[D / 16][4];
 #pragma unroll
   for (u32 h = 0; h < 2; h++) {
-    const u32 tile_row = warp * 16 + g + h * 8, token = tile_row / group, head = kv_head * group + tile_row % group;
-    const bool used = tile_row < used_rows;
-    row_position[h] = first_position + min(token, tokens - 1);
-    const bf16* source = q + ((u64)(first_row + token) * query_heads + head) * D;
+    const u32 pair = warp * 16 + g + h * 8, at = first + pair;
+    const bool used = pair < pairs;
+    row_position[h] = first_position + (first % group + min(pair, pairs - 1)) / group;
+    const bf16* source = q + ((u64)(at / group) * query_heads + kv_head * group + at % group) * D;
 #pragma unroll
     for (u32 k = 0; k < D / 16; k++) {
       a[k][h] = used ? *reinterpret_cast<const u32*>(source + k * 16 + t * 2) : 0;
@@ -159,10 +160,10 @@ __device__ __forceinline__ void prefill_attention(const bf16* q, const Kv* k_cac
   for (u32 h = 0; h < 2; h++) {
     sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
     sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
-    const u32 tile_row = warp * 16 + g + h * 8;
-    if (tile_row >= used_rows) continue;
+    const u32 pair = warp * 16 + g + h * 8, at = first + pair;
+    if (pair >= pairs) continue;
     const float inverse = 1.f / sum[h];
-    Out* target = out + ((u64)(first_row + tile_row / group) * query_heads + kv_head * group + tile_row % group) * D;
+    Out* target = out + ((u64)(at / group) * query_heads + kv_head * group + at % group) * D;
 #pragma unroll
     for (u32 n = 0; n < D / 8; n++) store_activation2(target + n * 8 + t * 2, o[n][h * 2] * inverse, o[n][h * 2 + 1] * inverse, out_scale);
   }

@@ -28,10 +28,6 @@ struct e4m3 {
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
-template <typename Value>
-constexpr bool is_f16 = false;
-template <>
-constexpr bool is_f16<f16> = true;
 
 constexpr u32 WARP = 32;
 // Tokens in one block of the KV cache.
@@ -277,40 +273,35 @@ __device__ __forceinline__ u64 matrix_descriptor(const u8* start, u32 leading, u
 #define NAMES48 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define NAMES64 NAMES48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define ACCUMULATOR_NAMES "{" NAMES64 "}"
-// c[64,128] (+)= a[64,16] b[16,128], both as rows of K in shared memory; `add` or replace c.
-template <typename Value>
+// c[64,128] (+)= a[64,16] b[16,128], bf16, both as rows of K in shared memory; `add` or replace c.
 __device__ __forceinline__ void warpgroup_multiply(float (&c)[16][4], u64 a, u64 b, bool add) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define MULTIPLY(TYPES)                                                                                                  \
-  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES        \
-               " " ACCUMULATOR_NAMES ", %64, %65, add, 1, 1, 0, 0;}"                                                     \
-               : ACCUMULATORS(c)                                                                                         \
-               : "l"(a), "l"(b), "r"((u32)add))
-  if constexpr (is_f16<Value>) {
-    MULTIPLY("f16.f16");
-  } else {
-    MULTIPLY("bf16.bf16");
-  }
-#undef MULTIPLY
+  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"
+               " " ACCUMULATOR_NAMES ", %64, %65, add, 1, 1, 0, 0;}"
+               : ACCUMULATORS(c)
+               : "l"(a), "l"(b), "r"((u32)add));
 #else
   __trap();
 #endif
 }
-// c[64,128] (+)= a[64,16] b[16,128]: a in registers (16 rows a warp), b as columns of K.
-template <typename Value>
+// c[64,128] (+)= a[64,16] b[16,128], bf16: a in registers (16 rows a warp), b as columns of K.
 __device__ __forceinline__ void warpgroup_multiply_transposed(float (&c)[16][4], const u32 (&a)[4], u64 b, bool add) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define MULTIPLY(TYPES)                                                                                                  \
-  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES        \
-               " " ACCUMULATOR_NAMES ", {%64,%65,%66,%67}, %68, add, 1, 1, 1;}"                                        \
-               : ACCUMULATORS(c)                                                                                         \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)add))
-  if constexpr (is_f16<Value>) {
-    MULTIPLY("f16.f16");
-  } else {
-    MULTIPLY("bf16.bf16");
-  }
-#undef MULTIPLY
+  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"
+               " " ACCUMULATOR_NAMES ", {%64,%65,%66,%67}, %68, add, 1, 1, 1;}"
+               : ACCUMULATORS(c)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)add));
+#else
+  __trap();
+#endif
+}
+// c[64,128] (+)= a[64,32] b[32,128], e4m3: a in registers (16 rows a warp), b as rows of K.
+__device__ __forceinline__ void warpgroup_multiply_e4m3(float (&c)[16][4], const u32 (&a)[4], u64 b, bool add) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %69, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
+               " " ACCUMULATOR_NAMES ", {%64,%65,%66,%67}, %68, add, 1, 1;}"
+               : ACCUMULATORS(c)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)add));
 #else
   __trap();
 #endif
@@ -354,11 +345,11 @@ __device__ __forceinline__ void take_registers() {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-// Where piece `piece` (16 bytes) of token `token` lies in a KV head's tile of a cache block. Rows of 256 bytes (128 bf16) lie
-// as the warpgroup's matrix instructions want them in shared memory: two halves, rows of 128 bytes, the pieces of a row
+// Where piece `piece` (16 bytes) of token `token` lies in a KV head's tile of a cache block. Rows of 128 and 256 bytes lie
+// as the warpgroup's matrix instructions want them in shared memory: rows (two halves) of 128 bytes, the pieces of a row
 // exchanged by its number. All others lie row by row.
 __device__ __forceinline__ u32 cache_place(u32 row_bytes, u32 token, u32 piece) {
-  if (row_bytes != 256) return token * row_bytes + piece * 16;
+  if (row_bytes % 128) return token * row_bytes + piece * 16;
   return piece / 8 * (KV_BLOCK * 128) + token * 128 + (((piece % 8) ^ (token % 8)) << 4);
 }
 

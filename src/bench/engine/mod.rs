@@ -10,10 +10,14 @@
 //! - `prefill`: seconds from a prompt to its first id; the best of several.
 //! - `agentic`: conversations whose turns each add to the one before; `throughput`: many prompts at once that share
 //!   their first half.
-//! - `edit`: answers that repeat their prompt; not in the baseline.
+//! - `edit`: answers that repeat their prompt; `mixed`: one long context decoded among many short ones; `revisit`: prompts that come
+//!   again when others have been computed in between. Not in the baseline.
+//!
+//! A line `steps` behind each says what kinds of steps it took and how long they were, by the engine's own metrics.
 
 mod edit;
 mod sections;
+mod steps;
 mod trace;
 
 use std::fs::File;
@@ -32,8 +36,10 @@ use bora_worker::engine::{EngineHandle, EventStream};
 use bora_worker::telemetry::floor::Floors;
 use bora_worker::{KvDtype, SpeculativeOptions, WorkerMetrics, WorkerOptions, WorkerSettings};
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 use serde_json::{Value, json};
 
+use self::steps::Steps;
 use crate::flags::EngineFlags;
 use crate::{logging, tokenize};
 
@@ -63,7 +69,8 @@ pub(crate) struct EngineArgs {
 }
 
 /// A section of the baseline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 enum Workload {
     /// decode at 1k (1, 8, 32, 64, 128 sequences) and at 32k (1, 4)
     Decode,
@@ -79,6 +86,10 @@ enum Workload {
     Long256,
     /// source files said again with a name changed; for --speculative-config
     Edit,
+    /// decode of 63 sequences at 1k beside one at 100k
+    Mixed,
+    /// 12 prompts of 16k, one after the other, twice; for --num-kv-blocks and --kv-offloading-size
+    Revisit,
 }
 
 /// Measures, and prints JSON lines.
@@ -86,7 +97,8 @@ pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
     logging::start(&LogOptions::default())?;
     let mut out = Out::open(args.out.as_ref())?;
     let started = Instant::now();
-    let (engine, record) = bora_worker::open_engine(settings(&args)).await?;
+    let metrics = WorkerMetrics::new();
+    let (engine, record) = bora_worker::open_engine(settings(&args, &metrics)).await?;
     let start_seconds = started.elapsed().as_secs_f64();
     let gpu = gpu_name(record.device, args.engine.tensor_parallel_size as usize);
     let model = ModelConfig::from_dir(&args.model)?;
@@ -102,6 +114,7 @@ pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
     let mut bench = Bench {
         floors: Floors::of(&model, record.ranks.len(), &gpu, kv_bytes),
         engine,
+        metrics,
         record,
         out,
         random: 1234,
@@ -110,12 +123,15 @@ pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
     };
     bench.warm_up().await?;
     for workload in &args.workload {
+        let before = Steps::of(&bench.metrics.text());
         bench.section(*workload).await?;
+        let steps = Steps::of(&bench.metrics.text()).since(&before);
+        bench.out.line(steps.line(*workload))?;
     }
     bench.out.line(json!({ "kind": "done", "total_s": round(started.elapsed().as_secs_f64(), 1) }))
 }
 
-fn settings(args: &EngineArgs) -> WorkerSettings {
+fn settings(args: &EngineArgs, metrics: &Arc<WorkerMetrics>) -> WorkerSettings {
     let mut options = WorkerOptions { max_model_len: Some(args.max_model_len), ..WorkerOptions::default() };
     args.engine.clone().apply(&mut options);
     // random weights repeat themselves: speculation only where it is asked for
@@ -127,7 +143,7 @@ fn settings(args: &EngineArgs) -> WorkerSettings {
         tokenizer: args.tokenizer.clone(),
         skip_tokenizer_init: args.tokenizer.is_none(),
     };
-    WorkerSettings { options, model, metrics: WorkerMetrics::new() }
+    WorkerSettings { options, model, metrics: Arc::clone(metrics) }
 }
 
 fn gpu_name(device: Device, ranks: usize) -> String {
@@ -164,6 +180,7 @@ impl Out {
 /// An engine under measurement.
 struct Bench {
     engine: EngineHandle,
+    metrics: Arc<WorkerMetrics>,
     record: GroupRecord,
     floors: Option<Floors>,
     out: Out,
@@ -178,10 +195,10 @@ impl Bench {
         match workload {
             Workload::Decode => {
                 for batch in [1, 8, 32, 64, 128] {
-                    self.decode(batch, k).await?;
+                    self.decode(&vec![k; batch]).await?;
                 }
-                self.decode(1, 32 * k).await?;
-                self.decode(4, 32 * k).await?;
+                self.decode(&[32 * k]).await?;
+                self.decode(&[32 * k; 4]).await?;
             }
             Workload::Prefill => {
                 self.prefill(8 * k, 3).await?;
@@ -191,13 +208,20 @@ impl Bench {
             Workload::Agentic => self.agentic(16, 8, 8 * k, k, (200 / self.scale).max(1)).await?,
             Workload::Throughput => self.throughput(256, 2 * k, 4 * k, (256 / self.scale).max(1)).await?,
             Workload::Declong => {
-                self.decode(1, 128 * k).await?;
-                self.decode(4, 128 * k).await?;
+                self.decode(&[128 * k]).await?;
+                self.decode(&[128 * k; 4]).await?;
             }
             Workload::Long256 => {
                 self.prefill(255 * k, 1).await?;
-                self.decode(1, 250 * k).await?;
+                self.decode(&[250 * k]).await?;
             }
+            Workload::Mixed => {
+                let mut contexts = vec![k; 64];
+                self.decode(&contexts).await?;
+                contexts[0] = 100 * k;
+                self.decode(&contexts).await?;
+            }
+            Workload::Revisit => self.revisit(12, 16 * k).await?,
             Workload::Edit => {
                 let tokenizer = self.tokenizer.clone();
                 self.edit(tokenizer.as_deref()).await?;

@@ -47,18 +47,22 @@ impl Bench {
         self.out.line(json!({ "kind": "warmup", "s": round(started.elapsed().as_secs_f64(), 2) }))
     }
 
-    /// Steady milliseconds a step with `batch` sequences at `context`.
-    pub(super) async fn decode(&mut self, batch: usize, context: usize) -> anyhow::Result<()> {
-        let output = STEPS + 2 * DROPPED + batch * context / SLOWEST_FILL / 2 + 24;
+    /// Steady milliseconds a step with a sequence at each of `contexts`. A line names the longest, and the tokens of all where they
+    /// differ.
+    pub(super) async fn decode(&mut self, contexts: &[usize]) -> anyhow::Result<()> {
+        let (batch, all) = (contexts.len(), contexts.iter().sum::<usize>());
+        let context = contexts.iter().copied().max().unwrap_or(0);
+        let kind = if all == batch * context { "decode" } else { "mixed" };
+        let output = STEPS + 2 * DROPPED + all / SLOWEST_FILL / 2 + 24;
         let window = self.record.max_model_len as usize;
         let output = output.min(window.saturating_sub(context));
-        let need = batch * (context + output + 2 * self.record.block_tokens as usize);
+        let need = all + batch * (output + 2 * self.record.block_tokens as usize);
         let have = self.record.kv_blocks as usize * self.record.block_tokens as usize;
         if need > have || output <= STEPS {
             let skipped = format!("needs {need} KV tokens in a window of {window}, have {have}");
-            return self.out.line(json!({ "kind": "decode", "batch": batch, "ctx": context, "skipped": skipped }));
+            return self.out.line(json!({ "kind": kind, "batch": batch, "ctx": context, "skipped": skipped }));
         }
-        let prompts: Vec<_> = (0..batch).map(|_| self.tokens(context)).collect();
+        let prompts: Vec<_> = contexts.iter().map(|context| self.tokens(*context)).collect();
         let begun = Instant::now();
         let (sender, mut arrivals) = mpsc::channel(1024);
         let mut readers = JoinSet::new();
@@ -90,7 +94,7 @@ impl Bench {
         let fill = all_at.map(|at| at.duration_since(begun).as_secs_f64());
         let (Some(fill), Some(first), Some(last)) = (fill, marks.first(), marks.last()) else {
             return self.out.line(json!({
-                "kind": "decode", "batch": batch, "ctx": context, "error": format!("window too short: {} steps", marks.len()),
+                "kind": kind, "batch": batch, "ctx": context, "error": format!("window too short: {} steps", marks.len()),
             }));
         };
         if marks.len() < LEAST_STEPS {
@@ -100,12 +104,12 @@ impl Bench {
         let step = last.duration_since(*first).as_secs_f64() / steps as f64;
         let gaps: Vec<f64> = marks.windows(2).map(|pair| pair[1].duration_since(pair[0]).as_secs_f64()).collect();
         let milliseconds = |seconds: Option<f64>| seconds.map(|seconds| round(seconds * 1e3, 3));
-        let floor = self.floors.map(|floors| floors.decode(batch, context));
+        let floor = self.floors.map(|floors| floors.decode(batch, all / batch));
         self.out.line(json!({
-            "kind": "decode", "batch": batch, "ctx": context, "tpot_ms": round(step * 1e3, 3),
+            "kind": kind, "batch": batch, "ctx": context, "ctx_sum": all, "tpot_ms": round(step * 1e3, 3),
             "tok_s": round(batch as f64 / step, 1), "steps": steps,
             "gap_p50_ms": milliseconds(percentile(&gaps, 0.5)), "gap_p95_ms": milliseconds(percentile(&gaps, 0.95)),
-            "fill_s": round(fill, 3), "fill_tok_s": round((batch * context) as f64 / fill, 1),
+            "fill_s": round(fill, 3), "fill_tok_s": round(all as f64 / fill, 1),
             "floor_ms": milliseconds(floor), "share": floor.map(|floor| round(floor / step, 3)),
         }))
     }
@@ -133,6 +137,25 @@ impl Bench {
             "kind": "prefill", "tokens": count, "s": rounded, "best_s": round(best, 4),
             "tok_s": round(count as f64 / best, 1), "tok_s_median": round(count as f64 / median, 1),
             "floor_s": floor.map(|floor| round(floor, 4)), "share": floor.map(|floor| round(floor / best, 3)),
+        }))
+    }
+
+    /// Seconds to the first id of prompts that come one after the other, and all of them once more.
+    pub(super) async fn revisit(&mut self, prompts: usize, count: usize) -> anyhow::Result<()> {
+        let prompts: Vec<_> = (0..prompts).map(|_| self.tokens(count)).collect();
+        let mut passes = Vec::new();
+        for _ in 0..2 {
+            let mut seconds = Vec::new();
+            for prompt in &prompts {
+                let started = Instant::now();
+                read_to_end(submit(&self.engine, prompt.clone(), 1)?).await?;
+                seconds.push(started.elapsed().as_secs_f64());
+            }
+            passes.push(percentile(&seconds, 0.5).map(|seconds| round(seconds, 4)));
+        }
+        self.engine.flush().await?;
+        self.out.line(json!({
+            "kind": "revisit", "prompts": prompts.len(), "tokens": count, "first_p50_s": passes[0], "again_p50_s": passes[1],
         }))
     }
 

@@ -303,21 +303,18 @@ inline unsigned short element(uint64_t descriptor, unsigned n, unsigned k, bool 
   unsigned short bits; memcpy(&bits, dynamic_shared() + at, 2);
   return bits;
 }
-template <typename Value> float number(unsigned short bits) {
-  if constexpr (std::is_same_v<Value, f16>) return f16_value(bits);
-  return __uint_as_float((unsigned)bits << 16);
-}
-template <unsigned N, typename Value> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4], uint64_t descriptor, bool transposed, bool add) {
+inline float number(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+template <unsigned N> void warpgroup(float (&c)[N / 8][4], const unsigned (&a)[4], uint64_t descriptor, bool transposed, bool add) {
   for (unsigned j = 0; !add && j < N / 8; j++) for (float& v : c[j]) v = 0.f;
   auto slots = exchange(a, sizeof a);
   unsigned lane = current->linear % 32, g = lane / 4, t = lane % 4;
   float row[2][16];
   for (unsigned half = 0; half < 2; half++) for (unsigned k = 0; k < 16; k++) {
     unsigned w; memcpy(&w, slots[g * 4 + k % 8 / 2] + 4 * (half + k / 8 * 2), 4);
-    row[half][k] = number<Value>((unsigned short)(k % 2 ? w >> 16 : w));
+    row[half][k] = number((unsigned short)(k % 2 ? w >> 16 : w));
   }
   for (unsigned j = 0; j < N / 8; j++) for (unsigned e = 0; e < 2; e++) for (unsigned k = 0; k < 16; k++) {
-    float b = number<Value>(element(descriptor, j * 8 + t * 2 + e, k, transposed));
+    float b = number(element(descriptor, j * 8 + t * 2 + e, k, transposed));
     c[j][e] += row[0][k] * b, c[j][2 + e] += row[1][k] * b;
   }
   __syncwarp();
@@ -326,17 +323,17 @@ template <unsigned N, typename Value> void warpgroup(float (&c)[N / 8][4], const
 inline uint64_t matrix_descriptor(const unsigned char* start, unsigned leading, unsigned stride) {
   return (uint64_t)(start - emulator::dynamic_shared()) >> 4 | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | 1ull << 62;
 }
-template <typename Value> void warpgroup_multiply(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
+inline void warpgroup_multiply(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
   const unsigned lane = emulator::current->linear % 32, warp = emulator::current->linear / 32 % 4, g = lane / 4, t = lane % 4;
   unsigned fragment[4];
   for (unsigned i = 0; i < 4; i++) {
     const unsigned row = warp * 16 + g + i % 2 * 8, k = i / 2 * 8 + t * 2;
     fragment[i] = emulator::element(a, row, k, false) | (unsigned)emulator::element(a, row, k + 1, false) << 16;
   }
-  emulator::warpgroup<128, Value>(c, fragment, b, false, add);
+  emulator::warpgroup<128>(c, fragment, b, false, add);
 }
-template <typename Value> void warpgroup_multiply_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) {
-  emulator::warpgroup<128, Value>(c, a, b, true, add);
+inline void warpgroup_multiply_transposed(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) {
+  emulator::warpgroup<128>(c, a, b, true, add);
 }
 namespace emulator {
 // Row `row` of 32 e4m3 of a swizzled matrix.
@@ -348,18 +345,37 @@ inline void row_of_e4m3(float (&values)[32], uint64_t descriptor, unsigned row) 
   }
 }
 }  // namespace emulator
-template <unsigned N> void warpgroup_multiply_e4m3(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool add) {
-  const unsigned lane = emulator::current->linear % 32, warp = emulator::current->linear / 32 % 4, g = lane / 4, t = lane % 4;
-  float rows[2][32], column[32];
-  for (unsigned half = 0; half < 2; half++) emulator::row_of_e4m3(rows[half], a, warp * 16 + half * 8 + g);
+namespace emulator {
+// This lane's two rows times rows of b.
+template <unsigned N> void warpgroup_e4m3(float (&c)[N / 8][4], const float (&rows)[2][32], uint64_t b, bool add) {
+  const unsigned t = current->linear % 4;
+  float column[32];
   for (unsigned j = 0; j < N / 8; j++) for (unsigned e = 0; e < 2; e++) {
-    emulator::row_of_e4m3(column, b, j * 8 + t * 2 + e);
+    row_of_e4m3(column, b, j * 8 + t * 2 + e);
     for (unsigned half = 0; half < 2; half++) {
       float sum = add ? c[j][half * 2 + e] : 0.f;
       for (unsigned k = 0; k < 32; k++) sum += rows[half][k] * column[k];
       c[j][half * 2 + e] = sum;
     }
   }
+}
+}  // namespace emulator
+template <unsigned N> void warpgroup_multiply_e4m3(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+  const unsigned lane = emulator::current->linear % 32, warp = emulator::current->linear / 32 % 4;
+  float rows[2][32];
+  for (unsigned half = 0; half < 2; half++) emulator::row_of_e4m3(rows[half], a, warp * 16 + half * 8 + lane / 4);
+  emulator::warpgroup_e4m3<N>(c, rows, b, add);
+}
+inline void warpgroup_multiply_e4m3(float (&c)[16][4], const unsigned (&a)[4], uint64_t b, bool add) {
+  auto slots = emulator::exchange(a, sizeof a);
+  const unsigned lane = emulator::current->linear % 32;
+  float rows[2][32];
+  for (unsigned half = 0; half < 2; half++) for (unsigned k = 0; k < 32; k++) {
+    unsigned w; memcpy(&w, slots[lane / 4 * 4 + k % 16 / 4] + 4 * (half + k / 16 * 2), 4);
+    rows[half][k] = emulator::e4m3_value(w >> (8 * (k % 4)) & 255);
+  }
+  emulator::warpgroup_e4m3<128>(c, rows, b, add);
+  __syncwarp();
 }
 template <int> void give_registers() {}
 template <int> void take_registers() {}

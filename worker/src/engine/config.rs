@@ -21,7 +21,7 @@ pub struct EngineOptions {
     /// Tokens in a step, whatever the time they take; at least `max_num_seqs`.
     pub max_num_batched_tokens: u32,
     /// Predicted time of a step while streams are being decoded: prompts are cut into chunks that fit. Where absent 50 ms, or
-    /// five decode steps of the model by itself where that is longer.
+    /// where that is longer what a decode step and 1,024 tokens of prompts take, at most ten decode steps.
     #[serde(deserialize_with = "some_seconds")]
     pub step_seconds: Option<Duration>,
     /// The same while nothing is being decoded: how long a new request or an abort may have to wait.

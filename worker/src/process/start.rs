@@ -63,7 +63,9 @@ pub(super) struct OpenGroup {
 pub async fn open_engine(settings: WorkerSettings) -> Result<(EngineHandle, GroupRecord), WorkerError> {
     let device = device::choose(&settings.options)?;
     let registry = MemoryRegistry::new();
+    settings.metrics.of_group(&settings.model.name, "engine", device, &settings.options.local_ranks());
     let opened = open(&settings, device, "engine", 1, String::new(), &registry).await?;
+    settings.metrics.of_leader(opened.engine.observer(), &opened.record, None);
     Ok((opened.engine, opened.record))
 }
 

@@ -17,10 +17,11 @@ const LEAST_CHUNK: usize = BLOCK_TOKENS;
 /// and so on: then matrix products fill their tiles, and attention's blocks (one for 32 tokens and a KV head) fill the
 /// multiprocessors of a GPU to 97 % and more. Little is lost by it.
 const MANY_TOKENS: usize = 1_024;
-/// What a step that decodes may take where nothing else is configured, and how many decode steps of the model by itself at least:
-/// a large model's prompts would be cut into chunks too small for its matrix products.
+/// What a step that decodes may take where nothing else is configured, at least.
 const STEP_SECONDS: f64 = 0.05;
-const DECODE_STEPS: f64 = 5.0;
+/// A large model needs more: room for [`MANY_TOKENS`] of prompts beside a decode step, or its chunks are too small for its matrix
+/// products and it decodes too few sequences a step. So many decode steps at most: streams have to go on.
+const MOST_DECODE_STEPS: f64 = 10.0;
 /// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
 pub(crate) const MAX_SCORED_POSITIONS: usize = 256;
 /// Weight of the newest step in the running corrections.
@@ -78,13 +79,13 @@ impl StepBudget {
     pub(crate) fn new(speed: &Speed, options: &EngineOptions, least_chunk: usize) -> Self {
         Self {
             cost: CostModel::new(speed),
-            step_seconds: options.step_seconds.map_or_else(
-                || STEP_SECONDS.max(DECODE_STEPS * speed.decode_step_seconds),
-                |configured| configured.as_secs_f64(),
-            ),
+            step_seconds: options
+                .step_seconds
+                .map_or_else(|| step_seconds(speed), |configured| configured.as_secs_f64()),
             idle_step_seconds: options.idle_step_seconds.as_secs_f64(),
             max_tokens: options.max_num_batched_tokens as usize,
-            least_chunk: least_chunk.next_multiple_of(BLOCK_TOKENS).max(LEAST_CHUNK),
+            // more would begin another round of attention's blocks
+            least_chunk: (least_chunk / BLOCK_TOKENS * BLOCK_TOKENS).max(LEAST_CHUNK),
             decode_correction: 1.0,
             prefill_correction: 1.0,
         }
@@ -199,6 +200,13 @@ impl StepBudget {
             adapt(&mut self.prefill_correction, prefill_taken, predicted.prefill);
         }
     }
+}
+
+/// What a step that decodes may take on a device of this speed.
+fn step_seconds(speed: &Speed) -> f64 {
+    let decode = speed.decode_step_seconds;
+    let roomy = decode + MANY_TOKENS as f64 / speed.prefill_tokens_per_second.max(1.0);
+    STEP_SECONDS.max(roomy.min(MOST_DECODE_STEPS * decode))
 }
 
 fn adapt(correction: &mut f64, taken: f64, predicted: f64) {

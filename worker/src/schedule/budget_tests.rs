@@ -99,14 +99,14 @@ fn a_prompt_gets_the_least_chunk_of_the_device_behind_any_context() {
     let budget = StepBudget::new(&speed, &options, 330);
     for context in [0, 100_000] {
         let (grants, _) = budget.share(2, 20_000, vec![prompt(0, context, 50_000)]);
-        assert_eq!(granted(&grants, 0), 384, "{context}: whole blocks");
+        assert_eq!(granted(&grants, 0), 320, "{context}: whole blocks");
     }
     let (grants, _) = budget.share(2, 20_000, vec![prompt(0, 100_000, 70)]);
     assert_eq!(granted(&grants, 0), 70);
 }
 
 #[test]
-fn a_step_is_as_long_as_configured_or_five_decode_steps_of_a_slow_model() {
+fn a_step_is_as_long_as_configured_or_has_room_for_many_tokens_of_a_slow_model() {
     let speed = |decode_step_seconds| Speed {
         prefill_tokens_per_second: 10_000.0,
         prefill_seconds_per_token_pair: 0.0,
@@ -117,8 +117,9 @@ fn a_step_is_as_long_as_configured_or_five_decode_steps_of_a_slow_model() {
         let (grants, _) = StepBudget::new(&speed, &options, 64).share(1, 1_000, vec![prompt(0, 0, 50_000)]);
         granted(&grants, 0)
     };
-    // what the decode step leaves of 50 ms, and of five times 20 ms
+    // what the decode step leaves of 50 ms; room for 1,024; what it leaves of ten decode steps
     assert!((384..=448).contains(&granted_by(speed(0.005), None)));
-    assert!((704..=832).contains(&granted_by(speed(0.020), None)));
+    assert!((960..=1_024).contains(&granted_by(speed(0.020), None)));
+    assert!((576..=640).contains(&granted_by(speed(0.007), None)));
     assert!((256..=320).contains(&granted_by(speed(0.020), Some(Duration::from_millis(50)))));
 }

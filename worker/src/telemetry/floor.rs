@@ -18,7 +18,8 @@ pub fn memory_rate(gpu: &str) -> Option<f64> {
 pub struct Floors {
     bytes_per_second: f64,
     fp8: f64,
-    bf16: f64,
+    /// Operations of attention a second, which multiplies what the cache holds.
+    attention: f64,
     linear_weights: f64,
     head_bytes: f64,
     kv_bytes_per_token: f64,
@@ -39,7 +40,7 @@ impl Floors {
         Some(Self {
             bytes_per_second: bytes_per_second * ranks,
             fp8: fp8 * ranks,
-            bf16: bf16 * ranks,
+            attention: if kv_bytes < 2.0 { fp8 } else { bf16 } * ranks,
             linear_weights: layers * layer_weights,
             head_bytes: 2.0 * hidden * model.vocab_size as f64,
             kv_bytes_per_token: 2.0 * layers * kv_heads * kv_bytes,
@@ -57,7 +58,7 @@ impl Floors {
     pub fn prefill(&self, context: usize, tokens: usize) -> f64 {
         let (context, tokens) = (context as f64, tokens as f64);
         let pairs = tokens * context + tokens * (tokens + 1.0) / 2.0;
-        2.0 * self.linear_weights * tokens / self.fp8 + pairs * self.pair_operations / self.bf16
+        2.0 * self.linear_weights * tokens / self.fp8 + pairs * self.pair_operations / self.attention
     }
 
     /// Seconds of a step: its bytes or its arithmetic, whichever takes longer.
@@ -66,7 +67,7 @@ impl Floors {
         let cache = shape.context_tokens as f64 * self.kv_bytes_per_token;
         let bytes = (self.linear_weights + self.head_bytes + cache) / self.bytes_per_second;
         let pairs = shape.pairs as f64 * self.pair_operations;
-        bytes.max(2.0 * self.linear_weights * tokens / self.fp8 + pairs / self.bf16)
+        bytes.max(2.0 * self.linear_weights * tokens / self.fp8 + pairs / self.attention)
     }
 }
 
@@ -81,6 +82,8 @@ mod tests {
         let floors = Floors::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();
         assert!((floors.decode(1, 0) - 7.04e-3).abs() < 5e-5);
         assert!((floors.prefill(0, 131_072) - 8.6).abs() < 0.2);
+        let narrow = Floors::of(&model, 1, "NVIDIA H100 80GB HBM3", 1.0).unwrap();
+        assert!((narrow.prefill(0, 131_072) - 5.8).abs() < 0.2);
         let decode = StepShape { decoded_tokens: 1, sequences: 1, ..StepShape::default() };
         assert_eq!(floors.step(&decode), floors.decode(1, 0));
         let chunk = StepShape { prefilled_tokens: 8192, sequences: 1, pairs: 8192 * 8193 / 2, ..StepShape::default() };

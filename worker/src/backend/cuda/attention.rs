@@ -5,6 +5,8 @@ use bora_common::blocks::BLOCK_TOKENS;
 use super::CudaBackend;
 use super::driver::{Arguments, Shape};
 use super::linear::{InputFormat, Tensor, TensorFormat};
+use super::step::TILE_ROWS;
+use super::tiles::{PROMPT_WORDS, ROUND_TOKENS, TILE_WORDS};
 use crate::backend::KvDtype;
 use crate::backend::Result;
 
@@ -35,12 +37,24 @@ impl CudaBackend {
         };
         let kv = self.options.kv;
         let score_scale = std::f32::consts::LOG2_E / (head_dim as f32).sqrt();
-        if shape.tiles > 0 {
+        let transposed = buffers.transposed_values.address;
+        for pass in self.inputs.passes.clone() {
+            let mut read_values = values;
+            if pass.rounds > 0 {
+                let arguments = Arguments::default()
+                    .address(values)
+                    .address(step.prompts + (4 * PROMPT_WORDS * pass.first_prompt) as u64)
+                    .u32(pass.prompts as u32)
+                    .address(step.tables)
+                    .address(transposed);
+                self.launch("transpose_values", transposing_shape(pass.rounds, kv_heads), arguments)?;
+                read_values = transposed;
+            }
             let arguments = Arguments::default()
                 .address(q.address)
                 .address(keys)
-                .address(values)
-                .address(step.tiles)
+                .address(read_values)
+                .address(step.tiles + (4 * TILE_WORDS * pass.first_tile) as u64)
                 .address(step.positions)
                 .address(step.tables)
                 .address(step.table_start)
@@ -50,7 +64,7 @@ impl CudaBackend {
                 .u32(kv_heads)
                 .f32(score_scale);
             let (name, block, shared) = prefill_kernel(head_dim, kv, suffix, self.device.hopper);
-            let launch = Shape { grid: [kv_heads, shape.tiles as u32, 1], block, shared };
+            let launch = Shape { grid: [kv_heads, pass.tiles as u32, 1], block, shared };
             self.launch(&name, launch, arguments)?;
         }
         if shape.decode_items > 0 {
@@ -84,11 +98,22 @@ impl CudaBackend {
     }
 }
 
+/// Whether the kernel for chunks of a prompt reads values as `transpose_values` leaves them.
+pub(super) fn transposes_values(head_dim: usize, kv: KvDtype, hopper: bool) -> bool {
+    head_dim == 128 && hopper && kv == KvDtype::Fp8
+}
+
+/// The launch of `transpose_values`.
+pub(super) fn transposing_shape(rounds: usize, kv_heads: u32) -> Shape {
+    Shape { grid: [rounds as u32, kv_heads, 1], block: 256, shared: 0 }
+}
+
 /// The kernel for chunks of a prompt, its threads and its shared memory (as its file says).
 pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper: bool) -> (String, u32, u32) {
     if head_dim == 128 && hopper {
-        let raw = if kv == KvDtype::Fp8 { 4 * BLOCK_TOKENS * 128 } else { 0 };
-        let bytes = 1024 + 128 * 256 + 4 * 2 * BLOCK_TOKENS * 256 + raw;
+        let row = head_dim * kv.size();
+        let stages = if kv == KvDtype::Fp8 { 4 } else { 2 };
+        let bytes = 1024 + TILE_ROWS * row + 2 * stages * ROUND_TOKENS * row;
         return (format!("hopper_attention_{}_to_{suffix}", kv.name()), 384, bytes as u32);
     }
     let padded = head_dim * 2 + 16;
@@ -113,9 +138,10 @@ pub(super) fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
 
 /// `cache_place` of device.cuh: where a token's number lies in a KV head's tile of a block, in numbers.
 pub(super) fn cache_place(head_dim: usize, kv: KvDtype, token: usize, dimension: usize) -> usize {
-    if head_dim * kv.size() != 256 {
+    if !(head_dim * kv.size()).is_multiple_of(128) {
         return token * head_dim + dimension;
     }
-    let (half, piece) = (dimension / 64, dimension % 64 / 8);
-    half * BLOCK_TOKENS * 64 + token * 64 + (piece ^ (token % 8)) * 8 + dimension % 8
+    let (row, piece) = (128 / kv.size(), 16 / kv.size());
+    let (half, number) = (dimension / row, dimension % row / piece);
+    half * BLOCK_TOKENS * row + token * row + (number ^ (token % 8)) * piece + dimension % piece
 }

@@ -25,6 +25,7 @@ mod ranks;
 mod sampler;
 mod shares;
 mod step;
+mod tiles;
 mod wide;
 
 use std::collections::HashMap;
@@ -116,6 +117,8 @@ struct Buffers {
     partial_attention: Buffer,
     log_sums: Buffer,
     finished: Buffer,
+    /// Values of a pass of prompts for `hopper_attention` over an e4m3 cache.
+    transposed_values: Buffer,
     angles: Buffer,
     query_scale: Buffer,
     kv_place: Buffer,
@@ -159,7 +162,9 @@ impl CudaBackend {
         let bytes: Vec<u8> = rope.frequencies.iter().flat_map(|frequency| frequency.to_le_bytes()).collect();
         device.upload(frequencies.address, &bytes, "the rotary frequencies")?;
         let parts = attention::decode_parts(device.multiprocessors, setup.plan.kv_heads.len());
-        let inputs = StepInputs::new(&setup.limits, group, parts)?;
+        let room = attention::transposes_values(head_dim, options.kv, device.hopper)
+            .then(|| setup.limits.model_len.div_ceil(tiles::ROUND_TOKENS));
+        let inputs = StepInputs::new(&setup.limits, group, parts, room)?;
         let sampler = Sampler::new(&device, &setup.limits, setup.config.vocab_size)?;
         tracing::info!(gpu = device.name, multiprocessors = device.multiprocessors, "opened a GPU");
         let communicator = match setup.plan.ranks {
@@ -239,6 +244,7 @@ impl CudaBackend {
         let heads = plan.heads.len();
         // a part of the keys leaves the rows of two tiles: an item's that began before it, and one's that goes on behind it
         let partials = self.inputs.parts * 2 * plan.kv_heads.len() * ITEM_ROWS;
+        let transposed = self.inputs.room.unwrap_or(0) * tiles::ROUND_TOKENS * plan.kv_heads.len() * config.head_dim;
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,
             input: Buffer::new(rows * self.widths.input_bytes.max(config.hidden_size * 2), "the inputs of linears")?,
@@ -256,6 +262,7 @@ impl CudaBackend {
             partial_attention: Buffer::new(partials * config.head_dim * 4, "the partial sums of attention")?,
             log_sums: Buffer::new(partials * 4, "the partial sums of attention")?,
             finished: Buffer::new(rows * plan.kv_heads.len() * 4, "the counters of attention")?,
+            transposed_values: Buffer::new(transposed, "the transposed values")?,
             angles: Buffer::new(rows * config.head_dim * 4, "the rotary angles")?,
             query_scale: Buffer::new(rows * 4, "the query scales")?,
             kv_place: Buffer::new(rows * 4, "the places in the cache")?,
@@ -559,8 +566,8 @@ impl Backend for CudaBackend {
     /// As many as give each multiprocessor a block of prefill attention. A block walks over all keys before its tile, and
     /// takes as long whether the others have work or not.
     fn least_chunk(&self) -> usize {
-        let tokens_in_tile = step::TILE_ROWS / self.setup.plan.query_group();
-        self.device.multiprocessors as usize / self.setup.plan.kv_heads.len() * tokens_in_tile
+        let tiles = self.device.multiprocessors as usize / self.setup.plan.kv_heads.len();
+        tiles * step::TILE_ROWS / self.setup.plan.query_group()
     }
 }
 

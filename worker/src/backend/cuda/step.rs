@@ -6,9 +6,10 @@ use bora_common::blocks::BLOCK_TOKENS;
 
 use super::driver::{Address, Buffer, Device, Event, Pinned};
 use super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
+use super::tiles::{self, PROMPT_WORDS, Pass, Prompt, TILE_WORDS, tiles_of};
 use crate::backend::{BackendError, Batch, Limits, Result};
 
-/// Rows of a prefill tile: tokens times the query heads that share a KV head.
+/// Rows of a prefill tile: pairs of a token and a query head that shares the KV head.
 pub(super) const TILE_ROWS: usize = 128;
 /// The same of a decode item (`DecodeItem` in attention_decode.cu).
 pub(super) const ITEM_ROWS: usize = 16;
@@ -31,6 +32,7 @@ struct Places {
     logit_rows: usize,
     table_start: usize,
     tiles: usize,
+    prompts: usize,
     tables: usize,
     end: usize,
 }
@@ -47,6 +49,7 @@ pub(super) struct StepAddresses {
     pub(super) logit_rows: Address,
     pub(super) table_start: Address,
     pub(super) tiles: Address,
+    pub(super) prompts: Address,
     pub(super) tables: Address,
 }
 
@@ -57,8 +60,6 @@ pub(super) struct StepShape {
     pub(super) rows: usize,
     /// Items of single and of few rows of a sequence, filled up likewise.
     pub(super) decode_items: usize,
-    /// Tiles of the others.
-    pub(super) tiles: usize,
     /// Wanted rows of logits, filled up likewise.
     pub(super) logit_rows: usize,
 }
@@ -67,6 +68,8 @@ pub(super) struct StepShape {
 pub(super) struct StepInputs {
     places: Places,
     group: usize,
+    /// Rounds of values that can be transposed at once, where the kernel for prompts needs that.
+    pub(super) room: Option<usize>,
     /// Parts that the keys of decoded rows are cut into.
     pub(super) parts: usize,
     /// A block that rows which only fill up a step write to and read from.
@@ -75,14 +78,16 @@ pub(super) struct StepInputs {
     pinned: Vec<(Pinned, Event)>,
     next: usize,
     pub(super) shape: StepShape,
+    /// The step's prompts.
+    pub(super) passes: Vec<Pass>,
 }
 
 impl StepInputs {
-    /// `group`: query heads that share a KV head; `parts`: those that the keys of decoded rows are cut into.
-    pub(super) fn new(limits: &Limits, group: usize, parts: usize) -> Result<Self> {
+    /// `group`: query heads that share a KV head; `parts`: those that the keys of decoded rows are cut into; `room`: rounds of
+    /// values that can be transposed at once, where the kernel for prompts needs that.
+    pub(super) fn new(limits: &Limits, group: usize, parts: usize, room: Option<usize>) -> Result<Self> {
         let rows = limits.step_tokens.max(limits.sequences);
         let blocks = limits.model_len.div_ceil(BLOCK_TOKENS);
-        let tokens_in_tile = TILE_ROWS / group;
         let mut end = 0;
         let mut place = |count: usize| {
             let start = end;
@@ -99,7 +104,8 @@ impl StepInputs {
             decode_parts: place(PART_WORDS * (parts + 1)),
             logit_rows: place(limits.logit_rows.max(limits.sequences)),
             table_start: place(limits.sequences + 1),
-            tiles: place(3 * (rows.div_ceil(tokens_in_tile) + limits.sequences)),
+            tiles: place(TILE_WORDS * (tiles_of(rows, group) + limits.sequences)),
+            prompts: place(PROMPT_WORDS * limits.sequences),
             // one entry more: the table of filling rows
             tables: place(limits.sequences * blocks + 1),
             end,
@@ -111,7 +117,8 @@ impl StepInputs {
             pinned.push((Pinned::new(bytes)?, Event::new(false)?));
         }
         let buffer = Buffer::new(bytes, "the tables of a step")?;
-        Ok(Self { places, group, parts, spare_block: 0, buffer, pinned, next: 0, shape: StepShape::default() })
+        let (shape, passes) = (StepShape::default(), Vec::new());
+        Ok(Self { places, group, room, parts, spare_block: 0, buffer, pinned, next: 0, shape, passes })
     }
 
     pub(super) fn set_spare_block(&mut self, block: u32) {
@@ -131,6 +138,7 @@ impl StepInputs {
             logit_rows: at(places.logit_rows),
             table_start: at(places.table_start),
             tiles: at(places.tiles),
+            prompts: at(places.prompts),
             tables: at(places.tables),
         }
     }
@@ -157,9 +165,9 @@ impl StepInputs {
         let real = batch.token_ids.len();
         let filling = rows - real;
         let mut decoded: Vec<Share> = Vec::new();
-        let mut shape = StepShape { rows, decode_items: 0, tiles: 0, logit_rows: batch.logit_rows.len() + filling };
+        let mut shape = StepShape { rows, decode_items: 0, logit_rows: batch.logit_rows.len() + filling };
         let mut tables_end = 0;
-        let mut tiles = Vec::new();
+        let mut prompts = Vec::new();
         for (number, sequence) in batch.sequences.iter().enumerate() {
             let (first, count) = (sequence.first_row as usize, sequence.rows as usize);
             words[places.table_start + number] = tables_end as u32;
@@ -170,7 +178,8 @@ impl StepInputs {
                     sequence.slot
                 )));
             };
-            words[places.tables + tables_end..][..used].copy_from_slice(blocks);
+            let table = tables_end;
+            words[places.tables + table..][..used].copy_from_slice(blocks);
             tables_end += used;
             for row in first..first + count {
                 words[places.ids + row] = batch.token_ids[row].unwrap_or(SAMPLED);
@@ -187,20 +196,13 @@ impl StepInputs {
                 }
                 continue;
             }
-            let step = TILE_ROWS / self.group;
-            for offset in (0..count).step_by(step) {
-                let tokens = step.min(count - offset);
-                // work of the tile: the keys that its last row sees
-                let seen = batch.positions[first + offset + tokens - 1];
-                tiles.push((seen, [number as u32, (first + offset) as u32, tokens as u32]));
-            }
+            let context = sequence.context as usize;
+            prompts.push(Prompt { sequence: number, first_row: first, rows: count, table, context });
         }
-        // longest first: the short ones fill the gaps at the end
-        tiles.sort_by_key(|(seen, _)| std::cmp::Reverse(*seen));
-        for (_, tile) in &tiles {
-            words[places.tiles + shape.tiles * 3..][..3].copy_from_slice(tile);
-            shape.tiles += 1;
-        }
+        let cut = tiles::cut(&prompts, self.group, self.room);
+        words[places.tiles..][..cut.tiles.len() * TILE_WORDS].copy_from_slice(cut.tiles.as_flattened());
+        words[places.prompts..][..cut.prompts.len() * PROMPT_WORDS].copy_from_slice(cut.prompts.as_flattened());
+        self.passes = cut.passes;
         words[places.logit_rows..][..batch.logit_rows.len()].copy_from_slice(&batch.logit_rows);
         if filling > 0 {
             let number = batch.sequences.len();

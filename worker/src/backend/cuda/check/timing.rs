@@ -3,11 +3,14 @@
 
 use serde_json::json;
 
-use super::super::attention::{decode_parts, decode_shared_bytes, prefill_kernel};
+use super::super::attention::{
+    decode_parts, decode_shared_bytes, prefill_kernel, transposes_values, transposing_shape,
+};
 use super::super::driver::{Address, Arguments, Buffer, Event};
 use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::super::sampler::Sampler;
 use super::super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
+use super::super::tiles::{self, Prompt, ROUND_TOKENS};
 use super::Outcome;
 use super::kernels::Bench;
 use super::reference::{f32_bytes, u32_bytes};
@@ -385,15 +388,32 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             let positions = bench.upload(&u32_bytes(&(start as u32..(start + count) as u32).collect::<Vec<_>>()))?;
             let tables = bench.upload(&u32_bytes(&(0..blocks as u32).rev().collect::<Vec<_>>()))?;
             let starts = bench.upload(&u32_bytes(&[0]))?;
-            let tiles: Vec<u32> = (0..count as u32 / 32).rev().flat_map(|tile| [0, tile * 32, 32]).collect();
-            let tile_buffer = bench.upload(&u32_bytes(&tiles))?;
+            let transposes = transposes_values(D, kv, bench.device.hopper);
+            let rounds = (start + count).div_ceil(ROUND_TOKENS);
+            let prompt = Prompt { sequence: 0, first_row: 0, rows: count, table: 0, context: start + count };
+            let cut = tiles::cut(&[prompt], HEADS / KV_HEADS, transposes.then_some(rounds));
+            let tile_buffer = bench.upload(&u32_bytes(cut.tiles.as_flattened()))?;
+            let prompts = bench.upload(&u32_bytes(cut.prompts.as_flattened()))?;
+            let transposed = bench.poisoned(if transposes { rounds * KV_HEADS * ROUND_TOKENS * D } else { 1 })?;
             let out = bench.poisoned(count * HEADS * D)?;
             let (name, block, shared) = prefill_kernel(D, kv, "e4m3", bench.device.hopper);
             let us = microseconds(bench, 2, |bench, _| {
+                let mut values = cache.address + plane as u64;
+                if transposes {
+                    let arguments = Arguments::default()
+                        .address(values)
+                        .address(prompts.address)
+                        .u32(1)
+                        .address(tables.address)
+                        .address(transposed.address);
+                    let launch = transposing_shape(rounds, KV_HEADS as u32);
+                    bench.launch("transpose_values", launch.grid, launch.block, launch.shared, arguments)?;
+                    values = transposed.address;
+                }
                 let arguments = Arguments::default()
                     .address(q.address)
                     .address(cache.address)
-                    .address(cache.address + plane as u64)
+                    .address(values)
                     .address(tile_buffer.address)
                     .address(positions.address)
                     .address(tables.address)
@@ -403,7 +423,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                     .u32(HEADS as u32)
                     .u32(KV_HEADS as u32)
                     .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
-                bench.launch(&name, [KV_HEADS as u32, count as u32 / 32, 1], block, shared, arguments)
+                bench.launch(&name, [KV_HEADS as u32, cut.tiles.len() as u32, 1], block, shared, arguments)
             })?;
             let pairs = count as f64 * start as f64 + count as f64 * (count as f64 + 1.0) / 2.0;
             tell(
@@ -412,7 +432,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 us,
                 2.0 * plane as f64,
                 4.0 * HEADS as f64 * D as f64 * pairs,
-                BF16_A_SECOND,
+                if transposes { FP8_A_SECOND } else { BF16_A_SECOND },
             );
         }
     }

@@ -68,7 +68,7 @@ impl Bench {
 }
 
 pub(super) fn run(only: &str, report: &mut dyn FnMut(Outcome)) {
-    let checks: [(&str, Check); 12] = [
+    let checks: [(&str, Check); 13] = [
         ("embed", rows::embed),
         ("prepare rows", rows::prepare_rows),
         ("norm", rows::norm),
@@ -80,6 +80,7 @@ pub(super) fn run(only: &str, report: &mut dyn FnMut(Outcome)) {
         ("random weights", products::random_weights),
         ("decode attention", attention::decode_attention),
         ("prefill attention", attention::prefill_attention),
+        ("long attention", attention::long_attention),
         ("sample", sample::sample),
     ];
     let mut bench = match Bench::open() {
