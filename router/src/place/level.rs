@@ -104,8 +104,8 @@ mod tests {
         assert_eq!(with_cost(1.9), Some(15));
         assert_eq!(with_cost(2.1), None);
         let mut groups = uneven();
-        groups[15].given = 15.6;
-        assert_eq!(leaves_for(0, &groups), None, "it lacks 0.4 seconds and a move costs 0.5");
+        groups[15].given = 15.8;
+        assert_eq!(leaves_for(0, &groups), None, "it lacks 0.3 seconds and a move costs 0.5");
     }
 
     #[test]
