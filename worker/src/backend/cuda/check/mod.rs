@@ -5,6 +5,7 @@ mod engine;
 mod kernels;
 mod models;
 mod reference;
+mod shapes;
 mod timing;
 
 use std::path::Path;
@@ -69,6 +70,7 @@ pub fn run(section: Section, fixtures: &Path, config: Option<&Path>, only: &str,
                 for kv in [KvDtype::Bf16, KvDtype::Fp8] {
                     let options = CudaOptions { kv, overlap, ..CudaOptions::default() };
                     models::run(fixtures, options, 1, only, report);
+                    shapes::run(fixtures, options, only, report);
                 }
             }
         }

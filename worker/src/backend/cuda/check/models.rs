@@ -23,8 +23,8 @@ use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::ModelConfig;
 
 const CASES: [&str; 4] = ["short", "code", "long", "card_small_talk"];
-const LIMITS: Limits = Limits { step_tokens: 1408, sequences: 8, model_len: 2048, logit_rows: 1408 };
-const BLOCKS: usize = 128;
+pub(super) const LIMITS: Limits = Limits { step_tokens: 1408, sequences: 8, model_len: 2048, logit_rows: 1408 };
+pub(super) const BLOCKS: usize = 128;
 
 /// How much further from the reference than the roundings of a GPU alone lead the CPU backend (median and most of the differences of
 /// logits, largest gap), and what is free besides. Where inputs are rounded to FP8 a last bit decides on which side of a whole
@@ -34,11 +34,11 @@ const MOST_SHARE: (f64, f64) = (2.5, 0.1);
 /// By how much fewer best ids may agree, besides one.
 const AGREEMENT_LOSS: f64 = 0.1;
 
-type Failure = Box<dyn std::error::Error>;
+pub(super) type Failure = Box<dyn std::error::Error>;
 
-struct Rank {
-    backend: CudaBackend,
-    model: Ministral3<CudaBackend>,
+pub(super) struct Rank {
+    pub(super) backend: CudaBackend,
+    pub(super) model: Ministral3<CudaBackend>,
     config: ModelConfig,
 }
 
@@ -67,11 +67,20 @@ pub(super) fn run(fixtures: &Path, options: CudaOptions, ranks: usize, only: &st
 fn open(folder: &Path, options: CudaOptions, collective: Box<dyn Collective>) -> Result<Rank, Failure> {
     let config = ModelConfig::from_dir(folder)?;
     let weights = Weights::open(folder, &config)?;
+    open_model(config, &weights, options, collective)
+}
+
+pub(super) fn open_model(
+    config: ModelConfig,
+    weights: &Weights,
+    options: CudaOptions,
+    collective: Box<dyn Collective>,
+) -> Result<Rank, Failure> {
     let plan = ShardPlan::new(&config, collective.rank(), collective.ranks())?;
     let options = CudaOptions { device: options.device + collective.rank(), ..options };
     let setup = RankSetup { config: config.clone(), plan: plan.clone(), limits: LIMITS, collective };
     let mut backend = CudaBackend::new(setup, options)?;
-    let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
+    let model = Ministral3::load(&mut backend, weights, &plan, |_| {})?;
     let shape = KvShape::new(&config, &plan);
     let blocks = backend.kv_capacity(&shape, KvBudget::Blocks(BLOCKS))?;
     backend.allocate_kv(&shape, blocks)?;
