@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bora_common::registry::RankRecord;
 use tokio::sync::watch;
@@ -10,6 +10,9 @@ use tracing::error;
 
 use super::collective::Abort;
 use crate::engine::step::RunError;
+
+/// How long the cause of what may be an echo is waited for.
+pub(super) const ECHO_WAIT: Duration = Duration::from_millis(500);
 
 /// Remembers the first failure of a group and frees whoever waits in a collective.
 pub(super) struct Fault {
@@ -89,10 +92,8 @@ impl Fault {
     #[allow(clippy::disallowed_methods)] // called by ranks' own threads only
     pub(super) fn settle(&self, failure: RunError) -> RunError {
         let may_be_an_echo = matches!(failure, RunError::RankLost { .. });
-        for _ in 0..25 {
-            if !may_be_an_echo || self.first().is_some() {
-                break;
-            }
+        let since = Instant::now();
+        while may_be_an_echo && self.first().is_none() && since.elapsed() < ECHO_WAIT {
             std::thread::sleep(Duration::from_millis(20));
         }
         self.fail(failure)

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
-use super::fault::{Fault, GroupProgress};
+use super::fault::{ECHO_WAIT, Fault, GroupProgress};
 use crate::engine::step::RunError;
 
 /// Messages that may wait for a follower's socket: a follower this far behind is not alive.
@@ -167,14 +167,21 @@ impl Rendezvous {
                 }
             }
             from_follower::Message::Failed(failed) => {
-                let failure = if member.ranks.contains(&failed.rank) {
-                    RunError::Device { rank: failed.rank, step: failed.step, reason: failed.reason }
-                } else {
-                    let host = "unknown host".to_owned();
-                    RunError::RankLost { rank: failed.rank, host, reason: failed.reason }
-                };
+                let own = member.ranks.contains(&failed.rank);
                 drop(state);
-                self.fault.fail(failure);
+                if own {
+                    self.fault.fail(RunError::Device { rank: failed.rank, step: failed.step, reason: failed.reason });
+                    return;
+                }
+                // what it says of others may be the echo of a failure that is known here in a moment (a rank that hears of one hangs
+                // up on those who are still writing to it), and this process's own ranks wait as well
+                let host = "unknown host".to_owned();
+                let failure = RunError::RankLost { rank: failed.rank, host, reason: failed.reason };
+                let fault = Arc::clone(&self.fault);
+                tokio::spawn(async move {
+                    let _ = tokio::time::timeout(2 * ECHO_WAIT, fault.failure()).await;
+                    fault.fail(failure);
+                });
             }
             from_follower::Message::Hello(_) => warn!(id, "a follower said hello twice"),
         }

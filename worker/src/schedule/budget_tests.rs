@@ -3,7 +3,8 @@ use super::*;
 fn budget() -> StepBudget {
     let speed =
         Speed { prefill_tokens_per_second: 20_000.0, prefill_seconds_per_token_pair: 1e-9, decode_step_seconds: 0.010 };
-    StepBudget::new(&speed, &EngineOptions::default(), 1)
+    let options = EngineOptions { step_seconds: Some(Duration::from_millis(50)), ..EngineOptions::default() };
+    StepBudget::new(&speed, &options, 1)
 }
 
 fn prompt(slot: Slot, context: usize, remaining: usize) -> Candidate {
