@@ -138,7 +138,9 @@ class Server:
             one = self.get(kind, name)
             one["spec"]["replicas"] = replicas
             others = [entry for entry in one["metadata"].get("managedFields", []) if entry.get("subresource") != "scale" and entry["manager"] != "helm"]
-            one["metadata"]["managedFields"] = [*others, {"manager": manager, "operation": "Update", "subresource": "scale", "fieldsV1": {"f:spec": {"f:replicas": {}}}}]
+            own = {"manager": manager, "operation": "Update", "subresource": "scale", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+            # as a real server does it: a Scale of zero has no field `replicas`, so that nobody owns it
+            one["metadata"]["managedFields"] = [*others, own] if replicas else others
 
     def get(self, kind, name):
         (found,) = [one for one in self.objects.values() if one["kind"] == kind and one["metadata"]["name"] == name]

@@ -124,6 +124,31 @@ def test_from_one_autoscaler_to_the_other(server, tmp_path):
     assert scaled("HorizontalPodAutoscaler") == both("HorizontalPodAutoscaler") and not scaled("ScaledObject")
 
 
+def test_a_model_at_zero_comes_back_with_an_autoscaler_that_knows_no_zero(server, tmp_path):
+    """A HorizontalPodAutoscaler leaves alone what has no replicas: the model would never come back."""
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    count = lambda: [server.get(kind, name)["spec"].get("replicas") for kind, name in SCALED[:2]]
+    upgrade = lambda kind, **more: succeeds(helm("upgrade", "--install", "bora", CHART, *at, "--values", scaling(tmp_path, kind, **more)))
+    upgrade("keda")
+    for kind, name in SCALED[:2]:
+        server.scale(kind, name, 0, manager="keda")
+    # asleep it stays through upgrades, and wakes where nothing can wake it any more
+    upgrade("keda", log={"level": "debug"})
+    assert count() == [0, 0]
+    upgrade("hpa")
+    assert count() == [2, 2]
+    for kind, name in SCALED[:2]:
+        server.scale(kind, name, 5)
+    upgrade("hpa", log={"level": "debug"})
+    assert count() == [5, 5]
+    # without an autoscaler it is the number of the values, and nobody's field before
+    upgrade("keda")
+    for kind, name in SCALED[:2]:
+        server.scale(kind, name, 0, manager="keda")
+    upgrade("none")
+    assert count() == [3, 3]
+
+
 def test_a_leader_worker_set_does_not_become_a_stateful_set(server, tmp_path):
     """It has made a StatefulSet of its own name, which Helm would find in its way in the middle of the upgrade."""
     at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]

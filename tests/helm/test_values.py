@@ -32,6 +32,7 @@ EVERYTHING = {
 }
 PLAIN = {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES}
 CHART_CERTIFICATES = {"models": {"m": MODEL}}
+TO_ZERO = {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "workers": {"autoscaling": {"kind": "keda", "minReplicas": 0}}}
 OTHERS = {
     "download.kind": PLAIN,
     "telemetry.otlpEndpoint": PLAIN,
@@ -42,6 +43,8 @@ OTHERS = {
     "router.replicas": PLAIN,
     "workers.replicas": PLAIN,
     "workers.kind": PLAIN,
+    "workers.autoscaling.pollingSeconds": TO_ZERO,
+    "workers.autoscaling.cooldownSeconds": TO_ZERO,
     "workers.tensorParallelSize": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "workers": {"kind": "LeaderWorkerSet"}},
     "workers.ranksPerPod": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "workers": {"kind": "LeaderWorkerSet", "tensorParallelSize": 4}},
     "etcd.kind": PLAIN,
@@ -378,3 +381,11 @@ def test_the_question_of_helm_test_has_a_key_where_one_is_needed(tmp_path):
         assert "asks for no key" not in notes(router={**router, "service": {"type": "LoadBalancer"}})
     assert "test.apiKey" not in notes()
     assert "asks for no key" in notes(router={"service": {"type": "LoadBalancer"}})
+
+
+def test_keda_is_told_nothing_that_its_webhook_warns_of():
+    """Its own looks and its cooldown are those of the last group."""
+    spec = lambda least: objects(parse(render_text(sets=[
+        'models={"m": {}}', f'workers.autoscaling={{"kind": "keda", "minReplicas": {least}}}'])), "ScaledObject")[0]["spec"]
+    assert spec(0)["pollingInterval"] == 15 and spec(0)["cooldownPeriod"] == 900
+    assert not {"pollingInterval", "cooldownPeriod"} & spec(1).keys()

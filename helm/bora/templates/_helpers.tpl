@@ -196,9 +196,10 @@ seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
 {{/*
-How many of an object there are to be, where no autoscaler says it: dict root, of (apiVersion, kind, name), scaled, replicas.
+How many of an object there are to be, where no autoscaler says it: dict root, of (apiVersion, kind, name), scaled, replicas, least (optional).
 A field that Helm set and gives up becomes its default, one group: so with the upgrade that brings an autoscaler the number that there
-is stays in the manifest, until the autoscaler has set it once (by the subresource `scale`) and it is its own.
+is stays in the manifest, until the autoscaler has set it once (by the subresource `scale`) and it is its own. A HorizontalPodAutoscaler takes
+zero for "leave it alone": a model that KEDA had taken there begins anew with `least`, which is nobody's field (a scale to zero leaves no owner).
 */}}
 {{- define "bora.replicas" -}}
 {{- if not .scaled -}}
@@ -214,7 +215,9 @@ replicas: {{ .replicas }}
 {{- $helms = true -}}
 {{- end -}}
 {{- end -}}
-{{- if and $helms (not $scalers) -}}
+{{- if and .least $live (eq (int (dig "spec" "replicas" 1 $live)) 0) -}}
+replicas: {{ .least }}
+{{- else if and $helms (not $scalers) -}}
 replicas: {{ $live.spec.replicas }}
 {{- end -}}
 {{- end -}}
