@@ -27,7 +27,7 @@ use crate::{
         Slot,
         admission::{Class, Room},
         index::Index,
-        ledger::Ledger,
+        ledger::{Given, Ledger},
         sessions::Sessions,
     },
     relay::stream::Channels,
@@ -52,6 +52,7 @@ impl Group {
             sequences: busy.sequences,
             max_sequences: self.record.max_sequences,
             utilization: self.link.ledger.utilization(now),
+            running: self.link.ledger.running(now),
             ..GroupLoad::default()
         }
     }
@@ -226,8 +227,13 @@ impl View {
 /// taken for as busy as the others are on average, which fades, so that it gets its share of new work and no more.
 fn begin_as_the_others(view: &View, model: &str, link: &Link, now: Instant) {
     let Some(model) = view.models.get(model) else { return };
-    let sum: f64 = model.groups.iter().map(|group| group.link.ledger.utilization(now)).sum();
-    link.ledger.begin(sum / model.groups.len().max(1) as f64, now);
+    let share = 1.0 / model.groups.len().max(1) as f64;
+    let mean = model.groups.iter().map(|group| group.link.ledger.given(now)).fold(Given::default(), |sum, one| Given {
+        utilization: sum.utilization + share * one.utilization,
+        seconds: sum.seconds + share * one.seconds,
+        pace: sum.pace + share * one.pace,
+    });
+    link.ledger.begin(mean, now);
 }
 
 /// The fleet: the present view, and what all placements share.

@@ -13,7 +13,13 @@ use bora_common::{
 
 use rand::{Rng as _, rngs::StdRng};
 
-use super::{Slot, admission::Class, index::milestones, ledger::Booking};
+use super::{
+    Slot,
+    admission::Class,
+    index::milestones,
+    ledger::Booking,
+    level::{Level, leaves_for},
+};
 use crate::fleet::view::{Fleet, Group, ModelGroups};
 
 /// Scores closer than this share of the best one are equal.
@@ -148,7 +154,9 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
         })
         .collect();
     let is_home = |at: usize| home == Some((candidates[at].link.slot, candidates[at].link.epoch));
-    let chosen = pick(&scores, is_home, &mut placing);
+    let soonest = pick(&scores, is_home, &mut placing);
+    let leaves = leaves(&candidates, &matched, soonest, wanted);
+    let chosen = leaves.unwrap_or(soonest);
     let group = Arc::clone(candidates[chosen]);
     // The score has the wait in it: where the best group has no room, waiting for it beats the others.
     if wanted.class.is_some_and(|class| !group.has_room(class)) {
@@ -163,7 +171,13 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     // of this prompt alone: the score also has what its later turns would wait
     let held_tokens = (held_blocks * BLOCK_TOKENS) as u64;
     let predicted_seconds = group.cost.first_token_seconds(wanted.tokens as u64, held_tokens, group.load(wanted.now));
-    let explanation = wanted.explain.then(|| explain(&candidates, &matched, &scores, chosen, wanted.now));
+    let explanation = wanted.explain.then(|| {
+        let mut text = explain(&candidates, &matched, &scores, chosen, wanted.now);
+        if leaves.is_some() {
+            let _ = write!(text, "; leaves {}, which was given more than the others", candidates[soonest].record.group);
+        }
+        text
+    });
     let seconds = group.cost.prefill_seconds((wanted.tokens - computed.min(wanted.tokens)) as u64, computed as u64);
     let booking = Booking::new(
         Arc::clone(&group.link),
@@ -175,6 +189,27 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     );
     group.link.breaker.chosen();
     Ok(Placement { group, booking, reason, predicted_seconds, explanation })
+}
+
+/// Where the prompt goes in place of the group that would answer soonest and holds most of it, if it should move.
+/// Streams that go on elsewhere are in a hurry, and do not.
+fn leaves(candidates: &[&Arc<Group>], matched: &[u32], soonest: usize, wanted: &Wanted<'_>) -> Option<usize> {
+    let class = wanted.class?;
+    let held = |at: usize| (matched[at] as usize * BLOCK_TOKENS).min(wanted.tokens.saturating_sub(1));
+    if held(soonest) * 2 < wanted.tokens {
+        return None;
+    }
+    let level = |(at, group): (usize, &&Arc<Group>)| {
+        let given = group.link.ledger.given(wanted.now);
+        Level {
+            given: given.seconds,
+            pace: given.pace,
+            cost: group.cost.prefill_seconds(held(at) as u64, (wanted.tokens - held(at)) as u64),
+            is_idle: group.link.ledger.busy().queued_tokens == 0 && group.has_room(class),
+        }
+    };
+    let levels: Vec<Level> = candidates.iter().enumerate().map(level).collect();
+    leaves_for(soonest, &levels)
 }
 
 /// The least score; of equals the conversation's home, or any of them at random. `scores` is not empty.

@@ -26,6 +26,23 @@ const CONFIRMED_WITHIN: Duration = Duration::from_secs(2);
 
 /// What was booked this long ago counts a third in the utilization.
 const RECENT: Duration = Duration::from_secs(120);
+/// The same for what groups are compared by, before a conversation leaves one that was given more than the others.
+const LONG: Duration = Duration::from_secs(300);
+/// The same for how fast work comes now.
+const SHORT: Duration = Duration::from_secs(30);
+/// The same for how many sequences run.
+const RUNNING: Duration = Duration::from_secs(60);
+
+/// Prompts that a group was given, in seconds of computing.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Given {
+    /// Share of the last minutes.
+    pub utilization: f64,
+    /// Seconds in the last five minutes; older ones fade.
+    pub seconds: f64,
+    /// Seconds a second, now.
+    pub pace: f64,
+}
 
 /// How busy a group is, by its own report and by what was sent to it since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,12 +71,13 @@ struct Entry {
     computed_tokens: u64,
     /// Of what the last report counts, the sequences that this router knows to have ended since.
     ended_sequences: u32,
-    /// Seconds of prefills that this router booked.
-    recent_booked: Recent,
-    /// Seconds of prefills that the group told of, whoever sent them.
-    recent_told: Recent,
-    /// Of the booked ones, those after the last report.
-    recent_fresh: Recent,
+    /// Seconds of prefills over three spans.
+    recent: Prefills,
+    long: Prefills,
+    short: Prefills,
+    /// Seconds in which a sequence ran, each counted for itself.
+    ran: Recent,
+    reported_at: Option<Instant>,
 }
 
 /// A sum whose summands fade with their age.
@@ -70,13 +88,39 @@ struct Recent {
 }
 
 impl Recent {
-    fn at(&self, now: Instant) -> f64 {
+    fn at(&self, now: Instant, span: Duration) -> f64 {
         let age = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-        self.sum * (-age.as_secs_f64() / RECENT.as_secs_f64()).exp()
+        self.sum * (-age.as_secs_f64() / span.as_secs_f64()).exp()
     }
 
-    fn add(&mut self, seconds: f64, now: Instant) {
-        *self = Self { sum: self.at(now) + seconds, at: Some(now) };
+    fn add(&mut self, seconds: f64, now: Instant, span: Duration) {
+        *self = Self { sum: self.at(now, span) + seconds, at: Some(now) };
+    }
+}
+
+/// Seconds of prefills of the last time: by the group's own word, so that all routers think the same of it, and by what
+/// this router sent since.
+#[derive(Clone, Copy, Default)]
+struct Prefills {
+    booked: Recent,
+    told: Recent,
+    /// Of the booked ones, those after the last report.
+    fresh: Recent,
+}
+
+impl Prefills {
+    fn tell(&mut self, seconds: f64, now: Instant, span: Duration) {
+        self.told.add(seconds, now, span);
+        self.fresh = Recent::default();
+    }
+
+    fn book(&mut self, seconds: f64, now: Instant, span: Duration) {
+        self.booked.add(seconds, now, span);
+        self.fresh.add(seconds, now, span);
+    }
+
+    fn at(&self, now: Instant, span: Duration) -> f64 {
+        self.booked.at(now, span).max(self.told.at(now, span) + self.fresh.at(now, span))
     }
 }
 
@@ -93,8 +137,14 @@ impl Ledger {
         // the first report tells of a past that is as old as the group
         let told = if entry.report_number == 0 { 0.0 } else { load.prefill_seconds - entry.reported.prefill_seconds };
         // what a group says is bounded: nobody computes for longer than there was time
-        entry.recent_told.add(told.max(0.0).min(RECENT.as_secs_f64()), now);
-        entry.recent_fresh = Recent::default();
+        let told = told.max(0.0).min(RECENT.as_secs_f64());
+        entry.recent.tell(told, now, RECENT);
+        entry.long.tell(told, now, LONG);
+        entry.short.tell(told, now, SHORT);
+        let since = entry.reported_at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at)).min(RUNNING);
+        let ran = f64::from(entry.reported.running) * since.as_secs_f64();
+        entry.ran.add(ran, now, RUNNING);
+        entry.reported_at = Some(now);
         entry.reported = load;
         entry.report_number += 1;
         entry.fresh_tokens = 0;
@@ -105,8 +155,11 @@ impl Ledger {
     }
 
     /// A group that has just come counts as that busy, until that fades.
-    pub fn begin(&self, utilization: f64, now: Instant) {
-        self.entry.lock().recent_told.add(utilization * RECENT.as_secs_f64(), now);
+    pub fn begin(&self, given: Given, now: Instant) {
+        let mut entry = self.entry.lock();
+        entry.recent.told.add(given.utilization * RECENT.as_secs_f64(), now, RECENT);
+        entry.long.told.add(given.seconds, now, LONG);
+        entry.short.told.add(given.pace * SHORT.as_secs_f64(), now, SHORT);
     }
 
     /// What the group last told.
@@ -129,18 +182,31 @@ impl Ledger {
         }
     }
 
-    /// Share of the last minutes that went into prefills: by the group's own word, so that all routers think
-    /// the same of it, and by what this one sent since.
+    /// Share of the last minutes that went into prefills.
     pub fn utilization(&self, now: Instant) -> f64 {
+        self.entry.lock().recent.at(now, RECENT) / RECENT.as_secs_f64()
+    }
+
+    /// What the group was given of late.
+    pub fn given(&self, now: Instant) -> Given {
         let entry = self.entry.lock();
-        let seconds = entry.recent_booked.at(now).max(entry.recent_told.at(now) + entry.recent_fresh.at(now));
-        seconds / RECENT.as_secs_f64()
+        Given {
+            utilization: entry.recent.at(now, RECENT) / RECENT.as_secs_f64(),
+            seconds: entry.long.at(now, LONG),
+            pace: entry.short.at(now, SHORT) / SHORT.as_secs_f64(),
+        }
+    }
+
+    /// Sequences that ran at a time, on average over the last minute, by the group's word.
+    pub fn running(&self, now: Instant) -> f64 {
+        self.entry.lock().ran.at(now, RUNNING) / RUNNING.as_secs_f64()
     }
 
     fn book(&self, tokens: u64, seconds: f64, now: Instant) -> u64 {
         let mut entry = self.entry.lock();
-        entry.recent_booked.add(seconds, now);
-        entry.recent_fresh.add(seconds, now);
+        entry.recent.book(seconds, now, RECENT);
+        entry.long.book(seconds, now, LONG);
+        entry.short.book(seconds, now, SHORT);
         entry.booked_tokens += tokens;
         entry.fresh_tokens += tokens;
         entry.booked_sequences += 1;
@@ -364,6 +430,43 @@ mod tests {
         assert!((seconds() - 15.0).abs() < 1e-6);
         told(f64::INFINITY);
         assert!(seconds() < 15.0 + 2.0 * RECENT.as_secs_f64(), "whatever it says");
+    }
+
+    /// Three spans of the same work: what came at once long ago is still in the longest, and no pace any more.
+    #[test]
+    fn what_a_group_was_given_fades_over_three_spans() {
+        let ledger = Ledger::default();
+        let now = Instant::now();
+        assert_eq!(ledger.given(now), Given::default());
+        ledger.book(1, 30.0, now);
+        assert_eq!(ledger.given(now), Given { utilization: 0.25, seconds: 30.0, pace: 1.0 });
+        let later = ledger.given(now + RECENT);
+        assert!(later.seconds > 0.6 * 30.0 && later.pace < 0.02, "{later:?}");
+        let other = Ledger::default();
+        other.begin(later, now);
+        let begun = other.given(now);
+        assert!((begun.seconds - later.seconds).abs() < 1e-9 && (begun.pace - later.pace).abs() < 1e-9);
+        assert!((begun.utilization - later.utilization).abs() < 1e-9);
+    }
+
+    #[test]
+    fn how_many_sequences_run_is_the_mean_of_what_was_told() {
+        let ledger = Ledger::default();
+        let began = Instant::now();
+        let after = |seconds| began + Duration::from_secs(seconds);
+        let tell = |running, at| ledger.report(Load { running, ..Load::default() }, at);
+        tell(3, began);
+        assert_eq!(ledger.running(began), 0.0, "for how long is not known yet");
+        for second in 1..=600 {
+            tell(3, after(second));
+        }
+        assert!((ledger.running(after(600)) - 3.0).abs() < 0.05, "{}", ledger.running(after(600)));
+        tell(0, after(601));
+        tell(0, after(661));
+        assert!((0.9..1.3).contains(&ledger.running(after(661))), "{}", ledger.running(after(661)));
+        tell(u32::MAX, after(661));
+        tell(0, after(5_000));
+        assert!(ledger.running(after(5_000)) <= f64::from(u32::MAX), "whatever it says");
     }
 
     /// The group tells what is left of a prompt that it computes; what it has not begun with counts in full.

@@ -1,11 +1,13 @@
 //! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`ledger`]),
-//! which one would answer soonest ([`choose`]), where its session is at home ([`sessions`]), and who waits while none
+//! which one would answer soonest ([`choose`]), when a
+//! conversation leaves a group that was given too much ([`level`]), where its session is at home ([`sessions`]), and who waits while none
 //! can start it ([`admission`]).
 
 pub mod admission;
 pub mod choose;
 pub mod index;
 pub mod ledger;
+pub mod level;
 pub mod sessions;
 mod table;
 

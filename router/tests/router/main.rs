@@ -6,6 +6,7 @@ mod description;
 mod faults;
 mod goldens;
 mod lenient;
+mod level;
 mod malformed;
 mod messages;
 mod parameters;
