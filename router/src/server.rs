@@ -12,6 +12,7 @@ use axum::{
     routing::{get, post},
 };
 use bora_common::tls::Acceptor;
+use hyper::service::Service as _;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -41,6 +42,8 @@ use crate::{
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// A client that sends no complete head within this time is not served.
 const HEAD_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a connection that has had no request yet is left open when the server stops.
+const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// The id of a request, in its extensions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -271,6 +274,10 @@ pub async fn serve(
             }
         }
     }
+    // those that are connected already would be reset
+    while let Ok(Ok((stream, _))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
+        tokio::spawn(serve_socket(stream, tls.clone(), routes.clone(), stopping.clone()));
+    }
     drop(listener);
     drop(stopping);
     stop.send_replace(());
@@ -297,19 +304,63 @@ async fn serve_connection<S>(stream: S, routes: Router, mut stopping: watch::Rec
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let (begun, mut begins) = watch::channel(false);
+    let routes = TowerToHyperService::new(routes);
+    let service = hyper::service::service_fn(move |request| {
+        begun.send_replace(true);
+        routes.call(request)
+    });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_PATIENCE)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+        .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
         _ = stopping.changed() => {
+            // a client that has just connected may send its first request: a connection that had none is closed at once
+            let first = tokio::time::timeout(FIRST_REQUEST, begins.wait_for(|begun| *begun));
+            tokio::select! {
+                biased;
+                _ = first => {}
+                _ = connection.as_mut() => return,
+            }
             connection.as_mut().graceful_shutdown();
             connection.await
         }
     };
     if let Err(error) = outcome {
         tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    /// A client that has connected when the server is told to stop is answered; one that says nothing is not waited for.
+    #[tokio::test]
+    async fn who_has_connected_before_the_end_is_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let routes = Router::new().route("/", axum::routing::get(|| async { "yes" }));
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let server = tokio::spawn(serve(listener, None, routes, Duration::from_secs(60), async {
+            let _ = stopped.await;
+        }));
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        let mut client = TcpStream::connect(address).await.unwrap();
+        stop.send(()).unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("yes"), "{answer}");
+        let mut nothing = String::new();
+        silent.read_to_string(&mut nothing).await.unwrap();
+        assert_eq!(nothing, "");
+        server.await.unwrap().unwrap();
     }
 }
