@@ -18,9 +18,6 @@ typedef unsigned long long u64;
 struct bf16 {
   u16 bits;
 };
-struct f16 {
-  u16 bits;
-};
 struct e4m3 {
   u8 bits;
 };

@@ -99,7 +99,7 @@ inline unsigned long long atomicMax(unsigned long long* p, unsigned long long v)
 inline unsigned atomicOr(unsigned* p, unsigned v) { unsigned old = *p; *p |= v; return old; }
 
 // ---- what device.cuh says in PTX --------------------------------------------------------------------------------
-struct bf16; struct f16; struct e4m3;
+struct bf16; struct e4m3;
 namespace emulator {
 inline unsigned short bf16_bits(float x) {
   unsigned u = __float_as_uint(x);
