@@ -353,7 +353,11 @@ mod tests {
         let mut silent = TcpStream::connect(address).await.unwrap();
         let mut client = TcpStream::connect(address).await.unwrap();
         stop.send(()).unwrap();
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        // the server has heard of it
+        while TcpStream::connect(address).await.is_ok() {}
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
         client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
