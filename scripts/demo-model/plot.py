@@ -23,9 +23,10 @@ def main():
     for tokens in range(0, most + 1, 100_000_000):
         parts.append(f'<text x="{x(tokens):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tokens // 1_000_000}M</text>')
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">training tokens; loss in nats a written token, by length of the conversations</text>')
-    for tokens, length, loss in rows:
-        parts.append(f'<circle cx="{x(tokens):.1f}" cy="{y(loss):.1f}" r="1.6" fill="{COLORS[length]}"/>')
     for index, (length, color) in enumerate(COLORS.items()):
+        # a dot is a line of no length with round ends: that is a quarter of a circle's text
+        dots = "".join(f"M{x(tokens):.1f} {y(loss):.1f}h0" for tokens, one, loss in rows if one == length)
+        parts.append(f'<path d="{dots}" stroke="{color}" stroke-width="3.2" stroke-linecap="round"/>')
         parts.append(f'<text x="{WIDTH - 60}" y="{28 + 14 * index}" fill="{color}">{length}</text>')
     with open(target, "w") as file:
         file.write("\n".join([*parts, "</svg>", ""]))
