@@ -244,17 +244,61 @@ def test_an_autoscaler_selects_by_a_label_that_the_rules_record(tmp_path):
         assert f"bora:model_{name}:workload" in recorded
 
 
+# a model that keeps a group and one that may go to zero, and the shipped thresholds
+DAY_AND_BATCH = {"models": {"day": {}, "batch": {"name": "org/batch", "workers": {"autoscaling": {"minReplicas": 0}}}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda"}}}
+SIGNALS = {"bora:model_queued_prefill_seconds:sum": 4, "bora:model_batch_backlog_seconds:sum": 600, "bora:model_kv_occupancy_percent:sum": 80,
+           "bora:model_sequences:sum": 192, "bora:model_unserved_requests:increase2m": 1000}
+
+
 def test_metrics_that_are_away_take_no_group_away(tmp_path):
-    documents = rendered({"models": {"day": {}, "batch": {"workers": {"autoscaling": {"minReplicas": 0}}}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda"}}}, tmp_path)
-    for name, ignored in (("bora-day", "false"), ("bora-batch", "true")):
-        spec = named(documents, "ScaledObject", name)["spec"]
-        assert "queued_prefill_seconds" in spec["triggers"][0]["metadata"]["query"] and spec["triggers"][0]["metadata"]["ignoreNullValues"] == ignored
-        assert spec["fallback"]["behavior"] == "currentReplicasIfHigher"
+    """Beside other groups a failing trigger is enough: the autoscaler holds. From zero nothing but KEDA's fallback wakes, and that with one trigger, since
+    its operator may end itself where several of one object fall back at once."""
+    documents = rendered(DAY_AND_BATCH, tmp_path)
+    day, batch = (named(documents, "ScaledObject", name)["spec"] for name in ("bora-day", "bora-batch"))
+    definitions.validate(named(documents, "ScaledObject", "bora-day"))
+    assert "fallback" not in day
+    asked = {trigger["metadata"]["query"]: float(trigger["metadata"]["threshold"]) for trigger in day["triggers"]}
+    assert asked == {f'{record}{{namespace="llm",model="day"}}': per_group for record, per_group in SIGNALS.items() if record.endswith(":sum")}
+    assert "queued_prefill_seconds" in day["triggers"][0]["metadata"]["query"] and day["triggers"][0]["metadata"]["ignoreNullValues"] == "false"
+    assert all("ignoreNullValues" not in trigger["metadata"] for trigger in day["triggers"][1:])
+    assert batch["fallback"] == {"failureThreshold": 4, "replicas": 1, "behavior": "currentReplicasIfHigher"}
+    (trigger,) = batch["triggers"]
+    assert trigger["metadata"]["ignoreNullValues"] == "true" and trigger["metadata"]["threshold"] == "1" and trigger["metricType"] == "AverageValue"
 
 
-def test_keda_shows_prometheus_who_it_is(tmp_path):
+def wanted_groups():
+    """(name, series, groups): every signal in turn the largest, alone and absent; what is no number counts as absent."""
+    for record, per_group in SIGNALS.items():
+        rest = {other: one / 4 for other, one in SIGNALS.items() if other != record}
+        yield "largest", {record: 3 * per_group, **rest}, 3
+        yield "alone", {record: 1.5 * per_group}, 1.5
+        yield "absent", rest, 0.25
+        yield "infinite", {record: "Inf", **rest}, 0.25
+        yield "no number", {record: "NaN", **rest}, 0.25
+    yield "none", {}, None
+    yield "all at rest", dict.fromkeys(SIGNALS, 0), 0
+    yield "one sequence", {**dict.fromkeys(SIGNALS, 0), "bora:model_sequences:sum": 1}, 1 / 192
+
+
+def test_the_signal_that_asks_for_most_groups_decides_where_a_model_may_go_to_zero(tmp_path):
+    """promtool computes the one query of its one trigger: threshold 1, so that its value is the groups that are wanted, and above zero is asked for."""
+    (trigger,) = named(rendered(DAY_AND_BATCH, tmp_path), "ScaledObject", "bora-batch")["spec"]["triggers"]
+    series = lambda record, model, value: {"series": f'{record}{{namespace="llm",model="{model}"}}', "values": " ".join([str(value)] * 3)}
+    others = [series(record, "day", 99 * per_group) for record, per_group in SIGNALS.items()]
+    tests = [{"name": name, "interval": "15s", "input_series": [*others, *(series(record, "org/batch", value) for record, value in values.items())],
+              "promql_expr_test": [{"expr": trigger["metadata"]["query"], "eval_time": "30s",
+                                    "exp_samples": [] if groups is None else [{"labels": "{}", "value": groups}]}]}
+             for name, values, groups in wanted_groups()]
+    assert len(tests) == 28
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": tests}))
+    outcome = run("promtool", "test", "rules", tmp_path / "test.yaml", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize(("least", "count"), [(0, 1), (1, 4)])
+def test_keda_shows_prometheus_who_it_is(tmp_path, least, count):
     auth = {"modes": ["bearer", "tls"], "secret": "monitoring", "keys": {"bearerToken": "jwt"}}
-    documents = rendered({"models": {"m": {}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda", "minReplicas": 0, "prometheusAuth": auth}}}, tmp_path)
+    documents = rendered({"models": {"m": {}}, "etcd": EXISTING, "workers": {"autoscaling": {"kind": "keda", "minReplicas": least, "prometheusAuth": auth}}}, tmp_path)
     authentication = named(documents, "TriggerAuthentication", "bora-m-prometheus")
     definitions.validate(authentication)
     targets = {one["parameter"]: (one["name"], one["key"]) for one in authentication["spec"]["secretTargetRef"]}
@@ -263,5 +307,4 @@ def test_keda_shows_prometheus_who_it_is(tmp_path):
     definitions.validate(scaled)
     triggers = scaled["spec"]["triggers"]
     assert {trigger["metadata"]["authModes"] for trigger in triggers} == {"bearer,tls"}
-    assert {trigger["authenticationRef"]["name"] for trigger in triggers} == {"bora-m-prometheus"} and len(triggers) == 5
-    assert any("bora:model_batch_backlog_seconds:sum" in trigger["metadata"]["query"] for trigger in triggers)
+    assert {trigger["authenticationRef"]["name"] for trigger in triggers} == {"bora-m-prometheus"} and len(triggers) == count
