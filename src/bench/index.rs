@@ -32,6 +32,9 @@ pub(crate) struct IndexArgs {
     /// blocks that a group tells of at once
     #[arg(long, default_value_t = 4096)]
     piece: u64,
+    /// of each piece, the last so many blocks one by one, as a group tells of an answer while it generates it
+    #[arg(long, default_value_t = 0)]
+    singly: u64,
     /// pieces differ: half as long to one and a half times as long
     #[arg(long)]
     vary: bool,
@@ -79,9 +82,13 @@ impl Bench<'_> {
                 (piece, true) => (piece / 2 + xxh3_128(&first.to_le_bytes()) as u64 % (piece + 1)).max(1),
                 (piece, false) => piece,
             };
-            for one in some {
-                let told: Vec<u8> = one.hashes(first, piece).flat_map(BlockHash::to_bytes).collect();
-                self.index.apply(self.slots[one.group as usize], &told, &[]);
+            let at_once = piece.saturating_sub(self.args.singly);
+            let told = std::iter::once((first, at_once)).chain((at_once..piece).map(|block| (first + block, 1)));
+            for (first, blocks) in told.filter(|(_, blocks)| *blocks > 0) {
+                for one in some {
+                    let told: Vec<u8> = one.hashes(first, blocks).flat_map(BlockHash::to_bytes).collect();
+                    self.index.apply(self.slots[one.group as usize], &told, &[]);
+                }
             }
             first += piece;
         }
@@ -178,7 +185,7 @@ pub(crate) fn run(args: &IndexArgs) {
         "{}",
         json!({
             "kind": "index", "groups": args.groups, "blocks": blocks, "megabytes": megabytes,
-            "piece": args.piece, "vary": args.vary, "turnover": args.turnover,
+            "piece": args.piece, "singly": args.singly, "vary": args.vary, "turnover": args.turnover,
             "fill_seconds": (fill_seconds * 10.0).round() / 10.0, "prompt_tokens": args.prompt * 64,
             "lookup_p50_us": still.0, "lookup_p99_us": still.1,
             "lookup_p50_us_while_changing": while_changing.0, "lookup_p99_us_while_changing": while_changing.1,

@@ -46,6 +46,31 @@ fn a_prefix_is_found_shared_and_given_up_end_first() {
     cache.check();
 }
 
+/// The prompt is told at once, the answer in one piece when it is whole; what nobody heard of goes unheard.
+#[test]
+fn generated_blocks_are_found_at_once_and_told_when_they_are_given_back() {
+    let mut cache = KvCache::new(8, 0);
+    let hashes = chain(1, 4);
+    let mut first = cache.admit(&hashes, 4).unwrap();
+    fill(&mut cache, &mut first, &hashes[..1]);
+    cache.grow(&mut first, 4);
+    for (block, hash) in first.blocks.iter().zip(&hashes).skip(1) {
+        cache.publish_generated(*block, *hash);
+        cache.check();
+    }
+    assert_eq!(cache.drain_changes().stored, hashes[..1]);
+    assert_eq!(cache.snapshot(), hashes[..1]);
+    let second = cache.admit(&hashes, 4).unwrap();
+    assert_eq!(second.blocks, first.blocks, "another sequence finds all of them");
+    cache.forget(first.blocks[3]);
+    cache.release(second);
+    assert_eq!(cache.drain_changes(), Delta { stored: hashes[1..3].to_vec(), evicted: vec![] });
+    cache.release(first);
+    assert!(cache.drain_changes().is_empty(), "told once");
+    assert_eq!(cache.snapshot().len(), 3);
+    cache.check();
+}
+
 #[test]
 fn blocks_that_hold_the_same_are_named_once() {
     let mut cache = KvCache::new(4, 0);
@@ -198,7 +223,11 @@ proptest! {
                     memory.copy(&cache.take_copies());
                     for (block, hash) in lease.blocks.iter().zip(hashes.iter()) {
                         memory.device[*block as usize] = Some(*hash);
-                        cache.publish(*block, *hash);
+                        if hash.0 % 3 == 0 {
+                            cache.publish(*block, *hash);
+                        } else {
+                            cache.publish_generated(*block, *hash);
+                        }
                     }
                 }
                 Action::Release { lease } if !running.is_empty() => {

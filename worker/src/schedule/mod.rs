@@ -143,7 +143,7 @@ impl Scheduler {
         }
     }
 
-    /// The hashes of all blocks that can be found.
+    /// The hashes of all blocks that can be found and are told.
     pub(crate) fn snapshot(&self) -> Vec<BlockHash> {
         self.cache.snapshot()
     }
@@ -165,7 +165,11 @@ impl Scheduler {
         while sequence.published < full {
             let hash = sequence.hashes[sequence.published];
             if self.config.options.prefix_cache {
-                self.cache.publish(sequence.lease.blocks[sequence.published], hash);
+                let block = sequence.lease.blocks[sequence.published];
+                match (sequence.published + 1) * bora_common::blocks::BLOCK_TOKENS <= sequence.request.prompt_len {
+                    true => self.cache.publish(block, hash),
+                    false => self.cache.publish_generated(block, hash),
+                }
             }
             if self.computing.get(&hash) == Some(&slot) {
                 self.computing.remove(&hash);

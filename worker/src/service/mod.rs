@@ -32,6 +32,9 @@ const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
 const STREAM_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 /// The same for all streams of a connection together.
 const CONNECTION_WINDOW_BYTES: u32 = 64 * 1024 * 1024;
+/// A long prompt comes in few pieces: each costs the router a system call and this side a wake-up. What else the
+/// connection carries waits for one of them at most, a fifth of a millisecond at 10 Gbit/s.
+const FRAME_BYTES: u32 = 256 * 1024;
 /// Streams of one connection (a router has one, and every request of it is a stream).
 const MAX_STREAMS: u32 = 16_384;
 /// A connection that does not answer a ping for this long is dead, and its sequences are aborted.
@@ -146,6 +149,7 @@ pub async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .max_concurrent_streams(MAX_STREAMS)
         .add_routes(routes);
     let stopped = stopping.clone().cancelled_owned();
