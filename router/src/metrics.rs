@@ -98,6 +98,7 @@ pub struct Metrics {
     ready_groups: Gauge,
     refused_groups: Gauge,
     indexed_blocks: Gauge,
+    index_bytes: Gauge,
     group_gauges: GroupGauges,
     others: Mutex<Option<MetricsSource>>,
 }
@@ -144,6 +145,7 @@ impl Metrics {
         let ready_groups = Gauge::default();
         let refused_groups = Gauge::default();
         let indexed_blocks = Gauge::default();
+        let index_bytes = Gauge::default();
         registry.register("requests", "HTTP requests answered", requests.clone());
         registry.register("open_requests", "HTTP requests not finished yet", open_requests.clone());
         registry.register("unknown_fields", "Request fields that were ignored", unknown_fields.clone());
@@ -224,6 +226,7 @@ impl Metrics {
             refused_groups.clone(),
         );
         registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
+        registry.register("index_bytes", "Bytes that the prefix index takes", index_bytes.clone());
         let group_gauges = GroupGauges::new(&mut registry);
         let token_counter = |kind| tokens.get_or_create(&TokenLabels { kind }).clone();
         let encoded_counter = |kind| encoded.get_or_create(&TokenLabels { kind }).clone();
@@ -262,6 +265,7 @@ impl Metrics {
             ready_groups,
             refused_groups,
             indexed_blocks,
+            index_bytes,
             group_gauges,
             others: Mutex::default(),
         })
@@ -394,6 +398,7 @@ impl Metrics {
         self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
         self.refused_groups.set(fleet.refused() as i64);
         self.indexed_blocks.set(fleet.index.len() as i64);
+        self.index_bytes.set(fleet.index.bytes() as i64);
         self.group_gauges.set(&view);
         self.waiting(models, lines);
         let mut text = String::new();

@@ -50,7 +50,7 @@ pub enum JsonError {
 impl<'a> Json<'a> {
     /// Reads a text as Python's `json.loads` does.
     pub fn parse(text: &'a str) -> Result<Self, JsonError> {
-        let mut reader = Reader { text, bytes: text.as_bytes(), position: 0, depth: 0 };
+        let mut reader = Reader { text, bytes: text.as_bytes(), position: 0, depth: 0, spare: text.len() };
         reader.skip_whitespace();
         let value = reader.value()?;
         reader.skip_whitespace();
@@ -234,6 +234,8 @@ struct Reader<'a> {
     bytes: &'a [u8],
     position: usize,
     depth: usize,
+    /// Bytes that strings may yet reserve for what they might turn out to have.
+    spare: usize,
 }
 
 impl<'a> Reader<'a> {
@@ -390,7 +392,12 @@ impl<'a> Reader<'a> {
             self.position += 1;
             return Ok(Cow::Borrowed(text));
         }
-        let mut text = self.text[start..self.position].to_owned();
+        // a string is no longer than what is left of the text: a long one need not be moved as it grows, and all of them
+        // together reserve no more than the whole text has
+        let left = self.text.len() - start;
+        let mut text = String::with_capacity(if left <= self.spare { left } else { self.position - start });
+        self.spare = self.spare.checked_sub(left).unwrap_or(self.spare);
+        text.push_str(&self.text[start..self.position]);
         loop {
             match self.peek() {
                 Some(b'"') => {

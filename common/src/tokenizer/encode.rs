@@ -34,7 +34,10 @@ impl Encoder {
                     rest = behind;
                     match tokenizer.encode_ordinary(piece) {
                         Ok(ranks) => {
-                            ids.reserve(ranks.len());
+                            // what follows is likely to have as many ids a byte: the list moves once
+                            let behind =
+                                (ranks.len() + ranks.len() / 16) as f64 / piece.len() as f64 * rest.len() as f64;
+                            ids.reserve(ranks.len() + behind as usize);
                             ids.extend(ranks.into_iter().map(|rank| rank + first_id));
                         }
                         Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),

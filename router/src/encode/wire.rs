@@ -13,6 +13,8 @@ use serde::{Serialize, Serializer};
 const SHARED_FROM: usize = 4 << 10;
 /// Ids that are packed in one go.
 const AT_ONCE: usize = 64;
+/// More than their varints take: a power of two, for a cheap remainder.
+const BLOCK_BYTES: usize = 4 * AT_ONCE;
 
 /// Varints one after the other.
 pub fn pack(ids: &[u32]) -> Vec<u8> {
@@ -23,37 +25,60 @@ pub fn pack(ids: &[u32]) -> Vec<u8> {
 
 /// Bytes that ids take.
 pub(super) fn packed_length(ids: &[u32]) -> usize {
-    let length = |id: &u32| {
-        let id = *id;
-        1 + usize::from(id >= 1 << 7)
-            + usize::from(id >= 1 << 14)
-            + usize::from(id >= 1 << 21)
-            + usize::from(id >= 1 << 28)
+    let is_from = |id: u32, bits: u32| u32::from(id >= 1 << bits);
+    // sums of 32 bits are done for several ids at once
+    let of_some = |some: &[u32]| -> u32 {
+        let most: u32 = some.iter().map(|id| 1 + is_from(*id, 7) + is_from(*id, 14)).sum();
+        if are_usual(some) {
+            return most;
+        }
+        most + some.iter().map(|id| is_from(*id, 21) + is_from(*id, 28)).sum::<u32>()
     };
-    ids.iter().map(length).sum()
+    ids.chunks(1024).map(|some| of_some(some) as usize).sum()
+}
+
+/// Whether three bytes hold each of these. Without an early end, so that it is done for several ids at once.
+fn are_usual(ids: &[u32]) -> bool {
+    ids.iter().fold(0, |all, id| all | id) < 1 << 21
 }
 
 /// Appends varints.
 pub(super) fn pack_into(ids: &[u32], packed: &mut Vec<u8>) {
-    for some in ids.chunks(AT_ONCE) {
-        if some.iter().any(|id| *id >= 1 << 21) {
-            some.iter().for_each(|id| prost::encoding::encode_varint(u64::from(*id), packed));
-            continue;
-        }
-        // three bytes hold each of these; the last one is written as four
-        let mut bytes = [0; AT_ONCE * 3 + 1];
-        let mut end = 0;
-        for id in some {
-            let id = *id;
-            let more = (u32::from(id >= 1 << 7) << 7) | (u32::from(id >= 1 << 14) << 15);
-            let word = (id & 0x7f) | ((id << 1) & 0x7f00) | ((id << 2) & 0x7f_0000) | more;
-            if let Some(place) = bytes.get_mut(end..end + 4) {
-                place.copy_from_slice(&word.to_le_bytes());
-            }
-            end += 1 + usize::from(id >= 1 << 7) + usize::from(id >= 1 << 14);
-        }
-        packed.extend_from_slice(&bytes[..end]);
+    let (blocks, rest) = ids.as_chunks::<AT_ONCE>();
+    for block in blocks {
+        pack_block(block, AT_ONCE, packed);
     }
+    if !rest.is_empty() {
+        let mut block = [0; AT_ONCE];
+        block[..rest.len()].copy_from_slice(rest);
+        pack_block(&block, rest.len(), packed);
+    }
+}
+
+/// Appends the varints of the first `count` of a block's ids.
+#[inline(always)]
+fn pack_block(block: &[u32; AT_ONCE], count: usize, packed: &mut Vec<u8>) {
+    if !are_usual(block) {
+        return block[..count].iter().for_each(|id| prost::encoding::encode_varint(u64::from(*id), packed));
+    }
+    // first all of them, which has no branches and no order, then one behind the other
+    let mut words = [0; AT_ONCE];
+    let mut lengths = [0; AT_ONCE];
+    for ((id, word), length) in block.iter().zip(&mut words).zip(&mut lengths) {
+        let (two, three) = (u32::from(*id >= 1 << 7), u32::from(*id >= 1 << 14));
+        *word = (id & 0x7f) | ((id << 1) & 0x7f00) | ((id << 2) & 0x7f_0000) | (two << 7) | (three << 15);
+        *length = 1 + two + three;
+    }
+    // each is written as four bytes, of which the next one covers what is too much
+    let mut bytes = [0; BLOCK_BYTES + 4];
+    let mut end = 0;
+    for (word, length) in words[..count].iter().zip(&lengths) {
+        // the end is never beyond a block's bytes: that the remainder says so spares a look at the bound
+        let begin = end % BLOCK_BYTES;
+        bytes[begin..begin + 4].copy_from_slice(&word.to_le_bytes());
+        end += *length as usize;
+    }
+    packed.extend_from_slice(&bytes[..end]);
 }
 
 /// The ids of varints that [`pack`] wrote.
@@ -196,7 +221,9 @@ mod tests {
         let large = [vec![5, 200], vec![1 << 21, u32::MAX], vec![7; 100]].concat();
         let longest = vec![(1 << 21) - 1; AT_ONCE];
         let five = vec![(1 << 28) - 1, 1 << 28];
-        vec![Vec::new(), vec![3], edges.to_vec(), many, large, longest, five, vec![u32::MAX; 50]]
+        let blocks = [AT_ONCE - 1, AT_ONCE, AT_ONCE + 1, 2 * AT_ONCE + 3].map(|length| many[..length].to_vec());
+        let single = vec![Vec::new(), vec![3], edges.to_vec(), many, large, longest, five, vec![u32::MAX; 50]];
+        single.into_iter().chain(blocks).collect()
     }
 
     /// The general encoder's bytes, whatever the ids.

@@ -11,7 +11,10 @@ use std::{collections::HashMap, sync::Arc};
 use bora_common::blocks::BlockHash;
 use parking_lot::{Mutex, RwLock};
 
-use super::{Slot, table::BlockTable};
+use super::{
+    Slot,
+    table::{BlockTable, key_of},
+};
 
 const GROUPS_PER_PLANE: u32 = 64;
 /// Blocks from one milestone to the next: 512 tokens.
@@ -32,8 +35,8 @@ pub fn milestones(hashes: &[BlockHash], held: usize) -> Vec<BlockHash> {
 struct Plane {
     held: BlockTable,
     expected: BlockTable,
-    /// By how many requests each group's block is expected.
-    requests: Mutex<HashMap<(BlockHash, u32), u32>>,
+    /// By how many requests more than one each group's block is expected, by its key in the table. Few are: siblings.
+    more: Mutex<HashMap<(u64, u32), u32>>,
 }
 
 #[derive(Default)]
@@ -74,9 +77,9 @@ impl Index {
     pub fn release(&self, slot: Slot) {
         self.clear(slot);
         if let Some((plane, bit)) = self.plane(slot) {
-            let mut requests = plane.requests.lock();
-            requests.retain(|(_, expecting), _| *expecting != bit);
-            requests.shrink_to_fit();
+            let mut more = plane.more.lock();
+            more.retain(|(_, expecting), _| *expecting != bit);
+            more.shrink_to_fit();
             plane.expected.clear(bit);
         }
         self.slots.lock().free.push(slot.0);
@@ -102,13 +105,8 @@ impl Index {
         let Some((plane, bit)) = self.plane(slot) else {
             return;
         };
-        let mut requests = plane.requests.lock();
-        let first = |hash: &&BlockHash| {
-            let count = requests.entry((**hash, bit)).or_default();
-            *count += 1;
-            *count == 1
-        };
-        plane.expected.set(hashes.iter().filter(first).copied(), bit);
+        let mut more = plane.more.lock();
+        plane.expected.set_or(hashes.iter().copied(), bit, |key| *more.entry((key, bit)).or_default() += 1);
     }
 
     /// That request's blocks are stored, or never will be.
@@ -116,21 +114,19 @@ impl Index {
         let Some((plane, bit)) = self.plane(slot) else {
             return;
         };
-        let mut requests = plane.requests.lock();
+        let mut more = plane.more.lock();
         let last = |hash: &&BlockHash| {
-            let Some(count) = requests.get_mut(&(**hash, bit)) else {
-                return false; // the group left in the meantime
-            };
+            let of_group = (key_of(**hash), bit);
+            let Some(count) = more.get_mut(&of_group) else { return true };
             *count -= 1;
-            let last = *count == 0;
-            if last {
-                requests.remove(&(**hash, bit));
+            if *count == 0 {
+                more.remove(&of_group);
             }
-            last
+            false
         };
         plane.expected.unset(hashes.iter().filter(last).copied(), bit);
-        if requests.capacity() > 1024 && requests.capacity() > 8 * requests.len() {
-            requests.shrink_to_fit();
+        if more.capacity() > 1024 && more.capacity() > 8 * more.len() {
+            more.shrink_to_fit();
         }
     }
 
@@ -186,14 +182,14 @@ impl Index {
 
     /// Blocks that groups are expected to store.
     pub fn expected(&self) -> usize {
-        self.planes.read().iter().map(|plane| plane.requests.lock().len()).sum()
+        self.planes.read().iter().map(|plane| plane.expected.bits_set()).sum()
     }
 
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
         let of_plane = |plane: &Arc<Plane>| {
-            // a key of 32 bytes with its count, padded, and a byte of the map's own
-            plane.held.bytes() + plane.expected.bytes() + plane.requests.lock().capacity() * 49
+            // a key of 16 bytes with its count, padded, and a byte of the map's own
+            plane.held.bytes() + plane.expected.bytes() + plane.more.lock().capacity() * 25
         };
         self.planes.read().iter().map(of_plane).sum()
     }

@@ -67,7 +67,8 @@ fn no_shards() -> Arc<Shards> {
     Arc::new(std::array::from_fn(|_| Arc::default()))
 }
 
-fn key_of(hash: BlockHash) -> u64 {
+/// Half of a block's hash: what the table knows it by.
+pub(super) fn key_of(hash: BlockHash) -> u64 {
     (hash.0 as u64).max(1)
 }
 
@@ -75,14 +76,15 @@ fn shard_of(key: u64) -> usize {
     key as usize % SHARDS
 }
 
-/// The slot where a key's search begins: the key's share of the length.
+/// The slot where a key's search begins: the share of the length that the key's upper half is.
 fn first_slot(key: u64, length: usize) -> usize {
-    ((u128::from(key) * length as u128) >> 64) as usize
+    (((key >> 32) * length as u64) >> 32) as usize
 }
 
-/// The bits of a key that say neither its shard nor its first slot.
+/// The bits of a key that its slot has: those that say where its search begins, so that a shard can grow without a look
+/// at the entries.
 fn tag_of(key: u64) -> u64 {
-    (key >> 6) << 32
+    key >> 32 << 32
 }
 
 fn slot_of(key: u64, place: usize) -> u64 {
@@ -106,12 +108,39 @@ fn search(slots: &Slots, key: u64) -> impl Iterator<Item = (usize, u64)> + '_ {
     numbers.map(|number| (number, slots[number].load(Ordering::Acquire))).take_while(|(_, slot)| *slot != 0)
 }
 
+/// Where a search found its key.
+struct Found<'a> {
+    /// Number of the slot.
+    slot: usize,
+    place: usize,
+    entry: &'a Entry,
+}
+
+/// Where a key is, or the first slot of its search that it could be written to, if the search ended at one.
+fn locate<'a>(slots: &Slots, chunks: &'a Chunks, key: u64) -> Result<Found<'a>, Option<usize>> {
+    let mut free = None;
+    let mut number = first_slot(key, slots.len());
+    for _ in 0..slots.len() {
+        let Some(slot) = slots.get(number).map(|slot| slot.load(Ordering::Acquire)) else { break };
+        if slot == 0 {
+            return Err(free.or(Some(number)));
+        }
+        if slot == REMOVED {
+            free = free.or(Some(number));
+        } else if let Some(place) = place_in(slot, key)
+            && let Some(entry) = entry(chunks, place)
+            && entry.key.load(Ordering::Acquire) == key
+        {
+            return Ok(Found { slot: number, place, entry });
+        }
+        number = if number + 1 == slots.len() { 0 } else { number + 1 };
+    }
+    Err(free)
+}
+
 /// The key's entry and its place.
 fn find<'a>(slots: &Slots, chunks: &'a Chunks, key: u64) -> Option<(usize, &'a Entry)> {
-    let places = search(slots, key).filter_map(|(_, slot)| place_in(slot, key));
-    places
-        .filter_map(|place| Some((place, entry(chunks, place)?)))
-        .find(|(_, entry)| entry.key.load(Ordering::Acquire) == key)
+    locate(slots, chunks, key).ok().map(|found| (found.place, found.entry))
 }
 
 /// What the first slot of a key's search has; 0 where there are no slots.

@@ -41,6 +41,31 @@ fn it_is_a_map() {
     assert_eq!(table.len(), map.values().filter(|bits| **bits != 0).count());
 }
 
+/// Keys that no slot tells apart: one shard, and searches that begin at one slot. Few are left, so that slots are freed
+/// in all orders, and readers find all that is there.
+#[test]
+fn keys_that_share_all_that_slots_know_are_told_apart() {
+    let table = BlockTable::default();
+    let alike = |number: u64| BlockHash(u128::from(0xfeed_f00d << 32 | number << 6));
+    let mut there = [false; 40];
+    let mut state = 7u64;
+    for _ in 0..20_000 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let number = (state >> 40) as usize % there.len();
+        let stays = (state >> 33).is_multiple_of(4);
+        there[number] = stays;
+        match stays {
+            true => table.set(std::iter::once(alike(number as u64)), 3),
+            false => table.unset(std::iter::once(alike(number as u64)), 3),
+        }
+        for (number, there) in there.iter().enumerate() {
+            assert_eq!(table.bits(alike(number as u64)), u64::from(*there) << 3, "{number}");
+        }
+    }
+    assert_eq!(table.len(), there.iter().filter(|there| **there).count());
+    assert!(table.bytes() < 200_000, "slots that were freed are used again: {}", table.bytes());
+}
+
 /// A chain whose blocks stand one behind the other, in pieces, and not at all in order.
 #[test]
 fn walks_find_runs_and_what_stands_elsewhere() {

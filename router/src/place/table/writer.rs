@@ -10,8 +10,8 @@ use bora_common::blocks::BlockHash;
 use parking_lot::MutexGuard;
 
 use super::{
-    Arrays, BlockTable, CHUNK, Chunks, Entry, REMOVED, SHARDS, SMALLEST, Shards, Slots, entry, find, first_slot,
-    first_slot_of, key_of, no_shards, search, shard_of, slot_of,
+    Arrays, BlockTable, CHUNK, Chunks, Entry, Found, REMOVED, SHARDS, SMALLEST, Shards, Slots, entry, first_slot,
+    first_slot_of, key_of, locate, no_shards, shard_of, slot_of,
 };
 
 /// Blocks whose slots are asked for together.
@@ -24,6 +24,15 @@ const WORTH_FILLING: usize = CHUNK / 4;
 const LONG_GAP: usize = 128;
 /// Chunks that are looked through for a gap before a new one is begun.
 const CHUNKS_TO_TRY: usize = 2;
+
+/// What a group's bit of a key was before it was set.
+enum Was {
+    Set,
+    /// Not set, but bits of other groups.
+    Others,
+    /// No bit was set.
+    Unknown,
+}
 
 #[derive(Clone, Copy, Default)]
 struct ShardUse {
@@ -70,21 +79,28 @@ impl Default for Writer {
 }
 
 impl Writer {
-    /// Sets a group's bit of a key, the first of `piece` that are to stand together; true if it is the key's first one.
-    fn set(&mut self, arrays: &Arrays, key: u64, group: u32, piece: usize) -> bool {
+    /// Sets a group's bit of a key, the first of `piece` that are to stand together.
+    fn set(&mut self, arrays: &Arrays, key: u64, group: u32, piece: usize) -> Was {
         let bit = 1 << group;
-        if let Some((_, entry)) = find(&self.slots[shard_of(key)], &self.chunks, key) {
-            let before = entry.bits.fetch_or(bit, Ordering::Relaxed);
-            self.of_group[group as usize] += usize::from(before & bit == 0);
-            return false;
+        match locate(&self.slots[shard_of(key)], &self.chunks, key) {
+            Ok(Found { entry, .. }) => {
+                let before = entry.bits.fetch_or(bit, Ordering::Relaxed);
+                if before & bit != 0 {
+                    return Was::Set;
+                }
+                self.of_group[group as usize] += 1;
+                Was::Others
+            }
+            Err(free) => {
+                self.put(arrays, key, bit, piece, free);
+                self.of_group[group as usize] += 1;
+                Was::Unknown
+            }
         }
-        self.put(arrays, key, bit, piece);
-        self.of_group[group as usize] += 1;
-        true
     }
 
-    /// A key that is not there yet.
-    fn put(&mut self, arrays: &Arrays, key: u64, bits: u64, piece: usize) {
+    /// A key that is not there yet; `slot` is the first that it could be written to, if it was looked for.
+    fn put(&mut self, arrays: &Arrays, key: u64, bits: u64, piece: usize, slot: Option<usize>) {
         let place = self.free_place(arrays, piece);
         if let Some(entry) = entry(&self.chunks, place) {
             entry.bits.store(bits, Ordering::Release);
@@ -92,32 +108,30 @@ impl Writer {
             self.used[place / CHUNK] += 1;
             self.used_of_all += 1;
         }
-        self.put_in_map(arrays, key, place);
+        self.put_in_map(arrays, key, place, slot);
     }
 
     /// Takes a group's bit of a key away; true if it was the last one.
     fn unset(&mut self, arrays: &Arrays, key: u64, group: u32) -> bool {
-        let Some((place, entry)) = find(&self.slots[shard_of(key)], &self.chunks, key) else { return false };
+        let Ok(Found { slot, place, entry }) = locate(&self.slots[shard_of(key)], &self.chunks, key) else {
+            return false;
+        };
         let bit = 1 << group;
         let before = entry.bits.fetch_and(!bit, Ordering::Relaxed);
         self.of_group[group as usize] -= usize::from(before & bit != 0);
         let last = before == bit;
         if last {
             entry.key.store(0, Ordering::Release);
-            self.remove(arrays, key, place);
+            self.remove(arrays, shard_of(key), slot, place);
         }
         last
     }
 
     /// Takes a key out whose entry is free again.
-    fn remove(&mut self, arrays: &Arrays, key: u64, place: usize) {
-        let shard = shard_of(key);
-        let slots = &self.slots[shard];
-        let slot = search(slots, key).find(|(_, slot)| *slot == slot_of(key, place));
-        if let Some((number, _)) = slot {
-            slots[number].store(REMOVED, Ordering::Release);
-        }
-        self.shards[shard].live -= 1;
+    fn remove(&mut self, arrays: &Arrays, shard: usize, slot: usize, place: usize) {
+        let uses = &mut self.shards[shard];
+        uses.taken -= free_slot(&self.slots[shard], slot);
+        uses.live -= 1;
         let chunk = place / CHUNK;
         self.used[chunk] -= 1;
         self.used_of_all -= 1;
@@ -184,19 +198,20 @@ impl Writer {
         self.replace_chunks(arrays, chunks);
     }
 
-    fn put_in_map(&mut self, arrays: &Arrays, key: u64, place: usize) {
+    fn put_in_map(&mut self, arrays: &Arrays, key: u64, place: usize, slot: Option<usize>) {
         let shard = shard_of(key);
-        if (self.shards[shard].taken + 1) * 10 > self.slots[shard].len() * 7 {
-            self.grow(arrays, shard);
-        }
-        let slots = &self.slots[shard];
-        let first = first_slot(key, slots.len());
-        let free = slots[first..].iter().chain(&slots[..first]).find(|slot| {
-            let slot = slot.load(Ordering::Relaxed);
-            slot == 0 || slot == REMOVED
+        let (uses, slots) = (self.shards[shard], &self.slots[shard]);
+        let is_full = (uses.taken + 1) * 10 > slots.len() * 7;
+        // one that was removed makes no shard fuller
+        let slot = slot.filter(|slot| !is_full || slots[*slot].load(Ordering::Relaxed) == REMOVED);
+        let slot = slot.or_else(|| {
+            if is_full {
+                self.grow(arrays, shard);
+            }
+            first_free(&self.slots[shard], key)
         });
         // there is always one
-        if let Some(slot) = free {
+        if let Some(slot) = slot.and_then(|slot| self.slots[shard].get(slot)) {
             let uses = &mut self.shards[shard];
             uses.taken += usize::from(slot.load(Ordering::Relaxed) == 0);
             uses.live += 1;
@@ -206,17 +221,14 @@ impl Writer {
 
     /// Moves a shard's slots to a new array with room, without those that were removed.
     fn grow(&mut self, arrays: &Arrays, shard: usize) {
-        let (old, chunks) = (&self.slots[shard], &self.chunks);
+        let old = &self.slots[shard];
         let uses = &mut self.shards[shard];
         let length = (uses.live * 2).max(SMALLEST);
         let new: Slots = std::iter::repeat_with(Default::default).take(length).collect();
         for slot in old.iter().map(|slot| slot.load(Ordering::Relaxed)).filter(|slot| *slot != 0 && *slot != REMOVED) {
-            let place = (slot & u64::from(u32::MAX)) as usize - 1;
-            let Some(key) = entry(chunks, place).map(|entry| entry.key.load(Ordering::Relaxed)) else { continue };
-            let first = first_slot(key, length);
-            let mut from_first = new[first..].iter().chain(&new[..first]);
-            if let Some(free) = from_first.find(|slot| slot.load(Ordering::Relaxed) == 0) {
-                free.store(slot, Ordering::Relaxed);
+            // a slot has the half of its key that says where it goes
+            if let Some(free) = first_free(&new, slot) {
+                new[free].store(slot, Ordering::Relaxed);
             }
         }
         uses.taken = uses.live;
@@ -225,6 +237,31 @@ impl Writer {
         self.slots = Arc::new(shards);
         *arrays.shards.write() = Arc::clone(&self.slots);
     }
+}
+
+/// The first slot of a key's search that nothing is in.
+fn first_free(slots: &Slots, key: u64) -> Option<usize> {
+    let first = first_slot(key, slots.len());
+    let is_free = |number: &usize| matches!(slots[*number].load(Ordering::Relaxed), 0 | REMOVED);
+    (first..slots.len()).chain(0..first).find(is_free)
+}
+
+/// Gives a slot free; the number of slots that are again as if never used. No search goes beyond a slot that was never
+/// used, so one before such a slot, and those removed before it, need not say that searches go on.
+fn free_slot(slots: &Slots, number: usize) -> usize {
+    let before = |number: usize| number.checked_sub(1).unwrap_or(slots.len() - 1);
+    slots[number].store(REMOVED, Ordering::Release);
+    let next = if number + 1 == slots.len() { 0 } else { number + 1 };
+    if slots[next].load(Ordering::Relaxed) != 0 {
+        return 0;
+    }
+    let (mut last, mut freed) = (number, 0);
+    while slots[last].load(Ordering::Relaxed) == REMOVED {
+        slots[last].store(0, Ordering::Release);
+        last = before(last);
+        freed += 1;
+    }
+    freed
 }
 
 /// Where in a chunk, from a place on, so many entries behind each other are free.
@@ -243,9 +280,26 @@ fn gap(chunk: &[Entry], from: usize, wanted: usize) -> Option<usize> {
 impl BlockTable {
     /// Sets a group's bit for these blocks. In the order of their chain they are found fastest.
     pub(in crate::place) fn set(&self, hashes: impl Iterator<Item = BlockHash>, group: u32) {
-        self.write(hashes, |writer, arrays, live, key, piece| {
-            *live += usize::from(writer.set(arrays, key, group, piece));
+        self.set_or(hashes, group, |_| ());
+    }
+
+    /// The same; `again` is given the keys of those for which it was set before.
+    pub(in crate::place) fn set_or(
+        &self,
+        hashes: impl Iterator<Item = BlockHash>,
+        group: u32,
+        mut again: impl FnMut(u64),
+    ) {
+        self.write(hashes, |writer, arrays, live, key, piece| match writer.set(arrays, key, group, piece) {
+            Was::Set => again(key),
+            Was::Others => {}
+            Was::Unknown => *live += 1,
         });
+    }
+
+    /// Bits that are set, of all groups.
+    pub(in crate::place) fn bits_set(&self) -> usize {
+        self.writer.lock().of_group.iter().sum()
     }
 
     /// Takes it away.
@@ -256,7 +310,7 @@ impl BlockTable {
     fn write(
         &self,
         hashes: impl Iterator<Item = BlockHash>,
-        change: impl Fn(&mut Writer, &Arrays, &mut usize, u64, usize),
+        mut change: impl FnMut(&mut Writer, &Arrays, &mut usize, u64, usize),
     ) {
         let mut hashes = hashes.peekable();
         while hashes.peek().is_some() {
@@ -328,7 +382,7 @@ impl BlockTable {
         for entry in old.chunks.read().iter().flat_map(|chunk| chunk.iter()) {
             let bits = entry.bits.load(Ordering::Relaxed);
             if bits != 0 {
-                writer.put(&new, entry.key.load(Ordering::Relaxed), bits, 1);
+                writer.put(&new, entry.key.load(Ordering::Relaxed), bits, 1, None);
             }
         }
         *self.arrays.write() = Arc::new(new);
