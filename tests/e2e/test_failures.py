@@ -82,6 +82,27 @@ def test_a_worker_killed_in_mid_stream():
         assert count >= len(STREAMS), count
 
 
+def test_a_group_that_is_stopped_in_mid_stream():
+    """SIGSTOP, as where a host hangs: connections stay open and nothing comes. The other group goes on."""
+    body = {**LONG, "model": "fake-devstral", "temperature": 0.8, "seed": 5, "stream_options": {"include_usage": True}}
+    with Cluster(model="fake-devstral") as cluster:
+        cluster.start_etcd()
+        cluster.start_router()
+        workers = {name: cluster.start_digest(name) for name in ("a", "b")}
+        cluster.wait_ready(2)
+        undisturbed = ask(cluster.router_url, "/v1/completions", body)
+        assert "error" not in undisturbed, undisturbed
+        with Stream(cluster.router_url, "/v1/completions", body) as stream:
+            stopped = None
+            for _ in stream:
+                if stopped is None and len(token_ids(stream.events)) > 20:
+                    stopped = workers[stream.headers["x-bora-group"]]
+                    stopped.signal(SIGSTOP)
+            assert stopped and stream.done and stream.error is None, stream.error
+            assert stream.folded() == undisturbed
+        stopped.kill()
+
+
 def test_a_stream_that_nobody_can_take_over_ends_in_an_error():
     """An error event and no [DONE]: a careless client must not take it for a success."""
     with Cluster() as cluster:
