@@ -158,7 +158,7 @@ impl Metrics {
         registry.register("failed_sequences", "Sequences that ended in an error", failed_sequences.clone());
         registry.register(
             "poisonous_sequences",
-            "Sequences stopped because every group that took them died",
+            "Requests stopped because the groups that took them died",
             poisonous_sequences.clone(),
         );
         registry.register("refused_retries", "Sequences not placed again for want of budget", refused_retries.clone());

@@ -37,7 +37,8 @@ pub struct RouterOptions {
     pub max_stop_strings: usize,
     /// Largest `top_logprobs`, `logprobs` and `prompt_logprobs`.
     pub max_logprobs: u32,
-    /// Groups that may die under a sequence: then it is taken for the cause and not given another one.
+    /// Groups that may die under a request, all its choices together: then it is taken for the cause and not given
+    /// another one.
     pub max_attempts: u32,
     /// Sequences of one tenant that may be placed again at once; each new one allows one more, up to this.
     pub retries_per_tenant: u32,

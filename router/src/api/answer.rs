@@ -23,6 +23,7 @@ use crate::{
     metrics::OpenRequest,
     place::{choose::NoGroup, sessions},
     relay::{
+        deaths::Deaths,
         emit::{Delta, Emitter, Finish},
         resume::{Event, Sequence, SequenceError, Task},
         stream::Failure,
@@ -99,6 +100,7 @@ pub struct Answer {
     service: Arc<Service>,
     context: RequestContext,
     served_by: Vec<String>,
+    deaths: Arc<Deaths>,
     next: usize,
     running: usize,
     first_token: bool,
@@ -125,6 +127,7 @@ impl Answer {
             prompt_texts: Vec::with_capacity(prompts.len()),
             deadline: Box::pin(tokio::time::sleep_until(deadline)),
             served_by: Vec::new(),
+            deaths: Arc::default(),
             next: 0,
             running: 0,
             first_token: false,
@@ -163,6 +166,7 @@ impl Answer {
             grammar: params.structure.as_ref().map(|structure| structure.grammar.clone()),
             cache_salt: params.cache_salt.clone().into_bytes().into(),
             deadline,
+            deaths: Arc::clone(&self.deaths),
             trace: self.context.trace,
             tracestate: self.context.tracestate.clone(),
         });
@@ -403,8 +407,8 @@ impl Answer {
                 ApiError::overloaded("All groups of this model are busy. Please retry later.", retry_after())
             }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
-            SequenceError::Poison { attempts } => ApiError::internal(format!(
-                "Each of the {attempts} groups that took the request failed while it ran; it is not tried again."
+            SequenceError::Poison { deaths } => ApiError::internal(format!(
+                "{deaths} groups that took the request failed while it ran; it is not tried again."
             )),
             SequenceError::Failed { failure, attempts } => match failure {
                 Failure::Full(_) => {

@@ -2,9 +2,9 @@
 //!
 //! The ids generated so far are kept. When a group dies, drains or refuses, the sequence is placed again as
 //! prompt + those ids on another group, which goes on where the first one stopped (sampling depends on seed
-//! and position alone): the client sees a pause, never an error and never a token twice. A sequence under
-//! which `max_attempts` groups died is taken for the cause and given no other. Groups that drain or refuse
-//! do not count: a long stream may outlive many of them.
+//! and position alone): the client sees a pause, never an error and never a token twice. A request under
+//! whose sequences `max_attempts` groups died is taken for the cause and given no other. Groups that drain or
+//! refuse do not count: a long stream may outlive many of them.
 
 use std::{
     future::Future,
@@ -30,6 +30,7 @@ use tonic::{Status, Streaming};
 use super::{
     budget::RetryBudget,
     codec::Outgoing,
+    deaths::Deaths,
     stream::{self, Failure},
     watch::Watch,
 };
@@ -83,6 +84,8 @@ pub struct Task {
     pub cache_salt: Bytes,
     /// When it is given up.
     pub deadline: Instant,
+    /// Groups that died under the request, be it under sequences of its other prompts.
+    pub deaths: Arc<Deaths>,
     /// What its calls are made under: the request's span, or the client's context.
     pub trace: Option<TraceContext>,
     /// What the client's tracing system adds to it, handed on as it came.
@@ -111,11 +114,11 @@ pub enum SequenceError {
     /// No group could be found, at first or after the failure of another.
     #[error("{0}")]
     NoGroup(NoGroup),
-    /// The last group's failure.
-    #[error("every group that took the sequence died ({attempts} of them)")]
+    /// So many groups died that the request is taken for the cause.
+    #[error("the groups that took the request died ({deaths} of them)")]
     Poison {
-        /// Groups that died under it.
-        attempts: u32,
+        /// Groups that died under the request.
+        deaths: u32,
     },
     /// The last group's failure, where no other could go on.
     #[error("{failure} (after {attempts} attempts)")]
@@ -177,8 +180,6 @@ pub struct Sequence {
     prompt_logprobs_until: u32,
     started: bool,
     attempts: u32,
-    /// Groups that died under it.
-    deaths: u32,
     /// Groups that could not be reached: nothing that it is the cause of.
     unreached: u32,
     tried: Vec<Arc<Link>>,
@@ -208,7 +209,6 @@ impl Sequence {
             prompt_logprobs_until: 0,
             started: false,
             attempts: 0,
-            deaths: 0,
             unreached: 0,
             tried: Vec::new(),
             served_by: Vec::new(),
@@ -419,7 +419,9 @@ impl Sequence {
     /// The present group failed: notes it, and goes on elsewhere if that can help.
     fn failed(&mut self, failure: Failure) -> Result<(), SequenceError> {
         if let Phase::Streaming { booking, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
-            self.deaths += u32::from(matches!(failure, Failure::Lost(_)));
+            if matches!(failure, Failure::Lost(_)) {
+                self.task.deaths.add(booking.link());
+            }
             self.watch.failed(&failure, self.generated.len());
             self.note(&booking, &failure);
         }
@@ -444,17 +446,23 @@ impl Sequence {
     }
 
     fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), SequenceError> {
-        if matches!(failure, Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)) {
-            return Err(SequenceError::Failed { failure, attempts: self.attempts });
+        // before everything else: an answer that is complete needs no group, so no retry, and is no error
+        if let Some(finished) = self.already_finished() {
+            self.phase = finished;
+            return Ok(());
         }
-        if self.deaths >= self.relay.options.max_attempts {
+        if matches!(failure, Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_)) {
+            return Err(self.given_up(failure));
+        }
+        let deaths = self.task.deaths.count();
+        if deaths >= self.relay.options.max_attempts {
             self.relay.metrics.poison();
             tracing::error!(
                 request_id = self.stream_id,
-                groups = self.served_by.join(","),
-                "a sequence was stopped: every group that took it died"
+                groups = self.task.deaths.names(),
+                "a request was stopped: the groups that took it died"
             );
-            return Err(SequenceError::Poison { attempts: self.deaths });
+            return Err(SequenceError::Poison { deaths });
         }
         if self.unreached >= self.relay.options.max_attempts
             || self.attempts >= MOST_ATTEMPTS
@@ -467,10 +475,6 @@ impl Sequence {
             return Err(self.given_up(failure));
         }
         self.relay.metrics.sequence_moved(!self.generated.is_empty());
-        if let Some(finished) = self.already_finished() {
-            self.phase = finished;
-            return Ok(());
-        }
         match self.find_group(true, None) {
             Ok(placement) => self.open(placement),
             // nothing was lost yet and nobody has room: the client is to come back later

@@ -1,6 +1,12 @@
 //! Groups that refuse, die and fall silent, and clients that leave.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use crate::support::*;
 use axum::body::Body;
@@ -145,6 +151,30 @@ async fn a_death_after_the_last_token_is_an_end() {
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
 }
 
+/// Nothing is left to do: no budget is asked, and nobody is to blame.
+#[tokio::test]
+async fn a_death_after_the_last_token_is_an_end_even_where_no_group_may_be_tried_again() {
+    for (retries_per_tenant, max_attempts) in [(0, 3), (9, 1)] {
+        let ids = [tokenizer().encode("done"), vec![EOS]].concat();
+        let dies = move |_: &bora_proto::v1::GenerateRequest| {
+            let pause = Act::Pause(Duration::from_millis(50));
+            Ok(vec![Act::Start { cached: 0 }, Act::Ids(ids.clone()), pause, Act::Die])
+        };
+        let options = RouterOptions { retries_per_tenant, max_attempts, ..options() };
+        let spec = bora_router::ModelSpec::new(tokenizer());
+        let harness = Harness::with(options, spec, vec![Group::start("only", dies)]).await;
+        let answer = harness.post(CHAT, chat(false)).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(answer.json()["choices"][0]["message"]["content"], "done");
+        assert_eq!(answer.json()["choices"][0]["finish_reason"], "stop");
+        let metrics = harness.get("/metrics").await.text;
+        for none in ["refused_retries_total", "poisonous_sequences_total"] {
+            assert!(metrics.contains(&format!("bora_router_{none} 0")), "{metrics}");
+        }
+        assert!(!metrics.contains("moved_sequences_total{when=\"mid_stream\"} 1"), "{metrics}");
+    }
+}
+
 #[tokio::test]
 async fn a_stream_that_nobody_can_take_over_ends_with_an_error_and_no_done() {
     let dies = |_: &bora_proto::v1::GenerateRequest| {
@@ -169,6 +199,59 @@ async fn a_request_that_kills_groups_is_given_three() {
     assert_eq!(answer.status, 500, "{}", answer.text);
     let seen: usize = harness.groups.iter().map(|group| group.seen().len()).sum();
     assert_eq!(seen, 3);
+}
+
+/// What kills groups is the prompt, which all choices share: their deaths count together.
+#[tokio::test]
+async fn a_request_of_several_choices_is_given_three_groups_too() {
+    let (gate, first_choice) = (Gate::closed(), Arc::new(AtomicUsize::new(0)));
+    let groups = ["a", "b", "c", "d", "e", "f", "g"].map(|name| {
+        let (gate, first_choice) = (gate.clone(), Arc::clone(&first_choice));
+        Group::start(name, move |request| {
+            if request.request_id == "kills-1" {
+                return Ok(vec![Act::Start { cached: 0 }, Act::Hold(gate.clone()), Act::Die]);
+            }
+            // the first choice kills two groups, and runs on a third one when the other kills its own
+            let mut acts = vec![Act::Start { cached: 0 }, Act::Ids(vec![1500]), Act::Pause(Duration::from_millis(30))];
+            if first_choice.fetch_add(1, Ordering::SeqCst) < 2 {
+                acts.push(Act::Die);
+            } else {
+                gate.open(10);
+                acts.push(Act::Hang);
+            }
+            Ok(acts)
+        })
+    });
+    let harness = Harness::start(groups.into()).await;
+    let prompt: Vec<u32> = (0..300).map(|at| 1000 + at).collect();
+    let body = json!({"model": MODEL, "prompt": prompt, "n": 2, "max_tokens": 9});
+    let answer = harness.request("POST", "/v1/completions", &[("x-request-id", "kills")], body.to_string()).await;
+    assert_eq!(answer.status, 500, "{}", answer.text);
+    assert!(answer.text.contains("3 groups that took the request failed"), "{}", answer.text);
+    let seen: Vec<String> = harness.groups.iter().flat_map(Group::seen).map(|request| request.request_id).collect();
+    assert_eq!(seen.iter().filter(|id| *id == "kills-1").count(), 1, "it got no second group: {seen:?}");
+    assert_eq!(seen.len(), 4, "{seen:?}");
+    let metrics = harness.get("/metrics").await.text;
+    assert!(metrics.contains("bora_router_poisonous_sequences_total 1"), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_group_that_dies_under_several_choices_died_once() {
+    let text = "Four choices of one request, and a single death.";
+    let first = tokenizer().encode(text)[..2].to_vec();
+    let dies = move |_: &bora_proto::v1::GenerateRequest| {
+        let pause = Act::Pause(Duration::from_millis(50));
+        Ok(vec![Act::Start { cached: 0 }, Act::Ids(first.clone()), pause, Act::Die])
+    };
+    let harness = Harness::start(vec![Group::start("dies", dies), Group::start("lives", go_on(text))]).await;
+    prefer(&harness, 1).await;
+    let body = json!({"model": MODEL, "n": 4, "messages": [{"role": "user", "content": "Hi"}]});
+    let answer = harness.post(CHAT, body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    assert_eq!(answer.headers["x-bora-group"], "dies,lives");
+    assert_eq!((harness.groups[0].seen().len(), harness.groups[1].seen().len()), (4, 4));
+    let choices = answer.json()["choices"].as_array().cloned().expect("choices");
+    assert!(choices.iter().all(|choice| choice["message"]["content"] == text), "{}", answer.text);
 }
 
 #[tokio::test]
