@@ -1,6 +1,6 @@
 //! A group's breaker: connections that reset or time out open it, a refusal (full, loading, draining) is
-//! neutral, and what a client did wrong never counts. When it has been open for its time, one request is
-//! let through to try.
+//! neutral, and so is what a request itself causes. When it has been open for its time, one request is
+//! let through to try; if that one told nothing either way, the next one is.
 
 use std::time::{Duration, Instant};
 
@@ -56,8 +56,8 @@ impl Breaker {
         }
     }
 
-    /// It refused: it lives, but a probe learned nothing about whether it serves.
-    pub fn refused(&self) {
+    /// It answered, but not so that a probe learned whether it serves: it refused, or the request was at fault.
+    pub fn undecided(&self) {
         self.state.lock().probing_since = None;
     }
 
@@ -110,12 +110,26 @@ mod tests {
     }
 
     #[test]
+    fn a_probe_that_told_nothing_is_given_back_and_the_breaker_stays_half_open() {
+        let breaker = Breaker::default();
+        let start = Instant::now();
+        breaker.failed_at(start);
+        breaker.chosen();
+        let later = start + FIRST_PAUSE;
+        assert!(!breaker.allows_at(later));
+        breaker.undecided();
+        assert!(breaker.allows_at(later));
+        breaker.failed_at(later);
+        assert!(!breaker.allows_at(later + FIRST_PAUSE), "the pause has grown: nothing closed it meanwhile");
+    }
+
+    #[test]
     fn a_refusal_is_neutral() {
         let breaker = Breaker::default();
-        breaker.refused();
+        breaker.undecided();
         assert!(breaker.allows());
         breaker.failed();
-        breaker.refused();
+        breaker.undecided();
         assert!(!breaker.allows(), "a refusal does not close it either");
     }
 }

@@ -431,8 +431,10 @@ impl Sequence {
     fn note(&self, booking: &Booking, failure: &Failure) {
         match failure {
             Failure::Lost(_) => booking.link().breaker.failed(),
-            Failure::Full(_) | Failure::Refused(_) => booking.link().breaker.refused(),
-            Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_) => {}
+            // no fault of the group; but if this was a probe, another request is to be one
+            Failure::Full(_) | Failure::Refused(_) | Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_) => {
+                booking.link().breaker.undecided();
+            }
         }
         tracing::info!(
             request_id = self.stream_id,

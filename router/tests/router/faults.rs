@@ -268,6 +268,32 @@ async fn a_failure_of_the_sequence_alone_is_not_retried() {
     assert_eq!(harness.post(CHAT, chat(false)).await.status, 400);
 }
 
+/// Neither opens a breaker, however often it happens, nor keeps the probe of one that is half open.
+#[tokio::test]
+async fn what_the_request_itself_causes_is_nothing_to_the_breaker() {
+    let at_once = [Status::invalid_argument("bad"), Status::out_of_range("long"), Status::failed_precondition("image")];
+    let later = [Status::internal("logits are not numbers"), Status::deadline_exceeded("too late")];
+    let scripts = at_once.map(Err).into_iter().chain(later.map(|status| Ok(vec![Act::Fail(status)])));
+    for script in scripts {
+        let told = format!("{script:?}");
+        let harness = Harness::scripted(move |_| script.clone()).await;
+        let allows = |harness: &Harness| {
+            harness.router.service().fleet().view().groups().all(|group| group.link.breaker.allows())
+        };
+        for _ in 0..5 {
+            harness.post(CHAT, chat(false)).await;
+        }
+        assert_eq!(harness.groups[0].seen().len(), 5, "{told}");
+        assert!(allows(&harness), "{told}");
+        harness.router.service().fleet().view().groups().for_each(|group| group.link.breaker.failed());
+        assert!(!allows(&harness), "{told}");
+        harness.until("a probe is let through", allows).await;
+        harness.post(CHAT, chat(false)).await;
+        assert_eq!(harness.groups[0].seen().len(), 6, "{told}");
+        assert!(allows(&harness), "the next one is let through at once: {told}");
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_leaves_ends_its_sequences_and_gives_back_what_was_booked() {
     let hangs =
