@@ -73,11 +73,11 @@ impl Router {
         Ok(Self { service, following, admitting, refreshing, sharing: None })
     }
 
-    /// Divides the limits of tenants by the number of routers that live, from now on.
+    /// Divides the limits of tenants, and what may be placed again, by the number of routers that live, from now on.
     pub fn share_limits(&mut self, mut live: watch::Receiver<u32>) {
         let gauge = Gauge::<i64>::default();
         let counted = gauge.clone();
-        let help = "Routers that live and divide the limits of tenants";
+        let help = "Routers that live and divide the limits of tenants and the retries";
         self.service.metrics().register(|registry| registry.register("live_routers", help, counted));
         let service = Arc::clone(&self.service);
         let sharing = tokio::spawn(async move {

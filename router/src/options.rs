@@ -40,7 +40,8 @@ pub struct RouterOptions {
     /// Groups that may die under a request, all its choices together: then it is taken for the cause and not given
     /// another one.
     pub max_attempts: u32,
-    /// Sequences of one tenant that may be placed again at once; each new one allows one more, up to this.
+    /// Sequences of one tenant that may be placed again at once; each new one allows one more, up to this. Each of the
+    /// routers that live has an equal share.
     pub retries_per_tenant: u32,
     /// The same for all tenants together.
     pub retries: u32,

@@ -44,7 +44,7 @@ impl Service {
         let fleet = Fleet::new(options.clone());
         let relay = Relay {
             admission: Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting)),
-            retries: RetryBudget::new(options.retries_per_tenant, options.retries),
+            retries: RetryBudget::new(options.retries_per_tenant, options.retries, access.routers().clone()),
             fleet,
             options: options.clone(),
             metrics,

@@ -67,7 +67,7 @@ impl Limits {
     }
 }
 
-/// How many routers live: each grants that share of every limit.
+/// How many routers live: each grants that share of every limit, and of the retries.
 #[derive(Clone, Debug)]
 pub struct LiveRouters(Arc<AtomicU32>);
 

@@ -116,7 +116,7 @@ impl Access {
         self.callers.is_none()
     }
 
-    /// Among how many routers every limit is divided.
+    /// Among how many routers every limit is divided, and what may be placed again.
     pub fn routers(&self) -> &LiveRouters {
         &self.routers
     }

@@ -555,6 +555,27 @@ async fn who_has_used_up_his_retries_gets_the_failure() {
     assert!(metrics.contains("bora_router_refused_retries_total 1"), "{metrics}");
 }
 
+/// What is set holds for all routers together: one of four has a quarter, until the others are gone.
+#[tokio::test]
+async fn retries_are_shared_among_the_routers_that_live() {
+    let refuses = |_: &bora_proto::v1::GenerateRequest| Err(Status::unavailable("draining"));
+    let groups = ["a", "b", "c", "d", "e", "f"].map(|name| Group::start(name, refuses)).into();
+    let options = RouterOptions { retries_per_tenant: 4, retries: 8, ..options() };
+    let mut harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
+    let (tell, told) = tokio::sync::watch::channel(4);
+    harness.router.share_limits(told);
+    for (routers, tries) in [(4, 2), (1, 5), (4, 2)] {
+        tell.send(routers).expect("followed");
+        harness
+            .until("the number is known", |harness| harness.router.service().access().routers().count() == routers)
+            .await;
+        let seen = |harness: &Harness| harness.groups.iter().map(|group| group.seen().len()).sum::<usize>();
+        let before = seen(&harness);
+        assert_eq!(harness.post(CHAT, chat(false)).await.status, 503);
+        assert_eq!(seen(&harness) - before, tries, "of {routers} routers");
+    }
+}
+
 #[tokio::test]
 async fn groups_one_release_apart_serve_and_others_are_refused_by_name() {
     let harness = Harness::start(vec![Group::start("same", |_| Ok(say("same")))]).await;
