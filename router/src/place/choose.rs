@@ -24,6 +24,8 @@ use crate::fleet::view::{Fleet, Group, ModelGroups};
 
 /// Scores closer than this share of the best one are equal.
 const TIE: f64 = 1e-3;
+/// Candidates that an explanation names.
+const MOST_NAMED: usize = 16;
 
 /// Why no group was chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -227,16 +229,24 @@ fn pick(scores: &[f64], is_home: impl Fn(usize) -> bool, random: &mut StdRng) ->
     equals().nth(random.random_range(0..number)).unwrap_or(0)
 }
 
+/// Which candidates an explanation names: the chosen one, and behind it those of the best scores, the best one first.
+fn named(scores: &[f64], chosen: usize) -> Vec<usize> {
+    let mut others: Vec<usize> = (0..scores.len()).filter(|at| *at != chosen).collect();
+    others.sort_by(|one, other| scores[*one].total_cmp(&scores[*other]));
+    std::iter::once(chosen).chain(others).take(MOST_NAMED).collect()
+}
+
 fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: usize, now: Instant) -> String {
     let mut text = format!("chose={}", candidates[chosen].record.group);
-    for ((group, blocks), score) in candidates.iter().zip(matched).zip(scores).take(16) {
+    for at in named(scores, chosen) {
+        let group = candidates[at];
         let busy = group.link.ledger.busy();
         let _ = write!(
             text,
             "; {}: {:.6}s held_blocks={} queued_tokens={} sequences={} utilization={:.2}",
             group.record.group,
-            score,
-            blocks,
+            scores[at],
+            matched[at],
             busy.queued_tokens,
             busy.sequences,
             group.link.ledger.utilization(now)
@@ -258,6 +268,17 @@ mod tests {
         assert_eq!(Reason::of(&[3, 0], 0), Reason::Prefix);
         assert_eq!(Reason::of(&[3, 0], 1), Reason::Load);
         assert!(Reason::ALL.iter().enumerate().all(|(number, reason)| *reason as usize == number));
+    }
+
+    #[test]
+    fn an_explanation_names_the_chosen_one_and_then_the_best_of_the_others() {
+        // twenty groups, the best one last; one that is worse than most was chosen, for its level
+        let scores: Vec<f64> = (0..20).map(|number| f64::from(20 - number)).collect();
+        let best_others = (5..20).rev();
+        assert_eq!(named(&scores, 2), [2].into_iter().chain(best_others).collect::<Vec<usize>>());
+        assert_eq!(named(&scores, 19), (4..20).rev().collect::<Vec<usize>>());
+        assert_eq!(named(&[3.0, 1.0, 2.0], 0), [0, 1, 2]);
+        assert_eq!(named(&[1.0], 0), [0]);
     }
 
     #[test]
