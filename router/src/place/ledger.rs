@@ -293,13 +293,13 @@ impl Booking {
     }
 
     /// A token came: the prompt is computed, and soon the group has told what it stored.
-    pub fn received_token(&mut self) {
+    pub fn received_token(&mut self, now: Instant) {
         self.accepted();
         let Some(prefilled_at) = self.prefilled_at else {
-            self.prefilled_at = Some(Instant::now());
+            self.prefilled_at = Some(now);
             return self.prefilled();
         };
-        if !self.expected.is_empty() && prefilled_at.elapsed() > CONFIRMED_WITHIN {
+        if !self.expected.is_empty() && now.saturating_duration_since(prefilled_at) > CONFIRMED_WITHIN {
             self.index.forget(self.link.slot, &std::mem::take(&mut self.expected));
         }
     }

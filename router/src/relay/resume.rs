@@ -399,7 +399,7 @@ impl Sequence {
                 Ok(Some(Event::PromptLogprobs(part)))
             }
             Some(Sent::Tokens(tokens)) => {
-                booking.received_token();
+                booking.received_token(Instant::now().into_std());
                 self.watch.tokens(tokens.token_ids.len(), &self.relay.metrics);
                 self.generated.extend_from_slice(&tokens.token_ids);
                 Ok(Some(Event::Tokens(tokens)))

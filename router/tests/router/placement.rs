@@ -98,10 +98,41 @@ async fn a_turn_that_follows_at_once_goes_where_the_conversation_is() {
         group.link.ledger.report(Load { running: here().count() as u32, ..Load::default() }, now);
         assert!(!group.has_room(Class::Interactive), "{} is full", group.record.group);
     }
-    running.iter_mut().for_each(|placement| placement.booking.received_token());
+    running.iter_mut().for_each(|placement| placement.booking.received_token(now));
     drop(running);
     for (hashes, home) in conversations.iter().zip(&homes) {
         assert_eq!(&name(&send(&fleet, hashes, None, now)), home);
+    }
+}
+
+/// Siblings are placed by them at once; what the group has not told two seconds after the first token, it did not keep.
+#[tokio::test]
+async fn expected_blocks_that_the_group_does_not_confirm_in_time_are_dropped() {
+    let began = Instant::now();
+    let after = |milliseconds| began + Duration::from_millis(milliseconds);
+    for confirms in [false, true] {
+        let fleet = fleet(1, began);
+        let prompt = new_prompt(1);
+        let mut placement = send(&fleet, &prompt, None, began);
+        let slot = placement.group.link.slot;
+        let known = || fleet.index.with_expected(&prompt, slot, fleet.index.held(&prompt, &[slot])[0]);
+        assert_eq!(known(), 16, "two pieces of eight blocks");
+        placement.booking.received_token(after(60_000));
+        if confirms {
+            let stored: Vec<u8> = prompt.iter().flat_map(|hash| hash.to_bytes()).collect();
+            fleet.index.apply(slot, &stored, &[]);
+        }
+        let all = prompt.len() as u32;
+        for in_time in [60_010, 61_990] {
+            placement.booking.received_token(after(in_time));
+            assert_eq!(known(), if confirms { all } else { 16 });
+            assert_eq!(fleet.index.expected(), 2);
+        }
+        placement.booking.received_token(after(62_010));
+        assert_eq!(fleet.index.expected(), 0, "one way or the other");
+        assert_eq!(known(), if confirms { all } else { 0 });
+        drop(placement);
+        assert_eq!(known(), if confirms { all } else { 0 });
     }
 }
 

@@ -205,7 +205,7 @@ impl World {
         }
         let at = self.random.random_range(0..self.flights.len());
         let mut flight = self.flights.swap_remove(at);
-        flight.placement.booking.received_token();
+        flight.placement.booking.received_token(Instant::now().into_std());
         let name = flight.placement.group.record.group.clone();
         let hashes = Arc::clone(&self.chains[flight.chain]);
         drop(flight);

@@ -447,7 +447,7 @@ impl Simulation {
             self.first_token_seconds.push(self.now - flight.arrived);
         }
         if let Some(booking) = &mut flight.booking {
-            booking.received_token();
+            booking.received_token(self.began + Duration::from_secs_f64(self.now));
         }
         nexts.into_iter().for_each(|next| self.follow(group, next));
     }
