@@ -178,6 +178,8 @@ pub struct Sequence {
     logprobs: Option<Logprobs>,
     generated: Vec<u32>,
     prompt_logprobs_until: u32,
+    /// A group took it, and the client may know.
+    accepted: bool,
     started: bool,
     attempts: u32,
     /// Groups that could not be reached: nothing that it is the cause of.
@@ -207,6 +209,7 @@ impl Sequence {
             logprobs,
             generated: Vec::new(),
             prompt_logprobs_until: 0,
+            accepted: false,
             started: false,
             attempts: 0,
             unreached: 0,
@@ -340,6 +343,7 @@ impl Sequence {
                     Poll::Pending
                 }
                 Poll::Ready(Ok(events)) => {
+                    self.accepted = true;
                     self.phase = Phase::Streaming { booking, events: Box::new(events), answered: false };
                     Poll::Ready(Ok(()))
                 }
@@ -479,8 +483,8 @@ impl Sequence {
         self.relay.metrics.sequence_moved(!self.generated.is_empty());
         match self.find_group(true, None) {
             Ok(placement) => self.open(placement),
-            // nothing was lost yet and nobody has room: the client is to come back later
-            Err(_) if self.generated.is_empty() && !matches!(failure, Failure::Lost(_)) => {
+            // nobody took it yet, and nobody has room: the client is to come back later
+            Err(_) if !self.accepted && !matches!(failure, Failure::Lost(_)) => {
                 return Err(self.given_up(failure));
             }
             Err(_) => self.wait(Instant::now() + self.relay.options.failover_wait(), failure),

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -73,6 +73,23 @@ async fn a_full_fleet_is_a_429_with_a_time_and_a_stream_gets_the_status_too() {
         assert!(answer.headers.contains_key("retry-after"));
     }
     assert_eq!(harness.groups[0].seen().len() + harness.groups[1].seen().len(), 4, "each group once a request");
+}
+
+/// Its client has been told that it is answered: where nobody has room for it now, it waits.
+#[tokio::test]
+async fn what_was_accepted_waits_for_room_elsewhere() {
+    let was_asked = AtomicBool::new(false);
+    let breaks_at_first = move |_: &bora_proto::v1::GenerateRequest| {
+        let again = was_asked.swap(true, Ordering::SeqCst);
+        let breaks = vec![Act::Start { cached: 0 }, Act::Fail(Status::unavailable("a rank is gone"))];
+        Ok(if again { say("fine") } else { breaks })
+    };
+    let full = |_: &bora_proto::v1::GenerateRequest| Err(Status::resource_exhausted("queue"));
+    let harness = Harness::start(vec![Group::start("breaks", breaks_at_first), Group::start("full", full)]).await;
+    prefer(&harness, 1).await;
+    let answer = harness.post(CHAT, chat(true)).await;
+    assert!(answer.is_done(), "{}", answer.text);
+    assert_eq!((answer.content(0), harness.groups[1].seen().len()), ("fine".into(), 1));
 }
 
 #[tokio::test]
