@@ -2,9 +2,10 @@
 //! neutral, and so is what a request itself causes. When it has been open for its time, one request is
 //! let through to try; if that one told nothing either way, the next one is.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);

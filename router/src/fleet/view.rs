@@ -30,7 +30,7 @@ use crate::{
         ledger::{Given, Ledger},
         sessions::Sessions,
     },
-    relay::stream::Channels,
+    relay::stream::{Channels, Dial, dial_tcp},
 };
 
 /// A group as announced, and this router's tie to it.
@@ -245,25 +245,33 @@ pub struct Fleet {
     pub room: Arc<Room>,
     /// Where sessions are at home.
     pub sessions: Sessions,
-    /// Held while one request is placed: the next one sees its booking. Draws one of several equal groups.
+    /// Held while one request is placed: the next one sees its booking. Draws one of several equal groups, and pauses.
     pub placing: Mutex<StdRng>,
     /// Groups of releases that this router is not made for.
     refused: Mutex<BTreeSet<String>>,
+    dial: Dial,
     options: RouterOptions,
 }
 
 impl Fleet {
     /// A fleet without groups.
     pub fn new(options: RouterOptions) -> Arc<Self> {
-        Self::with_random(options, StdRng::from_os_rng())
+        let dial = dial_tcp(&options);
+        Self::with(options, StdRng::from_os_rng(), dial)
     }
 
     /// One that draws the same from the same seed, for simulations.
     pub fn seeded(options: RouterOptions, seed: u64) -> Arc<Self> {
-        Self::with_random(options, StdRng::seed_from_u64(seed))
+        let dial = dial_tcp(&options);
+        Self::with(options, StdRng::seed_from_u64(seed), dial)
     }
 
-    fn with_random(options: RouterOptions, random: StdRng) -> Arc<Self> {
+    /// One that moreover reaches its groups over a network of the simulation's own.
+    pub fn simulated(options: RouterOptions, seed: u64, dial: Dial) -> Arc<Self> {
+        Self::with(options, StdRng::seed_from_u64(seed), dial)
+    }
+
+    fn with(options: RouterOptions, random: StdRng, dial: Dial) -> Arc<Self> {
         Arc::new(Self {
             view: RwLock::default(),
             index: Arc::new(Index::new()),
@@ -271,6 +279,7 @@ impl Fleet {
             sessions: Sessions::default(),
             placing: Mutex::new(random),
             refused: Mutex::default(),
+            dial,
             options,
         })
     }
@@ -329,7 +338,7 @@ impl Fleet {
             );
         }
         if known.is_none_or(|known| !Arc::ptr_eq(&known.link, &link)) {
-            begin_as_the_others(&view, &record.model, &link, Instant::now());
+            begin_as_the_others(&view, &record.model, &link, tokio::time::Instant::now().into_std());
         }
         let mut groups = view.groups.clone();
         groups.insert(record.group.clone(), Arc::new(Group { cost: CostModel::new(&record.speed), record, link }));
@@ -378,7 +387,7 @@ impl Fleet {
     }
 
     fn link(&self, record: &GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
-        let channels = Channels::new(&record.endpoint, &self.options)?;
+        let channels = Channels::new(&record.endpoint, &self.options, &self.dial)?;
         Ok(Arc::new(Link {
             group: record.group.clone(),
             epoch: record.epoch,

@@ -3,12 +3,13 @@
 
 use std::{
     sync::{Arc, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bora_common::version;
 use bora_proto::v1::{GroupEvent, State, WatchRequest, group_event::Event};
-
+use rand::Rng as _;
+use tokio::time::Instant;
 use tonic::metadata::AsciiMetadataValue;
 
 use super::view::{Fleet, Link};
@@ -82,8 +83,9 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
             strong_fleet.remove(&strong_link);
             return;
         }
+        let share = strong_fleet.placing.lock().random_range(0.5..1.0);
         drop((strong_fleet, strong_link));
-        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        tokio::time::sleep(pause.mul_f64(share)).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
@@ -135,7 +137,7 @@ fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
         Some(Event::Snapshot(snapshot)) => fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
         Some(Event::Blocks(blocks)) => fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
         Some(Event::Load(load)) => {
-            link.ledger.report(load, Instant::now());
+            link.ledger.report(load, Instant::now().into_std());
             link.room.changed();
         }
         Some(Event::State(state)) => link.tell_state(State::try_from(state).unwrap_or(State::Unspecified)),

@@ -24,6 +24,15 @@ const MAX_EVENT_BYTES: usize = 256 << 20;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
+/// Makes of an endpoint a channel that connects when it is first used.
+pub type Dial = Box<dyn Fn(&Endpoint) -> Channel + Send + Sync>;
+
+/// Connects over TCP, with TLS where the options have it.
+pub fn dial_tcp(options: &RouterOptions) -> Dial {
+    let tls = options.grpc.clone();
+    Box::new(move |endpoint| tls::channel(endpoint, tls.as_ref()))
+}
+
 /// Connections to one group's leader, made when first used and made again when they break.
 pub struct Channels {
     channels: Vec<Channel>,
@@ -32,7 +41,7 @@ pub struct Channels {
 
 impl Channels {
     /// Prepares connections to `host:port`; makes none yet.
-    pub fn new(endpoint: &str, options: &RouterOptions) -> Result<Self, tonic::transport::Error> {
+    pub fn new(endpoint: &str, options: &RouterOptions, dial: &Dial) -> Result<Self, tonic::transport::Error> {
         let endpoint = Endpoint::from_shared(format!("http://{endpoint}"))?
             .tcp_nodelay(true)
             .connect_timeout(options.connect_timeout())
@@ -41,8 +50,7 @@ impl Channels {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
-        let channels =
-            (0..options.connections_per_group).map(|_| tls::channel(&endpoint, options.grpc.as_ref())).collect();
+        let channels = (0..options.connections_per_group).map(|_| dial(&endpoint)).collect();
         Ok(Self { channels, next: AtomicUsize::new(0) })
     }
 

@@ -13,4 +13,5 @@ mod parameters;
 mod placement;
 mod responses;
 mod support;
+mod virtual_network;
 mod virtual_time;
