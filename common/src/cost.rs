@@ -92,28 +92,37 @@ pub struct GroupLoad {
 }
 
 impl CostModel {
-    /// Seconds until the first token of a prompt of `tokens` tokens, of which the group holds the first
-    /// `held`: what waits before it, what it has to compute, and the decode steps around it. Conversations
+    /// Seconds until the first token of a prompt of `tokens` tokens, of which the group holds the first `held`: what waits
+    /// before it, what it has to compute, and the decode steps around it.
+    pub fn first_token_seconds(&self, tokens: u64, held: u64, load: GroupLoad) -> f64 {
+        // what those that wait stand behind is not known
+        let queue = load.queued_tokens as f64 * self.seconds_per_token;
+        queue + self.own_seconds(tokens, held) + self.decode_pressure(load)
+    }
+
+    /// What a placement goes by: the seconds until the first token, and what others will wait. Conversations
     /// come back: what their later turns will wait at a group that is busy as it was of late counts too, or
     /// every new one would go where a few common tokens are held already. It counts as far as a conversation moves
     /// in, and a little where it stays, or a group whose conversations turn out to be long ones would keep them all. Where
     /// it is at home by its client's word it counts less, by what the prompt takes to compute and no more: a client that gives
     /// all its conversations one name does not heap them on one group. Last, the conversations that are live there stand
     /// behind this prompt while it is computed: a long one goes where few do.
-    pub fn first_token_seconds(&self, tokens: u64, held: u64, load: GroupLoad) -> f64 {
+    pub fn placement_seconds(&self, tokens: u64, held: u64, load: GroupLoad) -> f64 {
         // simulated: without it the busiest of 16 groups has 12 % more than the mean instead of 10
         const STAYS: f64 = 0.05;
         // simulated: the 90th percentile of the time to the first token falls by a tenth
         const OF_OTHERS: f64 = 0.05;
-        // at least one token is computed: its logits are needed
-        let held = held.min(tokens.saturating_sub(1));
-        // what those that wait stand behind is not known
-        let queue = load.queued_tokens as f64 * self.seconds_per_token;
         let stays = if load.at_home { self.prefill_seconds(0, tokens) } else { 0.0 };
         let share = STAYS + (1.0 - STAYS) * load.moves_in.clamp(0.0, 1.0);
         let later = (share * self.later_waits(tokens, load) - stays).max(0.0);
-        let own = self.prefill_seconds(held, tokens - held);
-        queue + own * (1.0 + OF_OTHERS * load.running.max(0.0)) + self.decode_pressure(load) + later
+        let others = OF_OTHERS * load.running.max(0.0) * self.own_seconds(tokens, held);
+        self.first_token_seconds(tokens, held, load) + others + later
+    }
+
+    /// Seconds to compute what is not held; at least one token is computed: its logits are needed.
+    fn own_seconds(&self, tokens: u64, held: u64) -> f64 {
+        let held = held.min(tokens.saturating_sub(1));
+        self.prefill_seconds(held, tokens - held)
     }
 
     /// The mean wait in a queue of that utilization, for the turns that are still to come. What stands there is taken
@@ -195,12 +204,12 @@ mod tests {
     #[test]
     fn a_held_prefix_wins_until_the_wait_beats_the_recompute() {
         let load = |queued_tokens| GroupLoad { queued_tokens, max_sequences: 64, ..GroupLoad::default() };
-        let cold = model().first_token_seconds(20_000, 0, load(0));
-        let warm = model().first_token_seconds(20_000, 19_200, load(0));
+        let cold = model().placement_seconds(20_000, 0, load(0));
+        let warm = model().placement_seconds(20_000, 19_200, load(0));
         assert!(warm < cold / 10.0, "{warm} {cold}");
-        assert!(model().first_token_seconds(20_000, 19_200, load(10_000)) < cold);
-        assert!(model().first_token_seconds(20_000, 19_200, load(60_000)) > cold);
-        assert!(model().first_token_seconds(64, 64, load(0)) > 0.0, "one token is computed always");
+        assert!(model().placement_seconds(20_000, 19_200, load(10_000)) < cold);
+        assert!(model().placement_seconds(20_000, 19_200, load(60_000)) > cold);
+        assert!(model().placement_seconds(64, 64, load(0)) > 0.0, "one token is computed always");
     }
 
     #[test]
@@ -208,7 +217,7 @@ mod tests {
         let at = |tokens, held, utilization| {
             let moves_in = 1.0 - held as f64 / tokens as f64;
             let load = GroupLoad { utilization, max_sequences: 64, moves_in, ..GroupLoad::default() };
-            model().first_token_seconds(tokens, held, load)
+            model().placement_seconds(tokens, held, load)
         };
         assert!(at(8_000, 4_000, 0.3) > at(8_000, 0, 0.1), "a few common tokens do not hold it");
         assert!(at(60_000, 59_000, 0.3) < at(60_000, 0, 0.1), "a whole conversation does");
@@ -229,8 +238,8 @@ mod tests {
             let load =
                 |moves_in, utilization| GroupLoad { utilization, max_sequences: 256, moves_in, ..GroupLoad::default() };
             let moves_in = 1.0 - held as f64 / tokens as f64;
-            let back = model.first_token_seconds(tokens, held, load(moves_in, utilization));
-            assert!(back < model.first_token_seconds(tokens, 0, load(1.0, 0.0)), "{tokens}");
+            let back = model.placement_seconds(tokens, held, load(moves_in, utilization));
+            assert!(back < model.placement_seconds(tokens, 0, load(1.0, 0.0)), "{tokens}");
         }
     }
 
@@ -238,7 +247,7 @@ mod tests {
     fn a_conversation_stays_at_home_as_long_as_that_costs_less_than_its_prompt() {
         let at = |tokens, utilization, at_home| {
             let load = GroupLoad { utilization, max_sequences: 64, moves_in: 1.0, at_home, ..GroupLoad::default() };
-            model().first_token_seconds(tokens, 0, load)
+            model().placement_seconds(tokens, 0, load)
         };
         assert!(at(40_000, 0.2, true) < at(40_000, 0.2, false), "equals: home");
         assert!(at(40_000, 0.8, true) > at(40_000, 0.2, false), "home is too busy");
@@ -251,7 +260,7 @@ mod tests {
     fn a_long_prompt_goes_where_it_holds_up_few() {
         let at = |tokens, held, running| {
             let load = GroupLoad { running, max_sequences: 64, ..GroupLoad::default() };
-            model().first_token_seconds(tokens, held, load)
+            model().placement_seconds(tokens, held, load)
         };
         assert!(at(60_000, 0, 4.0) > 1.1 * at(60_000, 0, 1.0));
         assert!(at(60_000, 59_000, 8.0) < at(60_000, 0, 0.0) / 10.0);
@@ -261,7 +270,7 @@ mod tests {
     #[test]
     fn more_running_sequences_never_look_better() {
         let at = |sequences| {
-            model().first_token_seconds(100, 0, GroupLoad { sequences, max_sequences: 8, ..GroupLoad::default() })
+            model().placement_seconds(100, 0, GroupLoad { sequences, max_sequences: 8, ..GroupLoad::default() })
         };
         for sequences in 0..20 {
             assert!(at(sequences) < at(sequences + 1), "{sequences}");

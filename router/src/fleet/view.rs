@@ -26,6 +26,7 @@ use crate::{
     place::{
         Slot,
         admission::{Class, Room},
+        choose::Placing,
         index::Index,
         ledger::{Given, Ledger},
         sessions::Sessions,
@@ -44,7 +45,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// What it is busy with, for [`CostModel::first_token_seconds`]; nothing is said of the conversation.
+    /// What it is busy with, for [`CostModel::placement_seconds`]; nothing is said of the conversation.
     pub fn load(&self, now: Instant) -> GroupLoad {
         let busy = self.link.ledger.busy();
         GroupLoad {
@@ -245,8 +246,8 @@ pub struct Fleet {
     pub room: Arc<Room>,
     /// Where sessions are at home.
     pub sessions: Sessions,
-    /// Held while one request is placed: the next one sees its booking. Draws one of several equal groups, and pauses.
-    pub placing: Mutex<StdRng>,
+    /// Held while one request is placed: the next one sees its booking.
+    pub placing: Mutex<Placing>,
     /// Groups of releases that this router is not made for.
     refused: Mutex<BTreeSet<String>>,
     dial: Dial,
@@ -277,7 +278,7 @@ impl Fleet {
             index: Arc::new(Index::new()),
             room: Arc::default(),
             sessions: Sessions::default(),
-            placing: Mutex::new(random),
+            placing: Mutex::new(Placing::new(random)),
             refused: Mutex::default(),
             dial,
             options,

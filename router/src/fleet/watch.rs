@@ -83,7 +83,7 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
             strong_fleet.remove(&strong_link);
             return;
         }
-        let share = strong_fleet.placing.lock().random_range(0.5..1.0);
+        let share = strong_fleet.placing.lock().random.random_range(0.5..1.0);
         drop((strong_fleet, strong_link));
         tokio::time::sleep(pause.mul_f64(share)).await;
         pause = (pause * 2).min(LONGEST_PAUSE);

@@ -1,10 +1,10 @@
 //! The formula of placement: the group that would give the first token soonest.
 //!
-//! [`CostModel::first_token_seconds`](bora_common::cost::CostModel::first_token_seconds) is the formula.
+//! [`CostModel::placement_seconds`](bora_common::cost::CostModel::placement_seconds) is the formula.
 //! No thresholds: a group that holds the prefix but is busy loses exactly when waiting there takes longer
 //! than computing anew.
 
-use std::{fmt::Write as _, sync::Arc, time::Instant};
+use std::{collections::HashMap, fmt::Write as _, sync::Arc, time::Instant};
 
 use bora_common::{
     blocks::{BLOCK_TOKENS, BlockHash},
@@ -18,7 +18,7 @@ use super::{
     admission::Class,
     index::milestones,
     ledger::Booking,
-    level::{Level, leaves_for},
+    level::{Level, Typical, leaves_for},
 };
 use crate::fleet::view::{Fleet, Group, ModelGroups};
 
@@ -77,6 +77,25 @@ pub struct Placement {
     pub predicted_seconds: f64,
     /// The candidates' scores in words, if asked for.
     pub explanation: Option<String>,
+}
+
+/// What placements have in common, one after the other.
+pub struct Placing {
+    /// Draws one of several equal groups, and pauses.
+    pub random: StdRng,
+    /// How long prompts of each model take.
+    typical: HashMap<String, Typical>,
+}
+
+impl Placing {
+    /// Nothing was placed yet.
+    pub fn new(random: StdRng) -> Self {
+        Self { random, typical: HashMap::new() }
+    }
+
+    fn typical(&mut self, model: &str) -> &mut Typical {
+        self.typical.entry(model.to_owned()).or_default()
+    }
 }
 
 /// What decided a placement, for counters.
@@ -152,12 +171,19 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
                 at_home: home == Some((group.link.slot, group.link.epoch)),
                 ..group.load(wanted.now)
             };
-            group.cost.first_token_seconds(wanted.tokens as u64, held as u64, load)
+            group.cost.placement_seconds(wanted.tokens as u64, held as u64, load)
         })
         .collect();
     let is_home = |at: usize| home == Some((candidates[at].link.slot, candidates[at].link.epoch));
-    let soonest = pick(&scores, is_home, &mut placing);
-    let leaves = leaves(&candidates, &matched, soonest, wanted);
+    let soonest = pick(&scores, is_home, &mut placing.random);
+    // of this prompt alone: the score also has what others would wait
+    let first_token_seconds = |at: usize| {
+        let held = matched[at] as usize * BLOCK_TOKENS;
+        let load = candidates[at].load(wanted.now);
+        candidates[at].cost.first_token_seconds(wanted.tokens as u64, held as u64, load)
+    };
+    let is_quick = placing.typical(&model.name).is_quick(first_token_seconds(soonest));
+    let leaves = if is_quick { None } else { leaves(&candidates, &matched, soonest, wanted) };
     let chosen = leaves.unwrap_or(soonest);
     let group = Arc::clone(candidates[chosen]);
     // The score has the wait in it: where the best group has no room, waiting for it beats the others.
@@ -170,9 +196,8 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
     let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
     let reason = Reason::of(&matched, chosen);
-    // of this prompt alone: the score also has what its later turns would wait
-    let held_tokens = (held_blocks * BLOCK_TOKENS) as u64;
-    let predicted_seconds = group.cost.first_token_seconds(wanted.tokens as u64, held_tokens, group.load(wanted.now));
+    placing.typical(&model.name).add(first_token_seconds(soonest));
+    let predicted_seconds = first_token_seconds(chosen);
     let explanation = wanted.explain.then(|| {
         let mut text = explain(&candidates, &matched, &scores, chosen, wanted.now);
         if leaves.is_some() {
