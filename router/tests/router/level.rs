@@ -107,3 +107,15 @@ async fn what_new_work_will_level_is_left_to_it() {
     world.now -= Duration::from_secs(198);
     assert_eq!(world.turn(5, 100, 0, URGENT).group.record.group, "g0");
 }
+
+#[tokio::test]
+async fn a_turn_that_would_be_quick_stays() {
+    let world = World::uneven();
+    // ten times as long as the turn below: what is typical here
+    for number in 0..200 {
+        world.turn(1_000 + number, 1_000, 1 + number as usize % 3, URGENT);
+    }
+    assert_eq!(world.turn(6, 100, 0, URGENT).group.record.group, "g0");
+    // and with nothing known of others it leaves, as above
+    assert_ne!(World::uneven().turn(6, 100, 0, URGENT).group.record.group, "g0");
+}
