@@ -162,6 +162,11 @@ impl Ledger {
         entry.short.told.add(given.pace * SHORT.as_secs_f64(), now, SHORT);
     }
 
+    /// How many reports came.
+    pub fn reports(&self) -> u64 {
+        self.entry.lock().report_number
+    }
+
     /// What the group last told.
     pub fn reported(&self) -> Load {
         self.entry.lock().reported

@@ -9,4 +9,5 @@ pub mod emit;
 pub mod resume;
 pub mod stop;
 pub mod stream;
+mod tried;
 mod watch;

@@ -32,11 +32,12 @@ use super::{
     codec::Outgoing,
     deaths::Deaths,
     stream::{self, Failure},
+    tried::Tried,
     watch::Watch,
 };
 use crate::{
     encode::wire::{PackedIds, pack},
-    fleet::view::{Fleet, Link},
+    fleet::view::Fleet,
     metrics::Metrics,
     options::RouterOptions,
     place::{
@@ -139,6 +140,8 @@ enum Phase {
     Opening {
         booking: Booking,
         opening: Pin<Box<dyn Future<Output = Result<Streaming<GenerateEvent>, Status>> + Send>>,
+        /// What it goes back to where the group is full.
+        waited: Option<Wait>,
     },
     Streaming {
         booking: Booking,
@@ -147,12 +150,18 @@ enum Phase {
     },
     Waiting {
         look_again: Pin<Box<Sleep>>,
-        until: Instant,
-        failure: Failure,
+        wait: Wait,
     },
     /// Everything was generated, only the last word was lost.
     Ended(Finished),
     Done,
+}
+
+/// It has lost its group, and no other can go on with it now.
+struct Wait {
+    until: Instant,
+    /// What it ends with, if none can until then.
+    failure: Failure,
 }
 
 /// What sequences need of the router.
@@ -184,7 +193,7 @@ pub struct Sequence {
     attempts: u32,
     /// Groups that could not be reached: nothing that it is the cause of.
     unreached: u32,
-    tried: Vec<Arc<Link>>,
+    tried: Tried,
     served_by: Vec<String>,
     explanation: Option<String>,
     watch: Watch,
@@ -213,7 +222,7 @@ impl Sequence {
             started: false,
             attempts: 0,
             unreached: 0,
-            tried: Vec::new(),
+            tried: Tried::default(),
             served_by: Vec::new(),
             explanation: None,
             phase: Phase::Done,
@@ -232,9 +241,9 @@ impl Sequence {
     fn place_first(&mut self) -> Result<(), NoGroup> {
         let class = self.task.class;
         if !self.relay.admission.has_line(class) {
-            match self.find_group(true, Some(class)) {
+            match self.find_group(&[], Some(class)) {
                 Ok(placement) => {
-                    self.open(placement);
+                    self.open(placement, None);
                     return Ok(());
                 }
                 Err(NoGroup::NoRoom) => {}
@@ -333,38 +342,51 @@ impl Sequence {
                 Poll::Ready(outcome) => {
                     self.relay.metrics.waited(since.elapsed().as_secs_f64());
                     let placement = outcome.unwrap_or(Err(NoGroup::WaitedTooLong)).map_err(SequenceError::NoGroup)?;
-                    self.open(placement);
+                    self.open(placement, None);
                     Poll::Ready(Ok(()))
                 }
             },
-            Phase::Opening { booking, mut opening } => match opening.as_mut().poll(cx) {
+            Phase::Opening { booking, mut opening, waited } => match opening.as_mut().poll(cx) {
                 Poll::Pending => {
-                    self.phase = Phase::Opening { booking, opening };
+                    self.phase = Phase::Opening { booking, opening, waited };
                     Poll::Pending
                 }
                 Poll::Ready(Ok(events)) => {
                     self.accepted = true;
+                    self.tried.accepted();
                     self.phase = Phase::Streaming { booking, events: Box::new(events), answered: false };
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(status)) => {
-                    self.unreached += u32::from(matches!(Failure::from(&status), Failure::Lost(_)));
-                    self.watch.failed(&Failure::from(&status), self.generated.len());
-                    self.note(&booking, &Failure::from(&status));
-                    drop(booking);
-                    Poll::Ready(self.go_on_elsewhere(Failure::from(&status)))
+                    let failure = Failure::from(&status);
+                    self.unreached += u32::from(matches!(failure, Failure::Lost(_)));
+                    self.leave(booking, &failure);
+                    Poll::Ready(match (waited, &failure) {
+                        (Some(wait), Failure::Full(_)) => {
+                            // it has paid for a group and still has none; its time bounds how often it asks
+                            self.attempts -= 1;
+                            self.wait(wait);
+                            Ok(())
+                        }
+                        _ => self.go_on_elsewhere(failure),
+                    })
                 }
             },
-            Phase::Waiting { mut look_again, until, failure } => {
+            Phase::Waiting { mut look_again, wait } => {
                 if look_again.as_mut().poll(cx).is_pending() {
-                    self.phase = Phase::Waiting { look_again, until, failure };
+                    self.phase = Phase::Waiting { look_again, wait };
                     return Poll::Pending;
                 }
-                let last_look = Instant::now() >= until;
-                match self.find_group(!last_look, None) {
-                    Ok(placement) => self.open(placement),
-                    Err(_) if last_look => return Poll::Ready(Err(self.given_up(failure))),
-                    Err(_) => self.wait(until, failure),
+                if Instant::now() >= wait.until {
+                    // the last look
+                    let placement = self.find_group(&[], None).map_err(|_| self.given_up(wait.failure))?;
+                    self.open(placement, None);
+                    return Poll::Ready(Ok(()));
+                }
+                let avoid = self.tried.slots_without_room(&self.relay.fleet.view());
+                match self.find_group(&avoid, None) {
+                    Ok(placement) => self.open(placement, Some(wait)),
+                    Err(_) => self.wait(wait),
                 }
                 Poll::Ready(Ok(()))
             }
@@ -426,13 +448,14 @@ impl Sequence {
             if matches!(failure, Failure::Lost(_)) {
                 self.task.deaths.add(booking.link());
             }
-            self.watch.failed(&failure, self.generated.len());
-            self.note(&booking, &failure);
+            self.leave(booking, &failure);
         }
         self.go_on_elsewhere(failure)
     }
 
-    fn note(&self, booking: &Booking, failure: &Failure) {
+    /// Gives a group back that failed, and remembers how.
+    fn leave(&mut self, booking: Booking, failure: &Failure) {
+        self.watch.failed(failure, self.generated.len());
         match failure {
             Failure::Lost(_) => booking.link().breaker.failed(),
             // no fault of the group; but if this was a probe, another request is to be one
@@ -449,6 +472,7 @@ impl Sequence {
             %failure,
             "sequence failed on a group"
         );
+        self.tried.add(Arc::clone(booking.link()), failure);
     }
 
     fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), SequenceError> {
@@ -481,13 +505,16 @@ impl Sequence {
             return Err(self.given_up(failure));
         }
         self.relay.metrics.sequence_moved(!self.generated.is_empty());
-        match self.find_group(true, None) {
-            Ok(placement) => self.open(placement),
+        match self.find_group(&self.tried.slots(), None) {
+            Ok(placement) => self.open(placement, None),
             // nobody took it yet, and nobody has room: the client is to come back later
             Err(_) if !self.accepted && !matches!(failure, Failure::Lost(_)) => {
                 return Err(self.given_up(failure));
             }
-            Err(_) => self.wait(Instant::now() + self.relay.options.failover_wait(), failure),
+            Err(_) => {
+                let until = Instant::now() + self.relay.options.failover_wait();
+                self.wait(Wait { until: until.min(self.task.deadline), failure });
+            }
         }
         Ok(())
     }
@@ -517,20 +544,18 @@ impl Sequence {
         Some(Phase::Ended(finished))
     }
 
-    fn wait(&mut self, until: Instant, failure: Failure) {
-        let look_again = Box::pin(tokio::time::sleep(LOOK_AGAIN));
-        self.phase = Phase::Waiting { look_again, until: until.min(self.task.deadline), failure };
+    fn wait(&mut self, wait: Wait) {
+        self.phase = Phase::Waiting { look_again: Box::pin(tokio::time::sleep(LOOK_AGAIN)), wait };
     }
 
-    fn find_group(&self, avoid_tried: bool, class: Option<Class>) -> Result<Placement, NoGroup> {
+    fn find_group(&self, avoid: &[Slot], class: Option<Class>) -> Result<Placement, NoGroup> {
         let view = self.relay.fleet.view();
         let model = view.model(&self.task.model).ok_or(NoGroup::NoneReady)?;
-        let avoid: Vec<Slot> = if avoid_tried { self.tried.iter().map(|link| link.slot).collect() } else { Vec::new() };
         let wanted = Wanted {
             hashes: &self.task.hashes,
             tokens: self.task.ids.len() + self.generated.len(),
             session: self.task.session,
-            avoid: &avoid,
+            avoid,
             class,
             explain: self.explains(),
             now: Instant::now().into_std(),
@@ -538,12 +563,11 @@ impl Sequence {
         place(&self.relay.fleet, model, &wanted)
     }
 
-    fn open(&mut self, placement: Placement) {
+    fn open(&mut self, placement: Placement, waited: Option<Wait>) {
         self.attempts += 1;
         let trace = self.watch.placed(&placement, self.attempts, &self.relay.metrics);
         let Placement { group, booking, explanation, .. } = placement;
         self.served_by.push(group.record.group.clone());
-        self.tried.push(Arc::clone(&group.link));
         if let Some(decision) = &explanation {
             tracing::debug!(request_id = self.stream_id, group = group.record.group, decision, "placed");
         }
@@ -553,7 +577,7 @@ impl Sequence {
         let time_left = self.task.deadline.saturating_duration_since(Instant::now());
         let tracestate = self.task.tracestate.clone();
         let opening = stream::open(group.link.channels.channel(), self.message(), time_left, trace, tracestate);
-        self.phase = Phase::Opening { booking, opening: Box::pin(opening) };
+        self.phase = Phase::Opening { booking, opening: Box::pin(opening), waited };
     }
 
     fn message(&self) -> Outgoing {

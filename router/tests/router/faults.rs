@@ -87,9 +87,94 @@ async fn what_was_accepted_waits_for_room_elsewhere() {
     let full = |_: &bora_proto::v1::GenerateRequest| Err(Status::resource_exhausted("queue"));
     let harness = Harness::start(vec![Group::start("breaks", breaks_at_first), Group::start("full", full)]).await;
     prefer(&harness, 1).await;
+    // and full, by its own word too: it is not asked again while the stream waits
+    harness.groups[1].tell(Told::Load(Load { running: 64, queued_prefill_tokens: 1_000_000, ..Load::default() }));
     let answer = harness.post(CHAT, chat(true)).await;
     assert!(answer.is_done(), "{}", answer.text);
     assert_eq!((answer.content(0), harness.groups[1].seen().len()), ("fine".into(), 1));
+}
+
+/// It waits for the group that was full, asks it no more than it tells of room, and the one that failed not at all.
+#[tokio::test]
+async fn what_waits_asks_a_full_group_again_when_it_tells_of_room() {
+    let breaks = |_: &bora_proto::v1::GenerateRequest| {
+        Ok(vec![Act::Start { cached: 0 }, Act::Fail(Status::unavailable("a rank is gone"))])
+    };
+    let has_room = Arc::new(AtomicBool::new(false));
+    let is_asked = Arc::clone(&has_room);
+    let fills = move |_: &bora_proto::v1::GenerateRequest| match is_asked.load(Ordering::SeqCst) {
+        true => Ok(say("fine")),
+        false => Err(Status::resource_exhausted("queue")),
+    };
+    let options = RouterOptions { failover_wait_seconds: 60.0, ..options() };
+    let groups = vec![Group::start("breaks", breaks), Group::start("full", fills)];
+    let harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
+    let full = &harness.groups[1];
+    let tell = |running, waiting| full.tell(Told::Load(Load { running, waiting, ..Load::default() }));
+    let reported = |count: u32| {
+        harness.until("the load is known", move |harness| {
+            let view = harness.router.service().fleet().view();
+            view.groups().any(|group| {
+                let load = group.link.ledger.reported();
+                load.running + load.waiting == count
+            })
+        })
+    };
+    tell(64, 100);
+    reported(164).await;
+    let room_comes = async {
+        harness.until("it was refused", |_| full.seen().len() == 1).await;
+        // more than it was known to have, and then fewer of them: the first of these looks is in vain
+        for waiting in [300, 400, 350] {
+            tell(64, waiting);
+            reported(64 + waiting).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        harness.until("it was refused again", |_| full.seen().len() == 2).await;
+        has_room.store(true, Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(full.seen().len(), 2, "it has told of nothing since");
+        tell(63, 0);
+    };
+    let began = tokio::time::Instant::now();
+    let (answer, ()) = tokio::join!(harness.post(CHAT, chat(true)), room_comes);
+    assert!(began.elapsed() < Duration::from_secs(50), "it did not wait for its last look");
+    assert!(answer.is_done(), "{}", answer.text);
+    assert_eq!((answer.content(0), full.seen().len()), ("fine".into(), 3));
+    assert_eq!(harness.groups[0].seen().len(), 1, "what failed is not asked again");
+}
+
+/// What a group said long ago is not held against it, whatever it told since.
+#[tokio::test]
+async fn a_group_that_was_full_before_another_took_the_stream_is_asked_at_once() {
+    let (gate, was_asked) = (Gate::closed(), AtomicBool::new(false));
+    let was_full = move |_: &bora_proto::v1::GenerateRequest| match was_asked.swap(true, Ordering::SeqCst) {
+        true => Ok(say("fine")),
+        false => Err(Status::resource_exhausted("queue")),
+    };
+    let held = gate.clone();
+    let breaks = move |_: &bora_proto::v1::GenerateRequest| {
+        Ok(vec![Act::Start { cached: 0 }, Act::Hold(held.clone()), Act::Fail(Status::unavailable("a rank is gone"))])
+    };
+    let options = RouterOptions { failover_wait_seconds: 60.0, ..options() };
+    let groups = vec![Group::start("full", was_full), Group::start("breaks", breaks)];
+    let harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
+    prefer(&harness, 1).await;
+    let breaks_later = async {
+        harness.until("the other took it", |harness| harness.groups[1].running() == 1).await;
+        harness.groups[0].tell(Told::Load(Load { running: 64, ..Load::default() }));
+        harness
+            .until("the load is known", |harness| {
+                let view = harness.router.service().fleet().view();
+                view.groups().any(|group| group.link.ledger.reported().running == 64)
+            })
+            .await;
+        gate.open(1);
+    };
+    let began = tokio::time::Instant::now();
+    let (answer, ()) = tokio::join!(harness.post(CHAT, chat(true)), breaks_later);
+    assert!(began.elapsed() < Duration::from_secs(50), "it did not wait for its last look");
+    assert_eq!((answer.content(0), harness.groups[0].seen().len()), ("fine".into(), 2));
 }
 
 #[tokio::test]

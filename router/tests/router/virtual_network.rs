@@ -41,7 +41,7 @@ use self::{
     group::{END, Group, answer},
     wire::{GOOD, Network, Path, Setting},
 };
-use crate::virtual_time::MODEL;
+use crate::virtual_time::{MODEL, MOST_SEQUENCES};
 
 const SEEDS: Range<u64> = 0..80;
 const GROUPS: u64 = 5;
@@ -424,6 +424,89 @@ async fn run(seed: u64) -> Seen {
     std::mem::take(&mut *world.seen.lock())
 }
 
+/// Two groups that the router knows, and streams that go on for some seconds.
+async fn begin_streams(world: &Arc<World>, random: &mut StdRng, count: u64) -> ([Place; 2], JoinSet<()>) {
+    let places = ["a", "b"].map(|name| Place::new(world, name.into(), StdRng::from_rng(random)));
+    for place in &places {
+        place.announce().await;
+    }
+    until("both are known", || places.iter().all(|place| place.watched().is_some())).await;
+    let mut streams = JoinSet::new();
+    for number in 0..count {
+        let ids: Vec<u32> = (0..100).map(|_| random.random_range(100..100_000)).collect();
+        let is_long = |seed: &u64| answer(&ids, *seed).0.len() > 60;
+        let seed = (0..).find(is_long).expect("one of so many");
+        let task = Arc::new(task(&ids, seed, answer(&ids, seed).0.len() as u32, number));
+        let world = Arc::clone(world);
+        streams.spawn(async move { assert!(world.answers(&number.to_string(), &task, usize::MAX).await) });
+    }
+    sleep(Duration::from_secs(1)).await;
+    (places, streams)
+}
+
+/// The streams of a group that dies, while all places of the only other one are taken: one follows whenever one falls
+/// free, and they do not ask in vain while none does. Comes to the longest time for which a place was free.
+async fn follow_one_by_one(seed: u64) -> Duration {
+    let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
+    let ([dies, lives], mut streams) = begin_streams(&world, &mut random, 2 * u64::from(MOST_SEQUENCES)).await;
+    assert_eq!((dies.group.running(), lives.group.running()), (MOST_SEQUENCES, MOST_SEQUENCES), "all are taken");
+    dies.group.kill();
+    let (mut free, mut longest) = (Duration::ZERO, Duration::ZERO);
+    while !streams.is_empty() {
+        sleep(Duration::from_millis(10)).await;
+        while let Some(ended) = streams.try_join_next() {
+            ended.expect("an answer");
+        }
+        let is_free = (lives.group.running() as usize) < streams.len().min(MOST_SEQUENCES as usize);
+        free = if is_free { free + Duration::from_millis(10) } else { Duration::ZERO };
+        longest = longest.max(free);
+    }
+    assert_eq!(lives.group.refused(), MOST_SEQUENCES, "each was refused once, when its group died");
+    longest
+}
+
+/// A group that was filled by others since it told of its load, and has one place when it tells of it again.
+async fn follow_when_told(seed: u64) {
+    let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
+    let (mut places, mut streams) = begin_streams(&world, &mut random, 1).await;
+    places.sort_by_key(|place| place.group.running());
+    let [full, dies] = places;
+    let known = full.watched().expect("it is known");
+    let reports = known.link.ledger.reports();
+    while known.link.ledger.reports() == reports {
+        sleep(Duration::from_millis(1)).await;
+    }
+    full.group.run_of_others(MOST_SEQUENCES);
+    dies.group.kill();
+    sleep(Duration::from_millis(350)).await;
+    assert_eq!((full.group.refused(), known.link.ledger.reports()), (1, reports + 1), "it has told of nothing since");
+    full.group.run_of_others(MOST_SEQUENCES - 1);
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!((full.group.refused(), full.group.running()), (1, MOST_SEQUENCES), "it has told of a place");
+    streams.join_next().await.expect("one").expect("an answer");
+}
+
+/// A group that tells of room and has none is asked once a report, as often as it takes. That is not held against the
+/// stream when it has to move once more.
+async fn outlive_refusals(seed: u64) {
+    let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
+    let (mut places, mut streams) = begin_streams(&world, &mut random, 1).await;
+    places.sort_by_key(|place| place.group.running());
+    let [closed, dies] = places;
+    closed.group.close(true);
+    dies.group.kill();
+    sleep(Duration::from_secs(30)).await;
+    let refused = closed.group.refused();
+    assert!((50..=62).contains(&refused), "{refused} of 60 reports");
+    closed.group.close(false);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(closed.group.running(), 1);
+    closed.group.drain(true);
+    sleep(Duration::from_secs(1)).await;
+    closed.group.drain(false);
+    streams.join_next().await.expect("one").expect("an answer");
+}
+
 /// Tells which seed it was.
 struct Seed(u64);
 
@@ -435,7 +518,7 @@ impl Drop for Seed {
     }
 }
 
-fn in_virtual_time(seed: u64) -> Seen {
+fn in_virtual_time<T>(seed: u64, run: impl AsyncFnOnce(u64) -> T) -> T {
     let _told = Seed(seed);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     runtime.expect("a runtime").block_on(run(seed))
@@ -445,7 +528,7 @@ fn in_virtual_time(seed: u64) -> Seen {
 fn whatever_happens_every_answer_is_right_and_nothing_is_left_over() {
     let (mut answers, mut moved) = (0, 0);
     for seed in SEEDS {
-        let seen = in_virtual_time(seed);
+        let seen = in_virtual_time(seed, run);
         answers += seen.answers;
         moved += seen.moved;
     }
@@ -454,10 +537,25 @@ fn whatever_happens_every_answer_is_right_and_nothing_is_left_over() {
 
 #[test]
 fn the_same_seed_takes_the_same_way() {
-    let (one, again) = (in_virtual_time(3).log, in_virtual_time(3).log);
+    let (one, again) = (in_virtual_time(3, run).log, in_virtual_time(3, run).log);
     for (first, second) in one.iter().zip(&again) {
         assert_eq!(first, second);
     }
     assert_eq!(one.len(), again.len());
-    assert_ne!(one, in_virtual_time(4).log);
+    assert_ne!(one, in_virtual_time(4, run).log);
+}
+
+#[test]
+fn a_stream_that_waits_is_taken_as_soon_as_a_full_group_tells_of_room() {
+    for seed in SEEDS {
+        let free = in_virtual_time(seed, follow_one_by_one);
+        // a report comes every half second
+        assert!(free < Duration::from_secs(1), "a place was free for {free:?}");
+        in_virtual_time(seed, follow_when_told);
+    }
+}
+
+#[test]
+fn a_stream_outlives_a_group_that_tells_of_room_and_has_none() {
+    in_virtual_time(0, outlive_refusals);
 }

@@ -76,6 +76,10 @@ struct Inside {
     kept: VecDeque<BlockHash>,
     watchers: Vec<Watcher>,
     running: u32,
+    /// Sequences of other routers.
+    of_others: u32,
+    /// Requests that it had no room for.
+    refused: u32,
     loses_next: bool,
 }
 
@@ -87,6 +91,7 @@ pub(super) struct Group {
     epoch: Setting<u64>,
     is_frozen: Setting<bool>,
     is_draining: Setting<bool>,
+    is_closed: Setting<bool>,
     inside: Mutex<Inside>,
 }
 
@@ -99,6 +104,7 @@ impl Group {
             epoch: Setting::new(epoch),
             is_frozen: Setting::new(false),
             is_draining: Setting::new(false),
+            is_closed: Setting::new(false),
             inside: Mutex::default(),
         });
         let incoming = network.listen(host, path, life.clone());
@@ -112,13 +118,26 @@ impl Group {
     async fn tells_that_it_lives(self: Arc<Self>) {
         loop {
             self.take(SIGN_OF_LIFE).await;
-            let running = self.inside.lock().running;
-            self.tell(Told::Load(Load { running, ..Load::default() }));
+            self.tell(Told::Load(Load { running: self.running(), ..Load::default() }));
         }
     }
 
     pub(super) fn epoch(&self) -> u64 {
         self.epoch.get()
+    }
+
+    pub(super) fn running(&self) -> u32 {
+        let inside = self.inside.lock();
+        inside.running + inside.of_others
+    }
+
+    /// So many sequences are of other routers from now on.
+    pub(super) fn run_of_others(&self, count: u32) {
+        self.inside.lock().of_others = count;
+    }
+
+    pub(super) fn refused(&self) -> u32 {
+        self.inside.lock().refused
     }
 
     pub(super) fn holds(&self) -> BTreeSet<u128> {
@@ -137,6 +156,11 @@ impl Group {
     pub(super) fn drain(&self, is_draining: bool) {
         self.is_draining.set(is_draining);
         self.tell(self.state());
+    }
+
+    /// It has no room for anything new, whatever it tells of its load.
+    pub(super) fn close(&self, is_closed: bool) {
+        self.is_closed.set(is_closed);
     }
 
     /// The next event gets its number, and no further.
@@ -230,7 +254,8 @@ impl Inference for Leader {
         if group.is_draining.get() {
             return Err(Status::unavailable("draining"));
         }
-        if group.inside.lock().running >= MOST_SEQUENCES {
+        if group.is_closed.get() || group.running() >= MOST_SEQUENCES {
+            group.inside.lock().refused += 1;
             return Err(Status::resource_exhausted("full"));
         }
         group.inside.lock().running += 1;
@@ -264,7 +289,7 @@ impl Inference for Leader {
         let kept: Vec<BlockHash> = inside.kept.iter().copied().collect();
         let (first, rest) = kept.split_at(kept.len() / 2);
         let snapshot = |part, last| Told::Snapshot(Snapshot { block_hashes: bytes(part).into(), last });
-        let load = Load { running: inside.running, ..Load::default() };
+        let load = Load { running: inside.running + inside.of_others, ..Load::default() };
         let mut watcher = Watcher { events, sequence: 0 };
         for event in [snapshot(first, false), snapshot(rest, true), group.state(), Told::Load(load)] {
             watcher.tell(group.epoch(), event);

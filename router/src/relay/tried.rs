@@ -1,0 +1,77 @@
+//! The groups that a sequence was tried on in vain. Those that failed it are avoided until it has no time left to wait
+//! for others. One that was full has not failed: it is as good as any as soon as it tells of room.
+
+use std::sync::Arc;
+
+use super::stream::Failure;
+use crate::{
+    fleet::view::{Group, Link, View},
+    place::{Slot, admission::Class},
+};
+
+/// What became of the groups of one sequence.
+#[derive(Default)]
+pub(super) struct Tried {
+    failed: Vec<Arc<Link>>,
+    full: Vec<Full>,
+}
+
+/// A group that refused for want of room.
+struct Full {
+    link: Arc<Link>,
+    /// How many reports of it had come: it was full whatever they say.
+    reports: u64,
+    /// The most sequences that it told of, in the last of these and since.
+    sequences: u32,
+}
+
+impl Full {
+    fn new(link: Arc<Link>) -> Self {
+        Self { reports: link.ledger.reports(), sequences: told_sequences(&link), link }
+    }
+
+    /// Whether it has told of room since: a place for one that starts at once, or fewer that run and wait than it had.
+    /// What is on its way there counts as if it were there, so that no more ask than have room.
+    fn is_over(&mut self, group: &Group) -> bool {
+        self.sequences = self.sequences.max(told_sequences(&self.link));
+        let has_fewer = self.link.ledger.busy().sequences < self.sequences;
+        self.link.ledger.reports() > self.reports && (has_fewer || group.has_room(Class::Interactive))
+    }
+}
+
+/// Those that run and wait there by its own word.
+fn told_sequences(link: &Link) -> u32 {
+    let told = link.ledger.reported();
+    told.running.saturating_add(told.waiting)
+}
+
+impl Tried {
+    /// A group did not go on with it.
+    pub(super) fn add(&mut self, link: Arc<Link>, failure: &Failure) {
+        self.full.retain(|full| full.link.slot != link.slot);
+        match failure {
+            Failure::Full(_) => self.full.push(Full::new(link)),
+            _ => self.failed.push(link),
+        }
+    }
+
+    /// A group took it: what was full before is not worth knowing when it looks for one again.
+    pub(super) fn accepted(&mut self) {
+        self.full.clear();
+    }
+
+    /// All of them.
+    pub(super) fn slots(&self) -> Vec<Slot> {
+        self.failed.iter().chain(self.full.iter().map(|full| &full.link)).map(|link| link.slot).collect()
+    }
+
+    /// Those that are left when the ones are forgotten that have told of room.
+    pub(super) fn slots_without_room(&mut self, view: &View) -> Vec<Slot> {
+        self.full.retain_mut(|full| {
+            // one that is gone is not asked anyway
+            let group = view.groups().find(|group| group.link.slot == full.link.slot);
+            !group.is_some_and(|group| full.is_over(group))
+        });
+        self.slots()
+    }
+}
