@@ -87,8 +87,8 @@ impl Search {
             self.ahead.pop_front();
         }
         if typical < LONG_PIECE && self.ahead.is_empty() {
-            // two to a piece of that length
-            self.look_ahead(hashes, at, (typical / 2 + 1).min(LONGEST_STRIDE));
+            // four to three pieces of that length: a guess goes back to where a piece begins
+            self.look_ahead(hashes, at, (typical * 3 / 4 + 1).min(LONGEST_STRIDE));
         }
         self.guess(hashes, at).or_else(|| {
             let key = key_of(hashes[at]);
