@@ -32,7 +32,7 @@ pub(crate) struct IndexArgs {
     /// blocks that a group tells of at once
     #[arg(long, default_value_t = 4096)]
     piece: u64,
-    /// of each piece, the last so many blocks one by one, as a group tells of an answer while it generates it
+    /// of each piece, the last so many blocks one by one, as groups that tell of an answer while they generate it
     #[arg(long, default_value_t = 0)]
     singly: u64,
     /// pieces differ: half as long to one and a half times as long

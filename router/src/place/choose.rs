@@ -92,10 +92,6 @@ impl Placing {
     pub fn new(random: StdRng) -> Self {
         Self { random, typical: HashMap::new() }
     }
-
-    fn typical(&mut self, model: &str) -> &mut Typical {
-        self.typical.entry(model.to_owned()).or_default()
-    }
 }
 
 /// What decided a placement, for counters.
@@ -158,6 +154,8 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     // The long walk before the lock, what other placements may have changed since behind it.
     let held = fleet.index.held(wanted.hashes, &slots);
     let mut placing = fleet.placing.lock();
+    let Placing { random, typical } = &mut *placing;
+    let typical = typical.entry(model.name.clone()).or_default();
     let matched: Vec<u32> =
         slots.iter().zip(held).map(|(slot, held)| fleet.index.with_expected(wanted.hashes, *slot, held)).collect();
     let home = wanted.session.and_then(|session| fleet.sessions.home(session));
@@ -175,15 +173,15 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
         })
         .collect();
     let is_home = |at: usize| home == Some((candidates[at].link.slot, candidates[at].link.epoch));
-    let soonest = pick(&scores, is_home, &mut placing.random);
+    let soonest = pick(&scores, is_home, random);
     // of this prompt alone: the score also has what others would wait
     let first_token_seconds = |at: usize| {
         let held = matched[at] as usize * BLOCK_TOKENS;
         let load = candidates[at].load(wanted.now);
         candidates[at].cost.first_token_seconds(wanted.tokens as u64, held as u64, load)
     };
-    let is_quick = placing.typical(&model.name).is_quick(first_token_seconds(soonest));
-    let leaves = if is_quick { None } else { leaves(&candidates, &matched, soonest, wanted) };
+    let soonest_seconds = first_token_seconds(soonest);
+    let leaves = if typical.is_quick(soonest_seconds) { None } else { leaves(&candidates, &matched, soonest, wanted) };
     let chosen = leaves.unwrap_or(soonest);
     let group = Arc::clone(candidates[chosen]);
     // The score has the wait in it: where the best group has no room, waiting for it beats the others.
@@ -196,7 +194,7 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     let held_blocks = (matched[chosen] as usize).min(wanted.hashes.len());
     let computed = wanted.tokens.saturating_sub(held_blocks * BLOCK_TOKENS).max(1);
     let reason = Reason::of(&matched, chosen);
-    placing.typical(&model.name).add(first_token_seconds(soonest));
+    typical.add(soonest_seconds);
     let predicted_seconds = first_token_seconds(chosen);
     let explanation = wanted.explain.then(|| {
         let mut text = explain(&candidates, &matched, &scores, chosen, wanted.now);

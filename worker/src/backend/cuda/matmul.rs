@@ -96,9 +96,9 @@ impl Matmul {
     /// Rows that algorithms are timed for, up to `most`; in between, the next larger one's algorithm is taken.
     pub(super) fn tuned_rows(most: usize) -> Vec<usize> {
         let few = [16, 32, 48, 64, 128, 192, 256, 384, 512];
-        let some = (5..=16).map(|quarters| quarters * 128);
+        let more = (640..=2048).step_by(128);
         let many = [3072, 4096, 6144, 8192, 12_288, 16_384];
-        let mut rows: Vec<usize> = few.into_iter().chain(some).chain(many).take_while(|rows| *rows < most).collect();
+        let mut rows: Vec<usize> = few.into_iter().chain(more).chain(many).take_while(|rows| *rows < most).collect();
         rows.push(Self::padded_rows(most));
         rows
     }
