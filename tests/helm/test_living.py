@@ -2,7 +2,6 @@
 the question of `helm test`, and the downloads. Only addresses, ports and directories are replaced."""
 
 import hashlib
-import http.server
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -170,85 +168,6 @@ def test_a_group_of_two_pods_forms(tmp_path, demo_model):
             serve_and_ask(pods, 1)
         finally:
             pods.stop()
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A Hugging Face that breaks off the first transfer of each large file."""
-
-    files = {
-        "config.json": b'{"a": 1}',
-        "model-00001.safetensors": os.urandom(300_000),
-        "sub/tokenizer.json": b"{}",
-        "consolidated.bin": b"not wanted",
-    }
-    broken, ranges, tokens = set(), [], set()
-
-    def do_GET(self):
-        self.tokens.add(self.headers.get("Authorization"))
-        if self.path == "/api/models/org/model/tree/v1?recursive=true":
-            entries = [{"type": "directory", "path": "sub"}]
-            for path, data in self.files.items():
-                entry = {"type": "file", "path": path, "size": len(data)}
-                if len(data) > 1000:
-                    entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest()}
-                entries.append(entry)
-            return self.answer(json.dumps(entries).encode())
-        data = self.files.get(self.path.removeprefix("/org/model/resolve/v1/"))
-        if data is None:
-            return self.send_error(404)
-        begin = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-        self.ranges.append(begin)
-        if len(data) > 1000 and self.path not in self.broken:
-            self.broken.add(self.path)
-            self.send_response(200)
-            self.send_header("content-length", len(data))
-            self.end_headers()
-            self.wfile.write(data[:100_000])
-            return None
-        return self.answer(data[begin:], 206 if begin else 200)
-
-    def answer(self, data, status=200):
-        self.send_response(status)
-        self.send_header("content-length", len(data))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-def test_a_model_is_fetched_whole(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        documents = parse(render_text(sets=[
-            'models={"m": {}}', 'download.kind="huggingFace"', 'download.huggingFace.repository="org/model"', 'download.huggingFace.revision="v1"',
-            f'download.huggingFace.endpoint="http://127.0.0.1:{server.server_port}"']))
-        (init,) = named(documents, "StatefulSet", "bora-m")["spec"]["template"]["spec"]["initContainers"]
-        script = named(documents, "ConfigMap", "bora-scripts")["data"]["fetch_model.py"]
-        (tmp_path / "fetch_model.py").write_text(script)
-        words = [word.replace("/scripts", str(tmp_path)).replace("/models/m", str(tmp_path / "model")) for word in init["command"][1:]]
-        environment = {"PATH": os.environ["PATH"], "HF_TOKEN": "secret", "FETCH_FIRST_PAUSE": "0.05"}
-        # two pods at the same time
-        pods = [subprocess.Popen([sys.executable, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-        outputs = [pod.communicate(timeout=60)[0] for pod in pods]
-        assert [pod.returncode for pod in pods] == [0, 0], outputs
-        for name in ("config.json", "model-00001.safetensors"):
-            assert (tmp_path / "model" / name).read_bytes() == Hub.files[name]
-        assert not (tmp_path / "model" / "consolidated.bin").exists() and not list((tmp_path / "model").rglob("*.partial"))
-        assert 100_000 in Hub.ranges, "a broken transfer goes on where it ended"
-        assert sum("there already" in output for output in outputs) == 1 and Hub.tokens == {"Bearer secret"}
-        # a router takes no weights
-        (init,) = named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"]["initContainers"]
-        assert "--include=*.json" in init["command"] and "--include=*.safetensors" not in init["command"]
-        volumes = named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"]["volumes"]
-        assert {"name": "model-m", "emptyDir": {"sizeLimit": "1Gi"}} in volumes
-        # what is not there is an error at once, with its name
-        missing = run(sys.executable, tmp_path / "fetch_model.py", "--endpoint", f"http://127.0.0.1:{server.server_port}", "--repository", "org/none",
-                      "--to", tmp_path / "none", env=environment)
-        assert missing.returncode != 0 and "HTTP 404" in missing.stderr
-    finally:
-        server.shutdown()
 
 
 def test_a_member_of_etcd_that_lost_its_volume_comes_back(tmp_path):

@@ -35,6 +35,8 @@ CHART_CERTIFICATES = {"models": {"m": MODEL}}
 TO_ZERO = {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "workers": {"autoscaling": {"kind": "keda", "minReplicas": 0}}}
 OTHERS = {
     "download.kind": PLAIN,
+    "router.service.sessionAffinitySeconds": {**PLAIN, "router": {"service": {"sessionAffinity": "ClientIP"}}},
+    "storage.readOnly": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "storage": {"kind": "existingClaim", "existingClaim": "c"}},
     "telemetry.otlpEndpoint": PLAIN,
     "download.objectStore": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "download": {"kind": "objectStore", "objectStore": {"source": ":s3:b/m", "secret": "s"}}},
     "storage.existingClaim": {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "storage": {"kind": "existingClaim", "existingClaim": "c"}},
@@ -84,6 +86,14 @@ FITTING = {
     "etcd.builtin.tls.days": None,  # see test_certificates_live_as_long_as_days_says
     "nameOverride": {"nameOverride": "other"},
     "bindAddress": {"bindAddress": "::"},
+    "podSecurityContext": {"podSecurityContext": None},
+    "containerSecurityContext": {"containerSecurityContext": None},
+    "router.service.type": {"type": "NodePort"},
+    "router.service.loadBalancerSourceRanges": {"loadBalancerSourceRanges": ["10.0.0.0/8"]},
+    "workers.resourceClaims": {"resourceClaims": [{"name": "gpus", "resourceClaimTemplateName": "four-gpus"}]},
+    "workers.gpuResource": {"gpuResource": "amd.com/gpu"},
+    "storage.readOnly": {"readOnly": True},
+    "download.extraVolumeMounts": {"extraVolumeMounts": [{"name": "n", "mountPath": "/n"}]},
     "router.extraEnv": {"extraEnv": [{"name": "A", "value": "b"}]},
     "router.options": {"options": {"debug": True}},
     "workers.schedule": {"schedule": {"max_num_seqs": 7}},
@@ -106,7 +116,7 @@ def leaves(node, path=()):
     """Paths of values; an empty or free-form map is one value."""
     for key, value in node.items():
         here = (*path, key)
-        free = ".".join(here) in ("models", "workers.env") or here[-1] in ("resources", "labels") or not value
+        free = ".".join(here) in ("models", "workers.env") or here[-1] in ("resources", "labels", "podSecurityContext", "containerSecurityContext") or not value
         if isinstance(value, dict) and not free:
             yield from leaves(value, here)
         else:
@@ -142,8 +152,12 @@ def another(path, now):
             value = now - 1
     elif "array" in kinds:
         value = [{"key": "k"}] if node["items"].get("type") == "object" else ["other"]
-        if path[-1] in ("extraVolumes", "extraVolumeMounts"):
+        if path[-1] in ("extraVolumes", "extraVolumeMounts", "env"):
             value = [{"name": "n"}]
+        if path[-1] == "extraContainers":
+            value = [{"name": "n", "image": "i"}]
+        if path[-1] == "hostAliases":
+            value = [{"ip": "10.0.0.1", "hostnames": ["hub"]}]
         if path[-1] in ("apiFrom", "metricsFrom"):
             value = [{"podSelector": {"matchLabels": {"a": "b"}}}]
     elif "object" in kinds:

@@ -5,10 +5,9 @@
 {{- $root := . -}}
 cluster: {{ include "bora.cluster" . | quote }}
 registry: {{- include "bora.registry" . | nindent 2 }}
-{{- if .Values.models }}
+{{- with include "bora.models" . | fromYaml }}
 models:
-  {{- range $key, $given := .Values.models }}
-  {{- $model := include "bora.model" (dict "root" $root "key" $key "given" $given) | fromYaml }}
+  {{- range $key, $model := . }}
   {{- include "bora.modelEntry" $model | nindent 2 }}
   {{- end }}
 {{- end }}

@@ -57,7 +57,12 @@ spec:
         {{- end }}
         # what CUDA compiles and NCCL writes goes to memory that is not the root file system
         {{- range $key, $value := merge (deepCopy $workers.env) (dict "CUDA_CACHE_PATH" "/tmp/cuda") }}
+        {{- if kindIs "map" $value }}
+        - name: {{ $key }}
+          {{- toYaml $value | nindent 10 }}
+        {{- else }}
         - {name: {{ $key }}, value: {{ $value | quote }}}
+        {{- end }}
         {{- end }}
       ports:
         {{- if .leader }}
@@ -91,14 +96,9 @@ spec:
         # what takes no connection any more drains nothing either: without this its pod, and its group, would be waited for as long as a drain may take
         terminationGracePeriodSeconds: 30
       {{- end }}
-      securityContext:
-        {{- if $workers.rdma.ipcLock }}
-        {{- include "bora.containerSecurity" $root | replace "capabilities: {drop: [ALL]}" "capabilities: {drop: [ALL], add: [IPC_LOCK]}" | nindent 8 }}
-        {{- else }}
-        {{- include "bora.containerSecurity" $root | nindent 8 }}
-        {{- end }}
+      {{- include "bora.containerSecurity" (dict "root" $root "add" (ternary (list "IPC_LOCK") list $workers.rdma.ipcLock)) | nindent 6 }}
       {{- $devices := dict }}
-      {{- if $gpu }}
+      {{- if and $gpu $workers.gpuResource }}
       {{- $_ := set $devices $workers.gpuResource (int $workers.ranksPerPod) }}
       {{- end }}
       {{- if $workers.rdma.enabled }}
@@ -107,6 +107,12 @@ spec:
       resources:
         requests: {{- merge (deepCopy (default dict $workers.resources.requests)) $devices | toYaml | nindent 10 }}
         limits: {{- merge (deepCopy (default dict $workers.resources.limits)) $devices | toYaml | nindent 10 }}
+        {{- with $workers.resourceClaims }}
+        claims:
+          {{- range . }}
+          - {name: {{ .name }}}
+          {{- end }}
+        {{- end }}
       volumeMounts:
         - {name: config, mountPath: /etc/bora/bora.yaml, subPath: bora.yaml, readOnly: true}
         - {name: shm, mountPath: /dev/shm}
@@ -120,6 +126,9 @@ spec:
         {{- with $workers.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+    {{- with $workers.extraContainers }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   volumes:
     - name: config
       configMap: {name: {{ $model.fullname }}}
@@ -135,14 +144,9 @@ spec:
     {{- if ne $model.storage.kind "image" }}
     {{- include "bora.modelVolume" $model | nindent 4 }}
     {{- end }}
-    {{- with $workers.extraVolumes }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
-  {{- include "bora.placement" $workers | indent 2 }}
-  {{- with $workers.affinity }}
-  affinity: {{- toYaml . | nindent 4 }}
+    {{- with include "bora.extraVolumes" (dict "models" (dict $model.key $model) "own" $workers.extraVolumes) }}{{ . | nindent 4 }}{{ end }}
+  {{- with $workers.resourceClaims }}
+  resourceClaims: {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- with $workers.runtimeClassName }}
-  runtimeClassName: {{ . }}
-  {{- end }}
+  {{- include "bora.podOptions" $workers | indent 2 }}
 {{- end -}}
