@@ -125,20 +125,36 @@ def change(old, new):
                 yield f"spec.{field}"
 
 
-def replicas(old, new, force=False):
-    """What a server-side apply by Helm leaves of `spec.replicas`, and who owns it from then on; a ConflictError where another one does."""
-    managers = copy.deepcopy(old["metadata"].get("managedFields", [])) if old else []
-    scalers = [one for one in managers if one.get("subresource") == "scale"]
-    wanted = new.get("spec", {}).get("replicas")
-    now = old["spec"].get("replicas") if old else None
+def owns_replicas(entry):
+    return "f:replicas" in entry["fieldsV1"].get("f:spec", {})
+
+
+def without_replicas(entry):
+    return {**entry, "fieldsV1": {key: value for key, value in entry["fieldsV1"].items() if key != "f:spec"}}
+
+
+def replicas(old, wanted, manager="helm", operation="Apply", force=False):
+    """What a write of `manager` leaves of `spec.replicas`, and the managedFields after it; a ConflictError if another manager's field is to have another value.
+    `wanted` is None if the writer's object has no such field. Of all other fields only that Helm owns its label is kept."""
+    entries = copy.deepcopy(old["metadata"].get("managedFields", [])) if old else []
+    is_own = lambda entry: (entry["manager"], entry["operation"], entry.get("subresource")) == (manager, operation, None)
+    own = next((entry for entry in entries if is_own(entry)), {"manager": manager, "operation": operation, "fieldsType": "FieldsV1", "fieldsV1": {}})
+    if manager == "helm":
+        own["fieldsV1"]["f:metadata"] = {"f:labels": {"f:helm.sh/chart": {}}}
+    others = [entry for entry in entries if not is_own(entry)]
+    holders = [entry for entry in others if owns_replicas(entry)]
+    now = old["spec"].get("replicas", 1) if old else None
+    had, own = owns_replicas(own), without_replicas(own)
     if wanted is None:
-        was_helms = any(one["manager"] == "helm" for one in managers)
         # what nobody owns any more becomes its default
-        return (now if scalers or not was_helms else 1), scalers
-    if scalers and wanted != now and not force:
-        raise ConflictError(f'Apply failed with 1 conflict: conflict with "{scalers[0]["manager"]}" with subresource "scale": .spec.replicas')
-    helms = {"manager": "helm", "operation": "Apply", "fieldsType": "FieldsV1", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
-    return wanted, [helms, *(scalers if wanted == now else [])]
+        return (1 if had and not holders else old and old["spec"].get("replicas")), [own, *others]
+    if operation == "Apply" and holders and wanted != now and not force:
+        raise ConflictError(f'Apply failed with 1 conflict: conflict with "{holders[0]["manager"]}" with subresource "scale": .spec.replicas')
+    if operation == "Apply" or wanted != now or had:
+        own["fieldsV1"]["f:spec"] = {"f:replicas": {}}
+    if wanted != now:
+        others = [without_replicas(entry) for entry in others]
+    return wanted, [own, *(entry for entry in others if entry["fieldsV1"])]
 
 
 class ConflictError(Exception):

@@ -44,6 +44,11 @@ def schemas():
     return found
 
 
+def is_custom(document):
+    """Whether the object is of a custom resource; all others are Kubernetes' own."""
+    return f"{document['apiVersion']}/{document['kind']}" in schemas()
+
+
 def validate(document):
     """Raises jsonschema.ValidationError where the object is not as its definition wants it."""
     name = f"{document['apiVersion']}/{document['kind']}"

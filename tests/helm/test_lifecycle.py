@@ -30,7 +30,7 @@ def test_install_test_upgrade_rollback_uninstall(name, server, tmp_path):
     path = PRESET[name]
     succeeds(helm("install", "bora", CHART, *at, "--values", path))
     # every object of the release, and the test's pod is not among them
-    expected = sorted(f"{one['kind']}/{one['metadata']['name']}" for one in preset(path) if one["kind"] != "Pod")
+    expected = sorted(f"{one['kind']}/{one['metadata']['name']}" for one in preset(path) if "helm.sh/hook" not in one["metadata"].get("annotations", {}))
     assert server.names() == expected
     assert all("apply" in content for method, kind, _, content, _ in server.log if method == "PATCH" and kind != "Secret"), "not applied on the server's side"
     installed = copy.deepcopy(server.objects)
@@ -68,8 +68,11 @@ def scaling(directory, kind, **more):
     """Values of two models and the routers, scaled by `kind`."""
     file = directory / f"{kind}.json"
     models = {"sets": {"workers": {"kind": "LeaderWorkerSet", "tensorParallelSize": 4}}, "single": {}}
+    # certificates of the chart's own take longer than all the rest of a rendering
+    etcd = {"builtin": {"tls": {"source": "existing", "existingSecret": "given"}}}
     file.write_text(json.dumps({
-        "models": models, "workers": {"replicas": 3, "autoscaling": {"kind": kind, "minReplicas": 2}}, "router": {"replicas": 3, "autoscaling": {"enabled": kind != "none"}}, **more,
+        "models": models, "etcd": etcd, "workers": {"replicas": 3, "autoscaling": {"kind": kind, "minReplicas": 2}},
+        "router": {"replicas": 3, "autoscaling": {"enabled": kind != "none"}}, **more,
     }))
     return file
 
@@ -98,11 +101,97 @@ def test_an_autoscaler_takes_over_without_a_group_lost(server, tmp_path):
     assert count() == [3, 3, 3]
 
 
-def test_a_release_that_begins_with_an_autoscaler_names_no_number(server, tmp_path):
+@pytest.mark.parametrize("kind", ["keda", "hpa"])
+def test_a_release_begins_with_as_many_as_its_autoscalers_keep_at_least(kind, server, tmp_path):
+    """`helm install --wait` waits for what the manifest says. One is the default anyhow, and a model that may go to zero begins with one."""
     at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    succeeds(helm("install", "bora", CHART, *at, "--values", scaling(tmp_path, kind), "--set", "models.one.workers.autoscaling.minReplicas=1"))
+    assert [server.get(kind, name)["spec"].get("replicas") for kind, name in SCALED] == [2, 2, 2]
+    assert "replicas" not in server.get("StatefulSet", "bora-one")["spec"]
+    # who renders without the cluster does not know what there is: no number of the autoscaler's is overwritten
+    documents = parse(succeeds(helm("template", "bora", CHART, "--namespace", NAMESPACE, "--values", scaling(tmp_path, kind))))
+    assert not any("replicas" in named(documents, kind, name)["spec"] for kind, name in SCALED)
+
+
+def test_a_rollback_to_an_autoscaler_takes_nothing_away(server, tmp_path):
+    """A manifest without a number makes Helm give up the one that it set, which becomes 1: three groups and three routers would end at once."""
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    count = lambda: [server.get(kind, name)["spec"].get("replicas") for kind, name in SCALED]
+    upgrade = lambda kind, *more, **values: succeeds(helm("upgrade", "--install", "bora", CHART, *at, *more, "--values", scaling(tmp_path, kind, **values)))
+    upgrade("keda")
+    for kind, name in SCALED:
+        server.scale(kind, name, 5, manager="keda")
+    upgrade("keda", log={"level": "debug"})
+    # between two revisions with autoscalers nothing is claimed and nothing changes
+    upgrade("keda", log={"level": "warn"})
+    succeeds(helm("rollback", "bora", "2", *at))
+    assert count() == [5, 5, 5] and server.output.pop("bora-rollback") == ""
+    upgrade("none", "--force-conflicts")
+    assert count() == [3, 3, 3]
+    there = server.names()
+    succeeds(helm("rollback", "bora", "2", *at))
+    assert count() == [3, 3, 3], server.output
+    assert server.names() == sorted({*there, "ScaledObject/bora-sets", "ScaledObject/bora-single", "HorizontalPodAutoscaler/bora-router"}), "the hooks are gone again"
+    # the numbers are the autoscalers' to change, and stay theirs in the next upgrade
+    for kind, name in SCALED:
+        server.scale(kind, name, 4, manager="keda")
+    upgrade("keda")
+    assert count() == [4, 4, 4]
+
+
+def test_a_rollback_to_a_smaller_number_is_a_conflict_and_the_release_goes_on(server, tmp_path):
+    """The first revision has minReplicas in its manifest."""
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    count = lambda: [server.get(kind, name)["spec"].get("replicas") for kind, name in SCALED]
     succeeds(helm("install", "bora", CHART, *at, "--values", scaling(tmp_path, "keda")))
-    succeeds(helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "keda", log={"level": "debug"})))
-    assert not any("replicas" in server.get(kind, name)["spec"] for kind, name in SCALED)
+    succeeds(helm("upgrade", "bora", CHART, *at, "--values", scaling(tmp_path, "none")))
+    outcome = helm("rollback", "bora", "1", *at)
+    assert outcome.returncode != 0 and 'conflict with "bora-rollback"' in outcome.stderr and count() == [3, 3, 3], outcome.stderr
+    # the safe way of docs/upgrade.md: the values of that revision, and the numbers that there are
+    values = tmp_path / "old.yaml"
+    values.write_text(succeeds(helm("get", "values", "bora", "--revision", "1", *at, "--output", "yaml")))
+    succeeds(helm("upgrade", "bora", CHART, *at, "--values", values))
+    assert count() == [3, 3, 3] and "ScaledObject/bora-sets" in server.names()
+
+
+def test_a_rollback_that_the_client_merges_is_refused(server, tmp_path):
+    """As Helm 3 does it: what the manifest gives up is deleted, whoever owns it."""
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    count = lambda: [server.get(kind, name)["spec"].get("replicas") for kind, name in SCALED]
+    upgrade = lambda kind, **values: succeeds(helm("upgrade", "bora", CHART, *at, "--server-side=false", "--values", scaling(tmp_path, kind, **values)))
+    few = {"workers": {"replicas": 3, "autoscaling": {"kind": "keda", "minReplicas": 1}}, "router": {"replicas": 3, "autoscaling": {"enabled": True, "minReplicas": 1}}}
+    succeeds(helm("install", "bora", CHART, *at, "--server-side=false", "--values", scaling(tmp_path, "keda", **few)))
+    for kind, name in SCALED:
+        server.scale(kind, name, 4)
+    upgrade("keda", **few, log={"level": "debug"})
+    # no manifest has a number yet
+    succeeds(helm("rollback", "bora", "1", *at))
+    assert count() == [4, 4, 4]
+    upgrade("none")
+    assert count() == [3, 3, 3]
+    outcome = helm("rollback", "bora", "1", *at)
+    assert outcome.returncode != 0 and count() == [3, 3, 3], outcome.stderr
+    assert "statefulsets/bora-single has 3 replicas, and the rollback would set 1" in server.output["bora-rollback"]
+    # docs/upgrade.md: Helm leaves the release pending, until the record of the rollback is deleted
+    (pending,) = [key for key, one in server.objects.items() if one["metadata"].get("labels", {}).get("status") == "pending-rollback"]
+    del server.objects[pending]
+    # an upgrade keeps the numbers, and so does each one after it
+    for level in ("info", "debug"):
+        upgrade("keda", **few, log={"level": level})
+        assert count() == [3, 3, 3]
+        for kind, name in SCALED:
+            server.scale(kind, name, 3)
+
+
+def test_two_upgrades_with_the_same_values_are_one_manifest(server, tmp_path):
+    at = ["--kubeconfig", server.kubeconfig(tmp_path / "kubeconfig"), "--namespace", NAMESPACE]
+    path = PRESET["values-multinode"]
+    succeeds(helm("install", "bora", CHART, *at, "--values", path))
+    manifests = []
+    for _ in range(2):
+        succeeds(helm("upgrade", "bora", CHART, *at, "--values", path))
+        manifests.append(succeeds(helm("get", "manifest", "bora", *at)))
+    assert manifests[0] == manifests[1]
 
 
 def test_from_one_autoscaler_to_the_other(server, tmp_path):

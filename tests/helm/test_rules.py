@@ -41,17 +41,26 @@ def test_every_alert_has_a_unit_test_that_sees_it_fire():
     assert fired == {alert["alert"] for alert in ALERTS}
 
 
-def test_the_chart_carries_the_same_rules():
+SELECTED = 'namespace="llm",release="bora"'
+
+
+def test_the_chart_carries_the_same_rules_for_its_release_alone():
     for path in PRESETS:
         for rule in objects(preset(path), "PrometheusRule"):
             # without those that are of one workload (tests/helm/test_admission.py computes them)
             carried = [one for group in rule["spec"]["groups"] for one in group["rules"] if not one.get("record", "").endswith(":workload")]
             expected = json.loads(json.dumps(list(rules())).replace("RUNBOOKS/", "docs/runbooks/"))
-            # the routers of another release are no comfort
-            (alone,) = [one for one in expected if one.get("alert") == "BoraNoRouter"]
-            assert alone["expr"] == "absent(bora_router_groups)"
-            alone["expr"] = 'absent(bora_router_groups{namespace="llm"})'
-            assert carried == expected
+            for one, own in zip(carried, expected, strict=True):
+                plain = one["expr"].replace(f"{{{SELECTED}}}", "").replace(f"{SELECTED},", "")
+                assert {**one, "expr": plain.strip()} == {**own, "expr": own["expr"].strip()}
+                # every metric is selected by the release
+                assert len(METRIC.findall(one["expr"])) == one["expr"].count(SELECTED) > 0, one["expr"]
+
+
+def test_what_is_summed_or_matched_keeps_the_release_apart():
+    for rule in rules():
+        for labels in re.findall(r"\b(?:by|on|without|ignoring) \(([^)]*)\)", rule["expr"]):
+            assert labels.startswith("namespace, release"), f"{rule.get('alert') or rule['record']}: by ({labels})"
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
@@ -107,7 +116,7 @@ def leaves_of(node, path=()):
             yield from leaves_of(value, (*path, key))
 
 
-METRIC = re.compile(r"\b((?:bora_router|bora_worker|bora_build|etcd|process)_[a-z0-9_]+|bora:[a-z0-9_:]+)")
+METRIC = re.compile(r"\b((?:bora_(?!model_)|etcd_|process_)[a-z0-9_]+|bora:[a-z0-9_:]+)")
 
 
 def used():

@@ -210,7 +210,8 @@ IMMUTABLE = {
 def refused_on_upgrade(old_text, new_text):
     """Immutable fields that differ between two renderings. Only what differs is parsed."""
     old, new = ({one for one in re.split(r"(?m)^---\n", text)} for text in (old_text, new_text))
-    before = {(one["kind"], one["metadata"]["name"]): one for one in parse("---\n".join(old - new))}
+    # hooks are deleted before they are made anew
+    before = {(one["kind"], one["metadata"]["name"]): one for one in parse("---\n".join(old - new)) if "helm.sh/hook" not in one["metadata"].get("annotations", {})}
     return [f"{one['kind']} {field}" for one in parse("---\n".join(new - old))
             if (one["kind"], one["metadata"]["name"]) in before for field in admission.change(before[one["kind"], one["metadata"]["name"]], one)]
 

@@ -1,9 +1,9 @@
 {{/* What pods of several parts share: identity, security, placement. */}}
 
-{{/* What every pod of Bora has: dict root, part */}}
+{{/* What every pod of Bora has: dict root, part, account (of another name than the part's), token (whether it is mounted) */}}
 {{- define "bora.podBasics" -}}
-serviceAccountName: {{ include "bora.serviceAccount" . }}
-automountServiceAccountToken: false
+serviceAccountName: {{ default (include "bora.serviceAccount" .) .account }}
+automountServiceAccountToken: {{ default false .token }}
 enableServiceLinks: false
 {{- with .root.Values.podSecurityContext }}
 securityContext: {{- toYaml . | nindent 2 }}
