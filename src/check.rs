@@ -1,9 +1,10 @@
-//! `bora check`: validates a configuration without starting anything.
+//! `bora check`: validates a configuration without starting anything. It finds what `bora router` and `bora worker` would
+//! refuse, and what they would find only later.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
-use anyhow::Context as _;
-use bora_common::config::ModelOptions;
+use bora_common::config::{ConfigError, HostPort, ModelOptions, with_location};
 use bora_common::model::ModelConfig;
 use bora_common::tls::{Acceptor, Connector};
 use clap::Args;
@@ -16,53 +17,78 @@ pub(crate) struct CheckArgs {
     /// the configuration file
     #[arg(long)]
     config: PathBuf,
+    /// host:port that `bora worker --advertise` will get
+    #[arg(long)]
+    advertise: Option<HostPort>,
 }
 
-/// Reads the file and everything it names; says what it means.
+/// Reads the file and everything that it names, and prints what it means.
 pub(crate) fn run(args: CheckArgs) -> anyhow::Result<()> {
-    let config = Config::read(&args.config)?;
-    for model in &config.models {
-        let description = open_model(model)?;
-        println!(
+    let mut config = Config::read(&args.config)?;
+    config.worker.advertise = args.advertise.or(config.worker.advertise.take());
+    let report = check(&config).map_err(|error| with_location(&args.config, error))?;
+    // a reader that has gone, such as `head`, is no failure
+    let _ = writeln!(std::io::stdout(), "{report}{} is valid", args.config.display());
+    Ok(())
+}
+
+/// Checks beyond [`Config::check`]; returns a line about each part. Errors begin with the key that is wrong.
+fn check(config: &Config) -> Result<String, ConfigError> {
+    use std::fmt::Write as _;
+
+    let mut report = String::new();
+    config.check_registry()?;
+    config.check_advertised()?;
+    config.registry.read_password()?;
+    bora_router::Access::open(config.router.access.clone())
+        .map_err(|error| ConfigError::Conflict(error.to_string()))?;
+    let worker_model = config.worker_model()?;
+    for (index, model) in config.models.iter().enumerate() {
+        let description = open_model(index, model)?;
+        let _ = writeln!(
+            report,
             "model {}: {} layers, {} heads ({} KV), {} positions{}",
             model.name,
             description.num_hidden_layers,
             description.num_attention_heads,
             description.num_key_value_heads,
             description.max_position_embeddings,
-            if model.skip_tokenizer_init { ", token ids only" } else { "" }
+            if model.skip_tokenizer_init { ", token IDs only" } else { "" }
         );
-    }
-    let ranks = config.worker.tensor_parallel_size;
-    if !config.models.is_empty() {
-        let description = open_model(config.worker_model()?)?;
-        for rank in config.worker.local_ranks() {
-            bora_worker::weights::ShardPlan::new(&description, rank as usize, ranks as usize)?;
+        if model.name == worker_model.name {
+            let ranks = config.worker.tensor_parallel_size as usize;
+            for rank in config.worker.local_ranks() {
+                bora_worker::weights::ShardPlan::new(&description, rank as usize, ranks)
+                    .map_err(|error| ConfigError::Conflict(format!("worker.tensor_parallel_size: {error}")))?;
+            }
         }
     }
-    println!(
-        "registry: {:?} at {} endpoint(s), cluster {}",
-        config.registry.kind,
-        config.registry.endpoints.len(),
-        config.cluster
-    );
+    let endpoints = config.registry.endpoints.len();
+    let _ =
+        writeln!(report, "registry: {:?} at {endpoints} endpoint(s), cluster {}", config.registry.kind, config.cluster);
     if let Some(files) = &config.http.tls {
-        Acceptor::for_http(files).context("http.tls")?;
-        println!("http: TLS with {}", files.certificate_file.display());
+        Acceptor::for_http(files).map_err(|error| ConfigError::Conflict(format!("http.tls: {error}")))?;
+        let _ = writeln!(report, "http: TLS with {}", files.certificate_file.display());
     }
     if let Some(files) = &config.grpc.tls {
-        Acceptor::for_grpc(files).and_then(|_| Connector::new(files)).context("grpc.tls")?;
-        println!("grpc: mutual TLS with {}", files.certificate_file.display());
+        Acceptor::for_grpc(files)
+            .and_then(|_| Connector::new(files))
+            .map_err(|error| ConfigError::Conflict(format!("grpc.tls: {error}")))?;
+        let _ = writeln!(report, "grpc: mutual TLS with {}", files.certificate_file.display());
     }
-    println!("worker: {:?}, {} rank(s), {:?} of them here", config.worker.device, ranks, config.worker.local_ranks());
-    println!("{} is valid", args.config.display());
-    Ok(())
+    let worker = &config.worker;
+    let ranks = worker.tensor_parallel_size;
+    let _ = writeln!(report, "worker: {:?}, {ranks} rank(s), {:?} of them here", worker.device, worker.local_ranks());
+    Ok(report)
 }
 
-fn open_model(model: &ModelOptions) -> anyhow::Result<ModelConfig> {
-    let description = ModelConfig::from_dir(&model.path)?;
+fn open_model(index: usize, model: &ModelOptions) -> Result<ModelConfig, ConfigError> {
+    let wrong =
+        |key: &str, error: &dyn std::fmt::Display| ConfigError::Conflict(format!("models[{index}].{key}: {error}"));
+    let description = ModelConfig::from_dir(&model.path).map_err(|error| wrong("path", &error))?;
     if let Some(path) = model.tokenizer_path() {
-        crate::tokenize::open(path)?;
+        let key = if model.tokenizer.is_some() { "tokenizer" } else { "path" };
+        crate::tokenize::open(path).map_err(|error| wrong(key, &format!("{error:#}")))?;
     }
     Ok(description)
 }

@@ -1,13 +1,16 @@
 //! The configuration file, put together: one schema for router and worker.
 
+use std::net::IpAddr;
 use std::path::Path;
 
-use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryOptions, read_file};
+use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryKind, RegistryOptions, read_file};
 use bora_common::telemetry::TelemetryOptions;
 use bora_common::tls::{Connector, GrpcTls, HttpTls, TlsError};
 use bora_router::RouterOptions;
 use bora_worker::WorkerOptions;
 use serde::Deserialize;
+
+use crate::logging;
 
 /// A whole file. Every section may be absent; which ones a command needs, it checks itself.
 #[derive(Clone, Debug, Deserialize)]
@@ -85,12 +88,20 @@ impl Default for Config {
     }
 }
 
+fn is_wildcard(host: &str) -> bool {
+    host.parse::<IpAddr>().is_ok_and(|address| address.is_unspecified())
+}
+
+/// Whether two listeners would take the same port.
+fn overlap(one: &HostPort, other: &HostPort) -> bool {
+    let same_host = one.host == other.host || is_wildcard(&one.host) || is_wildcard(&other.host);
+    one.port != 0 && one.port == other.port && same_host
+}
+
 impl Config {
     /// Reads a file and checks what holds for every command.
     pub(crate) fn read(path: &Path) -> Result<Self, ConfigError> {
-        let config: Self = read_file(path)?;
-        config.check()?;
-        Ok(config)
+        read_file(path, Self::check)
     }
 
     /// Values that don't go together.
@@ -102,15 +113,72 @@ impl Config {
         if self.cluster.is_empty() {
             return Err(ConfigError::Conflict("cluster: expected a name".into()));
         }
+        if let Some(level) = &self.log.level {
+            logging::parse_filter(level).map_err(|reason| ConfigError::Conflict(format!("log.level: {reason}")))?;
+        }
         let mut names = std::collections::BTreeSet::new();
-        for model in &self.models {
+        for (index, model) in self.models.iter().enumerate() {
             for name in std::iter::once(&model.name).chain(&model.aliases) {
                 if name.is_empty() || !names.insert(name) {
-                    return Err(ConfigError::Conflict(format!("models: the name `{name}` is empty or stands twice")));
+                    return Err(ConfigError::Conflict(format!(
+                        "models[{index}].name: the name `{name}` is empty or used twice"
+                    )));
+                }
+            }
+        }
+        self.check_ports()
+    }
+
+    /// No two listeners of one process may share a port.
+    fn check_ports(&self) -> Result<(), ConfigError> {
+        let http = HostPort { host: self.http.host.clone(), port: self.http.port };
+        let worker = &self.worker;
+        let router = [("http.port", Some(&http)), ("http.admin", self.http.admin.as_ref())];
+        let group = [
+            ("worker.listen", Some(&worker.listen)),
+            ("worker.peers", Some(&worker.peers)),
+            ("worker.admin", worker.admin.as_ref()),
+            ("worker.health", worker.health.as_ref()),
+        ];
+        for listeners in [&router[..], &group[..]] {
+            let listeners: Vec<_> = listeners.iter().filter_map(|(key, at)| Some((key, (*at)?))).collect();
+            for (index, (key, at)) in listeners.iter().enumerate() {
+                if let Some((other, _)) = listeners[..index].iter().find(|(_, earlier)| overlap(earlier, at)) {
+                    return Err(ConfigError::Conflict(format!(
+                        "{key}: `{at}` is the port of {other}: expected another one"
+                    )));
                 }
             }
         }
         Ok(())
+    }
+
+    /// What a cluster's processes need: routers and workers find each other through a registry.
+    pub(crate) fn check_registry(&self) -> Result<(), ConfigError> {
+        if self.registry.kind == RegistryKind::Memory {
+            return Err(ConfigError::Conflict(
+                "registry.kind: a router or worker of a cluster needs etcd or static (`bora serve` is one process for all)".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// A leader that listens on every address must announce one that others can reach.
+    pub(crate) fn check_advertised(&self) -> Result<(), ConfigError> {
+        let worker = &self.worker;
+        let leads = worker.local_ranks().first() == Some(&0);
+        if leads && is_wildcard(&worker.listen.host) && worker.advertise.is_none() {
+            return Err(ConfigError::Conflict(format!(
+                "worker.listen: `{}` is no address that routers can reach: expected worker.advertise (--advertise) beside it",
+                worker.listen
+            )));
+        }
+        match &worker.advertise {
+            Some(address) if is_wildcard(&address.host) || address.port == 0 => Err(ConfigError::Conflict(format!(
+                "worker.advertise: `{address}` is no address that routers can reach: expected a name or an address, and a port"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// The model that this worker runs.

@@ -8,7 +8,7 @@ mod flags;
 mod logging;
 mod router;
 mod serve;
-mod shutdown;
+mod signals;
 mod tokenize;
 mod top;
 mod worker;
@@ -61,7 +61,7 @@ fn main() {
     end(match outcome {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("bora: {error:#}");
+            logging::print(&format!("bora: {error:#}"));
             1
         }
     })
@@ -72,6 +72,7 @@ fn main() {
 #[allow(unsafe_code)]
 fn end(code: i32) -> ! {
     let _ = std::io::stdout().flush();
+    logging::flush();
     // SAFETY: flushed; nothing else of this process has to outlive it.
     unsafe { libc::_exit(code) }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use bora_common::config::{ConfigError, LogFormat, ModelOptions, RegistryKind};
+use bora_common::config::{LogFormat, ModelOptions, with_location};
 use bora_common::registry::{Registry, RouterRecord};
 use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_common::tls::Acceptor;
@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::{logging, shutdown, tokenize};
+use crate::{logging, signals, tokenize};
 
 /// Longest wait for etcd to take this router off its list.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
@@ -41,23 +41,21 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     let mut config = Config::read(&args.config)?;
     config.http.host = args.host.unwrap_or(config.http.host);
     config.http.port = args.port.unwrap_or(config.http.port);
-    if config.registry.kind == RegistryKind::Memory {
-        return Err(ConfigError::Conflict(
-            "registry.kind: a router of its own needs etcd or static (one process for all is `bora serve`)".into(),
-        )
-        .into());
-    }
+    config.check().and_then(|()| config.check_registry()).map_err(|error| with_location(&args.config, error))?;
     logging::start(&config.log)?;
     crate::run_server(async {
         config.router.grpc = config.grpc.connector()?;
         let registry = config.registry.open(&config.cluster, config.router.grpc.clone())?;
-        serve(&config, "bora-router", None, registry.as_ref(), shutdown::token()?).await
+        let stop = signals::stop_token()?;
+        serve(&config, Some(args.config), "bora-router", None, registry.as_ref(), stop).await
     })
 }
 
 /// Opens the tokenizers, listens and serves until `stop`. `beside` makes the metrics of a group in the same process.
+/// `file` is where SIGHUP reads the configuration again.
 pub(crate) async fn serve(
     config: &Config,
+    file: Option<PathBuf>,
     service: &'static str,
     beside: Option<MetricsSource>,
     registry: &dyn Registry,
@@ -104,6 +102,13 @@ pub(crate) async fn serve(
     }
     // ends with the router: probes and scrapes are answered while open requests finish
     let admin = admin.map(|listener| tokio::spawn(router.serve_admin(listener)));
+    let service = Arc::downgrade(router.service());
+    let reload_access = move || {
+        if let Some(service) = service.upgrade() {
+            service.access().reload();
+        }
+    };
+    let reloading = tokio::spawn(signals::reload_at(signals::hangups()?, file, reload_access));
     let stopping = stop.clone();
     let leaving = tokio::spawn(async move {
         stopping.cancelled().await;
@@ -115,6 +120,7 @@ pub(crate) async fn serve(
         // without etcd the lease ends by itself
         let _ = tokio::time::timeout(LEAVE_WITHIN, leaving).await;
     }
+    reloading.abort();
     if let Some(admin) = admin {
         admin.abort();
     }
@@ -130,10 +136,12 @@ fn warn_of_open_door(format: LogFormat, address: SocketAddr) {
     match format {
         LogFormat::Text => {
             let line = "!".repeat(80);
-            eprintln!("{line}\n!! {WORDS}\n!! {address}\n{line}");
+            logging::print(&format!("{line}\n!! {WORDS}\n!! {address}\n{line}"));
         }
         // what reads the log as JSON reads this too
-        LogFormat::Json => eprintln!("{}", serde_json::json!({"level": "ERROR", "message": WORDS, "address": address})),
+        LogFormat::Json => {
+            logging::print(&serde_json::json!({"level": "ERROR", "message": WORDS, "address": address}).to_string());
+        }
     }
 }
 

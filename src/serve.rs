@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::flags::EngineFlags;
-use crate::{logging, router, shutdown, tokenize};
+use crate::{logging, router, signals, tokenize};
 
 /// What to serve, and how.
 #[derive(Args, Debug)]
@@ -70,14 +70,14 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
             .context("no tokenizer: --tokenizer names one, --skip-tokenizer-init serves token ids only")?;
     }
     crate::run_server(async {
-        let signalled = shutdown::token()?;
+        let signalled = signals::stop_token()?;
         let group_stop = CancellationToken::new();
         let registry = config.registry.open(&config.cluster, None)?;
         let metrics = WorkerMetrics::new();
         let settings = WorkerSettings { options: config.worker.clone(), model, metrics: metrics.clone() };
         let mut group = tokio::spawn(bora_worker::run(settings, registry.clone(), group_stop.clone()));
         tokio::select! {
-            routed = router::serve(&config, "bora-serve", Some(metrics.source()), registry.as_ref(), signalled) => {
+            routed = router::serve(&config, None, "bora-serve", Some(metrics.source()), registry.as_ref(), signalled) => {
                 // open requests have ended; now the group may
                 group_stop.cancel();
                 group.await.context("the group's task failed")??;

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bora_common::config::{ConfigError, HostPort, RegistryKind};
+use bora_common::config::{HostPort, with_location};
 use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_worker::{DeviceChoice, WorkerMetrics, WorkerSettings};
 use clap::Args;
 
 use crate::config::Config;
-use crate::{logging, shutdown};
+use crate::{logging, signals};
 
 /// What to start.
 #[derive(Args, Debug)]
@@ -75,13 +75,11 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
     worker.disable_custom_all_reduce |= args.disable_custom_all_reduce;
     worker.device = args.device.unwrap_or(worker.device);
     worker.tensor_parallel_size = args.tensor_parallel_size.unwrap_or(worker.tensor_parallel_size);
-    worker.check()?;
-    if config.registry.kind == RegistryKind::Memory {
-        return Err(ConfigError::Conflict(
-            "registry.kind: a worker of its own needs etcd or static (one process for all is `bora serve`)".into(),
-        )
-        .into());
-    }
+    config
+        .check()
+        .and_then(|()| config.check_registry())
+        .and_then(|()| config.check_advertised())
+        .map_err(|error| with_location(&args.config, error))?;
     let model = config.worker_model()?.clone();
     logging::start(&config.log)?;
     crate::run_server(async {
@@ -98,7 +96,9 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         let source: MetricsSource = Arc::new(move || told.text());
         let telemetry = telemetry::start(config.telemetry, &identity, Some(source))?;
         let settings = WorkerSettings { options: config.worker, model, metrics };
-        let ended = bora_worker::run(settings, registry, shutdown::token()?).await;
+        let reloading = tokio::spawn(signals::reload_at(signals::hangups()?, Some(args.config), || {}));
+        let ended = bora_worker::run(settings, registry, signals::stop_token()?).await;
+        reloading.abort();
         telemetry.stop().await;
         Ok(ended?)
     })

@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::{DeserializeOwned, DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A configuration that can't be used; the message is what the operator sees.
@@ -39,21 +39,132 @@ pub enum ConfigError {
     Conflict(String),
 }
 
-/// Reads a YAML file into `T`; an empty file is `T` with all its defaults, where it has them.
-pub fn read_file<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+/// Reads a YAML file into `T` and applies `check` to it. Every error names the file; an error of `check` that begins with a
+/// key of the file ([`ConfigError::Conflict`]) also names the line of that key.
+///
+/// # Errors
+/// The file can't be read, is empty, is no YAML of this form, or `check` refuses it.
+pub fn read_file<T: DeserializeOwned>(
+    path: &Path,
+    check: impl FnOnce(&T) -> Result<(), ConfigError>,
+) -> Result<T, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|error| ConfigError::Read { path: path.into(), error })?;
-    parse(path, &text)
+    let value = parse(path, &text)?;
+    check(&value).map_err(|error| located(path, &text, error))?;
+    Ok(value)
 }
 
 fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, ConfigError> {
+    let wrong = |line, column, reason| ConfigError::Wrong { path: path.into(), line, column, reason };
+    if text.lines().map(str::trim).all(|line| line.is_empty() || line.starts_with('#') || line == "---") {
+        return Err(wrong(1, 1, "the file is empty".into()));
+    }
     serde_yaml::from_str(text).map_err(|error| {
         let (line, column) = error.location().map_or((0, 0), |at| (at.line(), at.column()));
-        let mut reason = error.to_string();
-        if let Some(at) = reason.rfind(" at line ") {
-            reason.truncate(at);
-        }
-        ConfigError::Wrong { path: path.into(), line, column, reason }
+        wrong(line, column, readable(error.to_string()))
     })
+}
+
+/// Serde's words without its position and without names of Rust types.
+fn readable(mut reason: String) -> String {
+    if let Some(at) = reason.rfind(" at line ") {
+        reason.truncate(at);
+    }
+    const TYPES: [(&str, &str); 13] = [
+        ("u8", "a whole number from 0 to 255"),
+        ("u16", "a whole number from 0 to 65535"),
+        ("u32", "a whole number from 0 to 4294967295"),
+        ("u64", "a whole number, 0 or more"),
+        ("usize", "a whole number, 0 or more"),
+        ("i32", "a whole number"),
+        ("i64", "a whole number"),
+        ("f32", "a number"),
+        ("f64", "a number"),
+        ("a boolean", "true or false"),
+        ("path string", "a path"),
+        ("a borrowed string", "a text"),
+        ("a string", "a text"),
+    ];
+    let Some((before, expected)) = reason.rsplit_once(", expected ") else { return reason };
+    let plain = TYPES.iter().find(|(name, _)| *name == expected).map(|(_, words)| *words);
+    let plain = plain.or_else(|| expected.starts_with("struct ").then_some("a mapping of keys to values"));
+    match plain {
+        Some(words) => format!("{before}, expected {words}"),
+        None => reason,
+    }
+}
+
+/// Adds file and line to an error that was found after the file was read, if it begins with the key it is about.
+pub fn with_location(path: &Path, error: ConfigError) -> ConfigError {
+    match std::fs::read_to_string(path) {
+        Ok(text) => located(path, &text, error),
+        Err(_) => error,
+    }
+}
+
+fn located(path: &Path, text: &str, error: ConfigError) -> ConfigError {
+    let ConfigError::Conflict(reason) = error else { return error };
+    let key = reason.split(|c: char| !(c.is_ascii_alphanumeric() || "._[]-".contains(c))).next().unwrap_or_default();
+    let (line, column) = locate(text, key.trim_end_matches('.'));
+    ConfigError::Wrong { path: path.into(), line, column, reason }
+}
+
+/// Line and column (from 1) of the value at `key`, such as `http.admin` or `models[1].name`; of the innermost part that is
+/// there if the whole is not.
+fn locate(text: &str, key: &str) -> (usize, usize) {
+    let parts: Vec<&str> = key.split(['.', '[']).map(|part| part.trim_end_matches(']')).collect();
+    (0..=parts.len())
+        .rev()
+        .find_map(|depth| {
+            let seed = Locate(&parts[..depth]);
+            let error = seed.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
+            error.to_string().contains(FOUND).then(|| error.location())?
+        })
+        .map_or((1, 1), |at| (at.line(), at.column()))
+}
+
+/// What [`Locate`] fails with at the value that it looks for: the reader adds the position to an error.
+const FOUND: &str = "the value is here";
+
+struct Locate<'a>(&'a [&'a str]);
+
+impl<'de> DeserializeSeed<'de> for Locate<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        // a scalar has no method here: serde refuses it with the words of `expecting`, and so with its position
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Locate<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(FOUND)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let Some((first, rest)) = self.0.split_first() else { return Err(A::Error::custom(FOUND)) };
+        while let Some(key) = map.next_key::<String>()? {
+            if key == *first {
+                return map.next_value_seed(Locate(rest));
+            }
+            map.next_value::<IgnoredAny>()?;
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        let Some((first, rest)) = self.0.split_first() else { return Err(A::Error::custom(FOUND)) };
+        let Ok(index) = first.parse::<usize>() else { return Ok(()) };
+        for _ in 0..index {
+            if list.next_element::<IgnoredAny>()?.is_none() {
+                return Ok(());
+            }
+        }
+        list.next_element_seed(Locate(rest)).map(|_| ())
+    }
 }
 
 /// `host:port`; an IPv6 host stands in brackets.
@@ -71,11 +182,17 @@ impl std::str::FromStr for HostPort {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let expected = || format!("`{text}` is no address: expected host:port, for example 127.0.0.1:8000");
         let (host, port) = text.rsplit_once(':').ok_or_else(expected)?;
-        let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-        if host.is_empty() {
+        if host.contains("://") || port.starts_with("//") {
+            return Err(format!("`{text}` is a URL: expected host:port without a scheme, for example 127.0.0.1:8000"));
+        }
+        let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        let allowed =
+            |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c) || (bracketed.is_some() && ":%".contains(c));
+        let host = bracketed.unwrap_or(host);
+        if host.is_empty() || !host.chars().all(allowed) {
             return Err(expected());
         }
-        let port = port.parse().map_err(|_| expected())?;
+        let port = port.parse().map_err(|_| format!("`{text}`: expected a port from 0 to 65535"))?;
         Ok(Self { host: host.into(), port })
     }
 }
@@ -240,6 +357,22 @@ impl RegistryOptions {
         Ok(())
     }
 
+    /// The user's password; `None` if no file is configured.
+    ///
+    /// # Errors
+    /// The file can't be read or is empty.
+    pub fn read_password(&self) -> Result<Option<String>, ConfigError> {
+        let Some(file) = &self.password_file else { return Ok(None) };
+        let wrong =
+            |reason: String| ConfigError::Conflict(format!("registry.password_file: {}: {reason}", file.display()));
+        let password = std::fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+        let password = password.trim_end();
+        if password.is_empty() {
+            return Err(wrong("the file is empty".into()));
+        }
+        Ok(Some(password.to_owned()))
+    }
+
     /// Opens the registry. Nothing is connected yet.
     /// `grpc` is how groups of a static list are asked.
     pub fn open(
@@ -254,14 +387,7 @@ impl RegistryOptions {
             RegistryKind::Memory => std::sync::Arc::new(MemoryRegistry::new()),
             RegistryKind::Static => std::sync::Arc::new(FixedRegistry::new(endpoints, grpc)),
             RegistryKind::Etcd => {
-                let credentials = match (&self.username, &self.password_file) {
-                    (Some(user), Some(file)) => {
-                        let password = std::fs::read_to_string(file)
-                            .map_err(|error| ConfigError::Read { path: file.clone(), error })?;
-                        Some((user.clone(), password.trim_end().to_owned()))
-                    }
-                    _ => None,
-                };
+                let credentials = self.username.clone().zip(self.read_password()?);
                 std::sync::Arc::new(EtcdRegistry::new(EtcdOptions {
                     endpoints,
                     cluster: cluster.to_owned(),
@@ -328,6 +454,7 @@ mod tests {
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
     struct File {
+        #[serde(default)]
         registry: RegistryOptions,
         #[serde(default)]
         models: Vec<ModelOptions>,
@@ -335,6 +462,29 @@ mod tests {
 
     fn wrong(text: &str) -> String {
         parse::<File>(Path::new("bora.yaml"), text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn errors_after_parsing_name_the_line_of_their_key() {
+        let text = "registry: {kind: etcd}\nmodels:\n  - name: a\n    path: x\n  - path: y\n    name: b\n";
+        let at = |reason: &str| located(Path::new("f"), text, ConfigError::Conflict(reason.into())).to_string();
+        assert_eq!(at("registry.kind: no"), "f:1:18: registry.kind: no");
+        assert!(at("models[1].name: twice").starts_with("f:6:"), "{}", at("models[1].name: twice"));
+        assert!(at("models[0].tokenizer: gone").starts_with("f:3:"), "the innermost part that is there");
+        assert_eq!(at("router.retries: gone"), "f:1:1: router.retries: gone");
+        assert!(at("models[0].name.deeper: x").starts_with("f:3:"));
+        assert!(at("models[7]: x").starts_with("f:3:"));
+    }
+
+    #[test]
+    fn rust_types_and_empty_files_are_put_into_words() {
+        let lease = wrong("registry:\n  lease_seconds: soon\n");
+        assert!(lease.contains("expected a number") && !lease.contains("f64"), "{lease}");
+        let registry = wrong("registry: 7\n");
+        assert!(registry.contains("a mapping of keys to values") && !registry.contains("struct"), "{registry}");
+        for empty in ["", "\n# nothing\n---\n"] {
+            assert_eq!(wrong(empty), "bora.yaml:1:1: the file is empty");
+        }
     }
 
     #[test]
@@ -364,6 +514,10 @@ mod tests {
         assert_eq!("[::1]:80".parse(), Ok(HostPort { host: "::1".into(), port: 80 }));
         assert_eq!(HostPort { host: "::1".into(), port: 80 }.to_string(), "[::1]:80");
         assert_eq!("1.5GiB".parse(), Ok(ByteSize(3 << 29)));
+        for url in ["https://etcd:2379", "http://etcd", "etcd:port", "etcd:70000", "a b:1", "[::1:2"] {
+            assert!(url.parse::<HostPort>().is_err(), "{url}");
+        }
+        assert!("https://etcd:2379".parse::<HostPort>().unwrap_err().contains("without a scheme"));
         assert!("4 bananas".parse::<ByteSize>().is_err());
         let file: File = parse(Path::new("f"), "registry: {kind: static, endpoints: ['h:1']}").unwrap();
         assert!(file.registry.check().is_ok() && file.models.is_empty());

@@ -59,6 +59,36 @@ def test_check_names_what_does_not_go_together(tmp_path):
     assert result.returncode != 0 and "no_such_model" in result.stderr
 
 
+@pytest.mark.parametrize("change, line, expected", [
+    (("cluster: test", "cluster: test\nlog: {level: loud}"), 3, "log.level: `loud` is no level: expected one of off, error, warn"),
+    (("127.0.0.1:2379", "https://etcd:2379"), 3, "without a scheme"),
+    (("kind: etcd", "kind: memory"), 3, "registry.kind: a router or worker of a cluster needs etcd or static"),
+    (("  device: cpu", "  device: cpu\n  listen: 0.0.0.0:9000"), 10, "worker.listen: `0.0.0.0:9000` is no address that routers can reach"),
+    (("  device: cpu", "  device: cpu\n  listen: 10.0.0.1:9000\n  advertise: '[::]:9000'"), 11, "worker.advertise:"),
+    (("cluster: test", "cluster: test\nhttp: {port: 8000, admin: '127.0.0.1:8000'}"), 3, "http.admin: `127.0.0.1:8000` is the port of http.port"),
+    (("  device: cpu", "  device: cpu\n  listen: 127.0.0.1:9000\n  peers: 127.0.0.1:9000"), 11, "worker.peers:"),
+    (("cluster: test", "cluster: test\nrouter: {access: {keys: /no/such/keys.yaml}}"), 3, "router.access.keys: cannot read /no/such/keys.yaml"),
+    (("2379\"]", "2379\"], username: u, password_file: /no/such/password"), 3, "registry.password_file: /no/such/password"),
+    (("cluster: test", "cluster: test\nrouter: {heartbeat_seconds: 0}"), 3, "router.heartbeat_seconds: a number of seconds above 0"),
+    (("tensor_parallel_size: 2", "tensor_parallel_size: 99999999999"), 10, "a whole number from 0 to 4294967295"),
+    (("- name: tiny", "- name: other\n    path: /nowhere\n  - name: tiny\n    aliases: [other]"), 7, "the name `other` is empty or used twice"),
+])
+def test_check_finds_what_a_start_finds_and_more(tmp_path, change, line, expected):
+    assert change[0] in GOOD
+    path = write(tmp_path, GOOD.replace(*change))
+    result = bora("check", "--config", path)
+    assert result.returncode != 0
+    assert f"{path}:{line}:" in result.stderr and expected in result.stderr, result.stderr
+
+
+def test_check_refuses_files_that_configure_nothing(tmp_path):
+    for text, expected in [("", "the file is empty"), ("# only this\n", "the file is empty"), ("cluster: x\nregistry: {kind: static, endpoints: ['h:1']}\n", "models: expected at least one")]:
+        result = bora("check", "--config", write(tmp_path, text))
+        assert result.returncode != 0 and expected in result.stderr, result.stderr
+    result = bora("check", "--config", write(tmp_path, GOOD.replace("  device: cpu", "  device: cpu\n  listen: 0.0.0.0:9000")), "--advertise", "worker-0:9000")
+    assert result.returncode == 0, result.stderr
+
+
 def test_serve_says_what_is_wrong():
     result = bora("serve", "--model", FIXTURES / "no_such_model")
     assert result.returncode != 0 and "no_such_model" in result.stderr

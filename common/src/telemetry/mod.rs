@@ -5,6 +5,7 @@
 //! into a bounded queue when it has ended, and dropped where the queue is full.
 
 pub mod exposition;
+pub mod log_writer;
 mod otlp;
 pub mod process;
 pub mod trace;

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::sync::OnceLock;
 
+use super::log_writer;
+
 /// Linux counts processor time in hundredths of a second for user space, on every architecture.
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -33,6 +35,8 @@ pub fn write(text: &mut String, version: &str) {
     let open = std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count() as f64);
     gauge("process_open_fds", "gauge", "Open files and sockets.", open);
     gauge("process_max_fds", "gauge", "Files and sockets that may be open.", max_fds());
+    let lost = log_writer::lost_lines() as f64;
+    gauge("bora_log_lines_lost", "counter", "Log lines that could not be written.", Some(lost));
     gauge("process_start_time_seconds", "gauge", "Start, in seconds since 1970.", start_time(ticks(19)));
 }
 

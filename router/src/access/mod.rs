@@ -22,6 +22,7 @@ use std::{
 
 use axum::http::{HeaderMap, header};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::api::error::ApiError;
 use jwt::{JwtError, JwtOptions, Tokens};
@@ -80,6 +81,7 @@ pub struct Access {
     callers: Option<RwLock<Arc<Callers>>>,
     tokens: Option<Tokens>,
     routers: LiveRouters,
+    reload_requested: Notify,
 }
 
 impl Access {
@@ -88,7 +90,7 @@ impl Access {
         let routers = LiveRouters::default();
         let tokens = options.jwt.clone().map(Tokens::open).transpose()?;
         if options.keys.is_none() && options.api_keys.is_empty() && tokens.is_none() {
-            return Ok(Self { options, callers: None, tokens, routers });
+            return Ok(Self { options, callers: None, tokens, routers, reload_requested: Notify::new() });
         }
         let callers = read_callers(&options, &HashMap::new(), &routers)?;
         if let Some(jwt) = &options.jwt {
@@ -103,12 +105,18 @@ impl Access {
                 return wrong("default_tenant", format!("`{name}` is no tenant of the file router.access.keys"));
             }
         }
-        Ok(Self { options, callers: Some(RwLock::new(Arc::new(callers))), tokens, routers })
+        let callers = Some(RwLock::new(Arc::new(callers)));
+        Ok(Self { options, callers, tokens, routers, reload_requested: Notify::new() })
     }
 
     /// Whether lines of the audit log hold the requests' bodies.
     pub fn audits_bodies(&self) -> bool {
         self.options.audit_bodies
+    }
+
+    /// Reads the key file now, rather than within the next seconds.
+    pub fn reload(&self) {
+        self.reload_requested.notify_one();
     }
 
     /// Whether requests need no key.
@@ -162,9 +170,9 @@ impl Access {
         let (Some(callers), Some(path)) = (&self.callers, &self.options.keys) else { return };
         let mut seen = tokio::fs::read(path).await.ok();
         loop {
-            tokio::time::sleep(RELOAD_EVERY).await;
+            let requested = tokio::time::timeout(RELOAD_EVERY, self.reload_requested.notified()).await.is_ok();
             let now = tokio::fs::read(path).await.ok();
-            if now == seen {
+            if now == seen && !requested {
                 continue;
             }
             seen = now;
