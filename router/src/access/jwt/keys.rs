@@ -72,6 +72,7 @@ impl KeySource {
             }
         };
         let url = parse_url(&text).map_err(|reason| wrong(field, reason))?;
+        check_scheme(&options.issuer, &url).map_err(|reason| wrong(field, reason))?;
         if url.scheme_str() == Some("http") && !is_loopback(&url) {
             tracing::warn!(%url, "keys for tokens are fetched without TLS: whoever is on the way can let anybody in");
         }
@@ -95,10 +96,20 @@ impl KeySource {
                 if document.issuer != *issuer {
                     return Err(format!("{url}: it is the document of another issuer, `{}`", document.issuer));
                 }
-                fetch(&parse_url(&document.jwks_uri)?, tls).await
+                let keys = parse_url(&document.jwks_uri)?;
+                check_scheme(issuer, &keys)?;
+                fetch(&keys, tls).await
             }
         }
     }
+}
+
+/// An issuer that is reached by https must not have its keys replaced by whoever is on the way.
+fn check_scheme(issuer: &str, url: &Uri) -> Result<(), String> {
+    if issuer.starts_with("https://") && url.scheme_str() == Some("http") && !is_loopback(url) {
+        return Err(format!("`{url}`: the issuer is an https URL: expected https for its keys too"));
+    }
+    Ok(())
 }
 
 /// The keys of one fetch.
@@ -274,4 +285,25 @@ async fn get(url: &Uri, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'st
     let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(|error| error.to_string())?;
     connection.abort();
     Ok(body.to_bytes().to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_keys_without_tls_for_an_https_issuer() {
+        let options = |issuer: &str, jwks_url: &str| -> JwtOptions {
+            let options = serde_json::json!({"issuer": issuer, "audience": ["bora"], "jwks_url": jwks_url});
+            serde_json::from_value(options).expect("options")
+        };
+        let refused = KeySource::of(&options("https://idp.example", "http://idp.example/keys")).err().expect("refused");
+        assert!(refused.field == "jwks_url" && refused.reason.contains("expected https"), "{}", refused.reason);
+        assert!(KeySource::of(&options("https://idp.example", "https://idp.example/keys")).is_ok());
+        assert!(
+            KeySource::of(&options("https://idp.example", "http://127.0.0.1:1/keys")).is_ok(),
+            "nobody is on that way"
+        );
+        assert!(KeySource::of(&options("http://idp.example", "http://idp.example/keys")).is_ok());
+    }
 }
