@@ -77,28 +77,41 @@ impl Device {
     }
 
     /// Copies to the device; the source may be reused at once, the copy is ordered with the stream.
-    pub(super) fn upload(&self, target: Address, bytes: &[u8], doing: &str) -> Result<()> {
+    ///
+    /// # Safety
+    /// `target` lies in a live buffer that has room for `bytes` there.
+    pub(super) unsafe fn upload(&self, target: Address, bytes: &[u8], doing: &str) -> Result<()> {
         self.synchronize()?;
-        // SAFETY: callers hand in an address inside a live buffer with room for `bytes`.
+        // SAFETY: the caller's promise.
         unsafe { result::memcpy_htod_sync(target, bytes) }.map_err(during(doing))
     }
 
     /// Copies from the device, after all work submitted so far.
-    pub(super) fn download(&self, bytes: &mut [u8], source: Address, doing: &str) -> Result<()> {
+    ///
+    /// # Safety
+    /// `source` lies in a live buffer that holds as many bytes as `bytes` there.
+    pub(super) unsafe fn download(&self, bytes: &mut [u8], source: Address, doing: &str) -> Result<()> {
         self.synchronize()?;
-        // SAFETY: callers hand in an address inside a live buffer that holds as many bytes.
+        // SAFETY: the caller's promise.
         unsafe { result::memcpy_dtoh_sync(bytes, source) }.map_err(during(doing))
     }
 
     /// Copies from pinned memory without waiting.
-    pub(super) fn upload_async(&self, target: Address, pinned: &[u8]) -> Result<()> {
-        // SAFETY: target as in `upload`; the caller keeps the pinned bytes until an event after this copy.
+    ///
+    /// # Safety
+    /// `target` as in [`upload`](Self::upload); `pinned` lives and stays unchanged until an event after this copy.
+    pub(super) unsafe fn upload_async(&self, target: Address, pinned: &[u8]) -> Result<()> {
+        // SAFETY: the caller's promise.
         unsafe { result::memcpy_htod_async(target, pinned, self.stream) }.map_err(during("uploading a step"))
     }
 
     /// Copies into pinned memory without waiting.
-    pub(super) fn download_async(&self, pinned: &mut [u8], source: Address) -> Result<()> {
-        // SAFETY: source as in `download`; the caller reads the pinned bytes after an event behind this copy.
+    ///
+    /// # Safety
+    /// `source` as in [`download`](Self::download); `pinned` lives, and nobody reads or writes it, until an event after
+    /// this copy.
+    pub(super) unsafe fn download_async(&self, pinned: &mut [u8], source: Address) -> Result<()> {
+        // SAFETY: the caller's promise.
         unsafe { result::memcpy_dtoh_async(pinned, source, self.stream) }.map_err(during("reading results"))
     }
 

@@ -228,7 +228,8 @@ pub(super) fn load_slice(device: &Device, kernels: &mut Kernels, target: Address
         return Ok(());
     }
     if let (true, Some(bytes)) = (keep, slice.contiguous()) {
-        return device.upload(target, bytes, slice.name);
+        // SAFETY: `target` is where the whole slice has its room.
+        return unsafe { device.upload(target, bytes, slice.name) };
     }
     let row_bytes = slice.columns * if fp8 { 1 } else { 2 };
     let rows_at_once = (CONVERTED_BYTES / row_bytes.max(1)).max(1);
@@ -252,7 +253,8 @@ pub(super) fn load_slice(device: &Device, kernels: &mut Kernels, target: Address
                 }
             }
         }
-        device.upload(target + (first * row_bytes) as u64, &bytes, slice.name)?;
+        // SAFETY: these rows are part of the slice, which has its room at `target`.
+        unsafe { device.upload(target + (first * row_bytes) as u64, &bytes, slice.name) }?;
     }
     Ok(())
 }

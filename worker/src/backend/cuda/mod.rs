@@ -160,7 +160,8 @@ impl CudaBackend {
         let rope = setup.config.rope.table(head_dim);
         let frequencies = Buffer::new(rope.frequencies.len() * 4, "the rotary frequencies")?;
         let bytes: Vec<u8> = rope.frequencies.iter().flat_map(|frequency| frequency.to_le_bytes()).collect();
-        device.upload(frequencies.address, &bytes, "the rotary frequencies")?;
+        // SAFETY: the buffer was made as long as `bytes`.
+        unsafe { device.upload(frequencies.address, &bytes, "the rotary frequencies") }?;
         let parts = attention::decode_parts(device.multiprocessors, setup.plan.kv_heads.len());
         let room = attention::transposes_values(head_dim, options.kv, device.hopper)
             .then(|| setup.limits.model_len.div_ceil(tiles::ROUND_TOKENS));
@@ -226,7 +227,8 @@ impl CudaBackend {
     /// Logits as numbers [rows, vocabulary], for checks.
     fn read_logits(&self, logits: &Logits) -> Result<Vec<f32>> {
         let mut bytes = vec![0u8; logits.rows * self.setup.config.vocab_size * 4];
-        self.device.download(&mut bytes, self.buffers()?.logits.address, "reading logits")?;
+        // SAFETY: the buffer holds `limits.logit_rows` rows, and `logits` has no more.
+        unsafe { self.device.download(&mut bytes, self.buffers()?.logits.address, "reading logits") }?;
         Ok(bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four)).collect())
     }
 

@@ -137,7 +137,8 @@ impl Peers {
         let Ok(addresses) = reached else { return Ok(None) };
         let table = Buffer::new(ranks * 8, "the inboxes of the ranks")?;
         let words: Vec<u8> = addresses.iter().flat_map(|address| address.to_le_bytes()).collect();
-        device.upload(table.address, &words, "the inboxes of the ranks")?;
+        // SAFETY: the buffer has an address for each rank, and so has `words`.
+        unsafe { device.upload(table.address, &words, "the inboxes of the ranks") }?;
         let turns = Buffer::new(PEER_ROWS * 4, "the turns of sums")?;
         device.fill(&turns, 0)?;
         device.synchronize()?;

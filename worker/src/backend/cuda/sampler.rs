@@ -217,7 +217,8 @@ impl Sampler {
                 memory.lists = Some(Buffer::new(bytes.len(), "a sampler's lists")?);
             }
             let lists = memory.lists.as_ref().map_or(0, |lists| lists.address);
-            device.upload(lists, &bytes, "a sampler's lists")?;
+            // SAFETY: the buffer `lists` was made at least as long as `bytes` above.
+            unsafe { device.upload(lists, &bytes, "a sampler's lists") }?;
             let count = params.logit_bias.len() as u64;
             (sampler.bias_ids, sampler.biases, sampler.end_ids) = (lists, lists + 4 * count, lists + 8 * count);
         }
@@ -234,8 +235,11 @@ impl Sampler {
         let (sampler_bytes, count_bytes) = bytes.split_at_mut(size_of::<SlotSampler>());
         sampler_bytes.copy_from_slice(bytes_of(&sampler));
         count_bytes.copy_from_slice(&(admission.generated_ids.len() as u32).to_le_bytes());
-        device.upload_async(self.samplers.address + (slot * size_of::<SlotSampler>()) as u64, sampler_bytes)?;
-        device.upload_async(self.generated.address + 4 * slot as u64, count_bytes)
+        // SAFETY: both buffers have a place for each slot; the exchange is not written again before its event.
+        unsafe {
+            device.upload_async(self.samplers.address + (slot * size_of::<SlotSampler>()) as u64, sampler_bytes)?;
+            device.upload_async(self.generated.address + 4 * slot as u64, count_bytes)
+        }
     }
 
     /// Marks the start of a step, for its time.
@@ -309,7 +313,9 @@ impl Sampler {
             bytes.copy_from_slice(bytes_of(request));
         }
         if !requests.is_empty() {
-            device.upload_async(self.requests.address, &exchange.requests.as_slice()[..rows * size_of::<Request>()])?;
+            let request_bytes = &exchange.requests.as_slice()[..rows * size_of::<Request>()];
+            // SAFETY: the buffer holds as many requests as the exchange, which is not written again before its event.
+            unsafe { device.upload_async(self.requests.address, request_bytes) }?;
             let masks = upload_masks(device, &masks, self.most_masks, self.mask_words, &mut self.masks, exchange)?;
             let arguments = Arguments::default()
                 .address(logits)
@@ -336,7 +342,8 @@ impl Sampler {
                 kernels.launch(device, "settle_drafts", shape, arguments, false)?;
             }
             let bytes = rows * size_of::<Answer>();
-            device.download_async(&mut exchange.answers.as_mut_slice()[..bytes], self.answers.address)?;
+            // SAFETY: the buffer holds as many results as the exchange, which is not read before its event.
+            unsafe { device.download_async(&mut exchange.answers.as_mut_slice()[..bytes], self.answers.address) }?;
         }
         exchange.done.record(device)?;
         self.pending.push_back(Pending { ring, kinds });
@@ -431,7 +438,8 @@ fn upload_masks(
             bytes.copy_from_slice(&word.to_le_bytes());
         }
     }
-    device.upload_async(buffer.address, &pinned.as_slice()[..masks.len() * words * 4])?;
+    // SAFETY: the buffer and the pinned memory hold `most` masks each; the exchange is not written again before its event.
+    unsafe { device.upload_async(buffer.address, &pinned.as_slice()[..masks.len() * words * 4]) }?;
     Ok(buffer.address)
 }
 
@@ -448,7 +456,8 @@ fn count_ids(
     }
     let bytes: Vec<u8> = prompt.iter().chain(generated).flat_map(|id| id.to_le_bytes()).collect();
     let ids = Buffer::new(bytes.len(), "the ids of a prompt")?;
-    device.upload(ids.address, &bytes, "the ids of a prompt")?;
+    // SAFETY: the buffer was made as long as `bytes`.
+    unsafe { device.upload(ids.address, &bytes, "the ids of a prompt") }?;
     let arguments = Arguments::default()
         .address(seen)
         .address(ids.address)

@@ -225,7 +225,8 @@ impl StepInputs {
         let (before, part_words) = words.split_at_mut(places.decode_parts);
         share_out(&decoded, self.parts, &mut before[places.decode_items..], part_words);
         let used = (places.tables + tables_end) * 4;
-        device.upload_async(self.buffer.address, &pinned.as_slice()[..used])?;
+        // SAFETY: the buffer is as long as the pinned memory, which is not written again before the event `copied`.
+        unsafe { device.upload_async(self.buffer.address, &pinned.as_slice()[..used]) }?;
         copied.record(device)?;
         self.shape = shape;
         Ok(())

@@ -446,7 +446,10 @@ fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
     let logits = Buffer::new(slots * VOCABULARY * 4, "a timing")?;
     let numbers = bench.random.normals(VOCABULARY, 3.0);
     for row in 0..slots {
-        bench.device.upload(logits.address + (row * VOCABULARY * 4) as u64, &f32_bytes(&numbers), "a timing")?;
+        // SAFETY: the buffer has `slots` rows of the vocabulary.
+        unsafe {
+            bench.device.upload(logits.address + (row * VOCABULARY * 4) as u64, &f32_bytes(&numbers), "a timing")?;
+        }
     }
     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     let plain = SamplingParams { temperature: 0.15, ..SamplingParams::default() };

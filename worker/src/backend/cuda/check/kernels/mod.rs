@@ -39,7 +39,8 @@ impl Bench {
 
     pub(super) fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
         let buffer = Buffer::new(bytes.len(), "a test")?;
-        self.device.upload(buffer.address, bytes, "a test")?;
+        // SAFETY: the buffer was made as long as `bytes`.
+        unsafe { self.device.upload(buffer.address, bytes, "a test") }?;
         Ok(buffer)
     }
 
@@ -51,7 +52,9 @@ impl Bench {
 
     pub(super) fn read(&self, buffer: &Buffer, bytes: usize) -> Result<Vec<u8>> {
         let mut found = vec![0; bytes];
-        self.device.download(&mut found, buffer.address, "a test")?;
+        assert!(bytes <= buffer.bytes);
+        // SAFETY: asserted.
+        unsafe { self.device.download(&mut found, buffer.address, "a test") }?;
         Ok(found)
     }
 
