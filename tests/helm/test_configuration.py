@@ -9,6 +9,7 @@ import yaml
 
 from chart import BORA, FIXTURES, PRESETS, Loader, named, objects, parse, pod_specs, preset, render_text, run, schema
 
+SECRET = "6cdc4bd0f2a24a7c8f4e7a1f6f3f3a8e"
 TOKENIZER = FIXTURES / "tokenizers" / "tekken-v13-8k.json"
 # the real shapes, so that `bora check` also sees whether the model can be split as the preset says
 CONFIGS = {
@@ -34,6 +35,11 @@ def localized(text, directory):
 
 def check(text, directory):
     file = directory / "bora.yaml"
+    secret = directory / "cluster-secret"
+    if not secret.exists():
+        secret.touch(mode=0o600)
+        secret.write_text(SECRET)
+    text = text.replace("/etc/bora/cluster-secret/secret", str(secret))
     file.write_text(text)
     return run(BORA, "check", "--config", file)
 

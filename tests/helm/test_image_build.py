@@ -108,6 +108,7 @@ mount --bind "$1" "$1"
 mount -o remount,bind,ro "$1"
 mount -t tmpfs tmpfs "$1/tmp"
 cp "$2" "$1/tmp/bora.yaml"
+install -m 0400 -o 10001 "$(dirname "$2")/cluster-secret" "$1/tmp/cluster-secret"
 root=$1
 shift 2
 exec chroot --userspec=10001:10001 --groups= "$root" /usr/local/bin/bora "$@" --config /tmp/bora.yaml
@@ -118,11 +119,12 @@ def test_the_image_serves_without_write_access(demo, tmp_path):
     _, root = demo
     api, admin, worker = free_port(), free_port(), free_port()
     (tmp_path / "bora.yaml").write_text(json.dumps({
-        "cluster": "image", "registry": {"kind": "static", "endpoints": [f"127.0.0.1:{worker}"]},
+        "cluster": "image", "cluster_secret_file": "/tmp/cluster-secret", "registry": {"kind": "static", "endpoints": [f"127.0.0.1:{worker}"]},
         "models": [{"name": "bora-demo", "path": "/usr/share/bora/demo-model"}],
         "http": {"host": "127.0.0.1", "port": api, "admin": f"127.0.0.1:{admin}"},
         "worker": {"group": "only", "device": "cpu", "listen": f"127.0.0.1:{worker}", "kv_cache": {"blocks": 512}},
     }))
+    (tmp_path / "cluster-secret").write_text("0123456789abcdef0123456789abcdef")
     running = []
     try:
         for part in ("worker", "router"):

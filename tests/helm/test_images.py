@@ -171,6 +171,11 @@ def test_compose_runs_what_the_binary_knows(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(FIXTURES / "tiny_text", model)
     shutil.copy(FIXTURES / "tokenizers" / "tekken-v13-8k.json", model / "tekken.json")
+    secret = tmp_path / "cluster-secret"
+    secret.touch(mode=0o600)
+    secret.write_text("0123456789abcdef0123456789abcdef")
+    assert "cluster-secret" in services["router"]["secrets"] and "cluster-secret" in services["worker"]["secrets"]
+    text = text.replace("/run/secrets/cluster-secret", str(secret))
     (tmp_path / "bora.yaml").write_text(text.replace("path: /model", f"path: {model}"))
     outcome = run(BORA, "check", "--config", tmp_path / "bora.yaml")
     assert outcome.returncode == 0, outcome.stderr

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -44,11 +45,12 @@ def test_install_test_upgrade_rollback_uninstall(name, server, tmp_path):
     if "autoscaling" not in path.read_text().split("router:")[-1]:
         assert server.get("Deployment", "bora-router")["spec"]["replicas"] == 7
     assert 'level: "debug"' in server.get("ConfigMap", "bora-router")["data"]["bora.yaml"]
-    # certificates outlive upgrades: a new authority would lock everybody out
-    secrets = {key: one["data"] for key, one in installed.items() if one["kind"] == "Secret" and "etcd" in one["metadata"]["name"]}
-    assert len(secrets) == 2
+    # certificates and the cluster secret outlive upgrades: new ones would lock everybody out
+    secrets = {key: one["data"] for key, one in installed.items()
+               if one["kind"] == "Secret" and re.search("etcd|cluster-secret", one["metadata"]["name"])}
+    assert len(secrets) == 3
     for key, data in secrets.items():
-        assert server.objects[key]["data"] == data, "an upgrade made new certificates"
+        assert server.objects[key]["data"] == data, "an upgrade made new secrets"
 
     succeeds(helm("rollback", "bora", "1", *at))
     assert server.names() == expected

@@ -1,6 +1,7 @@
 """What the chart renders runs: etcd with its flags and certificates, router and workers with their commands and configuration,
 the question of `helm test`, and the downloads. Only addresses, ports and directories are replaced."""
 
+import base64
 import hashlib
 import json
 import os
@@ -34,9 +35,14 @@ class Pods:
         self.documents, self.etcd, self.directory, self.model = documents, etcd, directory, model
         self.ports = {port: free_port() for port in (8000, 8001, 9000, 9001, 9002)}
         self.running = []
+        for key, value in named(documents, "Secret", "bora-cluster-secret")["data"].items():
+            (directory / "cluster-secret").mkdir(exist_ok=True)
+            (directory / "cluster-secret" / key).touch(mode=0o600)
+            (directory / "cluster-secret" / key).write_bytes(base64.b64decode(value))
 
     def local(self, text):
         text = text.replace("bora-etcd-0.bora-etcd.llm.svc.cluster.local:2379", f"127.0.0.1:{self.etcd.client}")
+        text = text.replace("/etc/bora/cluster-secret", str(self.directory / "cluster-secret"))
         text = text.replace("/etc/bora/keys", str(self.directory / "keys"))
         text = text.replace("/etc/bora/etcd-tls", str(self.etcd.directory / "client")).replace("/usr/share/bora/demo-model", str(self.model))
         for port, own in self.ports.items():

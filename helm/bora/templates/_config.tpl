@@ -4,6 +4,7 @@
 {{- define "bora.routerConfig" -}}
 {{- $root := . -}}
 cluster: {{ include "bora.cluster" . | quote }}
+cluster_secret_file: /etc/bora/cluster-secret/{{ .Values.clusterSecret.key }}
 registry: {{- include "bora.registry" . | nindent 2 }}
 {{- with include "bora.models" . | fromYaml }}
 models:
@@ -39,6 +40,7 @@ log:
 {{- $model := .model -}}
 {{- $workers := $model.workers -}}
 cluster: {{ include "bora.cluster" $root | quote }}
+cluster_secret_file: /etc/bora/cluster-secret/{{ $root.Values.clusterSecret.key }}
 registry: {{- include "bora.registry" $root | nindent 2 }}
 models:
   {{- include "bora.modelEntry" $model | nindent 2 }}

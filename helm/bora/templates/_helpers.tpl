@@ -141,6 +141,21 @@ tls:
 {{- end }}
 {{- end -}}
 
+{{/* Name of the Secret that holds the cluster secret. */}}
+{{- define "bora.clusterSecret" -}}
+{{- default (printf "%s-cluster-secret" (include "bora.fullname" .)) .Values.clusterSecret.existing -}}
+{{- end -}}
+
+{{/* With a group of the pod's own, 0400 is enough: the kubelet lets that group read it. */}}
+{{- define "bora.clusterSecretVolume" -}}
+- name: cluster-secret
+  secret: {secretName: {{ include "bora.clusterSecret" . }}, defaultMode: {{ include "bora.secretMode" . | replace "0440" "0400" }}}
+{{- end -}}
+
+{{- define "bora.clusterSecretMount" -}}
+- {name: cluster-secret, mountPath: /etc/bora/cluster-secret, readOnly: true}
+{{- end -}}
+
 {{/* The `grpc` section of the configuration. */}}
 {{- define "bora.grpc" -}}
 {{- if .Values.grpc.tls.secret -}}

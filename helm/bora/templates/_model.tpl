@@ -108,7 +108,7 @@
 
 {{/* What the schema can't see: models among each other and the routers' numbers. */}}
 {{- define "bora.checks" -}}
-{{- $taken := list "router" "router-admin" "etcd" "etcd-maintenance" "scripts" "test" -}}
+{{- $taken := list "router" "router-admin" "etcd" "etcd-maintenance" "scripts" "test" "cluster-secret" -}}
 {{- $models := include "bora.models" . | fromYaml -}}
 {{- range $key, $model := $models -}}
 {{- if or (has $key $taken) (hasPrefix "dashboard-" $key) -}}

@@ -117,6 +117,7 @@ spec:
         - {name: config, mountPath: /etc/bora/bora.yaml, subPath: bora.yaml, readOnly: true}
         - {name: shm, mountPath: /dev/shm}
         - {name: tmp, mountPath: /tmp}
+        {{- include "bora.clusterSecretMount" $root | nindent 8 }}
         {{- include "bora.registryMounts" $root | nindent 8 }}
         {{- include "bora.grpcMounts" $root | nindent 8 }}
         {{- with include "bora.telemetryMounts" $root }}{{ . | nindent 8 }}{{ end }}
@@ -138,6 +139,7 @@ spec:
       emptyDir: {medium: Memory, sizeLimit: {{ $workers.sharedMemory }}}
     - name: tmp
       emptyDir: {sizeLimit: 4Gi}
+    {{- include "bora.clusterSecretVolume" $root | nindent 4 }}
     {{- include "bora.registryVolumes" $root | nindent 4 }}
     {{- include "bora.grpcVolumes" $root | nindent 4 }}
     {{- with include "bora.telemetryVolumes" $root }}{{ . | nindent 4 }}{{ end }}
