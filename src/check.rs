@@ -20,11 +20,15 @@ pub(crate) struct CheckArgs {
     /// host:port that `bora worker --advertise` will get
     #[arg(long)]
     advertise: Option<HostPort>,
+    /// file of the secret that all processes of the cluster share (cluster_secret_file)
+    #[arg(long)]
+    cluster_secret_file: Option<PathBuf>,
 }
 
 /// Reads the file and everything that it names, and prints what it means.
 pub(crate) fn run(args: CheckArgs) -> anyhow::Result<()> {
     let mut config = Config::read(&args.config)?;
+    config.cluster_secret_file = args.cluster_secret_file.or(config.cluster_secret_file);
     config.worker.advertise = args.advertise.or(config.worker.advertise.take());
     let report = check(&config).map_err(|error| with_location(&args.config, error))?;
     // a reader that has gone, such as `head`, is no failure
@@ -66,6 +70,7 @@ fn check(config: &Config) -> Result<String, ConfigError> {
     let endpoints = config.registry.endpoints.len();
     let _ =
         writeln!(report, "registry: {:?} at {endpoints} endpoint(s), cluster {}", config.registry.kind, config.cluster);
+    let _ = writeln!(report, "cluster secret: its cache key has the id {}", config.cluster_keys()?.cache_key_id());
     if let Some(files) = &config.http.tls {
         Acceptor::for_http(files).map_err(|error| ConfigError::Conflict(format!("http.tls: {error}")))?;
         let _ = writeln!(report, "http: TLS with {}", files.certificate_file.display());

@@ -1,9 +1,10 @@
 //! The configuration file, put together: one schema for router and worker.
 
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryKind, RegistryOptions, read_file};
+use bora_common::secret::{ClusterKeys, HOW_TO_MAKE};
 use bora_common::telemetry::TelemetryOptions;
 use bora_common::tls::{Connector, GrpcTls, HttpTls, TlsError};
 use bora_router::RouterOptions;
@@ -18,6 +19,8 @@ use crate::logging;
 pub(crate) struct Config {
     /// Name of the cluster: several may share one etcd.
     pub(crate) cluster: String,
+    /// File of the secret that all routers and workers of the cluster share: what cached blocks are named under.
+    pub(crate) cluster_secret_file: Option<PathBuf>,
     /// Where groups are announced and found.
     pub(crate) registry: RegistryOptions,
     /// The models that are served.
@@ -76,6 +79,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             cluster: "bora".into(),
+            cluster_secret_file: None,
             registry: RegistryOptions::default(),
             models: Vec::new(),
             http: HttpOptions::default(),
@@ -179,6 +183,17 @@ impl Config {
             ))),
             _ => Ok(()),
         }
+    }
+
+    /// The keys of a cluster of several processes. They can't agree on a secret by themselves, so one must be given.
+    pub(crate) fn cluster_keys(&self) -> Result<ClusterKeys, ConfigError> {
+        let Some(path) = &self.cluster_secret_file else {
+            return Err(ConfigError::Conflict(format!(
+                "cluster_secret_file: expected a file that holds a secret, the same for every router and worker of the \
+                 cluster; make one with `{HOW_TO_MAKE}`"
+            )));
+        };
+        ClusterKeys::read(path).map_err(|error| ConfigError::Conflict(error.to_string()))
     }
 
     /// The model that this worker runs.

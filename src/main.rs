@@ -9,6 +9,7 @@ mod logging;
 mod router;
 mod serve;
 mod signals;
+mod state;
 mod tokenize;
 mod top;
 mod worker;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use bora_common::config::{LogFormat, ModelOptions, with_location};
 use bora_common::registry::{Registry, RouterRecord};
+use bora_common::secret::ClusterKeys;
 use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_common::tls::Acceptor;
 use bora_router::{ModelSpec, Router, RouterOptions};
@@ -34,6 +35,9 @@ pub(crate) struct RouterArgs {
     /// port to listen on; 0 = any free one (http.port)
     #[arg(long)]
     port: Option<u16>,
+    /// file of the secret that all processes of the cluster share (cluster_secret_file)
+    #[arg(long)]
+    cluster_secret_file: Option<PathBuf>,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -42,12 +46,14 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     config.http.host = args.host.unwrap_or(config.http.host);
     config.http.port = args.port.unwrap_or(config.http.port);
     config.check().and_then(|()| config.check_registry()).map_err(|error| with_location(&args.config, error))?;
+    config.cluster_secret_file = args.cluster_secret_file.or(config.cluster_secret_file);
     logging::start(&config.log)?;
+    let keys = config.cluster_keys().map_err(|error| with_location(&args.config, error))?;
     crate::run_server(async {
         config.router.grpc = config.grpc.connector()?;
         let registry = config.registry.open(&config.cluster, config.router.grpc.clone())?;
         let stop = signals::stop_token()?;
-        serve(&config, Some(args.config), "bora-router", None, registry.as_ref(), stop).await
+        serve(&config, Some(args.config), "bora-router", keys, None, registry.as_ref(), stop).await
     })
 }
 
@@ -57,6 +63,7 @@ pub(crate) async fn serve(
     config: &Config,
     file: Option<PathBuf>,
     service: &'static str,
+    keys: ClusterKeys,
     beside: Option<MetricsSource>,
     registry: &dyn Registry,
     stop: CancellationToken,
@@ -79,7 +86,7 @@ pub(crate) async fn serve(
         None => None,
     };
     let options = RouterOptions { admin_elsewhere: admin.is_some(), ..config.router.clone() };
-    let mut router = Router::new(options, models, registry.watch())?;
+    let mut router = Router::new(options, keys, models, registry.watch())?;
     let presence = registry.join(record(&listener.local_addr()?));
     router.share_limits(presence.live());
     if let Some(beside) = beside {

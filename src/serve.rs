@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use bora_common::config::ModelOptions;
+use bora_common::secret::ClusterKeys;
 use bora_common::tls::HttpTls;
 use bora_router::{ConversationRules, Digest};
 use bora_worker::{WorkerMetrics, WorkerSettings};
@@ -12,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
 use crate::flags::EngineFlags;
-use crate::{logging, router, signals, tokenize};
+use crate::{logging, router, signals, state, tokenize};
 
 /// What to serve, and how.
 #[derive(Args, Debug)]
@@ -55,6 +56,12 @@ pub(crate) struct ServeArgs {
     /// PEM file of that certificate's key
     #[arg(long, visible_alias = "ssl-keyfile", requires = "tls_certificate_file")]
     tls_key_file: Option<PathBuf>,
+    /// file of the secret that cached blocks are named under (cluster_secret_file); one is kept in --state-dir where absent
+    #[arg(long)]
+    cluster_secret_file: Option<PathBuf>,
+    /// directory that is kept from run to run; $XDG_STATE_HOME/bora or ~/.local/state/bora where absent
+    #[arg(long, conflicts_with = "cluster_secret_file")]
+    state_dir: Option<PathBuf>,
     /// names the reasons of each placement in the header x-bora-decision
     #[arg(long)]
     debug: bool,
@@ -62,8 +69,13 @@ pub(crate) struct ServeArgs {
 
 /// Serves until SIGTERM or SIGINT.
 pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
+    let state_directory = args.state_dir.clone();
     let config = configure(args)?;
     logging::start(&config.log)?;
+    let keys = match &config.cluster_secret_file {
+        Some(path) => ClusterKeys::read(path)?,
+        None => state::cluster_keys(state_directory)?,
+    };
     let model = config.worker_model()?.clone();
     if let Some(path) = model.tokenizer_path() {
         tokenize::open(path)
@@ -74,10 +86,11 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
         let group_stop = CancellationToken::new();
         let registry = config.registry.open(&config.cluster, None)?;
         let metrics = WorkerMetrics::new();
-        let settings = WorkerSettings { options: config.worker.clone(), model, metrics: metrics.clone() };
+        let settings =
+            WorkerSettings { options: config.worker.clone(), model, metrics: metrics.clone(), keys: keys.clone() };
         let mut group = tokio::spawn(bora_worker::run(settings, registry.clone(), group_stop.clone()));
         tokio::select! {
-            routed = router::serve(&config, None, "bora-serve", Some(metrics.source()), registry.as_ref(), signalled) => {
+            routed = router::serve(&config, None, "bora-serve", keys, Some(metrics.source()), registry.as_ref(), signalled) => {
                 // open requests have ended; now the group may
                 group_stop.cancel();
                 group.await.context("the group's task failed")??;
@@ -109,6 +122,7 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
         .tls_certificate_file
         .zip(args.tls_key_file)
         .map(|(certificate_file, key_file)| HttpTls { certificate_file, key_file });
+    config.cluster_secret_file = args.cluster_secret_file;
     config.router.debug = args.debug;
     if args.lenient_conversations {
         config.router.conversation = ConversationRules::Lenient;

@@ -57,6 +57,9 @@ pub(crate) struct WorkerArgs {
     /// ranks that one copy of the model is split over (worker.tensor_parallel_size)
     #[arg(long)]
     tensor_parallel_size: Option<u32>,
+    /// file of the secret that all processes of the cluster share (cluster_secret_file)
+    #[arg(long)]
+    cluster_secret_file: Option<PathBuf>,
 }
 
 /// Runs until SIGTERM or SIGINT, or until the group fails.
@@ -81,7 +84,9 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         .and_then(|()| config.check_advertised())
         .map_err(|error| with_location(&args.config, error))?;
     let model = config.worker_model()?.clone();
+    config.cluster_secret_file = args.cluster_secret_file.or(config.cluster_secret_file);
     logging::start(&config.log)?;
+    let keys = config.cluster_keys().map_err(|error| with_location(&args.config, error))?;
     crate::run_server(async {
         config.worker.tls = config.grpc.tls.clone();
         let registry = config.registry.open(&config.cluster, config.grpc.connector()?)?;
@@ -95,7 +100,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         let told = Arc::clone(&metrics);
         let source: MetricsSource = Arc::new(move || told.text());
         let telemetry = telemetry::start(config.telemetry, &identity, Some(source))?;
-        let settings = WorkerSettings { options: config.worker, model, metrics };
+        let settings = WorkerSettings { options: config.worker, model, metrics, keys };
         let reloading = tokio::spawn(signals::reload_at(signals::hangups()?, Some(args.config), || {}));
         let ended = bora_worker::run(settings, registry, signals::stop_token()?).await;
         reloading.abort();

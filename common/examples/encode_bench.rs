@@ -3,14 +3,18 @@
 //! Each file is cut into pieces of 300 KB. Printed are MB/s on one thread: for the first piece a thread ever
 //! encodes, the median of the pieces after it (text never seen, vocabulary warm), and the best of twenty runs
 //! over the first piece (text seen before). Besides that the time to load, the first call on a fresh thread,
-//! many short texts, and texts that make careless encoders quadratic.
+//! many short texts, texts that make careless encoders quadratic, and the names of a prompt's blocks (beside XXH3-128, which has
+//! no key, over the same bytes).
 
 use std::hint::black_box;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bora_common::blocks::{BLOCK_TOKENS, hash_blocks};
+use bora_common::secret::ClusterKeys;
 use bora_common::tokenizer::Tokenizer;
+use xxhash_rust::xxh3::xxh3_128;
 
 const PIECE: usize = 300_000;
 
@@ -67,7 +71,34 @@ fn run(tokenizer: &str, files: &[String]) -> Result<(), Box<dyn std::error::Erro
         let text = unit.repeat((1 << 20) / unit.len());
         println!("1 MiB of {name}: {:.0} ms", timed(|| tokenizer.encode(&text)).0.as_secs_f64() * 1e3);
     }
+    let keys = ClusterKeys::random();
+    for tokens in [512, 117_000, 262_144] {
+        let ids: Vec<u32> = (0..tokens).map(|id: u32| id.wrapping_mul(0x9e37_79b1) >> 15).collect();
+        let keyed = fastest(|| hash_blocks(&keys, b"salt", &[], &ids));
+        let unkeyed = fastest(|| chain_without_key(&ids));
+        let micros = |time: Duration| time.as_secs_f64() * 1e6;
+        println!("names of {tokens} tokens: {:.1} us, without a key {:.1} us", micros(keyed), micros(unkeyed));
+    }
     Ok(())
+}
+
+/// What names of blocks were before they had a key: to compare with, in the same run.
+fn chain_without_key(ids: &[u32]) -> Vec<u128> {
+    let mut parent = 0;
+    let name = |block: &[u32; BLOCK_TOKENS]| {
+        let mut bytes = [0; 16 + 4 * BLOCK_TOKENS];
+        bytes[..16].copy_from_slice(&u128::to_le_bytes(parent));
+        for (place, id) in bytes[16..].as_chunks_mut::<4>().0.iter_mut().zip(block) {
+            *place = id.to_le_bytes();
+        }
+        parent = xxh3_128(&bytes);
+        parent
+    };
+    ids.as_chunks::<BLOCK_TOKENS>().0.iter().map(name).collect()
+}
+
+fn fastest<T>(mut work: impl FnMut() -> T) -> Duration {
+    (0..50).map(|_| timed(&mut work).0).min().unwrap_or_default()
 }
 
 fn timed<T>(work: impl FnOnce() -> T) -> (Duration, T) {

@@ -1,5 +1,5 @@
 //! What router and worker share, and what neither of them may own: configuration, the description of a
-//! model, the tokenizer, the encoding of conversations, block hashes, the registry of groups and telemetry.
+//! model, the tokenizer, the encoding of conversations, the cluster secret, block hashes, the registry of groups and telemetry.
 #![forbid(unsafe_code)]
 
 pub mod blocks;
@@ -8,6 +8,7 @@ pub mod conversation;
 pub mod cost;
 pub mod model;
 pub mod registry;
+pub mod secret;
 pub mod telemetry;
 pub mod tls;
 pub mod tokenizer;

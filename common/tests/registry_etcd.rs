@@ -83,6 +83,7 @@ fn record(group: &str) -> GroupRecord {
         model: "mistralai/Devstral".into(),
         aliases: vec!["devstral".into()],
         device: Device::Fake,
+        cache_key_id: "1f".into(),
         weight_fingerprint: "abc".into(),
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,

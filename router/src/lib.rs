@@ -21,7 +21,7 @@ pub mod service;
 
 use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
-use bora_common::{registry::GroupChange, tls::Acceptor};
+use bora_common::{registry::GroupChange, secret::ClusterKeys, tls::Acceptor};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     net::TcpListener,
@@ -56,17 +56,18 @@ pub enum RouterError {
 }
 
 impl Router {
-    /// A router for these models. It follows `changes` (a registry's watch) from now on; must be called
+    /// A router for these models, of the cluster that has these keys. It follows `changes` (a registry's watch) from now on; must be called
     /// within a tokio runtime.
     pub fn new(
         options: RouterOptions,
+        keys: ClusterKeys,
         models: HashMap<String, ModelSpec>,
         changes: mpsc::Receiver<GroupChange>,
     ) -> Result<Self, RouterError> {
         options.validate()?;
         let access = Arc::new(Access::open(options.access.clone())?);
         let refreshing = tokio::spawn(Arc::clone(&access).keep_fresh());
-        let service = Arc::new(Service::new(options, models, access));
+        let service = Arc::new(Service::new(options, keys, models, access));
         let following = tokio::spawn(Arc::clone(service.fleet()).follow(changes));
         let admission = Arc::clone(&service.relay().admission);
         let admitting = tokio::spawn(admission.serve(Arc::clone(service.fleet())));

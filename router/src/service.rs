@@ -6,6 +6,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use bora_common::secret::{CacheSalt, CacheScope, ClusterKeys};
+
 use crate::{
     access::{Access, Caller},
     encode::{cache::ConversationCache, pool::EncodePool},
@@ -27,12 +29,18 @@ pub struct Service {
     pool: EncodePool,
     conversations: ConversationCache,
     access: Arc<Access>,
+    keys: ClusterKeys,
     started_at: u64,
 }
 
 impl Service {
     /// A service that knows no group yet.
-    pub fn new(options: RouterOptions, models: HashMap<String, ModelSpec>, access: Arc<Access>) -> Self {
+    pub fn new(
+        options: RouterOptions,
+        keys: ClusterKeys,
+        models: HashMap<String, ModelSpec>,
+        access: Arc<Access>,
+    ) -> Self {
         let aliases = models
             .iter()
             .flat_map(|(name, spec)| spec.aliases.iter().map(|alias| (alias.clone(), name.clone())))
@@ -41,7 +49,7 @@ impl Service {
         for name in models.keys() {
             metrics.know_model(name);
         }
-        let fleet = Fleet::new(options.clone());
+        let fleet = Fleet::new(options.clone(), &keys);
         let relay = Relay {
             admission: Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting)),
             retries: RetryBudget::new(options.retries_per_tenant, options.retries, access.routers().clone()),
@@ -57,6 +65,7 @@ impl Service {
             ids_only: Arc::default(),
             relay: Arc::new(relay),
             access,
+            keys,
             started_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             options,
         }
@@ -75,6 +84,17 @@ impl Service {
     /// What becomes of faulty conversations.
     pub fn conversation_rules(&self, caller: Option<&Caller>) -> ConversationRules {
         caller.and_then(|caller| caller.tenant.limits.conversation).unwrap_or(self.options.conversation)
+    }
+
+    /// What blocks, images and salts are named under.
+    pub fn keys(&self) -> &ClusterKeys {
+        &self.keys
+    }
+
+    /// What separates the cached prefixes of a request from those of other tenants; `requested` is the request's own salt.
+    pub fn cache_salt(&self, caller: Option<&Caller>, requested: Option<&str>) -> CacheSalt {
+        let scope = caller.map_or(CacheScope::Anonymous, |caller| caller.tenant.cache_scope());
+        self.keys.cache_salt(scope, requested.unwrap_or_default())
     }
 
     /// The groups.

@@ -23,6 +23,13 @@ def free_port():
         return s.getsockname()[1]
 
 
+def new_secret(path):
+    """A cluster secret's file."""
+    path.touch(mode=0o600)
+    path.write_text(os.urandom(32).hex())
+    return path
+
+
 def http(method, url, body=None, headers=None, timeout=60, context=None):
     """(status, headers, parsed JSON or text); never raises on an HTTP status."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -112,6 +119,7 @@ class Cluster:
         self.key = None
         self.sections = {}  # of every process's configuration
         self.etcd_port, self.etcd_peer_port = free_port(), free_port()
+        self.secret = new_secret(self.path / "cluster-secret")
 
     def __enter__(self):
         return self
@@ -156,6 +164,7 @@ class Cluster:
     def config(self, name, registry_port=None, **sections):
         document = {
             "cluster": "e2e",
+            "cluster_secret_file": str(self.secret),
             "registry": {"kind": self.registry, "endpoints": [f"127.0.0.1:{registry_port or self.etcd_port}"], "lease_seconds": 3},
             "models": [{"name": self.model, "path": self.model_dir}],
             **self.sections,
@@ -230,7 +239,8 @@ class Cluster:
 def serve(cluster, *flags, model_dir=None, port=None, env=None):
     """`bora serve` beside the cluster's other processes; returns the process with its url."""
     port = port or free_port()
-    process = cluster.spawn("serve", [BORA, "serve", "--model", model_dir or cluster.model_dir, "--port", port, *flags], env)
+    process = cluster.spawn("serve", [BORA, "serve", "--model", model_dir or cluster.model_dir, "--port", port, *flags],
+                            {"XDG_STATE_HOME": str(cluster.path / "state"), **(env or {})})
     process.url = f"http://127.0.0.1:{port}"
     wait_until("bora serve is ready", lambda: process.running() and http("GET", process.url + "/ready")[0] == 200)
     cluster.router_url = process.url

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from cluster import BORA, FIXTURES, Cluster, http, serve
+from cluster import BORA, FIXTURES, Cluster, http, new_secret, serve
 from goldens import json_lines
 
 
@@ -15,12 +15,13 @@ def bora(*args, stdin=None):
 
 def write(tmp_path, text):
     path = tmp_path / "bora.yaml"
-    path.write_text(text)
+    path.write_text(text.replace("SECRET", str(new_secret(tmp_path / "cluster-secret"))))
     return path
 
 
 GOOD = """
 cluster: test
+cluster_secret_file: SECRET
 registry: {kind: etcd, endpoints: ["127.0.0.1:2379"]}
 models:
   - name: tiny

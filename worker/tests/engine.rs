@@ -5,8 +5,9 @@ mod support;
 
 use std::sync::Arc;
 
-use bora_common::blocks::{BlockChain, BlockHash};
+use bora_common::blocks::{BlockHash, hash_blocks};
 use bora_common::registry::Speed;
+use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, generate_event::Event};
 use bora_worker::SpeculativeOptions;
 use bora_worker::backend::Backend as _;
@@ -63,8 +64,13 @@ fn start_in(kv_blocks: u32, host_blocks: u32, options: EngineOptions, grammars: 
         },
         steps_run: 0,
         grammars,
+        keys: keys(),
     };
     EngineHandle::start(config, Box::new(runner)).unwrap().0
+}
+
+fn keys() -> ClusterKeys {
+    ClusterKeys::derive(&[1; 32])
 }
 
 fn greedy(token_ids: Vec<u32>, max_tokens: u32) -> v1::GenerateRequest {
@@ -331,7 +337,7 @@ async fn conversations_of_three_times_the_cache_come_back_from_host_memory() {
         }
     }
     for (prompt, before) in prompts.iter().zip(&first) {
-        let hashes = BlockChain::new(&[], Vec::new()).extend(&[prompt.as_slice(), &before.ids].concat());
+        let hashes = hash_blocks(&keys(), &[], &[], &[prompt.as_slice(), &before.ids].concat());
         assert!(hashes.iter().all(|hash| held.contains(hash)));
     }
     let flushed = spilling.flush().await.unwrap();

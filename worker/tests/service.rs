@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bora_common::registry::{Device, GroupRecord, GroupState, RankRecord};
+use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient};
 use bora_worker::backend::fake::{FakeOptions, FakeRunner, echo};
 use bora_worker::engine::{EngineConfig, EngineHandle, EngineHealth, EngineOptions};
@@ -20,6 +21,10 @@ struct Server {
     served: tokio::task::JoinHandle<()>,
 }
 
+fn keys() -> ClusterKeys {
+    ClusterKeys::derive(&[1; 32])
+}
+
 fn record(fake: &FakeOptions, endpoint: String) -> GroupRecord {
     GroupRecord {
         group: "fake-0".into(),
@@ -28,6 +33,7 @@ fn record(fake: &FakeOptions, endpoint: String) -> GroupRecord {
         model: "echo".into(),
         aliases: Vec::new(),
         device: Device::Fake,
+        cache_key_id: keys().cache_key_id().into(),
         weight_fingerprint: "none".into(),
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,
@@ -46,7 +52,7 @@ async fn start(fake: FakeOptions) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let record = record(&fake, address.clone());
-    let config = EngineConfig::of_group(&record, vec![fake.eos_id], EngineOptions::default());
+    let config = EngineConfig::of_group(&record, vec![fake.eos_id], EngineOptions::default(), keys());
     let (engine, _) = EngineHandle::start(config, Box::new(FakeRunner::new(fake))).unwrap();
     let host = Host::of(engine.clone(), record);
     let (stop, stopped) = oneshot::channel::<()>();
@@ -229,7 +235,7 @@ async fn a_group_that_loads_says_so_and_one_that_died_too() {
 
     let options = FakeOptions { die_at_step: Some(4), time_scale: 1.0, ..fake() };
     let record = record(&options, address);
-    let config = EngineConfig::of_group(&record, vec![2], EngineOptions::default());
+    let config = EngineConfig::of_group(&record, vec![2], EngineOptions::default(), keys());
     let (engine, _) = EngineHandle::start(config, Box::new(FakeRunner::new(options))).unwrap();
     host.ready(engine, record, std::sync::Arc::new(Vec::new));
     let error = ids(client.generate(request(&[5, 6], 50)).await.unwrap().into_inner()).await.unwrap_err();

@@ -19,6 +19,9 @@ pub struct GroupRecord {
     pub aliases: Vec<String>,
     /// `cpu`, `cuda` or `fake`: a fake group only pretends, and says so here.
     pub device: Device,
+    /// Public id of the keys that its blocks are named under: routers have the same ones. Release 0.1 does not say it.
+    #[serde(default)]
+    pub cache_key_id: String,
     /// Equal for equal weights: groups of one model must agree.
     pub weight_fingerprint: String,
     /// Where each rank runs, rank 0 first.
@@ -126,6 +129,7 @@ pub(crate) fn example(group: &str) -> GroupRecord {
         model: "devstral/test".into(),
         aliases: vec![],
         device: Device::Fake,
+        cache_key_id: "0".into(),
         weight_fingerprint: "0".into(),
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,

@@ -9,7 +9,7 @@
 //!     parallel_requests: 64
 //!     max_context: 131072
 //!     class: batch                 # its requests never go before interactive ones
-//!     cache_salt: acme             # shares no cached prefix with other tenants
+//!     cache_salt: tools            # shares cached prefixes with tenants that name the same; absent: with nobody
 //!     conversation: lenient        # faulty conversations are repaired; absent: as router.conversation says
 //!     keys:
 //!       - name: ci

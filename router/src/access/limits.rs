@@ -16,6 +16,7 @@ use std::{
 };
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use bora_common::secret::CacheScope;
 use serde::Deserialize;
 
 use super::Caller;
@@ -37,7 +38,7 @@ pub struct Limits {
     pub max_context: Option<u32>,
     /// The most urgent class of its requests.
     pub class: TenantClass,
-    /// Separates its cached prefixes from those of other tenants.
+    /// Names the cache that its requests use: tenants that name the same one share cached prefixes. Absent: a cache of its own.
     pub cache_salt: Option<String>,
     /// Whether its faulty conversations are refused or repaired; absent: as the router does.
     pub conversation: Option<ConversationRules>,
@@ -127,6 +128,11 @@ impl Tenant {
             name,
             limits,
         }
+    }
+
+    /// Who shares cached prefixes with it.
+    pub fn cache_scope(&self) -> CacheScope<'_> {
+        self.limits.cache_salt.as_deref().map_or(CacheScope::Tenant(&self.name), CacheScope::Shared)
     }
 
     /// `x-ratelimit-*` as OpenAI sends them.

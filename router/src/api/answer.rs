@@ -8,8 +8,9 @@ use std::{
     task::{Context, Poll},
 };
 
-use bora_common::telemetry::TraceContext;
+use bora_common::{secret::CacheSalt, telemetry::TraceContext};
 use bora_proto::v1::{PositionLogprobs, Stopping};
+use bytes::Bytes;
 use tokio::time::{Instant, Sleep};
 
 use super::{
@@ -115,7 +116,7 @@ impl Answer {
         context: RequestContext,
         id_prefix: &str,
     ) -> Result<Self, ApiError> {
-        let Prepared { model, served_model, params, prompts, form: _ } = prepared;
+        let Prepared { model, served_model, params, cache_salt, prompts, form: _ } = prepared;
         let deadline = context.arrived + service.options().request_timeout();
         let mut answer = Self {
             id: format!("{id_prefix}{}", context.request_id),
@@ -137,12 +138,18 @@ impl Answer {
             context,
         };
         for prompt in prompts {
-            answer.place(prompt, &served_model, deadline)?;
+            answer.place(prompt, &served_model, cache_salt, deadline)?;
         }
         Ok(answer)
     }
 
-    fn place(&mut self, prompt: PreparedPrompt, model: &str, deadline: Instant) -> Result<(), ApiError> {
+    fn place(
+        &mut self,
+        prompt: PreparedPrompt,
+        model: &str,
+        cache_salt: CacheSalt,
+        deadline: Instant,
+    ) -> Result<(), ApiError> {
         let params = &self.params;
         let name = self.context.session.or(params.session);
         let session = name.map(|name| sessions::key(self.context.tenant, model, name));
@@ -164,7 +171,7 @@ impl Answer {
             },
             end_ids: params.emit.end_ids.clone(),
             grammar: params.structure.as_ref().map(|structure| structure.grammar.clone()),
-            cache_salt: params.cache_salt.clone().into_bytes().into(),
+            cache_salt: Bytes::copy_from_slice(cache_salt.as_ref()),
             deadline,
             deaths: Arc::clone(&self.deaths),
             trace: self.context.trace,

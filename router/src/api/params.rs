@@ -102,8 +102,6 @@ pub struct Params {
     pub return_token_ids: bool,
     /// Logprobs name tokens as `token_id:7`.
     pub tokens_as_ids: bool,
-    /// Separates caches.
-    pub cache_salt: String,
     /// The name of the conversation or, failing that, of who has it, as a hash.
     pub session: Option<u64>,
     /// What the answer has to look like.
@@ -198,7 +196,7 @@ pub fn check(
     let logprobs =
         (top_logprobs.is_some() || prompt_top.is_some()).then_some(Logprobs { top: top_logprobs, prompt_top });
 
-    let cache_salt = body.cache_salt(limits)?.unwrap_or_default().to_owned();
+    body.cache_salt(limits)?;
     if structure.is_some() && min_tokens > 0 {
         return Err(ApiError::invalid(
             "min_tokens",
@@ -249,7 +247,6 @@ pub fn check(
         echo_only,
         return_token_ids,
         tokens_as_ids: body.return_tokens_as_token_ids.unwrap_or(false),
-        cache_salt,
         session: [body.prompt_cache_key, body.user].into_iter().flatten().find_map(|name| name.0),
         structure,
         class: class(body)?,

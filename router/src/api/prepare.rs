@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bora_common::{
     conversation::repair::{Repaired, RepairedMessage, repair},
+    secret::CacheSalt,
     tokenizer::Tokenizer,
 };
 use bytes::Bytes;
@@ -54,6 +55,8 @@ pub struct Prepared {
     pub served_model: String,
     /// Parameters, checked.
     pub params: Params,
+    /// Separates its cached prefixes from those of others.
+    pub cache_salt: CacheSalt,
     /// At least one.
     pub prompts: Vec<PreparedPrompt>,
 }
@@ -136,31 +139,22 @@ impl Asked<'_> {
         Ok(prepared)
     }
 
-    fn prepare(self, mut body: Body<'_>, form: Form) -> Result<Prepared, ApiError> {
+    fn prepare(self, body: Body<'_>, form: Form) -> Result<Prepared, ApiError> {
         let Self { service, endpoint, client, caller } = self;
         if body.unknown > 0 {
             service.metrics().unknown_fields(body.unknown);
         }
         let (name, model, spec) = resolve(service, body.model.as_deref())?;
         let mut params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
-        if let Some(caller) = caller {
-            let limits = &caller.tenant.limits;
-            if limits.class == TenantClass::Batch {
-                params.class = Class::Batch;
-            }
-            if let Some(salt) = &limits.cache_salt {
-                // whatever the request adds, it stays within the tenant's own cache
-                let both = xxhash_rust::xxh3::xxh3_128(format!("{salt}\0{}", params.cache_salt).as_bytes());
-                params.cache_salt = format!("{both:032x}");
-                body.cache_salt = Some(params.cache_salt.clone());
-            }
+        if caller.is_some_and(|caller| caller.tenant.limits.class == TenantClass::Batch) {
+            params.class = Class::Batch;
         }
+        let salt = service.cache_salt(caller, body.cache_salt.as_deref());
         let prompts = if endpoint.is_conversation() {
-            let rules = service.conversation_rules(caller);
-            let encoded = chat_prompt(service, &body, &model.name, &spec, model.images, rules)?;
+            let encoded = chat_prompt(service, caller, &body, &model.name, &spec, model.images)?;
             vec![(encoded, None)]
         } else {
-            completion_prompts(body, &model, &spec, &params, service)?
+            completion_prompts(body, &model, &spec, &params, service, salt)?
         };
         let prompts = prompts
             .into_iter()
@@ -169,18 +163,18 @@ impl Asked<'_> {
                 Ok(PreparedPrompt { encoded, output_bound, text })
             })
             .collect::<Result<_, ApiError>>()?;
-        Ok(Prepared { form, model: name, served_model: model.name.clone(), params, prompts })
+        Ok(Prepared { form, model: name, served_model: model.name.clone(), params, cache_salt: salt, prompts })
     }
 }
 
 /// The prompt of messages and tools.
 pub fn chat_prompt(
     service: &Service,
+    caller: Option<&Caller>,
     body: &Body<'_>,
     model: &str,
     spec: &ModelSpec,
     takes_images: bool,
-    rules: ConversationRules,
 ) -> Result<EncodedPrompt, ApiError> {
     let messages = body.messages.as_ref().ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
     let continue_final_message = body.continue_final_message.unwrap_or(false);
@@ -201,7 +195,8 @@ pub fn chat_prompt(
         model,
         messages: messages.list(),
         tools: body.tools,
-        salt: body.cache_salt.as_deref().unwrap_or_default(),
+        keys: service.keys(),
+        salt: service.cache_salt(caller, body.cache_salt.as_deref()),
         continue_final_message,
         takes_images,
     };
@@ -209,7 +204,7 @@ pub fn chat_prompt(
         service.metrics().encoded(encoded.ids.len(), encoded.reused_tokens);
         return Ok(encoded);
     }
-    if rules == ConversationRules::Lenient
+    if service.conversation_rules(caller) == ConversationRules::Lenient
         && let Some(repaired) = RepairedConversation::of(&written)
     {
         return repaired.encode(service, tokenizer, &written);
@@ -284,6 +279,7 @@ fn completion_prompts(
     spec: &ModelSpec,
     params: &Params,
     service: &Service,
+    salt: CacheSalt,
 ) -> Result<Vec<(EncodedPrompt, Option<String>)>, ApiError> {
     let special = body.add_special_tokens.unwrap_or(true);
     let prompt = body.prompt.ok_or_else(|| ApiError::invalid("prompt", "`prompt` is required."))?;
@@ -299,11 +295,19 @@ fn completion_prompts(
             format!("{count} prompts with `n` = {} are more than the limit of {most} sequences.", params.n),
         ));
     }
+    let of_text = |text: String| {
+        let token_ids = text_ids(&text, spec, special)?;
+        Ok((EncodedPrompt::new(&token_ids, Vec::new(), service.keys(), salt), params.echo.then_some(text)))
+    };
+    let of_ids = |token_ids: Vec<u32>| {
+        let text = check_id_prompt(&token_ids, model, spec, params)?;
+        Ok((EncodedPrompt::new(&token_ids, Vec::new(), service.keys(), salt), text))
+    };
     match prompt {
-        Prompt::Text(text) => Ok(vec![text_prompt(text, spec, special, params)?]),
-        Prompt::Texts(texts) => texts.into_iter().map(|text| text_prompt(text, spec, special, params)).collect(),
-        Prompt::Ids(ids) => Ok(vec![id_prompt(ids, model, spec, params)?]),
-        Prompt::IdLists(lists) => lists.into_iter().map(|ids| id_prompt(ids, model, spec, params)).collect(),
+        Prompt::Text(text) => Ok(vec![of_text(text)?]),
+        Prompt::Texts(texts) => texts.into_iter().map(of_text).collect(),
+        Prompt::Ids(ids) => Ok(vec![of_ids(ids)?]),
+        Prompt::IdLists(lists) => lists.into_iter().map(of_ids).collect(),
     }
 }
 
@@ -319,32 +323,21 @@ pub fn text_ids(text: &str, spec: &ModelSpec, special: bool) -> Result<Vec<u32>,
     Ok(token_ids)
 }
 
-/// A prompt, and its text if it is to be echoed.
-fn text_prompt(
-    text: String,
-    spec: &ModelSpec,
-    special: bool,
-    params: &Params,
-) -> Result<(EncodedPrompt, Option<String>), ApiError> {
-    let encoded = EncodedPrompt::new(&text_ids(&text, spec, special)?, Vec::new(), &params.cache_salt);
-    Ok((encoded, params.echo.then_some(text)))
-}
-
-fn id_prompt(
-    token_ids: Vec<u32>,
+/// The text of a prompt of token IDs, if it is to be echoed.
+fn check_id_prompt(
+    token_ids: &[u32],
     model: &ModelGroups,
     spec: &ModelSpec,
     params: &Params,
-) -> Result<(EncodedPrompt, Option<String>), ApiError> {
+) -> Result<Option<String>, ApiError> {
     if token_ids.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
     }
-    params::check_ids("prompt", &token_ids, model.vocabulary_size)?;
-    let text = match &spec.tokenizer {
-        Some(tokenizer) if params.echo => Some(tokenizer.decode(&token_ids, true)),
+    params::check_ids("prompt", token_ids, model.vocabulary_size)?;
+    Ok(match &spec.tokenizer {
+        Some(tokenizer) if params.echo => Some(tokenizer.decode(token_ids, true)),
         _ => None,
-    };
-    Ok((EncodedPrompt::new(&token_ids, Vec::new(), &params.cache_salt), text))
+    })
 }
 
 impl From<EncodeError> for ApiError {

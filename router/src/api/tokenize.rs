@@ -80,9 +80,8 @@ fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Re
     let with_strings = body.return_token_strs.unwrap_or(false);
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
-            let rules = service.conversation_rules(caller);
             // images have ids whether or not the model's groups can look at them
-            let prompt = chat_prompt(service, &body, &model.name, &spec, true, rules)?;
+            let prompt = chat_prompt(service, caller, &body, &model.name, &spec, true)?;
             let mut ids: Vec<u32> = prompt.ids.iter().collect();
             if body.add_special_tokens == Some(true)
                 && let Some(bos) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id())

@@ -12,8 +12,9 @@
 use std::{cell::RefCell, ops::Range, sync::Arc};
 
 use bora_common::{
-    blocks::{BLOCK_TOKENS, BlockChain, BlockHash},
+    blocks::{BLOCK_TOKENS, BlockChain, BlockDigest, BlockHash},
     conversation::{DataUrls, Growth, NotGrown, Outline, TextEncoder},
+    secret::{CacheSalt, ClusterKeys},
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::Image;
@@ -41,8 +42,10 @@ pub struct Written<'a> {
     pub messages: &'a [&'a RawValue],
     /// Its tools.
     pub tools: Option<&'a RawValue>,
+    /// What its blocks and images are named under.
+    pub keys: &'a ClusterKeys,
     /// Separates tenants.
-    pub salt: &'a str,
+    pub salt: CacheSalt,
     /// The model goes on with the last message.
     pub continue_final_message: bool,
     /// Whether the model takes images.
@@ -119,7 +122,7 @@ impl ConversationCache {
                 Err(NotGrown::Invalid(_) | NotGrown::Json(_)) => return None,
             }
         };
-        let salt = self.link(self.link(0, written.model), written.salt);
+        let salt = self.link(self.link(0, written.model.as_bytes()), written.salt.as_ref());
         let texts = Texts { tokenizer, cache: self, salt, new: RefCell::default() };
         let mut prompt = Prompt::with(known.as_ref());
         let reused_tokens = prompt.ids.len();
@@ -130,12 +133,14 @@ impl ConversationCache {
                 return None;
             }
             let begin = prompt.ids.len();
-            let images: Vec<Image> = encoded.images.iter().map(|image| super::picture(image, begin)).collect();
+            let images: Vec<Image> =
+                encoded.images.iter().map(|image| super::picture(image, begin, written.keys)).collect();
             let mut chain = last
                 .as_ref()
-                .map_or_else(|| BlockChain::new(written.salt.as_bytes(), Vec::new()), |turn| turn.chain.clone());
+                .map(|turn| turn.chain.clone())
+                .unwrap_or_else(|| BlockChain::new(written.keys, written.salt.as_ref(), Vec::new()));
             chain.expect_images(super::image_spans(&images));
-            let hashes = chain.extend(&encoded.token_ids);
+            let hashes: Box<[BlockHash]> = chain.extend(&encoded.token_ids).iter().map(BlockDigest::hash).collect();
             let packed = self.pack(&encoded.token_ids, texts.new.take());
             prompt.ids.push(&packed, encoded.token_ids.len());
             prompt.hashes.extend_from_slice(&hashes);
@@ -149,7 +154,7 @@ impl ConversationCache {
                 outlines: run.outlines.clone(),
                 packed,
                 count: encoded.token_ids.len(),
-                hashes: hashes.into_boxed_slice(),
+                hashes,
                 images,
                 chain,
             });
@@ -179,21 +184,21 @@ impl ConversationCache {
     fn keys(&self, written: &Written<'_>) -> Vec<u128> {
         let mut keys = Vec::with_capacity(written.messages.len() + 1);
         let tools = written.tools.map_or("", RawValue::get);
-        let mut key = self.link(0, written.model);
-        key = self.link(key, written.salt);
-        key = self.link(key, tools);
+        let mut key = self.link(0, written.model.as_bytes());
+        key = self.link(key, written.salt.as_ref());
+        key = self.link(key, tools.as_bytes());
         keys.push(key);
         for message in written.messages {
-            key = self.link(key, message.get());
+            key = self.link(key, message.get().as_bytes());
             keys.push(key);
         }
         keys
     }
 
-    fn link(&self, before: u128, text: &str) -> u128 {
+    fn link(&self, before: u128, part: &[u8]) -> u128 {
         let mut both = [0; 32];
         both[..16].copy_from_slice(&before.to_le_bytes());
-        both[16..].copy_from_slice(&xxh3_128_with_seed(text.as_bytes(), self.seed).to_le_bytes());
+        both[16..].copy_from_slice(&xxh3_128_with_seed(part, self.seed).to_le_bytes());
         xxh3_128_with_seed(&both, self.seed)
     }
 
@@ -286,7 +291,7 @@ impl TextEncoder for Texts<'_> {
 mod tests {
     use std::sync::OnceLock;
 
-    use bora_common::conversation::Json;
+    use bora_common::{conversation::Json, secret::CacheScope};
     use serde::Deserialize;
 
     use super::*;
@@ -332,8 +337,21 @@ mod tests {
     const PICTURE: &str = "data:image/png;base64,\
         iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
 
+    fn keys() -> &'static ClusterKeys {
+        static KEYS: OnceLock<ClusterKeys> = OnceLock::new();
+        KEYS.get_or_init(ClusterKeys::random)
+    }
+
     fn written<'a>(messages: &'a [&'a RawValue], tools: Option<&'a RawValue>) -> Written<'a> {
-        Written { model: "m", messages, tools, salt: "", continue_final_message: false, takes_images: true }
+        Written {
+            model: "m",
+            messages,
+            tools,
+            keys: keys(),
+            salt: keys().cache_salt(CacheScope::Anonymous, ""),
+            continue_final_message: false,
+            takes_images: true,
+        }
     }
 
     fn whole(written: &Written<'_>) -> Option<EncodedPrompt> {
@@ -400,7 +418,7 @@ mod tests {
         assert_eq!(again.reused_tokens, second.ids.len());
         assert_eq!(again.ids, second.ids);
         for other in [
-            Written { salt: "tenant", ..written(&messages, None) },
+            Written { salt: keys().cache_salt(CacheScope::Tenant("tenant"), ""), ..written(&messages, None) },
             Written { model: "other", ..written(&messages, None) },
             written(&messages, Some(raw("[]"))),
         ] {

@@ -7,15 +7,15 @@ pub mod pool;
 pub mod wire;
 
 use bora_common::{
-    blocks::{BlockChain, BlockHash, ImageSpan},
+    blocks::{BlockHash, ImageSpan, hash_blocks},
     conversation::{
         Conversation, ConversationError, ConversationOptions, DataUrls, EncodedImage, Json, JsonError, data_url_bytes,
     },
+    secret::{CacheSalt, ClusterKeys},
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::Image;
 use bytes::Bytes;
-use xxhash_rust::xxh3::xxh3_128;
 
 use cache::Written;
 use wire::PackedIds;
@@ -34,9 +34,9 @@ pub struct EncodedPrompt {
 }
 
 impl EncodedPrompt {
-    /// Hashes the blocks of a prompt that is not known from before.
-    pub fn new(token_ids: &[u32], images: Vec<Image>, salt: &str) -> Self {
-        let hashes = BlockChain::new(salt.as_bytes(), image_spans(&images)).extend(token_ids);
+    /// Names the blocks of a prompt that is not known from before.
+    pub fn new(token_ids: &[u32], images: Vec<Image>, keys: &ClusterKeys, salt: CacheSalt) -> Self {
+        let hashes = hash_blocks(keys, salt.as_ref(), &image_spans(&images), token_ids);
         Self { ids: PackedIds::of(token_ids), images, hashes, reused_tokens: 0 }
     }
 }
@@ -93,16 +93,16 @@ pub fn conversation(
         return Err(EncodeError::NoImages { param: image.param.clone() });
     }
     let encoded = conversation.encode(tokenizer, &DataUrls)?;
-    let images = encoded.images.iter().map(|image| picture(image, 0)).collect();
-    Ok(EncodedPrompt::new(&encoded.token_ids, images, written.salt))
+    let images = encoded.images.iter().map(|image| picture(image, 0, written.keys)).collect();
+    Ok(EncodedPrompt::new(&encoded.token_ids, images, written.keys, written.salt))
 }
 
 /// A picture as groups take it; `begin` is where the ids that its offset counts from stand in the prompt.
-fn picture(image: &EncodedImage, begin: usize) -> Image {
+fn picture(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image {
     // its size was read from the same URL a moment ago
     let data = Bytes::from(data_url_bytes(&image.source.url).unwrap_or_default());
     Image {
-        hash: xxh3_128(&data).to_le_bytes().to_vec(),
+        hash: keys.image_hash(&data).to_le_bytes().to_vec(),
         data,
         offset: (begin + image.offset) as u32,
         length: image.length as u32,

@@ -14,6 +14,7 @@ use std::{
 
 use bora_common::cost::{CostModel, GroupLoad};
 use bora_common::registry::{Device, GroupChange, GroupRecord, GroupState};
+use bora_common::secret::ClusterKeys;
 use bora_common::version;
 use bora_proto::v1::State;
 use parking_lot::{Mutex, RwLock};
@@ -237,6 +238,16 @@ fn begin_as_the_others(view: &View, model: &str, link: &Link, now: Instant) {
     link.ledger.begin(mean, now);
 }
 
+/// A group whose blocks are named under other keys: neither of the two would find the other's.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "its cluster secret differs: its cache key has the id `{theirs}`, this router's `{own}` (cluster_secret_file must be the same)"
+)]
+struct OtherKeys<'a> {
+    own: &'a str,
+    theirs: &'a str,
+}
+
 /// The fleet: the present view, and what all placements share.
 pub struct Fleet {
     view: RwLock<Arc<View>>,
@@ -248,31 +259,33 @@ pub struct Fleet {
     pub sessions: Sessions,
     /// Held while one request is placed: the next one sees its booking.
     pub placing: Mutex<Placing>,
-    /// Groups of releases that this router is not made for.
+    /// Groups of releases that this router is not made for, and of other cluster secrets.
     refused: Mutex<BTreeSet<String>>,
     dial: Dial,
     options: RouterOptions,
+    /// What its own blocks are named under, in public.
+    cache_key_id: String,
 }
 
 impl Fleet {
     /// A fleet without groups.
-    pub fn new(options: RouterOptions) -> Arc<Self> {
+    pub fn new(options: RouterOptions, keys: &ClusterKeys) -> Arc<Self> {
         let dial = dial_tcp(&options);
-        Self::with(options, StdRng::from_os_rng(), dial)
+        Self::with(options, keys, StdRng::from_os_rng(), dial)
     }
 
     /// One that draws the same from the same seed, for simulations.
-    pub fn seeded(options: RouterOptions, seed: u64) -> Arc<Self> {
+    pub fn seeded(options: RouterOptions, keys: &ClusterKeys, seed: u64) -> Arc<Self> {
         let dial = dial_tcp(&options);
-        Self::with(options, StdRng::seed_from_u64(seed), dial)
+        Self::with(options, keys, StdRng::seed_from_u64(seed), dial)
     }
 
     /// One that moreover reaches its groups over a network of the simulation's own.
-    pub fn simulated(options: RouterOptions, seed: u64, dial: Dial) -> Arc<Self> {
-        Self::with(options, StdRng::seed_from_u64(seed), dial)
+    pub fn simulated(options: RouterOptions, keys: &ClusterKeys, seed: u64, dial: Dial) -> Arc<Self> {
+        Self::with(options, keys, StdRng::seed_from_u64(seed), dial)
     }
 
-    fn with(options: RouterOptions, random: StdRng, dial: Dial) -> Arc<Self> {
+    fn with(options: RouterOptions, keys: &ClusterKeys, random: StdRng, dial: Dial) -> Arc<Self> {
         Arc::new(Self {
             view: RwLock::default(),
             index: Arc::new(Index::new()),
@@ -282,6 +295,7 @@ impl Fleet {
             refused: Mutex::default(),
             dial,
             options,
+            cache_key_id: keys.cache_key_id().into(),
         })
     }
 
@@ -309,6 +323,9 @@ impl Fleet {
     fn put(self: &Arc<Self>, record: GroupRecord) {
         if let Err(skew) = version::check(env!("CARGO_PKG_VERSION"), &record.version) {
             return self.refuse(&record, &skew);
+        }
+        if record.cache_key_id != self.cache_key_id {
+            return self.refuse(&record, &OtherKeys { own: &self.cache_key_id, theirs: &record.cache_key_id });
         }
         self.refused.lock().remove(&record.group);
         let mut view = self.view.write();
@@ -350,11 +367,11 @@ impl Fleet {
         self.room.changed();
     }
 
-    /// The group is of a release that this router is not made for.
-    fn refuse(&self, record: &GroupRecord, skew: &version::Skew) {
+    /// The group is of a release that this router is not made for, or of another cluster secret.
+    fn refuse(&self, record: &GroupRecord, reason: &dyn std::fmt::Display) {
         // records are told again whenever they change
         if self.refused.lock().insert(record.group.clone()) {
-            tracing::error!(group = record.group, endpoint = record.endpoint, reason = %skew, "group refused");
+            tracing::error!(group = record.group, endpoint = record.endpoint, %reason, "group refused");
         }
         let known = self.view.read().groups.get(&record.group).cloned();
         if let Some(known) = known {

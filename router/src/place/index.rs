@@ -202,13 +202,13 @@ impl Index {
 
 #[cfg(test)]
 mod tests {
-    use bora_common::blocks::hash_blocks;
+    use bora_common::{blocks::hash_blocks, secret::ClusterKeys};
 
     use super::*;
 
     fn chain(first: u32, blocks: usize) -> Vec<BlockHash> {
         let ids: Vec<u32> = (0..blocks as u32 * 64).map(|id| id + first).collect();
-        hash_blocks(b"", &[], &ids)
+        hash_blocks(&ClusterKeys::derive(&[1; 32]), b"", &[], &ids)
     }
 
     /// What groups hold and are expected to hold.

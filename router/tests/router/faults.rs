@@ -10,7 +10,8 @@ use std::{
 
 use crate::support::*;
 use axum::body::Body;
-use bora_common::registry::GroupChange;
+use bora_common::registry::{GroupChange, GroupRecord};
+use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{FinishReason, Load, State, group_event::Event as Told};
 use bora_router::RouterOptions;
 use http_body_util::BodyExt as _;
@@ -690,7 +691,7 @@ async fn groups_one_release_apart_serve_and_others_are_refused_by_name() {
     ];
     let groups: Vec<Group> = others.iter().map(|(name, _)| Group::start(name, |_| Ok(say("other")))).collect();
     for (group, (_, version)) in groups.iter().zip(&others) {
-        let record = bora_common::registry::GroupRecord { version: version.clone(), ..group.record() };
+        let record = GroupRecord { version: version.clone(), ..group.record() };
         harness.changes.send(GroupChange::Put(Box::new(record))).await.expect("followed");
     }
     harness
@@ -715,12 +716,40 @@ async fn groups_one_release_apart_serve_and_others_are_refused_by_name() {
         })
         .await;
     // and one that becomes another release goes
-    let changed =
-        bora_common::registry::GroupRecord { version: "9.9.9".into(), epoch: 2, ..harness.groups[0].record() };
+    let changed = GroupRecord { version: "9.9.9".into(), epoch: 2, ..harness.groups[0].record() };
     harness.changes.send(GroupChange::Put(Box::new(changed))).await.expect("followed");
     harness
         .until("it is gone", |harness| {
             !harness.router.service().fleet().view().groups().any(|group| group.record.group == "same")
         })
         .await;
+}
+
+#[tokio::test]
+async fn groups_of_another_cluster_secret_are_refused_until_theirs_agrees() {
+    let harness = Harness::start(vec![Group::start("same", |_| Ok(say("same")))]).await;
+    let other = Group::start("other", |_| Ok(say("other")));
+    let of_another_secret = ClusterKeys::derive(&[2; 32]).cache_key_id().to_owned();
+    // one that says nothing has no keys at all
+    for cache_key_id in [of_another_secret.clone(), String::new()] {
+        let record = GroupRecord { cache_key_id, ..other.record() };
+        harness.changes.send(GroupChange::Put(Box::new(record))).await.expect("followed");
+        harness.until("it is refused", |harness| harness.router.service().fleet().refused() == 1).await;
+        assert_eq!(harness.router.service().fleet().view().groups().count(), 1);
+    }
+    let metrics = harness.get("/metrics").await.text;
+    assert!(metrics.contains("bora_router_refused_groups 1"), "{metrics}");
+    // it starts again with this cluster's secret
+    let record = GroupRecord { epoch: 2, ..other.record() };
+    harness.changes.send(GroupChange::Put(Box::new(record))).await.expect("followed");
+    harness
+        .until("it is taken", |harness| {
+            let fleet = harness.router.service().fleet();
+            fleet.refused() == 0 && fleet.view().groups().count() == 2
+        })
+        .await;
+    // the secret is changed, and this group has the new one already
+    let record = GroupRecord { epoch: 3, cache_key_id: of_another_secret, ..other.record() };
+    harness.changes.send(GroupChange::Put(Box::new(record))).await.expect("followed");
+    harness.until("it is gone", |harness| harness.router.service().fleet().view().groups().count() == 1).await;
 }

@@ -17,7 +17,10 @@ use bora_router::{
     },
 };
 
-use crate::virtual_time::{MODEL, record};
+use crate::{
+    support::keys,
+    virtual_time::{MODEL, record},
+};
 
 struct World {
     fleet: Arc<Fleet>,
@@ -29,7 +32,7 @@ impl World {
     /// Four groups: minutes ago the first computed prompts for 30 seconds, the others for 15.
     fn uneven() -> Self {
         let began = Instant::now();
-        let fleet = Fleet::seeded(RouterOptions::default(), 1);
+        let fleet = Fleet::seeded(RouterOptions::default(), &keys(), 1);
         let names = ["g0", "g1", "g2", "g3"];
         let groups: Vec<Arc<Link>> =
             names.iter().map(|name| fleet.put_unwatched(record(name, 1), began).expect("an endpoint")).collect();
@@ -44,7 +47,7 @@ impl World {
     /// The next turn of a conversation of so many blocks, all of which that group holds.
     fn turn(&self, conversation: u32, blocks: u32, holds: usize, class: Option<Class>) -> Placement {
         let ids: Vec<u32> = (0..64 * blocks).map(|id| conversation * 1_000_000 + id).collect();
-        let hashes = hash_blocks(b"", &[], &ids);
+        let hashes = hash_blocks(&keys(), b"", &[], &ids);
         let stored: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_bytes()).collect();
         self.fleet.index.apply(self.groups[holds].slot, &stored, &[]);
         let wanted = Wanted {

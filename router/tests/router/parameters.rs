@@ -1,6 +1,7 @@
 //! What a user of vLLM sends besides messages and sampling: each field does what its name says, or is refused by it.
 
 use crate::support::*;
+use bora_common::secret::CacheScope;
 use bora_proto::v1::{FinishReason, GenerateRequest};
 use serde_json::{Value, json};
 
@@ -127,7 +128,8 @@ async fn priorities_and_salts() {
         assert_eq!(answer.status, status, "{priority}: {}", answer.text);
         assert!(status == 200 || answer.json()["error"]["param"] == "priority");
     }
-    assert_eq!(sent(&harness, json!({"cache_salt": "team"})).await.cache_salt, "team".as_bytes());
+    let salt = keys().cache_salt(CacheScope::Anonymous, "team");
+    assert_eq!(sent(&harness, json!({"cache_salt": "team"})).await.cache_salt, salt.as_ref());
     for wrong in [json!(""), json!("x".repeat(257)), json!(7)] {
         assert_eq!(refused(&harness, CHAT, chat(json!({"cache_salt": wrong}))).await["param"], "cache_salt");
     }

@@ -17,10 +17,13 @@ use bora_router::{
     },
 };
 
-use crate::virtual_time::{MODEL, MOST_SEQUENCES, record};
+use crate::{
+    support::keys,
+    virtual_time::{MODEL, MOST_SEQUENCES, record},
+};
 
 fn fleet(groups: usize, now: Instant) -> Arc<Fleet> {
-    let fleet = Fleet::seeded(RouterOptions::default(), 1);
+    let fleet = Fleet::seeded(RouterOptions::default(), &keys(), 1);
     for number in 0..groups {
         fleet.put_unwatched(record(&format!("g{number}"), 1), now).expect("an endpoint");
     }
@@ -30,7 +33,7 @@ fn fleet(groups: usize, now: Instant) -> Arc<Fleet> {
 /// A prompt that nothing is known of.
 fn new_prompt(number: u32) -> Vec<BlockHash> {
     let ids: Vec<u32> = (0..64 * 20).map(|id| number * 10_000 + id).collect();
-    hash_blocks(b"", &[], &ids)
+    hash_blocks(&keys(), b"", &[], &ids)
 }
 
 fn send(fleet: &Fleet, hashes: &[BlockHash], session: Option<u64>, now: Instant) -> Placement {

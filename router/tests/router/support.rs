@@ -17,6 +17,7 @@ use axum::body::Body;
 use bora_common::{
     blocks::hash_blocks,
     registry::{Device, GroupChange, GroupRecord, GroupState, RankRecord, Speed},
+    secret::{CacheSalt, CacheScope, ClusterKeys},
     tokenizer::Tokenizer,
 };
 use bora_proto::v1::{
@@ -349,7 +350,8 @@ impl Group {
 
     /// Tells its watchers that it holds the blocks of a prompt.
     pub fn tell_stored(&self, token_ids: &[u32]) {
-        let stored: Vec<u8> = hash_blocks(b"", &[], token_ids).iter().flat_map(|hash| hash.to_bytes()).collect();
+        let stored: Vec<u8> =
+            hash_blocks(&keys(), salt().as_ref(), &[], token_ids).iter().flat_map(|hash| hash.to_bytes()).collect();
         self.tell(Told::Blocks(BlocksChanged { stored: stored.into(), evicted: Default::default() }));
     }
 
@@ -361,6 +363,7 @@ impl Group {
             model: MODEL.into(),
             aliases: vec![ALIAS.into()],
             device: Device::Fake,
+            cache_key_id: keys().cache_key_id().into(),
             weight_fingerprint: "none".into(),
             ranks: vec![RankRecord { rank: 0, host: "test".into(), pid: 1 }],
             block_tokens: 64,
@@ -458,6 +461,16 @@ pub fn call_ids(calls: &[(&str, &str)]) -> Vec<u32> {
     ids
 }
 
+/// Those of the cluster under test.
+pub fn keys() -> ClusterKeys {
+    ClusterKeys::derive(&[1; 32])
+}
+
+/// Of a request without a key and without a salt of its own.
+pub fn salt() -> CacheSalt {
+    keys().cache_salt(CacheScope::Anonymous, "")
+}
+
 pub fn options() -> RouterOptions {
     RouterOptions { failover_wait_seconds: 0.5, ..RouterOptions::default() }
 }
@@ -469,7 +482,8 @@ impl Harness {
 
     pub async fn with(options: RouterOptions, spec: ModelSpec, groups: Vec<Group>) -> Self {
         let (changes, receiver) = mpsc::channel(16);
-        let router = Router::new(options, HashMap::from([(MODEL.to_string(), spec)]), receiver).expect("valid options");
+        let router =
+            Router::new(options, keys(), HashMap::from([(MODEL.to_string(), spec)]), receiver).expect("valid options");
         for group in &groups {
             changes.send(GroupChange::Put(Box::new(group.record()))).await.expect("followed");
         }

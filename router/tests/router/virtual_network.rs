@@ -41,7 +41,10 @@ use self::{
     group::{END, Group, answer},
     wire::{GOOD, Network, Path, Setting},
 };
-use crate::virtual_time::{MODEL, MOST_SEQUENCES};
+use crate::{
+    support::keys,
+    virtual_time::{MODEL, MOST_SEQUENCES},
+};
 
 const SEEDS: Range<u64> = 0..80;
 const GROUPS: u64 = 5;
@@ -80,7 +83,7 @@ impl World {
             ..RouterOptions::default()
         };
         let network = Arc::new(Network::default());
-        let fleet = Fleet::simulated(options.clone(), seed, Arc::clone(&network).dial());
+        let fleet = Fleet::simulated(options.clone(), &keys(), seed, Arc::clone(&network).dial());
         let admission = Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting));
         let (registry, changes) = mpsc::channel(16);
         tokio::spawn(Arc::clone(&fleet).follow(changes));
@@ -181,7 +184,7 @@ fn task(ids: &[u32], seed: u64, max_tokens: u32, tenant: u64) -> Task {
         model: MODEL.into(),
         ids: PackedIds::of(ids),
         images: Vec::new(),
-        hashes: hash_blocks(b"", &[], ids).into(),
+        hashes: hash_blocks(&keys(), b"", &[], ids).into(),
         session: tenant.is_multiple_of(2).then_some(tenant),
         class: if tenant.is_multiple_of(3) { Class::Batch } else { Class::Interactive },
         tenant,

@@ -26,6 +26,8 @@ use bora_router::{
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{sync::oneshot, time::Instant};
 
+use crate::support::keys;
+
 pub(crate) const MODEL: &str = "m";
 pub(crate) const MOST_SEQUENCES: u32 = 4;
 const STEPS: usize = 1_000;
@@ -72,6 +74,7 @@ pub(crate) fn record(name: &str, epoch: u64) -> GroupRecord {
         model: MODEL.into(),
         aliases: Vec::new(),
         device: Device::Fake,
+        cache_key_id: keys().cache_key_id().into(),
         weight_fingerprint: String::new(),
         ranks: vec![RankRecord { rank: 0, host: "virtual".into(), pid: 0 }],
         block_tokens: 64,
@@ -97,7 +100,7 @@ fn bytes(hashes: &[BlockHash]) -> Vec<u8> {
 impl World {
     fn new(seed: u64) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let fleet = Fleet::seeded(RouterOptions::default(), seed);
+        let fleet = Fleet::seeded(RouterOptions::default(), &keys(), seed);
         let admission = Arc::new(Admission::new(Arc::clone(&fleet.room), 10_000));
         tokio::spawn(Arc::clone(&admission).serve(Arc::clone(&fleet)));
         // conversations that share prefixes, as agents do
@@ -105,7 +108,7 @@ impl World {
         let chains = (0..40u32).map(|number| {
             let own = (0..64 * random.random_range(1..60)).map(|id| 5_000 + number * 7_919 + id);
             let ids: Vec<u32> = common[..64 * (number as usize % 20)].iter().copied().chain(own).collect();
-            hash_blocks(b"", &[], &ids).into()
+            hash_blocks(&keys(), b"", &[], &ids).into()
         });
         let chains = chains.collect();
         Self {

@@ -30,6 +30,7 @@ use anyhow::Context;
 use bora_common::config::{LogOptions, ModelOptions};
 use bora_common::model::ModelConfig;
 use bora_common::registry::{Device, GroupRecord};
+use bora_common::secret::ClusterKeys;
 use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{GenerateRequest, Sampling, Stopping};
 use bora_worker::engine::{EngineHandle, EventStream};
@@ -143,7 +144,7 @@ fn settings(args: &EngineArgs, metrics: &Arc<WorkerMetrics>) -> WorkerSettings {
         tokenizer: args.tokenizer.clone(),
         skip_tokenizer_init: args.tokenizer.is_none(),
     };
-    WorkerSettings { options, model, metrics: Arc::clone(metrics) }
+    WorkerSettings { options, model, metrics: Arc::clone(metrics), keys: ClusterKeys::random() }
 }
 
 fn gpu_name(device: Device, ranks: usize) -> String {

@@ -20,6 +20,7 @@ use bora_common::{
     blocks::BlockHash,
     cost::CostModel,
     registry::{Device, GroupRecord, GroupState, RankRecord, Speed},
+    secret::ClusterKeys,
 };
 use bora_router::{
     RouterOptions,
@@ -216,7 +217,11 @@ struct Simulation {
 impl Simulation {
     fn new(args: &FleetArgs, policy: Policy, sessions: Vec<Session>) -> anyhow::Result<Self> {
         let routers = (0..args.routers.max(1)).map(|number| RouterReplica {
-            fleet: Fleet::seeded(RouterOptions::default(), args.seed.wrapping_add(number as u64)),
+            fleet: Fleet::seeded(
+                RouterOptions::default(),
+                &ClusterKeys::random(),
+                args.seed.wrapping_add(number as u64),
+            ),
             links: Vec::new(),
             waiting: VecDeque::new(),
         });
@@ -523,6 +528,7 @@ fn record(number: usize) -> GroupRecord {
         model: MODEL.into(),
         aliases: Vec::new(),
         device: Device::Fake,
+        cache_key_id: String::new(),
         weight_fingerprint: String::new(),
         ranks: vec![RankRecord { rank: 0, host: "simulated".into(), pid: 0 }],
         block_tokens: 64,

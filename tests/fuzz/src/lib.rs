@@ -15,6 +15,7 @@ use std::{
 use bora_common::{
     conversation::{Conversation, DataUrls, Delta, Json, ToolCallParser},
     registry::{Device, GroupRecord, GroupState, RankRecord, Speed},
+    secret::ClusterKeys,
     tokenizer::Tokenizer,
 };
 use bora_proto::v1;
@@ -190,7 +191,7 @@ fn service(cache: bool) -> &'static Service {
             let options = RouterOptions { conversation_cache_bytes, encode_threads: 1, ..RouterOptions::default() };
             let access = Arc::new(Access::open(AccessOptions::default()).expect("no keys"));
             let models = HashMap::from([(MODEL.to_owned(), ModelSpec::new(Arc::clone(tokenizer())))]);
-            let service = Service::new(options, models, access);
+            let service = Service::new(options, ClusterKeys::derive(&[1; 32]), models, access);
             service.fleet().put_unwatched(group(), std::time::Instant::now()).expect("an endpoint");
             service
         })
@@ -206,6 +207,7 @@ fn group() -> GroupRecord {
         model: MODEL.into(),
         aliases: vec![],
         device: Device::Fake,
+        cache_key_id: String::new(),
         weight_fingerprint: "0".into(),
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,

@@ -5,9 +5,11 @@
 //! and giving it up again before costs nothing.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bora_common::blocks::BlockHash;
 
+use super::content::BlockContent;
 use super::pool::BlockPool;
 use crate::engine::step::HostBlock;
 
@@ -17,7 +19,7 @@ use crate::engine::step::HostBlock;
 pub(super) struct HostTier {
     pool: BlockPool,
     by_hash: HashMap<BlockHash, HostBlock>,
-    hash_of: Vec<Option<BlockHash>>,
+    contents: Vec<Option<Arc<BlockContent>>>,
 }
 
 /// A place for a block's content.
@@ -31,11 +33,17 @@ pub(super) struct Stored {
 impl HostTier {
     /// `blocks` empty blocks; none is no host memory at all.
     pub(super) fn new(blocks: u32) -> Self {
-        Self { pool: BlockPool::new(blocks), by_hash: HashMap::new(), hash_of: vec![None; blocks as usize] }
+        Self { pool: BlockPool::new(blocks), by_hash: HashMap::new(), contents: vec![None; blocks as usize] }
     }
 
     pub(super) fn contains(&self, hash: &BlockHash) -> bool {
         self.by_hash.contains_key(hash)
+    }
+
+    /// Whether this very block is here; `None` if there is no block of its name.
+    pub(super) fn holds(&self, content: &BlockContent) -> Option<bool> {
+        let place = self.by_hash.get(&content.hash())?;
+        Some(self.contents[*place as usize].as_deref() == Some(content))
     }
 
     /// The hashes of all blocks here.
@@ -48,13 +56,14 @@ impl HostTier {
         (self.pool.total(), self.by_hash.len())
     }
 
-    /// A place for the content of a block that is not here; `None` where all places are pinned.
-    pub(super) fn store(&mut self, hash: BlockHash) -> Option<Stored> {
+    /// A place for the content of a block whose name is not here; `None` if all places are pinned.
+    pub(super) fn store(&mut self, content: Arc<BlockContent>) -> Option<Stored> {
+        let hash = content.hash();
         let place = match self.pool.take_free() {
             Some(place) => place,
             None => self.pool.take_oldest()?,
         };
-        let given_up = self.hash_of[place as usize].replace(hash);
+        let given_up = self.contents[place as usize].replace(content).map(|content| content.hash());
         if let Some(given_up) = given_up {
             self.by_hash.remove(&given_up);
         }
@@ -92,9 +101,9 @@ impl HostTier {
         let idle: Vec<HostBlock> = self.pool.idle_blocks().collect();
         let mut forgotten = Vec::with_capacity(idle.len());
         for place in idle {
-            if let Some(hash) = self.hash_of[place as usize].take() {
-                self.by_hash.remove(&hash);
-                forgotten.push(hash);
+            if let Some(content) = self.contents[place as usize].take() {
+                self.by_hash.remove(&content.hash());
+                forgotten.push(content.hash());
             }
             self.pool.discard(place);
         }
@@ -105,9 +114,9 @@ impl HostTier {
     #[cfg(test)]
     pub(super) fn check(&self) {
         self.pool.check();
-        assert_eq!(self.by_hash.len(), self.hash_of.iter().flatten().count());
+        assert_eq!(self.by_hash.len(), self.contents.iter().flatten().count());
         for (hash, place) in &self.by_hash {
-            assert_eq!(self.hash_of[*place as usize], Some(*hash));
+            assert_eq!(self.contents[*place as usize].as_ref().map(|content| content.hash()), Some(*hash));
         }
     }
 

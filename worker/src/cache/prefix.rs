@@ -1,9 +1,11 @@
-//! The prefix cache: full blocks found again by the hash of everything up to their end.
+//! The prefix cache: full blocks found again by the hash of everything up to their end, and used if they hold the same.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use bora_common::blocks::BlockHash;
 
+use super::content::BlockContent;
 use super::events::{Changes, Delta};
 use super::host::HostTier;
 use super::pool::BlockPool;
@@ -28,6 +30,28 @@ pub struct Fetch {
     pub from: HostBlock,
     /// Where it goes.
     pub to: BlockId,
+}
+
+/// How much of a chain can be found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Leading blocks that are on the device.
+    pub on_device: usize,
+    /// Leading blocks that are on the device or in host memory.
+    pub total: usize,
+    /// Of those, the ones that are in host memory alone.
+    pub in_host: usize,
+    /// The block behind them has the name of a cached one that holds something else.
+    pub mismatch: bool,
+}
+
+/// Where a block is.
+enum Location {
+    Device(BlockId),
+    Host,
+    /// Another block has its name.
+    Taken,
+    Nowhere,
 }
 
 /// How many blocks are what.
@@ -55,7 +79,7 @@ pub struct Usage {
 pub struct KvCache {
     pool: BlockPool,
     by_hash: HashMap<BlockHash, BlockId>,
-    hash_of: Vec<Option<BlockHash>>,
+    contents: Vec<Option<Arc<BlockContent>>>,
     reserved: usize,
     changes: Changes,
     /// Blocks that can be found and that watchers hear of when a sequence gives them back.
@@ -73,7 +97,7 @@ impl KvCache {
         Self {
             pool: BlockPool::new(blocks),
             by_hash: HashMap::new(),
-            hash_of: vec![None; blocks as usize],
+            contents: vec![None; blocks as usize],
             reserved: 0,
             changes: Changes::default(),
             untold: HashSet::new(),
@@ -83,31 +107,52 @@ impl KvCache {
         }
     }
 
-    /// How many of the first blocks of a chain are there, on the device or in host memory.
-    pub fn find(&self, hashes: &[BlockHash]) -> usize {
-        hashes.iter().take_while(|hash| self.contains(hash)).count()
-    }
-
-    /// How many of the first blocks of a chain are on the device.
-    pub fn find_on_device(&self, hashes: &[BlockHash]) -> usize {
-        hashes.iter().take_while(|hash| self.by_hash.contains_key(hash)).count()
-    }
-
-    /// How many of these blocks would have to be fetched.
-    pub fn in_host_memory(&self, hashes: &[BlockHash]) -> usize {
-        hashes.iter().filter(|hash| !self.by_hash.contains_key(hash)).count()
+    /// How many of the first blocks of a chain are there.
+    pub fn find(&self, blocks: &[Arc<BlockContent>]) -> Found {
+        let mut found = Found::default();
+        for block in blocks {
+            match self.locate(block) {
+                Location::Device(_) => found.on_device += usize::from(found.on_device == found.total),
+                Location::Host => found.in_host += 1,
+                Location::Taken => return Found { mismatch: true, ..found },
+                Location::Nowhere => return found,
+            }
+            found.total += 1;
+        }
+        found
     }
 
     /// Whether a block can be found.
-    pub fn contains(&self, hash: &BlockHash) -> bool {
-        self.by_hash.contains_key(hash) || self.host.contains(hash)
+    pub fn contains(&self, block: &BlockContent) -> bool {
+        matches!(self.locate(block), Location::Device(_) | Location::Host)
     }
 
-    /// Reserves `total` blocks, of which the first are those of `hashes` that are there (in one piece from
+    /// Where a block is. The cached one of its name is compared: a name is no proof.
+    fn locate(&self, block: &BlockContent) -> Location {
+        if let Some(held) = self.by_hash.get(&block.hash()) {
+            let same = self.contents[*held as usize].as_deref() == Some(block);
+            return if same { Location::Device(*held) } else { Location::Taken };
+        }
+        match self.host.holds(block) {
+            Some(true) => Location::Host,
+            Some(false) => Location::Taken,
+            None => Location::Nowhere,
+        }
+    }
+
+    /// Reserves `total` blocks, of which the first are those of `blocks` that are there (in one piece from
     /// the start). `None` where they do not fit now.
-    pub fn admit(&mut self, hashes: &[BlockHash], total: usize) -> Option<Lease> {
-        let found = &hashes[..self.find(hashes).min(total)];
-        let held: Vec<Option<BlockId>> = found.iter().map(|hash| self.by_hash.get(hash).copied()).collect();
+    pub fn admit(&mut self, blocks: &[Arc<BlockContent>], total: usize) -> Option<Lease> {
+        let held: Vec<Option<BlockId>> = blocks
+            .iter()
+            .take(total)
+            .map_while(|block| match self.locate(block) {
+                Location::Device(held) => Some(Some(held)),
+                Location::Host => Some(None),
+                Location::Taken | Location::Nowhere => None,
+            })
+            .collect();
+        let found = &blocks[..held.len()];
         let newly_pinned = held.iter().flatten().filter(|block| self.pool.references(**block) == 0).count();
         let to_reserve = total - held.iter().flatten().count();
         if self.pool.available() - self.reserved < newly_pinned + to_reserve {
@@ -120,7 +165,7 @@ impl KvCache {
         let mut lease = Lease { reserved: to_reserve, ..Lease::default() };
         // all are pinned before the first block is taken, which may move another one there
         let absent = found.iter().zip(&held).filter(|(_, held)| held.is_none());
-        let mut places: VecDeque<HostBlock> = absent.filter_map(|(hash, _)| self.host.pin(hash)).collect();
+        let mut places: VecDeque<HostBlock> = absent.filter_map(|(block, _)| self.host.pin(&block.hash())).collect();
         for held in held {
             match held {
                 Some(block) => lease.blocks.push(block),
@@ -176,8 +221,8 @@ impl KvCache {
 
     /// The copy to host memory that a named block still needs, if there is room for it.
     fn keep_copy(&mut self, block: BlockId) -> Option<BlockCopy> {
-        let hash = self.hash_of[block as usize].filter(|hash| !self.host.contains(hash))?;
-        let stored = self.host.store(hash)?;
+        let content = self.contents[block as usize].as_ref().filter(|content| !self.host.contains(&content.hash()))?;
+        let stored = self.host.store(Arc::clone(content))?;
         if let Some(given_up) = stored.given_up.filter(|hash| !self.by_hash.contains_key(hash)) {
             self.changes.evicted(given_up);
         }
@@ -204,7 +249,7 @@ impl KvCache {
             return Some(block);
         }
         let block = self.pool.take_oldest()?;
-        let is_there = self.hash_of[block as usize].is_some_and(|hash| self.host.touch(&hash));
+        let is_there = self.contents[block as usize].as_ref().is_some_and(|content| self.host.touch(&content.hash()));
         if !is_there {
             let copy = self.keep_copy(block);
             self.copies.extend(copy);
@@ -215,27 +260,28 @@ impl KvCache {
 
     /// A referenced block is full: from now on it can be found. Where another block already has that
     /// name, this one stays unnamed.
-    pub fn publish(&mut self, block: BlockId, hash: BlockHash) {
-        if self.name(block, hash) {
-            self.changes.stored(hash);
+    pub fn publish(&mut self, block: BlockId, content: &Arc<BlockContent>) {
+        if self.name(block, content) {
+            self.changes.stored(content.hash());
         }
     }
 
     /// The same of a block that generated ids filled. Watchers hear of it when a sequence gives it back: who asks for it is
     /// the next turn, and routers look up what is told at once several times faster than what is told block by block.
-    pub fn publish_generated(&mut self, block: BlockId, hash: BlockHash) {
-        if self.name(block, hash) {
-            self.untold.insert(hash);
+    pub fn publish_generated(&mut self, block: BlockId, content: &Arc<BlockContent>) {
+        if self.name(block, content) {
+            self.untold.insert(content.hash());
         }
     }
 
     /// Whether the block has got the name, and it is news.
-    fn name(&mut self, block: BlockId, hash: BlockHash) -> bool {
-        if self.by_hash.contains_key(&hash) || self.hash_of[block as usize].is_some() {
+    fn name(&mut self, block: BlockId, content: &Arc<BlockContent>) -> bool {
+        let hash = content.hash();
+        if self.by_hash.contains_key(&hash) || self.contents[block as usize].is_some() {
             return false;
         }
         self.by_hash.insert(hash, block);
-        self.hash_of[block as usize] = Some(hash);
+        self.contents[block as usize] = Some(Arc::clone(content));
         !self.host.contains(&hash)
     }
 
@@ -246,7 +292,8 @@ impl KvCache {
     }
 
     fn unname(&mut self, block: BlockId) {
-        if let Some(hash) = self.hash_of[block as usize].take() {
+        if let Some(content) = self.contents[block as usize].take() {
+            let hash = content.hash();
             self.by_hash.remove(&hash);
             if !self.untold.remove(&hash) && !self.host.contains(&hash) {
                 self.changes.evicted(hash);
@@ -258,16 +305,16 @@ impl KvCache {
     /// before its start.
     pub fn release(&mut self, lease: Lease) {
         self.reserved -= lease.reserved;
-        for hash in lease.blocks.iter().filter_map(|block| self.hash_of[*block as usize]) {
-            if self.untold.remove(&hash) {
-                self.changes.stored(hash);
+        for content in lease.blocks.iter().filter_map(|block| self.contents[*block as usize].as_ref()) {
+            if self.untold.remove(&content.hash()) {
+                self.changes.stored(content.hash());
             }
         }
         for fetch in &lease.fetches {
             self.host.unpin(fetch.from);
         }
         for block in lease.blocks.iter().rev() {
-            let keep = self.hash_of[*block as usize].is_some();
+            let keep = self.contents[*block as usize].is_some();
             self.pool.release(*block, keep);
         }
     }
@@ -308,7 +355,8 @@ impl KvCache {
     /// The hashes of all blocks that can be found, but for those that watchers will hear of.
     pub fn snapshot(&self) -> Vec<BlockHash> {
         // in the order of the pool: blocks of one chain were mostly taken one after the other
-        let on_device = self.hash_of.iter().flatten().copied().filter(|hash| !self.untold.contains(hash));
+        let named = self.contents.iter().flatten().map(|content| content.hash());
+        let on_device = named.filter(|hash| !self.untold.contains(hash));
         on_device.chain(self.host.hashes().filter(|hash| !self.by_hash.contains_key(hash))).collect()
     }
 
@@ -317,19 +365,26 @@ impl KvCache {
         self.changes.drain()
     }
 
+    /// Replaces what a findable block is known to hold, as a forger of names would; for tests.
+    #[cfg(test)]
+    pub(crate) fn forge(&mut self, content: Arc<BlockContent>) {
+        let block = self.by_hash[&content.hash()];
+        self.contents[block as usize] = Some(content);
+    }
+
     /// Checks every invariant; for tests.
     #[cfg(test)]
     pub(crate) fn check(&self) {
         self.pool.check();
         self.host.check();
         assert!(self.reserved <= self.pool.available(), "a promise can't be kept");
-        assert_eq!(self.by_hash.len(), self.hash_of.iter().flatten().count());
+        assert_eq!(self.by_hash.len(), self.contents.iter().flatten().count());
         for (hash, block) in &self.by_hash {
-            assert_eq!(self.hash_of[*block as usize], Some(*hash));
+            assert_eq!(self.contents[*block as usize].as_ref().map(|content| content.hash()), Some(*hash));
         }
         for block in self.pool.idle_blocks() {
-            let hash = self.hash_of[block as usize].expect("an idle block without a name is lost");
-            assert!(!self.untold.contains(&hash), "nobody would ever hear of it");
+            let content = self.contents[block as usize].as_ref().expect("an idle block without a name is lost");
+            assert!(!self.untold.contains(&content.hash()), "nobody would ever hear of it");
         }
         assert!(self.untold.iter().all(|hash| self.by_hash.contains_key(hash) && !self.host.contains(hash)));
     }

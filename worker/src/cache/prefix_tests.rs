@@ -1,11 +1,24 @@
 use std::collections::HashSet;
 
+use bora_common::blocks::BlockChain;
+use bora_common::secret::ClusterKeys;
 use proptest::prelude::*;
 
 use super::*;
 
-fn chain(family: u128, blocks: usize) -> Vec<BlockHash> {
-    (0..blocks as u128).map(|i| BlockHash(family << 32 | i)).collect()
+fn chain(family: u32, blocks: usize) -> Vec<Arc<BlockContent>> {
+    let ids: Vec<u32> = (0..64 * blocks as u32).map(|id| family << 24 | id).collect();
+    let digests = BlockChain::new(&ClusterKeys::derive(&[1; 32]), b"", Vec::new()).extend(&ids);
+    digests.into_iter().zip(ids.as_chunks().0).map(|(digest, ids)| BlockContent::new(digest, ids)).collect()
+}
+
+fn hashes_of(blocks: &[Arc<BlockContent>]) -> Vec<BlockHash> {
+    blocks.iter().map(|block| block.hash()).collect()
+}
+
+/// How many of the first blocks are there.
+fn found(cache: &KvCache, blocks: &[Arc<BlockContent>]) -> usize {
+    cache.find(blocks).total
 }
 
 /// Total, used, cached, reserved.
@@ -14,10 +27,10 @@ fn usage(cache: &KvCache) -> [usize; 4] {
     [usage.total, usage.used, usage.cached, usage.reserved]
 }
 
-fn fill(cache: &mut KvCache, lease: &mut Lease, hashes: &[BlockHash]) {
+fn fill(cache: &mut KvCache, lease: &mut Lease, hashes: &[Arc<BlockContent>]) {
     cache.grow(lease, hashes.len());
     for (block, hash) in lease.blocks.iter().zip(hashes) {
-        cache.publish(*block, *hash);
+        cache.publish(*block, hash);
     }
 }
 
@@ -28,7 +41,7 @@ fn a_prefix_is_found_shared_and_given_up_end_first() {
     let mut first = cache.admit(&hashes, 4).unwrap();
     assert!(first.blocks.is_empty());
     fill(&mut cache, &mut first, &hashes);
-    assert_eq!(cache.find(&hashes), 3);
+    assert_eq!(found(&cache, &hashes), 3);
 
     assert!(cache.admit(&hashes, 5).is_none(), "more than there are");
     assert!(cache.admit(&hashes, 4).is_none(), "the first still has the fourth block reserved");
@@ -41,7 +54,7 @@ fn a_prefix_is_found_shared_and_given_up_end_first() {
 
     let mut other = cache.admit(&chain(2, 2), 2).unwrap();
     cache.grow(&mut other, 2);
-    assert_eq!(cache.find(&hashes), 2, "the end of the prefix went first");
+    assert_eq!(found(&cache, &hashes), 2, "the end of the prefix went first");
     assert_eq!(cache.drain_changes().evicted, [], "stored and evicted in one delta: not mentioned");
     cache.check();
 }
@@ -55,16 +68,16 @@ fn generated_blocks_are_found_at_once_and_told_when_they_are_given_back() {
     fill(&mut cache, &mut first, &hashes[..1]);
     cache.grow(&mut first, 4);
     for (block, hash) in first.blocks.iter().zip(&hashes).skip(1) {
-        cache.publish_generated(*block, *hash);
+        cache.publish_generated(*block, hash);
         cache.check();
     }
-    assert_eq!(cache.drain_changes().stored, hashes[..1]);
-    assert_eq!(cache.snapshot(), hashes[..1]);
+    assert_eq!(cache.drain_changes().stored, hashes_of(&hashes[..1]));
+    assert_eq!(cache.snapshot(), hashes_of(&hashes[..1]));
     let second = cache.admit(&hashes, 4).unwrap();
     assert_eq!(second.blocks, first.blocks, "another sequence finds all of them");
     cache.forget(first.blocks[3]);
     cache.release(second);
-    assert_eq!(cache.drain_changes(), Delta { stored: hashes[1..3].to_vec(), evicted: vec![] });
+    assert_eq!(cache.drain_changes(), Delta { stored: hashes_of(&hashes[1..3]), evicted: vec![] });
     cache.release(first);
     assert!(cache.drain_changes().is_empty(), "told once");
     assert_eq!(cache.snapshot().len(), 3);
@@ -96,11 +109,48 @@ fn forgotten_blocks_are_not_found_but_stay_with_their_users() {
     let mut lease = cache.admit(&hashes, 2).unwrap();
     fill(&mut cache, &mut lease, &hashes);
     cache.forget(lease.blocks[0]);
-    assert_eq!(cache.find(&hashes), 0);
+    assert_eq!(found(&cache, &hashes), 0);
     assert_eq!(cache.usage().used, 2);
     cache.release(lease);
     assert_eq!(cache.usage().cached, 1);
     cache.check();
+}
+
+/// What a forger of names would reach: a block with a wanted name and another content, on the device and in host memory.
+#[test]
+fn a_block_of_the_same_name_that_holds_something_else_is_a_miss() {
+    let blocks = chain(1, 3);
+    let other = *chain(2, 1)[0].token_ids();
+    for forged in [blocks[1].forged(&other), blocks[1].behind_another_prefix()] {
+        assert_eq!(forged.hash(), blocks[1].hash());
+        let mut cache = KvCache::new(4, 4);
+        let mut lease = cache.admit(&blocks, 3).unwrap();
+        fill(&mut cache, &mut lease, &blocks);
+        cache.release(lease);
+        assert_eq!(cache.find(&blocks), Found { on_device: 3, total: 3, in_host: 0, mismatch: false });
+        cache.forge(Arc::clone(&forged));
+        let miss = Found { on_device: 1, total: 1, in_host: 0, mismatch: true };
+        assert_eq!(cache.find(&blocks), miss);
+        assert!(!cache.contains(&blocks[1]) && cache.contains(&forged));
+        let mut lease = cache.admit(&blocks, 3).unwrap();
+        assert_eq!(lease.blocks.len(), 1, "nothing behind it is used either");
+        // what is computed instead has the name only when the other one is gone
+        fill(&mut cache, &mut lease, &blocks);
+        assert_eq!(cache.find(&blocks), miss);
+        cache.release(lease);
+        cache.check();
+
+        // both go to host memory, where one name has one place
+        let lease = cache.admit(&chain(3, 4), 4).map(|mut lease| {
+            cache.grow(&mut lease, 4);
+            lease
+        });
+        cache.release(lease.unwrap());
+        assert_eq!(cache.find(&blocks), Found { on_device: 0, total: 1, in_host: 1, mismatch: true });
+        cache.check();
+        cache.flush();
+        assert_eq!(cache.find(&blocks), Found::default());
+    }
 }
 
 /// What the blocks of device and host hold.
@@ -138,14 +188,14 @@ fn what_the_device_gives_up_comes_back_from_host_memory_and_its_oldest_goes_firs
     // taking the third block moved the first one: that was not copied ahead
     assert_eq!(cache.take_copies(), [BlockCopy::ToHost { block: 0, host: 1 }]);
     cache.release(lease);
-    assert_eq!((cache.find_on_device(&first), cache.find(&first), cache.in_host_memory(&first)), (0, 2, 2));
+    assert_eq!(cache.find(&first), Found { on_device: 0, total: 2, in_host: 2, mismatch: false });
     assert_eq!(cache.drain_changes().stored.len(), 5);
 
     // back again: the device's oldest makes room, and host memory's oldest that nobody needs
     let mut lease = cache.admit(&first, 2).unwrap();
     assert_eq!(lease.blocks.len(), 2);
     assert_eq!(cache.take_copies().len(), 2, "into the one place that was left: what the lease wants is pinned");
-    assert_eq!(cache.drain_changes().evicted, [second[2]], "neither here nor there");
+    assert_eq!(cache.drain_changes().evicted, hashes_of(&second[2..]), "neither here nor there");
     assert_eq!(cache.fetch(&mut lease, 1).len(), 1);
     assert_eq!(cache.host_pinned(), 2, "one on its way, one still wanted");
     cache.begin_step();
@@ -153,7 +203,7 @@ fn what_the_device_gives_up_comes_back_from_host_memory_and_its_oldest_goes_firs
     // its caller leaves
     cache.release(lease);
     assert_eq!(cache.host_pinned(), 0);
-    assert_eq!(cache.find(&first), 2, "its copies stay");
+    assert_eq!(found(&cache, &first), 2, "its copies stay");
     cache.check();
 
     let lease = cache.admit(&third, 3).unwrap();
@@ -192,12 +242,12 @@ proptest! {
         let mut cache = KvCache::new(blocks, host_blocks);
         // what each block holds: by the copies that steps do
         let mut memory = Memory::new(blocks, host_blocks);
-        let mut running: Vec<(Lease, Vec<BlockHash>)> = Vec::new();
+        let mut running: Vec<(Lease, Vec<Arc<BlockContent>>)> = Vec::new();
         let mut watched: HashSet<BlockHash> = HashSet::new();
         for action in actions {
             match action {
                 Action::Admit { family, length } => {
-                    let hashes = chain(u128::from(family), length);
+                    let hashes = chain(u32::from(family), length);
                     // as the scheduler does: the last block is always computed
                     if let Some(mut lease) = cache.admit(&hashes[..length - 1], length) {
                         prop_assert_eq!(lease.blocks.len() + lease.reserved, length);
@@ -208,8 +258,8 @@ proptest! {
                             memory.copy(&cache.fetch(&mut lease, 2));
                         }
                         for (block, hash) in lease.blocks.iter().zip(&hashes) {
-                            prop_assert_eq!(memory.device[*block as usize], Some(*hash), "what was found is what it was");
-                            cache.publish(*block, *hash);
+                            prop_assert_eq!(memory.device[*block as usize], Some(hash.hash()), "what was found is what it was");
+                            cache.publish(*block, hash);
                         }
                         running.push((lease, hashes));
                     }
@@ -222,11 +272,11 @@ proptest! {
                     prop_assert_eq!(lease.blocks.len(), wanted, "an admitted sequence always gets its blocks");
                     memory.copy(&cache.take_copies());
                     for (block, hash) in lease.blocks.iter().zip(hashes.iter()) {
-                        memory.device[*block as usize] = Some(*hash);
-                        if hash.0 % 3 == 0 {
-                            cache.publish(*block, *hash);
+                        memory.device[*block as usize] = Some(hash.hash());
+                        if hash.hash().0 % 3 == 0 {
+                            cache.publish(*block, hash);
                         } else {
-                            cache.publish_generated(*block, *hash);
+                            cache.publish_generated(*block, hash);
                         }
                     }
                 }

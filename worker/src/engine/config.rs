@@ -6,6 +6,7 @@ use std::time::Duration;
 use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::config::{seconds, some_seconds};
 use bora_common::registry::{GroupRecord, Speed};
+use bora_common::secret::ClusterKeys;
 use serde::Deserialize;
 
 use crate::engine::step::HostMemory;
@@ -83,6 +84,8 @@ pub struct EngineConfig {
     pub steps_run: u64,
     /// What compiles grammars; `None` refuses them.
     pub grammars: Option<Arc<Grammars>>,
+    /// What blocks and images are named under.
+    pub keys: ClusterKeys,
 }
 
 /// The engine can't start like this.
@@ -92,7 +95,7 @@ pub struct EngineConfigError(String);
 
 impl EngineConfig {
     /// As announced in the group's record.
-    pub fn of_group(record: &GroupRecord, eos_ids: Vec<u32>, options: EngineOptions) -> Self {
+    pub fn of_group(record: &GroupRecord, eos_ids: Vec<u32>, options: EngineOptions, keys: ClusterKeys) -> Self {
         Self {
             options: EngineOptions { max_num_seqs: record.max_sequences, ..options },
             epoch: record.epoch,
@@ -106,6 +109,7 @@ impl EngineConfig {
             least_chunk: 1,
             steps_run: 0,
             grammars: None,
+            keys,
         }
     }
 

@@ -167,7 +167,7 @@ impl EngineHandle {
         let place = inner.places.queue(request.class, inner.config.options.max_waiting)?;
         let (events, stream) = stream::channel();
         let key = inner.next_key.fetch_add(1, Ordering::Relaxed);
-        let mut sequence = Sequence::new(key, request, inner.config.max_model_len, events, place);
+        let mut sequence = Sequence::new(key, request, &inner.config, events, place);
         sequence.trace = trace;
         if let Some(reason) = sequence.ended_elsewhere() {
             sequence

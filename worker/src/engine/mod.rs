@@ -7,10 +7,10 @@
 //!
 //! ```no_run
 //! # use bora_worker::{backend::fake::{FakeOptions, FakeRunner}, engine::{EngineConfig, EngineHandle, EngineOptions}};
-//! # async fn example(record: bora_common::registry::GroupRecord, listener: tokio::net::TcpListener)
+//! # async fn example(record: bora_common::registry::GroupRecord, keys: bora_common::secret::ClusterKeys, listener: tokio::net::TcpListener)
 //! #     -> Result<(), Box<dyn std::error::Error>> {
 //! let runner = FakeRunner::new(FakeOptions::default());
-//! let config = EngineConfig::of_group(&record, vec![2], EngineOptions::default());
+//! let config = EngineConfig::of_group(&record, vec![2], EngineOptions::default(), keys);
 //! let (engine, thread) = EngineHandle::start(config, Box::new(runner))?;
 //! let failed = engine.failed(); // or a signal
 //! let host = bora_worker::service::Host::of(engine, record);

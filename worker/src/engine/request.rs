@@ -174,6 +174,10 @@ fn check_images(images: &[v1::Image], prompt_len: usize, config: &EngineConfig) 
         let Ok(hash) = <[u8; 16]>::try_from(&image.hash[..]) else {
             return Err(EngineError::invalid("images.hash", "must have 16 bytes"));
         };
+        // a block is as good as its images: their names are not taken on trust
+        if config.keys.image_hash(&image.data) != u128::from_le_bytes(hash) {
+            return Err(EngineError::invalid("images.hash", "is not that of the data under this cluster's keys"));
+        }
         let (offset, length) = (image.offset as usize, image.length as usize);
         let previous_end = spans.last().map_or(0, |span| span.offset + span.length);
         if length == 0 || offset < previous_end || offset + length > prompt_len {

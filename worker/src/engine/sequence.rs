@@ -1,15 +1,17 @@
 //! One sequence, from the queue to its last token.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use bora_common::blocks::{BLOCK_TOKENS, BlockChain, BlockHash};
 use bora_common::telemetry::TraceContext;
 use bora_proto::v1;
 
+use super::config::EngineConfig;
 use super::places::Place;
 use super::request::{Class, Request};
 use super::stream::EventSender;
-use crate::cache::Lease;
+use crate::cache::{BlockContent, Lease};
 use crate::engine::step::{Admission, PositionLogprobs, Slot, TokenLogprob};
 use crate::speculate::Speculator;
 
@@ -26,8 +28,8 @@ pub(crate) struct Sequence {
     /// Length at which it ends for lack of room.
     pub(crate) limit_len: usize,
     chain: BlockChain,
-    /// Of all full blocks of `ids`.
-    pub(crate) hashes: Vec<BlockHash>,
+    /// All full blocks of `ids`.
+    pub(crate) blocks: Vec<Arc<BlockContent>>,
     /// Class that decides its turn: raised while a more urgent sequence waits for its blocks.
     pub(crate) class: Class,
     /// Where it waits for a block that another sequence computes: that block.
@@ -64,13 +66,21 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// Hashes the whole prompt: a few milliseconds for a very long one, on the caller's thread.
-    pub(crate) fn new(key: u64, mut request: Request, max_model_len: u32, events: EventSender, place: Place) -> Self {
+    pub(crate) fn new(
+        key: u64,
+        mut request: Request,
+        config: &EngineConfig,
+        events: EventSender,
+        place: Place,
+    ) -> Self {
         let ids = std::mem::take(&mut request.token_ids);
-        let mut chain = BlockChain::new(&request.salt, request.images.clone());
-        let limit_len = (request.prompt_len + request.max_tokens as usize).min(max_model_len as usize);
+        let mut chain = BlockChain::new(&config.keys, &request.salt, request.images.clone());
+        let token_ids = ids.as_chunks::<BLOCK_TOKENS>().0;
+        let blocks = chain.extend(&ids).into_iter().zip(token_ids).map(|(digest, ids)| BlockContent::new(digest, ids));
+        let limit_len = (request.prompt_len + request.max_tokens as usize).min(config.max_model_len as usize);
         Self {
             key,
-            hashes: chain.extend(&ids),
+            blocks: blocks.collect(),
             chain,
             initial_len: ids.len(),
             limit_len,
@@ -104,11 +114,11 @@ impl Sequence {
 
     /// Blocks that may come from the cache: the last known token is always computed, since somebody has to
     /// say what follows it, and a prompt whose logprobs are wanted is computed whole.
-    pub(crate) fn cacheable(&self) -> &[BlockHash] {
+    pub(crate) fn cacheable(&self) -> &[Arc<BlockContent>] {
         if self.request.prompt_logprobs.is_some() {
             return &[];
         }
-        &self.hashes[..(self.initial_len - 1) / BLOCK_TOKENS]
+        &self.blocks[..(self.initial_len - 1) / BLOCK_TOKENS]
     }
 
     /// Leaves the queue with its lease, of which the first blocks were found in the cache.
@@ -170,7 +180,11 @@ impl Sequence {
     ) -> Option<v1::FinishReason> {
         self.first_token.get_or_insert(now);
         self.ids.push(token_id);
-        self.hashes.extend(self.chain.push(token_id));
+        if let Some(digest) = self.chain.push(token_id)
+            && let Some(token_ids) = self.ids.last_chunk()
+        {
+            self.blocks.push(BlockContent::new(digest, token_ids));
+        }
         self.events.token(token_id, logprobs.map(to_proto));
         self.finish_reason()
     }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, generate_event::Event, group_event};
 use futures::StreamExt as _;
 
@@ -27,6 +28,7 @@ fn config(fake: &FakeOptions) -> EngineConfig {
         least_chunk: 1,
         steps_run: 0,
         grammars: None,
+        keys: ClusterKeys::derive(&[1; 32]),
     }
 }
 
@@ -161,12 +163,18 @@ async fn images_are_checked_and_part_of_the_hash() {
     let options = fake();
     let mut config = config(&options);
     config.images = true;
+    let keys = config.keys.clone();
     let (engine, _) = EngineHandle::start(config, Box::new(FakeRunner::new(options))).unwrap();
     let prompt: Vec<u32> = (100..300).collect();
-    let image = |hash: u8, offset, length| v1::Image { hash: vec![hash; 16], offset, length, ..Default::default() };
+    let image = |byte: u8, offset, length| {
+        let hash = keys.image_hash(&[byte]).to_le_bytes().to_vec();
+        v1::Image { data: vec![byte].into(), hash, offset, length }
+    };
     let with = |images| v1::GenerateRequest { images, ..request(&prompt, 1) };
     for wrong in [
         vec![v1::Image { hash: vec![1; 15], ..image(1, 0, 5) }],
+        // the name of another image: what it looks like would be kept under that name
+        vec![v1::Image { hash: image(2, 0, 5).hash, ..image(1, 0, 5) }],
         vec![image(1, 0, 0)],
         vec![image(1, 190, 11)],
         vec![image(1, u32::MAX, u32::MAX)],

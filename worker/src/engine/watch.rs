@@ -91,7 +91,7 @@ impl Watchers {
     /// Tells what changed since the last call. Returns the load as it is now.
     pub(crate) fn tell_changes(&mut self, scheduler: &mut Scheduler) -> v1::Load {
         let delta = scheduler.drain_changes();
-        self.metrics.blocks(delta.stored.len(), delta.evicted.len());
+        self.metrics.blocks(delta.stored.len(), delta.evicted.len(), scheduler.drain_mismatches());
         if !delta.is_empty() && !self.watchers.is_empty() {
             self.tell_all(&Event::Blocks(v1::BlocksChanged {
                 stored: to_bytes(&delta.stored),
@@ -149,6 +149,7 @@ mod tests {
             least_chunk: 1,
             steps_run: 0,
             grammars: None,
+            keys: bora_common::secret::ClusterKeys::derive(&[1; 32]),
         });
         let mut watchers = Watchers::new(1, Arc::default());
         let mut lazy = watchers.add("lazy".into(), &mut scheduler);

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use bora_common::config::{HostPort, ModelOptions};
 use bora_common::registry::{Device, Registry, RegistryError};
+use bora_common::secret::ClusterKeys;
 use bora_common::tls::TlsError;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,8 @@ pub struct WorkerSettings {
     pub model: ModelOptions,
     /// What it tells of itself.
     pub metrics: Arc<WorkerMetrics>,
+    /// Of the cluster: what blocks and images are named under.
+    pub keys: ClusterKeys,
 }
 
 /// Why a worker could not start, or ended.

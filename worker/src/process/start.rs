@@ -92,7 +92,8 @@ pub(super) async fn open(
         decode_step_seconds = record.speed.decode_step_seconds,
         seconds = started.elapsed().as_secs_f64(), "group is ready"
     );
-    let mut config = EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone());
+    let mut config =
+        EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone(), settings.keys.clone());
     // on GPUs by request, until it was measured there; a fake keeps the pace that it was told
     if device == Device::Cpu {
         config.options.speculative.get_or_insert_default();
@@ -251,6 +252,7 @@ fn describe(
         model: settings.model.name.clone(),
         aliases: settings.model.aliases.clone(),
         device,
+        cache_key_id: settings.keys.cache_key_id().into(),
         weight_fingerprint: facts.fingerprint.clone(),
         ranks: ranks.records.clone(),
         block_tokens: BLOCK_TOKENS as u32,

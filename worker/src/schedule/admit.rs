@@ -1,11 +1,13 @@
 //! Who leaves the queue: interactive before batch, each class in its order, as soon as there is a slot and
 //! every block that the sequence can ever need.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use bora_common::blocks::BlockHash;
 
 use super::Scheduler;
+use crate::cache::{BlockContent, Found};
 use crate::engine::error::EngineError;
 use crate::engine::request::Class;
 use crate::engine::sequence::Sequence;
@@ -30,7 +32,7 @@ impl Scheduler {
         if self.config.options.prefix_cache {
             held = cacheable
                 .iter()
-                .take_while(|hash| self.cache.contains(hash) || self.computing.contains_key(hash))
+                .take_while(|block| self.cache.contains(block) || self.computing.contains_key(&block.hash()))
                 .count();
         }
         sequence.queued_tokens = sequence.initial_len - held * bora_common::blocks::BLOCK_TOKENS;
@@ -67,18 +69,19 @@ impl Scheduler {
 
     fn try_admit(&mut self, class: Class, index: usize, now: Instant) -> Verdict {
         let sequence = &self.waiting[class as usize][index];
-        let mut cacheable: &[BlockHash] = &[];
+        let mut cacheable: &[Arc<BlockContent>] = &[];
+        let mut found = Found::default();
         if self.config.options.prefix_cache {
             cacheable = sequence.cacheable();
-            let (on_device, found) = (self.cache.find_on_device(cacheable), self.cache.find(cacheable));
+            found = self.cache.find(cacheable);
             // also what another one fetches from host memory
-            for next in [on_device, found].iter().filter_map(|index| cacheable.get(*index)) {
-                if self.computing.contains_key(next) {
-                    return Verdict::Wait(*next);
+            for next in [found.on_device, found.total].iter().filter_map(|index| cacheable.get(*index)) {
+                if self.computing.contains_key(&next.hash()) {
+                    return Verdict::Wait(next.hash());
                 }
             }
-            if !self.worth_fetching(&cacheable[..found], on_device) {
-                cacheable = &cacheable[..on_device];
+            if !self.worth_fetching(found) {
+                cacheable = &cacheable[..found.on_device];
             }
         }
         let Some(lease) = self.cache.admit(cacheable, sequence.blocks_needed()) else {
@@ -89,10 +92,15 @@ impl Scheduler {
             self.cache.release(lease);
             return Verdict::NoRoom;
         };
+        if found.mismatch {
+            self.mismatches += 1;
+            let (request_id, block) = (&sequence.request.request_id, found.total);
+            tracing::error!(request_id, block, "a cached block has the name of this one and holds something else");
+        }
         sequence.start(lease, now);
         sequence.speculator = self.config.options.speculative.as_ref().and_then(Speculator::new);
-        for hash in &sequence.hashes[sequence.published..] {
-            self.computing.entry(*hash).or_insert(slot);
+        for block in &sequence.blocks[sequence.published..] {
+            self.computing.entry(block.hash()).or_insert(slot);
         }
         self.slots[slot as usize] = Some(sequence);
         self.order.push(slot);
@@ -147,9 +155,9 @@ impl Scheduler {
         let mut sequence = self.slots[slot as usize].take()?;
         self.order.retain(|running| *running != slot);
         self.cache.release(std::mem::take(&mut sequence.lease));
-        for hash in &sequence.hashes[sequence.published..] {
-            if self.computing.get(hash) == Some(&slot) {
-                self.computing.remove(hash);
+        for hash in sequence.blocks[sequence.published..].iter().map(|block| block.hash()) {
+            if self.computing.get(&hash) == Some(&slot) {
+                self.computing.remove(&hash);
             }
         }
         if sequence.admitted_on_ranks {

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bora_common::blocks::BlockChain;
+use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, generate_event::Event};
 use futures::{FutureExt as _, StreamExt as _};
 
 use super::Scheduler;
 use crate::backend::fake::{FakeMode, FakeOptions, FakeRunner, digest};
+use crate::cache::BlockContent;
 use crate::engine::places::Places;
 use crate::engine::request::Request;
 use crate::engine::sequence::Sequence;
@@ -82,6 +85,7 @@ pub(super) fn config(kv_blocks: u32) -> EngineConfig {
         least_chunk: 1,
         steps_run: 0,
         grammars: None,
+        keys: ClusterKeys::derive(&[1; 32]),
     }
 }
 
@@ -149,9 +153,15 @@ impl Harness {
         let place = self.places.queue(request.class, u32::MAX).unwrap();
         let (events, stream) = stream::channel();
         self.next_key += 1;
-        let sequence = Sequence::new(self.next_key, request, self.config.max_model_len, events, place);
+        let sequence = Sequence::new(self.next_key, request, &self.config, events, place);
         self.scheduler.enqueue(sequence);
         stream
+    }
+
+    /// The full blocks of a prompt without a salt.
+    pub(super) fn blocks_of(&self, ids: &[u32]) -> Vec<Arc<BlockContent>> {
+        let digests = BlockChain::new(&self.config.keys, b"", Vec::new()).extend(ids);
+        digests.into_iter().zip(ids.as_chunks().0).map(|(digest, ids)| BlockContent::new(digest, ids)).collect()
     }
 
     /// Fills the pipeline and takes in one step; false where there was nothing to do.

@@ -4,20 +4,21 @@
 //! step after the last of its copies, and blocks that will be given up next are copied ahead of that. Only where a step takes
 //! blocks faster than they could be copied ahead do copies come before its work.
 
-use bora_common::blocks::{BLOCK_TOKENS, BlockHash};
+use bora_common::blocks::BLOCK_TOKENS;
 
 use super::Scheduler;
+use crate::cache::Found;
 use crate::engine::step::Step;
 
 /// Seconds of copies in a step that has nothing else to do, and in one whose time is not known.
 const IDLE_SECONDS: f64 = 0.05;
 
 impl Scheduler {
-    /// Whether the blocks of `found` that are in host memory come back faster than they are computed again, behind `on_device`
-    /// blocks that need neither.
-    pub(super) fn worth_fetching(&self, found: &[BlockHash], on_device: usize) -> bool {
-        let copied = self.cache.in_host_memory(found) as f64 * self.config.host.seconds_per_block;
-        let (context, tokens) = (on_device * BLOCK_TOKENS, (found.len() - on_device) * BLOCK_TOKENS);
+    /// Whether the found blocks that are in host memory come back faster than they are computed again, behind the ones on the
+    /// device that need neither.
+    pub(super) fn worth_fetching(&self, found: Found) -> bool {
+        let copied = found.in_host as f64 * self.config.host.seconds_per_block;
+        let (context, tokens) = (found.on_device * BLOCK_TOKENS, (found.total - found.on_device) * BLOCK_TOKENS);
         copied <= self.budget.prefill_seconds(context, tokens)
     }
 

@@ -73,6 +73,8 @@ pub(crate) struct Scheduler {
     completed: u64,
     /// Predicted time of all prompt computing so far.
     prefill_seconds: f64,
+    /// Cached blocks that had the name of a sequence's block and held something else, since they were last asked for.
+    mismatches: u64,
     /// Guesses made, and those that came true.
     drafted: u64,
     accepted: u64,
@@ -94,6 +96,7 @@ impl Scheduler {
             last_step: config.steps_run,
             completed: 0,
             prefill_seconds: 0.0,
+            mismatches: 0,
             drafted: 0,
             accepted: 0,
             config,
@@ -153,6 +156,11 @@ impl Scheduler {
         self.cache.drain_changes()
     }
 
+    /// Cached blocks that held something else than their names promised, since the last call.
+    pub(crate) fn drain_mismatches(&mut self) -> u64 {
+        std::mem::take(&mut self.mismatches)
+    }
+
     /// Forgets every cached block that no running sequence uses.
     pub(crate) fn flush_cache(&mut self) -> usize {
         self.cache.flush()
@@ -161,14 +169,15 @@ impl Scheduler {
     /// Publishes the blocks of a sequence whose ids are known and whose KV is computed.
     fn publish_full_blocks(&mut self, slot: Slot) {
         let Some(sequence) = self.slots[slot as usize].as_mut() else { return };
-        let full = (sequence.computed / bora_common::blocks::BLOCK_TOKENS).min(sequence.hashes.len());
+        let full = (sequence.computed / bora_common::blocks::BLOCK_TOKENS).min(sequence.blocks.len());
         while sequence.published < full {
-            let hash = sequence.hashes[sequence.published];
+            let content = &sequence.blocks[sequence.published];
+            let hash = content.hash();
             if self.config.options.prefix_cache {
                 let block = sequence.lease.blocks[sequence.published];
                 match (sequence.published + 1) * bora_common::blocks::BLOCK_TOKENS <= sequence.request.prompt_len {
-                    true => self.cache.publish(block, hash),
-                    false => self.cache.publish_generated(block, hash),
+                    true => self.cache.publish(block, content),
+                    false => self.cache.publish_generated(block, content),
                 }
             }
             if self.computing.get(&hash) == Some(&slot) {

@@ -1,9 +1,11 @@
 //! What the scheduler promises, one promise a test.
 
+use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, FinishReason};
 
 use super::harness::{Harness, Heard, config, expected, request};
 use crate::backend::fake::FakeMode;
+use crate::cache::Found;
 use crate::engine::step::Tokens;
 use crate::engine::{EngineConfig, EngineError, EngineOptions, EventStream};
 use crate::speculate::SpeculativeOptions;
@@ -241,8 +243,7 @@ fn a_faulty_sequence_fails_alone_and_leaves_nothing_in_the_cache() {
     harness.settle();
     assert!(matches!(hear(&mut faulty).end, Some(Err(EngineError::Internal { .. }))));
     assert_eq!(hear(&mut healthy).ids, expected(&ids(6, 200), 200, 0, 10, &harness.config).0);
-    let hashes = bora_common::blocks::hash_blocks(b"", &[], &faulty_prompt);
-    assert_eq!(harness.scheduler.cache.find(&hashes), 0);
+    assert_eq!(harness.scheduler.cache.find(&harness.blocks_of(&faulty_prompt)), Found::default());
     harness.assert_empty();
 }
 
@@ -256,6 +257,43 @@ fn tenants_with_different_salts_share_nothing() {
         let before = hear(&mut stream).started.unwrap().cached_tokens;
         assert_eq!(before, if salt == "a" && harness.prefilled() > 600 { 192 } else { 0 });
     }
+}
+
+/// A cached block with the name of a prompt's block and another content serves nobody: the prompt is computed, counted and answered
+/// as if the forged one were not there.
+#[test]
+fn a_forged_cached_block_is_computed_again() {
+    for forge_first in [true, false] {
+        let mut harness = Harness::new(config(64), 2);
+        let prompt = ids(1, 200);
+        let blocks = harness.blocks_of(&prompt);
+        let mut first = harness.generate(request(prompt.clone(), 2));
+        harness.settle();
+        let answer = hear(&mut first).ids;
+        assert_eq!(harness.scheduler.drain_mismatches(), 0);
+        let target = if forge_first { 0 } else { 1 };
+        harness.scheduler.cache.forge(blocks[target].forged(&[7; 64]));
+
+        let mut again = harness.generate(request(prompt.clone(), 2));
+        harness.settle();
+        let heard = hear(&mut again);
+        assert_eq!(heard.started.unwrap().cached_tokens, 64 * target as u32, "only what is before it");
+        assert_eq!(heard.finished().cached_tokens, 64 * target as u32);
+        assert_eq!(heard.ids, answer);
+        assert_eq!(harness.scheduler.drain_mismatches(), 1);
+        assert_eq!(harness.scheduler.drain_mismatches(), 0, "reported once");
+        harness.assert_empty();
+    }
+}
+
+/// Another secret: nothing that was named before is found.
+#[test]
+fn other_keys_name_the_same_prompt_otherwise() {
+    let mut harness = Harness::new(config(64), 2);
+    let before = harness.blocks_of(&ids(1, 200));
+    harness.config.keys = ClusterKeys::derive(&[2; 32]);
+    let after = harness.blocks_of(&ids(1, 200));
+    assert!(before.iter().zip(&after).all(|(one, other)| one.hash() != other.hash()));
 }
 
 #[test]

@@ -107,6 +107,7 @@ pub(crate) struct EngineMetrics {
     sequences: Family<EndLabels, Counter>,
     stored_blocks: Counter,
     evicted_blocks: Counter,
+    mismatched_blocks: Counter,
 }
 
 impl Default for EngineMetrics {
@@ -126,6 +127,7 @@ impl Default for EngineMetrics {
             sequences: Family::default(),
             stored_blocks: Counter::default(),
             evicted_blocks: Counter::default(),
+            mismatched_blocks: Counter::default(),
         }
     }
 }
@@ -173,6 +175,11 @@ impl EngineMetrics {
             self.stored_blocks.clone(),
         );
         registry.register("evicted_blocks", "Findable blocks that were given up for room", self.evicted_blocks.clone());
+        registry.register(
+            "mismatched_blocks",
+            "Cached blocks with the name of a requested one that held something else, and were not used",
+            self.mismatched_blocks.clone(),
+        );
         // there at zero, so that a first increase is seen
         for end in [End::Finished, End::Aborted, End::Failed, End::Refused] {
             let _ = self.sequences.get_or_create(&EndLabels { end: end.name() });
@@ -206,9 +213,11 @@ impl EngineMetrics {
         self.tokens.get_or_create(&KindLabels { kind: "prefill" }).inc_by(shape.prefilled_tokens);
     }
 
-    pub(crate) fn blocks(&self, stored: usize, evicted: usize) {
+    /// What changed in the prefix cache.
+    pub(crate) fn blocks(&self, stored: usize, evicted: usize, mismatched: u64) {
         self.stored_blocks.inc_by(stored as u64);
         self.evicted_blocks.inc_by(evicted as u64);
+        self.mismatched_blocks.inc_by(mismatched);
     }
 
     /// A sequence left the queue.

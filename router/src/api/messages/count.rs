@@ -40,8 +40,7 @@ fn count(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<Tok
         service.metrics().unknown_fields(fields.unknown);
     }
     let (_, model, spec) = resolve(service, fields.model.as_deref())?;
-    let rules = service.conversation_rules(caller);
-    let prompt = chat_prompt(service, &conversion.body(fields), &model.name, &spec, true, rules)
+    let prompt = chat_prompt(service, caller, &conversion.body(fields), &model.name, &spec, true)
         .map_err(|error| conversion.in_words_of_client(error))?;
     Ok(TokenCount { input_tokens: prompt.ids.len() })
 }

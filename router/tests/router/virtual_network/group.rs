@@ -31,7 +31,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::wire::{Network, Path, Setting};
-use crate::virtual_time::{MOST_SEQUENCES, record};
+use crate::{
+    support::keys,
+    virtual_time::{MOST_SEQUENCES, record},
+};
 
 pub(super) const END: u32 = 2;
 const KEPT_BLOCKS: usize = 60;
@@ -217,7 +220,7 @@ impl Group {
         if !ids.starts_with(&request.token_ids[prompt.len()..]) {
             said.send(Err(Status::internal("what was generated before is not what a group says here"))).await.ok()?;
         }
-        let hashes = hash_blocks(b"", &[], &request.token_ids);
+        let hashes = hash_blocks(&keys(), b"", &[], &request.token_ids);
         let kept = self.holds();
         let cached_tokens = 64 * hashes.iter().take_while(|hash| kept.contains(&hash.0)).count() as u32;
         let prompt_tokens = prompt.len() as u32;
@@ -232,7 +235,7 @@ impl Group {
             at = next;
             self.take(STEP).await;
         }
-        self.store(&hash_blocks(b"", &[], &[prompt, &ids].concat()));
+        self.store(&hash_blocks(&keys(), b"", &[], &[prompt, &ids].concat()));
         let (reason, completion_tokens) = (reason as i32, ids.len() as u32);
         say(Said::Finished(Finished { reason, prompt_tokens, cached_tokens, completion_tokens, timing: None })).await
     }
