@@ -21,7 +21,6 @@ def write(tmp_path, text):
 
 GOOD = """
 cluster: test
-cluster_secret_file: SECRET
 registry: {kind: etcd, endpoints: ["127.0.0.1:2379"]}
 models:
   - name: tiny
@@ -30,6 +29,7 @@ models:
 worker:
   device: cpu
   tensor_parallel_size: 2
+cluster_secret_file: SECRET
 """.replace("MODEL", str(FIXTURES / "tiny_text")).replace("TOKENIZER", str(FIXTURES / "tokenizers" / "tekken-v13-8k.json"))
 
 
