@@ -103,7 +103,7 @@ def test_a_process_of_a_cluster_wants_a_secret_that_is_one(command, tmp_path):
         refused = outcome("--cluster-secret-file", short)
         assert refused.returncode != 0 and str(short) in refused.stderr and "at least 32 bytes" in refused.stderr
         exposed = new_secret(tmp_path / "exposed")
-        exposed.chmod(0o644)
+        exposed.chmod(0o602)
         refused = outcome("--cluster-secret-file", exposed)
         assert refused.returncode != 0 and str(exposed) in refused.stderr and "chmod 600" in refused.stderr
         assert exposed.read_text() not in refused.stderr
