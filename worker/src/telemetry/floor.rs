@@ -5,12 +5,35 @@ use bora_common::model::ModelConfig;
 
 use super::engine::StepShape;
 
-/// Rates of one GPU by a part of its name: bytes a second, FP8 and bf16 operations a second.
-const RATES: [(&str, f64, f64, f64); 2] = [("H100", 3.35e12, 1.979e15, 9.89e14), ("H200", 4.8e12, 1.979e15, 9.89e14)];
+/// What one GPU does in a second by its datasheet.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Bytes that its memory reads.
+    pub bytes: f64,
+    /// FP8 operations.
+    pub fp8: f64,
+    /// bf16 operations.
+    pub bf16: f64,
+}
 
-/// Bytes a second of a GPU's memory by its datasheet, where it is known.
+/// Rates by words of a GPU's name, the more specific names first.
+const RATES: [(&[&str], Rates); 5] = [
+    (&["H100", "PCIe"], Rates { bytes: 2.0e12, fp8: 1.513e15, bf16: 7.56e14 }),
+    (&["H100", "NVL"], Rates { bytes: 3.9e12, fp8: 1.671e15, bf16: 8.35e14 }),
+    (&["H100"], Rates { bytes: 3.35e12, fp8: 1.979e15, bf16: 9.89e14 }),
+    (&["H200", "NVL"], Rates { bytes: 4.8e12, fp8: 1.671e15, bf16: 8.35e14 }),
+    (&["H200"], Rates { bytes: 4.8e12, fp8: 1.979e15, bf16: 9.89e14 }),
+];
+
+/// Rates of a GPU by its name, if they are known.
+pub fn rates(gpu: &str) -> Option<Rates> {
+    let has = |word: &&str| gpu.split_whitespace().any(|part| part == *word);
+    RATES.into_iter().find(|(words, _)| words.iter().all(has)).map(|(_, rates)| rates)
+}
+
+/// Bytes a second of a GPU's memory by its datasheet, if it is known.
 pub fn memory_rate(gpu: &str) -> Option<f64> {
-    RATES.into_iter().find(|(name, ..)| gpu.contains(name)).map(|(_, bytes_per_second, ..)| bytes_per_second)
+    rates(gpu).map(|rates| rates.bytes)
 }
 
 /// Floors of one model on one group.
@@ -30,7 +53,7 @@ pub struct Floors {
 impl Floors {
     /// Of `ranks` such GPUs; `None` where the GPU's rates are not known.
     pub fn of(model: &ModelConfig, ranks: usize, gpu: &str, kv_bytes: f64) -> Option<Self> {
-        let (_, bytes_per_second, fp8, bf16) = RATES.into_iter().find(|(name, ..)| gpu.contains(name))?;
+        let Rates { bytes, fp8, bf16 } = rates(gpu)?;
         let ranks = ranks as f64;
         let layers = model.num_hidden_layers as f64;
         let hidden = model.hidden_size as f64;
@@ -38,7 +61,7 @@ impl Floors {
         let kv_heads = (model.num_key_value_heads * model.head_dim) as f64;
         let layer_weights = hidden * (2.0 * heads + 2.0 * kv_heads) + 3.0 * hidden * model.intermediate_size as f64;
         Some(Self {
-            bytes_per_second: bytes_per_second * ranks,
+            bytes_per_second: bytes * ranks,
             fp8: fp8 * ranks,
             attention: if kv_bytes < 2.0 { fp8 } else { bf16 } * ranks,
             linear_weights: layers * layer_weights,
@@ -74,6 +97,18 @@ impl Floors {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rates_are_those_of_the_card() {
+        let bytes = |gpu| memory_rate(gpu).map(|bytes| bytes / 1e12);
+        assert_eq!(bytes("NVIDIA H100 80GB HBM3"), Some(3.35));
+        assert_eq!(bytes("NVIDIA H100 PCIe"), Some(2.0));
+        assert_eq!(bytes("NVIDIA H100 NVL"), Some(3.9));
+        assert_eq!(bytes("NVIDIA H200"), Some(4.8));
+        // other memory than that of the card whose name it has in its own
+        assert_eq!(bytes("NVIDIA GH200 480GB"), None);
+        assert_eq!(bytes("NVIDIA A100-SXM4-80GB"), None);
+    }
 
     #[test]
     fn the_24b_on_an_h100_streams_23_gigabytes_a_step() {

@@ -8,8 +8,9 @@ use bora_common::blocks::BLOCK_TOKENS;
 use bora_common::model::ModelConfig;
 use serde_json::json;
 
-use super::super::{CudaBackend, CudaOptions};
+use super::super::{CudaBackend, CudaOptions, survey};
 use super::Outcome;
+use super::peers::PeerFigures;
 use super::reference::{Random, median};
 use crate::backend::KvDtype;
 use crate::backend::{Backend, KvBudget, Limits, RankSetup};
@@ -22,18 +23,11 @@ use crate::weights::{ShardPlan, Weights};
 
 type Failure = Box<dyn std::error::Error>;
 
-/// vLLM 0.26 on one H100, bf16 KV: (batch, context, milliseconds a step).
-const DECODE: [(usize, usize, f64); 7] = [
-    (1, 1024, 9.67),
-    (8, 1024, 10.36),
-    (32, 1024, 12.4),
-    (64, 1024, 14.1),
-    (128, 1024, 19.0),
-    (1, 32_768, 11.4),
-    (4, 32_768, 16.7),
-];
-/// Likewise: (tokens, seconds).
-const PREFILL: [(usize, f64); 2] = [(8192, 0.400), (32_768, 2.100)];
+/// Decode steps that are timed: (batch, context).
+const DECODE: [(usize, usize); 7] =
+    [(1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (1, 32_768), (4, 32_768)];
+/// Prompts that are timed, in tokens.
+const PREFILL: [usize; 2] = [8192, 32_768];
 const CHUNK: usize = 8192;
 const WARM_STEPS: usize = 8;
 const TIMED_STEPS: usize = 64;
@@ -129,6 +123,8 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
     let limits = Limits { step_tokens: CHUNK, sequences: 256, model_len: 140_000, logit_rows: 256 };
     let setup =
         RankSetup { config: config.clone(), plan: plan.clone(), limits, collective: Box::new(SingleRank::default()) };
+    let gpu = survey(0..1, 1)?.remove(0);
+    let peer = PeerFigures::of(&gpu, config.hidden_size, options.kv.name());
     let mut backend = CudaBackend::new(setup, options)?;
     let opened = started.elapsed().as_secs_f64();
     let model = Ministral3::load(&mut backend, &weights, &plan, |_| {})?;
@@ -151,7 +147,7 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
         live: Vec::new(),
     };
     driver.prefill(1, 3000, 0)?;
-    for (batch, context, bar) in DECODE {
+    for (batch, context) in DECODE {
         let more = WARM_STEPS + TIMED_STEPS + 2;
         if batch * (context + more).div_ceil(BLOCK_TOKENS) > driver.blocks {
             continue;
@@ -194,25 +190,28 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
         }
         let milliseconds =
             first.map_or(f64::NAN, |first| last.duration_since(first).as_secs_f64() * 1e3) / gaps.len() as f64;
+        let bar = peer.decode_ms(batch, context);
         let details = json!({
             "ms": milliseconds,
             "device_ms_p50": median(device),
             "gap_ms_p50": median(gaps),
             "tok_s": batch as f64 / milliseconds * 1e3,
             "vllm_ms": bar,
-            "ratio": milliseconds / bar,
+            "ratio": bar.map(|bar| milliseconds / bar),
             "different_ids": equal.len(),
         });
         report(Outcome::timing(format!("decode batch {batch} context {context}, {name}"), details));
     }
-    for (tokens, bar) in PREFILL {
+    for tokens in PREFILL {
         let mut times = Vec::new();
         for _ in 0..3 {
             times.push(driver.prefill(1, tokens, 0)?);
         }
         let best = times.iter().copied().fold(f64::INFINITY, f64::min);
+        let bar = peer.prefill_s(tokens);
+        let ratio = bar.map(|bar| best / bar);
         let details =
-            json!({ "s": times, "best_s": best, "tok_s": tokens as f64 / best, "vllm_s": bar, "ratio": best / bar });
+            json!({ "s": times, "best_s": best, "tok_s": tokens as f64 / best, "vllm_s": bar, "ratio": ratio });
         report(Outcome::timing(format!("prefill {tokens}, {name}"), details));
     }
     Ok(())

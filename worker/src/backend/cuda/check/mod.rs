@@ -4,6 +4,7 @@
 mod engine;
 mod kernels;
 mod models;
+mod peers;
 mod reference;
 mod shapes;
 mod timing;

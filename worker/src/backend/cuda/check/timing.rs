@@ -1,5 +1,5 @@
 //! Every kernel at the shapes of the 24B model, by graph replay, beside its floor: the bytes it must move over
-//! the memory's datasheet bandwidth, or its operations over the tensor cores' datasheet rate, the larger one.
+//! the memory's bandwidth, or its operations over the tensor cores' rate, the larger one, by the datasheet of the card that it runs on.
 
 use serde_json::json;
 
@@ -10,6 +10,7 @@ use super::super::driver::{Address, Arguments, Buffer, Event};
 use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::super::sampler::Sampler;
 use super::super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
+use super::super::survey;
 use super::super::tiles::{self, Prompt, ROUND_TOKENS};
 use super::Outcome;
 use super::kernels::Bench;
@@ -18,11 +19,7 @@ use crate::backend::KvDtype;
 use crate::backend::{Limits, Result, SampleRequest};
 use crate::engine::step::Admission;
 use crate::sample::SamplingParams;
-
-/// H100 SXM, from the datasheet.
-const BYTES_A_SECOND: f64 = 3.35e12;
-const FP8_A_SECOND: f64 = 1979e12;
-const BF16_A_SECOND: f64 = 989e12;
+use crate::telemetry::floor::{Rates, rates};
 
 const HIDDEN: usize = 5120;
 const HEADS: usize = 32;
@@ -33,14 +30,31 @@ const VOCABULARY: usize = 131_072;
 /// More than the L2 cache holds, so that repeats don't read from it.
 const PAST_CACHE: usize = 256 << 20;
 
-type Report<'a> = &'a mut dyn FnMut(Outcome);
+/// What a kernel computes with.
+#[derive(Clone, Copy)]
+enum Arithmetic {
+    Fp8,
+    Bf16,
+    /// So little that only its bytes count.
+    Little,
+}
 
-pub(super) fn run(only: &str, report: Report<'_>) {
-    let mut bench = match Bench::open() {
-        Ok(bench) => bench,
-        Err(error) => return report(Outcome::failure("open the GPU", error)),
+/// Where the timings go, with the datasheet's rates of the card that they are of.
+struct Report<'a> {
+    outcome: &'a mut dyn FnMut(Outcome),
+    rates: Option<Rates>,
+}
+
+pub(super) fn run(only: &str, outcome: &mut dyn FnMut(Outcome)) {
+    let opened = survey(0..1, 1).map_err(|error| error.to_string());
+    let opened = opened.and_then(|names| Ok((names, Bench::open().map_err(|error| error.to_string())?)));
+    let (names, mut bench) = match opened {
+        Ok(opened) => opened,
+        Err(error) => return outcome(Outcome::failure("open the GPU", error)),
     };
-    type Timing = fn(&mut Bench, Report<'_>) -> Result<()>;
+    let rates = names.first().and_then(|name| rates(name));
+    let mut report = Report { outcome, rates };
+    type Timing = fn(&mut Bench, &mut Report<'_>) -> Result<()>;
     let timings: [(&str, Timing); 6] = [
         ("ceiling", ceiling),
         ("linear", linears),
@@ -51,9 +65,9 @@ pub(super) fn run(only: &str, report: Report<'_>) {
     ];
     for (name, timing) in timings {
         if name.contains(only)
-            && let Err(error) = timing(&mut bench, report)
+            && let Err(error) = timing(&mut bench, &mut report)
         {
-            report(Outcome::failure(name, error));
+            (report.outcome)(Outcome::failure(name, error));
         }
     }
 }
@@ -82,16 +96,23 @@ fn microseconds(bench: &mut Bench, calls: usize, mut body: impl FnMut(&mut Bench
     Ok(f64::from(times[times.len() / 2]) * 1e3 / calls as f64)
 }
 
-fn tell(report: Report<'_>, name: String, microseconds: f64, bytes: f64, operations: f64, rate: f64) {
-    let floor = (bytes / BYTES_A_SECOND).max(operations / rate) * 1e6;
+fn tell(report: &mut Report<'_>, name: String, microseconds: f64, bytes: f64, operations: f64, by: Arithmetic) {
+    let floor = report.rates.map(|rates| {
+        let arithmetic = match by {
+            Arithmetic::Fp8 => operations / rates.fp8,
+            Arithmetic::Bf16 => operations / rates.bf16,
+            Arithmetic::Little => 0.0,
+        };
+        (bytes / rates.bytes).max(arithmetic) * 1e6
+    });
     let details = json!({
         "us": (microseconds * 100.0).round() / 100.0,
-        "floor_us": (floor * 100.0).round() / 100.0,
-        "share": (floor / microseconds * 1000.0).round() / 1000.0,
+        "floor_us": floor.map(|floor| (floor * 100.0).round() / 100.0),
+        "share": floor.map(|floor| (floor / microseconds * 1000.0).round() / 1000.0),
         "gb_s": (bytes / microseconds / 1e3).round(),
         "tflop_s": (operations / microseconds / 1e6).round(),
     });
-    report(Outcome::timing(name, details));
+    (report.outcome)(Outcome::timing(name, details));
 }
 
 fn random_bytes(bench: &mut Bench, bytes: usize, fp8: bool, deviation: f32) -> Result<Buffer> {
@@ -115,7 +136,7 @@ fn random_bytes(bench: &mut Bench, bytes: usize, fp8: bool, deviation: f32) -> R
     Ok(buffer)
 }
 
-fn ceiling(bench: &mut Bench, report: Report<'_>) -> Result<()> {
+fn ceiling(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     let bytes = 2usize << 30;
     let buffer = random_bytes(bench, bytes, true, 80.0)?;
     let out = bench.poisoned(256)?;
@@ -125,12 +146,12 @@ fn ceiling(bench: &mut Bench, report: Report<'_>) -> Result<()> {
             let arguments = Arguments::default().address(buffer.address).u64(bytes as u64 / 16).address(out.address);
             bench.launch("read_ceiling", grid, 512, 0, arguments)
         })?;
-        tell(report, format!("read 2 GiB, {blocks} blocks of 512"), us, bytes as f64, 0.0, 1.0);
+        tell(report, format!("read 2 GiB, {blocks} blocks of 512"), us, bytes as f64, 0.0, Arithmetic::Little);
     }
     Ok(())
 }
 
-fn linears(bench: &mut Bench, report: Report<'_>) -> Result<()> {
+fn linears(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     let shapes = [
         ("qkv", (HEADS + 2 * KV_HEADS) * D, HIDDEN, true),
         ("o", HIDDEN, HEADS * D, true),
@@ -170,7 +191,14 @@ fn linears(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                     let shape = super::super::driver::Shape { grid, block: 256, shared };
                     bench.kernels.launch(&bench.device, &name, shape, arguments, true)
                 })?;
-                tell(report, format!("linear {what} m {m} splits {splits}"), us, (n * row_bytes) as f64, 0.0, 1.0);
+                tell(
+                    report,
+                    format!("linear {what} m {m} splits {splits}"),
+                    us,
+                    (n * row_bytes) as f64,
+                    0.0,
+                    Arithmetic::Little,
+                );
             }
         }
         let formats = if fp8 { Formats::E4m3ToBf16 } else { Formats::Bf16ToF32 };
@@ -194,14 +222,14 @@ fn linears(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 us,
                 (n * row_bytes) as f64,
                 operations,
-                if fp8 { FP8_A_SECOND } else { BF16_A_SECOND },
+                if fp8 { Arithmetic::Fp8 } else { Arithmetic::Bf16 },
             );
         }
     }
     Ok(())
 }
 
-fn products(bench: &mut Bench, report: Report<'_>) -> Result<()> {
+fn products(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     for (what, n, k) in [
         ("qkv", 6144, HIDDEN),
         ("o", HIDDEN, 4096),
@@ -228,14 +256,14 @@ fn products(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 us,
                 bytes,
                 2.0 * m as f64 * n as f64 * k as f64,
-                FP8_A_SECOND,
+                Arithmetic::Fp8,
             );
         }
     }
     Ok(())
 }
 
-fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
+fn rowwise(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     for rows in [1usize, 8, 64, 8192] {
         let few = rows <= 32;
         let (splits, size) = if few { (4, 4) } else { (1, 2) };
@@ -260,7 +288,14 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 .f32(1e-5);
             bench.launch(&format!("add_{input}_norm_to_e4m3"), [rows as u32, 1, 1], 1024, HIDDEN as u32 * 4, arguments)
         })?;
-        tell(report, format!("norm rows {rows}"), us, (rows * HIDDEN * (splits * size + 9)) as f64, 0.0, 1.0);
+        tell(
+            report,
+            format!("norm rows {rows}"),
+            us,
+            (rows * HIDDEN * (splits * size + 9)) as f64,
+            0.0,
+            Arithmetic::Little,
+        );
         let us = microseconds(bench, 20, |bench, _| {
             let arguments = Arguments::default()
                 .address(wide.address)
@@ -273,7 +308,14 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 .u32(INTERMEDIATE as u32);
             bench.launch(&format!("gate_{input}_to_e4m3"), [32, rows as u32, 1], 256, 0, arguments)
         })?;
-        tell(report, format!("gate rows {rows}"), us, (rows * INTERMEDIATE * (2 * size + 1)) as f64, 0.0, 1.0);
+        tell(
+            report,
+            format!("gate rows {rows}"),
+            us,
+            (rows * INTERMEDIATE * (2 * size + 1)) as f64,
+            0.0,
+            Arithmetic::Little,
+        );
         let (q, cache) =
             (bench.poisoned(rows * HEADS * D * 2)?, bench.poisoned(rows.div_ceil(64) * KV_HEADS * 64 * D * 4)?);
         let angles = random_bytes(bench, rows * D * 4, false, 1.0)?;
@@ -299,12 +341,19 @@ fn rowwise(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 .u32(D as u32);
             bench.launch(&format!("rope_{input}_kv_bf16"), [rows as u32, if few { 6 } else { 1 }, 1], 256, 0, arguments)
         })?;
-        tell(report, format!("rope rows {rows}"), us, (rows * 6144 * (splits * size + 2)) as f64, 0.0, 1.0);
+        tell(
+            report,
+            format!("rope rows {rows}"),
+            us,
+            (rows * 6144 * (splits * size + 2)) as f64,
+            0.0,
+            Arithmetic::Little,
+        );
     }
     Ok(())
 }
 
-fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
+fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     for kv in [KvDtype::Bf16, KvDtype::Fp8] {
         // sequences, rows of each (more than one: guesses that are verified), context
         for (sequences, each, context) in [
@@ -377,7 +426,7 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 us,
                 2.0 * plane as f64,
                 0.0,
-                1.0,
+                Arithmetic::Little,
             );
         }
         for (start, count) in [(0usize, 8192usize), (24_576, 8192), (122_880, 8192), (8192, 1024)] {
@@ -432,14 +481,14 @@ fn attention(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 us,
                 2.0 * plane as f64,
                 4.0 * HEADS as f64 * D as f64 * pairs,
-                if transposes { FP8_A_SECOND } else { BF16_A_SECOND },
+                if transposes { Arithmetic::Fp8 } else { Arithmetic::Bf16 },
             );
         }
     }
     Ok(())
 }
 
-fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
+fn sample(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     let slots = 64;
     let limits = Limits { step_tokens: 64, sequences: slots, model_len: 128, logit_rows: slots };
     let mut sampler = Sampler::new(&bench.device, &limits, VOCABULARY)?;
@@ -471,7 +520,14 @@ fn sample(bench: &mut Bench, report: Report<'_>) -> Result<()> {
                 times.push(sampler.collect()?.seconds * 1e6);
             }
             times.sort_by(f64::total_cmp);
-            tell(report, format!("sample {what} rows {rows}"), times[3], (rows * VOCABULARY * 4) as f64, 0.0, 1.0);
+            tell(
+                report,
+                format!("sample {what} rows {rows}"),
+                times[3],
+                (rows * VOCABULARY * 4) as f64,
+                0.0,
+                Arithmetic::Little,
+            );
         }
     }
     Ok(())
