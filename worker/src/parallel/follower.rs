@@ -1,6 +1,7 @@
 //! A process that holds ranks of a group whose leader is elsewhere.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bora_common::model::ModelConfig;
@@ -96,6 +97,14 @@ pub enum FollowError {
 ///
 /// The leader may start later than this process: it is tried until `connect_within` is over.
 pub async fn follow(options: FollowerOptions) -> Result<String, FollowError> {
+    follow_and_report(options, &AtomicBool::new(false)).await
+}
+
+/// As [`follow`]; `group_runs` is true while the whole group runs.
+pub(crate) async fn follow_and_report(
+    options: FollowerOptions,
+    group_runs: &AtomicBool,
+) -> Result<String, FollowError> {
     let model = ModelConfig::from_dir(&options.member.model_dir).map_err(StartError::from)?;
     let opening = (options.member.clone(), model.clone());
     let weights = blocking(move || open_weights(&opening.0, &opening.1)).await.map_err(StartError::from)?;
@@ -119,7 +128,8 @@ pub async fn follow(options: FollowerOptions) -> Result<String, FollowError> {
     let progress = GroupProgress::new(options.member.ranks, model.num_hidden_layers);
     let fault = Fault::new();
     let heartbeats = tokio::spawn(send_heartbeats(link.sender.clone(), options.clone(), Arc::clone(&progress)));
-    let ended = run(&options, &mut link, listener, weights, &fault, &progress).await;
+    let ended = run(&options, &mut link, listener, weights, &fault, &progress, group_runs).await;
+    group_runs.store(false, Ordering::Relaxed);
     heartbeats.abort();
     fault.abort("this process stops");
     ended
@@ -132,6 +142,7 @@ async fn run(
     weights: crate::weights::Weights,
     fault: &Arc<Fault>,
     progress: &Arc<GroupProgress>,
+    group_runs: &AtomicBool,
 ) -> Result<String, FollowError> {
     let welcome = match link.next().await? {
         from_leader::Message::Welcome(welcome) => welcome,
@@ -178,6 +189,7 @@ async fn run(
         });
         ranks.push(thread.map_err(system("start a rank's thread"))?);
     }
+    group_runs.store(true, Ordering::Relaxed);
     let ended = run_steps(link, &ranks, fault).await;
     // the threads are freed before they are joined
     fault.abort("the group ended");

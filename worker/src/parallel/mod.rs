@@ -23,6 +23,7 @@ mod tcp;
 
 pub use collective::{Abort, Collective, CollectiveError};
 pub use fault::GroupProgress;
+pub(crate) use follower::follow_and_report;
 pub use follower::{FollowError, follow};
 pub use group::{GroupRunner, StartError, StartedGroup, start_group};
 pub use options::{DeviceOptions, FollowerOptions, LeaderOptions, MemberOptions, Timeouts};

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{WorkerError, WorkerSettings, load_grammars, member_options};
 use crate::options::WorkerOptions;
-use crate::parallel::{FollowError, FollowerOptions, follow};
+use crate::parallel::{FollowError, FollowerOptions, follow_and_report};
 
 /// How often a follower looks for its leader.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
@@ -51,7 +51,7 @@ pub(super) async fn follow_leader(
         let member = member_options(&settings, device, &group, grammars.clone())?;
         let following = FollowerOptions { member, leader, epoch, connect_within };
         let ended = tokio::select! {
-            ended = follow(following) => ended,
+            ended = follow_and_report(following, settings.metrics.group_runs()) => ended,
             () = drained(&stop, options.drain_seconds) => return Ok(()),
         };
         match ended {

@@ -1,6 +1,7 @@
 //! The life of a group on the process that holds rank 0: it is served and announced, watched, and drained at its end.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bora_common::config::HostPort;
@@ -60,6 +61,7 @@ pub(super) async fn lead(
     let OpenGroup { engine, record, progress, failed } = opened;
     settings.metrics.of_leader(engine.observer(), &record, progress.clone());
     host.ready(engine.clone(), record.clone(), rank_source(&record, progress));
+    settings.metrics.group_runs().store(true, Ordering::Relaxed);
     let announcement = registry.announce(record).await?;
 
     let reason = tokio::select! {

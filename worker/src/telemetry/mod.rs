@@ -9,7 +9,7 @@ mod port;
 pub(crate) mod ranks;
 pub(crate) mod spans;
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bora_common::registry::{Device, GroupRecord};
@@ -48,6 +48,8 @@ type Seconds = Gauge<f64, AtomicU64>;
 #[derive(Default)]
 pub struct WorkerMetrics {
     state: Mutex<Option<State>>,
+    /// Whether the whole group runs, as this process knows it.
+    group_runs: AtomicBool,
 }
 
 struct State {
@@ -75,6 +77,11 @@ impl WorkerMetrics {
     /// Of a process whose group is not known yet.
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// Whether the whole group runs: every rank is there and has loaded.
+    pub(crate) fn group_runs(&self) -> &AtomicBool {
+        &self.group_runs
     }
 
     /// Their text without its end, for a process that has other metrics too.

@@ -1,9 +1,10 @@
-//! The port of a worker process that Prometheus and probes ask: `/metrics` and `/health`. It says nothing of
-//! requests and takes nothing.
+//! The port of a worker process that Prometheus and probes ask: `/metrics`, `/health` (the process lives) and `/ready`
+//! (its whole group runs). It says nothing of requests and takes nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use axum::http::header;
+use axum::http::{StatusCode, header};
 use axum::response::IntoResponse as _;
 use axum::routing::get;
 use tokio::net::TcpListener;
@@ -15,6 +16,14 @@ const TEXT: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Serves until `stop`.
 pub(crate) async fn serve(listener: TcpListener, metrics: Arc<WorkerMetrics>, stop: CancellationToken) {
+    let probed = Arc::clone(&metrics);
+    let ready = move || async move {
+        if probed.group_runs().load(Ordering::Relaxed) {
+            (StatusCode::OK, "")
+        } else {
+            (StatusCode::SERVICE_UNAVAILABLE, "the group does not run yet")
+        }
+    };
     let scrape = move || {
         let metrics = Arc::clone(&metrics);
         async move {
@@ -23,7 +32,10 @@ pub(crate) async fn serve(listener: TcpListener, metrics: Arc<WorkerMetrics>, st
             ([(header::CONTENT_TYPE, TEXT)], text).into_response()
         }
     };
-    let routes = axum::Router::new().route("/metrics", get(scrape)).route("/health", get(|| async { "" }));
+    let routes = axum::Router::new()
+        .route("/metrics", get(scrape))
+        .route("/health", get(|| async { "" }))
+        .route("/ready", get(ready));
     if let Err(error) = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await {
         tracing::warn!(%error, "metrics are no longer served");
     }
