@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import time
 
 import pytest
 
-from chart import CHART, named, parse, render_text
+from chart import CHART, named, parse, render_text, run
 
 SCRIPT = CHART / "files" / "scripts" / "fetch_model.py"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -238,6 +239,52 @@ def test_a_directory_that_can_not_be_written_serves_if_it_is_whole(hub, tmp_path
     (tmp_path / "n").mkdir()
     (tmp_path / "n" / ".bora-fetch.lock").mkdir()
     assert fetch(hub, tmp_path / "n")[0] != 0
+
+
+def copy(source, to, seconds="30", *more):
+    """The container that copies from object storage, with the real rclone: a folder stands for the bucket."""
+    documents = parse(render_text(sets=['models={"m": {}}', 'download.kind="objectStore"', f'download.objectStore.source="{source}"', f"download.timeoutSeconds={seconds}",
+                                       'etcd.builtin.tls={"source": "existing", "existingSecret": "given"}']))
+    (init,) = named(documents, "StatefulSet", "bora-m")["spec"]["template"]["spec"]["initContainers"]
+    script = to.with_suffix(".sh")
+    script.write_text(named(documents, "ConfigMap", "bora-scripts")["data"]["fetch_objects.sh"])
+    words = [word.replace("/scripts/fetch_objects.sh", str(script)).replace("/models/m", str(to)) for word in init["command"]]
+    began = time.monotonic()
+    ended = run(*words, *more, env={"PATH": os.environ["PATH"], "RCLONE_CONFIG": str(to.with_suffix(".conf")), "HOME": str(to.parent)})
+    return ended.returncode, ended.stdout + ended.stderr, time.monotonic() - began
+
+
+def test_object_storage_is_copied_and_a_pod_starts_with_its_files_if_it_is_away(hub, tmp_path):
+    bucket, to = tmp_path / "bucket", tmp_path / "m"
+    for path, data in hub.files.items():
+        (bucket / path).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / path).write_bytes(data)
+    status, output, _ = copy(bucket, to)
+    assert status == 0 and "4 files are in" in output and content(to) == wanted(hub), output
+    bucket.rename(tmp_path / "away")
+    status, output, _ = copy(bucket, to)
+    assert status == 0 and "starting with the files that were copied before" in output, output
+    # a set that is not whole is no reason to start
+    (to / "config.json").unlink()
+    status, output, _ = copy(bucket, to)
+    assert status != 0 and "can't be listed" in output, output
+    # a changed set, copied half: the old one is not whole any more
+    (tmp_path / "away").rename(bucket)
+    assert copy(bucket, to)[0] == 0
+    (bucket / "config.json").write_bytes(b'{"a": 2222}')
+    status, output, _ = copy(bucket, to, "30", "--max-transfer=1B", "--cutoff-mode=hard")
+    assert status != 0 and "could not be copied" in output, output
+    # a router takes no weights
+    status, output, _ = copy(bucket, tmp_path / "router", "30", "--exclude=*.safetensors")
+    assert status == 0 and not (tmp_path / "router" / "model-00001.safetensors").exists() and (tmp_path / "router" / "config.json").exists(), output
+
+
+def test_object_storage_that_does_not_respond_is_given_up(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        status, output, seconds = copy(f":http,url='http://127.0.0.1:{silent.getsockname()[1]}':", tmp_path / "m", "2")
+    assert status != 0 and "can't be listed" in output and seconds < 20, output
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/outside"])

@@ -170,7 +170,12 @@ def test_a_group_of_two_pods_forms(tmp_path, demo_model):
         try:
             pods.start("router", named(documents, "Deployment", "bora-router")["spec"]["template"]["spec"], "bora-router-abc")
             pods.start("follower", template["workerTemplate"]["spec"], "bora-demo-0-1", {f"{label}group-index": "0", f"{label}worker-index": "1", f"{label}template-revision-hash": "7d9"})
+            probe = template["workerTemplate"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
+            follower = f"http://127.0.0.1:{pods.ports[9002]}{probe['path']}"
+            # alone it is not ready, so that it may be evicted: a budget counts ready pods
+            wait_until("the follower's port", lambda: ask_http("GET", follower)[0] == 503, 60)
             pods.start("leader", template["leaderTemplate"]["spec"], "bora-demo-0", {f"{label}group-index": "0", f"{label}worker-index": "0", f"{label}template-revision-hash": "7d9"})
+            wait_until("the follower to be ready", lambda: ask_http("GET", follower)[0] == 200, 120)
             serve_and_ask(pods, 1)
         finally:
             pods.stop()

@@ -205,7 +205,8 @@ def test_a_group_of_several_pods():
     # the preset itself comes up where nodes offer nothing but GPUs
     template_of_preset = named(preset(multinode), "LeaderWorkerSet", "bora-devstral-2")["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
     assert "rdma" not in json.dumps(template_of_preset["spec"]["containers"]) and "IPC_LOCK" not in json.dumps(template_of_preset)
-    assert "readinessProbe" in leader and "readinessProbe" not in worker
+    # a follower serves no request, but is ready only in a group that is whole
+    assert "grpc" in leader["readinessProbe"] and worker["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "admin"}
     assert template["leaderTemplate"]["spec"]["volumes"] == template["workerTemplate"]["spec"]["volumes"]
 
 

@@ -80,7 +80,7 @@ def test_no_runbook_is_without_its_alert():
     assert pages == {alert["alert"] for alert in ALERTS}
 
 
-GUIDES = [*sorted((ROOT / "docs" / "runbooks").glob("*.md")), *(ROOT / "docs" / name for name in ("upgrade.md", "quickstart-kubernetes.md")), CHART / "README.md"]
+GUIDES = [*sorted((ROOT / "docs" / "runbooks").glob("*.md")), *sorted((ROOT / "docs" / "kubernetes").glob("*.md")), *(ROOT / "docs" / name for name in ("upgrade.md", "quickstart-kubernetes.md")), CHART / "README.md"]
 
 
 def test_commands_objects_and_values_that_the_pages_name_are_there():
@@ -100,7 +100,7 @@ def test_commands_objects_and_values_that_the_pages_name_are_there():
             name = re.sub(r"-(INDEX|\d+)$", "", name.replace("KEY", "batch"))
             wrong += [f"{page.name}: object {name}"] * (f"bora-{name}" not in names)
             seen["objects"] += 1
-        for name in re.findall(r"`((?:router|workers|etcd|monitoring|networkPolicy|storage|download|grpc|telemetry|leaderWorkerSet)\.[\w.]+)", text):
+        for name in re.findall(r"`((?:router|workers|etcd|monitoring|networkPolicy|storage|download|grpc|telemetry|leaderWorkerSet|podSecurityContext|rollback|image)\.[\w.]+)", text):
             option = re.match(r"router\.options\.(\w+)", name)
             there = option[1] in options if option else any(one == prefix + name or one.startswith(f"{prefix}{name}.") for prefix in ("", "workers.") for one in known)
             wrong += [f"{page.name}: value {name}"] * (not there and name != "grpc.health.v1")
@@ -180,7 +180,7 @@ def test_a_dashboards_queries_are_promql(path, tmp_path):
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     assert len(queries) > 8
     groups = [{"name": "queries", "rules": [
-        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "1m").replace("$namespace", ".*").replace("$model", ".*")}
+        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "1m").replace("$namespace", ".*").replace("$release", ".*").replace("$model", ".*")}
         for number, query in enumerate(queries)]}]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
     checked = run("promtool", "check", "rules", tmp_path / "rules.yaml")

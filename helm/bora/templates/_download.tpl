@@ -51,14 +51,12 @@
   {{- else }}
   {{- $source := $download.objectStore }}
   image: {{ .root.Values.image.registry }}{{ $source.image }}
-  args:
-    - copy
-    - {{ $source.source }}
+  command:
+    - sh
+    - /scripts/fetch_objects.sh
+    - {{ $source.source | quote }}
     - {{ .model.directory }}
-    - --checksum
-    - --stats=30s
-    - --stats-one-line
-    - --log-level=NOTICE
+    - {{ $download.timeoutSeconds | quote }}
     {{- if .metadataOnly }}
     - --exclude=*.safetensors
     {{- end }}
@@ -76,9 +74,7 @@
   volumeMounts:
     - {name: model-{{ .model.key }}, mountPath: {{ .model.mount }}}
     - {name: tmp, mountPath: /tmp}
-    {{- if eq $download.kind "huggingFace" }}
     - {name: scripts, mountPath: /scripts, readOnly: true}
-    {{- end }}
     {{- with $download.extraVolumeMounts }}
     {{- toYaml . | nindent 4 }}
     {{- end }}

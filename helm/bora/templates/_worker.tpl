@@ -95,6 +95,13 @@ spec:
         failureThreshold: 6
         # what takes no connection any more drains nothing either: without this its pod, and its group, would be waited for as long as a drain may take
         terminationGracePeriodSeconds: 30
+      {{- else }}
+      # Ready while the whole group runs. A budget counts ready pods: those of a group that can't become whole hold up no drain.
+      readinessProbe:
+        httpGet: {path: /ready, port: admin}
+        periodSeconds: 5
+        timeoutSeconds: 3
+        failureThreshold: 2
       {{- end }}
       {{- include "bora.containerSecurity" (dict "root" $root "add" (ternary (list "IPC_LOCK") list $workers.rdma.ipcLock)) | nindent 6 }}
       {{- $devices := dict }}
