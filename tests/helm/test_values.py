@@ -189,7 +189,7 @@ def rendered(settings, directory, name):
     file = directory / f"{name}.json"
     file.write_text(json.dumps(settings))
     text = render_text([file])
-    return re.sub(r"(ca\.crt|tls\.crt|tls\.key): \S+|secret: "[A-Za-z0-9+/=]{60}"", "generated", text)
+    return re.sub(r'(ca\.crt|tls\.crt|tls\.key): \S+|secret: "[A-Za-z0-9+/=]{60}"', "generated", text)
 
 
 def setting_of(path):
