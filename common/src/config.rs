@@ -289,7 +289,7 @@ pub struct RegistryOptions {
     pub lease_seconds: Duration,
     /// `etcd`: user name, where it asks for one.
     pub username: Option<String>,
-    /// `etcd`: file that holds the user's password.
+    /// `etcd`: file that holds the user's password. It is read anew for each connection.
     pub password_file: Option<PathBuf>,
     /// `etcd`: TLS; plain text where it is absent.
     pub tls: Option<RegistryTls>,
@@ -380,14 +380,18 @@ impl RegistryOptions {
         cluster: &str,
         grpc: Option<crate::tls::Connector>,
     ) -> Result<std::sync::Arc<dyn crate::registry::Registry>, ConfigError> {
-        use crate::registry::{EtcdOptions, EtcdRegistry, FixedRegistry, MemoryRegistry};
+        use crate::registry::{EtcdCredentials, EtcdOptions, EtcdRegistry, FixedRegistry, MemoryRegistry};
         self.check()?;
         let endpoints = self.endpoints.iter().map(ToString::to_string).collect();
         Ok(match self.kind {
             RegistryKind::Memory => std::sync::Arc::new(MemoryRegistry::new()),
             RegistryKind::Static => std::sync::Arc::new(FixedRegistry::new(endpoints, grpc)),
             RegistryKind::Etcd => {
-                let credentials = self.username.clone().zip(self.read_password()?);
+                // read again for each connection; a file that cannot be used is found now
+                self.read_password()?;
+                let credentials = self.username.clone().zip(self.password_file.clone());
+                let credentials =
+                    credentials.map(|(username, password_file)| EtcdCredentials { username, password_file });
                 std::sync::Arc::new(EtcdRegistry::new(EtcdOptions {
                     endpoints,
                     cluster: cluster.to_owned(),
@@ -417,6 +421,13 @@ pub struct ModelOptions {
     /// Serve token ids only: the checkpoint has no tokenizer.
     #[serde(default)]
     pub skip_tokenizer_init: bool,
+    /// Longest prompt plus output that routers let pass, whatever its groups say; what the checkpoint says if absent.
+    #[serde(default)]
+    pub max_model_len: Option<u32>,
+    /// The only weights that routers let serve: the fingerprint that workers log at their start. If absent, those of most
+    /// of its groups.
+    #[serde(default)]
+    pub weight_fingerprint: Option<String>,
 }
 
 impl ModelOptions {

@@ -5,8 +5,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bora_common::registry::{
-    Device, EtcdOptions, EtcdRegistry, GroupChange, GroupRecord, GroupState, RankRecord, Registry, RendezvousRecord,
-    Speed,
+    Device, Duplicate, EtcdCredentials, EtcdOptions, EtcdRegistry, GroupChange, GroupRecord, GroupState, RankRecord,
+    Registry, RendezvousRecord, RouterRecord, Speed, Standing,
 };
 use tokio::time::timeout;
 
@@ -58,13 +58,36 @@ impl Etcd {
     }
 
     fn registry(&self) -> EtcdRegistry {
+        self.registry_as(None)
+    }
+
+    fn registry_as(&self, credentials: Option<EtcdCredentials>) -> EtcdRegistry {
         EtcdRegistry::new(EtcdOptions {
-            endpoints: vec![format!("127.0.0.1:{}", self.client_port)],
+            endpoints: vec![self.endpoint()],
             cluster: "test".into(),
-            credentials: None,
+            credentials,
             tls: None,
             lease_ttl: Duration::from_secs(2),
         })
+    }
+
+    fn endpoint(&self) -> String {
+        format!("127.0.0.1:{}", self.client_port)
+    }
+
+    /// What an operator does.
+    async fn client(&self, user: Option<(&str, &str)>) -> etcd_client::Client {
+        let since = Instant::now();
+        loop {
+            let options = user.map(|(name, password)| etcd_client::ConnectOptions::new().with_user(name, password));
+            if let Ok(mut client) = etcd_client::Client::connect([&self.endpoint()], options).await
+                && client.status().await.is_ok()
+            {
+                return client;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(since.elapsed() < Duration::from_secs(20), "etcd does not answer");
+        }
     }
 }
 
@@ -88,6 +111,7 @@ fn record(group: &str) -> GroupRecord {
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,
         kv_blocks: 100,
+        host_blocks: 0,
         max_model_len: 4096,
         vocabulary_size: 131072,
         max_sequences: 16,
@@ -201,4 +225,165 @@ async fn ranks_meet_at_the_newest_epoch() {
     found(Some(9)).await;
     drop(old);
     found(None).await;
+}
+
+const KEY: &str = "/bora/v1/test/groups/mistralai%2FDevstral/one";
+
+fn at(endpoint: &str, epoch: u64) -> GroupRecord {
+    GroupRecord { endpoint: endpoint.into(), epoch, ..record("one") }
+}
+
+/// The next group that is announced.
+async fn next_put(changes: &mut tokio::sync::mpsc::Receiver<GroupChange>) -> GroupRecord {
+    loop {
+        if let GroupChange::Put(record) = next(changes).await {
+            return *record;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_somebody_deletes_or_replaces_is_restored() {
+    let etcd = Etcd::start();
+    let mut client = etcd.client(None).await;
+    let registry = etcd.registry();
+    let announcement = registry.announce(record("one")).await.unwrap();
+    let offer = RendezvousRecord {
+        group: "one".into(),
+        epoch: 7,
+        leader: "127.0.0.1:9001".into(),
+        world_size: 2,
+        revision: String::new(),
+    };
+    let _offer = registry.offer_rendezvous(offer).await.unwrap();
+    let router = RouterRecord { router: "r".into(), address: "127.0.0.1:8000".into(), version: "0".into() };
+    let _presence = registry.join(router);
+    let keys = [KEY, "/bora/v1/test/rendezvous/one/00000000000000000007", "/bora/v1/test/routers/r"];
+    let value = async |client: &mut etcd_client::Client, key: &str| {
+        let since = Instant::now();
+        loop {
+            let found = client.get(key, None).await.unwrap();
+            match found.kvs().first() {
+                // whatever an operator put there is not ours
+                Some(kv) if kv.lease() != 0 => return kv.value().to_vec(),
+                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+            assert!(since.elapsed() < Duration::from_secs(10), "{key} did not come back");
+        }
+    };
+    for key in keys {
+        let before = value(&mut client, key).await;
+        client.delete(key, None).await.unwrap();
+        assert_eq!(value(&mut client, key).await, before, "{key} after it was deleted");
+        client.put(key, "nonsense", None).await.unwrap();
+        assert_eq!(value(&mut client, key).await, before, "{key} after it was replaced");
+    }
+    // and it can still be changed and withdrawn
+    announcement.update(|record| record.state = GroupState::Draining);
+    let mut changes = registry.watch();
+    while next_put(&mut changes).await.state != GroupState::Draining {}
+    announcement.withdraw().await;
+    assert!(matches!(next(&mut changes).await, GroupChange::Gone { .. }));
+}
+
+#[tokio::test]
+async fn the_name_of_a_live_group_is_not_taken_and_that_of_a_dead_one_is() {
+    let etcd = Etcd::start();
+    let registry = etcd.registry();
+    let mut changes = registry.watch();
+    let first = registry.announce(at("127.0.0.1:9000", 7)).await.unwrap();
+    assert_eq!(next_put(&mut changes).await.endpoint, "127.0.0.1:9000");
+    // a second group of the name is refused by name, and routers hear of it
+    let second = etcd.registry().announce(at("127.0.0.1:9001", 8)).await.unwrap();
+    let refused = timeout(Duration::from_secs(15), second.refused()).await.expect("refused").to_string();
+    assert!(refused.contains("one") && refused.contains("127.0.0.1:9000"), "{refused}");
+    let duplicate = Duplicate { group: "one".into(), endpoint: "127.0.0.1:9001".into() };
+    assert_eq!(next(&mut changes).await, GroupChange::Duplicate(duplicate));
+    assert_eq!(*first.standing().borrow(), Standing::Announced);
+    let mut late = registry.watch();
+    assert_eq!(next_put(&mut late).await.endpoint, "127.0.0.1:9000", "the first one is still the one");
+    drop(second);
+    // a process that was killed leaves its key behind for the time of its lease: then the name is free
+    let dying = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let other = etcd.registry();
+    let record = GroupRecord { group: "two".into(), ..at("127.0.0.1:9002", 1) };
+    let left = dying.spawn(async move { other.announce(record).await.unwrap() }).await.unwrap();
+    assert_eq!(next_put(&mut late).await.endpoint, "127.0.0.1:9002");
+    dying.shutdown_background();
+    let record = GroupRecord { group: "two".into(), ..at("127.0.0.1:9003", 2) };
+    let heir = registry.announce(record).await.unwrap();
+    assert_eq!(next_put(&mut late).await.endpoint, "127.0.0.1:9003", "after the lease of the one before");
+    drop((left, heir));
+}
+
+#[tokio::test]
+async fn a_process_that_starts_again_at_its_address_takes_its_own_key_at_once() {
+    let etcd = Etcd::start();
+    let mut client = etcd.client(None).await;
+    // without a lease: it would stay for ever
+    client.put(KEY, serde_json::to_vec(&at("127.0.0.1:9000", 7)).unwrap(), None).await.unwrap();
+    let registry = etcd.registry();
+    let mut changes = registry.watch();
+    assert_eq!(next_put(&mut changes).await.epoch, 7);
+    let announcement = registry.announce(at("127.0.0.1:9000", 8)).await.unwrap();
+    assert_eq!(next_put(&mut changes).await.epoch, 8);
+    announcement.withdraw().await;
+    assert!(matches!(next(&mut changes).await, GroupChange::Gone { .. }));
+}
+
+#[tokio::test]
+async fn a_group_whose_name_was_taken_meanwhile_gets_it_back() {
+    let etcd = Etcd::start();
+    let mut client = etcd.client(None).await;
+    let registry = etcd.registry();
+    let first = registry.announce(at("127.0.0.1:9000", 7)).await.unwrap();
+    let mut changes = registry.watch();
+    assert_eq!(next_put(&mut changes).await.endpoint, "127.0.0.1:9000");
+    // one that asks nobody, as a worker of an earlier release does
+    let lease = client.lease_grant(60, None).await.unwrap().id();
+    let options = etcd_client::PutOptions::new().with_lease(lease);
+    let thief = serde_json::to_vec(&at("127.0.0.1:9001", 9)).unwrap();
+    client.put(KEY, thief, Some(options)).await.unwrap();
+    assert_eq!(next_put(&mut changes).await.endpoint, "127.0.0.1:9001");
+    client.lease_revoke(lease).await.unwrap();
+    assert_eq!(next_put(&mut changes).await.endpoint, "127.0.0.1:9000");
+    drop(first);
+}
+
+#[tokio::test]
+async fn a_record_under_another_groups_key_is_ignored() {
+    let etcd = Etcd::start();
+    let mut client = etcd.client(None).await;
+    client.put(KEY, serde_json::to_vec(&record("two")).unwrap(), None).await.unwrap();
+    let registry = etcd.registry();
+    let mut changes = registry.watch();
+    let _announcement = registry.announce(record("three")).await.unwrap();
+    assert_eq!(next_put(&mut changes).await.group, "three");
+}
+
+#[tokio::test]
+async fn a_changed_password_is_read_again() {
+    let etcd = Etcd::start();
+    let mut operator = etcd.client(None).await;
+    operator.user_add("root", "first", None).await.unwrap();
+    operator.user_grant_role("root", "root").await.unwrap();
+    operator.auth_enable().await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let password_file = folder.path().join("password");
+    std::fs::write(&password_file, "first\n").unwrap();
+    let registry =
+        etcd.registry_as(Some(EtcdCredentials { username: "root".into(), password_file: password_file.clone() }));
+    let mut changes = registry.watch();
+    let announcement = registry.announce(record("one")).await.unwrap();
+    assert!(matches!(next(&mut changes).await, GroupChange::Put(_)));
+    let mut operator = etcd.client(Some(("root", "first"))).await;
+    operator.user_change_password("root", "second").await.unwrap();
+    std::fs::write(&password_file, "second\n").unwrap();
+    // the old connection is not let in any more, and new ones need the new password
+    announcement.update(|record| record.state = GroupState::Draining);
+    while next_put(&mut changes).await.state != GroupState::Draining {}
+    let mut operator = etcd.client(Some(("root", "second"))).await;
+    operator.delete(KEY, None).await.unwrap();
+    assert_eq!(next_put(&mut changes).await.state, GroupState::Draining);
+    announcement.withdraw().await;
 }

@@ -1,5 +1,6 @@
-"""etcd killed, hung, cut off, slow and restored from a backup: routers serve throughout, and no group that is gone stays."""
+"""etcd killed, hung, cut off, slow and restored from a backup, keys deleted and names taken: routers serve throughout, and no group that is gone stays."""
 
+import concurrent.futures
 import time
 
 from cluster import SIGCONT, SIGSTOP, Cluster, http, wait_until
@@ -156,3 +157,50 @@ def test_etcd_restored_from_a_backup():
 def listed(cluster):
     keys = cluster.etcdctl("get", "--prefix", "--keys-only", "/bora/v1/e2e/groups/").split()
     return {key.rsplit("/", 1)[1] for key in keys}
+
+
+def test_deleted_keys_come_back():
+    """Whoever deletes what Bora has in etcd: groups and routers restore their keys, and no request fails."""
+    with Cluster() as cluster:
+        start(cluster)
+        before = cluster.etcdctl("get", "--prefix", "--keys-only", "/bora/").split()
+        assert len(before) == 3, before
+        with Traffic([cluster.router_url], digest_requests()) as traffic:
+            for _ in range(3):
+                cluster.etcdctl("del", "--prefix", "/bora/")
+                wait_until("the keys are back", lambda: cluster.etcdctl("get", "--prefix", "--keys-only", "/bora/").split() == before, 10)
+            wait_for_groups(cluster, {"a", "b"})
+            traffic.wait_for(20)
+
+
+def test_a_taken_name_is_refused_and_free_when_its_group_is_gone():
+    with Cluster() as cluster:
+        workers = start(cluster, ("a",))
+        address = workers["a"].address
+        second = cluster.start_digest("a", flags=("--revision", "second"))
+        assert second.wait_exit(30) != 0
+        assert "the name is taken" in second.log() and address in second.log(), second.log()[-2000:]
+        metrics = http("GET", cluster.router_url + "/metrics")[2]
+        assert "bora_router_duplicate_groups 1" in metrics
+        # the first one is what it was
+        wait_for_groups(cluster, {"a"})
+        assert cluster.groups()["a"]["endpoint"] == address
+        # killed, it leaves its key behind for the time of its lease
+        workers["a"].kill()
+        second.start()
+        wait_for_groups(cluster, {"a"})
+        assert cluster.groups()["a"]["endpoint"] == second.address
+        assert http("POST", cluster.router_url + "/v1/completions", {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 3})[0] == 200
+
+
+def test_requests_wait_while_the_only_group_restarts():
+    with Cluster() as cluster:
+        workers = start(cluster, ("a",))
+        ask = lambda: http("POST", cluster.router_url + "/v1/completions", {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 3})
+        assert ask()[0] == 200
+        workers["a"].stop()
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            asked = [pool.submit(ask) for _ in range(20)]
+            wait_until("they wait", lambda: 'bora_router_waiting_sequences{model="tiny",class="interactive"} 20' in http("GET", cluster.router_url + "/metrics")[2], 20)
+            workers["a"].start()
+            assert [request.result()[0] for request in asked] == [200] * 20

@@ -38,6 +38,7 @@ fn record(fake: &FakeOptions, endpoint: String) -> GroupRecord {
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,
         kv_blocks: fake.kv_blocks,
+        host_blocks: fake.host_blocks,
         max_model_len: fake.max_model_len,
         vocabulary_size: fake.vocabulary_size,
         max_sequences: 256,

@@ -6,25 +6,30 @@
 //! of its owner. A `/` or `%` in a name is percent-encoded.
 //!
 //! etcd away is no outage: an announcement is kept by a task that grants a new lease and puts the record
-//! again once etcd answers; a watch reads everything anew and tells only what differs.
+//! again once etcd answers ([`keeper`]); a watch reads everything anew and reports only what differs.
+//!
+//! `.../groups/{model}/{group}/duplicate/{endpoint}` stands for two minutes after a group was refused because its name is
+//! taken.
 
+mod keeper;
 mod routers;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use etcd_client::{
-    Certificate, Client, ConnectOptions, EventType, GetOptions, Identity, PutOptions, SortOrder, SortTarget,
-    TlsOptions, WatchOptions,
+    Certificate, Client, ConnectOptions, EventType, GetOptions, Identity, KeyValue, SortOrder, SortTarget, TlsOptions,
+    WatchOptions,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
+use self::keeper::{Keeper, Kept};
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, RouterPresence,
-    RouterRecord, WATCH_BUFFER, difference,
+    Announcement, Duplicate, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord,
+    RouterPresence, RouterRecord, Standing, WATCH_BUFFER, difference,
 };
 use crate::config::RegistryTls;
 
@@ -35,12 +40,21 @@ pub struct EtcdOptions {
     pub endpoints: Vec<String>,
     /// Name of this cluster: several may share one etcd.
     pub cluster: String,
-    /// User and password, where etcd asks for them.
-    pub credentials: Option<(String, String)>,
+    /// User and password, if etcd asks for them.
+    pub credentials: Option<EtcdCredentials>,
     /// How TLS is spoken; `None` = plain text.
     pub tls: Option<RegistryTls>,
     /// Time to live of leases: so long after its death a group may still be listed.
     pub lease_ttl: Duration,
+}
+
+/// Who we are to etcd. The password is read anew for each connection, so that a changed one is taken.
+#[derive(Clone, Debug)]
+pub struct EtcdCredentials {
+    /// The user.
+    pub username: String,
+    /// File that holds the password.
+    pub password_file: PathBuf,
 }
 
 /// One answer of etcd; a dead member is noticed by this.
@@ -82,8 +96,11 @@ impl EtcdRegistry {
             .with_keep_alive(KEEP_ALIVE_INTERVAL, REQUEST_TIMEOUT)
             .with_keep_alive_while_idle(true)
             .with_require_leader(true);
-        if let Some((user, password)) = &self.options.credentials {
-            options = options.with_user(user, password);
+        if let Some(EtcdCredentials { username, password_file }) = &self.options.credentials {
+            let password = tokio::fs::read_to_string(password_file)
+                .await
+                .map_err(|error| format!("registry.password_file: {}: {error}", password_file.display()))?;
+            options = options.with_user(username, password.trim_end());
         }
         if let Some(tls) = &self.options.tls {
             options = options.with_tls(read_tls(tls).await?);
@@ -91,71 +108,25 @@ impl EtcdRegistry {
         within(Client::connect(&self.options.endpoints, Some(options))).await
     }
 
+    /// Keeps a value under a key until the other end of `alive` is dropped.
+    async fn keep_while(&self, kept: Kept, value: Vec<u8>, mut alive: mpsc::Receiver<()>) {
+        let (value, values) = watch::channel(Some(value));
+        let end = async {
+            let _ = alive.recv().await;
+            value.send_replace(None);
+        };
+        let (standing, _) = watch::channel(Standing::default());
+        tokio::join!(Keeper::new(self, kept, values, standing).run(), end);
+    }
+
     fn unavailable(&self, reason: String) -> RegistryError {
         RegistryError::Unavailable { endpoints: self.options.endpoints.join(","), reason }
-    }
-
-    /// Keeps `value` under `key` until the channel says `None` or its sender is gone.
-    async fn keep(&self, key: &str, mut value: watch::Receiver<Option<Vec<u8>>>) {
-        let mut backoff = Backoff::new();
-        loop {
-            match self.keep_once(key, &mut value, &mut backoff).await {
-                Ok(()) => return,
-                Err(reason) => {
-                    tracing::warn!(key, reason, "etcd lost, announcing again when it is back");
-                    tokio::select! {
-                        () = backoff.wait() => {}
-                        // withdrawn meanwhile: the lease ends by itself
-                        () = withdrawn(&mut value) => return,
-                    }
-                }
-            }
-        }
-    }
-
-    /// One lease's life. `Ok` once withdrawn; `Err` when the lease or etcd is lost.
-    async fn keep_once(
-        &self,
-        key: &str,
-        value: &mut watch::Receiver<Option<Vec<u8>>>,
-        backoff: &mut Backoff,
-    ) -> StoreResult<()> {
-        let mut client = self.connect().await?;
-        let ttl = self.options.lease_ttl.as_secs().max(2) as i64;
-        let lease = within(client.lease_grant(ttl, None)).await?.id();
-        let (mut keeper, mut answers) = within(client.lease_keep_alive(lease)).await?;
-        let mut beat = tokio::time::interval(self.options.lease_ttl / 3);
-        value.mark_changed();
-        loop {
-            tokio::select! {
-                changed = value.changed() => {
-                    let current = if changed.is_ok() { value.borrow_and_update().clone() } else { None };
-                    let Some(bytes) = current else {
-                        // best effort: without etcd the lease ends by itself
-                        let _ = within(client.delete(key, None)).await;
-                        let _ = within(client.lease_revoke(lease)).await;
-                        return Ok(());
-                    };
-                    let options = PutOptions::new().with_lease(lease);
-                    within(client.put(key, bytes, Some(options))).await?;
-                    tracing::debug!(key, lease, "announced in etcd");
-                    backoff.reset();
-                }
-                _ = beat.tick() => {
-                    within(keeper.keep_alive()).await?;
-                    match within(answers.message()).await? {
-                        Some(answer) if answer.ttl() > 0 => {}
-                        _ => return Err("the lease has expired".into()),
-                    }
-                }
-            }
-        }
     }
 
     /// Reads all groups and follows their changes until something fails or the watcher is gone (`Ok`).
     async fn watch_once(
         &self,
-        seen: &mut BTreeMap<String, GroupRecord>,
+        seen: &mut Seen,
         sender: &mpsc::Sender<GroupChange>,
         backoff: &mut Backoff,
     ) -> StoreResult<()> {
@@ -163,12 +134,11 @@ impl EtcdRegistry {
         let prefix = self.groups_prefix();
         let all = within(client.get(prefix.clone(), Some(GetOptions::new().with_prefix()))).await?;
         let revision = all.header().map_or(0, |header| header.revision());
-        let now: BTreeMap<String, GroupRecord> = all
-            .kvs()
-            .iter()
-            .filter_map(|kv| Some((String::from_utf8_lossy(kv.key()).into_owned(), parse(kv.key(), kv.value())?)))
-            .collect();
-        for change in difference(seen, now.iter()) {
+        let mut now = Seen::default();
+        for kv in all.kvs() {
+            self.put(&mut now, kv);
+        }
+        for change in now.since(seen) {
             if sender.send(change).await.is_err() {
                 return Ok(());
             }
@@ -190,35 +160,71 @@ impl EtcdRegistry {
             }
             for event in response.events() {
                 let Some(kv) = event.kv() else { continue };
-                let key = String::from_utf8_lossy(kv.key()).into_owned();
                 let change = match event.event_type() {
-                    EventType::Put => {
-                        let Some(record) = parse(kv.key(), kv.value()) else {
-                            continue;
-                        };
-                        seen.insert(key, record.clone());
-                        GroupChange::Put(Box::new(record))
-                    }
-                    EventType::Delete => {
-                        let Some(record) = seen.remove(&key) else {
-                            continue;
-                        };
-                        GroupChange::Gone { model: record.model, group: record.group }
-                    }
+                    EventType::Put => self.put(seen, kv),
+                    EventType::Delete => seen.remove(&String::from_utf8_lossy(kv.key())),
                 };
+                let Some(change) = change else { continue };
                 if sender.send(change).await.is_err() {
                     return Ok(());
                 }
             }
         }
     }
+
+    /// Notes what stands under a key; `None` if it cannot be read or is another group's.
+    fn put(&self, seen: &mut Seen, kv: &KeyValue) -> Option<GroupChange> {
+        let key = String::from_utf8_lossy(kv.key()).into_owned();
+        let record: GroupRecord = serde_json::from_slice(kv.value())
+            .inspect_err(|error| tracing::warn!(key, %error, "a group record in etcd can't be read and is ignored"))
+            .ok()?;
+        let own_key = self.group_key(&record);
+        if key == own_key {
+            seen.groups.insert(key, record.clone());
+            return Some(GroupChange::Put(Box::new(record)));
+        }
+        if key == duplicate_key(&own_key, &record.endpoint) {
+            let duplicate = Duplicate { group: record.group, endpoint: record.endpoint };
+            seen.duplicates.insert(key, duplicate.clone());
+            return Some(GroupChange::Duplicate(duplicate));
+        }
+        tracing::warn!(key, "a group record in etcd stands under the key of another group and is ignored");
+        None
+    }
+}
+
+/// What stands in etcd, by key.
+#[derive(Default)]
+struct Seen {
+    groups: BTreeMap<String, GroupRecord>,
+    duplicates: BTreeMap<String, Duplicate>,
+}
+
+impl Seen {
+    fn remove(&mut self, key: &str) -> Option<GroupChange> {
+        if let Some(duplicate) = self.duplicates.remove(key) {
+            return Some(GroupChange::DuplicateGone(duplicate));
+        }
+        let record = self.groups.remove(key)?;
+        Some(GroupChange::Gone { model: record.model, group: record.group })
+    }
+
+    /// The difference to what was seen before.
+    fn since(&self, before: &Self) -> Vec<GroupChange> {
+        let mut changes = difference(&before.groups, self.groups.iter());
+        let new = self.duplicates.iter().filter(|(key, _)| !before.duplicates.contains_key(*key));
+        changes.extend(new.map(|(_, duplicate)| GroupChange::Duplicate(duplicate.clone())));
+        let gone = before.duplicates.iter().filter(|(key, _)| !self.duplicates.contains_key(*key));
+        changes.extend(gone.map(|(_, duplicate)| GroupChange::DuplicateGone(duplicate.clone())));
+        changes
+    }
 }
 
 #[async_trait]
 impl Registry for EtcdRegistry {
     async fn announce(&self, record: GroupRecord) -> Result<Announcement, RegistryError> {
-        let key = self.group_key(&record);
-        let (announcement, mut records, done) = Announcement::new(record);
+        let kept = Kept { key: self.group_key(&record), address_field: "endpoint", refuses_taken: true };
+        let (announcement, (mut records, done, standing)) = Announcement::new(record);
         let registry = self.clone();
         tokio::spawn(async move {
             let (bytes, values) = watch::channel(encode(records.borrow_and_update().as_ref()));
@@ -232,7 +238,14 @@ impl Registry for EtcdRegistry {
                 }
                 bytes.send_replace(None);
             };
-            tokio::join!(registry.keep(&key, values), forward);
+            tokio::select! {
+                // ends first if the name is taken
+                () = Keeper::new(&registry, kept, values, standing).run() => {}
+                () = async {
+                    forward.await;
+                    std::future::pending().await
+                } => {}
+            }
             done.send_replace(true);
         });
         Ok(announcement)
@@ -242,13 +255,13 @@ impl Registry for EtcdRegistry {
         let (sender, receiver) = mpsc::channel(WATCH_BUFFER);
         let registry = self.clone();
         tokio::spawn(async move {
-            let mut seen = BTreeMap::new();
+            let mut seen = Seen::default();
             let mut backoff = Backoff::new();
             loop {
                 match registry.watch_once(&mut seen, &sender, &mut backoff).await {
                     Ok(()) => return,
                     Err(reason) => {
-                        tracing::warn!(reason, groups = seen.len(), "etcd lost, keeping the groups last seen");
+                        tracing::warn!(reason, groups = seen.groups.len(), "etcd lost, keeping the groups last seen");
                     }
                 }
                 tokio::select! {
@@ -267,15 +280,10 @@ impl Registry for EtcdRegistry {
     async fn offer_rendezvous(&self, record: RendezvousRecord) -> Result<RendezvousOffer, RegistryError> {
         let key = format!("{}{:020}", self.rendezvous_prefix(&record.group), record.epoch);
         let bytes = serde_json::to_vec(&record).map_err(|error| self.unavailable(error.to_string()))?;
-        let (alive, mut gone) = mpsc::channel::<()>(1);
+        let (alive, gone) = mpsc::channel::<()>(1);
         let registry = self.clone();
         tokio::spawn(async move {
-            let (value, values) = watch::channel(Some(bytes));
-            let end = async {
-                let _ = gone.recv().await;
-                value.send_replace(None);
-            };
-            tokio::join!(registry.keep(&key, values), end);
+            registry.keep_while(Kept { key, address_field: "leader", refuses_taken: false }, bytes, gone).await
         });
         Ok(RendezvousOffer { _alive: alive })
     }
@@ -296,13 +304,9 @@ fn encode(record: Option<&GroupRecord>) -> Option<Vec<u8>> {
     record.and_then(|record| serde_json::to_vec(record).ok())
 }
 
-fn parse(key: &[u8], value: &[u8]) -> Option<GroupRecord> {
-    serde_json::from_slice(value)
-        .inspect_err(|error| {
-            let key = String::from_utf8_lossy(key);
-            tracing::warn!(%key, %error, "a group record in etcd can't be read and is ignored");
-        })
-        .ok()
+/// Where the refusal of a group at `endpoint` is noted, whose name is taken.
+fn duplicate_key(key: &str, endpoint: &str) -> String {
+    format!("{key}/duplicate/{}", encode_segment(endpoint))
 }
 
 async fn read_tls(tls: &RegistryTls) -> StoreResult<TlsOptions> {
@@ -319,10 +323,6 @@ async fn read_pem(path: &Path) -> StoreResult<Vec<u8>> {
 
 fn encode_segment(name: &str) -> String {
     name.replace('%', "%25").replace('/', "%2F")
-}
-
-async fn withdrawn(value: &mut watch::Receiver<Option<Vec<u8>>>) {
-    let _ = value.wait_for(Option::is_none).await;
 }
 
 async fn within<T>(answer: impl Future<Output = Result<T, etcd_client::Error>>) -> StoreResult<T> {

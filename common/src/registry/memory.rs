@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    Announcement, GroupChange, GroupRecord, Registry, RegistryError, RendezvousOffer, RendezvousRecord, WATCH_BUFFER,
-    difference,
+    Announcement, GroupChange, GroupRecord, NameTaken, Registry, RegistryError, RendezvousOffer, RendezvousRecord,
+    Standing, WATCH_BUFFER, difference,
 };
 
 /// Groups of this process. Clones share their groups.
@@ -33,10 +33,21 @@ impl MemoryRegistry {
 impl Registry for MemoryRegistry {
     async fn announce(&self, record: GroupRecord) -> Result<Announcement, RegistryError> {
         let key = format!("{}/{}", record.model, record.group);
-        self.groups.send_modify(|groups| {
-            groups.insert(key.clone(), record.clone());
+        let mut taken = None;
+        self.groups.send_modify(|groups| match groups.get(&key) {
+            Some(holder) if holder.endpoint != record.endpoint => {
+                let (holder, epoch) = (holder.endpoint.clone(), holder.epoch);
+                taken = Some(NameTaken { name: key.clone(), holder, epoch });
+            }
+            _ => {
+                groups.insert(key.clone(), record.clone());
+            }
         });
-        let (announcement, mut records, done) = Announcement::new(record);
+        if let Some(taken) = taken {
+            return Err(taken.into());
+        }
+        let (announcement, (mut records, done, standing)) = Announcement::new(record);
+        standing.send_replace(Standing::Announced);
         let groups = self.groups.clone();
         tokio::spawn(async move {
             while records.changed().await.is_ok() {

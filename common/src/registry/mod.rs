@@ -11,7 +11,7 @@ mod record;
 use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 
-pub use etcd::{EtcdOptions, EtcdRegistry};
+pub use etcd::{EtcdCredentials, EtcdOptions, EtcdRegistry};
 pub use fixed::FixedRegistry;
 pub use memory::MemoryRegistry;
 pub use record::{Device, GroupRecord, GroupState, RankRecord, RendezvousRecord, RouterRecord, Speed};
@@ -28,6 +28,47 @@ pub enum GroupChange {
         /// Its name.
         group: String,
     },
+    /// Another group wants the name of one that lives, and was refused.
+    Duplicate(Duplicate),
+    /// It does not want it any longer.
+    DuplicateGone(Duplicate),
+}
+
+/// A group that was refused because its name is taken.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Duplicate {
+    /// The name.
+    pub group: String,
+    /// Where the refused group is.
+    pub endpoint: String,
+}
+
+/// A name in the registry that a live owner has.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the name is taken: `{name}` belongs to a live group at {holder} (epoch {epoch}); give each group of a cluster a name of its own (worker.group)"
+)]
+pub struct NameTaken {
+    /// Key or name that is taken.
+    pub name: String,
+    /// Where its owner is.
+    pub holder: String,
+    /// Which start of the owner.
+    pub epoch: u64,
+}
+
+/// How an announcement stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// The store was not reached yet, or is lost.
+    #[default]
+    Pending,
+    /// It can be seen.
+    Announced,
+    /// Another owner had the name from the beginning: it is not asked for again.
+    Refused(NameTaken),
+    /// Another owner took the name while the store was lost: it is asked for until it is free.
+    Displaced(NameTaken),
 }
 
 /// The registry can't do what was asked.
@@ -41,6 +82,9 @@ pub enum RegistryError {
         /// In its words.
         reason: String,
     },
+    /// Another group has the name.
+    #[error(transparent)]
+    NameTaken(#[from] NameTaken),
     /// This kind of registry can't do it.
     #[error("a {kind} registry can't {what}")]
     Unsupported {
@@ -54,8 +98,8 @@ pub enum RegistryError {
 /// Which groups live.
 #[async_trait]
 pub trait Registry: Send + Sync {
-    /// Announces a group and keeps it announced, also over an absence of the store, until the
-    /// [`Announcement`] is withdrawn or dropped. Fails only where the first attempt is refused for good.
+    /// Announces a group and keeps it announced, also over an absence of the store and if somebody deletes its key,
+    /// until the [`Announcement`] is withdrawn or dropped. If a live group has the name, [`Announcement::refused`] says so.
     async fn announce(&self, record: GroupRecord) -> Result<Announcement, RegistryError>;
 
     /// All groups announced now, as [`GroupChange::Put`], then every change. The stream never ends while it
@@ -81,15 +125,38 @@ pub trait Registry: Send + Sync {
 pub struct Announcement {
     record: watch::Sender<Option<GroupRecord>>,
     withdrawn: watch::Receiver<bool>,
+    standing: watch::Receiver<Standing>,
 }
+
+/// What a registry's task follows and reports: the record, the end of the withdrawal, how the announcement stands.
+type AnnouncementTask = (watch::Receiver<Option<GroupRecord>>, watch::Sender<bool>, watch::Sender<Standing>);
 
 impl Announcement {
     /// The two ends of an announcement: the caller's handle, and what a registry's task follows. The task
-    /// publishes every `Some`, removes the key on `None` or when the sender is gone, and then sets `withdrawn`.
-    fn new(record: GroupRecord) -> (Self, watch::Receiver<Option<GroupRecord>>, watch::Sender<bool>) {
+    /// publishes every `Some`, removes the key on `None` or if the sender is gone, and then sets `withdrawn`.
+    fn new(record: GroupRecord) -> (Self, AnnouncementTask) {
         let (record, records) = watch::channel(Some(record));
         let (done, withdrawn) = watch::channel(false);
-        (Self { record, withdrawn }, records, done)
+        let (stands, standing) = watch::channel(Standing::default());
+        (Self { record, withdrawn, standing }, (records, done, stands))
+    }
+
+    /// How it stands.
+    pub fn standing(&self) -> watch::Receiver<Standing> {
+        self.standing.clone()
+    }
+
+    /// Completes if the name belongs to another live group, which it did from the beginning.
+    pub async fn refused(&self) -> NameTaken {
+        let mut standing = self.standing.clone();
+        loop {
+            if let Standing::Refused(taken) = &*standing.borrow_and_update() {
+                return taken.clone();
+            }
+            if standing.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+        }
     }
 
     /// Publishes a changed record (another state, other measured rates).

@@ -30,6 +30,9 @@ pub struct GroupRecord {
     pub block_tokens: u32,
     /// Blocks of KV cache.
     pub kv_blocks: u32,
+    /// Blocks of host memory that cached blocks move to; 0 = none.
+    #[serde(default)]
+    pub host_blocks: u32,
     /// Longest prompt plus output, tokens.
     pub max_model_len: u32,
     /// Ids of the model: 0..vocabulary_size.
@@ -134,6 +137,7 @@ pub(crate) fn example(group: &str) -> GroupRecord {
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,
         kv_blocks: 10,
+        host_blocks: 0,
         max_model_len: 640,
         vocabulary_size: 9192,
         max_sequences: 8,

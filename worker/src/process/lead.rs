@@ -5,14 +5,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bora_common::config::HostPort;
-use bora_common::registry::{Device, GroupRecord, GroupState, Registry};
+use bora_common::registry::{Announcement, Device, GroupRecord, GroupState, Registry, RegistryError};
 use bora_common::tls::Acceptor;
 use bora_proto::v1;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::start::{OpenGroup, open};
+use super::start::{OpenGroup, loading_record, open};
 use super::{WorkerError, WorkerSettings, host_name, listen};
 use crate::engine::step::RunError;
 use crate::parallel::GroupProgress;
@@ -54,18 +54,34 @@ pub(super) async fn lead(
     ));
 
     settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
+    // before the weights are read: routers know that it comes, and a name that is taken is refused at once
+    let loading = loading_record(&settings, device, &group, epoch, endpoint.to_string());
+    let announcement = registry.announce(loading).await?;
+    settings.metrics.of_announcement(announcement.standing());
     let opened = tokio::select! {
-        opened = open(&settings, device, &group, epoch, endpoint.to_string(), registry.as_ref()) => opened?,
-        () = stop.cancelled() => return Ok(()),
+        opened = open(&settings, device, &group, epoch, endpoint.to_string(), registry.as_ref()) => opened,
+        taken = announcement.refused() => Err(RegistryError::from(taken).into()),
+        () = stop.cancelled() => {
+            withdraw_soon(announcement).await;
+            return Ok(());
+        }
     };
-    let OpenGroup { engine, record, progress, failed } = opened;
+    let OpenGroup { engine, record, progress, failed } = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            withdraw_soon(announcement).await;
+            return Err(error);
+        }
+    };
     settings.metrics.of_leader(engine.observer(), &record, progress.clone());
     host.ready(engine.clone(), record.clone(), rank_source(&record, progress));
     settings.metrics.group_runs().store(true, Ordering::Relaxed);
-    let announcement = registry.announce(record).await?;
+    announcement.update(|announced| *announced = record);
 
     let reason = tokio::select! {
         () = stop.cancelled() => None,
+        // the registry was away until now: no router knows this group
+        taken = announcement.refused() => return Err(RegistryError::from(taken).into()),
         reason = engine.failed() => Some(reason),
         reason = idle_failure(failed) => Some(reason),
         ended = serving => {
@@ -76,7 +92,7 @@ pub(super) async fn lead(
     if let Some(reason) = reason {
         tracing::error!(group, reason, "the group failed, ending so that it can be started again");
         // streams are told "retry elsewhere" by the engine; give the words a moment to leave
-        let _ = timeout(WITHDRAW_WITHIN, announcement.withdraw()).await;
+        withdraw_soon(announcement).await;
         return Err(WorkerError::GroupFailed { group, reason });
     }
     announcement.update(|record| record.state = GroupState::Draining);
@@ -86,6 +102,11 @@ pub(super) async fn lead(
     }
     announcement.withdraw().await;
     Ok(())
+}
+
+/// Takes the group out of the registry, if that is quick; its lease ends by itself.
+async fn withdraw_soon(announcement: Announcement) {
+    let _ = timeout(WITHDRAW_WITHIN, announcement.withdraw()).await;
 }
 
 /// Completes when a rank failed while no step ran.

@@ -69,6 +69,44 @@ pub async fn open_engine(settings: WorkerSettings) -> Result<(EngineHandle, Grou
     Ok((opened.engine, opened.record))
 }
 
+/// The record of a group that is about to load: what its configuration and its checkpoint say of it. Its speed, its
+/// cache and its weights are not known yet.
+pub(super) fn loading_record(
+    settings: &WorkerSettings,
+    device: Device,
+    group: &str,
+    epoch: u64,
+    endpoint: String,
+) -> GroupRecord {
+    let options = &settings.options;
+    let (vocabulary_size, max_position) = match device {
+        Device::Fake => (options.fake.vocabulary_size, options.fake.max_model_len),
+        // a checkpoint that cannot be read is reported when it is opened
+        Device::Cpu | Device::Cuda => ModelConfig::from_dir(&settings.model.path)
+            .map_or((0, 0), |model| (model.vocab_size as u32, model.max_position_embeddings as u32)),
+    };
+    GroupRecord {
+        group: group.into(),
+        epoch,
+        endpoint,
+        model: settings.model.name.clone(),
+        aliases: settings.model.aliases.clone(),
+        device,
+        weight_fingerprint: String::new(),
+        ranks: Vec::new(),
+        block_tokens: BLOCK_TOKENS as u32,
+        kv_blocks: 0,
+        host_blocks: 0,
+        max_model_len: options.max_model_len.unwrap_or(max_position.min(LONGEST_WINDOW)),
+        vocabulary_size,
+        max_sequences: options.schedule.max_num_seqs,
+        images: device == Device::Fake && options.fake.images,
+        speed: Speed { prefill_tokens_per_second: 1.0, prefill_seconds_per_token_pair: 0.0, decode_step_seconds: 1.0 },
+        state: GroupState::Loading,
+        version: env!("CARGO_PKG_VERSION").into(),
+    }
+}
+
 /// Brings the ranks up, measures them and starts the engine on them.
 pub(super) async fn open(
     settings: &WorkerSettings,
@@ -257,6 +295,7 @@ fn describe(
         ranks: ranks.records.clone(),
         block_tokens: BLOCK_TOKENS as u32,
         kv_blocks: facts.kv_blocks,
+        host_blocks: ranks.runner.host_memory().blocks,
         max_model_len: window,
         vocabulary_size: facts.vocabulary_size,
         max_sequences: settings.options.schedule.max_num_seqs,

@@ -12,13 +12,14 @@ pub(crate) mod spans;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bora_common::registry::{Device, GroupRecord};
+use bora_common::registry::{Device, GroupRecord, Standing};
 use bora_common::telemetry::{MetricsSource, process};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode_registry;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use tokio::sync::watch;
 
 use crate::backend::cuda;
 use crate::engine::EngineObserver;
@@ -57,7 +58,15 @@ struct State {
     /// The GPUs of the local ranks, in their order; none on other devices.
     gpus: Vec<(u32, usize)>,
     gpu_memory: Family<MemoryLabels, Gauge>,
+    announcement: Option<Announced>,
     leader: Option<Leader>,
+}
+
+/// Whether the group can be found.
+struct Announced {
+    standing: watch::Receiver<Standing>,
+    announced: Gauge,
+    name_taken: Gauge,
 }
 
 /// How the group stands, as its leader knows it.
@@ -122,7 +131,22 @@ impl WorkerMetrics {
         );
         let gpus = if device == Device::Cuda { local_ranks.iter().copied().zip(0..).collect() } else { Vec::new() };
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(State { registry, gpus, gpu_memory, leader: None });
+            Some(State { registry, gpus, gpu_memory, announcement: None, leader: None });
+    }
+
+    /// The group is being announced.
+    pub(crate) fn of_announcement(&self, standing: watch::Receiver<Standing>) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(state) = &mut *state else { return };
+        let announcement = Announced { standing, announced: Gauge::default(), name_taken: Gauge::default() };
+        let registry = &mut state.registry;
+        registry.register("announced", "1 if the registry lists the group", announcement.announced.clone());
+        registry.register(
+            "name_taken",
+            "1 if the registry lists another live group under this group's name",
+            announcement.name_taken.clone(),
+        );
+        state.announcement = Some(announcement);
     }
 
     /// Grammars are compiled and masks made in every process.
@@ -184,6 +208,12 @@ impl State {
             for (state, bytes) in [("used", total.saturating_sub(free)), ("free", free)] {
                 self.gpu_memory.get_or_create(&MemoryLabels { rank: *rank, state }).set(bytes as i64);
             }
+        }
+        if let Some(announcement) = &self.announcement {
+            let standing = announcement.standing.borrow();
+            let is_taken = matches!(*standing, Standing::Refused(_) | Standing::Displaced(_));
+            announcement.announced.set(i64::from(*standing == Standing::Announced));
+            announcement.name_taken.set(i64::from(is_taken));
         }
         let Some(leader) = &self.leader else { return };
         let load = leader.observer.load();

@@ -11,7 +11,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Backoff, EtcdRegistry, RouterPresence, RouterRecord, StoreResult, encode_segment, within};
+use super::{Backoff, EtcdRegistry, Kept, RouterPresence, RouterRecord, StoreResult, encode_segment, within};
 
 impl EtcdRegistry {
     fn routers_prefix(&self) -> String {
@@ -22,16 +22,11 @@ impl EtcdRegistry {
         let key = format!("{}{}", self.routers_prefix(), encode_segment(&router.router));
         // a RouterRecord is three strings
         let bytes = serde_json::to_vec(router).unwrap_or_default();
-        let (alive, mut gone) = mpsc::channel::<()>(1);
+        let (alive, gone) = mpsc::channel::<()>(1);
         let (left, has_left) = watch::channel(false);
         let registry = self.clone();
         tokio::spawn(async move {
-            let (value, values) = watch::channel(Some(bytes));
-            let end = async {
-                let _ = gone.recv().await;
-                value.send_replace(None);
-            };
-            tokio::join!(registry.keep(&key, values), end);
+            registry.keep_while(Kept { key, address_field: "address", refuses_taken: false }, bytes, gone).await;
             left.send_replace(true);
         });
         let (counted, live) = watch::channel(1);
