@@ -19,6 +19,12 @@ use bora_common::{
     tokenizer::Tokenizer,
 };
 use bora_proto::v1;
+use bora_router::fleet::validate::{
+    clip,
+    events::{EventCheck, GroupBounds},
+    record,
+    stream::{StreamBounds, StreamCheck},
+};
 use bora_router::{
     Access, AccessOptions, ModelSpec, RouterOptions, Service,
     api::{
@@ -29,6 +35,7 @@ use bora_router::{
 };
 use bora_worker::grammar::{GrammarError, GrammarSource, Grammars};
 use bytes::Bytes;
+use prost::Message;
 
 const MODEL: &str = "m";
 const VOCABULARY: u32 = 9192;
@@ -162,6 +169,103 @@ pub fn grammar(input: &[u8]) {
     }
 }
 
+/// What a worker sends: its record as JSON, or a byte that says which stream, what is expected of it in another one, and
+/// messages with a length of two bytes each. Whatever passes the checks is within its bounds.
+pub fn worker(input: &[u8]) {
+    match input {
+        [b'{', ..] => described(input),
+        [which, expected, rest @ ..] if which % 2 == 0 => stream(*expected, rest),
+        [_, expected, rest @ ..] => group_events(*expected, rest),
+        _ => {}
+    }
+}
+
+/// Messages one after the other, those that can be decoded.
+fn messages<M: Message + Default>(mut input: &[u8]) -> Vec<M> {
+    let mut messages = Vec::new();
+    while let Some((length, rest)) = input.split_first_chunk::<2>() {
+        let (bytes, behind) = rest.split_at(rest.len().min(usize::from(u16::from_le_bytes(*length))));
+        messages.extend(M::decode(bytes));
+        input = behind;
+    }
+    messages
+}
+
+fn stream(expected: u8, input: &[u8]) {
+    let top_logprobs = (expected & 1 != 0).then_some(u32::from(expected >> 1 & 3));
+    let prompt_logprobs = (expected & 8 != 0).then_some(1);
+    let bounds = StreamBounds {
+        prompt_tokens: 3,
+        max_tokens: 8,
+        vocabulary_size: VOCABULARY,
+        top_logprobs,
+        prompt_logprobs,
+        ..StreamBounds::default()
+    };
+    let mut check = StreamCheck::new(bounds);
+    let (mut generated, mut scored) = (0, 0);
+    for event in messages::<v1::GenerateEvent>(input) {
+        if check.check(&event).is_err() {
+            return;
+        }
+        match event.event {
+            Some(v1::generate_event::Event::Started(started)) => assert!(started.cached_tokens <= 3),
+            Some(v1::generate_event::Event::Tokens(tokens)) => {
+                generated += tokens.token_ids.len();
+                assert!(tokens.token_ids.iter().all(|id| *id < VOCABULARY));
+                let expected = if top_logprobs.is_some() { tokens.token_ids.len() } else { 0 };
+                assert_eq!(tokens.logprobs.len(), expected);
+                let logprobs = tokens.logprobs.iter().flat_map(|position| position.top.iter().chain(&position.chosen));
+                assert!(logprobs.into_iter().all(|token| token.logprob.is_finite()));
+            }
+            Some(v1::generate_event::Event::PromptLogprobs(part)) => scored += part.positions.len(),
+            Some(v1::generate_event::Event::Finished(finished)) => {
+                let is_aborted = finished.reason() == v1::FinishReason::Aborted;
+                assert!(is_aborted || finished.completion_tokens as usize == generated);
+            }
+            None => {}
+        }
+        assert!(generated <= 8 && scored <= 2);
+    }
+}
+
+fn group_events(blocks: u8, input: &[u8]) {
+    let bounds = GroupBounds { kv_blocks: blocks.into(), host_blocks: 1 };
+    let most = usize::from(blocks) + 1;
+    let mut check = EventCheck::new(bounds);
+    let mut snapshot = 0;
+    for event in messages::<v1::GroupEvent>(input) {
+        if check.check(&event).is_err() {
+            return;
+        }
+        match event.event {
+            Some(v1::group_event::Event::Snapshot(part)) => {
+                snapshot += part.block_hashes.len();
+                assert!(snapshot <= most * 16);
+            }
+            Some(v1::group_event::Event::Blocks(changed)) => {
+                assert!(changed.stored.len() <= most * 16 && changed.evicted.len() <= most * 16);
+            }
+            Some(v1::group_event::Event::Load(load)) => {
+                assert!(load.prefill_seconds.is_finite() && load.blocks_total <= u32::from(blocks));
+            }
+            Some(v1::group_event::Event::State(_)) | None => {}
+        }
+    }
+}
+
+fn described(input: &[u8]) {
+    let Ok(described) = serde_json::from_slice::<GroupRecord>(input) else { return };
+    let limits = record::ModelLimits { max_model_len: Some(WINDOW), ..record::ModelLimits::default() };
+    let Ok(checked) = record::check(described.clone(), Some(&limits)) else { return };
+    assert!(checked.aliases.is_empty() && checked.speed.prefill_tokens_per_second > 0.0);
+    assert!(checked.device == Device::Fake || checked.max_model_len <= WINDOW);
+    assert_eq!(clip(&checked.group).len(), checked.group.len(), "a valid name can be logged as it is");
+    // and what the cost model makes of it is a number
+    let seconds = bora_common::cost::CostModel::new(&checked.speed).prefill_seconds(1000, 1000);
+    assert!(seconds.is_finite() && seconds >= 0.0, "{seconds}");
+}
+
 fn grammars() -> &'static Grammars {
     static GRAMMARS: OnceLock<Grammars> = OnceLock::new();
     GRAMMARS.get_or_init(|| {
@@ -212,6 +316,7 @@ fn group() -> GroupRecord {
         ranks: vec![RankRecord { rank: 0, host: "here".into(), pid: 1 }],
         block_tokens: 64,
         kv_blocks: 64,
+        host_blocks: 0,
         max_model_len: WINDOW,
         vocabulary_size: VOCABULARY,
         max_sequences: 8,

@@ -90,3 +90,8 @@ fn tool_calls() {
 fn conversation() {
     run("conversation", bora_fuzz::conversation);
 }
+
+#[test]
+fn worker() {
+    run("worker", bora_fuzz::worker);
+}
