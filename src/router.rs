@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use bora_common::config::{LogFormat, ModelOptions, with_location};
+use bora_common::model::ModelConfig;
 use bora_common::registry::{Registry, RouterRecord};
 use bora_common::secret::ClusterKeys;
 use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_common::tls::Acceptor;
+use bora_router::fleet::validate::record::ModelLimits;
 use bora_router::{ModelSpec, Router, RouterOptions};
 use clap::Args;
 use tokio::net::TcpListener;
@@ -168,6 +170,13 @@ fn open_model(model: &ModelOptions) -> anyhow::Result<ModelSpec> {
         None => ModelSpec::default(),
     };
     spec.aliases = model.aliases.clone();
+    // a router may have no more than the tokenizer
+    let checkpoint = ModelConfig::from_dir(&model.path).ok();
+    spec.limits = ModelLimits {
+        max_model_len: model.max_model_len.or(checkpoint.as_ref().map(|model| model.max_position_embeddings as u32)),
+        vocabulary_size: checkpoint.as_ref().map(|model| model.vocab_size as u32),
+        weight_fingerprint: model.weight_fingerprint.clone(),
+    };
     // both say which ids end a sequence; the checkpoint of another model format has neither
     for name in ["config.json", "generation_config.json"] {
         let path = model.path.join(name);

@@ -115,6 +115,8 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
         path: args.model,
         tokenizer: args.tokenizer,
         skip_tokenizer_init: args.skip_tokenizer_init,
+        max_model_len: None,
+        weight_fingerprint: None,
     });
     config.http.host = args.host;
     config.http.port = args.port;

@@ -97,6 +97,7 @@ pub struct Metrics {
     groups: Gauge,
     ready_groups: Gauge,
     refused_groups: Gauge,
+    duplicate_groups: Gauge,
     indexed_blocks: Gauge,
     index_bytes: Gauge,
     group_gauges: GroupGauges,
@@ -144,6 +145,7 @@ impl Metrics {
         let groups = Gauge::default();
         let ready_groups = Gauge::default();
         let refused_groups = Gauge::default();
+        let duplicate_groups = Gauge::default();
         let indexed_blocks = Gauge::default();
         let index_bytes = Gauge::default();
         registry.register("requests", "HTTP requests answered", requests.clone());
@@ -222,8 +224,13 @@ impl Metrics {
         registry.register("ready_groups", "Groups that take requests", ready_groups.clone());
         registry.register(
             "refused_groups",
-            "Groups announced by releases that this router is not made for",
+            "Groups that this router refuses: of other releases, with invalid records or with other weights",
             refused_groups.clone(),
+        );
+        registry.register(
+            "duplicate_groups",
+            "Groups that are refused because another group has their name",
+            duplicate_groups.clone(),
         );
         registry.register("indexed_blocks", "Distinct blocks in the prefix index", indexed_blocks.clone());
         registry.register("index_bytes", "Bytes that the prefix index takes", index_bytes.clone());
@@ -264,6 +271,7 @@ impl Metrics {
             groups,
             ready_groups,
             refused_groups,
+            duplicate_groups,
             indexed_blocks,
             index_bytes,
             group_gauges,
@@ -397,6 +405,7 @@ impl Metrics {
         self.groups.set(view.groups().count() as i64);
         self.ready_groups.set(view.groups().filter(|group| group.is_ready()).count() as i64);
         self.refused_groups.set(fleet.refused() as i64);
+        self.duplicate_groups.set(fleet.duplicates() as i64);
         self.indexed_blocks.set(fleet.index.len() as i64);
         self.index_bytes.set(fleet.index.bytes() as i64);
         self.group_gauges.set(&view);

@@ -6,6 +6,8 @@ use bora_common::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::fleet::validate::record::ModelLimits;
+
 /// Sampling values that a request takes where it names none (`generation_config.json`).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -54,8 +56,10 @@ pub fn end_ids_of_config(config: &Value) -> Vec<u32> {
 pub struct ModelSpec {
     /// None: token ids in, token ids out (`--skip-tokenizer-init`).
     pub tokenizer: Option<Arc<Tokenizer>>,
-    /// Other names that requests may use, besides those that its groups announce.
+    /// Other names that requests may use.
     pub aliases: Vec<String>,
+    /// What its groups may say of it: they can narrow these limits.
+    pub limits: ModelLimits,
     /// Defaults of sampling.
     pub defaults: DefaultSampling,
     /// Ids that end a sequence.

@@ -49,6 +49,9 @@ pub struct RouterOptions {
     pub max_waiting: usize,
     /// Seconds that an interactive request waits for a group with room; a batch one waits until its deadline.
     pub max_waiting_seconds: f64,
+    /// Seconds that a request waits for a group of its model to become ready, if one is expected: it loads, drains or does
+    /// not respond, or the last one left within the last ten minutes. 0 = such a request is answered with 503 at once.
+    pub wait_for_group_seconds: f64,
     /// Seconds that a broken stream waits for a group that can go on with it.
     pub failover_wait_seconds: f64,
     /// HTTP/2 connections to each group.
@@ -94,6 +97,7 @@ impl Default for RouterOptions {
             retries: 8192,
             max_waiting: 4096,
             max_waiting_seconds: 120.0,
+            wait_for_group_seconds: 120.0,
             failover_wait_seconds: 5.0,
             connections_per_group: 2,
             connect_timeout_seconds: 2.0,
@@ -138,6 +142,7 @@ impl RouterOptions {
             ("failover_wait_seconds", self.failover_wait_seconds),
             ("shutdown_grace_seconds", self.shutdown_grace_seconds),
             ("max_waiting_seconds", self.max_waiting_seconds),
+            ("wait_for_group_seconds", self.wait_for_group_seconds),
         ];
         for (field, value) in waits {
             if !(0.0..=1e7).contains(&value) {
@@ -174,6 +179,10 @@ impl RouterOptions {
 
     pub(crate) fn max_waiting_time(&self) -> Duration {
         Duration::from_secs_f64(self.max_waiting_seconds)
+    }
+
+    pub(crate) fn wait_for_group(&self) -> Duration {
+        Duration::from_secs_f64(self.wait_for_group_seconds)
     }
 
     pub(crate) fn connect_timeout(&self) -> Duration {

@@ -49,7 +49,11 @@ impl Service {
         for name in models.keys() {
             metrics.know_model(name);
         }
-        let fleet = Fleet::new(options.clone(), &keys);
+        let limits = models.iter().map(|(name, spec)| (name.clone(), spec.limits.clone())).collect();
+        let fleet = Fleet::of_models(options.clone(), &keys, limits);
+        let violations = fleet.violations.clone();
+        let help = "Messages of groups that broke the protocol, by what is wrong with them";
+        metrics.register(|registry| registry.register("protocol_violations", help, violations));
         let relay = Relay {
             admission: Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting)),
             retries: RetryBudget::new(options.retries_per_tenant, options.retries, access.routers().clone()),

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cluster import SIGSTOP, Cluster, http, wait_until
+from cluster import SIGCONT, SIGSTOP, Cluster, http, wait_until
 from sse import Stream, ask, token_ids
 
 
@@ -101,6 +101,28 @@ def test_a_group_that_is_stopped_in_mid_stream():
             assert stopped and stream.done and stream.error is None, stream.error
             assert stream.folded() == undisturbed
         stopped.kill()
+
+
+def test_a_stopped_group_gets_no_requests_however_long_its_lease():
+    """SIGSTOP of a group that etcd lists for a minute: once it is known to be silent, no request is held up by it."""
+    body = {"model": "fake-devstral", "prompt": [5, 6, 7], "max_tokens": 3}
+    with Cluster(model="fake-devstral") as cluster:
+        cluster.sections["registry"] = {"kind": "etcd", "endpoints": [f"127.0.0.1:{cluster.etcd_port}"], "lease_seconds": 60}
+        cluster.start_etcd()
+        cluster.start_router()
+        workers = {name: cluster.start_digest(name) for name in ("a", "b")}
+        cluster.wait_ready(2)
+        workers["a"].signal(SIGSTOP)
+        wait_until("it is known to be silent", lambda: not cluster.groups()["a"]["responding"], 20)
+        assert cluster.groups()["a"]["announced"]
+        until = time.monotonic() + 8
+        while time.monotonic() < until:
+            began = time.monotonic()
+            status, headers, answer = http("POST", cluster.router_url + "/v1/completions", body)
+            assert (status, headers["x-bora-group"]) == (200, "b"), answer
+            assert time.monotonic() - began < 4
+        workers["a"].signal(SIGCONT)
+        wait_until("it serves again", lambda: cluster.groups()["a"]["responding"] and cluster.groups()["a"]["state"] == "ready", 30)
 
 
 def test_a_stream_that_nobody_can_take_over_ends_in_an_error():

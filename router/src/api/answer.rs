@@ -408,7 +408,7 @@ impl Answer {
         let retry_after = || self.service.seconds_until_room();
         match error {
             SequenceError::NoGroup(NoGroup::NoneReady) => {
-                ApiError::unavailable("No group of this model takes requests now.", 2)
+                ApiError::unavailable("No group of this model takes requests now.", 5)
             }
             SequenceError::NoGroup(NoGroup::QueueFull | NoGroup::WaitedTooLong) => {
                 ApiError::overloaded("All groups of this model are busy. Please retry later.", retry_after())
@@ -421,8 +421,13 @@ impl Answer {
                 Failure::Full(_) => {
                     ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())
                 }
-                Failure::Refused(reason) => ApiError::unavailable(
-                    format!("The group that served the request stopped ({reason}), and no other could take it over."),
+                // what a group says of itself is for the log
+                Failure::Refused(_) => ApiError::unavailable(
+                    "The group that served the request stopped, and no other could take it over.",
+                    2,
+                ),
+                Failure::Violation(_) => ApiError::unavailable(
+                    "The group that served the request sent an invalid response, and no other could take it over.",
                     2,
                 ),
                 Failure::Lost(_) => ApiError::unavailable(
@@ -432,13 +437,14 @@ impl Answer {
                     2,
                 ),
                 Failure::TimedOut => ApiError::timed_out(),
-                Failure::Invalid(reason) => match (&self.params.structure, reason.strip_prefix("grammar: ")) {
-                    (Some(structure), Some(reason)) => {
-                        ApiError::invalid(structure.field, format!("`{}`: {reason}.", structure.field))
-                    }
-                    _ => ApiError::malformed(reason),
+                Failure::Invalid(reason) => match &self.params.structure {
+                    Some(structure) if reason.starts_with("grammar: ") => ApiError::invalid(
+                        structure.field,
+                        format!("`{}` is invalid, or beyond the limits of what can be compiled.", structure.field),
+                    ),
+                    _ => ApiError::malformed("The groups of this model cannot run the request."),
                 },
-                Failure::Sequence(reason) => ApiError::internal(reason),
+                Failure::Sequence(_) => ApiError::internal("The group failed to generate the response."),
             },
         }
     }

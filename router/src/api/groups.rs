@@ -25,6 +25,8 @@ struct GroupObject {
     announced: bool,
     /// Whether its event stream to this router lives.
     watched: bool,
+    /// Whether it reports its state: if not, it gets no requests.
+    responding: bool,
     load: LoadObject,
 }
 
@@ -51,7 +53,7 @@ fn describe(group: &Group) -> GroupObject {
     let mut record = group.record.clone();
     record.state = match (group.is_ready(), record.state) {
         (true, _) => GroupState::Ready,
-        (false, GroupState::Ready) => GroupState::Draining,
+        (false, GroupState::Ready) if group.link.is_responding() => GroupState::Draining,
         (false, state) => state,
     };
     let load = group.link.ledger.reported();
@@ -59,6 +61,7 @@ fn describe(group: &Group) -> GroupObject {
         record,
         announced: group.link.is_announced(),
         watched: group.link.is_watched(),
+        responding: group.link.is_responding(),
         load: LoadObject {
             running: load.running,
             waiting: load.waiting,

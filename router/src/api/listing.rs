@@ -56,11 +56,12 @@ struct Capabilities {
 /// `GET /v1/models`
 pub async fn list(State(service): State<Arc<Service>>) -> Response<axum::body::Body> {
     let view = service.fleet().view();
-    let served = view.names().map(|(name, model)| describe(&service, name, &model.name, Some(model)));
+    let served = |model: &str| view.model(model).filter(|model| !model.groups.is_empty());
     // a model whose groups are all scaled away is still offered: a request for it brings them back
-    let idle = service.configured_names().filter(|(_, model)| view.model(model).is_none());
+    let configured = service.configured_names().map(|(name, model)| describe(&service, name, model, served(model)));
+    let others = view.models().filter(|model| service.configured(&model.name).is_none());
     let mut data: Vec<ModelObject> =
-        served.chain(idle.map(|(name, model)| describe(&service, name, model, None))).collect();
+        configured.chain(others.map(|model| describe(&service, &model.name, &model.name, Some(model)))).collect();
     data.sort_by(|one, other| one.id.cmp(&other.id));
     json(&List { object: "list", data })
 }
@@ -69,7 +70,7 @@ pub async fn list(State(service): State<Arc<Service>>) -> Response<axum::body::B
 pub async fn one(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Response<axum::body::Body> {
     let view = service.fleet().view();
     let configured = service.configured(&id);
-    let served = view.model(&id).or_else(|| view.model(configured?));
+    let served = view.model(configured.unwrap_or(&id)).filter(|model| !model.groups.is_empty());
     match (served, configured) {
         (Some(served), _) => json(&describe(&service, &id, &served.name, Some(served))),
         (None, Some(configured)) => json(&describe(&service, &id, configured, None)),
@@ -78,13 +79,10 @@ pub async fn one(State(service): State<Arc<Service>>, Path(id): Path<String>) ->
 }
 
 /// A model by one of its names; `served` are its groups, if it has any now.
-fn describe(service: &Service, name: &str, model: &str, served: Option<&ModelGroups>) -> ModelObject {
+fn describe(service: &Service, name: &str, model: &str, served: Option<&Arc<ModelGroups>>) -> ModelObject {
     let spec = service.spec(model);
     let has_text = spec.tokenizer.is_some();
-    let mut aliases: Vec<String> = match served {
-        Some(served) => served.groups.iter().flat_map(|group| group.record.aliases.iter().cloned()).collect(),
-        None => spec.aliases.clone(),
-    };
+    let mut aliases = spec.aliases.clone();
     aliases.sort_unstable();
     aliases.dedup();
     let max_model_len = served.map(|served| served.max_model_len);

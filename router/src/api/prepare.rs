@@ -81,18 +81,16 @@ pub fn resolve(service: &Service, name: Option<&str>) -> Result<(String, Arc<Mod
             _ => Err(ApiError::invalid("model", "`model` is required.")),
         };
     };
-    if let Some(model) = view.model(name) {
-        return Ok((name.to_string(), Arc::clone(model), service.spec(&model.name)));
-    }
-    let Some(configured) = service.configured(name) else {
-        return Err(ApiError::model_not_found(name));
-    };
-    match view.model(configured) {
-        Some(model) => Ok((name.to_string(), Arc::clone(model), service.spec(&model.name))),
-        None => {
+    // what is configured goes before what groups call themselves
+    let configured = service.configured(name);
+    let served = view.model(configured.unwrap_or(name)).filter(|model| model.is_expected());
+    match (served, configured) {
+        (Some(model), _) => Ok((name.to_string(), Arc::clone(model), service.spec(&model.name))),
+        (None, Some(configured)) => {
             service.metrics().unserved(configured);
             Err(ApiError::unavailable(format!("No group serves the model `{name}` now."), 5))
         }
+        (None, None) => Err(ApiError::model_not_found(name)),
     }
 }
 

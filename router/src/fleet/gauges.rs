@@ -29,6 +29,8 @@ struct BlockLabels {
 /// One gauge a group.
 pub struct GroupGauges {
     ready: Family<GroupLabels, Gauge>,
+    announced: Family<GroupLabels, Gauge>,
+    responding: Family<GroupLabels, Gauge>,
     running: Family<GroupLabels, Gauge>,
     waiting: Family<GroupLabels, Gauge>,
     max_sequences: Family<GroupLabels, Gauge>,
@@ -44,6 +46,8 @@ impl GroupGauges {
     pub fn new(registry: &mut Registry) -> Self {
         let gauges = Self {
             ready: Family::default(),
+            announced: Family::default(),
+            responding: Family::default(),
             running: Family::default(),
             waiting: Family::default(),
             max_sequences: Family::default(),
@@ -54,6 +58,8 @@ impl GroupGauges {
             steps: Family::default(),
         };
         registry.register("group_ready", "1 where the group takes requests", gauges.ready.clone());
+        registry.register("group_announced", "1 if the registry lists the group", gauges.announced.clone());
+        registry.register("group_responding", "1 if the group reports its state", gauges.responding.clone());
         registry.register("group_running_sequences", "Sequences that run on the group", gauges.running.clone());
         registry.register("group_waiting_sequences", "Sequences that wait in the group", gauges.waiting.clone());
         registry.register(
@@ -93,6 +99,8 @@ impl GroupGauges {
             let (told, busy) = (group.link.ledger.reported(), group.link.ledger.busy());
             let rate = group.record.speed.prefill_tokens_per_second.max(1.0);
             self.ready.get_or_create(&labels).set(i64::from(group.is_ready()));
+            self.announced.get_or_create(&labels).set(i64::from(group.link.is_announced()));
+            self.responding.get_or_create(&labels).set(i64::from(group.link.is_responding()));
             self.running.get_or_create(&labels).set(i64::from(told.running));
             self.waiting.get_or_create(&labels).set(i64::from(told.waiting));
             self.max_sequences.get_or_create(&labels).set(i64::from(group.record.max_sequences));
@@ -109,9 +117,17 @@ impl GroupGauges {
     }
 
     fn clear(&self) {
-        for family in
-            [&self.ready, &self.running, &self.waiting, &self.max_sequences, &self.queued_prefill_tokens, &self.steps]
-        {
+        let families = [
+            &self.ready,
+            &self.announced,
+            &self.responding,
+            &self.running,
+            &self.waiting,
+            &self.max_sequences,
+            &self.queued_prefill_tokens,
+            &self.steps,
+        ];
+        for family in families {
             family.clear();
         }
         self.queued_prefill_seconds.clear();

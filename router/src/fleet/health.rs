@@ -9,6 +9,8 @@ use tokio::time::Instant;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// After a message that breaks the contract.
+const VIOLATION_PAUSE: Duration = Duration::from_secs(30);
 /// A probe that never reports (its client left) stops blocking others after this time.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -17,6 +19,8 @@ struct State {
     open_until: Option<Instant>,
     pause: Duration,
     probing_since: Option<Instant>,
+    /// A success does not close it before its time.
+    is_held: bool,
 }
 
 /// Whether requests may go to a group.
@@ -51,10 +55,24 @@ impl Breaker {
 
     /// The group answered.
     pub fn succeeded(&self) {
+        self.succeeded_at(Instant::now());
+    }
+
+    fn succeeded_at(&self, now: Instant) {
         let mut state = self.state.lock();
-        if state.open_until.is_some() {
+        if state.open_until.is_some_and(|until| !state.is_held || now >= until) {
             *state = State::default();
         }
+    }
+
+    /// The group broke the contract. What else it says does not close the breaker before its time.
+    pub fn violated(&self) {
+        self.violated_at(Instant::now());
+    }
+
+    fn violated_at(&self, now: Instant) {
+        let open_until = Some(now + VIOLATION_PAUSE);
+        *self.state.lock() = State { open_until, pause: VIOLATION_PAUSE, probing_since: None, is_held: true };
     }
 
     /// It answered, but not so that a probe learned whether it serves: it refused, or the request was at fault.
@@ -76,6 +94,7 @@ impl Breaker {
         state.pause = if state.pause.is_zero() { FIRST_PAUSE } else { (state.pause * 2).min(LONGEST_PAUSE) };
         state.open_until = Some(now + state.pause);
         state.probing_since = None;
+        state.is_held = false;
     }
 }
 
@@ -122,6 +141,18 @@ mod tests {
         assert!(breaker.allows_at(later));
         breaker.failed_at(later);
         assert!(!breaker.allows_at(later + FIRST_PAUSE), "the pause has grown: nothing closed it meanwhile");
+    }
+
+    #[test]
+    fn a_violation_stays_open_whatever_the_group_says_meanwhile() {
+        let breaker = Breaker::default();
+        let start = Instant::now();
+        breaker.violated_at(start);
+        breaker.succeeded_at(start + Duration::from_secs(1));
+        assert!(!breaker.allows_at(start + VIOLATION_PAUSE - Duration::from_millis(1)));
+        assert!(breaker.allows_at(start + VIOLATION_PAUSE));
+        breaker.succeeded_at(start + VIOLATION_PAUSE);
+        assert!(breaker.allows_at(start));
     }
 
     #[test]

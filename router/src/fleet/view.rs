@@ -1,27 +1,42 @@
-//! The groups that are alive, by model and alias.
+//! The groups that are alive.
 //!
 //! The registry announces groups; a group that is no longer announced stays as long as its own event
 //! stream lives, so that an outage of the registry is no outage of the service.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Display,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU8, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bora_common::cost::{CostModel, GroupLoad};
-use bora_common::registry::{Device, GroupChange, GroupRecord, GroupState};
+use bora_common::registry::{GroupChange, GroupRecord, GroupState};
 use bora_common::secret::ClusterKeys;
 use bora_common::version;
 use bora_proto::v1::State;
 use parking_lot::{Mutex, RwLock};
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family},
+};
 use rand::{SeedableRng as _, rngs::StdRng};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
-use super::{health::Breaker, watch};
+pub use super::models::{ModelGroups, View};
+use super::{
+    health::Breaker,
+    names::Names,
+    validate::{
+        Violation, ViolationKind, clip,
+        events::GroupBounds,
+        record::{self, ModelLimits},
+    },
+    watch,
+};
 use crate::{
     options::RouterOptions,
     place::{
@@ -34,6 +49,9 @@ use crate::{
     },
     relay::stream::{Channels, Dial, dial_tcp},
 };
+
+/// Groups that a router knows at most.
+const MAX_GROUPS: usize = 4096;
 
 /// A group as announced, and this router's tie to it.
 pub struct Group {
@@ -66,8 +84,20 @@ impl Group {
         self.link.ledger.reported().waiting == 0 && sequences < class.limit(self.record.max_sequences)
     }
 
-    /// Whether it takes requests: its own word is fresher than its record.
+    /// Whether a record is of the server that this router has a tie to.
+    fn is_same_server(&self, record: &GroupRecord) -> bool {
+        self.link.epoch == record.epoch
+            && self.record.endpoint == record.endpoint
+            // both are unknown while a group loads
+            && *self.link.weights == *record.weight_fingerprint
+            && self.link.bounds == GroupBounds::of(record)
+    }
+
+    /// Whether it takes requests: its own word is fresher than its record. One that does not respond gets none.
     pub fn is_ready(&self) -> bool {
+        if !self.link.is_responding() || self.link.is_excluded() {
+            return false;
+        }
         match self.link.told_state() {
             State::Ready => true,
             State::Loading | State::Draining => false,
@@ -82,6 +112,10 @@ pub struct Link {
     pub group: String,
     /// Which start of it.
     pub epoch: u64,
+    /// Equal for equal weights.
+    pub weights: Arc<str>,
+    /// What it can hold.
+    pub bounds: GroupBounds,
     /// Its bit in the index.
     pub slot: Slot,
     /// Connections to its leader.
@@ -97,6 +131,13 @@ pub struct Link {
     told_state: AtomicU8,
     announced: AtomicBool,
     watched: AtomicBool,
+    /// It was heard since it was silent last.
+    responding: AtomicBool,
+    /// Its weights are not those of the model's other groups.
+    excluded: AtomicBool,
+    heard_at: Mutex<tokio::time::Instant>,
+    /// Told when its record changed: it may be worth another try.
+    pub(super) changed: Arc<Notify>,
     watcher: Mutex<Option<tokio::task::AbortHandle>>,
 }
 
@@ -124,6 +165,57 @@ impl Link {
         self.watched.load(Ordering::Relaxed)
     }
 
+    /// It sent something.
+    pub fn heard(&self) {
+        *self.heard_at.lock() = tokio::time::Instant::now();
+        if !self.responding.swap(true, Ordering::Relaxed) {
+            self.room.changed();
+        }
+    }
+
+    /// It is not reached, or sent nothing though it should have: it gets no request until it is heard again.
+    pub fn set_silent(&self) {
+        if self.responding.swap(false, Ordering::Relaxed) {
+            tracing::warn!(
+                group = self.group,
+                epoch = self.epoch,
+                "group does not respond, it gets no requests until it does"
+            );
+        }
+    }
+
+    /// Whether it was heard since it was silent last.
+    pub fn is_responding(&self) -> bool {
+        self.responding.load(Ordering::Relaxed)
+    }
+
+    /// How long it has sent nothing.
+    pub fn silence(&self) -> Duration {
+        self.heard_at.lock().elapsed()
+    }
+
+    /// Whether its weights differ from those of most groups of its model.
+    pub fn is_excluded(&self) -> bool {
+        self.excluded.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it is excluded from now on and was not before.
+    pub(super) fn set_excluded(&self, excluded: bool) -> bool {
+        if self.excluded.swap(excluded, Ordering::Relaxed) == excluded {
+            return false;
+        }
+        if excluded {
+            tracing::error!(
+                group = self.group,
+                weights = &*self.weights,
+                "group refused: its weights are not those of the other groups of its model"
+            );
+        } else {
+            tracing::info!(group = self.group, "group is no longer refused");
+        }
+        excluded
+    }
+
     /// Whether the registry knows it.
     pub fn is_announced(&self) -> bool {
         self.announced.load(Ordering::Relaxed)
@@ -139,96 +231,10 @@ impl Drop for Link {
     }
 }
 
-/// The groups of one model.
-pub struct ModelGroups {
-    /// The model's name, whatever alias was asked for.
-    pub name: String,
-    /// Its groups in the order of their names.
-    pub groups: Vec<Arc<Group>>,
-    /// Longest prompt plus output that any of them takes.
-    pub max_model_len: u32,
-    /// Ids are below this.
-    pub vocabulary_size: u32,
-    /// Whether its groups take images.
-    pub images: bool,
-    /// What its groups run on; fake if any of them is.
-    pub device: Device,
-}
-
-impl ModelGroups {
-    fn new(groups: Vec<Arc<Group>>) -> Option<Self> {
-        let first = groups.first()?;
-        let device = match groups.iter().find(|group| group.record.device == Device::Fake) {
-            Some(fake) => fake.record.device,
-            None => first.record.device,
-        };
-        Some(Self {
-            name: first.record.model.clone(),
-            max_model_len: groups.iter().map(|group| group.record.max_model_len).max().unwrap_or(0),
-            vocabulary_size: groups.iter().map(|group| group.record.vocabulary_size).min().unwrap_or(0),
-            images: groups.iter().all(|group| group.record.images),
-            device,
-            groups,
-        })
-    }
-}
-
-/// All models and groups at one moment.
-#[derive(Default)]
-pub struct View {
-    groups: BTreeMap<String, Arc<Group>>,
-    models: BTreeMap<String, Arc<ModelGroups>>,
-    names: HashMap<String, Arc<ModelGroups>>,
-}
-
-impl View {
-    fn new(groups: BTreeMap<String, Arc<Group>>) -> Self {
-        let mut by_model: BTreeMap<String, Vec<Arc<Group>>> = BTreeMap::new();
-        for group in groups.values() {
-            by_model.entry(group.record.model.clone()).or_default().push(Arc::clone(group));
-        }
-        let models: BTreeMap<String, Arc<ModelGroups>> = by_model
-            .into_iter()
-            .filter_map(|(name, groups)| Some((name, Arc::new(ModelGroups::new(groups)?))))
-            .collect();
-        let mut names = HashMap::new();
-        for model in models.values() {
-            for alias in model.groups.iter().flat_map(|group| &group.record.aliases) {
-                names.insert(alias.clone(), Arc::clone(model));
-            }
-        }
-        // a name beats another model's alias
-        for (name, model) in &models {
-            names.insert(name.clone(), Arc::clone(model));
-        }
-        Self { groups, models, names }
-    }
-
-    /// The model of this name or alias.
-    pub fn model(&self, name: &str) -> Option<&Arc<ModelGroups>> {
-        self.names.get(name)
-    }
-
-    /// All models by name.
-    pub fn models(&self) -> impl Iterator<Item = &Arc<ModelGroups>> {
-        self.models.values()
-    }
-
-    /// All groups by name.
-    pub fn groups(&self) -> impl Iterator<Item = &Arc<Group>> {
-        self.groups.values()
-    }
-
-    /// Every name that a request may use, with its model.
-    pub fn names(&self) -> impl Iterator<Item = (&str, &Arc<ModelGroups>)> {
-        self.names.iter().map(|(name, model)| (name.as_str(), model))
-    }
-}
-
 /// A group that joins is cold, and has done nothing of late: every new conversation would go there at once. It is
 /// taken for as busy as the others are on average, which fades, so that it gets its share of new work and no more.
 fn begin_as_the_others(view: &View, model: &str, link: &Link, now: Instant) {
-    let Some(model) = view.models.get(model) else { return };
+    let Some(model) = view.model(model) else { return };
     let share = 1.0 / model.groups.len().max(1) as f64;
     let mean = model.groups.iter().map(|group| group.link.ledger.given(now)).fold(Given::default(), |sum, one| Given {
         utilization: sum.utilization + share * one.utilization,
@@ -259,33 +265,64 @@ pub struct Fleet {
     pub sessions: Sessions,
     /// Held while one request is placed: the next one sees its booking.
     pub placing: Mutex<Placing>,
-    /// Groups of releases that this router is not made for, and of other cluster secrets.
+    /// Groups that this router refuses: of other releases, of other cluster secrets, or with records that cannot be.
     refused: Mutex<BTreeSet<String>>,
+    /// Whose their names are.
+    names: Names,
+    /// A group left: another one may get its name.
+    left: Notify,
+    /// Messages that broke the contract, by kind.
+    pub violations: Family<ViolationLabels, Counter>,
+    /// What is configured of models.
+    limits: HashMap<String, ModelLimits>,
     dial: Dial,
     options: RouterOptions,
     /// What its own blocks are named under, in public.
     cache_key_id: String,
 }
 
+/// A kind of violation, from a fixed list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ViolationLabels {
+    /// [`ViolationKind::name`].
+    pub kind: &'static str,
+}
+
 impl Fleet {
-    /// A fleet without groups.
+    /// A fleet without groups, and nothing configured of models.
     pub fn new(options: RouterOptions, keys: &ClusterKeys) -> Arc<Self> {
+        Self::of_models(options, keys, HashMap::new())
+    }
+
+    /// A fleet without groups, for these models.
+    pub fn of_models(options: RouterOptions, keys: &ClusterKeys, limits: HashMap<String, ModelLimits>) -> Arc<Self> {
         let dial = dial_tcp(&options);
-        Self::with(options, keys, StdRng::from_os_rng(), dial)
+        Self::with(options, keys, StdRng::from_os_rng(), dial, limits)
     }
 
     /// One that draws the same from the same seed, for simulations.
     pub fn seeded(options: RouterOptions, keys: &ClusterKeys, seed: u64) -> Arc<Self> {
         let dial = dial_tcp(&options);
-        Self::with(options, keys, StdRng::seed_from_u64(seed), dial)
+        Self::with(options, keys, StdRng::seed_from_u64(seed), dial, HashMap::new())
     }
 
     /// One that moreover reaches its groups over a network of the simulation's own.
     pub fn simulated(options: RouterOptions, keys: &ClusterKeys, seed: u64, dial: Dial) -> Arc<Self> {
-        Self::with(options, keys, StdRng::seed_from_u64(seed), dial)
+        Self::with(options, keys, StdRng::seed_from_u64(seed), dial, HashMap::new())
     }
 
-    fn with(options: RouterOptions, keys: &ClusterKeys, random: StdRng, dial: Dial) -> Arc<Self> {
+    fn with(
+        options: RouterOptions,
+        keys: &ClusterKeys,
+        random: StdRng,
+        dial: Dial,
+        limits: HashMap<String, ModelLimits>,
+    ) -> Arc<Self> {
+        let violations = Family::<ViolationLabels, Counter>::default();
+        for kind in ViolationKind::ALL {
+            // a counter that is there at zero shows its first increase
+            let _ = violations.get_or_create(&ViolationLabels { kind: kind.name() });
+        }
         Arc::new(Self {
             view: RwLock::default(),
             index: Arc::new(Index::new()),
@@ -293,6 +330,10 @@ impl Fleet {
             sessions: Sessions::default(),
             placing: Mutex::new(Placing::new(random)),
             refused: Mutex::default(),
+            names: Names::default(),
+            left: Notify::new(),
+            violations,
+            limits,
             dial,
             options,
             cache_key_id: keys.cache_key_id().into(),
@@ -311,10 +352,20 @@ impl Fleet {
 
     /// Follows the registry until its stream ends; the last view stays.
     pub async fn follow(self: Arc<Self>, mut changes: mpsc::Receiver<GroupChange>) {
-        while let Some(change) = changes.recv().await {
+        loop {
+            let change = tokio::select! {
+                change = changes.recv() => change,
+                () = self.left.notified() => {
+                    self.names.contenders().into_iter().for_each(|record| self.put(record));
+                    continue;
+                }
+            };
             match change {
-                GroupChange::Put(record) => self.put(*record),
-                GroupChange::Gone { group, .. } => self.lapse(&group),
+                Some(GroupChange::Put(record)) => self.put(*record),
+                Some(GroupChange::Gone { model, group }) => self.lapse(&model, &group),
+                Some(GroupChange::Duplicate(duplicate)) => self.names.add(duplicate),
+                Some(GroupChange::DuplicateGone(duplicate)) => self.names.remove(&duplicate),
+                None => break,
             }
         }
         tracing::warn!("the registry's stream ended, going on with the groups known");
@@ -324,17 +375,29 @@ impl Fleet {
         if let Err(skew) = version::check(env!("CARGO_PKG_VERSION"), &record.version) {
             return self.refuse(&record, &skew);
         }
+        let record = match record::check(record.clone(), self.limits.get(&record.model)) {
+            Ok(record) => record,
+            Err(violation) => {
+                self.violated(&record.group, &violation);
+                return self.refuse(&record, &violation);
+            }
+        };
         if record.cache_key_id != self.cache_key_id {
             return self.refuse(&record, &OtherKeys { own: &self.cache_key_id, theirs: &record.cache_key_id });
+        }
+        if self.names.is_taken(&self.view(), &record) {
+            return;
         }
         self.refused.lock().remove(&record.group);
         let mut view = self.view.write();
         let known = view.groups.get(&record.group);
+        if known.is_none() && view.groups.len() >= MAX_GROUPS {
+            tracing::error!(group = record.group, most = MAX_GROUPS, "group ignored: too many groups are known");
+            return;
+        }
         let link = match known {
             Some(known) if known.link.epoch > record.epoch => return, // an older start, told late
-            Some(known) if known.link.epoch == record.epoch && known.record.endpoint == record.endpoint => {
-                Arc::clone(&known.link)
-            }
+            Some(known) if known.is_same_server(&record) => Arc::clone(&known.link),
             _ => match self.connect(&record) {
                 Ok(link) => link,
                 Err(error) => {
@@ -345,6 +408,7 @@ impl Fleet {
         };
         link.announced.store(true, Ordering::Relaxed);
         if known.is_none_or(|known| known.record.state != record.state || known.link.epoch != record.epoch) {
+            link.changed.notify_one();
             tracing::info!(
                 group = record.group,
                 model = record.model,
@@ -360,28 +424,55 @@ impl Fleet {
         }
         let mut groups = view.groups.clone();
         groups.insert(record.group.clone(), Arc::new(Group { cost: CostModel::new(&record.speed), record, link }));
-        let before = std::mem::replace(&mut *view, Arc::new(View::new(groups)));
+        let before = self.show(&mut view, groups);
         drop(view);
         // A link that was replaced takes its blocks out of the index as it goes, while others look at the view.
         drop(before);
         self.room.changed();
     }
 
-    /// The group is of a release that this router is not made for, or of another cluster secret.
-    fn refuse(&self, record: &GroupRecord, reason: &dyn std::fmt::Display) {
+    /// Replaces the view by one of these groups; returns the one before.
+    fn show(&self, view: &mut Arc<View>, groups: BTreeMap<String, Arc<Group>>) -> Arc<View> {
+        let new = View::new(groups, view, |model| self.limits.contains_key(model));
+        (0..new.newly_excluded).for_each(|_| self.count(ViolationKind::Weights));
+        std::mem::replace(view, Arc::new(new))
+    }
+
+    /// Groups that are refused because another group has their name.
+    pub fn duplicates(&self) -> usize {
+        self.names.duplicates()
+    }
+
+    /// A message of a group broke the contract.
+    pub fn violated(&self, group: &str, violation: &Violation) {
+        self.count(violation.kind);
+        tracing::warn!(group = clip(group), %violation, "group broke the protocol");
+    }
+
+    fn count(&self, kind: ViolationKind) {
+        self.violations.get_or_create(&ViolationLabels { kind: kind.name() }).inc();
+    }
+
+    /// The group is of a release that this router is not made for, of another cluster secret, or its record cannot be.
+    fn refuse(&self, record: &GroupRecord, reason: &dyn Display) {
+        let mut refused = self.refused.lock();
         // records are told again whenever they change
-        if self.refused.lock().insert(record.group.clone()) {
-            tracing::error!(group = record.group, endpoint = record.endpoint, %reason, "group refused");
+        if refused.len() < MAX_GROUPS && refused.insert(clip(&record.group)) {
+            let (group, endpoint) = (clip(&record.group), clip(&record.endpoint));
+            tracing::error!(group, endpoint, %reason, "group refused");
         }
+        drop(refused);
         let known = self.view.read().groups.get(&record.group).cloned();
-        if let Some(known) = known {
+        if let Some(known) = known.filter(|known| known.record.model == record.model) {
             self.remove(&known.link);
         }
     }
 
-    /// Groups announced that this router is not made for.
+    /// Groups announced that this router refuses: of other releases, with records that cannot be, or with other weights
+    /// than the other groups of their model.
     pub fn refused(&self) -> usize {
-        self.refused.lock().len()
+        let excluded = self.view.read().groups().filter(|group| group.link.is_excluded()).count();
+        self.refused.lock().len() + excluded
     }
 
     fn connect(self: &Arc<Self>, record: &GroupRecord) -> Result<Arc<Link>, tonic::transport::Error> {
@@ -400,7 +491,8 @@ impl Fleet {
         let mut groups = view.groups.clone();
         let group = Group { cost: CostModel::new(&record.speed), record, link: Arc::clone(&link) };
         groups.insert(link.group.clone(), Arc::new(group));
-        *view = Arc::new(View::new(groups));
+        link.heard();
+        self.show(&mut view, groups);
         Ok(link)
     }
 
@@ -409,6 +501,8 @@ impl Fleet {
         Ok(Arc::new(Link {
             group: record.group.clone(),
             epoch: record.epoch,
+            weights: record.weight_fingerprint.as_str().into(),
+            bounds: GroupBounds::of(record),
             slot: self.index.assign(),
             channels,
             ledger: Ledger::default(),
@@ -418,14 +512,20 @@ impl Fleet {
             told_state: AtomicU8::new(State::Unspecified as u8),
             announced: AtomicBool::new(true),
             watched: AtomicBool::new(false),
+            responding: AtomicBool::new(false),
+            excluded: AtomicBool::new(false),
+            heard_at: Mutex::new(tokio::time::Instant::now()),
+            changed: Arc::default(),
             watcher: Mutex::new(None),
         }))
     }
 
     /// The registry forgot a group. It stays while its event stream lives.
-    fn lapse(&self, group: &str) {
-        self.refused.lock().remove(group);
-        let Some(known) = self.view.read().groups.get(group).cloned() else {
+    fn lapse(&self, model: &str, group: &str) {
+        self.refused.lock().remove(&clip(group));
+        self.names.forget(model, group);
+        let known = self.view.read().groups.get(group).cloned();
+        let Some(known) = known.filter(|known| known.record.model == model) else {
             return;
         };
         known.link.announced.store(false, Ordering::Relaxed);
@@ -445,6 +545,7 @@ impl Fleet {
         tracing::info!(group = link.group, epoch = link.epoch, "group is gone");
         let mut groups = view.groups.clone();
         groups.remove(&link.group);
-        *view = Arc::new(View::new(groups));
+        self.show(&mut view, groups);
+        self.left.notify_one();
     }
 }

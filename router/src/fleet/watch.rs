@@ -10,9 +10,12 @@ use bora_common::version;
 use bora_proto::v1::{GroupEvent, State, WatchRequest, group_event::Event};
 use rand::Rng as _;
 use tokio::time::Instant;
-use tonic::metadata::AsciiMetadataValue;
+use tonic::{Code, metadata::AsciiMetadataValue};
 
-use super::view::{Fleet, Link};
+use super::{
+    validate::{Violation, ViolationKind, events::EventCheck},
+    view::{Fleet, Link},
+};
 use crate::relay::stream::Failure;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -38,6 +41,8 @@ enum Broken {
     Gap { expected: u64, got: u64 },
     #[error("the epoch changed from {from} to {to}")]
     Epoch { from: u64, to: u64 },
+    #[error(transparent)]
+    Violation(#[from] Violation),
 }
 
 impl Broken {
@@ -48,13 +53,13 @@ impl Broken {
                 matches!(Failure::from(status), Failure::Lost(_) | Failure::TimedOut)
             }
             Broken::Slow | Broken::Silent => true,
-            Broken::Ended | Broken::Gap { .. } | Broken::Epoch { .. } => false,
+            Broken::Ended | Broken::Gap { .. } | Broken::Epoch { .. } | Broken::Violation(_) => false,
         }
     }
 
     /// Whether the group may be gone for good.
     fn is_end(&self) -> bool {
-        !matches!(self, Broken::Gap { .. } | Broken::Epoch { .. })
+        !matches!(self, Broken::Gap { .. } | Broken::Epoch { .. } | Broken::Violation(_))
     }
 }
 
@@ -77,22 +82,31 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
             tracing::debug!(group = strong_link.group, reason = %broken, "event stream of the group did not begin");
         }
         if broken.is_outage() {
+            strong_link.set_silent();
             strong_link.breaker.failed();
+        }
+        if let Broken::Violation(violation) = &broken {
+            strong_fleet.violated(&strong_link.group, violation);
+            strong_link.breaker.violated();
+            strong_fleet.index.clear(strong_link.slot);
+            pause = LONGEST_PAUSE;
         }
         if broken.is_end() && !strong_link.is_announced() {
             strong_fleet.remove(&strong_link);
             return;
         }
         let share = strong_fleet.placing.lock().random.random_range(0.5..1.0);
+        let changed = Arc::clone(&strong_link.changed);
         drop((strong_fleet, strong_link));
-        tokio::time::sleep(pause.mul_f64(share)).await;
+        // a group that was loading may be ready now
+        let _ = tokio::time::timeout(pause.mul_f64(share), changed.notified()).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
 /// One stream of events, to its end; says why it ended and whether it had begun.
 async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
-    let mut client = link.channels.client();
+    let mut client = link.channels.client(link.bounds.max_message_bytes());
     let mut request = tonic::Request::new(WatchRequest { watcher: format!("router-{}", std::process::id()) });
     let own_version = AsciiMetadataValue::from_static(env!("CARGO_PKG_VERSION"));
     request.metadata_mut().insert(version::METADATA, own_version);
@@ -103,14 +117,15 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
         Err(_) => return (Broken::Slow, false),
     };
     fleet.index.clear(link.slot);
-    let weak = Arc::downgrade(&link);
+    let (bounds, weak) = (link.bounds, Arc::downgrade(&link));
     drop(link);
+    let mut check = EventCheck::new(bounds);
     let mut last: Option<(u64, u64)> = None;
     loop {
         let event = match tokio::time::timeout(EVENT_PATIENCE, events.message()).await {
             Ok(Ok(Some(event))) => event,
             Ok(Ok(None)) => return (Broken::Ended, last.is_some()),
-            Ok(Err(status)) => return (status.into(), last.is_some()),
+            Ok(Err(status)) => return (undecoded(&status).map_or(status.into(), Broken::Violation), last.is_some()),
             Err(_) => return (Broken::Silent, last.is_some()),
         };
         let Some(link) = weak.upgrade() else {
@@ -128,14 +143,33 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
             link.breaker.succeeded();
         }
         last = Some((event.epoch, event.sequence));
-        apply(fleet, &link, event);
+        if let Err(violation) = check.check(&event) {
+            return (violation.into(), true);
+        }
+        link.heard();
+        if let Err(violation) = check.within(apply(fleet, &link, event)) {
+            return (violation.into(), true);
+        }
     }
 }
 
-fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
+/// A message that could not be decoded: a group itself does not send these codes on this stream.
+fn undecoded(status: &tonic::Status) -> Option<Violation> {
+    let is_of_the_connection = std::error::Error::source(status).is_some();
+    match status.code() {
+        Code::OutOfRange => Some(Violation::new(ViolationKind::TooLarge, "an event of the group is too large")),
+        Code::Internal if !is_of_the_connection => {
+            Some(Violation::new(ViolationKind::Malformed, "an event of the group cannot be decoded"))
+        }
+        _ => None,
+    }
+}
+
+/// Takes over what the group reported. Returns how many blocks it holds.
+fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) -> usize {
     match event.event {
-        Some(Event::Snapshot(snapshot)) => fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
-        Some(Event::Blocks(blocks)) => fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
+        Some(Event::Snapshot(snapshot)) => return fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
+        Some(Event::Blocks(blocks)) => return fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
         Some(Event::Load(load)) => {
             link.ledger.report(load, Instant::now().into_std());
             link.room.changed();
@@ -143,4 +177,5 @@ fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) {
         Some(Event::State(state)) => link.tell_state(State::try_from(state).unwrap_or(State::Unspecified)),
         None => {} // a kind of event that a newer worker sends
     }
+    0
 }

@@ -130,6 +130,7 @@ pub struct Group {
     pub ranks: Vec<Rank>,
     pub block_tokens: u32,
     pub kv_blocks: u32,
+    pub host_blocks: u32,
     pub max_model_len: u32,
     pub vocabulary_size: u32,
     pub max_sequences: u32,
@@ -142,6 +143,8 @@ pub struct Group {
     pub announced: bool,
     /// Whether its event stream to this router lives.
     pub watched: bool,
+    /// Whether it reports its state: if not, it gets no requests.
+    pub responding: bool,
     pub load: Load,
 }
 

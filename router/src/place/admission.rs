@@ -284,6 +284,7 @@ fn try_to_place(ask: &Ask, fleet: &Fleet) -> Result<Placement, NoGroup> {
         tokens: ask.tokens,
         session: ask.session,
         avoid: &[],
+        weights: None,
         class: Some(ask.class),
         explain: ask.explain,
         now: Instant::now().into_std(),

@@ -57,6 +57,8 @@ pub struct Wanted<'a> {
     pub session: Option<u64>,
     /// Groups that failed it already.
     pub avoid: &'a [Slot],
+    /// Fingerprint of the weights that generated its tokens so far: only the same ones can go on with it.
+    pub weights: Option<&'a str>,
     /// To be placed only where it can start now. None: at once, as a stream that lost its group.
     pub class: Option<Class>,
     /// Whether to write down the reasons.
@@ -139,7 +141,9 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
         return Err(NoGroup::NoneReady);
     }
     let fits = |group: &&Arc<Group>| {
-        wanted.tokens < group.record.max_model_len as usize && !wanted.avoid.contains(&group.link.slot)
+        wanted.tokens < group.record.max_model_len as usize
+            && !wanted.avoid.contains(&group.link.slot)
+            && wanted.weights.is_none_or(|weights| *weights == *group.link.weights)
     };
     let mut candidates: Vec<&Arc<Group>> = ready.iter().copied().filter(fits).collect();
     if candidates.is_empty() {

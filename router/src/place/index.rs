@@ -92,12 +92,12 @@ impl Index {
         }
     }
 
-    /// The group stored and evicted blocks.
-    pub fn apply(&self, slot: Slot, stored: &[u8], evicted: &[u8]) {
-        if let Some((plane, bit)) = self.plane(slot) {
-            plane.held.unset(BlockHash::parse_many(evicted), bit);
-            plane.held.set(BlockHash::parse_many(stored), bit);
-        }
+    /// The group stored and evicted blocks. Returns how many it holds now.
+    pub fn apply(&self, slot: Slot, stored: &[u8], evicted: &[u8]) -> usize {
+        let Some((plane, bit)) = self.plane(slot) else { return 0 };
+        plane.held.unset(BlockHash::parse_many(evicted), bit);
+        plane.held.set(BlockHash::parse_many(stored), bit);
+        plane.held.bits_of(bit)
     }
 
     /// A request is on its way that makes the group store these blocks.

@@ -2,16 +2,20 @@
 //! of them at most: they are packed where prompts are encoded (`encode::wire`), and copied here as they are. The
 //! bytes are those of any other protobuf encoder.
 
+use std::sync::Arc;
+
 use bora_proto::v1::{GenerateEvent, GenerateRequest};
 use bytes::BufMut as _;
 use prost::Message as _;
 use tonic::{
     Status,
-    codec::{Codec, EncodeBuf, Encoder},
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
-use tonic_prost::{ProstCodec, ProstDecoder};
 
-use crate::encode::wire::PackedIds;
+use crate::{
+    encode::wire::PackedIds,
+    fleet::validate::{Violation, ViolationKind},
+};
 
 /// Field 2, length-delimited: `GenerateRequest.token_ids`.
 const TOKEN_IDS_KEY: u8 = 2 << 3 | 2;
@@ -39,14 +43,31 @@ impl Codec for GenerateCodec {
     type Encode = Outgoing;
     type Decode = GenerateEvent;
     type Encoder = RequestEncoder;
-    type Decoder = ProstDecoder<GenerateEvent>;
+    type Decoder = EventDecoder;
 
     fn encoder(&mut self) -> Self::Encoder {
         RequestEncoder
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        ProstCodec::<GenerateRequest, GenerateEvent>::default().decoder()
+        EventDecoder
+    }
+}
+
+/// Its receiving half. What cannot be decoded is a violation of the contract, not a fault of the sequence.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct EventDecoder;
+
+impl Decoder for EventDecoder {
+    type Item = GenerateEvent;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<GenerateEvent>, Status> {
+        GenerateEvent::decode(buffer).map(Some).map_err(|error| {
+            let mut status = Status::internal(error.to_string());
+            status.set_source(Arc::new(Violation::new(ViolationKind::Malformed, "an event cannot be decoded")));
+            status
+        })
     }
 }
 

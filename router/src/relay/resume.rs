@@ -37,7 +37,10 @@ use super::{
 };
 use crate::{
     encode::wire::{PackedIds, pack},
-    fleet::view::Fleet,
+    fleet::{
+        validate::stream::{StreamBounds, StreamCheck},
+        view::{Fleet, Group, Link},
+    },
     metrics::Metrics,
     options::RouterOptions,
     place::{
@@ -54,6 +57,10 @@ const MOST_ATTEMPTS: u32 = 32;
 const MOST_EXPECTED_TOKENS: u32 = 1024;
 /// How often a sequence without a group looks for one.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// A group reports each second that it lives. One that is silent for so long does not serve the client that leaves now.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A group accepts a call at once, however long it is queued then: one that has not within this time does not serve.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A prompt and how it goes on: what all `n` sequences of it share.
 pub struct Task {
@@ -140,12 +147,16 @@ enum Phase {
     Opening {
         booking: Booking,
         opening: Pin<Box<dyn Future<Output = Result<Streaming<GenerateEvent>, Status>> + Send>>,
+        since: Instant,
+        /// What it may send.
+        bounds: StreamBounds,
         /// What it goes back to where the group is full.
         waited: Option<Wait>,
     },
     Streaming {
         booking: Booking,
         events: Box<Streaming<GenerateEvent>>,
+        check: StreamCheck,
         answered: bool,
     },
     Waiting {
@@ -191,10 +202,12 @@ pub struct Sequence {
     accepted: bool,
     started: bool,
     attempts: u32,
-    /// Groups that could not be reached: nothing that it is the cause of.
+    /// Groups that could not be reached, or broke the contract: nothing that it is the cause of.
     unreached: u32,
     tried: Tried,
     served_by: Vec<String>,
+    /// Fingerprint of the weights that generated its tokens.
+    weights: Option<Arc<str>>,
     explanation: Option<String>,
     watch: Watch,
     phase: Phase,
@@ -224,36 +237,42 @@ impl Sequence {
             unreached: 0,
             tried: Tried::default(),
             served_by: Vec::new(),
+            weights: None,
             explanation: None,
             phase: Phase::Done,
         };
         sequence.relay.retries.earn(sequence.task.tenant);
-        sequence.place_first().map_err(|reason| {
-            if reason == NoGroup::NoneReady {
-                sequence.relay.metrics.unserved(&sequence.task.model);
-            }
-            SequenceError::NoGroup(reason)
-        })?;
+        sequence.place_first().map_err(SequenceError::NoGroup)?;
         Ok(sequence)
     }
 
-    /// At once, where nobody stands in line and a group can start it; else it stands in line.
+    /// At once, if nobody is queued and a group can start it. Else it is queued, also if no group is ready but one is
+    /// expected.
     fn place_first(&mut self) -> Result<(), NoGroup> {
         let class = self.task.class;
-        if !self.relay.admission.has_line(class) {
+        let options = &self.relay.options;
+        let mut longest = match class {
+            Class::Interactive => Some(options.max_waiting_time()),
+            Class::Batch => None,
+        };
+        if !self.has_ready_group() {
+            self.relay.metrics.unserved(&self.task.model);
+            let is_expected = self.relay.fleet.view().model(&self.task.model).is_some_and(|model| model.is_expected());
+            if !is_expected || options.wait_for_group().is_zero() {
+                return Err(NoGroup::NoneReady);
+            }
+            longest = Some(options.wait_for_group());
+        } else if !self.relay.admission.has_line(class) {
             match self.find_group(&[], Some(class)) {
                 Ok(placement) => {
                     self.open(placement, None);
                     return Ok(());
                 }
-                Err(NoGroup::NoRoom) => {}
+                Err(NoGroup::NoRoom | NoGroup::NoneReady) => {}
                 Err(other) => return Err(other),
             }
         }
-        let until = match class {
-            Class::Interactive => self.task.deadline.min(Instant::now() + self.relay.options.max_waiting_time()),
-            Class::Batch => self.task.deadline,
-        };
+        let until = longest.map_or(self.task.deadline, |longest| self.task.deadline.min(Instant::now() + longest));
         let ask = Ask {
             model: self.task.model.clone(),
             hashes: Arc::clone(&self.task.hashes),
@@ -270,6 +289,11 @@ impl Sequence {
         self.watch.waits_in_line();
         self.phase = Phase::Queued { placed, since: Instant::now() };
         Ok(())
+    }
+
+    fn has_ready_group(&self) -> bool {
+        let view = self.relay.fleet.view();
+        view.model(&self.task.model).is_some_and(|model| model.groups.iter().any(|group| group.is_ready()))
     }
 
     fn explains(&self) -> bool {
@@ -305,7 +329,7 @@ impl Sequence {
     /// The next event; `None` after the end.
     pub fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, SequenceError>>> {
         loop {
-            let Phase::Streaming { events, .. } = &mut self.phase else {
+            let Phase::Streaming { events, check, .. } = &mut self.phase else {
                 match std::mem::replace(&mut self.phase, Phase::Done) {
                     Phase::Done => return Poll::Ready(None),
                     Phase::Ended(finished) => {
@@ -319,8 +343,11 @@ impl Sequence {
                 continue;
             };
             let outcome = match ready!(Pin::new(&mut **events).poll_next(cx)) {
-                Some(Ok(event)) => self.receive(event),
-                Some(Err(status)) => self.failed(Failure::from(&status)).map(|()| None),
+                Some(Ok(event)) => match check.check(&event) {
+                    Ok(()) => self.receive(event),
+                    Err(violation) => self.failed(violation.into()).map(|()| None),
+                },
+                Some(Err(status)) => self.failed(Failure::of_stream(&status)).map(|()| None),
                 None => self.failed(Failure::Lost("its stream ended before the sequence did".into())).map(|()| None),
             };
             match outcome {
@@ -341,20 +368,24 @@ impl Sequence {
                 }
                 Poll::Ready(outcome) => {
                     self.relay.metrics.waited(since.elapsed().as_secs_f64());
-                    let placement = outcome.unwrap_or(Err(NoGroup::WaitedTooLong)).map_err(SequenceError::NoGroup)?;
-                    self.open(placement, None);
+                    let placement = outcome.unwrap_or(Err(NoGroup::WaitedTooLong)).map_err(|reason| match reason {
+                        NoGroup::WaitedTooLong if !self.has_ready_group() => NoGroup::NoneReady,
+                        reason => reason,
+                    });
+                    self.open(placement.map_err(SequenceError::NoGroup)?, None);
                     Poll::Ready(Ok(()))
                 }
             },
-            Phase::Opening { booking, mut opening, waited } => match opening.as_mut().poll(cx) {
+            Phase::Opening { booking, mut opening, since, bounds, waited } => match opening.as_mut().poll(cx) {
                 Poll::Pending => {
-                    self.phase = Phase::Opening { booking, opening, waited };
+                    self.phase = Phase::Opening { booking, opening, since, bounds, waited };
                     Poll::Pending
                 }
                 Poll::Ready(Ok(events)) => {
                     self.accepted = true;
                     self.tried.accepted();
-                    self.phase = Phase::Streaming { booking, events: Box::new(events), answered: false };
+                    let check = StreamCheck::new(bounds);
+                    self.phase = Phase::Streaming { booking, events: Box::new(events), check, answered: false };
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(status)) => {
@@ -406,6 +437,7 @@ impl Sequence {
             booking.accepted();
             booking.link().breaker.succeeded();
         }
+        booking.link().heard();
         match event.event {
             Some(Sent::Started(started)) => {
                 self.watch.started(started.cached_tokens);
@@ -427,6 +459,9 @@ impl Sequence {
             Some(Sent::Tokens(tokens)) => {
                 booking.received_token(Instant::now().into_std());
                 self.watch.tokens(tokens.token_ids.len(), &self.relay.metrics);
+                if self.weights.is_none() {
+                    self.weights = Some(Arc::clone(&booking.link().weights));
+                }
                 self.generated.extend_from_slice(&tokens.token_ids);
                 Ok(Some(Event::Tokens(tokens)))
             }
@@ -448,6 +483,8 @@ impl Sequence {
             if matches!(failure, Failure::Lost(_)) {
                 self.task.deaths.add(booking.link());
             }
+            // one that every group answers with nonsense does not go through all of them
+            self.unreached += u32::from(matches!(failure, Failure::Violation(_)));
             self.leave(booking, &failure);
         }
         self.go_on_elsewhere(failure)
@@ -458,6 +495,10 @@ impl Sequence {
         self.watch.failed(failure, self.generated.len());
         match failure {
             Failure::Lost(_) => booking.link().breaker.failed(),
+            Failure::Violation(violation) => {
+                self.relay.fleet.violated(&booking.link().group, violation);
+                booking.link().breaker.violated();
+            }
             // no fault of the group; but if this was a probe, another request is to be one
             Failure::Full(_) | Failure::Refused(_) | Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_) => {
                 booking.link().breaker.undecided();
@@ -469,9 +510,11 @@ impl Sequence {
             group = booking.link().group,
             generated = self.generated.len(),
             attempt = self.attempts,
-            %failure,
+            failure = failure.kind(),
             "sequence failed on a group"
         );
+        // may repeat a part of the request
+        tracing::debug!(request_id = self.stream_id, %failure, "reason of the failure, in the group's words");
         self.tried.add(Arc::clone(booking.link()), failure);
     }
 
@@ -556,6 +599,7 @@ impl Sequence {
             tokens: self.task.ids.len() + self.generated.len(),
             session: self.task.session,
             avoid,
+            weights: self.weights.as_deref(),
             class,
             explain: self.explains(),
             now: Instant::now().into_std(),
@@ -576,8 +620,25 @@ impl Sequence {
         }
         let time_left = self.task.deadline.saturating_duration_since(Instant::now());
         let tracestate = self.task.tracestate.clone();
-        let opening = stream::open(group.link.channels.channel(), self.message(), time_left, trace, tracestate);
-        self.phase = Phase::Opening { booking, opening: Box::pin(opening), waited };
+        let message = self.message();
+        let bounds = self.bounds(&group, &message);
+        let channel = group.link.channels.channel();
+        let opening = stream::open(channel, message, bounds.max_message_bytes(), time_left, trace, tracestate);
+        self.phase = Phase::Opening { booking, opening: Box::pin(opening), since: Instant::now(), bounds, waited };
+    }
+
+    /// What the group may send in response to this message.
+    fn bounds(&self, group: &Group, message: &Outgoing) -> StreamBounds {
+        let logprobs = message.request.logprobs.unwrap_or_default();
+        StreamBounds {
+            prompt_tokens: self.task.ids.len() as u32,
+            generated: self.generated.len() as u32,
+            max_tokens: self.task.stopping.max_tokens,
+            vocabulary_size: group.record.vocabulary_size,
+            top_logprobs: logprobs.top,
+            prompt_logprobs: logprobs.prompt_top,
+            has_grammar: message.request.grammar.is_some(),
+        }
     }
 
     fn message(&self) -> Outgoing {
@@ -603,5 +664,22 @@ impl Sequence {
             grammar: self.task.grammar.clone(),
         };
         Outgoing { request, prompt: self.task.ids.clone(), generated: pack(&self.generated) }
+    }
+}
+
+/// A client that leaves before its group sent anything says something of the group, too.
+impl Drop for Sequence {
+    fn drop(&mut self) {
+        let (booking, accepts_too_late) = match &self.phase {
+            Phase::Opening { booking, since, .. } => (booking, since.elapsed() >= ACCEPT_TIMEOUT),
+            Phase::Streaming { booking, answered: false, .. } => (booking, false),
+            _ => return,
+        };
+        let link: &Link = booking.link();
+        if accepts_too_late || link.silence() >= SILENCE_TIMEOUT {
+            link.breaker.failed();
+        } else {
+            link.breaker.undecided();
+        }
     }
 }

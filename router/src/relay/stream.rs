@@ -17,10 +17,11 @@ use tonic::{
 };
 
 use super::codec::{GenerateCodec, Outgoing};
-use crate::options::RouterOptions;
+use crate::{
+    fleet::validate::{Violation, ViolationKind, clip},
+    options::RouterOptions,
+};
 
-/// A reply with logprobs of a whole prompt is large; token ids alone never come near.
-const MAX_EVENT_BYTES: usize = 256 << 20;
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
@@ -60,9 +61,9 @@ impl Channels {
         self.channels[turn % self.channels.len()].clone()
     }
 
-    /// A client on one of them.
-    pub fn client(&self) -> InferenceClient<Channel> {
-        InferenceClient::new(self.channel()).max_decoding_message_size(MAX_EVENT_BYTES)
+    /// A client on one of them that takes messages of so many bytes.
+    pub fn client(&self, max_message_bytes: usize) -> InferenceClient<Channel> {
+        InferenceClient::new(self.channel()).max_decoding_message_size(max_message_bytes)
     }
 }
 
@@ -87,6 +88,9 @@ pub enum Failure {
     /// This sequence alone failed; it would fail elsewhere as well.
     #[error("{0}")]
     Sequence(String),
+    /// What it sent breaks the contract: try elsewhere, and stay away from it.
+    #[error(transparent)]
+    Violation(#[from] Violation),
 }
 
 impl Failure {
@@ -99,13 +103,26 @@ impl Failure {
             Failure::TimedOut => "timed_out",
             Failure::Invalid(_) => "invalid",
             Failure::Sequence(_) => "sequence",
+            Failure::Violation(_) => "violation",
+        }
+    }
+
+    /// Why a stream that had begun ended. A group does not send `OUT_OF_RANGE` then: the message was too large.
+    pub fn of_stream(status: &Status) -> Self {
+        match status.code() {
+            Code::OutOfRange => Violation::new(ViolationKind::TooLarge, "an event is too large for its request").into(),
+            _ => Self::from(status),
         }
     }
 }
 
 impl From<&Status> for Failure {
     fn from(status: &Status) -> Self {
-        let message = status.message().to_string();
+        if let Some(violation) = status.source().and_then(|source| source.downcast_ref::<Violation>()) {
+            return Failure::Violation(violation.clone());
+        }
+        // the group's own text: for logs and traces, never for clients
+        let message = clip(status.message());
         // A status that came over the wire has no source; one that tells of a broken connection has.
         let of_the_connection = status.source().is_some();
         match status.code() {
@@ -121,10 +138,11 @@ impl From<&Status> for Failure {
     }
 }
 
-/// Starts a sequence. The group's deadline is what is left of the request's.
+/// Starts a sequence. The group's deadline is what is left of the request's. An event may have so many bytes.
 pub async fn open(
     channel: Channel,
     message: Outgoing,
+    max_event_bytes: usize,
     time_left: Duration,
     trace: Option<TraceContext>,
     tracestate: Option<AsciiMetadataValue>,
@@ -139,7 +157,7 @@ pub async fn open(
     if let Some(tracestate) = tracestate {
         metadata.insert("tracestate", tracestate);
     }
-    let mut client = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_EVENT_BYTES);
+    let mut client = tonic::client::Grpc::new(channel).max_decoding_message_size(max_event_bytes);
     client.ready().await.map_err(|error| Status::unknown(format!("the connection is not ready: {error}")))?;
     let path = PathAndQuery::from_static("/bora.v1.Inference/Generate");
     Ok(client.server_streaming(request, path, GenerateCodec).await?.into_inner())
@@ -160,5 +178,9 @@ mod tests {
         let mut broken = Status::unavailable("tcp");
         broken.set_source(std::sync::Arc::new(io));
         assert_eq!(failure(broken), Failure::Lost("tcp".into()));
+        let large = Failure::of_stream(&Status::out_of_range("decoded message length too large"));
+        assert_eq!(large.kind(), "violation");
+        let long = failure(Status::internal("x".repeat(1 << 20)));
+        assert!(long.to_string().len() < 1_000, "what a group says is bounded");
     }
 }

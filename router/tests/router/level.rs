@@ -55,6 +55,7 @@ impl World {
             tokens: ids.len() + 30,
             session: None,
             avoid: &[],
+            weights: None,
             class,
             explain: true,
             now: self.now,

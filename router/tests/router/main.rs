@@ -5,6 +5,7 @@ mod api;
 mod description;
 mod faults;
 mod goldens;
+mod hostile;
 mod lenient;
 mod level;
 mod malformed;

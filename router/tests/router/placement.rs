@@ -43,6 +43,7 @@ fn send(fleet: &Fleet, hashes: &[BlockHash], session: Option<u64>, now: Instant)
         tokens: hashes.len() * 64 + 9,
         session,
         avoid: &[],
+        weights: None,
         class: Some(Class::Interactive),
         explain: false,
         now,

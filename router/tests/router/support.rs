@@ -65,6 +65,8 @@ pub enum Act {
     /// Goes on when the test opens the gate for one more.
     Hold(Gate),
     Finish(FinishReason),
+    /// An event as it is, whatever the request allows.
+    Raw(Event),
     Fail(Status),
     /// Never says anything again.
     Hang,
@@ -149,8 +151,11 @@ fn logprob(token_id: u32, logprob: f32, rank: u32) -> TokenLogprob {
     TokenLogprob { token_id, logprob, rank }
 }
 
-fn position(id: u32) -> PositionLogprobs {
-    PositionLogprobs { chosen: Some(logprob(id, -0.5, 1)), top: vec![logprob(id, -0.5, 1), logprob(1500, -1.5, 2)] }
+/// The token itself and then 1500 and those behind it, as many as are asked for.
+fn position(id: u32, top: u32) -> PositionLogprobs {
+    let others = (0..).map(|at| logprob(1500 + at, -1.5 - at as f32, 2 + at));
+    let top = std::iter::once(logprob(id, -0.5, 1)).chain(others).take(top as usize).collect();
+    PositionLogprobs { chosen: Some(logprob(id, -0.5, 1)), top }
 }
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -172,6 +177,15 @@ impl Inference for Scripted {
         let stream =
             futures::stream::unfold(state, move |(mut acts, mut running, request, prompt, generated)| async move {
                 let mut generated = generated;
+                let asked = request.logprobs.unwrap_or_default();
+                let most = request.stopping.as_ref().map_or(0, |stopping| stopping.max_tokens) - request.generated_len;
+                // no more than were asked for, with logprobs if they were
+                let room = |generated: u32| most.saturating_sub(generated) as usize;
+                let tokens = |token_ids: Vec<u32>| {
+                    let scored = token_ids.iter().filter(|_| asked.top.is_some());
+                    let logprobs = scored.map(|id| position(*id, asked.top.unwrap_or(0))).collect();
+                    Tokens { token_ids, logprobs }
+                };
                 loop {
                     let item = match acts.next() {
                         None => return None,
@@ -199,17 +213,27 @@ impl Inference for Scripted {
                         })),
                         Some(Act::PromptLogprobs) => event(Event::PromptLogprobs(PromptLogprobs {
                             start: 1,
-                            positions: request.token_ids[1..].iter().map(|id| position(*id)).collect(),
+                            positions: request.token_ids[1..]
+                                .iter()
+                                .map(|id| position(*id, asked.prompt_top.unwrap_or(0)))
+                                .collect(),
                         })),
-                        Some(Act::Ids(token_ids)) => {
-                            generated += token_ids.len() as u32;
-                            event(Event::Tokens(Tokens { token_ids, logprobs: Vec::new() }))
+                        Some(Act::Ids(token_ids) | Act::IdsWithLogprobs(token_ids))
+                            if room(generated) < token_ids.len() =>
+                        {
+                            let fits = token_ids[..room(generated)].to_vec();
+                            acts = vec![Act::Finish(FinishReason::Length)].into_iter();
+                            if fits.is_empty() {
+                                continue;
+                            }
+                            generated += fits.len() as u32;
+                            event(Event::Tokens(tokens(fits)))
                         }
-                        Some(Act::IdsWithLogprobs(token_ids)) => {
+                        Some(Act::Ids(token_ids) | Act::IdsWithLogprobs(token_ids)) => {
                             generated += token_ids.len() as u32;
-                            let logprobs = token_ids.iter().map(|id| position(*id)).collect();
-                            event(Event::Tokens(Tokens { token_ids, logprobs }))
+                            event(Event::Tokens(tokens(token_ids)))
                         }
+                        Some(Act::Raw(raw)) => event(raw),
                         Some(Act::Finish(reason)) => {
                             running.over = true;
                             event(Event::Finished(Finished {
@@ -343,6 +367,12 @@ impl Group {
         let _ = self.scripted.events.send((1, told));
     }
 
+    /// Reports to its watchers that it holds blocks of these hashes.
+    pub fn tell_hashes(&self, hashes: impl Iterator<Item = u128>) {
+        let stored: Vec<u8> = hashes.flat_map(u128::to_le_bytes).collect();
+        self.tell(Told::Blocks(BlocksChanged { stored: stored.into(), evicted: Default::default() }));
+    }
+
     /// How often it was asked for its events.
     pub fn watches(&self) -> usize {
         self.scripted.watches.load(Ordering::SeqCst)
@@ -368,6 +398,7 @@ impl Group {
             ranks: vec![RankRecord { rank: 0, host: "test".into(), pid: 1 }],
             block_tokens: 64,
             kv_blocks: 1000,
+            host_blocks: 0,
             max_model_len: WINDOW,
             vocabulary_size: 9192,
             max_sequences: self.max_sequences,
@@ -472,7 +503,7 @@ pub fn salt() -> CacheSalt {
 }
 
 pub fn options() -> RouterOptions {
-    RouterOptions { failover_wait_seconds: 0.5, ..RouterOptions::default() }
+    RouterOptions { failover_wait_seconds: 0.5, wait_for_group_seconds: 0.0, ..RouterOptions::default() }
 }
 
 impl Harness {
@@ -482,6 +513,7 @@ impl Harness {
 
     pub async fn with(options: RouterOptions, spec: ModelSpec, groups: Vec<Group>) -> Self {
         let (changes, receiver) = mpsc::channel(16);
+        let spec = ModelSpec { aliases: vec![ALIAS.into()], ..spec };
         let router =
             Router::new(options, keys(), HashMap::from([(MODEL.to_string(), spec)]), receiver).expect("valid options");
         for group in &groups {

@@ -510,6 +510,46 @@ async fn outlive_refusals(seed: u64) {
     streams.join_next().await.expect("one").expect("an answer");
 }
 
+/// A group that is silent gets no requests, with whatever the registry says of it, until it responds.
+async fn spare_the_silent(seed: u64) {
+    let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
+    let ([frozen, lives], mut streams) = begin_streams(&world, &mut random, 0).await;
+    assert!(streams.join_next().await.is_none());
+    frozen.group.freeze(true);
+    sleep(Duration::from_secs(6)).await;
+    let asked = frozen.group.asked();
+    for number in 0..40 {
+        let ids: Vec<u32> = (0..100).map(|_| random.random_range(100..100_000)).collect();
+        let seed = random.random();
+        let task = Arc::new(task(&ids, seed, answer(&ids, seed).0.len() as u32, number));
+        let began = Instant::now();
+        assert!(world.answers(&number.to_string(), &task, usize::MAX).await);
+        assert!(began.elapsed() < Duration::from_secs(20), "it was not held up by the silent group");
+        // also when its breaker would let one through to try
+        sleep(Duration::from_secs(2)).await;
+    }
+    assert_eq!((frozen.group.asked(), lives.group.asked()), (asked, 40));
+    frozen.group.freeze(false);
+    until("it responds", || frozen.known().is_some_and(|known| known.is_ready())).await;
+}
+
+/// Clients that give up on a group which sends nothing count against it, before its own events are missed.
+async fn give_up_on_the_silent(seed: u64) {
+    let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
+    let place = Place::new(&world, "a".into(), StdRng::from_rng(&mut random));
+    place.announce().await;
+    until("it is known", || place.watched().is_some()).await;
+    place.group.freeze(true);
+    let task = Arc::new(task(&[7; 100], seed, 50, 0));
+    let mut sequence = Sequence::place(Arc::clone(&world.relay), task, "r".into(), seed, None).expect("it is ready");
+    let waited = timeout(Duration::from_secs(4), poll_fn(|context| sequence.poll_event(context))).await;
+    assert!(waited.is_err(), "a frozen group says nothing");
+    let known = place.known().expect("it is known");
+    assert!(known.link.breaker.allows(), "nobody has noticed");
+    drop(sequence);
+    assert!(!known.link.breaker.allows());
+}
+
 /// Tells which seed it was.
 struct Seed(u64);
 
@@ -561,4 +601,14 @@ fn a_stream_that_waits_is_taken_as_soon_as_a_full_group_tells_of_room() {
 #[test]
 fn a_stream_outlives_a_group_that_tells_of_room_and_has_none() {
     in_virtual_time(0, outlive_refusals);
+}
+
+#[test]
+fn a_silent_group_gets_no_request_until_it_responds() {
+    in_virtual_time(0, spare_the_silent);
+}
+
+#[test]
+fn a_client_that_leaves_a_silent_group_counts_against_it() {
+    in_virtual_time(0, give_up_on_the_silent);
 }

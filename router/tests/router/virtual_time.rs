@@ -79,6 +79,7 @@ pub(crate) fn record(name: &str, epoch: u64) -> GroupRecord {
         ranks: vec![RankRecord { rank: 0, host: "virtual".into(), pid: 0 }],
         block_tokens: 64,
         kv_blocks: 1000,
+        host_blocks: 0,
         max_model_len: 1 << 20,
         vocabulary_size: 1 << 17,
         max_sequences: MOST_SEQUENCES,

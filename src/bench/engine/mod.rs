@@ -143,6 +143,8 @@ fn settings(args: &EngineArgs, metrics: &Arc<WorkerMetrics>) -> WorkerSettings {
         path: args.model.clone(),
         tokenizer: args.tokenizer.clone(),
         skip_tokenizer_init: args.tokenizer.is_none(),
+        max_model_len: None,
+        weight_fingerprint: None,
     };
     WorkerSettings { options, model, metrics: Arc::clone(metrics), keys: ClusterKeys::random() }
 }

@@ -302,6 +302,11 @@ impl BlockTable {
         self.writer.lock().of_group.iter().sum()
     }
 
+    /// Bits that are set, of one group.
+    pub(in crate::place) fn bits_of(&self, group: u32) -> usize {
+        self.writer.lock().of_group[group as usize]
+    }
+
     /// Takes it away.
     pub(in crate::place) fn unset(&self, hashes: impl Iterator<Item = BlockHash>, group: u32) {
         self.write(hashes, |writer, arrays, live, key, _| *live -= usize::from(writer.unset(arrays, key, group)));

@@ -81,6 +81,8 @@ struct Inside {
     running: u32,
     /// Sequences of other routers.
     of_others: u32,
+    /// Requests that reached it.
+    asked: u32,
     /// Requests that it had no room for.
     refused: u32,
     loses_next: bool,
@@ -137,6 +139,10 @@ impl Group {
     /// So many sequences are of other routers from now on.
     pub(super) fn run_of_others(&self, count: u32) {
         self.inside.lock().of_others = count;
+    }
+
+    pub(super) fn asked(&self) -> u32 {
+        self.inside.lock().asked
     }
 
     pub(super) fn refused(&self) -> u32 {
@@ -253,6 +259,7 @@ impl Inference for Leader {
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let group = Arc::clone(&self.0);
+        group.inside.lock().asked += 1;
         group.take(Duration::ZERO).await;
         if group.is_draining.get() {
             return Err(Status::unavailable("draining"));
