@@ -265,8 +265,9 @@ pub struct Fleet {
     pub sessions: Sessions,
     /// Held while one request is placed: the next one sees its booking.
     pub placing: Mutex<Placing>,
-    /// Groups that this router refuses: of other releases, of other cluster secrets, or with records that cannot be.
-    refused: Mutex<BTreeSet<String>>,
+    /// Groups that this router refuses, by model and name: of other releases, of other cluster secrets, or with records
+    /// that cannot be.
+    refused: Mutex<BTreeSet<(String, String)>>,
     /// Whose their names are.
     names: Names,
     /// A group left: another one may get its name.
@@ -388,7 +389,7 @@ impl Fleet {
         if self.names.is_taken(&self.view(), &record) {
             return;
         }
-        self.refused.lock().remove(&record.group);
+        self.refused.lock().remove(&(clip(&record.model), clip(&record.group)));
         let mut view = self.view.write();
         let known = view.groups.get(&record.group);
         if known.is_none() && view.groups.len() >= MAX_GROUPS {
@@ -457,7 +458,7 @@ impl Fleet {
     fn refuse(&self, record: &GroupRecord, reason: &dyn Display) {
         let mut refused = self.refused.lock();
         // records are told again whenever they change
-        if refused.len() < MAX_GROUPS && refused.insert(clip(&record.group)) {
+        if refused.len() < MAX_GROUPS && refused.insert((clip(&record.model), clip(&record.group))) {
             let (group, endpoint) = (clip(&record.group), clip(&record.endpoint));
             tracing::error!(group, endpoint, %reason, "group refused");
         }
@@ -522,7 +523,7 @@ impl Fleet {
 
     /// The registry forgot a group. It stays while its event stream lives.
     fn lapse(&self, model: &str, group: &str) {
-        self.refused.lock().remove(&clip(group));
+        self.refused.lock().remove(&(clip(model), clip(group)));
         self.names.forget(model, group);
         let known = self.view.read().groups.get(group).cloned();
         let Some(known) = known.filter(|known| known.record.model == model) else {

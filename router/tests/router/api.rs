@@ -501,7 +501,7 @@ async fn health_readiness_and_metrics() {
     assert_eq!(refused.status, 503, "configured, but nobody serves it");
     assert!(refused.headers.contains_key("retry-after"));
     let models = empty.get("/v1/models").await.json();
-    assert_eq!((&models["data"][0]["id"], &models["data"][0]["ready_groups"]), (&json!(MODEL), &json!(0)), "{models}");
+    assert_eq!((&models["data"][1]["id"], &models["data"][1]["ready_groups"]), (&json!(MODEL), &json!(0)), "{models}");
     assert_eq!(empty.get(&format!("/v1/models/{MODEL}")).await.json()["groups"], 0);
     let metrics = empty.get("/metrics").await.text;
     assert!(metrics.contains("bora_router_unserved_requests_total{model=\"devstral-test\"} 1"), "{metrics}");
