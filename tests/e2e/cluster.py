@@ -170,6 +170,8 @@ class Cluster:
             **self.sections,
             **sections,
         }
+        # most tests want to hear at once that there is no group
+        document["router"] = {"wait_for_group_seconds": 1, **document.get("router", {})}
         if self.models:
             document["models"] = self.models
         elif self.tokenizer:

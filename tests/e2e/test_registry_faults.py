@@ -14,9 +14,9 @@ def names(cluster, url=None):
     return set(cluster.groups(url))
 
 
-def start(cluster, groups=("a", "b"), router_port=None, worker_port=None):
+def start(cluster, groups=("a", "b"), router_port=None, worker_port=None, **options):
     cluster.start_etcd()
-    cluster.start_router(registry_port=router_port)
+    cluster.start_router(registry_port=router_port, **options)
     workers = {name: cluster.start_digest(name, registry_port=worker_port) for name in groups}
     cluster.wait_ready(len(groups))
     return workers
@@ -195,7 +195,7 @@ def test_a_taken_name_is_refused_and_free_when_its_group_is_gone():
 
 def test_requests_wait_while_the_only_group_restarts():
     with Cluster() as cluster:
-        workers = start(cluster, ("a",))
+        workers = start(cluster, ("a",), wait_for_group_seconds=120)
         ask = lambda: http("POST", cluster.router_url + "/v1/completions", {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 3})
         assert ask()[0] == 200
         workers["a"].stop()
