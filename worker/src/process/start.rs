@@ -93,6 +93,7 @@ pub(super) fn loading_record(
         aliases: settings.model.aliases.clone(),
         device,
         weight_fingerprint: String::new(),
+        cache_key_id: settings.keys.cache_key_id().into(),
         ranks: Vec::new(),
         block_tokens: BLOCK_TOKENS as u32,
         kv_blocks: 0,

@@ -58,6 +58,7 @@ fn check_names(record: &GroupRecord) -> Result<(), Violation> {
     check_text("model", &record.model, 1..=MAX_MODEL_NAME_BYTES)?;
     check_text("version", &record.version, 0..=MAX_TEXT_BYTES)?;
     check_text("weight_fingerprint", &record.weight_fingerprint, 0..=MAX_TEXT_BYTES)?;
+    check_text("cache_key_id", &record.cache_key_id, 0..=MAX_TEXT_BYTES)?;
     ensure(record.aliases.len() <= MAX_ALIASES, Kind::Record, || "too many `aliases`")?;
     for alias in &record.aliases {
         check_text("aliases", alias, 1..=MAX_MODEL_NAME_BYTES)?;

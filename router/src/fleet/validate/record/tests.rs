@@ -11,6 +11,7 @@ fn good() -> GroupRecord {
         aliases: vec!["devstral".into()],
         device: Device::Cuda,
         weight_fingerprint: "3f2a".into(),
+        cache_key_id: "1f".into(),
         ranks: vec![RankRecord { rank: 0, host: "h".into(), pid: 1 }],
         block_tokens: 64,
         kv_blocks: 5000,
