@@ -180,7 +180,7 @@ def test_a_dashboards_queries_are_promql(path, tmp_path):
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     assert len(queries) > 8
     groups = [{"name": "queries", "rules": [
-        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "1m").replace("$namespace", ".*").replace("$release", ".*").replace("$model", ".*")}
+        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "1m").replace("$__range", "1h").replace("$namespace", ".*").replace("$release", ".*").replace("$model", ".*")}
         for number, query in enumerate(queries)]}]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
     checked = run("promtool", "check", "rules", tmp_path / "rules.yaml")
