@@ -7,33 +7,34 @@
 
 constexpr u32 DECODE_WARPS = 4, WARP_TOKENS = 16;
 
-// Rows of 256 bytes lie in the cache as they are read here: whole pieces of a block are copied.
-template <u32 D, typename Kv>
-constexpr bool copied_whole() { return D * sizeof(Kv) == 256; }
+// Rows of 128 elements lie in the cache as they are read here: bulk copies bring a warp's tokens as they are. (Many rows over e4m3
+// were measured to be faster with a copy by each lane.)
+template <u32 D, typename Kv, bool FEW>
+constexpr bool copied_whole() { return D == 128 && (sizeof(Kv) == 2 || FEW); }
 // Bytes of a token in a warp's tile: other bf16 rows are padded, so that 8 rows of one 16-byte column lie in different banks; e4m3
 // rows are not, the pieces of some are exchanged.
-template <u32 D, typename Kv>
-constexpr u32 stored_row() { return sizeof(Kv) == 2 && !copied_whole<D, Kv>() ? D * 2 + 16 : D * sizeof(Kv); }
-template <typename Kv>
-constexpr u32 decode_stages() { return sizeof(Kv) == 2 ? 3 : 6; }
+template <u32 D, typename Kv, bool FEW>
+constexpr u32 stored_row() { return sizeof(Kv) == 2 && !copied_whole<D, Kv, FEW>() ? D * 2 + 16 : D * sizeof(Kv); }
+template <typename Kv, bool FEW>
+constexpr u32 decode_stages() { return sizeof(Kv) == 2 ? 3 : FEW ? 4 : 6; }
 // Dynamic shared memory of decode_attention.
-template <u32 D, typename Kv>
+template <u32 D, typename Kv, bool FEW>
 constexpr u32 decode_shared_bytes() {
-  const u32 ring = DECODE_WARPS * decode_stages<Kv>() * 2 * WARP_TOKENS * stored_row<D, Kv>();
+  const u32 ring = DECODE_WARPS * decode_stages<Kv, FEW>() * 2 * WARP_TOKENS * stored_row<D, Kv, FEW>();
   const u32 merge = DECODE_WARPS * 16 * (D + 2) * 4;
   return ring > merge ? ring : merge;
 }
 // Places of a 16-byte piece in a warp's tiles. e4m3 keys are read two rows and four pieces at a time, e4m3 values eight rows
 // and one piece at a time: each from all banks where rows are as long as the banks.
-template <u32 D, typename Kv>
+template <u32 D, typename Kv, bool FEW>
 __device__ __forceinline__ u32 key_place(u32 token, u32 piece) {
-  if (copied_whole<D, Kv>()) return piece / 8 * (WARP_TOKENS * 128) + token * 128 + ((piece % 8 ^ token % 8) << 4);
-  return token * stored_row<D, Kv>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ (token & 1) << 2 : piece) * 16;
+  if (copied_whole<D, Kv, FEW>()) return piece / 8 * (WARP_TOKENS * 128) + token * 128 + ((piece % 8 ^ token % 8) << 4);
+  return token * stored_row<D, Kv, FEW>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ (token & 1) << 2 : piece) * 16;
 }
-template <u32 D, typename Kv>
+template <u32 D, typename Kv, bool FEW>
 __device__ __forceinline__ u32 value_place(u32 token, u32 piece) {
-  if (copied_whole<D, Kv>()) return key_place<D, Kv>(token, piece);
-  return token * stored_row<D, Kv>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ token % 8 : piece) * 16;
+  if (copied_whole<D, Kv, FEW>()) return key_place<D, Kv, FEW>(token, piece);
+  return token * stored_row<D, Kv, FEW>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ token % 8 : piece) * 16;
 }
 // Rows of a sequence that are computed in one step are at most so many: keys that lie further back were there before it.
 constexpr u32 MOST_NEW_ROWS = 32;
@@ -52,22 +53,128 @@ struct DecodePart {
   u32 first_item;
 };
 
+// ---- few rows over e4m3 rows of 128 -------------------------------------------------------------------------------
+// Keys are multiplied as they are: a query element is two e4m3 numbers, q = (high + low / 16) * scale with one scale per row, which
+// keeps the 8 bits of bf16. `high` and `low` of 8 tile rows fill the 16 rows of a tensor core's tile. The output is computed
+// transposed, O^T = V^T P^T: the 8 tile rows are the 8 columns of a tile then, values are widened to f16 as the other operand.
+
+constexpr float LOW_LIMB = 16.f;
+
+// Of a lane: the fragments of dimensions t * 32.. of tile row g.
+struct LimbQueries {
+  u32 a[4][4];      // [dimensions / 8 of the lane][fragment]
+  float row_scale;  // of a score: the row's scale times score_scale
+
+  template <typename Row>
+  __device__ __forceinline__ void load(Row q_row, u32 tile_rows, float score_scale, u32 g, u32 t) {
+    u32 words[16];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      const uint4 eight = g < tile_rows ? *reinterpret_cast<const uint4*>(q_row(g) + t * 32 + i * 8) : make_uint4(0, 0, 0, 0);
+      words[i * 4] = eight.x, words[i * 4 + 1] = eight.y, words[i * 4 + 2] = eight.z, words[i * 4 + 3] = eight.w;
+    }
+    float top = 0.f;
+#pragma unroll
+    for (u32 i = 0; i < 16; i++) top = fmaxf(top, fmaxf(fabsf(low_bf16(words[i])), fabsf(high_bf16(words[i]))));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const float inverse = top > 0.f ? 448.f / top : 0.f;
+    row_scale = top / 448.f * score_scale;
+#pragma unroll
+    for (u32 m = 0; m < 4; m++)
+#pragma unroll
+      for (u32 i = 0; i < 2; i++) {
+        u32 high = 0, low = 0;
+#pragma unroll
+        for (u32 pair = 0; pair < 2; pair++) {
+          const u32 word = words[m * 4 + i * 2 + pair];
+          const float x = low_bf16(word) * inverse, y = high_bf16(word) * inverse;
+          const u16 rounded = pack_e4m3(x, y);
+          const float2 back = unpack_e4m3(rounded);
+          high |= (u32)rounded << (16 * pair);
+          low |= (u32)pack_e4m3((x - back.x) * LOW_LIMB, (y - back.y) * LOW_LIMB) << (16 * pair);
+        }
+        a[m][i * 2] = high, a[m][i * 2 + 1] = low;
+      }
+  }
+};
+
+// Adds a warp's 16 tokens. o [dimensions / 16]: element i is of dimension 2g + i / 2 and tile row 2t + i % 2; `largest`, `sum` and
+// `own_position` are of tile row g.
+__device__ __forceinline__ void e4m3_attention(const LimbQueries& queries, const u8* k_tile, const u8* v_tile, float (&o)[8][4],
+                                               float& largest, float& sum, u32 own_position, u32 token, u32 g, u32 t) {
+  const u32 lane = g * 4 + t;
+  float x[4], block_largest = NEGATIVE_INFINITY;
+#pragma unroll
+  for (u32 j = 0; j < 2; j++) {
+    float c[4] = {};
+#pragma unroll
+    for (u32 piece = 0; piece < 2; piece++) {
+      const uint4 keys = *reinterpret_cast<const uint4*>(k_tile + key_place<128, e4m3, true>(j * 8 + g, t * 2 + piece));
+      mma_e4m3(c, queries.a[piece * 2], keys.x, keys.y);
+      mma_e4m3(c, queries.a[piece * 2 + 1], keys.z, keys.w);
+    }
+#pragma unroll
+    for (u32 i = 0; i < 2; i++) {
+      const bool seen = token + j * 8 + t * 2 + i <= own_position;
+      x[j * 2 + i] = seen ? (c[i] + c[2 + i] * (1.f / LOW_LIMB)) * queries.row_scale : NEGATIVE_INFINITY;
+      block_largest = fmaxf(block_largest, x[j * 2 + i]);
+    }
+  }
+  block_largest = fmaxf(block_largest, __shfl_xor_sync(0xffffffffu, block_largest, 1));
+  block_largest = fmaxf(block_largest, __shfl_xor_sync(0xffffffffu, block_largest, 2));
+  if (__ballot_sync(0xffffffffu, block_largest > largest) != 0) {
+    // a warp may have seen no key yet: -inf - -inf would be NaN
+    const float now = fmaxf(largest, block_largest);
+    const float rescale = now == NEGATIVE_INFINITY ? 1.f : exp2f(largest - now);
+    largest = now;
+    sum *= rescale;
+    const float even = __shfl_sync(0xffffffffu, rescale, t * 8), odd = __shfl_sync(0xffffffffu, rescale, t * 8 + 4);
+#pragma unroll
+    for (u32 n = 0; n < 8; n++) {
+      o[n][0] *= even, o[n][1] *= odd;
+      o[n][2] *= even, o[n][3] *= odd;
+    }
+  }
+#pragma unroll
+  for (u32 i = 0; i < 4; i++) {
+    x[i] = largest == NEGATIVE_INFINITY ? 0.f : exp2f(x[i] - largest);
+    sum += x[i];
+  }
+  const u32 p[2] = {pack_small_f16(x[0], x[1]), pack_small_f16(x[2], x[3])};
+#pragma unroll
+  for (u32 n = 0; n < 8; n += 2) {
+    // two tokens of two neighbouring dimensions in each word: even dimensions are the upper rows of a tile, odd ones the lower
+    u32 b[4];
+    load_matrices_transposed(b, v_tile + value_place<128, e4m3, true>(lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
+#pragma unroll
+    for (u32 j = 0; j < 2; j++) {
+      const u32 first = choose_bytes(b[j * 2], 0, 0x3120), second = choose_bytes(b[j * 2 + 1], 0, 0x3120);
+      const u32 values[4] = {e4m3_to_f16(first), e4m3_to_f16(first >> 16), e4m3_to_f16(second), e4m3_to_f16(second >> 16)};
+      mma_f16(o[n + j], values, p[0], p[1]);
+    }
+  }
+}
+
 // q [rows][query heads][D], scaled by s(p); caches [block][kv head][64][D]. A row of position p reads keys 0..=p.
 // `items` lists the rows of the batch that are decoded here, `parts` [grid.x + 1] how their keys are shared out. Output [row][query
 // heads * D]. Scratch, for each part twice (an item that began before it, an item that goes on behind it), each KV head and each of 16
 // rows: partial [part][2][kv head][16][D] (normalised) and log_sum [part][2][kv head][16] (base 2); finished [item][kv head] counts the
 // blocks that are done: zero before and after.
-// Launch: grid (parts <= 264, kv heads), block (128), dynamic shared memory
-// decode_shared_bytes<D, Kv>(). score_scale = log2(e) / sqrt(D).
-template <u32 D, typename Kv, typename Out>
+// Launch: grid (parts <= 400, kv heads), block (128), dynamic shared memory
+// decode_shared_bytes<D, Kv, FEW>(). score_scale = log2(e) / sqrt(D).
+// FEW: every item has at most 8 tile rows.
+template <u32 D, typename Kv, typename Out, bool FEW>
 __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cache, const Kv* v_cache, const DecodeItem* items,
                                                  const DecodePart* parts, const u32* positions, const u32* row_sequence,
                                                  const u32* tables, const u32* table_start, float* partial, float* log_sum,
                                                  u32* finished, Out* out, float out_scale, u32 query_heads, u32 kv_heads,
                                                  float score_scale) {
-  constexpr bool WHOLE = copied_whole<D, Kv>();
-  constexpr bool NARROW = sizeof(Kv) == 1;  // e4m3, computed as f16: widened in registers
-  constexpr u32 TILE = WARP_TOKENS * stored_row<D, Kv>(), DECODE_STAGES = decode_stages<Kv>();
+  constexpr bool WHOLE = copied_whole<D, Kv, FEW>();
+  constexpr bool NARROW = sizeof(Kv) == 1;
+  // items of at most 8 tile rows over e4m3 rows of 128: see e4m3_attention. Other e4m3 rows are widened to f16 in registers.
+  static_assert(!FEW || (NARROW && D == 128));
+  constexpr u32 TILE = WARP_TOKENS * stored_row<D, Kv, FEW>(), DECODE_STAGES = decode_stages<Kv, FEW>();
   constexpr u32 PIECES = D * sizeof(Kv) / 16;  // of a row
   DYNAMIC_SHARED(shared);
   __shared__ u64 full[DECODE_WARPS][DECODE_STAGES];
@@ -105,11 +212,11 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
       u8* v_tile = k_tile + TILE;
       if constexpr (WHOLE) {
         if (lane != 0) return;
-        constexpr u32 HALF = WARP_TOKENS * 128;
+        constexpr u32 HALF = WARP_TOKENS * 128, HALVES = D * sizeof(Kv) / 128;
         u64* barrier = &full[warp][stage];
         barrier_arrive_expecting(barrier, 2 * TILE);
 #pragma unroll
-        for (u32 half = 0; half < 2; half++) {
+        for (u32 half = 0; half < HALVES; half++) {
           copy_tile(k_tile + half * HALF, keys + half * KV_BLOCK * 128 + warp * HALF, HALF, barrier);
           copy_tile(v_tile + half * HALF, values + half * KV_BLOCK * 128 + warp * HALF, HALF, barrier);
         }
@@ -117,8 +224,8 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
 #pragma unroll
         for (u32 i = lane; i < WARP_TOKENS * PIECES; i += WARP) {
           const u32 token = i / PIECES, piece = i % PIECES, place = cache_place(D * sizeof(Kv), warp * WARP_TOKENS + token, piece);
-          copy_async_16(k_tile + key_place<D, Kv>(token, piece), keys + place);
-          copy_async_16(v_tile + value_place<D, Kv>(token, piece), values + place);
+          copy_async_16(k_tile + key_place<D, Kv, FEW>(token, piece), keys + place);
+          copy_async_16(v_tile + value_place<D, Kv, FEW>(token, piece), values + place);
         }
       }
     };
@@ -137,9 +244,16 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     // tile row r is head r % group of row r / group
     const u32 own_position[2] = {first_position + g / group, first_position + (g + 8) / group};
 
-    // Query fragments.
-    u32 a[D / 16][4];
     const bf16* q_heads = q + ((u64)row * query_heads + kv_head * group) * D;
+    auto q_row = [&](u32 r) { return q_heads + ((u64)(r / group) * query_heads + r % group) * D; };
+    float o[FEW ? D / 16 : D / 8][4] = {};
+    float largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0.f, 0.f};
+    LimbQueries limbs;
+    if constexpr (FEW) limbs.load(q_row, tile_rows, score_scale, g, t);
+
+    // Query fragments.
+    u32 a[FEW ? 1 : D / 16][4];
+    if constexpr (!FEW)
 #pragma unroll
     for (u32 k = 0; k < D / 16; k++)
 #pragma unroll
@@ -147,13 +261,10 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
         // e4m3 keys are read four dimensions at a time: theirs is another order of the dimensions, the same for q
         const u32 four = D >= 64 ? k / 4 * 64 + t * 16 + k % 4 * 4 : t * 8 + k * 4;
         const u32 r = g + i % 2 * 8, dimension = NARROW ? four + i / 2 * 2 : k * 16 + i / 2 * 8 + t * 2;
-        const bf16* q_row = q_heads + ((u64)(r / group) * query_heads + r % group) * D;
-        const u32 pair = r < tile_rows ? *reinterpret_cast<const u32*>(q_row + dimension) : 0;
+        const u32 pair = r < tile_rows ? *reinterpret_cast<const u32*>(q_row(r) + dimension) : 0;
         a[k][i] = NARROW ? pack_f16(low_bf16(pair), high_bf16(pair)) : pair;
       }
 
-    float o[D / 8][4] = {};
-    float largest[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0.f, 0.f};
     for (u32 block = first; block < last; block++, ahead++) {
       const u32 stage = (turn + block - first) % DECODE_STAGES;
       if constexpr (WHOLE) {
@@ -172,10 +283,13 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
         // nothing was stored behind the last row's position; what lies there (a NaN, even) must not meet the weight 0
         const u32 stored = position < token ? 0 : position - token + 1;
         for (u32 i = lane; i < (WARP_TOKENS - stored) * PIECES; i += WARP)
-          *reinterpret_cast<uint4*>(const_cast<u8*>(v_tile) + value_place<D, Kv>(stored + i / PIECES, i % PIECES)) = make_uint4(0, 0, 0, 0);
+          *reinterpret_cast<uint4*>(const_cast<u8*>(v_tile) + value_place<D, Kv, FEW>(stored + i / PIECES, i % PIECES)) = make_uint4(0, 0, 0, 0);
         __syncwarp();
       }
 
+      if constexpr (FEW) {
+        e4m3_attention(limbs, k_tile, v_tile, o, largest[0], sum[0], own_position[0], token, g, t);
+      } else {
       float scores[2][4] = {};
       if constexpr (NARROW) {
         constexpr u32 WORDS = D >= 64 ? 4 : 2;  // a lane's bytes of a row at a time
@@ -185,10 +299,10 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
           for (u32 k = 0; k < D / 16; k += WORDS) {
             u32 words[WORDS];
             if constexpr (WORDS == 4) {
-              const uint4 four = *reinterpret_cast<const uint4*>(k_tile + key_place<D, Kv>(j * 8 + g, k + t));
+              const uint4 four = *reinterpret_cast<const uint4*>(k_tile + key_place<D, Kv, FEW>(j * 8 + g, k + t));
               words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
             } else {
-              const uint2 two = *reinterpret_cast<const uint2*>(k_tile + (j * 8 + g) * stored_row<D, Kv>() + t * 8);
+              const uint2 two = *reinterpret_cast<const uint2*>(k_tile + (j * 8 + g) * stored_row<D, Kv, FEW>() + t * 8);
               words[0] = two.x, words[1] = two.y;
             }
 #pragma unroll
@@ -198,7 +312,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
 #pragma unroll
         for (u32 k = 0; k < D / 16; k++) {
           u32 b[4];
-          load_matrices(b, k_tile + key_place<D, Kv>(lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
+          load_matrices(b, k_tile + key_place<D, Kv, FEW>(lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
           mma_bf16(scores[0], a[k], b[0], b[1]);
           mma_bf16(scores[1], a[k], b[2], b[3]);
         }
@@ -246,7 +360,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
         for (u32 n = 0; n < D / 16; n += 2) {
           // two tokens of two neighbouring dimensions in each word: even dimensions make one tile of the product, odd ones another
           u32 b[4];
-          load_matrices_transposed(b, v_tile + value_place<D, Kv>(lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
+          load_matrices_transposed(b, v_tile + value_place<D, Kv, FEW>(lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
 #pragma unroll
           for (u32 j = 0; j < 2; j++) {
             const u32 first = choose_bytes(b[j * 2], 0, 0x3120), second = choose_bytes(b[j * 2 + 1], 0, 0x3120);
@@ -258,10 +372,11 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
 #pragma unroll
         for (u32 n = 0; n < D / 16; n++) {
           u32 b[4];
-          load_matrices_transposed(b, v_tile + value_place<D, Kv>(lane / 8 % 2 * 8 + lane % 8, n * 2 + lane / 16));
+          load_matrices_transposed(b, v_tile + value_place<D, Kv, FEW>(lane / 8 % 2 * 8 + lane % 8, n * 2 + lane / 16));
           mma_bf16(o[n * 2], p, b[0], b[1]);
           mma_bf16(o[n * 2 + 1], p, b[2], b[3]);
         }
+      }
       }
     }
     copy_async_wait<0>();
@@ -278,11 +393,11 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     float* merge_largest = merge_o + DECODE_WARPS * 16 * D;                  // [warp][16]
     float* merge_sum = merge_largest + DECODE_WARPS * 16;                    // [warp][16]
 #pragma unroll
-    for (u32 n = 0; n < D / 8; n++)
+    for (u32 n = 0; n < (FEW ? D / 16 : D / 8); n++)
 #pragma unroll
       for (u32 i = 0; i < 4; i++) {
-        const u32 dimension = NARROW ? n / 2 * 16 + t * 4 + i % 2 * 2 + n % 2 : n * 8 + t * 2 + i % 2;
-        merge_o[(warp * 16 + g + i / 2 * 8) * D + dimension] = o[n][i];
+        const u32 dimension = FEW ? n * 16 + g * 2 + i / 2 : NARROW ? n / 2 * 16 + t * 4 + i % 2 * 2 + n % 2 : n * 8 + t * 2 + i % 2;
+        merge_o[(warp * 16 + (FEW ? t * 2 + i % 2 : g + i / 2 * 8)) * D + dimension] = o[n][i];
       }
     if (t == 0) {
       merge_largest[warp * 16 + g] = largest[0], merge_largest[warp * 16 + g + 8] = largest[1];
@@ -374,24 +489,26 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
   if (!previous_is_done) wait_for_previous_kernel();
 }
 
-#define DECODE(NAME, D, KV, OUT)                                                                                              \
-  KERNEL __launch_bounds__(128) NAME(const bf16* q, const KV* k_cache, const KV* v_cache, const DecodeItem* items,            \
+#define DECODE(NAME, D, KV, OUT, FEW)                                                                                         \
+  KERNEL __launch_bounds__(128, FEW ? 3 : 2) NAME(const bf16* q, const KV* k_cache, const KV* v_cache, const DecodeItem* items,            \
                                      const DecodePart* parts, const u32* positions, const u32* row_sequence,                  \
                                      const u32* tables, const u32* table_start,                                               \
                                      float* partial, float* log_sum, u32* finished, OUT* out, float out_scale,                \
                                      u32 query_heads, u32 kv_heads, float score_scale) {                                      \
-    decode_attention<D, KV, OUT>(q, k_cache, v_cache, items, parts, positions, row_sequence, tables, table_start, partial,    \
+    decode_attention<D, KV, OUT, FEW>(q, k_cache, v_cache, items, parts, positions, row_sequence, tables, table_start, partial,    \
                                  log_sum, finished, out, out_scale, query_heads, kv_heads, score_scale);                      \
   }
-DECODE(decode_attention_32_bf16_to_bf16, 32, bf16, bf16)
-DECODE(decode_attention_32_bf16_to_e4m3, 32, bf16, e4m3)
-DECODE(decode_attention_32_e4m3_to_bf16, 32, e4m3, bf16)
-DECODE(decode_attention_32_e4m3_to_e4m3, 32, e4m3, e4m3)
-DECODE(decode_attention_64_bf16_to_bf16, 64, bf16, bf16)
-DECODE(decode_attention_64_bf16_to_e4m3, 64, bf16, e4m3)
-DECODE(decode_attention_64_e4m3_to_bf16, 64, e4m3, bf16)
-DECODE(decode_attention_64_e4m3_to_e4m3, 64, e4m3, e4m3)
-DECODE(decode_attention_128_bf16_to_bf16, 128, bf16, bf16)
-DECODE(decode_attention_128_bf16_to_e4m3, 128, bf16, e4m3)
-DECODE(decode_attention_128_e4m3_to_bf16, 128, e4m3, bf16)
-DECODE(decode_attention_128_e4m3_to_e4m3, 128, e4m3, e4m3)
+DECODE(decode_attention_32_bf16_to_bf16, 32, bf16, bf16, false)
+DECODE(decode_attention_32_bf16_to_e4m3, 32, bf16, e4m3, false)
+DECODE(decode_attention_32_e4m3_to_bf16, 32, e4m3, bf16, false)
+DECODE(decode_attention_32_e4m3_to_e4m3, 32, e4m3, e4m3, false)
+DECODE(decode_attention_64_bf16_to_bf16, 64, bf16, bf16, false)
+DECODE(decode_attention_64_bf16_to_e4m3, 64, bf16, e4m3, false)
+DECODE(decode_attention_64_e4m3_to_bf16, 64, e4m3, bf16, false)
+DECODE(decode_attention_64_e4m3_to_e4m3, 64, e4m3, e4m3, false)
+DECODE(decode_attention_128_bf16_to_bf16, 128, bf16, bf16, false)
+DECODE(decode_attention_128_bf16_to_e4m3, 128, bf16, e4m3, false)
+DECODE(decode_attention_128_e4m3_to_bf16, 128, e4m3, bf16, false)
+DECODE(decode_attention_128_e4m3_to_e4m3, 128, e4m3, e4m3, false)
+DECODE(decode_attention_128_e4m3_few_to_bf16, 128, e4m3, bf16, true)
+DECODE(decode_attention_128_e4m3_few_to_e4m3, 128, e4m3, e4m3, true)

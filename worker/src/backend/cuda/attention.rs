@@ -3,21 +3,13 @@
 use bora_common::blocks::BLOCK_TOKENS;
 
 use super::CudaBackend;
+use super::decode_kernel::DecodeKernel;
 use super::driver::{Arguments, Shape};
 use super::linear::{InputFormat, Tensor, TensorFormat};
 use super::step::TILE_ROWS;
 use super::tiles::{PROMPT_WORDS, ROUND_TOKENS, TILE_WORDS};
 use crate::backend::KvDtype;
 use crate::backend::Result;
-
-/// Blocks of decode attention that fit on a multiprocessor.
-const DECODE_BLOCKS_A_MULTIPROCESSOR: usize = 2;
-
-/// Parts that the keys of all decoded rows are cut into: all of them run at once, for each KV head.
-pub(super) fn decode_parts(multiprocessors: u32, kv_heads: usize) -> usize {
-    // rounded down: none is left for a second round
-    (multiprocessors as usize * DECODE_BLOCKS_A_MULTIPROCESSOR / kv_heads.max(1)).max(1)
-}
 
 impl CudaBackend {
     /// Submits causal attention of q over the cache of `layer`: tiles of prompts and single rows.
@@ -86,13 +78,10 @@ impl CudaBackend {
                 .u32(heads)
                 .u32(kv_heads)
                 .f32(score_scale);
-            let name = format!("decode_attention_{head_dim}_{}_to_{suffix}", kv.name());
-            let launch = Shape {
-                grid: [self.inputs.parts as u32, kv_heads, 1],
-                block: 128,
-                shared: decode_shared_bytes(head_dim, kv),
-            };
-            self.launch(&name, launch, arguments)?;
+            let kernel = DecodeKernel::of(head_dim, kv, shape.tile_rows);
+            let parts = kernel.parts(self.device.multiprocessors, kv_heads as usize) as u32;
+            let launch = Shape { grid: [parts, kv_heads, 1], block: 128, shared: kernel.shared_bytes() };
+            self.launch(&kernel.name(suffix), launch, arguments)?;
         }
         Ok(Tensor { address: target, rows: q.rows, columns: q.columns, format, part_scales: Vec::new() })
     }
@@ -123,17 +112,6 @@ pub(super) fn prefill_kernel(head_dim: usize, kv: KvDtype, suffix: &str, hopper:
         4 * BLOCK_TOKENS * padded
     };
     (format!("prefill_attention_{head_dim}_{}_to_{suffix}", kv.name()), 256, bytes as u32)
-}
-
-/// `decode_shared_bytes` of attention_decode.cu.
-pub(super) fn decode_shared_bytes(head_dim: usize, kv: KvDtype) -> u32 {
-    let (warps, tokens) = (4, 16);
-    // rows of 256 bytes are copied as they lie in the cache
-    let padding = if head_dim * 2 == 256 { 0 } else { 16 };
-    let (stages, row) = if kv == KvDtype::Fp8 { (6, head_dim) } else { (3, head_dim * 2 + padding) };
-    let ring = warps * stages * 2 * tokens * row;
-    let merge = warps * 16 * (head_dim + 2) * 4;
-    ring.max(merge) as u32
 }
 
 /// `cache_place` of device.cuh: where a token's number lies in a KV head's tile of a block, in numbers.

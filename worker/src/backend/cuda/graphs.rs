@@ -19,6 +19,8 @@ pub(super) struct GraphSize {
     pub(super) rows: usize,
     /// Items of decode attention: as many as rows where each is of another sequence.
     pub(super) items: usize,
+    /// Parts that the keys are cut into, which follow the kernel of decode attention.
+    pub(super) parts: usize,
 }
 
 /// A step size's graph.
@@ -97,7 +99,8 @@ impl CudaBackend {
             // the first time loads kernels, which can't be recorded
             forward(self)?;
             let graph = self.record(|backend| forward(backend).map(|_| ()))?;
-            self.graphs.insert(GraphSize { rows, items: rows }, Recording::Recorded(graph));
+            let parts = self.inputs.parts.of(self.inputs.shape.tile_rows);
+            self.graphs.insert(GraphSize { rows, items: rows, parts }, Recording::Recorded(graph));
         }
         self.device.synchronize()
     }
@@ -155,7 +158,8 @@ impl CudaBackend {
         // each row that fills up is an item of its own
         let items = self.inputs.decode_items(batch) + rows - real;
         let items = if guesses { items.next_power_of_two().min(rows) } else { rows };
-        Some(GraphSize { rows, items })
+        let parts = self.inputs.parts.of(self.inputs.tile_rows(batch));
+        Some(GraphSize { rows, items, parts })
     }
 
     /// Records what `forward` submits.

@@ -8,6 +8,7 @@
 
 mod attention;
 pub mod check;
+mod decode_kernel;
 mod driver;
 mod graphs;
 mod host;
@@ -40,6 +41,7 @@ use crate::model::KvShape;
 use crate::parallel::Abort;
 use crate::weights::{LinearShard, Slice, VocabularyShard};
 
+use decode_kernel::DecodeParts;
 use driver::{Address, Arguments, Buffer, Device, Shape};
 use graphs::{GraphSize, KnownProduct, Recording};
 use host::HostBlocks;
@@ -162,7 +164,7 @@ impl CudaBackend {
         let bytes: Vec<u8> = rope.frequencies.iter().flat_map(|frequency| frequency.to_le_bytes()).collect();
         // SAFETY: the buffer was made as long as `bytes`.
         unsafe { device.upload(frequencies.address, &bytes, "the rotary frequencies") }?;
-        let parts = attention::decode_parts(device.multiprocessors, setup.plan.kv_heads.len());
+        let parts = DecodeParts::new(head_dim, options.kv, device.multiprocessors, setup.plan.kv_heads.len());
         let room = attention::transposes_values(head_dim, options.kv, device.hopper)
             .then(|| setup.limits.model_len.div_ceil(tiles::ROUND_TOKENS));
         let inputs = StepInputs::new(&setup.limits, group, parts, room)?;
@@ -245,7 +247,7 @@ impl CudaBackend {
         let logit_rows = Matmul::padded_rows(limits.logit_rows.max(limits.sequences));
         let heads = plan.heads.len();
         // a part of the keys leaves the rows of two tiles: an item's that began before it, and one's that goes on behind it
-        let partials = self.inputs.parts * 2 * plan.kv_heads.len() * ITEM_ROWS;
+        let partials = self.inputs.parts.max() * 2 * plan.kv_heads.len() * ITEM_ROWS;
         let transposed = self.inputs.room.unwrap_or(0) * tiles::ROUND_TOKENS * plan.kv_heads.len() * config.head_dim;
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,

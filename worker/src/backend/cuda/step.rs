@@ -4,6 +4,7 @@
 
 use bora_common::blocks::BLOCK_TOKENS;
 
+use super::decode_kernel::DecodeParts;
 use super::driver::{Address, Buffer, Device, Event, Pinned};
 use super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use super::tiles::{self, PROMPT_WORDS, Pass, Prompt, TILE_WORDS, tiles_of};
@@ -60,6 +61,8 @@ pub(super) struct StepShape {
     pub(super) rows: usize,
     /// Items of single and of few rows of a sequence, filled up likewise.
     pub(super) decode_items: usize,
+    /// Pairs of a row and a query head that shares the KV head in the largest of these items.
+    pub(super) tile_rows: usize,
     /// Wanted rows of logits, filled up likewise.
     pub(super) logit_rows: usize,
 }
@@ -70,8 +73,8 @@ pub(super) struct StepInputs {
     group: usize,
     /// Rounds of values that can be transposed at once, where the kernel for prompts needs that.
     pub(super) room: Option<usize>,
-    /// Parts that the keys of decoded rows are cut into.
-    pub(super) parts: usize,
+    /// Parts that the keys of decoded rows are cut into, by the number of tile rows of the largest item.
+    pub(super) parts: DecodeParts,
     /// A block that rows which only fill up a step write to and read from.
     spare_block: u32,
     buffer: Buffer,
@@ -85,7 +88,7 @@ pub(super) struct StepInputs {
 impl StepInputs {
     /// `group`: query heads that share a KV head; `parts`: those that the keys of decoded rows are cut into; `room`: rounds of
     /// values that can be transposed at once, where the kernel for prompts needs that.
-    pub(super) fn new(limits: &Limits, group: usize, parts: usize, room: Option<usize>) -> Result<Self> {
+    pub(super) fn new(limits: &Limits, group: usize, parts: DecodeParts, room: Option<usize>) -> Result<Self> {
         let rows = limits.step_tokens.max(limits.sequences);
         let blocks = limits.model_len.div_ceil(BLOCK_TOKENS);
         let mut end = 0;
@@ -101,7 +104,7 @@ impl StepInputs {
             positions: place(rows),
             row_sequence: place(rows),
             decode_items: place(ITEM_WORDS * rows),
-            decode_parts: place(PART_WORDS * (parts + 1)),
+            decode_parts: place(PART_WORDS * (parts.max() + 1)),
             logit_rows: place(limits.logit_rows.max(limits.sequences)),
             table_start: place(limits.sequences + 1),
             tiles: place(TILE_WORDS * (tiles_of(rows, group) + limits.sequences)),
@@ -154,6 +157,13 @@ impl StepInputs {
         batch.sequences.iter().map(|sequence| (sequence.rows as usize).div_ceil(ITEM_ROWS / self.group)).sum()
     }
 
+    /// Tile rows of the largest item of such a step; rows that only fill it up are items of one row.
+    pub(super) fn tile_rows(&self, batch: &Batch) -> usize {
+        let rows_per_item = ITEM_ROWS / self.group;
+        let rows = batch.sequences.iter().map(|sequence| (sequence.rows as usize).min(rows_per_item)).max();
+        rows.unwrap_or(1).max(1) * self.group
+    }
+
     /// Puts a batch on the device, filled up to `rows` rows and `items` items (more than it has only for a decode step).
     pub(super) fn upload(&mut self, device: &Device, batch: &Batch, rows: usize, items: usize) -> Result<()> {
         let index = self.next;
@@ -165,7 +175,7 @@ impl StepInputs {
         let real = batch.token_ids.len();
         let filling = rows - real;
         let mut decoded: Vec<Share> = Vec::new();
-        let mut shape = StepShape { rows, decode_items: 0, logit_rows: batch.logit_rows.len() + filling };
+        let mut shape = StepShape { rows, decode_items: 0, tile_rows: 0, logit_rows: batch.logit_rows.len() + filling };
         let mut tables_end = 0;
         let mut prompts = Vec::new();
         for (number, sequence) in batch.sequences.iter().enumerate() {
@@ -222,8 +232,9 @@ impl StepInputs {
             decoded.resize(items, Share { first_row: 0, rows: 0, blocks: 0 });
         }
         shape.decode_items = decoded.len();
+        shape.tile_rows = decoded.iter().map(|item| item.rows as usize * self.group).max().unwrap_or(0);
         let (before, part_words) = words.split_at_mut(places.decode_parts);
-        share_out(&decoded, self.parts, &mut before[places.decode_items..], part_words);
+        share_out(&decoded, self.parts.of(shape.tile_rows), &mut before[places.decode_items..], part_words);
         let used = (places.tables + tables_end) * 4;
         // SAFETY: the buffer is as long as the pinned memory, which is not written again before the event `copied`.
         unsafe { device.upload_async(self.buffer.address, &pinned.as_slice()[..used]) }?;

@@ -3,9 +3,8 @@
 
 use serde_json::json;
 
-use super::super::attention::{
-    decode_parts, decode_shared_bytes, prefill_kernel, transposes_values, transposing_shape,
-};
+use super::super::attention::{prefill_kernel, transposes_values, transposing_shape};
+use super::super::decode_kernel::DecodeKernel;
 use super::super::driver::{Address, Arguments, Buffer, Event};
 use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
 use super::super::sampler::Sampler;
@@ -382,7 +381,8 @@ fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                 .flat_map(|sequence| (0..each).step_by(4).map(move |row| (sequence * each + row, (each - row).min(4))))
                 .map(|(first, rows)| Share { first_row: first as u32, rows: rows as u32, blocks: blocks as u32 })
                 .collect();
-            let parts = decode_parts(bench.device.multiprocessors, KV_HEADS);
+            let kernel = DecodeKernel::of(D, kv, each.min(4) * HEADS / KV_HEADS);
+            let parts = kernel.parts(bench.device.multiprocessors, KV_HEADS);
             let mut item_words = vec![0; items.len() * ITEM_WORDS];
             let mut part_words = vec![0; (parts + 1) * PART_WORDS];
             share_out(&items, parts, &mut item_words, &mut part_words);
@@ -417,8 +417,8 @@ fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                     .u32(HEADS as u32)
                     .u32(KV_HEADS as u32)
                     .f32(std::f32::consts::LOG2_E / (D as f32).sqrt());
-                let name = format!("decode_attention_{D}_{}_to_e4m3", kv.name());
-                bench.launch(&name, [parts as u32, KV_HEADS as u32, 1], 128, decode_shared_bytes(D, kv), arguments)
+                let grid = [parts as u32, KV_HEADS as u32, 1];
+                bench.launch(&kernel.name("e4m3"), grid, 128, kernel.shared_bytes(), arguments)
             })?;
             tell(
                 report,

@@ -1,8 +1,7 @@
 //! Attention over the paged cache.
 
-use super::super::super::attention::{
-    cache_place, decode_parts, decode_shared_bytes, prefill_kernel, transposes_values, transposing_shape,
-};
+use super::super::super::attention::{cache_place, prefill_kernel, transposes_values, transposing_shape};
+use super::super::super::decode_kernel::DecodeKernel;
 use super::super::super::driver::{Arguments, Buffer};
 use super::super::super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use super::super::super::tiles::{self, PROMPT_WORDS, Prompt, ROUND_TOKENS, TILE_WORDS};
@@ -192,8 +191,10 @@ impl Case<'_> {
             .u32(heads as u32)
             .u32(kv_heads as u32)
             .f32(self.shape.score_scale());
-        let name = format!("decode_attention_{d}_{}_to_{}", kv.name(), self.suffix);
-        bench.launch(&name, [parts as u32, kv_heads as u32, 1], 128, decode_shared_bytes(d, kv), arguments)?;
+        let tile_rows = items.iter().map(|item| item.rows as usize * self.shape.group()).max().unwrap_or(0);
+        let kernel = DecodeKernel::of(d, kv, tile_rows);
+        let grid = [parts as u32, kv_heads as u32, 1];
+        bench.launch(&kernel.name(self.suffix), grid, 128, kernel.shared_bytes(), arguments)?;
         let clean = bench.read(&finished, counters)?.iter().all(|byte| *byte == 0);
         Ok((bench.read(&out, bytes)?, clean))
     }
@@ -282,12 +283,17 @@ pub(super) fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
     for (heads, kv_heads, d) in [(8, 2, 128), (12, 1, 128), (8, 4, 32), (9, 3, 64), (16, 1, 32), (3, 3, 128)] {
         for kv in [KvDtype::Bf16, KvDtype::Fp8] {
             let shape = Heads { heads, kv_heads, d, kv };
-            for parts in [1, 3, 66] {
+            // items of at most 8 tile rows have a kernel of their own over e4m3
+            let smaller = (d == 128 && kv == KvDtype::Fp8 && shape.group() <= 8).then_some(8);
+            for (parts, tile_rows) in
+                [1, 3, 66].into_iter().flat_map(|parts| [Some(16), smaller].map(|rows| (parts, rows)))
+            {
+                let Some(tile_rows) = tile_rows else { continue };
                 let contexts = [1, 63, 64, 65, 200, 1500, 130, 66, 9, 1000];
                 // rows of each sequence: guesses that are verified, within a block and across blocks
                 let counts = [1, 1, 1, 1, 1, 1, 5, 4, 9, 2];
                 let cache = TestCache::new(bench, &contexts, shape, 0.0)?;
-                let step = 16 / shape.group();
+                let step = tile_rows / shape.group();
                 let (mut positions, mut sequences, mut items) = (vec![], vec![], vec![]);
                 let mut rows = Vec::new();
                 for (index, (context, count)) in contexts.iter().zip(counts).enumerate() {
@@ -390,7 +396,8 @@ pub(super) fn long_attention(bench: &mut Bench) -> Result<(f64, f64)> {
             worst = worst.max(case.judge_prefill(&found, &[(0, 0), (50, 0), (ROWS - 1, 0)], *hopper));
         }
         let last = Share { first_row: ROWS as u32 - 1, rows: 1, blocks: context.div_ceil(64) as u32 };
-        let parts = decode_parts(bench.device.multiprocessors, shape.kv_heads);
+        let kernel = DecodeKernel::of(shape.d, kv, shape.group());
+        let parts = kernel.parts(bench.device.multiprocessors, shape.kv_heads);
         let (found, clean) = case.decode(bench, &[last], &[0; ROWS], parts)?;
         if !clean {
             worst = f64::INFINITY;
