@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
@@ -129,15 +129,33 @@ impl Access {
         &self.routers
     }
 
-    /// Whose request this is; `None` where keys are not asked for.
+    /// Whose request this is; `None` where keys are not asked for. Of two credentials one has to be valid; two that are valid
+    /// must be those of one tenant.
     pub async fn caller(&self, headers: &HeaderMap) -> Result<Option<Caller>, ApiError> {
         let Some(callers) = &self.callers else { return Ok(None) };
-        let key = bearer(headers).ok_or_else(|| {
-            ApiError::unauthorized("An API key is needed: send it as `Authorization: Bearer KEY`.", "missing_api_key")
-        })?;
         let callers = Arc::clone(&callers.read().unwrap_or_else(PoisonError::into_inner));
+        let mut outcome: Option<Result<Caller, ApiError>> = None;
+        for credential in credentials(headers).into_iter().flatten() {
+            let next = self.caller_of(credential, &callers).await;
+            outcome = match (outcome, next) {
+                (Some(Ok(first)), Ok(second)) if first.tenant.name != second.tenant.name => {
+                    let message = "The request carries valid credentials of two tenants: send one of them.";
+                    return Err(ApiError::unauthorized(message, "ambiguous_credentials"));
+                }
+                (None | Some(Err(_)), Ok(caller)) => Some(Ok(caller)),
+                (None, refused) => Some(refused),
+                (first, _) => first,
+            };
+        }
+        let missing = || {
+            ApiError::unauthorized("An API key is needed: send it as `Authorization: Bearer KEY`.", "missing_api_key")
+        };
+        outcome.unwrap_or_else(|| Err(missing())).map(Some)
+    }
+
+    async fn caller_of(&self, key: &str, callers: &Callers) -> Result<Caller, ApiError> {
         if let Some(caller) = callers.keys.get(&Digest::of(key.as_bytes())) {
-            return Ok(Some(caller.clone()));
+            return Ok(caller.clone());
         }
         match &self.tokens {
             Some(tokens) if Tokens::looks_like(key) => {
@@ -149,7 +167,7 @@ impl Access {
                 };
                 let unknown = || ApiError::forbidden("The token is good, but it names no tenant that is known here.");
                 let tenant = Arc::clone(tenant.ok_or_else(unknown)?);
-                Ok(Some(Caller { tenant, key: identity.subject }))
+                Ok(Caller { tenant, key: identity.subject })
             }
             _ => Err(ApiError::unauthorized("The API key is not known.", "invalid_api_key")),
         }
@@ -217,14 +235,17 @@ fn read_callers(
     Ok(callers)
 }
 
-/// The key that a request carries.
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let key = match authorization.and_then(|value| value.split_once(' ')) {
-        Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => Some(key.trim()),
-        _ => headers.get("x-api-key").and_then(|value| value.to_str().ok()),
-    };
-    key.filter(|key| !key.is_empty())
+/// The credentials that a request carries: a bearer token and an API key.
+fn credentials(headers: &HeaderMap) -> [Option<&str>; 2] {
+    let bearer = text(headers.get(header::AUTHORIZATION)).and_then(|value| {
+        let (scheme, token) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+    });
+    [bearer, text(headers.get("x-api-key"))].map(|credential| credential.filter(|credential| !credential.is_empty()))
+}
+
+fn text(value: Option<&HeaderValue>) -> Option<&str> {
+    value.and_then(|value| value.to_str().ok())
 }
 
 #[cfg(test)]

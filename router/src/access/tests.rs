@@ -57,6 +57,38 @@ async fn keys_are_known_by_their_hash() {
     assert!(Access::open(AccessOptions { keys: Some("/nowhere".into()), ..Default::default() }).is_err());
 }
 
+/// Of two credentials one has to be valid; two valid ones must be those of one tenant.
+#[tokio::test]
+async fn one_of_two_credentials_is_enough() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("keys.yaml");
+    let sha256 = |key: &str| {
+        let digest = ring::digest::digest(&ring::digest::SHA256, key.as_bytes());
+        digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    let (a, b, c) = (sha256("a"), sha256("b"), sha256("c"));
+    let text = format!(
+        "tenants:\n- name: one\n  keys: [{{sha256: {a}}}, {{sha256: {b}}}]\n- name: two\n  keys: [{{sha256: {c}}}]\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    let access = Access::open(AccessOptions { keys: Some(file), ..Default::default() }).unwrap();
+    for (bearer, key, expected) in [
+        ("a", "b", Ok("one")),
+        ("a", "wrong", Ok("one")),
+        ("wrong", "c", Ok("two")),
+        ("", "c", Ok("two")),
+        ("a", "", Ok("one")),
+        ("a", "c", Err("ambiguous_credentials")),
+        ("wrong", "wrong", Err("invalid_api_key")),
+    ] {
+        let mut headers = with("authorization", &format!("Bearer {bearer}"));
+        headers.insert("x-api-key", HeaderValue::from_str(key).unwrap());
+        let found = access.caller(&headers).await;
+        let found = found.as_ref().map(|caller| caller.as_ref().unwrap().tenant.name.as_str());
+        assert_eq!(found.map_err(|error| error.code.unwrap()), expected, "{bearer} {key}");
+    }
+}
+
 #[test]
 fn models_and_contexts_are_bounded() {
     let caller = caller(Limits { models: Some(vec!["large".into()]), ..Limits::default() });
