@@ -47,9 +47,12 @@ pub(crate) struct ServeArgs {
     /// file of tenants and hashed keys (router.access.keys)
     #[arg(long)]
     api_key_file: Option<PathBuf>,
-    /// repairs conversations that the reference encoder refuses (router.conversation: lenient)
+    /// repairs conversations that the reference encoder refuses (router.conversation: lenient); the default
     #[arg(long)]
     lenient_conversations: bool,
+    /// refuses conversations that the reference encoder refuses (router.conversation: strict)
+    #[arg(long, conflicts_with = "lenient_conversations")]
+    strict_conversations: bool,
     /// PEM file of the certificate that the API is served with (http.tls)
     #[arg(long, visible_alias = "ssl-certfile", requires = "tls_key_file")]
     tls_certificate_file: Option<PathBuf>,
@@ -126,8 +129,8 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
         .map(|(certificate_file, key_file)| HttpTls { certificate_file, key_file });
     config.cluster_secret_file = args.cluster_secret_file;
     config.router.debug = args.debug;
-    if args.lenient_conversations {
-        config.router.conversation = ConversationRules::Lenient;
+    if args.strict_conversations {
+        config.router.conversation = ConversationRules::Strict;
     }
     config.router.access.keys = args.api_key_file;
     config.router.access.api_keys = args.api_key.iter().map(|key| Digest::of(key.as_bytes())).collect();

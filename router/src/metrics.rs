@@ -71,6 +71,8 @@ pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     open_requests: Gauge,
     unknown_fields: Counter,
+    left_out_tools: Counter,
+    ignored_efforts: Counter,
     unparsed_tool_calls: Counter,
     repairs: Family<RepairLabels, Counter>,
     failed_sequences: Counter,
@@ -121,6 +123,8 @@ impl Metrics {
         let requests = Family::<RequestLabels, Counter>::default();
         let open_requests = Gauge::default();
         let unknown_fields = Counter::default();
+        let left_out_tools = Counter::default();
+        let ignored_efforts = Counter::default();
         let unparsed_tool_calls = Counter::default();
         let repairs = Family::<RepairLabels, Counter>::default();
         let failed_sequences = Counter::default();
@@ -152,8 +156,18 @@ impl Metrics {
         registry.register("open_requests", "HTTP requests not finished yet", open_requests.clone());
         registry.register("unknown_fields", "Request fields that were ignored", unknown_fields.clone());
         registry.register(
+            "left_out_tools",
+            "Tools of requests that were left out because a server would have to run them",
+            left_out_tools.clone(),
+        );
+        registry.register(
+            "ignored_efforts",
+            "Requests that asked for an effort of reasoning, which the model does not have",
+            ignored_efforts.clone(),
+        );
+        registry.register(
             "unparsed_tool_calls",
-            "Answers whose tool calls could not be parsed",
+            "Answers whose tool calls are not what they should be",
             unparsed_tool_calls.clone(),
         );
         registry.register("repairs", "Repairs of conversations that the model was not trained on", repairs.clone());
@@ -251,6 +265,8 @@ impl Metrics {
             requests,
             open_requests,
             unknown_fields,
+            left_out_tools,
+            ignored_efforts,
             unparsed_tool_calls,
             repairs,
             failed_sequences,
@@ -287,6 +303,14 @@ impl Metrics {
 
     pub(crate) fn unknown_fields(&self, count: u32) {
         self.unknown_fields.inc_by(u64::from(count));
+    }
+
+    pub(crate) fn left_out_tools(&self, count: u32) {
+        self.left_out_tools.inc_by(u64::from(count));
+    }
+
+    pub(crate) fn ignored_effort(&self) {
+        self.ignored_efforts.inc();
     }
 
     pub(crate) fn unparsed_tool_call(&self) {

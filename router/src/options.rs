@@ -13,9 +13,9 @@ use crate::access::AccessOptions;
 #[serde(rename_all = "lowercase")]
 pub enum ConversationRules {
     /// A 400 that names the message and the rule.
-    #[default]
     Strict,
     /// It is repaired, where [`bora_common::conversation::repair`] knows how.
+    #[default]
     Lenient,
 }
 
@@ -105,7 +105,7 @@ impl Default for RouterOptions {
             encode_queue: 1024,
             short_body_bytes: 32 << 10,
             conversation_cache_bytes: 1 << 30,
-            conversation: ConversationRules::Strict,
+            conversation: ConversationRules::default(),
             shutdown_grace_seconds: 30.0,
             debug: false,
             access: AccessOptions::default(),

@@ -6,7 +6,7 @@ use axum::{
     Router,
     body::Body,
     extract::{Request, State},
-    http::{HeaderName, HeaderValue, Response},
+    http::{HeaderName, HeaderValue, Response, header},
     middleware::{self, Next},
     response::IntoResponse as _,
     routing::{get, post},
@@ -31,8 +31,7 @@ use crate::{
         error::ApiError,
         generate, groups, listing, messages,
         response::{ChatChoice, ChatObject, CompletionChoice, CompletionObject},
-        responses::output::ResponseObject,
-        status, tokenize,
+        responses as responses_api, status, tokenize,
     },
     console,
     openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, responses},
@@ -119,8 +118,13 @@ fn api() -> Vec<Route<Arc<Service>>> {
         Route::post("/v1/responses", generate::responses)
             .says("generation", "OpenAI's Responses, without memory; streamed as typed events.")
             .takes(Operation::Responses)
-            .answers::<ResponseObject<'static>>()
+            .answers::<responses_api::output::ResponseObject<'static>>()
             .answers_text("text/event-stream")
+            .errors(REQUEST_ERRORS),
+        Route::post("/v1/responses/input_tokens", responses_api::count::input_tokens)
+            .says("tokens", "The number of tokens of a response's prompt.")
+            .takes(Operation::Responses)
+            .answers::<responses_api::count::InputTokens>()
             .errors(REQUEST_ERRORS),
         Route::post("/v1/messages", generate::messages)
             .says("generation", "Anthropic's Messages; streamed as typed events.")
@@ -191,6 +195,16 @@ async fn no_route(request: Request) -> Response<Body> {
 }
 
 async fn no_method(request: Request) -> Response<Body> {
+    if request
+        .headers()
+        .get(header::UPGRADE)
+        .is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(b"websocket"))
+    {
+        // Codex tries a WebSocket first, and goes on with POST at once if it is told so by this status
+        let mut response = ApiError::no_websocket(request.uri().path()).into_response();
+        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("HTTP/1.1"));
+        return response;
+    }
     ApiError::no_method(request.method().as_str(), request.uri().path()).into_response()
 }
 

@@ -8,7 +8,7 @@ def served():
     """`bora serve` on the tiny text model: two ranks on CPU threads."""
     with Cluster() as cluster:
         serve(cluster, "--served-model-name", "tiny", "--tokenizer", cluster.tokenizer, "--tensor-parallel-size", "2",
-              "--device", "cpu", "--num-kv-blocks", "256")
+              "--device", "cpu", "--num-kv-blocks", "256", "--strict-conversations")
         yield cluster
         assert cluster.processes[0].running(), cluster.processes[0].log()[-3000:]
 

@@ -25,7 +25,7 @@ TOOLS = [tool("get_weather", "Get the weather of a city.", city="string"), tool(
 @pytest.fixture(scope="module")
 def served_demo():
     with Cluster(model=MODEL, model_dir=WEIGHTS) as cluster:
-        serve(cluster, "--served-model-name", MODEL, "--device", "cpu", "--num-kv-blocks", "256", "--api-key", KEY)
+        serve(cluster, "--served-model-name", MODEL, "--device", "cpu", "--num-kv-blocks", "256", "--api-key", KEY, "--strict-conversations")
         yield cluster
 
 
@@ -133,9 +133,9 @@ def test_keys_in_both_headers(served_demo, client):
 @pytest.mark.parametrize("extra, kind, status, named", [
     ({"model": "claude"}, anthropic.NotFoundError, "not_found_error", "claude"),
     ({"messages": []}, anthropic.BadRequestError, "invalid_request_error", "messages"),
-    ({"max_tokens": 0}, anthropic.BadRequestError, "invalid_request_error", "max_tokens"),
+    ({"max_tokens": 0, "tool_choice": {"type": "any"}}, anthropic.BadRequestError, "invalid_request_error", "max_tokens"),
     ({"extra_body": {"temperature": 9}}, anthropic.BadRequestError, "invalid_request_error", "temperature"),
-    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, anthropic.BadRequestError, "invalid_request_error", "tools[0]"),
+    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "tool", "name": "web_search"}}, anthropic.BadRequestError, "invalid_request_error", "tool_choice"),
     ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "invalid_request_error", "tool_choice"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": "y"}]}]},
      anthropic.BadRequestError, "invalid_request_error", "messages[0].content[0]"),

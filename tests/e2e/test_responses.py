@@ -27,7 +27,7 @@ TOOLS = [tool("get_weather", "Get the weather of a city.", city="string"), tool(
 @pytest.fixture(scope="module")
 def client():
     with Cluster(model=MODEL, model_dir=WEIGHTS) as cluster:
-        serve(cluster, "--served-model-name", MODEL, "--device", "cpu", "--num-kv-blocks", "256")
+        serve(cluster, "--served-model-name", MODEL, "--device", "cpu", "--num-kv-blocks", "256", "--strict-conversations")
         yield openai.OpenAI(base_url=cluster.router_url + "/v1", api_key="none", max_retries=0, timeout=120)
 
 
@@ -117,8 +117,7 @@ def test_the_prefix_cache_is_reported(client):
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"background": True}, "background"),
     ({"conversation": "conv_1"}, "conversation"),
-    ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
-    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice"),
     ({"input": [{"role": "user", "content": "a"}, {"type": "item_reference", "id": "msg_1"}]}, "input[1].type"),
     ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "input[0].role"),
     ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "nothing"}, "strict": True}}}, "text.format"),

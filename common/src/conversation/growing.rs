@@ -13,7 +13,7 @@ use super::image::ImageSizes;
 use super::json::{Json, JsonError};
 use super::layout::{Layout, Part, are_one, runs};
 use super::message::{ImageSource, Message, ToolCall, read_messages};
-use super::{Encoded, TextEncoder, encode_parts, tool, validate};
+use super::{ConversationOptions, Encoded, TextEncoder, encode_parts, tool, validate};
 use crate::tokenizer::Tokenizer;
 
 /// What the rules need of a message that was read before.
@@ -88,18 +88,18 @@ impl Growth {
         known: &[&Outline],
         messages: impl Iterator<Item = &'a str>,
         tools: Option<&str>,
-        continue_final_message: bool,
+        options: ConversationOptions,
     ) -> Result<Self, NotGrown> {
         let known: Vec<&Message> = known.iter().map(|outline| &outline.0).collect();
         let mut images = Vec::new();
         let messages: Vec<Json<'_>> = messages.map(Json::parse).collect::<Result<_, _>>()?;
-        let mut messages = read_messages(&Json::Array(messages), &mut images)?;
+        let mut messages = read_messages(&Json::Array(messages), options.function_names, &mut images)?;
         if let (Some(last), Some(first)) = (known.last(), messages.first())
             && are_one(last, first)
         {
             return Err(NotGrown::WithinRun);
         }
-        if continue_final_message {
+        if options.continue_final_message {
             match messages.last_mut() {
                 Some(Message::Assistant { prefix, .. }) => *prefix = true,
                 _ => return Err(NotGrown::WithinRun),
@@ -109,7 +109,7 @@ impl Growth {
         validate::messages(&all)?;
         let tools_are_shown = known.iter().any(|message| matches!(message, Message::User { .. }));
         let tools = match tools {
-            Some(tools) if !tools_are_shown => tool::read_tools(&Json::parse(tools)?)?,
+            Some(tools) if !tools_are_shown => tool::read_tools(&Json::parse(tools)?, options.function_names)?,
             _ => Vec::new(),
         };
         let mut layout = Layout::after(known.iter().copied(), &tools);

@@ -5,7 +5,7 @@
 
 use super::error::{At, ConversationError, Rule};
 use super::json::{Json, JsonError, dump_string};
-use super::validate;
+use super::validate::{self, FunctionNames};
 
 /// A piece of a message's content.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,14 +89,20 @@ impl Message {
 /// Reads the `messages` array; pictures are collected in `images` in the order of the request.
 pub(super) fn read_messages(
     messages: &Json<'_>,
+    names: FunctionNames,
     images: &mut Vec<ImageSource>,
 ) -> Result<Vec<Message>, ConversationError> {
     let at = At::root("messages");
     let items = array(messages, &at)?;
-    items.iter().enumerate().map(|(index, message)| read_message(message, &at.index(index), images)).collect()
+    items.iter().enumerate().map(|(index, message)| read_message(message, &at.index(index), names, images)).collect()
 }
 
-fn read_message(message: &Json<'_>, at: &At<'_>, images: &mut Vec<ImageSource>) -> Result<Message, ConversationError> {
+fn read_message(
+    message: &Json<'_>,
+    at: &At<'_>,
+    names: FunctionNames,
+    images: &mut Vec<ImageSource>,
+) -> Result<Message, ConversationError> {
     if !matches!(message, Json::Object(_)) {
         return Err(wrong_type(message, at, "an object"));
     }
@@ -112,7 +118,7 @@ fn read_message(message: &Json<'_>, at: &At<'_>, images: &mut Vec<ImageSource>) 
             let content = with_reasoning(message, at, content)?;
             Ok(Message::Assistant {
                 content,
-                tool_calls: read_tool_calls(message, at)?,
+                tool_calls: read_tool_calls(message, at, names)?,
                 prefix: optional_bool(message, at, "prefix")?.unwrap_or(false),
             })
         }
@@ -121,7 +127,7 @@ fn read_message(message: &Json<'_>, at: &At<'_>, images: &mut Vec<ImageSource>) 
             let call_id = required_string(message, at, "tool_call_id")?;
             validate::call_id(call_id, &at.key("tool_call_id"))?;
             if let Some(name) = optional_string(message, at, "name")? {
-                validate::function_name(name, &at.key("name"))?;
+                names.check_call(name, &at.key("name"))?;
             }
             Ok(Message::Tool { call_id: call_id.to_owned(), content })
         }
@@ -165,7 +171,7 @@ fn read_chunk(
     match (kind, role) {
         ("text", _) => Ok(Chunk::Text(required_string(chunk, at, "text")?.to_owned())),
         ("thinking", Role::System | Role::Assistant) => Ok(Chunk::Thinking {
-            text: required_string(chunk, at, "thinking")?.to_owned(),
+            text: read_thinking(chunk, at)?,
             closed: optional_bool(chunk, at, "closed")?.unwrap_or(true),
         }),
         ("image_url", Role::User) => read_image(chunk, at, images),
@@ -177,6 +183,19 @@ fn read_chunk(
             .error(Rule::ContentType, format!("content of type '{kind}' is not supported by this model"))),
         _ => Err(at.key("type").error(Rule::Value, format!("'{kind}' is not a known type of content"))),
     }
+}
+
+/// A text, or a list of text chunks as Mistral's client writes it.
+fn read_thinking(chunk: &Json<'_>, at: &At<'_>) -> Result<String, ConversationError> {
+    let Some(Json::Array(chunks)) = chunk.get("thinking") else {
+        return Ok(required_string(chunk, at, "thinking")?.to_owned());
+    };
+    let at = at.key("thinking");
+    let mut thinking = String::new();
+    for (index, chunk) in chunks.iter().enumerate() {
+        thinking.push_str(required_string(chunk, &at.index(index), "text")?);
+    }
+    Ok(thinking)
 }
 
 fn read_image(chunk: &Json<'_>, at: &At<'_>, images: &mut Vec<ImageSource>) -> Result<Chunk, ConversationError> {
@@ -214,17 +233,18 @@ fn with_reasoning(message: &Json<'_>, at: &At<'_>, mut content: Vec<Chunk>) -> R
     Ok(content)
 }
 
-fn read_tool_calls(message: &Json<'_>, at: &At<'_>) -> Result<Vec<ToolCall>, ConversationError> {
+fn read_tool_calls(message: &Json<'_>, at: &At<'_>, names: FunctionNames) -> Result<Vec<ToolCall>, ConversationError> {
     let at = at.key("tool_calls");
     match message.get("tool_calls") {
         None | Some(Json::Null) => Ok(Vec::new()),
         Some(calls) => {
-            array(calls, &at)?.iter().enumerate().map(|(index, call)| read_tool_call(call, &at.index(index))).collect()
+            let calls = array(calls, &at)?.iter().enumerate();
+            calls.map(|(index, call)| read_tool_call(call, &at.index(index), names)).collect()
         }
     }
 }
 
-fn read_tool_call(call: &Json<'_>, at: &At<'_>) -> Result<ToolCall, ConversationError> {
+fn read_tool_call(call: &Json<'_>, at: &At<'_>, names: FunctionNames) -> Result<ToolCall, ConversationError> {
     if !matches!(call, Json::Object(_)) {
         return Err(wrong_type(call, at, "an object"));
     }
@@ -234,7 +254,7 @@ fn read_tool_call(call: &Json<'_>, at: &At<'_>) -> Result<ToolCall, Conversation
     let function_at = at.key("function");
     let function = required_object(call, at, "function")?;
     let name = required_string(function, &function_at, "name")?;
-    validate::function_name(name, &function_at.key("name"))?;
+    names.check_call(name, &function_at.key("name"))?;
     let arguments_at = function_at.key("arguments");
     let arguments =
         function.get("arguments").ok_or_else(|| arguments_at.error(Rule::Missing, "arguments is missing"))?;

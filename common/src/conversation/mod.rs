@@ -5,6 +5,7 @@
 //! [`ToolCallParser`] reads what the model answers, on ids. The rules are those of mistral-common's tokenizer
 //! version 13; other layouts are refused rather than guessed.
 
+mod brackets;
 mod error;
 mod growing;
 mod image;
@@ -28,7 +29,8 @@ pub use json::{Json, JsonError};
 pub use layout::{Part, Segment, Special};
 pub use message::{Chunk, ImageSource, Message, ToolCall};
 pub use tool::Tool;
-pub use toolcall::{CallError, Delta, FinalParse, ParsedCall, ToolCallParser, new_call_id};
+pub use toolcall::{CallError, Delta, ToolCallParser, new_call_id};
+pub use validate::FunctionNames;
 
 use error::At;
 
@@ -37,6 +39,8 @@ use error::At;
 pub struct ConversationOptions {
     /// The model goes on with the last message, which is the assistant's (`continue_final_message`).
     pub continue_final_message: bool,
+    /// Which names functions may have.
+    pub function_names: FunctionNames,
 }
 
 /// A valid conversation, laid out and ready to be encoded.
@@ -109,7 +113,7 @@ impl Conversation {
         options: ConversationOptions,
     ) -> Result<Self, ConversationError> {
         let mut images = Vec::new();
-        let mut messages = message::read_messages(messages, &mut images)?;
+        let mut messages = message::read_messages(messages, options.function_names, &mut images)?;
         if options.continue_final_message {
             match messages.last_mut() {
                 Some(Message::Assistant { prefix, .. }) => *prefix = true,
@@ -120,7 +124,7 @@ impl Conversation {
             }
         }
         validate::messages(&messages.iter().collect::<Vec<_>>())?;
-        let tools = tools.map(tool::read_tools).transpose()?.unwrap_or_default();
+        let tools = tools.map(|tools| tool::read_tools(tools, options.function_names)).transpose()?.unwrap_or_default();
         let parts = layout::lay_out(messages, &tools)?;
         Ok(Self { parts, images, tools })
     }
@@ -146,7 +150,11 @@ impl Conversation {
         };
         let messages =
             request.get("messages").ok_or_else(|| At::root("messages").error(Rule::Missing, "messages is missing"))?;
-        Self::parse_json(messages, request.get("tools"), ConversationOptions { continue_final_message })
+        Self::parse_json(
+            messages,
+            request.get("tools"),
+            ConversationOptions { continue_final_message, ..ConversationOptions::default() },
+        )
     }
 
     /// The pictures in the order of the request, to be fetched before [`Conversation::encode`].

@@ -3,7 +3,7 @@
 use super::error::{At, ConversationError, Rule};
 use super::json::{Json, dump_string};
 use super::message::{array, function_type, optional_bool, optional_string, required_object, required_string};
-use super::validate;
+use super::validate::{self, FunctionNames};
 
 /// A function that the model may call.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,15 +19,16 @@ pub struct Tool {
 }
 
 /// Reads the `tools` array.
-pub(super) fn read_tools(tools: &Json<'_>) -> Result<Vec<Tool>, ConversationError> {
+pub(super) fn read_tools(tools: &Json<'_>, names: FunctionNames) -> Result<Vec<Tool>, ConversationError> {
     let at = At::root("tools");
     if *tools == Json::Null {
         return Ok(Vec::new());
     }
-    array(tools, &at)?.iter().enumerate().map(|(index, tool)| read_tool(tool, &at.index(index))).collect()
+    let tools = array(tools, &at)?.iter().enumerate();
+    tools.map(|(index, tool)| read_tool(tool, &at.index(index), names)).collect()
 }
 
-fn read_tool(tool: &Json<'_>, at: &At<'_>) -> Result<Tool, ConversationError> {
+fn read_tool(tool: &Json<'_>, at: &At<'_>, names: FunctionNames) -> Result<Tool, ConversationError> {
     if !matches!(tool, Json::Object(_)) {
         return Err(at.error(Rule::Type, format!("expected an object, got {}", tool.kind())));
     }
@@ -35,7 +36,7 @@ fn read_tool(tool: &Json<'_>, at: &At<'_>) -> Result<Tool, ConversationError> {
     let function = required_object(tool, at, "function")?;
     let at = at.key("function");
     let name = required_string(function, &at, "name")?;
-    validate::function_name(name, &at.key("name"))?;
+    names.check(name, &at.key("name"))?;
     let description = optional_string(function, &at, "description")?.unwrap_or_default();
     optional_bool(function, &at, "strict")?;
     let no_parameters = Json::Object(Vec::new());

@@ -1,29 +1,36 @@
-//! Generated ids to content and tool calls, as they come.
+//! Generated token IDs to content and tool calls, as they come.
 //!
-//! Ids before the first `[TOOL_CALLS]` are content; each `[TOOL_CALLS]` begins a call: its name up to
-//! `[ARGS]`, then a JSON object up to the next `[TOOL_CALLS]` or the end. Everything is decided on ids: the
-//! same characters inside arguments are ordinary text.
+//! Token IDs before the first `[TOOL_CALLS]` are content; each `[TOOL_CALLS]` begins a call: its name up to `[ARGS]`, then
+//! JSON. Markers are decided on token IDs: the same characters inside arguments are ordinary text, and no marker is ever
+//! part of an output.
 //!
-//! What does not parse is content in the end: [`FinalParse::error`] says why. A stream has by then
-//! sent what it could; a name is held back until it is complete, so a call without `[ARGS]` never shows as
-//! one.
+//! Nothing that was emitted is taken back, so a whole response and a streamed one say the same. Output that is not
+//! well-formed has one meaning each:
+//!
+//! - Arguments end with the bracket that closes them; what follows is content.
+//! - Arguments that begin with no bracket, or whose brackets are never closed, are handed over as they are.
+//! - A call with nothing behind `[ARGS]` has the arguments `{}`; so has a function name that no `[ARGS]` follows.
+//! - What no `[ARGS]` follows and is no function name, and what stands behind `[ARGS]` without a name, is content.
+//! - Where the output was cut off, the last call may be partial. A name that was cut off is dropped.
 
 use std::sync::Arc;
 
 use rand::Rng;
 
+use super::brackets::Brackets;
 use super::json::Json;
 use super::layout::Special;
+use super::validate::FunctionNames;
 use crate::tokenizer::{IncrementalDecoder, Tokenizer};
 
-/// What one more id adds to the answer.
+/// What one more token ID adds to the output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Delta {
     /// More content.
     Content(String),
     /// A call begins; its name is complete.
     CallStart {
-        /// Which call of this answer, from 0.
+        /// Which call of this output, from 0.
         index: usize,
         /// The function's name.
         name: String,
@@ -32,35 +39,23 @@ pub enum Delta {
     Arguments {
         /// Which call.
         index: usize,
-        /// JSON text.
+        /// JSON text, or what the model wrote in its place.
         text: String,
     },
-    /// A call is complete: [`ToolCallParser::calls`] has it whole.
+    /// A call is complete. A call that was cut off never is.
     CallEnd {
         /// Which call.
         index: usize,
     },
 }
 
-/// A call that the model made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ParsedCall {
-    /// The function's name.
-    pub name: String,
-    /// The arguments as the model wrote them: JSON text.
-    pub arguments: String,
-}
-
-/// Why an answer's calls do not parse.
+/// What is wrong with the calls of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     /// A call has no `[ARGS]`.
     #[error("a tool call has no [ARGS]")]
     NoArguments,
-    /// A call has more than one `[ARGS]`.
-    #[error("a tool call has more than one [ARGS]")]
-    SecondArguments,
-    /// `[ARGS]` stands outside of a call.
+    /// `[ARGS]` stands outside of a call, or twice in one.
     #[error("[ARGS] stands outside of a tool call")]
     StrayArguments,
     /// A call has no name.
@@ -71,195 +66,187 @@ pub enum CallError {
     InvalidArguments,
 }
 
-/// The whole answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FinalParse {
-    /// The content, if there is any; the whole text with its markers when the calls do not parse.
-    pub content: Option<String>,
-    /// The calls; none when they do not parse.
-    pub tool_calls: Vec<ParsedCall>,
-    /// Why the calls do not parse.
-    pub error: Option<CallError>,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Content,
+    /// Behind the closing bracket of a call's arguments: white space up to the first text is dropped.
+    BehindCall,
     Name,
+    /// Behind `[CALL_ID]`, which other versions of the layout have: the text is dropped.
+    CallId,
     Arguments,
-    /// After an error: what follows is text with its markers printed.
-    Broken,
 }
 
-/// Parses one answer.
+/// Parses one output.
 #[derive(Clone, Debug)]
 pub struct ToolCallParser {
-    call_id: Option<u32>,
-    arguments_id: Option<u32>,
-    end_id: u32,
+    call_marker: Option<u32>,
+    id_marker: Option<u32>,
+    arguments_marker: Option<u32>,
+    end_of_text: u32,
     state: State,
-    /// The text of the current state, without markers.
     decoder: IncrementalDecoder,
-    /// The text of the whole answer, with markers.
-    whole_decoder: IncrementalDecoder,
-    whole: String,
-    /// Where in `whole` the marker of the last call begins.
-    marker_at: usize,
-    content: String,
     /// A name that is not complete.
     name: String,
-    calls: Vec<ParsedCall>,
+    /// Calls so far; the last one is open in [`State::Arguments`].
+    calls: usize,
+    /// The open call's arguments so far.
+    arguments: String,
+    brackets: Brackets,
     error: Option<CallError>,
 }
 
 impl ToolCallParser {
-    /// A parser for one answer.
+    /// A parser for one output.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
         Self {
-            call_id: tokenizer.special_id(Special::ToolCall.name()),
-            arguments_id: tokenizer.special_id(Special::Arguments.name()),
-            end_id: tokenizer.eos_id(),
+            call_marker: tokenizer.special_id(Special::ToolCall.name()),
+            id_marker: tokenizer.special_id("[CALL_ID]"),
+            arguments_marker: tokenizer.special_id(Special::Arguments.name()),
+            end_of_text: tokenizer.eos_id(),
             state: State::Content,
-            decoder: IncrementalDecoder::new(Arc::clone(&tokenizer), true),
-            whole_decoder: IncrementalDecoder::new(tokenizer, false),
-            whole: String::new(),
-            marker_at: 0,
-            content: String::new(),
+            decoder: IncrementalDecoder::new(tokenizer, true),
             name: String::new(),
-            calls: Vec::new(),
+            calls: 0,
+            arguments: String::new(),
+            brackets: Brackets::default(),
             error: None,
         }
     }
 
-    /// Adds one generated id; the end-of-text id may be among them or not.
+    /// Adds one generated token ID; the one that ends the text may be among them or not.
     pub fn push(&mut self, id: u32) -> Vec<Delta> {
         let mut deltas = Vec::new();
-        if id == self.end_id {
+        if id == self.end_of_text {
             return deltas;
         }
-        let whole_before = self.whole.len();
-        let printed = self.whole_decoder.push(id);
-        self.whole.push_str(&printed);
-        if self.state == State::Broken {
-            self.push_content_delta(whole_before, &mut deltas);
-        } else if Some(id) == self.call_id {
+        if Some(id) == self.call_marker {
             self.end_state(&mut deltas);
-            if self.state != State::Broken {
-                self.state = State::Name;
-                self.marker_at = self.whole.len() - Special::ToolCall.name().len();
-            }
-        } else if Some(id) == self.arguments_id {
-            self.begin_arguments(whole_before, &mut deltas);
+            self.state = State::Name;
+        } else if Some(id) == self.arguments_marker {
+            self.begin_arguments(&mut deltas);
+        } else if Some(id) == self.id_marker && self.state == State::Name {
+            self.flush(&mut deltas);
+            self.state = State::CallId;
         } else {
             let text = self.decoder.push(id);
-            self.add_text(text, &mut deltas);
+            self.add_text(&text, &mut deltas);
         }
         deltas
     }
 
-    /// The calls so far; the last one may be incomplete until its [`Delta::CallEnd`].
-    pub fn calls(&self) -> &[ParsedCall] {
-        &self.calls
+    /// What was wrong so far, if anything.
+    pub fn error(&self) -> Option<CallError> {
+        self.error
     }
 
-    /// Whether a call has begun.
-    pub fn in_tool_calls(&self) -> bool {
-        self.state != State::Content
-    }
-
-    /// The end of the answer: the last deltas, and all of it.
-    pub fn finish(&mut self) -> (Vec<Delta>, FinalParse) {
+    /// The end of the output: the last deltas. `cut`: it was cut off, so that what is open is partial.
+    pub fn finish(&mut self, cut: bool) -> Vec<Delta> {
         let mut deltas = Vec::new();
-        let whole_before = self.whole.len();
-        let printed = self.whole_decoder.finish();
-        self.whole.push_str(&printed);
-        if self.state == State::Broken {
-            self.push_content_delta(whole_before, &mut deltas);
+        if cut {
+            self.flush(&mut deltas);
         } else {
             self.end_state(&mut deltas);
         }
-        let content = if self.error.is_some() { &self.whole } else { &self.content };
-        let parse = FinalParse {
-            content: (!content.is_empty()).then(|| content.clone()),
-            tool_calls: if self.error.is_some() { Vec::new() } else { self.calls.clone() },
-            error: self.error,
-        };
-        (deltas, parse)
+        self.state = State::Content;
+        deltas
     }
 
-    fn push_content_delta(&self, from: usize, deltas: &mut Vec<Delta>) {
-        if self.whole.len() > from {
-            deltas.push(Delta::Content(self.whole[from..].to_owned()));
-        }
+    /// Bytes of a character that will not be completed.
+    fn flush(&mut self, deltas: &mut Vec<Delta>) {
+        let rest = self.decoder.finish();
+        self.add_text(&rest, deltas);
     }
 
-    fn add_text(&mut self, text: String, deltas: &mut Vec<Delta>) {
+    fn add_text(&mut self, text: &str, deltas: &mut Vec<Delta>) {
         if text.is_empty() {
             return;
         }
         match self.state {
-            State::Content => {
-                self.content.push_str(&text);
-                deltas.push(Delta::Content(text));
-            }
-            State::Name => self.name.push_str(&text),
-            State::Arguments => {
-                let index = self.calls.len().saturating_sub(1);
-                if let Some(call) = self.calls.last_mut() {
-                    call.arguments.push_str(&text);
+            State::Content => deltas.push(Delta::Content(text.to_owned())),
+            State::BehindCall => {
+                let text = text.trim_start();
+                if !text.is_empty() {
+                    self.state = State::Content;
+                    deltas.push(Delta::Content(text.to_owned()));
                 }
-                deltas.push(Delta::Arguments { index, text });
             }
-            State::Broken => {}
+            State::Name => self.name.push_str(text),
+            State::CallId => {}
+            State::Arguments => self.add_arguments(text, deltas),
         }
     }
 
-    fn begin_arguments(&mut self, whole_before: usize, deltas: &mut Vec<Delta>) {
-        let rest = self.decoder.finish();
-        self.add_text(rest, deltas);
+    fn add_arguments(&mut self, text: &str, deltas: &mut Vec<Delta>) {
+        let text = if self.arguments.is_empty() { text.trim_start() } else { text };
+        let end = self.brackets.close_at(text);
+        let (text, behind) = text.split_at(end.unwrap_or(text.len()));
+        if !text.is_empty() {
+            self.arguments.push_str(text);
+            deltas.push(Delta::Arguments { index: self.calls - 1, text: text.to_owned() });
+        }
+        if end.is_some() {
+            self.end_call(deltas);
+            self.state = State::BehindCall;
+            self.add_text(behind, deltas);
+        }
+    }
+
+    fn begin_arguments(&mut self, deltas: &mut Vec<Delta>) {
+        self.flush(deltas);
         match self.state {
-            State::Name if !self.name.trim().is_empty() => {
-                let name = std::mem::take(&mut self.name).trim().to_owned();
-                self.calls.push(ParsedCall { name: name.clone(), arguments: String::new() });
-                deltas.push(Delta::CallStart { index: self.calls.len() - 1, name });
-                self.state = State::Arguments;
+            State::Name | State::CallId => {
+                let name = std::mem::take(&mut self.name);
+                if name.trim().is_empty() {
+                    self.note(CallError::NoName);
+                    self.state = State::Content;
+                } else {
+                    self.begin_call(name.trim(), deltas);
+                    self.state = State::Arguments;
+                }
             }
-            State::Name => self.break_with_held_name(CallError::NoName, deltas),
-            State::Arguments => self.break_at(CallError::SecondArguments, whole_before, deltas),
-            State::Content => self.break_at(CallError::StrayArguments, whole_before, deltas),
-            State::Broken => {}
+            State::Content | State::BehindCall | State::Arguments => self.note(CallError::StrayArguments),
         }
     }
 
-    /// Content, name or arguments end here.
+    fn begin_call(&mut self, name: &str, deltas: &mut Vec<Delta>) {
+        deltas.push(Delta::CallStart { index: self.calls, name: name.to_owned() });
+        self.calls += 1;
+        self.arguments.clear();
+        self.brackets = Brackets::default();
+    }
+
+    fn end_call(&mut self, deltas: &mut Vec<Delta>) {
+        let index = self.calls - 1;
+        if self.arguments.is_empty() {
+            deltas.push(Delta::Arguments { index, text: "{}".to_owned() });
+        } else if !matches!(Json::parse(&self.arguments), Ok(Json::Object(_))) {
+            self.note(CallError::InvalidArguments);
+        }
+        deltas.push(Delta::CallEnd { index });
+    }
+
+    /// Content, name or arguments end here, and are complete.
     fn end_state(&mut self, deltas: &mut Vec<Delta>) {
-        let rest = self.decoder.finish();
-        self.add_text(rest, deltas);
+        self.flush(deltas);
         match self.state {
-            State::Name => self.break_with_held_name(CallError::NoArguments, deltas),
-            State::Arguments => {
-                let valid =
-                    self.calls.last().is_some_and(|call| matches!(Json::parse(&call.arguments), Ok(Json::Object(_))));
-                if !valid {
-                    // The stream has it already; only the whole answer turns into content.
-                    self.error = self.error.or(Some(CallError::InvalidArguments));
+            State::Name | State::CallId => {
+                self.note(CallError::NoArguments);
+                let name = std::mem::take(&mut self.name);
+                if FunctionNames::Api.allow(name.trim()) {
+                    self.begin_call(name.trim(), deltas);
+                    self.end_call(deltas);
+                } else if !name.is_empty() {
+                    deltas.push(Delta::Content(name));
                 }
-                deltas.push(Delta::CallEnd { index: self.calls.len().saturating_sub(1) });
             }
-            State::Content | State::Broken => {}
+            State::Arguments => self.end_call(deltas),
+            State::Content | State::BehindCall => {}
         }
     }
 
-    fn break_at(&mut self, error: CallError, whole_from: usize, deltas: &mut Vec<Delta>) {
-        self.error = self.error.or(Some(error));
-        self.state = State::Broken;
-        self.push_content_delta(whole_from, deltas);
-    }
-
-    /// The marker and the name that were held back become content.
-    fn break_with_held_name(&mut self, error: CallError, deltas: &mut Vec<Delta>) {
-        self.name.clear();
-        self.break_at(error, self.marker_at, deltas);
+    fn note(&mut self, error: CallError) {
+        self.error.get_or_insert(error);
     }
 }
 

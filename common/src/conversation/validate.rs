@@ -10,15 +10,57 @@ use serde_json::{Value, json};
 use super::error::{At, ConversationError, Rule};
 use super::message::Message;
 
-/// A function name is 1 to 64 of these characters.
-pub(super) fn function_name(name: &str, at: &At<'_>) -> Result<(), ConversationError> {
-    let good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
-    if (1..=64).contains(&name.len()) && name.bytes().all(good) {
-        return Ok(());
+/// Which names functions may have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum FunctionNames {
+    /// 1 to 64 of `a-z A-Z 0-9 _ -`, as in the reference.
+    #[default]
+    Reference,
+    /// Up to 128 of these characters, as agents' APIs allow.
+    Api,
+    /// The same for tools; a call of the history may have any name that a model made up.
+    Lenient,
+}
+
+impl FunctionNames {
+    fn max_length(self) -> usize {
+        match self {
+            Self::Reference => 64,
+            Self::Api | Self::Lenient => 128,
+        }
     }
-    let shown: String = name.chars().take(80).collect();
-    let message = format!("function name '{shown}' must be 1 to 64 of a-z, A-Z, 0-9, underscore and dash");
-    Err(at.error(Rule::FunctionName, message))
+
+    /// Whether a tool may have this name.
+    pub fn allow(self, name: &str) -> bool {
+        let good = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
+        (1..=self.max_length()).contains(&name.len()) && name.bytes().all(good)
+    }
+
+    /// Whether a call may have this name.
+    pub fn allow_call(self, name: &str) -> bool {
+        match self {
+            Self::Lenient => !name.is_empty(),
+            Self::Reference | Self::Api => self.allow(name),
+        }
+    }
+
+    /// Checks the name of a tool.
+    pub(super) fn check(self, name: &str, at: &At<'_>) -> Result<(), ConversationError> {
+        if self.allow(name) { Ok(()) } else { Err(self.error(name, at)) }
+    }
+
+    /// Checks the name of a call.
+    pub(super) fn check_call(self, name: &str, at: &At<'_>) -> Result<(), ConversationError> {
+        if self.allow_call(name) { Ok(()) } else { Err(self.error(name, at)) }
+    }
+
+    fn error(self, name: &str, at: &At<'_>) -> ConversationError {
+        let shown: String = name.chars().take(80).collect();
+        let max_length = self.max_length();
+        let message =
+            format!("function name '{shown}' must be 1 to {max_length} of a-z, A-Z, 0-9, underscore and dash");
+        at.error(Rule::FunctionName, message)
+    }
 }
 
 /// A tool call id is any string but the empty one and `null`.

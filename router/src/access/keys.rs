@@ -10,7 +10,7 @@
 //!     max_context: 131072
 //!     class: batch                 # its requests never go before interactive ones
 //!     cache_salt: tools            # shares cached prefixes with tenants that name the same; absent: with nobody
-//!     conversation: lenient        # faulty conversations are repaired; absent: as router.conversation says
+//!     conversation: strict         # faulty conversations are refused; absent: as router.conversation says
 //!     keys:
 //!       - name: ci
 //!         sha256: 2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683  # printf %s KEY | sha256sum

@@ -17,7 +17,7 @@ use super::{
     error::ApiError,
     params::Params,
     prepare::{Prepared, PreparedPrompt},
-    response::{TokenNames, Usage},
+    response::{TextOffset, TokenNames, Usage},
 };
 use crate::{
     access::{Caller, audit::Audit, limits::Permit},
@@ -70,8 +70,8 @@ pub struct Choice {
     pub finish: Option<Finish>,
     /// Logprobs of its prompt's positions 1.. as they came.
     pub prompt_logprobs: Vec<PositionLogprobs>,
-    /// Characters named in logprobs so far (completions).
-    pub text_offset: usize,
+    /// Where the next token of the text begins, for logprobs of completions.
+    pub text_offset: TextOffset,
     cached_tokens: u32,
 }
 
@@ -200,7 +200,7 @@ impl Answer {
                 delta: Delta::default(),
                 finish: None,
                 prompt_logprobs: Vec::new(),
-                text_offset: 0,
+                text_offset: params.text_offset(),
                 cached_tokens: 0,
             });
             self.running += 1;
@@ -296,7 +296,7 @@ impl Answer {
                     return;
                 }
                 if choice.emitter.push(tokens, &mut choice.delta) {
-                    choice.finish = Some(choice.emitter.finish_at_stop_string(&mut choice.delta));
+                    choice.finish = Some(choice.emitter.finish_at_stop_string());
                     self.sequence_over(number);
                 }
             }
@@ -414,9 +414,11 @@ impl Answer {
                 ApiError::overloaded("All groups of this model are busy. Please retry later.", retry_after())
             }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
-            SequenceError::Poison { deaths } => ApiError::internal(format!(
-                "{deaths} groups that took the request failed while it ran; it is not tried again."
-            )),
+            SequenceError::Poison { deaths } => {
+                let message =
+                    format!("{deaths} groups that took the request failed while it ran; it is not tried again.");
+                ApiError { is_final: true, ..ApiError::internal(message) }
+            }
             SequenceError::Failed { failure, attempts } => match failure {
                 Failure::Full(_) => {
                     ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())

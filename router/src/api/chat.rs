@@ -8,7 +8,7 @@ use super::{
     },
     sse::{EventWriter, write_done, write_event},
 };
-use crate::relay::emit::Finish;
+use crate::relay::emit::{CallDelta, Finish};
 
 const CHUNK: &str = "chat.completion.chunk";
 
@@ -89,7 +89,9 @@ impl EventWriter for ChatWriter {
             return;
         }
         self.finished += usize::from(choice.finish.is_some());
-        let calls: Vec<_> = delta.calls.iter().map(|call| ToolCallObject::new(call, true)).collect();
+        let says_something = |call: &&CallDelta| call.start.is_some() || !call.arguments.is_empty();
+        let calls = delta.calls.iter().filter(says_something);
+        let calls: Vec<_> = calls.map(|call| ToolCallObject::new(call, true)).collect();
         let chunk_choice = ChatChunkChoice {
             index: number as u32,
             delta: ChatDelta {

@@ -2,7 +2,7 @@
 
 use super::{
     answer::{Answer, Choice},
-    response::{CompletionChoice, CompletionLogprobs, CompletionObject, PromptLogprobList},
+    response::{CompletionChoice, CompletionLogprobs, CompletionObject, PromptLogprobList, TextOffset},
     sse::{EventWriter, write_done, write_event},
 };
 use crate::relay::emit::Finish;
@@ -66,18 +66,23 @@ fn plain_logprobs<'a>(
 ) -> CompletionLogprobs<'a> {
     let names = answer.names();
     let mut logprobs = CompletionLogprobs::default();
-    let mut offset = 0;
+    let mut offset = answer.params.text_offset();
     if answer.params.echo {
+        // the echoed prompt has no special tokens
+        let mut in_prompt = TextOffset::new(answer.params.emit.tokenizer.as_ref(), true);
+        let end = offset;
         if let Some(first) = answer.tasks[choice.prompt].ids.iter().next() {
-            logprobs.push_unknown(first, &mut offset, names);
+            logprobs.push_unknown(first, &mut in_prompt, names);
         }
         for position in &first_of_prompt.prompt_logprobs {
-            logprobs.push(position, top, &mut offset, names);
+            logprobs.push(position, top, &mut in_prompt, names);
         }
+        offset = in_prompt.followed_by(end);
     }
     for position in &choice.delta.logprobs {
         logprobs.push(position, top, &mut offset, names);
     }
+    logprobs.clamp_offsets(&choice.delta.text);
     logprobs
 }
 
@@ -99,13 +104,14 @@ impl EventWriter for CompletionWriter {
     }
 
     fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
+        let mut text_offset = std::mem::take(&mut answer.choices[number].text_offset);
         let choice = &answer.choices[number];
         if choice.delta.is_empty() && choice.finish.is_none() {
+            answer.choices[number].text_offset = text_offset;
             return;
         }
         self.finished += usize::from(choice.finish.is_some());
         let names = answer.names();
-        let mut text_offset = choice.text_offset;
         let logprobs = answer.params.top_logprobs.filter(|_| !choice.delta.logprobs.is_empty()).map(|top| {
             let mut logprobs = CompletionLogprobs::default();
             for position in &choice.delta.logprobs {

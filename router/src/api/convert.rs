@@ -8,6 +8,7 @@
 
 use std::borrow::Cow;
 
+use bora_common::conversation::Json;
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -15,7 +16,11 @@ use super::{
     error::ApiError,
     fields::{Integer, Messages},
     request::Body,
+    turns,
 };
+
+/// The code of the error that says that a model takes no images.
+pub const NO_IMAGES: &str = "unsupported_image";
 
 /// A place in the client's request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +72,16 @@ pub enum ChatContent<'a> {
     Parts(Vec<ChatPart<'a>>),
 }
 
+impl ChatContent<'_> {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Written(written) => matches!(written.get(), "\"\"" | "null"),
+            Self::Parts(parts) => parts.is_empty(),
+        }
+    }
+}
+
 /// A text or a picture.
 #[derive(Debug, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -84,7 +99,7 @@ pub enum ChatPart<'a> {
 }
 
 /// A JSON value of the client's, or a text of our own.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub enum Text<'a> {
     /// As the client wrote it.
@@ -115,11 +130,11 @@ pub struct ChatFunction<'a> {
     /// Its name.
     pub name: Cow<'a, str>,
     /// An object, or a text that holds one.
-    pub arguments: &'a RawValue,
+    pub arguments: Cow<'a, RawValue>,
 }
 
 /// A tool as a chat request has it.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct ChatTool<'a> {
     /// `function`
     pub r#type: &'static str,
@@ -128,20 +143,35 @@ pub struct ChatTool<'a> {
 }
 
 /// The function of a [`ChatTool`].
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct ChatToolFunction<'a> {
     /// Its name.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<&'a RawValue>,
+    pub name: Option<Text<'a>>,
     /// What it is for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub description: Option<&'a RawValue>,
+    pub description: Option<Text<'a>>,
     /// The schema of its arguments.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub parameters: Option<&'a RawValue>,
+    pub parameters: Option<Cow<'a, RawValue>>,
     /// Whether arguments must keep to it in every detail.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub strict: Option<bool>,
+}
+
+impl ChatTool<'_> {
+    /// The tool as a text, written as the prompt's list of tools has it. The model's format has one place for tools, in
+    /// front of the first user message: a tool that becomes known later is shown as text where that happens, so that the
+    /// prompt up to there stays what it was.
+    pub fn as_text(&self) -> String {
+        let written = serde_json::to_string(self).unwrap_or_default();
+        let mut text = String::with_capacity(written.len() + 64);
+        match Json::parse(&written) {
+            Ok(tool) => tool.dump(&mut text),
+            Err(_) => text.push_str(&written),
+        }
+        text
+    }
 }
 
 /// Reads one entry of a list; an error names its place.
@@ -213,6 +243,9 @@ impl From<Place> for Origin {
     }
 }
 
+/// Field and message of a refusal for a place.
+pub type Refusal = fn(Place) -> (String, &'static str);
+
 /// How fields are named in the client's API.
 pub struct Dialect {
     /// Chat's name of a field of the body, and the client's.
@@ -220,6 +253,8 @@ pub struct Dialect {
     /// What follows a message's, a part's, a call's or a tool's place in a chat request, and in the client's; the first
     /// that fits counts.
     pub tails: &'static [(&'static str, &'static str)],
+    /// How an image for a model that takes none is refused: field and message for its place.
+    pub no_images: Option<Refusal>,
 }
 
 /// A request on its way to become a chat request.
@@ -227,28 +262,23 @@ pub struct Conversion {
     messages: Vec<Box<RawValue>>,
     origins: Vec<Origin>,
     tools: Option<Box<RawValue>>,
+    tool_places: Vec<Place>,
     dialect: &'static Dialect,
 }
 
 impl Conversion {
-    /// No messages yet.
-    pub fn new(dialect: &'static Dialect) -> Self {
-        Self { messages: Vec::new(), origins: Vec::new(), tools: None, dialect }
-    }
-
-    /// Adds a message.
-    pub fn push(&mut self, message: &ChatMessage<'_>, origin: impl Into<Origin>) -> Result<(), ApiError> {
-        self.messages.push(to_raw_value(message).map_err(|error| ApiError::internal(error.to_string()))?);
-        self.origins.push(origin.into());
-        Ok(())
-    }
-
-    /// Sets the tools.
-    pub fn set_tools(&mut self, tools: &[ChatTool<'_>]) -> Result<(), ApiError> {
-        if !tools.is_empty() {
-            self.tools = Some(to_raw_value(tools).map_err(|error| ApiError::internal(error.to_string()))?);
-        }
-        Ok(())
+    /// Messages in the order of their turns, and the tools of the prompt.
+    pub fn new(
+        dialect: &'static Dialect,
+        messages: Vec<(ChatMessage<'_>, Origin)>,
+        tools: Vec<(ChatTool<'_>, Place)>,
+    ) -> Result<Self, ApiError> {
+        let internal = |error: serde_json::Error| ApiError::internal(error.to_string());
+        let (messages, origins): (Vec<_>, Vec<_>) = turns::order(messages).into_iter().unzip();
+        let messages = messages.iter().map(to_raw_value).collect::<Result<_, _>>().map_err(internal)?;
+        let (tools, tool_places): (Vec<_>, Vec<_>) = tools.into_iter().unzip();
+        let tools = (!tools.is_empty()).then(|| to_raw_value(&tools)).transpose().map_err(internal)?;
+        Ok(Self { messages, origins, tools, tool_places, dialect })
     }
 
     /// The chat request: a body that has the conversation's messages and tools.
@@ -261,6 +291,14 @@ impl Conversion {
     /// An error of the chat request, told by the names of the client's.
     pub fn in_words_of_client(&self, mut error: ApiError) -> ApiError {
         let Some(param) = error.param.take() else { return error };
+        if let (Some(no_images), Some(NO_IMAGES)) = (self.dialect.no_images, error.code)
+            && let Some(place) = self.place(&param)
+        {
+            let (param, message) = no_images(place);
+            error.message = message.to_owned();
+            error.param = Some(param);
+            return error;
+        }
         let path = self.path(&param).unwrap_or_else(|| param.clone());
         for (name, own) in self.dialect.fields {
             // as a whole (`stop` but not `stop_token_ids`), or with what follows it: `messages[3].content`
@@ -270,6 +308,14 @@ impl Conversion {
         }
         error.param = Some(path);
         error
+    }
+
+    /// Where a part of a chat message comes from.
+    fn place(&self, param: &str) -> Option<Place> {
+        let (index, rest) = indexed(param, "messages")?;
+        let origin = self.origins.get(index)?;
+        let (number, _) = indexed(rest.strip_prefix('.')?, "content")?;
+        origin.parts.get(number).copied()
     }
 
     /// The client's path of a chat request's path, where the two differ.
@@ -289,7 +335,8 @@ impl Conversion {
             return Some(format!("{place}{}", self.tail(rest)));
         }
         if let Some((index, rest)) = indexed(param, "tools") {
-            return Some(format!("tools[{index}]{}", self.tail(rest)));
+            let place = self.tool_places.get(index)?;
+            return Some(format!("{place}{}", self.tail(rest)));
         }
         self.field(param)
     }
@@ -321,11 +368,12 @@ mod tests {
     const DIALECT: Dialect = Dialect {
         fields: &[("messages", "input"), ("max_tokens", "max_output_tokens")],
         tails: &[(".function.name", ".name"), (".tool_call_id", ".call_id")],
+        no_images: None,
     };
 
     #[test]
     fn a_name_that_begins_like_another_stays() {
-        let conversion = Conversion::new(&DIALECT);
+        let conversion = Conversion::new(&DIALECT, Vec::new(), Vec::new()).unwrap();
         let told = |message: &str| conversion.in_words_of_client(ApiError::invalid("x", message)).message;
         assert_eq!(told("`max_tokens_per_day` is wrong"), "`max_tokens_per_day` is wrong");
         assert_eq!(told("`messages[2].role` and `max_tokens`"), "`input[2].role` and `max_output_tokens`");
@@ -333,16 +381,18 @@ mod tests {
 
     #[test]
     fn errors_are_told_in_the_clients_words() {
-        let mut conversion = Conversion::new(&DIALECT);
         let message =
-            ChatMessage { role: "user", content: None, tool_calls: vec![], tool_call_id: None, prefix: false };
-        conversion.push(&message, Place::Field("instructions")).unwrap();
+            || ChatMessage { role: "user", content: None, tool_calls: vec![], tool_call_id: None, prefix: false };
         let origin = Origin {
             message: Place::Entry("input", 4),
             parts: vec![Place::Part("input", 4, "content", 2)],
             calls: vec![Place::Entry("input", 5)],
         };
-        conversion.push(&message, origin).unwrap();
+        let messages = vec![(message(), Place::Field("instructions").into()), (message(), origin)];
+        let function = ChatToolFunction { name: None, description: None, parameters: None, strict: None };
+        let tool = |index| (ChatTool { r#type: "function", function: function.clone() }, Place::Entry("tools", index));
+        // the client's first and third tools are none of the prompt's
+        let conversion = Conversion::new(&DIALECT, messages, vec![tool(1), tool(3)]).unwrap();
         for (chat, own) in [
             ("messages", "input"),
             ("messages[0].content", "instructions"),
@@ -352,7 +402,7 @@ mod tests {
             ("messages[1].tool_calls[0].function.name", "input[5].name"),
             ("messages[1].tool_call_id", "input[4].call_id"),
             ("messages[9].content", "input"),
-            ("tools[3].function.name", "tools[3].name"),
+            ("tools[1].function.name", "tools[3].name"),
             ("max_tokens", "max_output_tokens"),
             ("temperature", "temperature"),
         ] {

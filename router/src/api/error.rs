@@ -3,7 +3,7 @@
 
 use axum::{
     body::Body,
-    http::{HeaderValue, Response, StatusCode, header},
+    http::{HeaderName, HeaderValue, Response, StatusCode, header},
     response::IntoResponse,
 };
 use serde::Serialize;
@@ -23,7 +23,12 @@ pub struct ApiError {
     pub message: String,
     /// Seconds after which a retry may succeed.
     pub retry_after: Option<u32>,
+    /// Whether the same request fails again, whatever its status says.
+    pub is_final: bool,
 }
+
+/// Tells the clients of OpenAI and Anthropic whether to send the request again.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 #[derive(Serialize)]
 struct Envelope<'a> {
@@ -40,7 +45,7 @@ struct Fields<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None }
+        Self { status, kind, code: None, param: None, message: message.into(), retry_after: None, is_final: false }
     }
 
     /// 400 for one field of the request.
@@ -115,6 +120,14 @@ impl ApiError {
         error
     }
 
+    /// 426 for a path that is asked for a WebSocket.
+    pub fn no_websocket(path: &str) -> Self {
+        let message = format!("{path} serves no WebSockets: send the request with POST.");
+        let mut error = Self::new(StatusCode::UPGRADE_REQUIRED, "invalid_request_error", message);
+        error.code = Some("no_websocket");
+        error
+    }
+
     /// 413 for a body above the limit.
     pub fn body_too_large(limit: usize) -> Self {
         let mut error = Self::new(
@@ -160,6 +173,12 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
+    /// Whether a retry may mend it.
+    fn may_be_retried(&self) -> bool {
+        let may_pass = [StatusCode::REQUEST_TIMEOUT, StatusCode::CONFLICT, StatusCode::TOO_MANY_REQUESTS];
+        !self.is_final && (self.status.is_server_error() || may_pass.contains(&self.status))
+    }
+
     /// The JSON body, also sent as the event that ends a broken stream.
     pub fn to_json(&self) -> Vec<u8> {
         let envelope = Envelope {
@@ -177,6 +196,9 @@ impl IntoResponse for ApiError {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if !self.may_be_retried() {
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

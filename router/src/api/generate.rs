@@ -170,15 +170,20 @@ async fn answer(
         name_groups(&mut response, &groups);
         response
     } else {
-        let finished = answer.finish().await;
-        if let Err(error) = finished {
-            return Err(answer.refused(error));
-        }
-        let json = match form {
-            Form::Chat => chat::object(&answer),
-            Form::Completions => completions::object(&mut answer),
-            Form::Responses(echo) => responses::output::object(&answer, &echo),
-            Form::Messages => messages::output::object(&answer),
+        let json = match &form {
+            Form::Responses(echo) => {
+                let collected = responses::output::collect(&mut answer, echo).await;
+                collected.map(|items| responses::output::object(&answer, echo, &items))
+            }
+            other => answer.finish().await.map(|()| match other {
+                Form::Completions => completions::object(&mut answer),
+                Form::Messages => messages::output::object(&answer),
+                Form::Chat | Form::Responses(_) => chat::object(&answer),
+            }),
+        };
+        let json = match json {
+            Ok(json) => json,
+            Err(error) => return Err(answer.refused(error)),
         };
         let json = json.map_err(|error| ApiError::internal(error.to_string()))?;
         answer.context().open.answered(200);

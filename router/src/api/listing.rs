@@ -1,10 +1,11 @@
-//! `GET /v1/models` and `/v1/models/{id}`, in a form that OpenAI's, vLLM's and Mistral's clients read.
+//! `GET /v1/models` and `/v1/models/{id}`, in a form that OpenAI's, vLLM's and Mistral's clients read, and in Anthropic's for
+//! clients that send its version.
 
 use std::sync::Arc;
 
 use axum::{
     extract::{Path, State},
-    http::Response,
+    http::{HeaderMap, Response},
     response::IntoResponse as _,
 };
 use bora_common::registry::Device;
@@ -53,8 +54,53 @@ struct Capabilities {
     vision: bool,
 }
 
+/// Anthropic's list: all of it, on one page.
+#[derive(Serialize)]
+struct AnthropicList {
+    first_id: Option<String>,
+    has_more: bool,
+    last_id: Option<String>,
+    data: Vec<AnthropicModel>,
+}
+
+#[derive(Serialize)]
+struct AnthropicModel {
+    r#type: &'static str,
+    id: String,
+    display_name: String,
+    created_at: String,
+}
+
+impl From<ModelObject> for AnthropicModel {
+    fn from(model: ModelObject) -> Self {
+        let created_at = rfc3339(model.created);
+        Self { r#type: "model", display_name: model.id.clone(), id: model.id, created_at }
+    }
+}
+
+/// Seconds since 1970 as a date and time in UTC.
+fn rfc3339(seconds: u64) -> String {
+    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
+    // years begin in March, so that a leap day is their last one
+    let day = days + 719_468;
+    let (era, of_era) = (day / 146_097, day % 146_097);
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * of_year + 2) / 153;
+    let day_of_month = of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    let (hour, minute, second) = (of_day / 3_600, of_day / 60 % 60, of_day % 60);
+    format!("{year:04}-{month:02}-{day_of_month:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// Whether a client speaks Anthropic's API.
+fn is_anthropics(headers: &HeaderMap) -> bool {
+    headers.contains_key("anthropic-version")
+}
+
 /// `GET /v1/models`
-pub async fn list(State(service): State<Arc<Service>>) -> Response<axum::body::Body> {
+pub async fn list(State(service): State<Arc<Service>>, headers: HeaderMap) -> Response<axum::body::Body> {
     let view = service.fleet().view();
     let served = |model: &str| view.model(model).filter(|model| !model.groups.is_empty());
     // a model whose groups are all scaled away is still offered: a request for it brings them back
@@ -63,19 +109,30 @@ pub async fn list(State(service): State<Arc<Service>>) -> Response<axum::body::B
     let mut data: Vec<ModelObject> =
         configured.chain(others.map(|model| describe(&service, &model.name, &model.name, Some(model)))).collect();
     data.sort_by(|one, other| one.id.cmp(&other.id));
+    if is_anthropics(&headers) {
+        let id = |model: Option<&ModelObject>| model.map(|model| model.id.clone());
+        let (first_id, last_id) = (id(data.first()), id(data.last()));
+        let data = data.into_iter().map(AnthropicModel::from).collect();
+        return json(&AnthropicList { first_id, has_more: false, last_id, data });
+    }
     json(&List { object: "list", data })
 }
 
 /// `GET /v1/models/{id}`; ids may contain slashes.
-pub async fn one(State(service): State<Arc<Service>>, Path(id): Path<String>) -> Response<axum::body::Body> {
+pub async fn one(
+    State(service): State<Arc<Service>>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> Response<axum::body::Body> {
     let view = service.fleet().view();
     let configured = service.configured(&id);
     let served = view.model(configured.unwrap_or(&id)).filter(|model| !model.groups.is_empty());
-    match (served, configured) {
-        (Some(served), _) => json(&describe(&service, &id, &served.name, Some(served))),
-        (None, Some(configured)) => json(&describe(&service, &id, configured, None)),
-        (None, None) => ApiError::model_not_found(&id).into_response(),
-    }
+    let model = match (served, configured) {
+        (Some(served), _) => describe(&service, &id, &served.name, Some(served)),
+        (None, Some(configured)) => describe(&service, &id, configured, None),
+        (None, None) => return ApiError::model_not_found(&id).into_response(),
+    };
+    if is_anthropics(&headers) { json(&AnthropicModel::from(model)) } else { json(&model) }
 }
 
 /// A model by one of its names; `served` are its groups, if it has any now.
@@ -110,5 +167,23 @@ fn describe(service: &Service, name: &str, model: &str, served: Option<&Arc<Mode
             fine_tuning: false,
             vision: served.is_some_and(|served| served.images),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_dates_of_every_kind_of_year() {
+        for (seconds, expected) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_796_074_538, "2026-11-30T20:35:38Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(seconds), expected);
+        }
     }
 }

@@ -23,5 +23,7 @@ pub mod responses;
 pub mod sse;
 pub mod status;
 pub mod structured;
+pub mod surrogates;
 pub mod tokenize;
 mod trace;
+pub mod turns;

@@ -3,6 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use bora_common::conversation::FunctionNames;
 use bora_proto::v1::{Logprobs, Sampling};
 use serde_json::Value;
 
@@ -12,6 +13,7 @@ use super::{
     error::ApiError,
     fields::{Integer, LogprobsField, PriorityField},
     request::Body,
+    response::TextOffset,
     structured::{self, Structure, ToolChoice},
 };
 use crate::{
@@ -96,7 +98,7 @@ pub struct Params {
     pub prompt_logprobs: Option<u32>,
     /// The prompt comes back in front of the answer.
     pub echo: bool,
-    /// `echo` with `max_tokens: 0`: nothing but the prompt comes back.
+    /// `max_tokens: 0`, with `echo` or in Messages: nothing is generated, at most the prompt comes back.
     pub echo_only: bool,
     /// Ids come back, of prompt and answer.
     pub return_token_ids: bool,
@@ -119,6 +121,22 @@ pub struct Client {
     pub mistral: bool,
 }
 
+impl Params {
+    /// The beginning of an output's text.
+    pub fn text_offset(&self) -> TextOffset {
+        TextOffset::new(self.emit.tokenizer.as_ref(), self.emit.skip_special)
+    }
+}
+
+/// What the form of an output depends on besides the request's body.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OutputForm {
+    /// Whom it is for.
+    pub client: Client,
+    /// The names that calls may have in the history.
+    pub function_names: FunctionNames,
+}
+
 /// Refuses what would change the answer and is not served.
 pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
     if let Some((refused, _)) = body.refused.iter().find(|(refused, value)| !refused.harmless.includes(value)) {
@@ -138,7 +156,7 @@ pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
 pub fn check(
     body: &Body<'_>,
     endpoint: Endpoint,
-    client: Client,
+    form: OutputForm,
     model: &ModelGroups,
     spec: &ModelSpec,
     options: &RouterOptions,
@@ -164,8 +182,8 @@ pub fn check(
     if echo && endpoint.is_conversation() {
         return Err(ApiError::invalid("echo", "`echo` is a field of /v1/completions only."));
     }
-    let echo_only = echo && max_tokens == Some(0);
-    if max_tokens == Some(0) && !echo {
+    let echo_only = max_tokens == Some(0) && (echo || endpoint == Endpoint::Messages);
+    if max_tokens == Some(0) && !echo_only {
         return Err(ApiError::invalid(max_field, format!("`{max_field}` must be at least 1, got 0.")));
     }
     let max_tokens = max_tokens.map(|most| most.max(1) as u32);
@@ -219,8 +237,9 @@ pub fn check(
         tokenizer: spec.tokenizer.clone(),
         skip_special: body.skip_special_tokens.unwrap_or(true),
         tool_calls: matches!(choice, ToolChoice::Auto(_) | ToolChoice::Forced(..)),
-        streamed: stream,
-        whole_calls: client.mistral,
+        // in Messages arguments are an object, or what stands for them: that is known at their end
+        whole_calls: form.client.mistral || endpoint == Endpoint::Messages,
+        function_names: form.function_names,
         only_one_call: body.parallel_tool_calls == Some(false),
         stops,
         keep_stop: body.include_stop_str_in_output.unwrap_or(false),

@@ -4,7 +4,10 @@
 use std::sync::Arc;
 
 use bora_common::{
-    conversation::repair::{Repaired, RepairedMessage, repair},
+    conversation::{
+        FunctionNames,
+        repair::{Repaired, RepairedMessage, repair},
+    },
     secret::CacheSalt,
     tokenizer::Tokenizer,
 };
@@ -12,14 +15,14 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 
 use super::{
-    convert::Conversion,
+    convert::{Conversion, NO_IMAGES},
     declare::Operation,
     error::ApiError,
     fields::{Messages, Prompt},
     messages,
-    params::{self, Client, Endpoint, Params},
+    params::{self, Client, Endpoint, OutputForm, Params},
     request::Body,
-    responses,
+    responses, surrogates,
 };
 use crate::{
     access::{Caller, limits::TenantClass},
@@ -102,6 +105,7 @@ pub fn prepare(
     caller: Option<&Caller>,
     bytes: &Bytes,
 ) -> Result<Prepared, ApiError> {
+    let bytes = &*surrogates::replace_halves(bytes);
     let asked = Asked { service, endpoint, client, caller };
     match endpoint {
         Endpoint::Chat => asked.prepare(Body::parse(bytes, Operation::Chat)?, Form::Chat),
@@ -114,6 +118,28 @@ pub fn prepare(
             let (conversion, fields) = messages::request::read(bytes, Operation::Messages, service.options())?;
             asked.prepare_converted(&conversion, fields, Form::Messages)
         }
+    }
+}
+
+/// The rules that a request's conversation is held to.
+#[derive(Clone, Copy)]
+pub struct Rules {
+    /// What becomes of a conversation that breaks them.
+    conversation: ConversationRules,
+    /// Which names functions may have.
+    function_names: FunctionNames,
+}
+
+impl Rules {
+    /// The rules of the operator or of the caller's tenant, for one API.
+    pub fn of(service: &Service, caller: Option<&Caller>, operation: Operation) -> Self {
+        let conversation = service.conversation_rules(caller);
+        let function_names = match (conversation, operation) {
+            (ConversationRules::Lenient, _) => FunctionNames::Lenient,
+            (_, Operation::Responses | Operation::Messages | Operation::CountTokens) => FunctionNames::Api,
+            _ => FunctionNames::Reference,
+        };
+        Self { conversation, function_names }
     }
 }
 
@@ -142,14 +168,22 @@ impl Asked<'_> {
         if body.unknown > 0 {
             service.metrics().unknown_fields(body.unknown);
         }
+        if body.left_out > 0 {
+            service.metrics().left_out_tools(body.left_out);
+        }
+        if body.reasoning_effort.as_deref().is_some_and(|effort| effort != "none") {
+            service.metrics().ignored_effort();
+        }
         let (name, model, spec) = resolve(service, body.model.as_deref())?;
-        let mut params = params::check(&body, endpoint, client, &model, &spec, service.options())?;
+        let rules = Rules::of(service, caller, endpoint.into());
+        let output_form = OutputForm { client, function_names: rules.function_names };
+        let mut params = params::check(&body, endpoint, output_form, &model, &spec, service.options())?;
         if caller.is_some_and(|caller| caller.tenant.limits.class == TenantClass::Batch) {
             params.class = Class::Batch;
         }
         let salt = service.cache_salt(caller, body.cache_salt.as_deref());
         let prompts = if endpoint.is_conversation() {
-            let encoded = chat_prompt(service, caller, &body, &model.name, &spec, model.images)?;
+            let encoded = chat_prompt(service, caller, &body, &model.name, &spec, model.images, rules)?;
             vec![(encoded, None)]
         } else {
             completion_prompts(body, &model, &spec, &params, service, salt)?
@@ -173,6 +207,7 @@ pub fn chat_prompt(
     model: &str,
     spec: &ModelSpec,
     takes_images: bool,
+    rules: Rules,
 ) -> Result<EncodedPrompt, ApiError> {
     let messages = body.messages.as_ref().ok_or_else(|| ApiError::invalid("messages", "`messages` is required."))?;
     let continue_final_message = body.continue_final_message.unwrap_or(false);
@@ -196,13 +231,14 @@ pub fn chat_prompt(
         keys: service.keys(),
         salt: service.cache_salt(caller, body.cache_salt.as_deref()),
         continue_final_message,
+        function_names: rules.function_names,
         takes_images,
     };
     if let Some(encoded) = service.conversations().encode(tokenizer, &written) {
         service.metrics().encoded(encoded.ids.len(), encoded.reused_tokens);
         return Ok(encoded);
     }
-    if service.conversation_rules(caller) == ConversationRules::Lenient
+    if rules.conversation == ConversationRules::Lenient
         && let Some(repaired) = RepairedConversation::of(&written)
     {
         return repaired.encode(service, tokenizer, &written);
@@ -342,7 +378,11 @@ impl From<EncodeError> for ApiError {
     fn from(error: EncodeError) -> Self {
         match error {
             EncodeError::Json { field, .. } => ApiError::invalid(field, error.to_string()),
-            EncodeError::NoImages { param } => ApiError::invalid(param, "This model does not take images."),
+            EncodeError::NoImages { param } => {
+                let mut error = ApiError::invalid(param, "This model does not take images.");
+                error.code = Some(NO_IMAGES);
+                error
+            }
             EncodeError::Conversation(error) => {
                 let code = error.code();
                 let mut answer = ApiError::invalid(error.param, error.message);

@@ -49,9 +49,9 @@ fn alternatives(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
     0..=i64::from(limits.options.max_logprobs)
 }
 
-/// Nothing is generated only where a completion echoes its prompt.
+/// Nothing is generated only if a completion echoes its prompt or a message fills the cache.
 fn output_tokens(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
-    at_least(if limits.operation == Completions { 0 } else { 1 })
+    at_least(if matches!(limits.operation, Completions | AgentMessages) { 0 } else { 1 })
 }
 
 fields! {
@@ -64,6 +64,10 @@ fields! {
         pub refused: Vec<(&'static Refused, Value)>,
         /// Fields that were ignored because the operation does not know them.
         pub unknown: u32,
+        /// Tools that were left out because a server would have to run them.
+        pub left_out: u32,
+        /// Whether the conversation itself shows tools beside `tools`.
+        pub late_tools: bool,
     }
 
     /// May be absent where one model is served.
@@ -127,6 +131,8 @@ fields! {
     add_special_tokens: bool, Uses::of(&[Completions, Tokenize]);
     /// Separates cached prefixes.
     cache_salt: String, GENERATION, within |_| 1..=MAX_CACHE_SALT_BYTES;
+    /// Taken, without effect: this model does not reason.
+    reasoning_effort: String, REFUSING;
     /// Names the conversation, as a hint for its placement.
     prompt_cache_key: Name, GENERATION;
     /// Names the conversation, as a hint for its placement, where `prompt_cache_key` does not.
@@ -216,9 +222,8 @@ impl Refused {
 const USE_TOOLS: &str = " is not supported: use `tools` and `tool_choice`.";
 const ONLY_TEXT: &str = ": only text is generated.";
 
-static REFUSED: [Refused; 14] = [
+static REFUSED: [Refused; 13] = [
     Refused::new("structural_tag", Harmless::Null),
-    Refused::new("reasoning_effort", Harmless::Texts(&["none"])).because(" is not supported by this model."),
     Refused::new("functions", Harmless::EmptyList).because(USE_TOOLS),
     Refused::new("function_call", Harmless::Texts(&["none", "auto"])).because(USE_TOOLS),
     Refused::new("modalities", Harmless::ListOf("text")).because(ONLY_TEXT),

@@ -3,9 +3,9 @@
 
 #![allow(missing_docs)] // of fields: they are OpenAI's and vLLM's own
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
-use bora_common::tokenizer::Tokenizer;
+use bora_common::tokenizer::{IncrementalDecoder, Tokenizer};
 use bora_proto::v1::{PositionLogprobs, TokenLogprob};
 use schemars::JsonSchema;
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
@@ -268,18 +268,18 @@ pub struct CompletionLogprobs<'a> {
 
 impl<'a> CompletionLogprobs<'a> {
     /// A first prompt token: nothing is known of it but itself.
-    pub fn push_unknown(&mut self, id: u32, offset: &mut usize, names: TokenNames<'a>) {
-        self.push_token(names.name(id), offset);
+    pub fn push_unknown(&mut self, id: u32, offset: &mut TextOffset, names: TokenNames<'a>) {
+        self.push_token(id, offset, names);
         self.token_logprobs.push(None);
         self.top_logprobs.push(None);
     }
 
-    /// One position; `offset` counts characters and goes on over chunks.
-    pub fn push(&mut self, position: &PositionLogprobs, top: u32, offset: &mut usize, names: TokenNames<'a>) {
+    /// One position; `offset` goes on over chunks.
+    pub fn push(&mut self, position: &PositionLogprobs, top: u32, offset: &mut TextOffset, names: TokenNames<'a>) {
         let Some(chosen) = &position.chosen else {
             return;
         };
-        self.push_token(names.name(chosen.token_id), offset);
+        self.push_token(chosen.token_id, offset, names);
         self.token_logprobs.push(Some(finite(chosen.logprob)));
         let mut alternatives: Vec<(Cow<'a, str>, f32)> =
             position.top.iter().take(top as usize).map(|one| (names.name(one.token_id), finite(one.logprob))).collect();
@@ -289,10 +289,43 @@ impl<'a> CompletionLogprobs<'a> {
         self.top_logprobs.push(Some(TopLogprobs(alternatives)));
     }
 
-    fn push_token(&mut self, name: Cow<'a, str>, offset: &mut usize) {
-        self.text_offset.push(*offset);
-        *offset += name.chars().count();
-        self.tokens.push(name);
+    fn push_token(&mut self, id: u32, offset: &mut TextOffset, names: TokenNames<'a>) {
+        self.text_offset.push(offset.characters);
+        offset.pass(id);
+        self.tokens.push(names.name(id));
+    }
+
+    /// Nothing begins behind the end of a text that a stop string cut.
+    pub fn clamp_offsets(&mut self, text: &str) {
+        let characters = text.chars().count();
+        self.text_offset.iter_mut().for_each(|offset| *offset = (*offset).min(characters));
+    }
+}
+
+/// Where in a text the next token begins. A token that begins within a character begins where that character does.
+#[derive(Default)]
+pub struct TextOffset {
+    characters: usize,
+    decoder: Option<IncrementalDecoder>,
+}
+
+impl TextOffset {
+    /// At the beginning of a text in which special tokens are left out, or not.
+    pub fn new(tokenizer: Option<&Arc<Tokenizer>>, skip_special: bool) -> Self {
+        let decoder = tokenizer.map(|tokenizer| IncrementalDecoder::new(Arc::clone(tokenizer), skip_special));
+        Self { characters: 0, decoder }
+    }
+
+    /// At the same place, in a text that is decoded on its own.
+    pub fn followed_by(mut self, next: Self) -> Self {
+        let rest = self.decoder.as_mut().map(IncrementalDecoder::finish).unwrap_or_default();
+        Self { characters: self.characters + rest.chars().count() + next.characters, decoder: next.decoder }
+    }
+
+    fn pass(&mut self, id: u32) {
+        if let Some(decoder) = &mut self.decoder {
+            self.characters += decoder.push(id).chars().count();
+        }
     }
 }
 

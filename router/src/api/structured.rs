@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use bora_proto::v1::{Grammar, grammar::Kind};
 use serde_json::{Value, json};
 
-use super::{error::ApiError, params::Endpoint, request::Body};
+use super::{error::ApiError, params::Endpoint, request::Body, surrogates::replace_halves_of_text};
 use crate::models::ModelSpec;
 
 /// Bytes of a grammar; as in the worker.
@@ -46,7 +46,7 @@ impl ToolChoice {
     /// Reads `tool_choice`, `parallel_tool_calls` and whether there are tools.
     pub fn of(body: &Body<'_>) -> Result<Self, ApiError> {
         // what is in them is the conversation's business
-        let tools = body.tools.is_some_and(|tools| !is_empty_array(tools.get()));
+        let tools = body.late_tools || body.tools.is_some_and(|tools| !is_empty_array(tools.get()));
         let several = body.parallel_tool_calls != Some(false);
         let choice = match &body.tool_choice {
             None => Self::Auto(None),
@@ -242,7 +242,7 @@ fn json_schema(field: &'static str, value: &Value, strict: bool) -> Result<Gramm
     let parsed;
     let schema = match value {
         Value::String(text) => {
-            parsed = serde_json::from_str(text)
+            parsed = serde_json::from_str(&replace_halves_of_text(text))
                 .map_err(|error| ApiError::invalid(field, format!("`{field}` is not a JSON schema: {error}.")))?;
             &parsed
         }

@@ -16,10 +16,11 @@ use super::{
     fields::Prompt,
     generate::read_body,
     params::{self, TokenizeTarget},
-    prepare::{chat_prompt, resolve, text_ids},
+    prepare::{Rules, chat_prompt, resolve, text_ids},
     request::Body as Fields,
     response::TokenNames,
     status::json,
+    surrogates,
 };
 use crate::{access::Caller, service::Service};
 
@@ -63,7 +64,8 @@ pub async fn run<T: Serialize + Send + 'static>(
         let bytes: Bytes = read_body(body, &parts.headers, service.options().max_body_bytes).await?;
         let size = bytes.len();
         let for_work = Arc::clone(&service);
-        service.pool().run(size, move || work(&for_work, caller.as_ref(), &bytes)).await?
+        let work = move || work(&for_work, caller.as_ref(), &surrogates::replace_halves(&bytes));
+        service.pool().run(size, work).await?
     };
     let response = match outcome.await {
         Ok(value) => json(&value),
@@ -80,8 +82,9 @@ fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Re
     let with_strings = body.return_token_strs.unwrap_or(false);
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
+            let rules = Rules::of(service, caller, Operation::Tokenize);
             // images have ids whether or not the model's groups can look at them
-            let prompt = chat_prompt(service, caller, &body, &model.name, &spec, true)?;
+            let prompt = chat_prompt(service, caller, &body, &model.name, &spec, true, rules)?;
             let mut ids: Vec<u32> = prompt.ids.iter().collect();
             if body.add_special_tokens == Some(true)
                 && let Some(bos) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id())

@@ -13,7 +13,7 @@ use std::{cell::RefCell, ops::Range, sync::Arc};
 
 use bora_common::{
     blocks::{BLOCK_TOKENS, BlockChain, BlockDigest, BlockHash},
-    conversation::{DataUrls, Growth, NotGrown, Outline, TextEncoder},
+    conversation::{ConversationOptions, DataUrls, FunctionNames, Growth, NotGrown, Outline, TextEncoder},
     secret::{CacheSalt, ClusterKeys},
     tokenizer::Tokenizer,
 };
@@ -48,8 +48,18 @@ pub struct Written<'a> {
     pub salt: CacheSalt,
     /// The model goes on with the last message.
     pub continue_final_message: bool,
+    /// Which names functions may have.
+    pub function_names: FunctionNames,
     /// Whether the model takes images.
     pub takes_images: bool,
+}
+
+impl Written<'_> {
+    /// What the conversation's reader has to know.
+    pub fn options(&self) -> ConversationOptions {
+        let Self { continue_final_message, function_names, .. } = *self;
+        ConversationOptions { continue_final_message, function_names }
+    }
 }
 
 /// Neighbouring messages of one role, and all before them.
@@ -186,6 +196,8 @@ impl ConversationCache {
         let tools = written.tools.map_or("", RawValue::get);
         let mut key = self.link(0, written.model.as_bytes());
         key = self.link(key, written.salt.as_ref());
+        // what is known under other names may break the rule of these
+        key ^= written.function_names as u128;
         key = self.link(key, tools.as_bytes());
         keys.push(key);
         for message in written.messages {
@@ -230,7 +242,7 @@ impl ConversationCache {
         }
         let outlines: Vec<&Outline> = path.iter().rev().flat_map(|turn| &turn.outlines).collect();
         let behind = written.messages.iter().skip(outlines.len()).map(|message| message.get());
-        Growth::read(&outlines, behind, written.tools.map(RawValue::get), written.continue_final_message)
+        Growth::read(&outlines, behind, written.tools.map(RawValue::get), written.options())
     }
 }
 
@@ -350,6 +362,7 @@ mod tests {
             keys: keys(),
             salt: keys().cache_salt(CacheScope::Anonymous, ""),
             continue_final_message: false,
+            function_names: FunctionNames::Reference,
             takes_images: true,
         }
     }

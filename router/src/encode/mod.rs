@@ -8,9 +8,7 @@ pub mod wire;
 
 use bora_common::{
     blocks::{BlockHash, ImageSpan, hash_blocks},
-    conversation::{
-        Conversation, ConversationError, ConversationOptions, DataUrls, EncodedImage, Json, JsonError, data_url_bytes,
-    },
+    conversation::{Conversation, ConversationError, DataUrls, EncodedImage, Json, JsonError, data_url_bytes},
     secret::{CacheSalt, ClusterKeys},
     tokenizer::Tokenizer,
 };
@@ -85,8 +83,7 @@ pub fn conversation(
         .map(|tools| Json::parse(tools.get()))
         .transpose()
         .map_err(|error| EncodeError::Json { field: "tools", error })?;
-    let options = ConversationOptions { continue_final_message: written.continue_final_message };
-    let conversation = Conversation::parse_json(messages, tools.as_ref(), options)?;
+    let conversation = Conversation::parse_json(messages, tools.as_ref(), written.options())?;
     if let Some(image) = conversation.images().first()
         && !written.takes_images
     {

@@ -15,13 +15,16 @@ pub enum ResponsesInput {
     Items(Vec<InputItem>),
 }
 
-/// A message, a call, or what a call returned. Others are refused by name.
+/// A message, a call, what a call returned, or more tools. Reasoning and calls of tools that others run are left out.
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum InputItem {
     Message { role: InputRole, content: InputContent },
-    FunctionCall { call_id: String, name: String, arguments: String },
+    FunctionCall { call_id: String, namespace: Option<String>, name: String, arguments: String },
     FunctionCallOutput { call_id: String, output: InputContent },
+    CustomToolCall { call_id: String, namespace: Option<String>, name: String, input: String },
+    CustomToolCallOutput { call_id: String, output: InputContent },
+    AdditionalTools { tools: Vec<Map<String, Value>> },
 }
 
 /// Who speaks.
@@ -66,6 +69,7 @@ pub enum ResponsesChoice {
 pub enum AgentRole {
     User,
     Assistant,
+    System,
 }
 
 /// A text, or blocks.
@@ -82,8 +86,18 @@ pub enum AgentContent {
 pub enum AgentBlock {
     Text { text: String },
     Image { source: AgentImage },
+    Document { source: AgentDocument },
+    ToolReference { tool_name: String },
     ToolUse { id: String, name: String, input: Map<String, Value> },
     ToolResult { tool_use_id: String, content: Option<String>, is_error: Option<bool> },
+}
+
+/// The text of a document.
+#[derive(JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum AgentDocument {
+    Text { data: String },
+    Content { content: String },
 }
 
 /// Where a picture is.

@@ -1,12 +1,13 @@
 //! What generated ids mean to the client: text without stop strings, tool calls, logprobs, and why it ended.
 //!
 //! An [`Emitter`] turns each batch of ids into an addition to a [`Delta`]. A streamed answer sends and clears
-//! the delta after every batch, a plain one lets it grow to the end: both say the same.
+//! the delta after every batch, a plain one lets it grow to the end: both say the same, because nothing that was
+//! emitted is taken back.
 
 use std::sync::Arc;
 
 use bora_common::{
-    conversation::{Delta as Parsed, ToolCallParser, new_call_id},
+    conversation::{Delta as Parsed, FunctionNames, ToolCallParser, new_call_id},
     tokenizer::{IncrementalDecoder, Tokenizer},
 };
 use bora_proto::v1::{FinishReason, PositionLogprobs, Tokens};
@@ -22,10 +23,11 @@ pub struct EmitOptions {
     pub skip_special: bool,
     /// Tools were offered: calls are looked for.
     pub tool_calls: bool,
-    /// The delta is sent as it grows, so what is in it can't be taken back.
-    pub streamed: bool,
-    /// The client can't put a call together from pieces: each one comes whole.
+    /// A call comes whole, when it is complete or the output ends: the client can't put one together from chunks, or its
+    /// API has a form for arguments that are no object.
     pub whole_calls: bool,
+    /// The names that calls may have in the history: a call of another name, which the model made up, is content.
+    pub function_names: FunctionNames,
     /// `parallel_tool_calls: false`: calls after the first are dropped.
     pub only_one_call: bool,
     /// Stop strings.
@@ -61,6 +63,18 @@ impl Delta {
         self.text.is_empty() && self.calls.is_empty() && self.token_ids.is_empty()
     }
 
+    /// Text and calls in the order of the output.
+    pub fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        let ends = self.calls.iter().map(|call| call.text_before).chain([self.text.len()]);
+        let begins = [0].into_iter().chain(self.calls.iter().map(|call| call.text_before));
+        let texts = begins.zip(ends).map(|(begin, end)| self.text.get(begin..end).unwrap_or_default());
+        let calls = self.calls.iter().map(Some).chain([None]);
+        texts.zip(calls).flat_map(|(text, call)| {
+            let text = (!text.is_empty()).then_some(Part::Text(text));
+            text.into_iter().chain(call.map(Part::Call))
+        })
+    }
+
     /// Forgets what was sent, keeps the memory.
     pub fn clear(&mut self) {
         self.text.clear();
@@ -70,15 +84,28 @@ impl Delta {
     }
 }
 
-/// A piece of a tool call.
+/// A part of a [`Delta`], in the order of the output.
+#[derive(Clone, Copy, Debug)]
+pub enum Part<'a> {
+    /// Text; never empty.
+    Text(&'a str),
+    /// A chunk of a call.
+    Call(&'a CallDelta),
+}
+
+/// A chunk of a tool call.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CallDelta {
     /// Which call of the message.
     pub index: u32,
-    /// Present in the first piece.
+    /// Present in the first chunk.
     pub start: Option<CallStart>,
     /// More of its JSON.
     pub arguments: String,
+    /// Whether the call ends here. One that was cut off never does.
+    pub is_complete: bool,
+    /// Bytes of the delta's text that precede it.
+    pub text_before: usize,
 }
 
 /// The head of a tool call.
@@ -137,8 +164,10 @@ pub struct Emitter {
     held_end: Option<u32>,
     /// With `whole_calls`: the call that is not complete yet.
     open_call: Option<CallDelta>,
-    called: bool,
-    unparsed: bool,
+    /// The call that the parser reads is content: its name could not be sent back.
+    is_unnameable: bool,
+    /// Calls handed out.
+    calls: u32,
     completion_tokens: u32,
     stop_reason: Option<StopReason>,
 }
@@ -156,8 +185,8 @@ impl Emitter {
             stops: StopMatcher::new(options.stops.clone(), options.keep_stop),
             held_end: None,
             open_call: None,
-            called: false,
-            unparsed: false,
+            is_unnameable: false,
+            calls: 0,
             completion_tokens: 0,
             stop_reason: None,
             options,
@@ -169,9 +198,9 @@ impl Emitter {
         self.completion_tokens
     }
 
-    /// Whether its tool calls did not parse.
+    /// Whether its tool calls are not what they should be.
     pub fn unparsed_tool_calls(&self) -> bool {
-        self.unparsed
+        matches!(&self.decode, Decode::ToolCalls(parser) if parser.error().is_some())
     }
 
     /// What stopped it, where that was something the request named.
@@ -219,20 +248,19 @@ impl Emitter {
                 }
             }
         }
-        self.end_of_text(delta);
+        self.end_of_text(reason == FinishReason::Length, delta);
         self.how_it_ended(reason)
     }
 
-    /// A stop string was found: tells how the sequence ended.
-    pub fn finish_at_stop_string(&mut self, delta: &mut Delta) -> Finish {
-        self.close_call(delta);
+    /// A stop string was found: tells how the sequence ended. No call is open then: calls have no stop strings.
+    pub fn finish_at_stop_string(&self) -> Finish {
         self.how_it_ended(FinishReason::Stop)
     }
 
     fn how_it_ended(&self, reason: FinishReason) -> Finish {
         match reason {
             FinishReason::Length => Finish::Length,
-            _ if self.called => Finish::ToolCalls,
+            _ if self.calls > 0 => Finish::ToolCalls,
             _ => Finish::Stop,
         }
     }
@@ -252,7 +280,8 @@ impl Emitter {
         }
     }
 
-    fn end_of_text(&mut self, delta: &mut Delta) {
+    /// `cut`: the output was cut off, so that a call may be partial.
+    fn end_of_text(&mut self, cut: bool, delta: &mut Delta) {
         match &mut self.decode {
             Decode::IdsOnly => {}
             Decode::Text(decoder) => {
@@ -261,17 +290,10 @@ impl Emitter {
                 self.stops.flush(&mut delta.text);
             }
             Decode::ToolCalls(parser) => {
-                let (rest, parse) = parser.finish();
+                let rest = parser.finish(cut);
                 self.parsed(rest, delta);
                 self.stops.flush(&mut delta.text);
                 self.close_call(delta);
-                self.unparsed = parse.error.is_some();
-                if self.unparsed && !self.options.streamed {
-                    // nothing was sent yet: what does not parse is content
-                    delta.calls.clear();
-                    delta.text = parse.content.unwrap_or_default();
-                    self.called = false;
-                }
             }
         }
     }
@@ -292,54 +314,79 @@ impl Emitter {
     }
 
     fn parsed(&mut self, parsed: Vec<Parsed>, delta: &mut Delta) -> bool {
-        for piece in parsed {
-            match piece {
+        for part in parsed {
+            match part {
                 Parsed::Content(text) => {
                     if self.text(&text, delta) {
                         return true;
                     }
                 }
-                Parsed::CallStart { index, name } => {
+                Parsed::CallStart { name, .. } => {
+                    self.is_unnameable = !self.options.function_names.allow_call(&name);
+                    if self.is_unnameable {
+                        if self.text(&name, delta) {
+                            return true;
+                        }
+                        continue;
+                    }
                     self.stops.flush(&mut delta.text);
-                    self.called = true;
-                    let start = Some(CallStart { id: new_call_id(), name });
-                    self.call(CallDelta { index: index as u32, start, arguments: String::new() }, delta);
+                    self.calls += 1;
+                    self.call(delta, |call| call.start = Some(CallStart { id: new_call_id(), name }));
                 }
-                Parsed::Arguments { index, text } => {
-                    self.call(CallDelta { index: index as u32, start: None, arguments: text }, delta);
+                Parsed::Arguments { text, .. } if self.is_unnameable => {
+                    if self.text(&text, delta) {
+                        return true;
+                    }
                 }
-                Parsed::CallEnd { .. } => self.close_call(delta),
+                Parsed::Arguments { text, .. } => self.call(delta, |call| call.arguments = text),
+                Parsed::CallEnd { .. } if self.is_unnameable => self.is_unnameable = false,
+                Parsed::CallEnd { .. } => {
+                    self.call(delta, |call| call.is_complete = true);
+                    self.close_call(delta);
+                }
             }
         }
         false
     }
 
-    fn call(&mut self, piece: CallDelta, delta: &mut Delta) {
-        if self.options.only_one_call && piece.index > 0 {
+    /// Adds a chunk to the last call.
+    fn call(&mut self, delta: &mut Delta, fill: impl FnOnce(&mut CallDelta)) {
+        if self.options.only_one_call && self.calls > 1 {
             return;
         }
+        let text_before = delta.text.len();
+        let mut chunk = CallDelta { index: self.calls.saturating_sub(1), text_before, ..CallDelta::default() };
+        fill(&mut chunk);
         if !self.options.whole_calls {
-            add_piece(&mut delta.calls, piece);
+            add_chunk(&mut delta.calls, chunk);
             return;
         }
         match &mut self.open_call {
-            Some(open) if piece.start.is_none() => open.arguments.push_str(&piece.arguments),
-            open => *open = Some(piece),
+            Some(open) if chunk.start.is_none() => open.append(chunk),
+            open => *open = Some(chunk),
         }
     }
 
-    /// A call that came whole, or the group's last word: nothing is added to it any more.
+    /// Nothing is added to the open call any more.
     fn close_call(&mut self, delta: &mut Delta) {
-        if let Some(call) = self.open_call.take() {
+        if let Some(mut call) = self.open_call.take() {
+            call.text_before = delta.text.len();
             delta.calls.push(call);
         }
     }
 }
 
-/// Pieces of the same call that go out together are one piece.
-fn add_piece(calls: &mut Vec<CallDelta>, piece: CallDelta) {
+impl CallDelta {
+    fn append(&mut self, chunk: Self) {
+        self.arguments.push_str(&chunk.arguments);
+        self.is_complete |= chunk.is_complete;
+    }
+}
+
+/// Chunks of the same call that go out together are one.
+fn add_chunk(calls: &mut Vec<CallDelta>, chunk: CallDelta) {
     match calls.last_mut() {
-        Some(last) if last.index == piece.index && piece.start.is_none() => last.arguments.push_str(&piece.arguments),
-        _ => calls.push(piece),
+        Some(last) if last.index == chunk.index && chunk.start.is_none() => last.append(chunk),
+        _ => calls.push(chunk),
     }
 }

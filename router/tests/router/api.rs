@@ -143,17 +143,6 @@ async fn tool_calls_are_streamed_in_pieces_and_answered_whole() {
 }
 
 #[tokio::test]
-async fn a_call_that_does_not_parse_is_content() {
-    let ids = [vec![9], tokenizer().encode("read_file{}"), vec![EOS]].concat();
-    let harness = Harness::scripted(move |_| Ok(say_ids(&ids, FinishReason::Stop))).await;
-    let body = harness.post("/v1/chat/completions", chat(json!({"tools": tools()}))).await.json();
-    assert_eq!(body["choices"][0]["message"], json!({"role": "assistant", "content": "[TOOL_CALLS]read_file{}"}));
-    assert_eq!(body["choices"][0]["finish_reason"], "stop");
-    let metrics = harness.get("/metrics").await.text;
-    assert!(metrics.contains("bora_router_unparsed_tool_calls_total 1"), "{metrics}");
-}
-
-#[tokio::test]
 async fn parallel_tool_calls_false_keeps_the_first_call() {
     let ids = [call_ids(&[("read_file", "{}"), ("read_file", "{\"a\": 1}")]), vec![EOS]].concat();
     let harness = Harness::scripted(move |_| Ok(say_ids(&ids, FinishReason::Stop))).await;
@@ -322,8 +311,58 @@ async fn logprobs_have_the_forms_of_chat_and_completions() {
     assert_eq!(logprobs["token_logprobs"][1], -0.5);
     assert_eq!(logprobs["tokens"].as_array().map(Vec::len), Some(3 + hi.len()));
     assert_eq!(logprobs["text_offset"][0], 0);
-    assert_eq!(logprobs["text_offset"][1], "<s>".len());
+    assert_eq!(logprobs["text_offset"][1], 0, "the text has no special tokens");
     assert_eq!(logprobs["top_logprobs"][1][name(1500)], -0.5);
+}
+
+/// Every offset points into the text: a character of several tokens counts once.
+#[tokio::test]
+async fn offsets_of_split_characters_point_into_the_text() {
+    let text = "é 🦀🦀 y";
+    let harness = Harness::scripted(move |request| {
+        let mut acts = vec![Act::Start { cached: 0 }];
+        if request.logprobs.is_some_and(|logprobs| logprobs.prompt_top.is_some()) {
+            acts.push(Act::PromptLogprobs);
+        }
+        acts.extend(tokenizer().encode(text).into_iter().map(|id| Act::IdsWithLogprobs(vec![id])));
+        acts.push(Act::IdsWithLogprobs(vec![EOS]));
+        acts.push(Act::Finish(FinishReason::Stop));
+        Ok(acts)
+    })
+    .await;
+    let expected = |before: usize| -> Vec<usize> {
+        let ids = [tokenizer().encode(text), vec![EOS]].concat();
+        // as many characters as the tokens before make
+        (0..ids.len())
+            .map(|end| {
+                let mut bytes: Vec<u8> = Vec::new();
+                ids[..end].iter().for_each(|id| bytes.extend(tokenizer().token_bytes(*id).unwrap_or_default()));
+                before
+                    + std::str::from_utf8(&bytes)
+                        .map_or_else(|e| text[..e.valid_up_to()].chars().count(), |t| t.chars().count())
+            })
+            .collect()
+    };
+    let offsets = |choice: &Value| -> Vec<usize> {
+        serde_json::from_value(choice["logprobs"]["text_offset"].clone()).expect("numbers")
+    };
+    let plain = harness.post("/v1/completions", completion(json!({"logprobs": 1}))).await.json()["choices"][0].clone();
+    assert_eq!((offsets(&plain), &plain["text"]), (expected(0), &json!(text)));
+    let streamed = harness.post("/v1/completions", completion(json!({"logprobs": 1, "stream": true}))).await;
+    let streamed: Vec<usize> = streamed
+        .chunks()
+        .iter()
+        .filter(|chunk| !chunk["choices"][0]["logprobs"].is_null())
+        .flat_map(|chunk| offsets(&chunk["choices"][0]))
+        .collect();
+    assert_eq!(streamed, expected(0));
+    let echoed = completion(json!({"logprobs": 1, "echo": true}));
+    let echoed = harness.post("/v1/completions", echoed).await.json()["choices"][0].clone();
+    let prompt = tokenizer().decode(&[1, 1500, 1600], true).chars().count();
+    assert_eq!(offsets(&echoed)[3..], expected(prompt));
+    let stopped = completion(json!({"logprobs": 1, "stop": "🦀 y"}));
+    let stopped = harness.post("/v1/completions", stopped).await.json()["choices"][0].clone();
+    assert_eq!(offsets(&stopped).into_iter().max(), Some("é 🦀".chars().count()));
 }
 
 #[tokio::test]

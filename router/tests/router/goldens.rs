@@ -22,7 +22,7 @@ async fn serving(tokenizer_file: &str) -> Harness {
     let path = format!("{FIXTURES}/tokenizers/{tokenizer_file}");
     let tokenizer = Tokenizer::from_file(path).expect("a tokenizer");
     let group = Group::start("only", |_| Ok(say("never")));
-    let options = RouterOptions { max_body_bytes: 64 << 20, ..options() };
+    let options = RouterOptions { max_body_bytes: 64 << 20, ..strict() };
     Harness::with(options, ModelSpec::new(Arc::new(tokenizer)), vec![group]).await
 }
 
@@ -119,12 +119,17 @@ async fn what_the_reference_refuses_is_a_400_that_names_a_field() {
         };
         for path in ["/tokenize", "/v1/chat/completions"] {
             let answer = small.request("POST", path, &[], as_sent(request.get())).await;
+            // clients send an effort by default: it is taken, without effect
+            if golden["name"] == "reasoning_effort_unsupported" {
+                assert_eq!(answer.status, 200, "{}", answer.text);
+                continue;
+            }
             assert_eq!(answer.status, 400, "{} {path}: {}", golden["name"], answer.text);
             let error = &answer.json()["error"];
             assert!(error["param"].is_string(), "{}: {error}", golden["name"]);
         }
     }
-    assert!(small.groups[0].seen().is_empty());
+    assert_eq!(small.groups[0].seen().len(), 1);
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use crate::support::*;
-use bora_router::{AccessOptions, ConversationRules, ModelSpec, RouterOptions};
+use bora_router::{AccessOptions, ModelSpec, RouterOptions};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -29,8 +29,8 @@ async fn harness(options: RouterOptions) -> Harness {
 }
 
 #[tokio::test]
-async fn by_default_the_message_and_the_rule_are_named() {
-    let harness = harness(options()).await;
+async fn strict_rules_name_the_message_and_the_rule() {
+    let harness = harness(strict()).await;
     let answer = harness.post(CHAT, chat(&denied())).await;
     let error = &answer.json()["error"];
     assert_eq!(
@@ -41,8 +41,8 @@ async fn by_default_the_message_and_the_rule_are_named() {
 }
 
 #[tokio::test]
-async fn a_lenient_router_repairs_and_what_was_known_stays_known() {
-    let harness = harness(RouterOptions { conversation: ConversationRules::Lenient, ..options() }).await;
+async fn by_default_a_router_repairs_and_what_was_known_stays_known() {
+    let harness = harness(options()).await;
     let answer = harness.post(CHAT, chat(&denied())).await;
     assert_eq!(answer.status, 200, "{}", answer.text);
     let mut longer = denied();
@@ -83,7 +83,7 @@ async fn a_lenient_router_repairs_and_what_was_known_stays_known() {
 
 #[tokio::test]
 async fn other_apis_are_repaired_as_well() {
-    let harness = harness(RouterOptions { conversation: ConversationRules::Lenient, ..options() }).await;
+    let harness = harness(options()).await;
     let call = json!({"type": "function_call", "call_id": "a", "name": "rm", "arguments": "{}"});
     let input = json!([{"role": "user", "content": "Clean up."}, call, {"role": "user", "content": "Don't."}]);
     let answer = harness.post("/v1/responses", json!({"model": MODEL, "input": input})).await;
@@ -105,7 +105,7 @@ async fn a_tenant_has_its_own_way() {
     // printf %s KEY | sha256sum, for the keys `key` and `abc`
     let keys = "tenants:\n\
         - {name: agents, conversation: lenient, keys: [{sha256: 2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683}]}\n\
-        - {name: exact, keys: [{sha256: ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad}]}\n";
+        - {name: exact, conversation: strict, keys: [{sha256: ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad}]}\n";
     let mut file = tempfile::NamedTempFile::new().expect("a file");
     file.write_all(keys.as_bytes()).expect("written");
     let access = AccessOptions { keys: Some(file.path().into()), ..AccessOptions::default() };

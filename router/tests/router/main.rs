@@ -1,7 +1,9 @@
 //! The router over scripted groups: real gRPC, everything else in this process.
 
 mod admission;
+mod agents;
 mod api;
+mod calls;
 mod description;
 mod faults;
 mod goldens;

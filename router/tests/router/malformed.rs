@@ -40,7 +40,6 @@ fn rows() -> Vec<Row> {
         (CHAT, "\"text\"".into(), 400, ""),
         (CHAT, "{\"model\": \"m\"} trailing".into(), 400, ""),
         (CHAT, "{'model': 1}".into(), 400, ""),
-        (CHAT, "{\"model\": \"\\ud800\"}".into(), 400, ""),
         (COMPLETIONS, "{\"prompt\": \"unterminated".into(), 400, ""),
         (COMPLETIONS, "{\"temperature\": 1e999}".into(), 400, ""),
         // models
@@ -91,7 +90,6 @@ fn rows() -> Vec<Row> {
         (CHAT, chat("response_format", json!({"type": "xml"})), 400, "response_format"),
         (CHAT, chat("guided_json", json!(7)), 400, "guided_json"),
         (CHAT, chat("structured_outputs", json!({"regex": "a", "json": {}})), 400, "structured_outputs"),
-        (CHAT, chat("reasoning_effort", json!("high")), 400, "reasoning_effort"),
         (CHAT, chat("functions", json!([{"name": "f"}])), 400, "functions"),
         (CHAT, chat("modalities", json!(["text", "audio"])), 400, "modalities"),
         (CHAT, chat("use_beam_search", json!(true)), 400, "use_beam_search"),
@@ -192,7 +190,7 @@ fn rows() -> Vec<Row> {
 
 #[tokio::test]
 async fn every_row_is_refused_in_openais_shape_and_names_its_field() {
-    let harness = Harness::saying("never").await;
+    let harness = Harness::strict("never").await;
     let rows = rows();
     assert!(rows.len() >= 150, "{}", rows.len());
     let mut wrong = Vec::new();

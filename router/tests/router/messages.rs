@@ -269,7 +269,7 @@ async fn choices_and_forms_reach_the_group() {
 
 #[tokio::test]
 async fn what_it_refuses_is_named_in_anthropics_form() {
-    let harness = Harness::saying("x").await;
+    let harness = Harness::strict("x").await;
     let user = json!({"role": "user", "content": "a"});
     let block =
         |block: Value| json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, block]}]});
@@ -277,7 +277,8 @@ async fn what_it_refuses_is_named_in_anthropics_form() {
     let use_tool = |name: &str| json!({"type": "tool_use", "id": "t", "name": name, "input": {}});
     for (extra, named) in [
         (json!({"max_tokens": null}), "max_tokens"),
-        (json!({"max_tokens": 0}), "max_tokens"),
+        (json!({"max_tokens": 0, "stream": true}), "max_tokens"),
+        (json!({"max_tokens": 0, "tools": [tool()], "tool_choice": {"type": "any"}}), "max_tokens"),
         (json!({"max_tokens": "many"}), "max_tokens"),
         (json!({"messages": null}), "messages"),
         (json!({"messages": []}), "messages"),
@@ -291,7 +292,11 @@ async fn what_it_refuses_is_named_in_anthropics_form() {
         (block(json!({"text": "b"})), "messages[0].content[1].type"),
         (block(json!({"type": "text"})), "messages[0].content[1].text"),
         (block(json!({"type": "text", "text": 7})), "messages[0].content[1].text"),
-        (block(json!({"type": "document", "source": {}})), "messages[0].content[1]"),
+        (
+            block(json!({"type": "document", "source": {}})),
+            "messages.0.content.1.document: this model does not support PDF input",
+        ),
+        (block(json!({"type": "search_result", "source": "https://x", "title": "t"})), "search_result"),
         (block(json!({"type": "tool_use", "id": "t", "name": "f", "input": {}})), "messages[0].content[1]"),
         (block(json!({"type": "image"})), "messages[0].content[1].source"),
         (block(json!({"type": "image", "source": {"type": "file", "file_id": "f"}})), "messages[0].content[1].source"),
@@ -307,7 +312,7 @@ async fn what_it_refuses_is_named_in_anthropics_form() {
         ),
         (
             block(json!({"type": "tool_result", "tool_use_id": "t", "content": [{"type": "document"}]})),
-            "messages[0].content[1]",
+            "messages.0.content.1.document: ",
         ),
         (asked(use_tool("a b")), "messages[1].content[0].name"),
         (asked(use_tool("f")), "messages[1].content"),
@@ -320,7 +325,11 @@ async fn what_it_refuses_is_named_in_anthropics_form() {
         (json!({"tools": [{"input_schema": {}}]}), "tools[0].name"),
         (json!({"tools": [{"name": "a b", "input_schema": {}}]}), "tools[0].name"),
         (json!({"tools": [{"name": "f", "input_schema": {"type": 7}}]}), "tools[0].input_schema"),
-        (json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}), "tools[0]"),
+        (
+            json!({"tools": [{"type": "web_search_20250305", "name": "web_search"}],
+            "tool_choice": {"type": "tool", "name": "web_search"}}),
+            "tool_choice",
+        ),
         (json!({"tool_choice": {"type": "any"}}), "tool_choice"),
         (json!({"tool_choice": {"type": "sometimes"}, "tools": [tool()]}), "tool_choice.type"),
         (json!({"tool_choice": {"type": "tool"}, "tools": [tool()]}), "tool_choice.name"),

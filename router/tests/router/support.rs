@@ -27,7 +27,7 @@ use bora_proto::v1::{
     group_event::Event as Told,
     inference_server::{Inference, InferenceServer},
 };
-use bora_router::{ModelSpec, Router, RouterOptions};
+use bora_router::{ConversationRules, ModelSpec, Router, RouterOptions};
 use futures::{Stream, StreamExt as _};
 use http_body_util::BodyExt as _;
 use parking_lot::Mutex;
@@ -506,6 +506,11 @@ pub fn options() -> RouterOptions {
     RouterOptions { failover_wait_seconds: 0.5, wait_for_group_seconds: 0.0, ..RouterOptions::default() }
 }
 
+/// As the reference has it: conversations that it refuses are refused.
+pub fn strict() -> RouterOptions {
+    RouterOptions { conversation: ConversationRules::Strict, ..options() }
+}
+
 impl Harness {
     pub async fn start(groups: Vec<Group>) -> Self {
         Self::with(options(), ModelSpec::new(tokenizer()), groups).await
@@ -540,6 +545,11 @@ impl Harness {
     /// One group that says this to everything.
     pub async fn saying(text: &'static str) -> Self {
         Self::scripted(move |_| Ok(say(text))).await
+    }
+
+    /// The same, with the reference's rules.
+    pub async fn strict(text: &'static str) -> Self {
+        Self::with(strict(), ModelSpec::new(tokenizer()), vec![Group::start("only", move |_| Ok(say(text)))]).await
     }
 
     pub async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {

@@ -92,39 +92,36 @@ fn check_error(error: &ApiError) {
     assert!(body["error"]["message"].is_string());
 }
 
-/// What a model generated (ids of two bytes, little-endian): nothing is lost, calls have names, and an answer that
-/// parses is what was streamed.
+/// What a model generated (token IDs of two bytes, little-endian): calls have names, and what parses without an error has
+/// objects as arguments.
 pub fn tool_calls(input: &[u8]) {
     let tokenizer = tokenizer();
     let ids: Vec<u32> = input.chunks_exact(2).map(|pair| u32::from(u16::from_le_bytes([pair[0], pair[1]]))).collect();
     let mut parser = ToolCallParser::new(Arc::clone(tokenizer));
     let mut deltas: Vec<Delta> = ids.iter().flat_map(|id| parser.push(*id)).collect();
-    let (last, parse) = parser.finish();
-    deltas.extend(last);
-    let mut content = String::new();
+    deltas.extend(parser.finish(false));
     let mut calls: Vec<(String, String)> = Vec::new();
+    let mut ended = 0;
     for delta in deltas {
         match delta {
-            Delta::Content(text) => content.push_str(&text),
+            Delta::Content(text) => assert!(!text.is_empty()),
             Delta::CallStart { index, name } => {
-                assert_eq!(index, calls.len());
+                assert_eq!((index, ended), (calls.len(), calls.len()));
                 assert!(!name.is_empty());
                 calls.push((name, String::new()));
             }
             Delta::Arguments { index, text } => calls[index].1.push_str(&text),
-            Delta::CallEnd { index } => assert_eq!(index + 1, calls.len()),
+            Delta::CallEnd { index } => {
+                assert_eq!(index + 1, calls.len());
+                ended += 1;
+            }
         }
     }
-    if parse.error.is_some() {
-        let kept: Vec<u32> = ids.into_iter().filter(|id| *id != tokenizer.eos_id()).collect();
-        assert_eq!(parse.content.unwrap_or_default(), tokenizer.decode(&kept, false));
-        return;
-    }
-    assert_eq!(parse.content.unwrap_or_default(), content);
-    let whole: Vec<_> = parse.tool_calls.into_iter().map(|call| (call.name, call.arguments)).collect();
-    assert_eq!(whole, calls);
-    for (_, arguments) in &calls {
-        assert!(serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(arguments).is_ok(), "{arguments}");
+    assert_eq!(ended, calls.len());
+    if parser.error().is_none() {
+        for (_, arguments) in &calls {
+            assert!(matches!(Json::parse(arguments), Ok(Json::Object(_))), "{arguments}");
+        }
     }
 }
 

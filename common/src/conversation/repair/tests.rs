@@ -17,7 +17,7 @@ fn repaired(messages: &[Value], continue_final_message: bool) -> (Vec<Value>, Ve
 
 /// What the prompt shows, or the rule that is broken.
 fn parts(messages: &[Value], continue_final_message: bool) -> Result<Vec<Part>, String> {
-    let options = ConversationOptions { continue_final_message };
+    let options = ConversationOptions { continue_final_message, ..ConversationOptions::default() };
     Conversation::parse(&Value::from(messages), None, options)
         .map(|conversation| conversation.parts().to_vec())
         .map_err(|error| error.to_string())

@@ -16,7 +16,7 @@ use crate::{
     api::{
         declare::Operation,
         error::ApiError,
-        prepare::{chat_prompt, resolve},
+        prepare::{Rules, chat_prompt, resolve},
         tokenize,
     },
     service::Service,
@@ -40,7 +40,8 @@ fn count(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<Tok
         service.metrics().unknown_fields(fields.unknown);
     }
     let (_, model, spec) = resolve(service, fields.model.as_deref())?;
-    let prompt = chat_prompt(service, caller, &conversion.body(fields), &model.name, &spec, true)
+    let rules = Rules::of(service, caller, Operation::CountTokens);
+    let prompt = chat_prompt(service, caller, &conversion.body(fields), &model.name, &spec, true, rules)
         .map_err(|error| conversion.in_words_of_client(error))?;
     Ok(TokenCount { input_tokens: prompt.ids.len() })
 }

@@ -2,13 +2,14 @@
 
 use schemars::JsonSchema;
 use serde::Serialize;
-use serde_json::{Map, Value, value::RawValue};
-
-use bora_common::conversation::Json;
+use serde_json::{
+    Map, Value, json,
+    value::{RawValue, to_raw_value},
+};
 
 use crate::{
     api::answer::{Answer, Choice},
-    relay::emit::{Finish, StopReason},
+    relay::emit::{CallDelta, Finish, Part, StopReason},
 };
 
 /// A message of the assistant's.
@@ -80,17 +81,17 @@ impl MessageUsage {
     }
 }
 
-/// The id of a call that the engine knows by another one.
-pub fn tool_use_id(id: &str) -> String {
-    format!("toolu_{id}")
+/// The arguments of a call. What is no JSON object (cut off, `NaN`, or whatever the model wrote) is given as
+/// `{"INVALID_JSON": "what was written"}`, the form that Anthropic's documentation has for it.
+pub fn input(call: &CallDelta) -> Box<RawValue> {
+    let is_object = call.is_complete && call.arguments.starts_with('{');
+    let object = is_object.then(|| RawValue::from_string(call.arguments.clone()).ok()).flatten();
+    let wrapped = || to_raw_value(&json!({INVALID_JSON: call.arguments})).ok();
+    object.or_else(wrapped).unwrap_or_else(empty)
 }
 
-/// Arguments as JSON. What Python reads and JSON does not know (`NaN`) is `null`.
-pub fn arguments(text: &str) -> Box<RawValue> {
-    let written = RawValue::from_string(text.to_owned());
-    let read = || Json::parse(text).map(|json| json.to_value().to_string()).unwrap_or_default();
-    written.or_else(|_| RawValue::from_string(read())).unwrap_or_else(|_| empty())
-}
+/// The field of an input that stands for arguments that are no object.
+pub const INVALID_JSON: &str = "INVALID_JSON";
 
 /// An object without fields.
 pub fn empty() -> Box<RawValue> {
@@ -115,7 +116,10 @@ pub fn stop_reason(choice: &Choice) -> (Option<&'static str>, Option<&str>) {
 impl<'a> MessageObject<'a> {
     /// The message as it is now, with this content.
     pub fn new(answer: &'a Answer, content: Vec<ContentBlock<'a>>) -> Self {
-        let (stop_reason, stop_sequence) = stop_reason(&answer.choices[0]);
+        let (mut stop_reason, stop_sequence) = stop_reason(&answer.choices[0]);
+        if answer.params.echo_only {
+            stop_reason = Some("max_tokens");
+        }
         Self {
             id: &answer.id,
             r#type: "message",
@@ -129,21 +133,22 @@ impl<'a> MessageObject<'a> {
     }
 }
 
+/// A call as a block.
+pub fn tool_use(call: &CallDelta, input: Box<RawValue>) -> ContentBlock<'_> {
+    let (id, name) = call.start.as_ref().map_or(("", ""), |start| (&start.id, &start.name));
+    ContentBlock::ToolUse { id: format!("toolu_{id}"), name, input }
+}
+
 /// The plain answer, complete.
 pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
     let delta = &answer.choices[0].delta;
-    let mut content = Vec::with_capacity(1 + delta.calls.len());
-    if !delta.text.is_empty() || delta.calls.is_empty() {
-        content.push(ContentBlock::Text { text: &delta.text });
-    }
-    for call in &delta.calls {
-        if let Some(start) = &call.start {
-            content.push(ContentBlock::ToolUse {
-                id: tool_use_id(&start.id),
-                name: &start.name,
-                input: arguments(&call.arguments),
-            });
-        }
+    let block = |part| match part {
+        Part::Text(text) => ContentBlock::Text { text },
+        Part::Call(call) => tool_use(call, input(call)),
+    };
+    let mut content: Vec<ContentBlock<'_>> = delta.parts().map(block).collect();
+    if content.is_empty() && !answer.params.echo_only {
+        content.push(ContentBlock::Text { text: "" });
     }
     serde_json::to_vec(&MessageObject::new(answer, content))
 }
@@ -153,11 +158,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn arguments_are_always_json() {
-        for (text, json) in
-            [(r#"{"a": 1.50}"#, r#"{"a": 1.50}"#), (r#"{"a": NaN}"#, r#"{"a":null}"#), (r#"{"a": "#, "{}"), ("", "{}")]
-        {
-            assert_eq!(arguments(text).get(), json);
+    fn input_is_always_an_object() {
+        for (arguments, is_complete, expected) in [
+            (r#"{"a": 1.50}"#, true, r#"{"a": 1.50}"#),
+            (r#"{"a": NaN}"#, true, r#"{"INVALID_JSON":"{\"a\": NaN}"}"#),
+            ("[1]", true, r#"{"INVALID_JSON":"[1]"}"#),
+            (r#"{"a": "#, true, r#"{"INVALID_JSON":"{\"a\": "}"#),
+            (r#"{"a": 1}"#, false, r#"{"INVALID_JSON":"{\"a\": 1}"}"#),
+            ("", false, r#"{"INVALID_JSON":""}"#),
+        ] {
+            let call = CallDelta { arguments: arguments.to_owned(), is_complete, ..CallDelta::default() };
+            assert_eq!(input(&call).get(), expected);
         }
     }
 }

@@ -2,14 +2,17 @@
 //!
 //! A user's message may hold results of tools: they come first, as the model saw it in training, and what else the
 //! message says follows; pictures that tools returned are shown there too, because the model looks at pictures in a
-//! user's message only. A last message of the assistant's is continued. Thinking is left out: this model does not think.
+//! user's message only. Neighbouring messages of one role are one turn, and a system message may stand anywhere
+//! ([`turns`](crate::api::turns)). A last message of the assistant's is continued. Thinking is left out: this model does not
+//! think.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::HashMap};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value, json, value::RawValue};
 
+use super::output::INVALID_JSON;
 use crate::api::{
     bounds::Limits,
     convert::{
@@ -18,7 +21,7 @@ use crate::api::{
     },
     declare::{Operation, Uses, fields},
     error::ApiError,
-    fields::OneOrMany,
+    fields::{Integer, OneOrMany},
     request::{Body, stops},
 };
 use crate::{openapi::agents, options::RouterOptions};
@@ -34,7 +37,18 @@ const DIALECT: Dialect = Dialect {
         (".tool_call_id", ".tool_use_id"),
         (".image_url", ".source"),
     ],
+    no_images: Some(no_images),
 };
+
+/// The words by which Anthropic's clients know that they have to take images out of the conversation.
+fn no_images(place: Place) -> (String, &'static str) {
+    (format!("{}.image", with_dots(place)), "this model does not support image input")
+}
+
+/// A place as Anthropic's own server writes it: `messages.3.content.0`.
+fn with_dots(place: Place) -> String {
+    place.to_string().replace('[', ".").replace(']', "")
+}
 
 const USES: Uses = Uses::of(&[Operation::Messages, Operation::CountTokens]);
 
@@ -44,7 +58,7 @@ fields! {
 
     /// Instructions in front of the messages: a text, or blocks of text.
     system: &'a RawValue as agents::AgentContent, USES;
-    /// Tools that may be called; only the client's own.
+    /// Tools that may be called. Those that a server runs are left out, and deferred ones until they are referred to.
     tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
     /// Whether and which.
     tool_choice: ToolChoice, USES;
@@ -85,6 +99,8 @@ pub struct OutputConfig {
     /// `{"type": "json_schema", "schema": {...}}`
     #[schemars(with = "Option<Map<String, Value>>")]
     pub format: Option<Value>,
+    /// Taken, without effect: this model does not think.
+    pub effort: Option<String>,
 }
 
 /// One of `messages`.
@@ -98,25 +114,31 @@ pub struct Message<'a> {
     content: Option<&'a RawValue>,
 }
 
-/// One of the blocks of a message's content.
+/// One of the blocks of a message's content; its fields are read when its kind is known.
 #[derive(Debug, Deserialize)]
 struct Block<'a> {
     r#type: Option<Cow<'a, str>>,
     #[serde(borrow)]
     text: Option<&'a RawValue>,
     #[serde(borrow)]
-    source: Option<Source<'a>>,
-    id: Option<String>,
-    name: Option<String>,
+    source: Option<&'a RawValue>,
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    name: Option<&'a RawValue>,
     #[serde(borrow)]
     input: Option<&'a RawValue>,
-    tool_use_id: Option<String>,
+    #[serde(borrow)]
+    tool_use_id: Option<&'a RawValue>,
+    #[serde(borrow)]
+    tool_name: Option<&'a RawValue>,
     #[serde(borrow)]
     content: Option<&'a RawValue>,
-    is_error: Option<bool>,
+    #[serde(borrow)]
+    is_error: Option<&'a RawValue>,
 }
 
-/// Where a picture is.
+/// Where an image or a document is.
 #[derive(Debug, Deserialize)]
 struct Source<'a> {
     r#type: Option<Cow<'a, str>>,
@@ -124,13 +146,16 @@ struct Source<'a> {
     #[serde(borrow)]
     data: Option<Cow<'a, str>>,
     url: Option<String>,
+    #[serde(borrow)]
+    content: Option<&'a RawValue>,
 }
 
 /// One of `tools`.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[schemars(rename = "AgentTool")]
 struct Tool<'a> {
-    /// `custom`, or absent.
+    /// `custom`, or absent; others are left out.
+    #[allow(dead_code)] // it is read before
     r#type: Option<Cow<'a, str>>,
     #[serde(borrow)]
     #[schemars(required, with = "String")]
@@ -143,6 +168,15 @@ struct Tool<'a> {
     #[schemars(required, with = "Map<String, Value>")]
     input_schema: Option<&'a RawValue>,
     strict: Option<bool>,
+    /// Whether it is shown only when a `tool_reference` names it.
+    defer_loading: Option<bool>,
+}
+
+/// One of `tools`: what kind it is.
+#[derive(Deserialize)]
+struct ToolKind<'a> {
+    r#type: Option<Cow<'a, str>>,
+    input_schema: Option<IgnoredAny>,
 }
 
 const MESSAGES: &str = "messages";
@@ -171,29 +205,49 @@ pub fn read<'b>(
         return Err(ApiError::invalid("container", "`container` is not supported."));
     }
     let written = fields.messages.take().ok_or_else(|| ApiError::invalid(MESSAGES, "`messages` is required."))?;
-    let mut conversion = Conversion::new(&DIALECT);
-    if let Some(system) = request.system {
-        read_system(system, &mut conversion)?;
-    }
-    let last = written.list().len().saturating_sub(1);
-    for (index, message) in written.list().iter().enumerate() {
-        read_message(message, index as u32, index == last, &mut conversion)?;
-    }
     if written.list().is_empty() {
         return Err(ApiError::invalid(MESSAGES, "`messages` must be an array with at least one message."));
     }
-    conversion.set_tools(&tools(request.tools.as_deref().unwrap_or_default())?)?;
+    let mut draft = Draft::default();
+    let forced = request.tool_choice.as_ref().and_then(|choice| choice.name.as_deref());
+    fields.left_out += draft.read_tools(request.tools.as_deref().unwrap_or_default(), forced)?;
+    if let Some(system) = request.system {
+        draft.read_system(system)?;
+    }
+    let last = written.list().len() - 1;
+    for (index, message) in written.list().iter().enumerate() {
+        draft.read_message(message, index as u32, index == last)?;
+    }
+    fields.late_tools = draft.has_late_tools;
+    let conversion = Conversion::new(&DIALECT, draft.messages, draft.tools)?;
+    let fills_cache = fields.max_tokens == Some(Integer(0));
     if let Some(choice) = request.tool_choice {
+        if fills_cache && matches!(choice.r#type.as_str(), "any" | "tool") {
+            return Err(nothing_generated("`tool_choice` forces a call"));
+        }
         if choice.disable_parallel_tool_use == Some(true) {
             fields.parallel_tool_calls = Some(false);
         }
         fields.tool_choice = Some(tool_choice(choice)?);
     }
-    let format = request.output_config.and_then(|config| config.format).or(request.output_format);
-    if let Some(format) = format {
+    let (format, effort) = request.output_config.map_or((None, None), |config| (config.format, config.effort));
+    fields.reasoning_effort = fields.reasoning_effort.or(effort);
+    if let Some(format) = format.or(request.output_format) {
+        if fills_cache {
+            return Err(nothing_generated("`output_config.format` asks for a form"));
+        }
         fields.structured.push(("response_format", response_format(&format)?));
     }
+    if fills_cache && fields.stream == Some(true) {
+        return Err(nothing_generated("`stream` is true"));
+    }
     Ok((conversion, fields))
+}
+
+fn nothing_generated(why_not: &str) -> ApiError {
+    let message =
+        format!("`max_tokens` must be at least 1 if {why_not}: with 0 the prompt is cached and nothing else.");
+    ApiError::invalid("max_tokens", message)
 }
 
 fn tool_choice(choice: ToolChoice) -> Result<Value, ApiError> {
@@ -222,89 +276,133 @@ fn response_format(format: &Value) -> Result<Value, ApiError> {
     }
 }
 
-fn tools<'a>(written: &[&'a RawValue]) -> Result<Vec<ChatTool<'a>>, ApiError> {
-    let tool = |(index, written): (usize, &&'a RawValue)| {
-        let place = Place::Entry("tools", index as u32);
-        let Tool { r#type, name, description, input_schema, strict } = entry(written, place)?;
-        if r#type.as_deref().is_some_and(|kind| kind != "custom") {
-            return Err(unsupported(place, "tools", r#type.as_deref()));
-        }
-        let parameters = input_schema.ok_or_else(|| missing(place, "input_schema"))?;
-        let function = ChatToolFunction { name, description, parameters: Some(parameters), strict };
-        Ok(ChatTool { r#type: "function", function })
-    };
-    written.iter().enumerate().map(tool).collect()
+/// A request's conversation while it is read.
+#[derive(Default)]
+struct Draft<'a> {
+    messages: Vec<(ChatMessage<'a>, Origin)>,
+    /// The tools of the prompt.
+    tools: Vec<(ChatTool<'a>, Place)>,
+    /// Tools that are shown where they are first referred to, by name.
+    deferred: HashMap<String, ChatTool<'a>>,
+    has_late_tools: bool,
 }
 
 fn message<'a>(role: &'static str, content: ChatContent<'a>) -> ChatMessage<'a> {
     ChatMessage { role, content: Some(content), tool_calls: Vec::new(), tool_call_id: None, prefix: false }
 }
 
-fn read_system(written: &RawValue, conversion: &mut Conversion) -> Result<(), ApiError> {
-    let place = Place::Field("system");
-    if !is_array(written) {
-        if !is_string(written) {
-            return Err(ApiError::invalid("system", "`system` must be a string or an array of text blocks."));
-        }
-        if is_billing(written) {
-            let text: String = entry(written, place)?;
-            let rest = text.split_once('\n').map_or("", |(_, rest)| rest).to_owned();
-            let content = ChatContent::Parts(vec![ChatPart::Text { text: Text::Made(rest) }]);
-            return conversion.push(&message("system", content), place);
-        }
-        return conversion.push(&message("system", ChatContent::Written(written)), place);
-    }
-    let blocks: Vec<&RawValue> = entry(written, place)?;
-    let mut parts = Vec::new();
-    let mut origin = Origin::from(place);
-    for (index, written) in blocks.into_iter().enumerate() {
-        let place = Place::Entry("system", index as u32);
-        let block: Block<'_> = entry(written, place)?;
-        match block.r#type.as_deref() {
-            Some("text") if block.text.is_some_and(is_billing) => {}
-            Some("text") => {
-                parts.push(ChatPart::text(block.text));
-                origin.parts.push(place);
+impl<'a> Draft<'a> {
+    /// Reads the tools; returns how many are left out. The one that must be called is shown in any case.
+    fn read_tools(&mut self, written: &[&'a RawValue], forced: Option<&str>) -> Result<u32, ApiError> {
+        let mut left_out = 0;
+        for (index, written) in written.iter().enumerate() {
+            let place = Place::Entry("tools", index as u32);
+            let kind: ToolKind<'_> = entry(written, place)?;
+            if kind.input_schema.is_none() && kind.r#type.is_some_and(|kind| kind != "custom") {
+                left_out += 1;
+                continue;
             }
-            kind => return Err(unsupported(place, "blocks", kind)),
+            let Tool { name, description, input_schema, strict, defer_loading, .. } = entry(written, place)?;
+            let parameters = Some(Cow::Borrowed(input_schema.ok_or_else(|| missing(place, "input_schema"))?));
+            let (text, description) = (name.map(Text::Written), description.map(Text::Written));
+            let tool = ChatTool {
+                r#type: "function",
+                function: ChatToolFunction { name: text, description, parameters, strict },
+            };
+            let name: Option<String> = name.and_then(|name| serde_json::from_str(name.get()).ok());
+            match name {
+                Some(name) if defer_loading == Some(true) && forced != Some(&name) => {
+                    self.deferred.insert(name, tool);
+                }
+                _ => self.tools.push((tool, place)),
+            }
         }
+        Ok(left_out)
     }
-    if parts.is_empty() {
-        return Ok(());
+
+    /// What a reference to a tool shows: its definition where it is referred to for the first time, else its name.
+    fn reference(&mut self, block: &Block<'a>, place: Place) -> Result<ChatPart<'a>, ApiError> {
+        let name: String = entry(block.tool_name.ok_or_else(|| missing(place, "tool_name"))?, place)?;
+        Ok(text(match self.deferred.remove(&name) {
+            Some(tool) => {
+                self.has_late_tools = true;
+                tool.as_text()
+            }
+            None => name,
+        }))
     }
-    conversion.push(&message("system", ChatContent::Parts(parts)), origin)
+
+    fn read_system(&mut self, written: &'a RawValue) -> Result<(), ApiError> {
+        let place = Place::Field("system");
+        if !is_array(written) {
+            if !is_string(written) {
+                return Err(ApiError::invalid("system", "`system` must be a string or an array of text blocks."));
+            }
+            if is_billing(written) {
+                let text: String = entry(written, place)?;
+                let rest = text.split_once('\n').map_or("", |(_, rest)| rest).to_owned();
+                let content = ChatContent::Parts(vec![ChatPart::Text { text: Text::Made(rest) }]);
+                self.messages.push((message("system", content), place.into()));
+                return Ok(());
+            }
+            self.messages.push((message("system", ChatContent::Written(written)), place.into()));
+            return Ok(());
+        }
+        let blocks: Vec<&'a RawValue> = entry(written, place)?;
+        let mut parts = Vec::new();
+        let mut origin = Origin::from(place);
+        for (index, written) in blocks.into_iter().enumerate() {
+            let place = Place::Entry("system", index as u32);
+            let block: Block<'a> = entry(written, place)?;
+            match block.r#type.as_deref() {
+                Some("text") if block.text.is_some_and(is_billing) => {}
+                Some("text") => {
+                    parts.push(ChatPart::text(block.text));
+                    origin.parts.push(place);
+                }
+                kind => return Err(unsupported(place, "blocks", kind)),
+            }
+        }
+        if !parts.is_empty() {
+            self.messages.push((message("system", ChatContent::Parts(parts)), origin));
+        }
+        Ok(())
+    }
+
+    fn read_message(&mut self, written: &'a RawValue, index: u32, is_last: bool) -> Result<(), ApiError> {
+        let place = Place::Entry(MESSAGES, index);
+        let Message { role, content } = entry(written, place)?;
+        let content = content.ok_or_else(|| missing(place, "content"))?;
+        let role = match role.as_deref() {
+            Some("user") => "user",
+            Some("assistant") => "assistant",
+            Some("system") => "system",
+            Some(_) => {
+                let message = format!("`{place}.role` must be \"user\", \"assistant\" or \"system\".");
+                return Err(ApiError::invalid(format!("{place}.role"), message));
+            }
+            None => return Err(missing(place, "role")),
+        };
+        if !is_array(content) {
+            let prefix = is_last && role == "assistant";
+            let message = ChatMessage { prefix, ..message(role, ChatContent::Written(content)) };
+            self.messages.push((message, place.into()));
+            return Ok(());
+        }
+        let blocks: Vec<&'a RawValue> = entry(content, place)?;
+        let mut reader = Blocks::new(place);
+        for (number, written) in blocks.into_iter().enumerate() {
+            let place = Place::Part(MESSAGES, index, "content", number as u32);
+            let block: Block<'a> = entry(written, place)?;
+            reader.read(block, role, place, self)?;
+        }
+        reader.finish(role, is_last, self);
+        Ok(())
+    }
 }
 
 fn is_billing(text: &RawValue) -> bool {
     text.get().strip_prefix('"').is_some_and(|text| text.starts_with(BILLING))
-}
-
-fn read_message(written: &RawValue, index: u32, is_last: bool, conversion: &mut Conversion) -> Result<(), ApiError> {
-    let place = Place::Entry(MESSAGES, index);
-    let Message { role, content } = entry(written, place)?;
-    let content = content.ok_or_else(|| missing(place, "content"))?;
-    let role = match role.as_deref() {
-        Some("user") => "user",
-        Some("assistant") => "assistant",
-        Some("system") => "system",
-        Some(_) => {
-            let message = format!("`{place}.role` must be \"user\" or \"assistant\".");
-            return Err(ApiError::invalid(format!("{place}.role"), message));
-        }
-        None => return Err(missing(place, "role")),
-    };
-    if !is_array(content) {
-        let prefix = is_last && role == "assistant";
-        return conversion.push(&ChatMessage { prefix, ..message(role, ChatContent::Written(content)) }, place);
-    }
-    let blocks: Vec<&RawValue> = entry(content, place)?;
-    let mut reader = Blocks::new(place);
-    for (number, written) in blocks.into_iter().enumerate() {
-        let place = Place::Part(MESSAGES, index, "content", number as u32);
-        let block: Block<'_> = entry(written, place)?;
-        reader.read(block, role, place, conversion)?;
-    }
-    reader.finish(role, is_last, conversion)
 }
 
 /// The blocks of one message.
@@ -324,40 +422,29 @@ impl<'a> Blocks<'a> {
         Self { parts, calls, pictures, origin: place.into(), has_results: false, has_thought: false }
     }
 
-    fn read(
-        &mut self,
-        block: Block<'a>,
-        role: &str,
-        place: Place,
-        conversion: &mut Conversion,
-    ) -> Result<(), ApiError> {
+    fn read(&mut self, block: Block<'a>, role: &str, place: Place, draft: &mut Draft<'a>) -> Result<(), ApiError> {
         match (block.r#type.as_deref(), role) {
-            (Some("text"), _) => {
-                self.parts.push(ChatPart::text(block.text));
-                self.origin.parts.push(place);
+            (Some("text"), _) => self.push(ChatPart::text(block.text), place),
+            (Some("image"), "user") => self.push(picture(block.source, place)?, place),
+            (Some("document"), "user") => {
+                for part in document(block.source, place)? {
+                    self.push(part, place);
+                }
             }
-            (Some("image"), "user") => {
-                self.parts.push(picture(block.source, place)?);
-                self.origin.parts.push(place);
+            (Some("tool_reference"), "user") => {
+                let part = draft.reference(&block, place)?;
+                self.push(part, place);
             }
             (Some("tool_use"), "assistant") => {
-                let arguments = match block.input {
-                    // the chat API takes arguments as a text, this one does not
-                    Some(input) if !is_object(input) => {
-                        let message = format!("`{place}.input` must be an object.");
-                        return Err(ApiError::invalid(format!("{place}.input"), message));
-                    }
-                    Some(input) => input,
-                    None => entry(no_arguments(), place)?,
-                };
-                let function =
-                    ChatFunction { name: block.name.ok_or_else(|| missing(place, "name"))?.into(), arguments };
-                self.calls.push(ChatCall { id: block.id.ok_or_else(|| missing(place, "id"))?.into(), function });
+                let name: String = entry(block.name.ok_or_else(|| missing(place, "name"))?, place)?;
+                let id: String = entry(block.id.ok_or_else(|| missing(place, "id"))?, place)?;
+                let function = ChatFunction { name: name.into(), arguments: arguments(block.input, place)? };
+                self.calls.push(ChatCall { id: id.into(), function });
                 self.origin.calls.push(place);
             }
             (Some("tool_result"), "user") => {
                 self.has_results = true;
-                self.result(block, place, conversion)?;
+                self.result(block, place, draft)?;
             }
             (Some("thinking" | "redacted_thinking"), "assistant") => self.has_thought = true,
             (kind, _) => return Err(unsupported(place, "blocks", kind)),
@@ -365,9 +452,15 @@ impl<'a> Blocks<'a> {
         Ok(())
     }
 
-    fn result(&mut self, block: Block<'a>, place: Place, conversion: &mut Conversion) -> Result<(), ApiError> {
-        let call_id = block.tool_use_id.ok_or_else(|| missing(place, "tool_use_id"))?;
-        let failed = block.is_error == Some(true);
+    fn push(&mut self, part: ChatPart<'a>, place: Place) {
+        self.parts.push(part);
+        self.origin.parts.push(place);
+    }
+
+    fn result(&mut self, block: Block<'a>, place: Place, draft: &mut Draft<'a>) -> Result<(), ApiError> {
+        let call_id: String = entry(block.tool_use_id.ok_or_else(|| missing(place, "tool_use_id"))?, place)?;
+        let failed =
+            block.is_error.map(|failed| entry::<Option<bool>>(failed, place)).transpose()?.flatten() == Some(true);
         let mut origin = Origin::from(place);
         let content = match block.content {
             None => ChatContent::Parts(failed.then(|| text("Error".into())).into_iter().collect()),
@@ -379,16 +472,15 @@ impl<'a> Blocks<'a> {
                         Some("text") if failed && texts.is_empty() => {
                             let said: String = entry(block.text.unwrap_or(RawValue::NULL), place)?;
                             texts.push(text(as_error(said)));
-                            origin.parts.push(place);
                         }
-                        Some("text") => {
-                            texts.push(ChatPart::text(block.text));
-                            origin.parts.push(place);
-                        }
+                        Some("text") => texts.push(ChatPart::text(block.text)),
+                        Some("tool_reference") => texts.push(draft.reference(&block, place)?),
+                        Some("document") => texts.append(&mut document(block.source, place)?),
                         Some("image") => self.pictures.push((picture(block.source, place)?, place)),
                         kind => return Err(unsupported(place, "blocks", kind)),
                     }
                 }
+                origin.parts = vec![place; texts.len()];
                 ChatContent::Parts(texts)
             }
             Some(written) if failed && is_string(written) => {
@@ -397,10 +489,11 @@ impl<'a> Blocks<'a> {
             Some(written) => ChatContent::Written(written),
         };
         let result = ChatMessage { tool_call_id: Some(call_id.into()), ..message("tool", content) };
-        conversion.push(&result, origin)
+        draft.messages.push((result, origin));
+        Ok(())
     }
 
-    fn finish(mut self, role: &'static str, is_last: bool, conversion: &mut Conversion) -> Result<(), ApiError> {
+    fn finish(mut self, role: &'static str, is_last: bool, draft: &mut Draft<'a>) {
         if !self.pictures.is_empty() {
             let (pictures, places): (Vec<_>, Vec<_>) = self.pictures.into_iter().unzip();
             self.parts.splice(0..0, pictures);
@@ -408,12 +501,35 @@ impl<'a> Blocks<'a> {
         }
         let is_empty = self.parts.is_empty() && self.calls.is_empty();
         if is_empty && (self.has_results || self.has_thought) {
-            return Ok(());
+            return;
         }
         let prefix = is_last && role == "assistant" && self.calls.is_empty();
-        let content = ChatContent::Parts(self.parts);
-        conversion.push(&ChatMessage { tool_calls: self.calls, prefix, ..message(role, content) }, self.origin)
+        let message = ChatMessage { tool_calls: self.calls, prefix, ..message(role, ChatContent::Parts(self.parts)) };
+        draft.messages.push((message, self.origin));
     }
+}
+
+/// The arguments of a call. What stands for arguments that were no object is what the model wrote.
+fn arguments<'a>(input: Option<&'a RawValue>, place: Place) -> Result<Cow<'a, RawValue>, ApiError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Invalid<'a> {
+        #[serde(borrow, rename = "INVALID_JSON")]
+        written: &'a RawValue,
+    }
+    let Some(input) = input else { return Ok(Cow::Borrowed(entry(no_arguments(), place)?)) };
+    // the chat API takes arguments as a text, this one does not
+    if !is_object(input) {
+        let message = format!("`{place}.input` must be an object.");
+        return Err(ApiError::invalid(format!("{place}.input"), message));
+    }
+    if input.get().contains(INVALID_JSON)
+        && let Ok(Invalid { written }) = serde_json::from_str(input.get())
+        && is_string(written)
+    {
+        return Ok(Cow::Borrowed(written));
+    }
+    Ok(Cow::Borrowed(input))
 }
 
 fn text<'a>(text: String) -> ChatPart<'a> {
@@ -429,9 +545,9 @@ fn no_arguments() -> &'static RawValue {
     serde_json::from_str(NO_ARGUMENTS).unwrap_or(RawValue::NULL)
 }
 
-fn picture<'a>(source: Option<Source<'_>>, place: Place) -> Result<ChatPart<'a>, ApiError> {
+fn picture<'a>(source: Option<&RawValue>, place: Place) -> Result<ChatPart<'a>, ApiError> {
     let wrong = |what: &str| ApiError::invalid(format!("{place}.source"), format!("`{place}.source` {what}."));
-    let source = source.ok_or_else(|| wrong("is required"))?;
+    let source: Source<'_> = entry(source.ok_or_else(|| wrong("is required"))?, place)?;
     let url = match (source.r#type.as_deref(), source.media_type, source.data, source.url) {
         (Some("base64"), Some(media_type), Some(data), _) => format!("data:{media_type};base64,{data}"),
         (Some("base64"), ..) => return Err(wrong("must have `media_type` and `data`")),
@@ -440,4 +556,27 @@ fn picture<'a>(source: Option<Source<'_>>, place: Place) -> Result<ChatPart<'a>,
         _ => return Err(wrong("must have the type \"base64\" or \"url\"")),
     };
     Ok(ChatPart::ImageUrl { image_url: Text::Made(url) })
+}
+
+/// The text of a document that is one. Others are refused in the words by which Anthropic's clients know that they have to
+/// take it out of the conversation.
+fn document<'a>(source: Option<&'a RawValue>, place: Place) -> Result<Vec<ChatPart<'a>>, ApiError> {
+    let refused = || {
+        let param = format!("{}.document", with_dots(place));
+        ApiError::invalid(param, "this model does not support PDF input")
+    };
+    let source: Source<'a> = entry(source.ok_or_else(refused)?, place)?;
+    match (source.r#type.as_deref(), source.data, source.content) {
+        (Some("text"), Some(data), _) => Ok(vec![text(data.into_owned())]),
+        (Some("content"), _, Some(content)) if is_string(content) => Ok(vec![ChatPart::text(Some(content))]),
+        (Some("content"), _, Some(content)) => {
+            let blocks: Vec<Block<'a>> = entry(content, place)?;
+            let as_text = |block: Block<'a>| match block.r#type.as_deref() {
+                Some("text") => Ok(ChatPart::text(block.text)),
+                kind => Err(unsupported(place, "blocks", kind)),
+            };
+            blocks.into_iter().map(as_text).collect()
+        }
+        _ => Err(refused()),
+    }
 }

@@ -4,12 +4,15 @@ use serde::Serialize;
 
 use super::{
     error::error_json,
-    output::{ContentBlock, MessageObject, MessageUsage, empty, stop_reason, tool_use_id},
+    output::{ContentBlock, MessageObject, MessageUsage, empty, input, stop_reason, tool_use},
 };
-use crate::api::{
-    answer::Answer,
-    error::ApiError,
-    sse::{EventWriter, write_named_event},
+use crate::{
+    api::{
+        answer::Answer,
+        error::ApiError,
+        sse::{EventWriter, write_named_event},
+    },
+    relay::emit::Part,
 };
 
 /// One event.
@@ -95,6 +98,13 @@ impl MessagesWriter {
         self.blocks += 1;
     }
 
+    fn add_text(&mut self, text: &str, out: &mut Vec<u8>) {
+        if self.open != Open::Text {
+            self.begin_block(Open::Text, ContentBlock::Text { text: "" }, out);
+        }
+        self.grow(BlockDelta::TextDelta { text }, out);
+    }
+
     fn grow(&self, delta: BlockDelta<'_>, out: &mut Vec<u8>) {
         Event::ContentBlockDelta { index: self.blocks.saturating_sub(1), delta }.write(out);
     }
@@ -120,22 +130,18 @@ impl EventWriter for MessagesWriter {
     fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
         self.begin_message(answer, out);
         let choice = &answer.choices[number];
-        let delta = &choice.delta;
-        let says_nothing = self.blocks == 0 && delta.calls.is_empty() && choice.finish.is_some();
-        if !delta.text.is_empty() || says_nothing {
-            if self.open != Open::Text {
-                self.begin_block(Open::Text, ContentBlock::Text { text: "" }, out);
+        for part in choice.delta.parts() {
+            match part {
+                Part::Text(text) => self.add_text(text, out),
+                // a call comes whole
+                Part::Call(call) => {
+                    self.begin_block(Open::ToolUse, tool_use(call, empty()), out);
+                    self.grow(BlockDelta::InputJsonDelta { partial_json: input(call).get() }, out);
+                }
             }
-            self.grow(BlockDelta::TextDelta { text: &delta.text }, out);
         }
-        for call in &delta.calls {
-            if let Some(start) = &call.start {
-                let (id, name) = (tool_use_id(&start.id), start.name.as_str());
-                self.begin_block(Open::ToolUse, ContentBlock::ToolUse { id, name, input: empty() }, out);
-            }
-            if !call.arguments.is_empty() {
-                self.grow(BlockDelta::InputJsonDelta { partial_json: &call.arguments }, out);
-            }
+        if self.blocks == 0 && choice.finish.is_some() {
+            self.add_text("", out);
         }
         answer.choices[number].delta.clear();
     }

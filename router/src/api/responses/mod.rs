@@ -1,8 +1,11 @@
 //! `POST /v1/responses`, OpenAI's Responses API, without memory: the client sends the whole conversation each time.
 //!
-//! A request becomes a chat request ([`request`]), and the answer is written as a list of output items
-//! ([`output`]), whole or as typed events ([`stream`]).
+//! A request becomes a chat request ([`request`], its tools [`tools`]), and the answer becomes a list of output items
+//! ([`items`]) that is written whole ([`output`]) or as typed events ([`stream`]).
 
+pub mod count;
+pub mod items;
 pub mod output;
 pub mod request;
 pub mod stream;
+pub mod tools;

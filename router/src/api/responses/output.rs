@@ -5,14 +5,17 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, value::RawValue};
 
-use super::request::{Echo, TextOptions};
+use super::{
+    items::Items,
+    request::{Echo, TextOptions},
+};
 use crate::{
     api::{
         answer::{Answer, Choice},
         error::ApiError,
         response::{ChatLogprob, ChatLogprobs},
     },
-    relay::emit::{CallDelta, Finish},
+    relay::emit::Finish,
 };
 
 /// `status` of a response or of an item.
@@ -28,81 +31,6 @@ pub enum Status {
     Incomplete,
     /// It broke.
     Failed,
-}
-
-/// An item of the answer while it comes into being.
-pub enum Item {
-    /// Text.
-    Message {
-        /// Its id.
-        id: String,
-        /// So far.
-        text: String,
-        /// Of its tokens, if wanted.
-        logprobs: Vec<PositionLogprobs>,
-    },
-    /// A call.
-    Call {
-        /// Its id as an item.
-        id: String,
-        /// Its id as a call.
-        call_id: String,
-        /// The function.
-        name: String,
-        /// JSON so far.
-        arguments: String,
-    },
-}
-
-impl Item {
-    /// A message as item number `number` of a response.
-    pub fn message(response: &str, number: usize) -> Self {
-        let id = format!("msg_{}_{number}", bare(response));
-        Self::Message { id, text: String::new(), logprobs: Vec::new() }
-    }
-
-    /// A call as item number `number` of a response; `None` for a piece that begins no call.
-    pub fn call(response: &str, number: usize, piece: &CallDelta) -> Option<Self> {
-        let start = piece.start.as_ref()?;
-        Some(Self::Call {
-            id: format!("fc_{}_{number}", bare(response)),
-            call_id: format!("call_{}", start.id),
-            name: start.name.clone(),
-            arguments: String::new(),
-        })
-    }
-
-    /// Its id.
-    pub fn id(&self) -> &str {
-        match self {
-            Item::Message { id, .. } | Item::Call { id, .. } => id,
-        }
-    }
-
-    /// As the client sees it.
-    pub fn object<'a>(&'a self, status: Status, answer: &'a Answer) -> ItemObject<'a> {
-        match self {
-            Item::Message { id, .. } => {
-                let content =
-                    if status == Status::InProgress { Vec::new() } else { self.part(answer).into_iter().collect() };
-                ItemObject::Message { id, status, role: "assistant", content }
-            }
-            Item::Call { id, call_id, name, arguments } => {
-                ItemObject::FunctionCall { id, status, call_id, name, arguments }
-            }
-        }
-    }
-
-    /// The text of a message.
-    pub fn part<'a>(&'a self, answer: &'a Answer) -> Option<TextPart<'a>> {
-        let Item::Message { text, logprobs, .. } = self else { return None };
-        Some(TextPart { r#type: "output_text", text, annotations: [], logprobs: logprobs_of(logprobs, answer) })
-    }
-}
-
-/// The id of a response without its prefix.
-fn bare(response: &str) -> &str {
-    response.strip_prefix("resp_").unwrap_or(response)
 }
 
 /// Logprobs as chat has them; none if none were asked for.
@@ -139,8 +67,27 @@ pub enum ItemObject<'a> {
         call_id: &'a str,
         /// The function.
         name: &'a str,
+        /// The namespace that the function was declared in.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        namespace: Option<&'a str>,
         /// JSON.
         arguments: &'a str,
+    },
+    /// A call of a custom tool.
+    CustomToolCall {
+        /// Its id as an item.
+        id: &'a str,
+        /// Whether it is over.
+        status: Status,
+        /// Names it in its result.
+        call_id: &'a str,
+        /// The tool.
+        name: &'a str,
+        /// The namespace that the tool was declared in.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        namespace: Option<&'a str>,
+        /// A text.
+        input: String,
     },
 }
 
@@ -156,6 +103,13 @@ pub struct TextPart<'a> {
     pub annotations: [Value; 0],
     /// Of its tokens, if wanted.
     pub logprobs: Vec<ChatLogprob<'a>>,
+}
+
+impl TextPart<'_> {
+    /// Of a message that begins.
+    pub fn empty() -> Self {
+        Self { r#type: "output_text", text: "", annotations: [], logprobs: Vec::new() }
+    }
 }
 
 /// The response object.
@@ -305,34 +259,18 @@ pub fn final_status(choice: &Choice) -> Status {
     if choice.finish == Some(Finish::Length) { Status::Incomplete } else { Status::Completed }
 }
 
-/// The items of an answer that is over; what was cut off is the last of them.
-pub fn objects<'a>(items: &'a [Item], status: Status, answer: &'a Answer) -> Vec<ItemObject<'a>> {
-    let last = items.len().saturating_sub(1);
-    let status_of = |number: usize| if number == last { status } else { Status::Completed };
-    items.iter().enumerate().map(|(number, item)| item.object(status_of(number), answer)).collect()
+/// Runs an answer to its end and collects its items.
+pub async fn collect(answer: &mut Answer, echo: &Echo) -> Result<Items, ApiError> {
+    let mut items = Items::default();
+    while let Some(step) = std::future::poll_fn(|cx| answer.poll_step(cx)).await {
+        let choice = &mut answer.choices[step?];
+        items.take(&mut choice.delta, choice.finish, &answer.id, &echo.names);
+    }
+    Ok(items)
 }
 
 /// The plain answer, complete.
-pub fn object(answer: &Answer, echo: &Echo) -> serde_json::Result<Vec<u8>> {
-    let choice = &answer.choices[0];
-    let delta = &choice.delta;
-    let mut items = Vec::with_capacity(1 + delta.calls.len());
-    if !delta.text.is_empty() || delta.calls.is_empty() {
-        let mut item = Item::message(&answer.id, 0);
-        if let Item::Message { text, logprobs, .. } = &mut item {
-            text.clone_from(&delta.text);
-            logprobs.clone_from(&delta.logprobs);
-        }
-        items.push(item);
-    }
-    for piece in &delta.calls {
-        if let Some(mut item) = Item::call(&answer.id, items.len(), piece) {
-            if let Item::Call { arguments, .. } = &mut item {
-                arguments.clone_from(&piece.arguments);
-            }
-            items.push(item);
-        }
-    }
-    let status = final_status(choice);
-    serde_json::to_vec(&ResponseObject::new(answer, echo, status, objects(&items, status, answer), None))
+pub fn object(answer: &Answer, echo: &Echo, items: &Items) -> serde_json::Result<Vec<u8>> {
+    let status = final_status(&answer.choices[0]);
+    serde_json::to_vec(&ResponseObject::new(answer, echo, status, items.objects(answer), None))
 }

@@ -1,24 +1,33 @@
 //! The body of `POST /v1/responses`, and the chat request that it becomes.
 //!
-//! `instructions` is a system message in front. Items follow each other as messages: calls join the assistant's message
-//! before them, reasoning is left out (this model has none to go on with). What needs a memory of ours is refused by
-//! name: `previous_response_id`, `conversation`, `background`, `prompt`, references to items.
+//! `instructions` is a system message in front. Items follow each other as messages, whose turns are put in order
+//! ([`turns`](crate::api::turns)). Reasoning is left out (this model has none to go on with), and so are the calls of tools that
+//! a server runs. What needs a memory of ours is refused by name: `previous_response_id`, `conversation`, `background`,
+//! `prompt`, references to items.
 
-use std::{borrow::Cow, fmt};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+    fmt,
+};
 
 use schemars::JsonSchema;
 use serde::{
     Deserialize, Serialize,
     de::{Deserializer, IgnoredAny, SeqAccess, Visitor},
 };
-use serde_json::{Map, Value, json, value::RawValue};
+use serde_json::{
+    Map, Value, json,
+    value::{RawValue, to_raw_value},
+};
 
+use super::tools::{INPUT, Tool, ToolNames, Tools, tool_choice};
 use crate::api::{
     bounds::Limits,
     bounds::at_least,
     convert::{
-        ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, ChatToolFunction, Conversion, Dialect,
-        Origin, Place, Text, entry, is_array, is_string, missing, refuse_foreign, unsupported,
+        ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, Conversion, Dialect, Origin, Place, Text,
+        entry, is_array, is_string, missing, refuse_foreign, unsupported,
     },
     declare::{Operation, Uses, fields},
     error::ApiError,
@@ -39,6 +48,7 @@ const DIALECT: Dialect = Dialect {
         (".tool_call_id", ".call_id"),
         (".image_url.url", ".image_url"),
     ],
+    no_images: None,
 };
 
 const USES: Uses = Uses::of(&[Operation::Responses]);
@@ -55,13 +65,13 @@ fields! {
     max_output_tokens: Integer, USES, within |_| at_least(1);
     /// The form of the text.
     text: TextOptions, USES;
-    /// Functions that may be called.
+    /// Functions, namespaces of functions and custom tools that may be called; others are left out.
     tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
     /// Whether and which.
     tool_choice: Value as agents::ResponsesChoice, USES;
     /// What else the answer is to hold: `message.output_text.logprobs`.
     include: Vec<String>, USES;
-    /// Only `effort: none`.
+    /// Its effort is taken, without effect: this model does not reason.
     reasoning: Reasoning, USES;
     /// Comes back in the answer.
     metadata: Map<String, Value>, USES;
@@ -140,23 +150,34 @@ pub struct TextOptions {
 /// `reasoning`.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 pub struct Reasoning {
-    /// Only `none`.
+    /// Without effect.
     pub effort: Option<String>,
 }
 
-/// One of the items of `input`.
+/// One of the items of `input`: what kind it is.
+#[derive(Debug, Deserialize)]
+struct ItemKind<'a> {
+    r#type: Option<Cow<'a, str>>,
+    role: Option<Cow<'a, str>>,
+}
+
+/// A message, a call or a result.
 #[derive(Debug, Deserialize)]
 struct Item<'a> {
-    r#type: Option<Cow<'a, str>>,
     role: Option<Cow<'a, str>>,
     #[serde(borrow)]
     content: Option<&'a RawValue>,
     call_id: Option<String>,
+    namespace: Option<String>,
     name: Option<String>,
     #[serde(borrow)]
     arguments: Option<&'a RawValue>,
     #[serde(borrow)]
+    input: Option<&'a RawValue>,
+    #[serde(borrow)]
     output: Option<&'a RawValue>,
+    #[serde(borrow)]
+    tools: Option<Vec<&'a RawValue>>,
 }
 
 /// One of the parts of an item's content.
@@ -171,26 +192,6 @@ struct Part<'a> {
     image_url: Option<&'a RawValue>,
 }
 
-/// One of `tools`: a function.
-#[derive(Debug, Deserialize, JsonSchema)]
-#[schemars(rename = "ResponsesTool")]
-struct Tool<'a> {
-    /// `function`
-    #[schemars(required)]
-    r#type: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    #[schemars(required, with = "String")]
-    name: Option<&'a RawValue>,
-    #[serde(borrow)]
-    #[schemars(with = "Option<String>")]
-    description: Option<&'a RawValue>,
-    /// A JSON schema.
-    #[serde(borrow)]
-    #[schemars(with = "Option<Map<String, Value>>")]
-    parameters: Option<&'a RawValue>,
-    strict: Option<bool>,
-}
-
 /// What of a request comes back in its answer.
 #[derive(Debug, Default)]
 pub struct Echo {
@@ -198,6 +199,8 @@ pub struct Echo {
     pub instructions: Option<Box<RawValue>>,
     /// As they came.
     pub tools: Vec<Box<RawValue>>,
+    /// How the client names them.
+    pub names: ToolNames,
     /// As it came, or `auto`.
     pub tool_choice: Value,
     /// As it came, or true.
@@ -225,27 +228,33 @@ pub fn read<'b>(bytes: &'b [u8], options: &RouterOptions) -> Result<(Conversion,
     refuse_memory(&request)?;
     refuse_foreign(&fields)?;
     let max_output_tokens = request.max_output_tokens(&limits)?;
-    let echo = echo(&mut request, &fields);
+    let mut echo = echo(&mut request, &fields);
     fields.prompt_cache_key = echo.prompt_cache_key.as_deref().map(|name| Name::of(name.as_bytes()));
     fields.user = echo.user.as_deref().map(|name| Name::of(name.as_bytes()));
-    let mut conversion = Conversion::new(&DIALECT);
+    fields.reasoning_effort = request.reasoning.take().and_then(|reasoning| reasoning.effort);
+    let mut tools = Tools::default();
+    let declared = tools.read(request.tools.as_deref().unwrap_or_default(), |index| Place::Entry("tools", index))?;
+    let mut items = Items::new(tools, declared);
     if let Some(instructions) = request.instructions {
         if !is_string(instructions) {
             return Err(ApiError::invalid("instructions", "`instructions` must be a string."));
         }
         let content = Some(ChatContent::Written(instructions));
-        conversion.push(&message("system", content), Place::Field("instructions"))?;
+        items.messages.push((message("system", content), Place::Field("instructions").into()));
     }
     match request.input {
         None => return Err(ApiError::invalid("input", "`input` is required.")),
         Some(Input::Text(text)) => {
             let content = ChatContent::Parts(vec![ChatPart::Text { text: Text::Made(text) }]);
-            conversion.push(&message("user", Some(content)), Place::Field("input"))?;
+            items.messages.push((message("user", Some(content)), Place::Field("input").into()));
         }
-        Some(Input::Items(items)) => Items::new(&mut conversion).read(items)?,
+        Some(Input::Items(written)) => items.read(written)?,
     }
-    conversion.set_tools(&tools(request.tools.as_deref().unwrap_or_default())?)?;
-    fields.tool_choice = request.tool_choice.map(tool_choice);
+    fields.late_tools = items.has_late_tools;
+    fields.left_out += items.tools.left_out;
+    fields.tool_choice = request.tool_choice.map(|choice| tool_choice(choice, &items.tools.names)).transpose()?;
+    let conversion = Conversion::new(&DIALECT, items.messages, items.declared)?;
+    echo.names = items.tools.names;
     if let Some(most) = max_output_tokens {
         fields.max_tokens = Some(Integer(most));
         fields.max_completion_tokens = None;
@@ -272,13 +281,7 @@ fn refuse_memory(request: &ResponsesRequest<'_>) -> Result<(), ApiError> {
             return Err(ApiError::invalid(name, format!("`{name}` is not supported: {reason}")));
         }
     }
-    match request.reasoning.as_ref().and_then(|reasoning| reasoning.effort.as_deref()) {
-        None | Some("none") => Ok(()),
-        Some(_) => Err(ApiError::invalid(
-            "reasoning.effort",
-            "`reasoning.effort` is not supported: this model does not reason.",
-        )),
-    }
+    Ok(())
 }
 
 fn echo(request: &mut ResponsesRequest<'_>, fields: &Body<'_>) -> Echo {
@@ -287,6 +290,7 @@ fn echo(request: &mut ResponsesRequest<'_>, fields: &Body<'_>) -> Echo {
     Echo {
         instructions: request.instructions.map(ToOwned::to_owned),
         tools: request.tools.iter().flatten().map(|tool| (*tool).to_owned()).collect(),
+        names: ToolNames::default(),
         tool_choice: request.tool_choice.clone().unwrap_or_else(|| "auto".into()),
         parallel_tool_calls: fields.parallel_tool_calls.unwrap_or(true),
         text,
@@ -303,36 +307,6 @@ fn message<'a>(role: &'static str, content: Option<ChatContent<'a>>) -> ChatMess
     ChatMessage { role, content, tool_calls: Vec::new(), tool_call_id: None, prefix: false }
 }
 
-fn tools<'a>(written: &[&'a RawValue]) -> Result<Vec<ChatTool<'a>>, ApiError> {
-    let tool = |(index, written): (usize, &&'a RawValue)| {
-        let place = Place::Entry("tools", index as u32);
-        let tool: Tool<'a> = entry(written, place)?;
-        match tool.r#type.as_deref() {
-            Some("function") => {
-                let Tool { name, description, parameters, strict, .. } = tool;
-                Ok(ChatTool {
-                    r#type: "function",
-                    function: ChatToolFunction { name, description, parameters, strict },
-                })
-            }
-            kind => Err(unsupported(place, "tools", kind)),
-        }
-    };
-    written.iter().enumerate().map(tool).collect()
-}
-
-/// Chat names the tools that are allowed one level deeper.
-fn tool_choice(choice: Value) -> Value {
-    if choice.get("type").and_then(Value::as_str) != Some("allowed_tools") || choice.get("allowed_tools").is_some() {
-        return choice;
-    }
-    let names = choice.get("tools").and_then(Value::as_array).map(|tools| {
-        tools.iter().map(|tool| json!({"type": tool.get("type"), "function": {"name": tool.get("name")}})).collect()
-    });
-    let names: Value = names.map_or(Value::Null, Value::Array);
-    json!({"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": names}})
-}
-
 /// Chat has the schema one level deeper.
 fn response_format(mut format: Value) -> Value {
     let is_schema = format.get("type").and_then(Value::as_str) == Some("json_schema");
@@ -345,61 +319,61 @@ fn response_format(mut format: Value) -> Value {
     }
 }
 
-/// Writes items as messages.
-struct Items<'a, 'c> {
-    conversion: &'c mut Conversion,
-    /// The assistant's message that calls may still join.
-    assistant: Option<(ChatMessage<'a>, Origin)>,
-    /// Pictures that tools returned: the model looks at pictures in a user's message only.
-    pictures: Vec<ChatPart<'a>>,
-    places: Vec<Place>,
+/// Reads items as messages.
+struct Items<'a> {
+    messages: Vec<(ChatMessage<'a>, Origin)>,
+    tools: Tools,
+    /// The tools in front of the first user message.
+    declared: Vec<(ChatTool<'a>, Place)>,
+    /// Whether tools became known behind it.
+    has_late_tools: bool,
+    /// Calls that were left out, whose results are as well.
+    left_out: HashSet<String>,
 }
 
-const INPUT: &str = "input";
+const INPUT_ITEMS: &str = "input";
 
-impl<'a, 'c> Items<'a, 'c> {
-    fn new(conversion: &'c mut Conversion) -> Self {
-        Self { conversion, assistant: None, pictures: Vec::new(), places: Vec::new() }
+impl<'a> Items<'a> {
+    fn new(tools: Tools, declared: Vec<(ChatTool<'a>, Place)>) -> Self {
+        Self { messages: Vec::new(), tools, declared, has_late_tools: false, left_out: HashSet::new() }
     }
 
-    fn read(mut self, items: Vec<&'a RawValue>) -> Result<(), ApiError> {
+    fn read(&mut self, items: Vec<&'a RawValue>) -> Result<(), ApiError> {
         for (index, written) in items.into_iter().enumerate() {
-            let place = Place::Entry(INPUT, index as u32);
-            let item: Item<'a> = entry(written, place)?;
-            match (item.r#type.as_deref(), &item.role) {
-                (Some("message"), _) | (None, Some(_)) => self.message(item, index as u32)?,
-                (Some("function_call"), _) => self.call(item, place)?,
-                (Some("function_call_output"), _) => self.result(item, index as u32)?,
-                (Some("reasoning"), _) => {}
-                (Some("item_reference"), _) => {
+            let index = index as u32;
+            let place = Place::Entry(INPUT_ITEMS, index);
+            let ItemKind { r#type, role } = entry(written, place)?;
+            match r#type.as_deref() {
+                None if role.is_none() => return Err(missing(place, "type")),
+                None | Some("message") => self.message(entry(written, place)?, index)?,
+                Some("function_call" | "custom_tool_call") => self.call(entry(written, place)?, place)?,
+                Some("function_call_output" | "custom_tool_call_output") => {
+                    self.result(entry(written, place)?, index)?;
+                }
+                Some("additional_tools") => self.additional_tools(entry(written, place)?, index)?,
+                Some("item_reference") => {
                     let message = format!("`{place}`: this server keeps no items. Send the item itself.");
                     return Err(ApiError::invalid(format!("{place}.type"), message));
                 }
-                (kind, _) => return Err(unsupported(place, "items", kind)),
+                Some(kind) if is_left_out(kind) => self.leave_out(written),
+                kind => return Err(unsupported(place, "items", kind)),
             }
         }
-        self.end_assistant()?;
-        self.end_results()
+        Ok(())
     }
 
-    fn end_assistant(&mut self) -> Result<(), ApiError> {
-        match self.assistant.take() {
-            Some((message, origin)) => self.conversion.push(&message, origin),
-            None => Ok(()),
+    fn leave_out(&mut self, written: &RawValue) {
+        #[derive(Deserialize)]
+        struct Named {
+            call_id: Option<String>,
         }
-    }
-
-    fn end_results(&mut self) -> Result<(), ApiError> {
-        let Some(first) = self.places.first().copied() else { return Ok(()) };
-        let content = ChatContent::Parts(std::mem::take(&mut self.pictures));
-        let origin = Origin { message: first, parts: std::mem::take(&mut self.places), calls: Vec::new() };
-        self.conversion.push(&message("user", Some(content)), origin)
+        if let Ok(Named { call_id: Some(id) }) = serde_json::from_str(written.get()) {
+            self.left_out.insert(id);
+        }
     }
 
     fn message(&mut self, item: Item<'a>, index: u32) -> Result<(), ApiError> {
-        self.end_assistant()?;
-        self.end_results()?;
-        let place = Place::Entry(INPUT, index);
+        let place = Place::Entry(INPUT_ITEMS, index);
         let role = match item.role.as_deref() {
             Some("user") => "user",
             Some("system" | "developer") => "system",
@@ -420,41 +394,47 @@ impl<'a, 'c> Items<'a, 'c> {
             Some(written) => Some(ChatContent::Written(written)),
             None => Some(ChatContent::Written(RawValue::NULL)).filter(|_| role != "assistant"),
         };
-        let message = message(role, content);
-        if role == "assistant" {
-            self.assistant = Some((message, origin));
-            return Ok(());
-        }
-        self.conversion.push(&message, origin)
-    }
-
-    fn call(&mut self, item: Item<'a>, place: Place) -> Result<(), ApiError> {
-        self.end_results()?;
-        let call = ChatCall {
-            id: item.call_id.ok_or_else(|| missing(place, "call_id"))?.into(),
-            function: ChatFunction {
-                name: item.name.ok_or_else(|| missing(place, "name"))?.into(),
-                arguments: item.arguments.ok_or_else(|| missing(place, "arguments"))?,
-            },
-        };
-        let (message, origin) = self.assistant.get_or_insert_with(|| (message("assistant", None), Origin::from(place)));
-        message.tool_calls.push(call);
-        origin.calls.push(place);
+        self.messages.push((message(role, content), origin));
         Ok(())
     }
 
+    /// A call of a function, or of a custom tool, whose one argument is its input.
+    fn call(&mut self, item: Item<'a>, place: Place) -> Result<(), ApiError> {
+        let name = item.name.ok_or_else(|| missing(place, "name"))?;
+        let arguments = match (item.arguments, item.input) {
+            (Some(arguments), _) => Cow::Borrowed(arguments),
+            (None, Some(input)) => {
+                let arguments = to_raw_value(&HashMap::from([(INPUT, input)]));
+                Cow::Owned(arguments.map_err(|error| ApiError::internal(error.to_string()))?)
+            }
+            (None, None) => return Err(missing(place, "arguments")),
+        };
+        let name = self.tools.names.in_prompt(item.namespace.as_deref(), &name).into_owned();
+        let call = ChatCall {
+            id: item.call_id.ok_or_else(|| missing(place, "call_id"))?.into(),
+            function: ChatFunction { name: name.into(), arguments },
+        };
+        let origin = Origin { message: place, parts: Vec::new(), calls: vec![place] };
+        self.messages.push((ChatMessage { tool_calls: vec![call], ..message("assistant", None) }, origin));
+        Ok(())
+    }
+
+    /// Images that a tool returned are shown by the user: the model looks at images in a user's message only.
     fn result(&mut self, item: Item<'a>, index: u32) -> Result<(), ApiError> {
-        self.end_assistant()?;
-        let place = Place::Entry(INPUT, index);
+        let place = Place::Entry(INPUT_ITEMS, index);
         let call_id = item.call_id.ok_or_else(|| missing(place, "call_id"))?;
         let output = item.output.ok_or_else(|| missing(place, "output"))?;
+        if self.left_out.contains(&call_id) {
+            return Ok(());
+        }
         let mut origin = Origin::from(place);
+        let (mut images, mut image_places) = (Vec::new(), Vec::new());
         let content = if is_array(output) {
             let mut texts = Vec::new();
             for (part, place) in parts(output, index, "output")? {
                 if matches!(part, ChatPart::ImageUrl { .. }) {
-                    self.pictures.push(part);
-                    self.places.push(place);
+                    images.push(part);
+                    image_places.push(place);
                 } else {
                     texts.push(part);
                     origin.parts.push(place);
@@ -467,16 +447,42 @@ impl<'a, 'c> Items<'a, 'c> {
             let message = format!("`{place}.output` must be a string or an array.");
             return Err(ApiError::invalid(format!("{place}.output"), message));
         };
-        let message = ChatMessage { tool_call_id: Some(call_id.into()), ..message("tool", Some(content)) };
-        self.conversion.push(&message, origin)
+        let result = ChatMessage { tool_call_id: Some(call_id.into()), ..message("tool", Some(content)) };
+        self.messages.push((result, origin));
+        if !images.is_empty() {
+            let origin = Origin { message: place, parts: image_places, calls: Vec::new() };
+            self.messages.push((message("user", Some(ChatContent::Parts(images))), origin));
+        }
+        Ok(())
     }
+
+    /// In front of the first user message they are among the request's tools; later they are shown as text.
+    fn additional_tools(&mut self, item: Item<'a>, index: u32) -> Result<(), ApiError> {
+        let place = Place::Entry(INPUT_ITEMS, index);
+        let written = item.tools.ok_or_else(|| missing(place, "tools"))?;
+        let mut tools = self.tools.read(&written, |number| Place::Part(INPUT_ITEMS, index, "tools", number))?;
+        if !self.messages.iter().any(|(message, _)| message.role == "user") {
+            self.declared.append(&mut tools);
+        } else if !tools.is_empty() {
+            let texts = tools.iter().map(|(tool, _)| ChatPart::Text { text: Text::Made(tool.as_text()) }).collect();
+            self.messages.push((message("system", Some(ChatContent::Parts(texts))), place.into()));
+            self.has_late_tools = true;
+        }
+        Ok(())
+    }
+}
+
+/// Items that say nothing to this model: reasoning, and calls that a server or another client's tool ran.
+fn is_left_out(kind: &str) -> bool {
+    let kinds = ["reasoning", "compaction", "tool_search_output", "mcp_list_tools", "mcp_approval_request"];
+    kinds.contains(&kind) || ["_call", "_call_output", "_approval_response"].iter().any(|end| kind.ends_with(end))
 }
 
 /// The parts of an item's content or output, with their places.
 fn parts<'a>(written: &'a RawValue, index: u32, list: &'static str) -> Result<Vec<(ChatPart<'a>, Place)>, ApiError> {
-    let written: Vec<&'a RawValue> = entry(written, Place::Entry(INPUT, index))?;
+    let written: Vec<&'a RawValue> = entry(written, Place::Entry(INPUT_ITEMS, index))?;
     let part = |(number, written): (usize, &'a RawValue)| {
-        let place = Place::Part(INPUT, index, list, number as u32);
+        let place = Place::Part(INPUT_ITEMS, index, list, number as u32);
         let part: Part<'a> = entry(written, place)?;
         let chat = match part.r#type.as_deref() {
             Some("input_text" | "output_text" | "text") => ChatPart::text(part.text),

@@ -4,7 +4,8 @@
 use serde::Serialize;
 
 use super::{
-    output::{Item, ItemObject, ResponseObject, Status, TextPart, final_status, logprobs_of, objects},
+    items::{Change, Content, Item, Items, input_of},
+    output::{ItemObject, ResponseObject, Status, TextPart, final_status, logprobs_of},
     request::Echo,
 };
 use crate::api::{
@@ -65,7 +66,7 @@ struct TextDone<'a> {
     logprobs: Vec<ChatLogprob<'a>>,
 }
 
-/// `response.function_call_arguments.delta`.
+/// `response.function_call_arguments.delta`, `response.custom_tool_call_input.delta`.
 #[derive(Serialize)]
 struct ArgumentsDelta<'a> {
     item_id: &'a str,
@@ -82,12 +83,18 @@ struct ArgumentsDone<'a> {
     arguments: &'a str,
 }
 
+/// `response.custom_tool_call_input.done`.
+#[derive(Serialize)]
+struct InputDone<'a> {
+    item_id: &'a str,
+    output_index: usize,
+    input: &'a str,
+}
+
 /// Writes the events of a streamed response.
 pub struct ResponsesWriter {
     echo: Box<Echo>,
-    items: Vec<Item>,
-    /// Whether the last item may grow.
-    is_open: bool,
+    items: Items,
     events: Numbers,
 }
 
@@ -107,83 +114,28 @@ impl Numbers {
 impl ResponsesWriter {
     /// For one response.
     pub fn new(echo: Box<Echo>) -> Self {
-        Self { echo, items: Vec::new(), is_open: false, events: Numbers::default() }
+        Self { echo, items: Items::default(), events: Numbers::default() }
     }
 
-    fn open(&mut self, item: Item, answer: &Answer, out: &mut Vec<u8>) {
-        let output_index = self.items.len();
-        let added = ItemEvent { output_index, item: item.object(Status::InProgress, answer) };
-        self.events.write("response.output_item.added", added, out);
-        if let Some(part) = item.part(answer) {
-            let event = PartEvent { item_id: item.id(), output_index, content_index: 0, part };
-            self.events.write("response.content_part.added", event, out);
-        }
-        self.items.push(item);
-        self.is_open = true;
-    }
-
-    /// Nothing is added to the last item any more.
-    fn close(&mut self, status: Status, answer: &Answer, out: &mut Vec<u8>) {
-        if !std::mem::replace(&mut self.is_open, false) {
-            return;
-        }
-        let output_index = self.items.len() - 1;
-        let Some(item) = self.items.last() else { return };
+    fn write(&mut self, change: &Change, answer: &Answer, out: &mut Vec<u8>) {
+        let events = &mut self.events;
+        let (Change::Added(number) | Change::Text(number, ..) | Change::Arguments(number, _) | Change::Done(number)) =
+            change;
+        let output_index = *number;
+        let Some(item) = self.items.get(output_index) else { return };
         let item_id = item.id();
-        match item {
-            Item::Message { text, logprobs, .. } => {
+        match change {
+            Change::Added(_) => added(events, item, output_index, answer, out),
+            Change::Text(_, delta, logprobs) => {
                 let logprobs = logprobs_of(logprobs, answer);
-                let done = TextDone { item_id, output_index, content_index: 0, text, logprobs };
-                self.events.write("response.output_text.done", done, out);
-                if let Some(part) = item.part(answer) {
-                    let event = PartEvent { item_id, output_index, content_index: 0, part };
-                    self.events.write("response.content_part.done", event, out);
-                }
+                let event = TextDelta { item_id, output_index, content_index: 0, delta, logprobs };
+                events.write("response.output_text.delta", event, out);
             }
-            Item::Call { name, arguments, .. } => {
-                let done = ArgumentsDone { item_id, output_index, name, arguments };
-                self.events.write("response.function_call_arguments.done", done, out);
+            Change::Arguments(_, delta) => {
+                let event = ArgumentsDelta { item_id, output_index, delta };
+                events.write("response.function_call_arguments.delta", event, out);
             }
-        }
-        let done = ItemEvent { output_index, item: item.object(status, answer) };
-        self.events.write("response.output_item.done", done, out);
-    }
-
-    fn add_text(&mut self, answer: &Answer, out: &mut Vec<u8>) {
-        let delta = &answer.choices[0].delta;
-        if !(self.is_open && matches!(self.items.last(), Some(Item::Message { .. }))) {
-            self.close(Status::Completed, answer, out);
-            self.open(Item::message(&answer.id, self.items.len()), answer, out);
-        }
-        let output_index = self.items.len() - 1;
-        if let Some(Item::Message { id, text, logprobs }) = self.items.last_mut() {
-            text.push_str(&delta.text);
-            logprobs.extend_from_slice(&delta.logprobs);
-            let event = TextDelta {
-                item_id: id,
-                output_index,
-                content_index: 0,
-                delta: &delta.text,
-                logprobs: logprobs_of(&delta.logprobs, answer),
-            };
-            self.events.write("response.output_text.delta", event, out);
-        }
-    }
-
-    fn add_calls(&mut self, answer: &Answer, out: &mut Vec<u8>) {
-        for piece in &answer.choices[0].delta.calls {
-            if let Some(item) = Item::call(&answer.id, self.items.len(), piece) {
-                self.close(Status::Completed, answer, out);
-                self.open(item, answer, out);
-            }
-            let output_index = self.items.len().saturating_sub(1);
-            if let Some(Item::Call { id, arguments, .. }) = self.items.last_mut()
-                && !piece.arguments.is_empty()
-            {
-                arguments.push_str(&piece.arguments);
-                let event = ArgumentsDelta { item_id: id, output_index, delta: &piece.arguments };
-                self.events.write("response.function_call_arguments.delta", event, out);
-            }
+            Change::Done(_) => done(events, item, output_index, answer, out),
         }
     }
 
@@ -195,10 +147,47 @@ impl ResponsesWriter {
         answer: &Answer,
         out: &mut Vec<u8>,
     ) {
-        let items = objects(&self.items, if status == Status::Completed { status } else { Status::Incomplete }, answer);
+        let items = self.items.objects(answer);
         let response = ResponseObject::new(answer, &self.echo, status, items, error);
         self.events.write(name, ResponseEvent { response }, out);
     }
+}
+
+/// The events by which an item begins.
+fn added(events: &mut Numbers, item: &Item, output_index: usize, answer: &Answer, out: &mut Vec<u8>) {
+    events.write("response.output_item.added", ItemEvent { output_index, item: item.begun(answer) }, out);
+    if matches!(item.content, Content::Message { .. }) {
+        let part = TextPart::empty();
+        let event = PartEvent { item_id: item.id(), output_index, content_index: 0, part };
+        events.write("response.content_part.added", event, out);
+    }
+}
+
+/// The events by which an item ends.
+fn done(events: &mut Numbers, item: &Item, output_index: usize, answer: &Answer, out: &mut Vec<u8>) {
+    let item_id = item.id();
+    match &item.content {
+        Content::Message { text, logprobs } => {
+            let logprobs = logprobs_of(logprobs, answer);
+            let done = TextDone { item_id, output_index, content_index: 0, text, logprobs };
+            events.write("response.output_text.done", done, out);
+            if let Some(part) = item.part(answer) {
+                let event = PartEvent { item_id, output_index, content_index: 0, part };
+                events.write("response.content_part.done", event, out);
+            }
+        }
+        Content::Call { tool, arguments, .. } if tool.is_custom => {
+            let input = &input_of(arguments);
+            let delta = ArgumentsDelta { item_id, output_index, delta: input };
+            events.write("response.custom_tool_call_input.delta", delta, out);
+            events.write("response.custom_tool_call_input.done", InputDone { item_id, output_index, input }, out);
+        }
+        Content::Call { tool, arguments, .. } => {
+            let done = ArgumentsDone { item_id, output_index, name: &tool.name, arguments };
+            events.write("response.function_call_arguments.done", done, out);
+        }
+    }
+    events.write("response.output_item.done", ItemEvent { output_index, item: item.object(answer) }, out);
 }
 
 impl EventWriter for ResponsesWriter {
@@ -210,17 +199,11 @@ impl EventWriter for ResponsesWriter {
     }
 
     fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
-        let choice = &answer.choices[number];
-        let is_over = choice.finish.is_some();
-        let is_empty = self.items.is_empty() && choice.delta.calls.is_empty();
-        if !choice.delta.text.is_empty() || (is_over && is_empty) {
-            self.add_text(answer, out);
+        let choice = &mut answer.choices[number];
+        let changes = self.items.take(&mut choice.delta, choice.finish, &answer.id, &self.echo.names);
+        for change in changes {
+            self.write(&change, answer, out);
         }
-        self.add_calls(answer, out);
-        if is_over {
-            self.close(final_status(&answer.choices[number]), answer, out);
-        }
-        answer.choices[number].delta.clear();
     }
 
     fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
