@@ -6,6 +6,7 @@ pub mod blocks;
 pub mod config;
 pub mod conversation;
 pub mod cost;
+pub mod cpu_budget;
 pub mod model;
 pub mod registry;
 pub mod secret;

@@ -9,6 +9,7 @@ pub mod access;
 pub mod api;
 pub mod console;
 pub mod encode;
+mod fairness;
 pub mod fleet;
 pub mod metrics;
 pub mod models;

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use bora_common::tls::Connector;
+use bora_common::{conversation::ConversationLimits, tls::Connector};
 use serde::{Deserialize, Serialize};
 
 use crate::access::AccessOptions;
@@ -37,6 +37,16 @@ pub struct RouterOptions {
     pub max_stop_strings: usize,
     /// Largest `top_logprobs`, `logprobs` and `prompt_logprobs`.
     pub max_logprobs: u32,
+    /// Most messages of a request.
+    pub max_messages: usize,
+    /// Most content parts of a request, those of all its messages together.
+    pub max_content_parts: usize,
+    /// Most tool calls in the messages of a request.
+    pub max_tool_calls: usize,
+    /// Most tools of a request.
+    pub max_tools: usize,
+    /// Seconds of CPU time that reading, checking and encoding one request may take.
+    pub max_prepare_cpu_seconds: f64,
     /// Groups that may die under a request, all its choices together: then it is taken for the cause and not given
     /// another one.
     pub max_attempts: u32,
@@ -45,7 +55,8 @@ pub struct RouterOptions {
     pub retries_per_tenant: u32,
     /// The same for all tenants together.
     pub retries: u32,
-    /// Requests that may wait for a group with room; more are answered with 429.
+    /// Requests that may wait for a group with room. Tenants share a full queue equally and interactive requests displace
+    /// batch ones; what has no place is answered with 429.
     pub max_waiting: usize,
     /// Seconds that an interactive request waits for a group with room; a batch one waits until its deadline.
     pub max_waiting_seconds: f64,
@@ -58,9 +69,9 @@ pub struct RouterOptions {
     pub connections_per_group: usize,
     /// Seconds to wait for a connection to a group.
     pub connect_timeout_seconds: f64,
-    /// Threads that parse and encode requests; 0 = one for every two cores.
+    /// Threads that parse and encode requests; 0 = one for every two cores, and at least two.
     pub encode_threads: usize,
-    /// Requests that may wait for such a thread; more are answered with 503.
+    /// Requests that may wait for such a thread; tenants share a full queue equally, and what does not fit gets a 503.
     pub encode_queue: usize,
     /// Bodies up to this size go before longer ones, and have one of the threads (of two or more) to themselves.
     pub short_body_bytes: usize,
@@ -92,6 +103,11 @@ impl Default for RouterOptions {
             max_sequences_per_request: 256,
             max_stop_strings: 16,
             max_logprobs: 20,
+            max_messages: 32_768,
+            max_content_parts: 65_536,
+            max_tool_calls: 32_768,
+            max_tools: 4_096,
+            max_prepare_cpu_seconds: 5.0,
             max_attempts: 3,
             retries_per_tenant: 1024,
             retries: 8192,
@@ -132,6 +148,7 @@ impl RouterOptions {
             ("request_timeout_seconds", self.request_timeout_seconds),
             ("heartbeat_seconds", self.heartbeat_seconds),
             ("connect_timeout_seconds", self.connect_timeout_seconds),
+            ("max_prepare_cpu_seconds", self.max_prepare_cpu_seconds),
         ];
         for (field, value) in seconds {
             if !(value > 0.0 && value <= 1e7) {
@@ -156,6 +173,10 @@ impl RouterOptions {
             ("max_attempts", self.max_attempts as usize),
             ("connections_per_group", self.connections_per_group),
             ("encode_queue", self.encode_queue),
+            ("max_messages", self.max_messages),
+            ("max_content_parts", self.max_content_parts),
+            ("max_tool_calls", self.max_tool_calls),
+            ("max_tools", self.max_tools),
         ];
         for (field, value) in counts {
             if value == 0 {
@@ -163,6 +184,19 @@ impl RouterOptions {
             }
         }
         Ok(())
+    }
+
+    pub(crate) fn conversation_limits(&self) -> ConversationLimits {
+        ConversationLimits {
+            messages: self.max_messages,
+            content_parts: self.max_content_parts,
+            tool_calls: self.max_tool_calls,
+            tools: self.max_tools,
+        }
+    }
+
+    pub(crate) fn max_prepare_cpu(&self) -> Duration {
+        Duration::from_secs_f64(self.max_prepare_cpu_seconds)
     }
 
     pub(crate) fn request_timeout(&self) -> Duration {

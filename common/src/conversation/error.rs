@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::cpu_budget::Stopped;
+
 /// The rule that a request broke. [`Rule::code`] is the `code` of the OpenAI error object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
@@ -38,6 +40,10 @@ pub enum Rule {
     Image,
     /// The tokenizer has no chat layout that we know.
     Layout,
+    /// A list has too many entries.
+    TooLong,
+    /// The work was stopped: see [`crate::cpu_budget`].
+    Stopped(Stopped),
 }
 
 impl Rule {
@@ -60,6 +66,8 @@ impl Rule {
             Self::Unsupported => "unsupported_parameter",
             Self::Image => "invalid_image",
             Self::Layout => "unsupported_tokenizer",
+            Self::TooLong => "array_above_max_length",
+            Self::Stopped(_) => "cpu_budget_exceeded",
         }
     }
 }
@@ -95,6 +103,12 @@ impl ConversationError {
             "param": self.param,
             "code": self.code(),
         }})
+    }
+}
+
+impl From<Stopped> for ConversationError {
+    fn from(stopped: Stopped) -> Self {
+        Self::new("", Rule::Stopped(stopped), stopped.to_string())
     }
 }
 

@@ -8,22 +8,27 @@
 //! Whatever is wrong with a conversation is said by [`Conversation::parse_json`](super::Conversation) alone:
 //! here it is only found not to be a growth of what is known.
 
-use super::error::ConversationError;
+use super::error::{ConversationError, Rule};
 use super::image::ImageSizes;
 use super::json::{Json, JsonError};
 use super::layout::{Layout, Part, are_one, runs};
-use super::message::{ImageSource, Message, ToolCall, read_messages};
+use super::message::{Counts, ImageSource, Message, ToolCall, read_messages};
 use super::{ConversationOptions, Encoded, TextEncoder, encode_parts, tool, validate};
+use crate::cpu_budget::{self, Stage, Stopped};
 use crate::tokenizer::Tokenizer;
 
 /// What the rules need of a message that was read before.
 #[derive(Clone, Debug)]
-pub struct Outline(Message);
+pub struct Outline {
+    /// Without content, names and arguments.
+    message: Message,
+    content_parts: usize,
+}
 
 impl Outline {
     fn of(message: &Message) -> Self {
         let content = Vec::new();
-        Self(match message {
+        let outline = match message {
             Message::System { .. } => Message::System { content },
             Message::User { .. } => Message::User { content },
             Message::Assistant { tool_calls, prefix, .. } => {
@@ -32,12 +37,13 @@ impl Outline {
                 Message::Assistant { content, tool_calls: tool_calls.iter().map(outline).collect(), prefix: *prefix }
             }
             Message::Tool { call_id, .. } => Message::Tool { call_id: call_id.clone(), content },
-        })
+        };
+        Self { message: outline, content_parts: message.content().len() }
     }
 
     /// Bytes that it takes, about.
     pub fn size(&self) -> usize {
-        let ids = match &self.0 {
+        let ids = match &self.message {
             Message::Assistant { tool_calls, .. } => {
                 tool_calls.iter().map(|call| call.id.len() + size_of::<ToolCall>()).sum()
             }
@@ -60,6 +66,9 @@ pub enum NotGrown {
     /// A message or the tools are not JSON.
     #[error(transparent)]
     Json(#[from] JsonError),
+    /// The work was stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
 }
 
 /// Neighbours of the same role.
@@ -90,10 +99,12 @@ impl Growth {
         tools: Option<&str>,
         options: ConversationOptions,
     ) -> Result<Self, NotGrown> {
-        let known: Vec<&Message> = known.iter().map(|outline| &outline.0).collect();
+        let mut counts = Counts::new(options.limits);
+        known.iter().for_each(|outline| counts.add_known(outline.content_parts, &outline.message));
+        let known: Vec<&Message> = known.iter().map(|outline| &outline.message).collect();
         let mut images = Vec::new();
         let messages: Vec<Json<'_>> = messages.map(Json::parse).collect::<Result<_, _>>()?;
-        let mut messages = read_messages(&Json::Array(messages), options.function_names, &mut images)?;
+        let mut messages = read_messages(&Json::Array(messages), options.function_names, &mut images, &mut counts)?;
         if let (Some(last), Some(first)) = (known.last(), messages.first())
             && are_one(last, first)
         {
@@ -102,20 +113,27 @@ impl Growth {
         if options.continue_final_message {
             match messages.last_mut() {
                 Some(Message::Assistant { prefix, .. }) => *prefix = true,
-                _ => return Err(NotGrown::WithinRun),
+                // reading more of the conversation changes nothing: it would be read again from each of its runs
+                _ => {
+                    let message = "the last message is not the assistant's";
+                    return Err(ConversationError::new("continue_final_message", Rule::Prefix, message).into());
+                }
             }
         }
         let all: Vec<&Message> = known.iter().copied().chain(&messages).collect();
         validate::messages(&all)?;
         let tools_are_shown = known.iter().any(|message| matches!(message, Message::User { .. }));
         let tools = match tools {
-            Some(tools) if !tools_are_shown => tool::read_tools(&Json::parse(tools)?, options.function_names)?,
+            Some(tools) if !tools_are_shown => {
+                tool::read_tools(&Json::parse(tools)?, options.function_names, options.limits.tools)?
+            }
             _ => Vec::new(),
         };
         let mut layout = Layout::after(known.iter().copied(), &tools);
         let mut index = known.len();
         let mut laid_out = Vec::new();
         for run in runs(messages) {
+            cpu_budget::check(Stage::Validate)?;
             let outlines: Vec<Outline> = run.iter().map(Outline::of).collect();
             let is_continued = run.iter().any(|message| matches!(message, Message::Assistant { prefix: true, .. }));
             let parts = layout.lay_out_run(run, index)?;

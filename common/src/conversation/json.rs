@@ -14,8 +14,12 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
+use crate::cpu_budget::{self, Stage, Stopped};
+
 /// Deepest nesting that is read.
 const MAX_DEPTH: usize = 900;
+/// Arrays and objects that are read between two looks at the CPU budget.
+const VALUES_BETWEEN_CHECKS: usize = 256;
 
 /// A JSON value.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,12 +49,16 @@ pub enum JsonError {
     /// Nested more than 900 deep.
     #[error("JSON is nested more than {MAX_DEPTH} levels deep")]
     Depth,
+    /// The work was stopped.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
 }
 
 impl<'a> Json<'a> {
     /// Reads a text as Python's `json.loads` does.
     pub fn parse(text: &'a str) -> Result<Self, JsonError> {
-        let mut reader = Reader { text, bytes: text.as_bytes(), position: 0, depth: 0, spare: text.len() };
+        cpu_budget::check(Stage::Parse)?;
+        let mut reader = Reader { text, bytes: text.as_bytes(), position: 0, depth: 0, nested: 0, spare: text.len() };
         reader.skip_whitespace();
         let value = reader.value()?;
         reader.skip_whitespace();
@@ -234,6 +242,8 @@ struct Reader<'a> {
     bytes: &'a [u8],
     position: usize,
     depth: usize,
+    /// Arrays and objects so far.
+    nested: usize,
     /// Bytes that strings may yet reserve for what they might turn out to have.
     spare: usize,
 }
@@ -282,6 +292,10 @@ impl<'a> Reader<'a> {
     fn nested(&mut self, read: fn(&mut Self) -> Result<Json<'a>, JsonError>) -> Result<Json<'a>, JsonError> {
         if self.depth == MAX_DEPTH {
             return Err(JsonError::Depth);
+        }
+        self.nested += 1;
+        if self.nested.is_multiple_of(VALUES_BETWEEN_CHECKS) {
+            cpu_budget::check(Stage::Parse)?;
         }
         self.depth += 1;
         self.position += 1;

@@ -10,9 +10,12 @@
 //! Each bracketed name is one id; nothing is added between them. Every text between two of them is
 //! tokenised on its own, so the ids of a text do not depend on its neighbours and may be cached by text.
 
+use std::collections::HashMap;
+
 use super::error::{At, ConversationError, Rule};
 use super::message::{Chunk, Message, ToolCall};
 use super::tool::{Tool, dump_tools};
+use crate::cpu_budget::{self, Stage};
 
 /// A marker of the layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +111,7 @@ pub(super) fn lay_out(messages: Vec<Message>, tools: &[Tool]) -> Result<Vec<Part
     let mut parts = Vec::new();
     let mut index = 0;
     for run in runs(messages) {
+        cpu_budget::check(Stage::Validate)?;
         let messages = run.len();
         parts.append(&mut layout.lay_out_run(run, index)?);
         index += messages;
@@ -190,7 +194,9 @@ impl<'t> Layout<'t> {
         }
         if !results.is_empty() {
             // A call's place is its last one in the list: ids of earlier, unanswered calls may repeat.
-            results.sort_by_key(|(id, _)| self.call_ids.iter().rposition(|call| call == id).unwrap_or(usize::MAX));
+            let places: HashMap<&str, usize> =
+                self.call_ids.iter().enumerate().map(|(place, id)| (id.as_str(), place)).collect();
+            results.sort_by_key(|(id, _)| places.get(id.as_str()).copied().unwrap_or(usize::MAX));
             self.call_ids.clear();
             parts.extend(results.into_iter().map(|(_, content)| tool_result(content)));
         }

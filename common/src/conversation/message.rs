@@ -3,9 +3,11 @@
 //! Reading checks types and values of single fields; what depends on several messages is in `validate`.
 //! Unknown fields are ignored, as OpenAI's clients expect. Source: mistral-common 1.13, `from_openai`.
 
+use super::ConversationLimits;
 use super::error::{At, ConversationError, Rule};
 use super::json::{Json, JsonError, dump_string};
 use super::validate::{self, FunctionNames};
+use crate::cpu_budget::{self, Stage};
 
 /// A piece of a message's content.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,6 +86,67 @@ impl Message {
             Self::Tool { .. } => "tool",
         }
     }
+
+    /// What it says.
+    pub fn content(&self) -> &[Chunk] {
+        match self {
+            Self::System { content }
+            | Self::User { content }
+            | Self::Assistant { content, .. }
+            | Self::Tool { content, .. } => content,
+        }
+    }
+
+    /// What it calls.
+    pub fn tool_calls(&self) -> &[ToolCall] {
+        match self {
+            Self::Assistant { tool_calls, .. } => tool_calls,
+            Self::System { .. } | Self::User { .. } | Self::Tool { .. } => &[],
+        }
+    }
+}
+
+/// How many entries the lists of a conversation have, and may have.
+pub(super) struct Counts {
+    limits: ConversationLimits,
+    messages: usize,
+    content_parts: usize,
+    tool_calls: usize,
+}
+
+impl Counts {
+    /// Of no message yet.
+    pub(super) fn new(limits: ConversationLimits) -> Self {
+        Self { limits, messages: 0, content_parts: 0, tool_calls: 0 }
+    }
+
+    /// Counts a message that was read before.
+    pub(super) fn add_known(&mut self, content_parts: usize, message: &Message) {
+        self.messages += 1;
+        self.content_parts += content_parts;
+        self.tool_calls += message.tool_calls().len();
+    }
+
+    /// Counts messages that are about to be read.
+    fn add_messages(&mut self, count: usize, at: &At<'_>) -> Result<(), ConversationError> {
+        self.messages += count;
+        within(self.messages, self.limits.messages, "messages", at)
+    }
+
+    fn add(&mut self, message: &Message, at: &At<'_>) -> Result<(), ConversationError> {
+        self.content_parts += message.content().len();
+        within(self.content_parts, self.limits.content_parts, "content parts in all", &at.key("content"))?;
+        self.tool_calls += message.tool_calls().len();
+        within(self.tool_calls, self.limits.tool_calls, "tool calls in all", &at.key("tool_calls"))
+    }
+}
+
+/// Refuses a list that is longer than its limit.
+pub(super) fn within(count: usize, limit: usize, what: &str, at: &At<'_>) -> Result<(), ConversationError> {
+    if count <= limit {
+        return Ok(());
+    }
+    Err(at.error(Rule::TooLong, format!("a request may have at most {limit} {what}")))
 }
 
 /// Reads the `messages` array; pictures are collected in `images` in the order of the request.
@@ -91,10 +154,19 @@ pub(super) fn read_messages(
     messages: &Json<'_>,
     names: FunctionNames,
     images: &mut Vec<ImageSource>,
+    counts: &mut Counts,
 ) -> Result<Vec<Message>, ConversationError> {
     let at = At::root("messages");
     let items = array(messages, &at)?;
-    items.iter().enumerate().map(|(index, message)| read_message(message, &at.index(index), names, images)).collect()
+    counts.add_messages(items.len(), &at)?;
+    let mut read = Vec::with_capacity(items.len());
+    for (index, item) in items.iter().enumerate() {
+        cpu_budget::check(Stage::Validate)?;
+        let message = read_message(item, &at.index(index), names, images)?;
+        counts.add(&message, &at.index(index))?;
+        read.push(message);
+    }
+    Ok(read)
 }
 
 fn read_message(
@@ -271,6 +343,7 @@ fn read_arguments(arguments: &Json<'_>, at: &At<'_>) -> Result<String, Conversat
         Json::String(text) => match Json::parse(text) {
             Ok(value) => value.dump(&mut dumped),
             Err(JsonError::Syntax(_)) => dump_string(text, &mut dumped),
+            Err(JsonError::Stopped(stopped)) => return Err(stopped.into()),
             Err(error @ JsonError::Depth) => return Err(at.error(Rule::Json, error.to_string())),
         },
         Json::Object(_) => arguments.dump(&mut dumped),

@@ -20,6 +20,7 @@ mod validate;
 
 use serde_json::Value;
 
+use crate::cpu_budget::{self, Stage, Stopped};
 use crate::tokenizer::{ImageGeometry, Tokenizer, TokenizerFormat};
 
 pub use error::{ConversationError, Rule};
@@ -41,6 +42,28 @@ pub struct ConversationOptions {
     pub continue_final_message: bool,
     /// Which names functions may have.
     pub function_names: FunctionNames,
+    /// How long its lists may be.
+    pub limits: ConversationLimits,
+}
+
+/// How many entries the lists of a request may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConversationLimits {
+    /// Messages.
+    pub messages: usize,
+    /// Parts of the content of all messages; a text is one part.
+    pub content_parts: usize,
+    /// Tool calls of all messages.
+    pub tool_calls: usize,
+    /// Tools.
+    pub tools: usize,
+}
+
+impl Default for ConversationLimits {
+    /// No limits.
+    fn default() -> Self {
+        Self { messages: usize::MAX, content_parts: usize::MAX, tool_calls: usize::MAX, tools: usize::MAX }
+    }
 }
 
 /// A valid conversation, laid out and ready to be encoded.
@@ -54,13 +77,13 @@ pub struct Conversation {
 /// Turns a text into ids: the tokenizer, or a cache in front of it. Every text of a conversation is
 /// tokenised on its own, so its ids depend on nothing else.
 pub trait TextEncoder {
-    /// Appends the ids of a text.
-    fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>);
+    /// Appends the token IDs of a text. After an error only a part of them may have been appended.
+    fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>) -> Result<(), Stopped>;
 }
 
 impl TextEncoder for Tokenizer {
-    fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>) {
-        Tokenizer::encode_into(self, text, token_ids);
+    fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>) -> Result<(), Stopped> {
+        self.encode_within_budget(text, token_ids)
     }
 }
 
@@ -113,7 +136,8 @@ impl Conversation {
         options: ConversationOptions,
     ) -> Result<Self, ConversationError> {
         let mut images = Vec::new();
-        let mut messages = message::read_messages(messages, options.function_names, &mut images)?;
+        let mut counts = message::Counts::new(options.limits);
+        let mut messages = message::read_messages(messages, options.function_names, &mut images, &mut counts)?;
         if options.continue_final_message {
             match messages.last_mut() {
                 Some(Message::Assistant { prefix, .. }) => *prefix = true,
@@ -124,7 +148,8 @@ impl Conversation {
             }
         }
         validate::messages(&messages.iter().collect::<Vec<_>>())?;
-        let tools = tools.map(|tools| tool::read_tools(tools, options.function_names)).transpose()?.unwrap_or_default();
+        let read_tools = |tools| tool::read_tools(tools, options.function_names, options.limits.tools);
+        let tools = tools.map(read_tools).transpose()?.unwrap_or_default();
         let parts = layout::lay_out(messages, &tools)?;
         Ok(Self { parts, images, tools })
     }
@@ -150,11 +175,8 @@ impl Conversation {
         };
         let messages =
             request.get("messages").ok_or_else(|| At::root("messages").error(Rule::Missing, "messages is missing"))?;
-        Self::parse_json(
-            messages,
-            request.get("tools"),
-            ConversationOptions { continue_final_message, ..ConversationOptions::default() },
-        )
+        let options = ConversationOptions { continue_final_message, ..Default::default() };
+        Self::parse_json(messages, request.get("tools"), options)
     }
 
     /// The pictures in the order of the request, to be fetched before [`Conversation::encode`].
@@ -200,9 +222,10 @@ fn encode_parts(
     let mut encoded = Encoded::default();
     for part in parts {
         for segment in &part.segments {
+            cpu_budget::check(Stage::Encode)?;
             match segment {
                 Segment::Special(special) => encoded.token_ids.push(markers.id(*special)?),
-                Segment::Text(text) => texts.encode_into(text, &mut encoded.token_ids),
+                Segment::Text(text) => texts.encode_into(text, &mut encoded.token_ids)?,
                 Segment::Image(index) => encode_image(images, *index, &markers, sizes, &mut encoded)?,
             }
         }

@@ -13,7 +13,10 @@
 //!
 //! A result without a call is dropped rather than shown as a user's words: what tools return is not to be obeyed.
 
+use std::collections::{HashMap, HashSet, VecDeque};
+
 use super::json::{Json, JsonError};
+use crate::cpu_budget::{self, Stage};
 
 /// What stands where a call has no result.
 pub const NOT_RUN: &str = "This call was not run: no result was given.";
@@ -105,6 +108,7 @@ pub fn repair(messages: &[&str], continue_final_message: bool) -> Result<Repaire
     let last = items.len();
     let mut turn = Turn::default();
     for mut item in items {
+        cpu_budget::check(Stage::Repair)?;
         work.complete(&mut item);
         work.stale_prefix(&mut item, last);
         if item.role() == "assistant" {
@@ -320,17 +324,24 @@ impl<'a> Work<'a> {
     fn read_calls(&mut self, item: &mut Item<'a>) -> Vec<Call> {
         let mut calls: Vec<Call> = Vec::new();
         let mut written = item.calls().to_vec();
+        let given_ids: HashSet<&str> = item.calls().iter().filter_map(|call| usable_id(call.get("id"))).collect();
+        let mut taken: HashSet<String> = HashSet::new();
+        // numbers below were looked at for an earlier call and are not free
+        let mut first_free = 0;
         let mut is_changed = false;
         for (number, call) in written.iter_mut().enumerate() {
             let given = usable_id(call.get("id")).map(str::to_owned);
-            let is_taken = |id: &str| calls.iter().any(|earlier| earlier.id == id);
             let id = match &given {
-                Some(id) if !is_taken(id) => id.clone(),
+                Some(id) if !taken.contains(id) => id.clone(),
                 _ => {
-                    let free = (number..).map(|n| format!("call{n}")).find(|id| {
-                        !is_taken(id) && !item.calls().iter().any(|other| usable_id(other.get("id")) == Some(id))
-                    });
-                    let id = free.unwrap_or_default();
+                    first_free = first_free.max(number);
+                    let id = loop {
+                        let id = format!("call{first_free}");
+                        first_free += 1;
+                        if !taken.contains(&id) && !given_ids.contains(id.as_str()) {
+                            break id;
+                        }
+                    };
                     if let Json::Object(fields) = call {
                         fields.retain(|(name, _)| name != "id");
                         fields.push(("id".into(), Json::String(id.clone().into())));
@@ -339,6 +350,7 @@ impl<'a> Work<'a> {
                     id
                 }
             };
+            taken.insert(id.clone());
             calls.push(Call { given, id, is_answered: false });
         }
         if is_changed {
@@ -353,17 +365,29 @@ impl<'a> Work<'a> {
         // the reference lets a conversation begin with a result, whatever it answers
         let is_tool = |item: &Item<'_>| item.role() == "tool" && item.index > 0;
         let mut answers = vec![None; rest.len()];
+        // calls that have no result yet, by the name that the client gave them
+        let mut open_calls: HashMap<String, VecDeque<usize>> = HashMap::new();
+        for (number, call) in calls.iter().enumerate() {
+            if let Some(name) = &call.given {
+                open_calls.entry(name.clone()).or_default().push_back(number);
+            }
+        }
         // named ones first: a result without a name takes what is left
+        let mut first_open = 0;
         for is_named in [true, false] {
             for (answer, item) in answers.iter_mut().zip(&rest) {
                 let named = item.call_id();
                 if !is_tool(item) || named.is_some() != is_named {
                     continue;
                 }
-                let open = calls.iter_mut().enumerate().find(|(_, call)| {
-                    !call.is_answered && named.is_none_or(|name| call.given.as_deref() == Some(name))
-                });
-                if let Some((number, call)) = open {
+                let open = match named {
+                    Some(name) => open_calls.get_mut(name).and_then(VecDeque::pop_front),
+                    None => {
+                        first_open += calls[first_open..].iter().take_while(|call| call.is_answered).count();
+                        Some(first_open)
+                    }
+                };
+                if let Some((number, call)) = open.and_then(|number| Some((number, calls.get_mut(number)?))) {
                     call.is_answered = true;
                     *answer = Some(number);
                 }

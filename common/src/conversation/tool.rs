@@ -2,8 +2,9 @@
 
 use super::error::{At, ConversationError, Rule};
 use super::json::{Json, dump_string};
-use super::message::{array, function_type, optional_bool, optional_string, required_object, required_string};
+use super::message::{array, function_type, optional_bool, optional_string, required_object, required_string, within};
 use super::validate::{self, FunctionNames};
+use crate::cpu_budget::{self, Stage};
 
 /// A function that the model may call.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,17 +19,19 @@ pub struct Tool {
     dumped_parameters: String,
 }
 
-/// Reads the `tools` array.
-pub(super) fn read_tools(tools: &Json<'_>, names: FunctionNames) -> Result<Vec<Tool>, ConversationError> {
+/// Reads the `tools` array, of at most `limit`.
+pub(super) fn read_tools(tools: &Json<'_>, names: FunctionNames, limit: usize) -> Result<Vec<Tool>, ConversationError> {
     let at = At::root("tools");
     if *tools == Json::Null {
         return Ok(Vec::new());
     }
-    let tools = array(tools, &at)?.iter().enumerate();
-    tools.map(|(index, tool)| read_tool(tool, &at.index(index), names)).collect()
+    let tools = array(tools, &at)?;
+    within(tools.len(), limit, "tools", &at)?;
+    tools.iter().enumerate().map(|(index, tool)| read_tool(tool, &at.index(index), names)).collect()
 }
 
 fn read_tool(tool: &Json<'_>, at: &At<'_>, names: FunctionNames) -> Result<Tool, ConversationError> {
+    cpu_budget::check(Stage::Schema)?;
     if !matches!(tool, Json::Object(_)) {
         return Err(at.error(Rule::Type, format!("expected an object, got {}", tool.kind())));
     }

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::error::{At, ConversationError, Rule};
 use super::message::Message;
+use crate::cpu_budget::{self, Stage};
 
 /// Which names functions may have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -152,6 +153,7 @@ fn tool_pairing(messages: &[&Message], at: &At<'_>) -> Result<(), ConversationEr
         Err(at.index(caller).key("tool_calls").error(Rule::ToolPairing, message))
     };
     for (index, message) in messages.iter().enumerate().skip(1) {
+        cpu_budget::check(Stage::Validate)?;
         match message {
             Message::Tool { call_id, .. } => {
                 let here = at.index(index);
@@ -171,8 +173,8 @@ fn tool_pairing(messages: &[&Message], at: &At<'_>) -> Result<(), ConversationEr
                 if expected.len() != observed.len() {
                     return unanswered(caller);
                 }
-                expected.clear();
-                observed.clear();
+                // clearing a set takes as long as it was ever large
+                (expected, observed) = Default::default();
                 caller = index;
                 for (call_index, call) in tool_calls.iter().enumerate() {
                     if !expected.insert(&call.id) {

@@ -1,5 +1,7 @@
 //! Text to ids. The one place that knows which library does it.
 
+use std::convert::Infallible;
+
 /// The encoder of one tokenizer file.
 pub(super) enum Encoder {
     /// Byte-pair encoding over ranks, and what to add to a rank to get its id.
@@ -25,10 +27,24 @@ impl Encoder {
     }
 
     pub(super) fn encode_into(&self, text: &str, ids: &mut Vec<u32>) {
+        match self.encode_checked(text, ids, || Ok::<(), Infallible>(())) {
+            Ok(()) => {}
+            Err(never) => match never {},
+        }
+    }
+
+    /// Asks `may_go_on` before each part of the text, and ends with its error.
+    pub(super) fn encode_checked<E>(
+        &self,
+        text: &str,
+        ids: &mut Vec<u32>,
+        mut may_go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
         match self {
             Self::Ranks { tokenizer, first_id, cuts_at_lines } => {
                 let mut rest = text;
                 while !rest.is_empty() {
+                    may_go_on()?;
                     let end = if *cuts_at_lines { piece(rest) } else { rest.len() };
                     let (piece, behind) = rest.split_at(end);
                     rest = behind;
@@ -44,11 +60,15 @@ impl Encoder {
                     }
                 }
             }
-            Self::HuggingFace(tokenizer) => match tokenizer.encode_fast(text, false) {
-                Ok(encoding) => ids.extend_from_slice(encoding.get_ids()),
-                Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),
-            },
+            Self::HuggingFace(tokenizer) => {
+                may_go_on()?;
+                match tokenizer.encode_fast(text, false) {
+                    Ok(encoding) => ids.extend_from_slice(encoding.get_ids()),
+                    Err(error) => tracing::error!(%error, "the tokenizer failed on a text"),
+                }
+            }
         }
+        Ok(())
     }
 }
 

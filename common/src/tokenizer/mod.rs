@@ -17,6 +17,7 @@ pub use decode::IncrementalDecoder;
 
 pub use vocabulary::Vocabulary;
 
+use crate::cpu_budget::{self, Stage, Stopped};
 use encode::Encoder;
 
 /// The file name of Mistral's tokenizer in a model directory.
@@ -109,6 +110,12 @@ impl Tokenizer {
     /// Appends the ids of a text to `ids`.
     pub fn encode_into(&self, text: &str, ids: &mut Vec<u32>) {
         self.encoder.encode_into(text, ids);
+    }
+
+    /// The same within the CPU budget of the thread, which is looked at between parts of a long text. After an error
+    /// only a part of the IDs was appended.
+    pub fn encode_within_budget(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), Stopped> {
+        self.encoder.encode_checked(text, ids, || cpu_budget::check(Stage::Encode))
     }
 
     /// Number of ids, special ones included; every id is below it.

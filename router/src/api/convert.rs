@@ -8,7 +8,10 @@
 
 use std::borrow::Cow;
 
-use bora_common::conversation::Json;
+use bora_common::{
+    conversation::Json,
+    cpu_budget::{self, Stage},
+};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
@@ -176,6 +179,7 @@ impl ChatTool<'_> {
 
 /// Reads one entry of a list; an error names its place.
 pub fn entry<'a, T: serde::Deserialize<'a>>(written: &'a RawValue, place: Place) -> Result<T, ApiError> {
+    cpu_budget::check(Stage::Parse)?;
     serde_json::from_str(written.get()).map_err(|error| {
         let text = error.to_string();
         let reason = text.rfind(" at line ").map_or(text.as_str(), |at| &text[..at]);
@@ -275,7 +279,11 @@ impl Conversion {
     ) -> Result<Self, ApiError> {
         let internal = |error: serde_json::Error| ApiError::internal(error.to_string());
         let (messages, origins): (Vec<_>, Vec<_>) = turns::order(messages).into_iter().unzip();
-        let messages = messages.iter().map(to_raw_value).collect::<Result<_, _>>().map_err(internal)?;
+        let written = |message: &ChatMessage<'_>| {
+            cpu_budget::check(Stage::Parse)?;
+            to_raw_value(message).map_err(internal)
+        };
+        let messages = messages.iter().map(written).collect::<Result<_, ApiError>>()?;
         let (tools, tool_places): (Vec<_>, Vec<_>) = tools.into_iter().unzip();
         let tools = (!tools.is_empty()).then(|| to_raw_value(&tools)).transpose().map_err(internal)?;
         Ok(Self { messages, origins, tools, tool_places, dialect })

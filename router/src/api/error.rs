@@ -6,7 +6,26 @@ use axum::{
     http::{HeaderName, HeaderValue, Response, StatusCode, header},
     response::IntoResponse,
 };
+use bora_common::cpu_budget::Stopped;
 use serde::Serialize;
+
+/// A request that took too much of the router's time.
+impl From<Stopped> for ApiError {
+    fn from(stopped: Stopped) -> Self {
+        match stopped {
+            Stopped::Exceeded { stage, limit } => {
+                let mut error = Self::malformed(format!(
+                    "The request is too expensive to process: its stage `{stage}` used up the limit of {} s of CPU time.",
+                    limit.as_secs_f64()
+                ));
+                error.code = Some("cpu_budget_exceeded");
+                error
+            }
+            // nobody sees it
+            Stopped::Cancelled(_) => Self::internal("The client left."),
+        }
+    }
+}
 
 /// An error that a client sees.
 #[derive(Clone, Debug, PartialEq, Eq)]

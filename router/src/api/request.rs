@@ -8,6 +8,7 @@
 
 use std::{cell::Cell, fmt, marker::PhantomData};
 
+use bora_common::cpu_budget::{self, Stage};
 use schemars::{Schema, SchemaGenerator};
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Map, Value, json, value::RawValue};
@@ -293,6 +294,7 @@ impl<'de> Body<'de> {
         let parsed = BodySeed { operation, field: &field, own: PhantomData }
             .deserialize(&mut deserializer)
             .and_then(|body| deserializer.end().map(|()| body));
+        cpu_budget::check(Stage::Parse)?;
         parsed.map_err(|error| {
             let text = error.to_string();
             if error.classify() != serde_json::error::Category::Data {

@@ -5,8 +5,9 @@
 //! as ids, so that no text can pass for one. The group compiles the grammar and refuses what it can't; such a
 //! refusal names the field that the grammar came from ([`Structure::field`]).
 
-use std::fmt::Write as _;
+use std::{collections::HashSet, fmt::Write as _};
 
+use bora_common::cpu_budget::{self, Stage};
 use bora_proto::v1::{Grammar, grammar::Kind};
 use serde_json::{Value, json};
 
@@ -301,18 +302,20 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
         .map_or(Ok(Vec::new()), |tools| serde_json::from_str(tools.get()))
         .map_err(|error| ApiError::invalid("tools", format!("`tools`: {error}.")))?;
     let functions: Vec<&Value> = tools.iter().filter_map(|tool| tool.get("function")).collect();
-    let is_there = |wanted: &String| functions.iter().any(|function| function.get("name") == Some(&json!(wanted)));
-    if let Some(stranger) = names.unwrap_or_default().iter().find(|name| !is_there(name)) {
+    let offered: HashSet<&str> = functions.iter().filter_map(|function| function.get("name")?.as_str()).collect();
+    if let Some(stranger) = names.unwrap_or_default().iter().find(|name| !offered.contains(name.as_str())) {
         let shown: String = stranger.chars().take(64).collect();
         let message = format!("`tool_choice` names \"{shown}\", which is not one of `tools`.");
         return Err(ApiError::invalid("tool_choice", message));
     }
+    let wanted: Option<HashSet<&str>> = names.map(|names| names.iter().map(String::as_str).collect());
     let mut rules = String::from("calls: ");
     let mut bodies = String::new();
     let mut count = 0;
     for function in functions {
+        cpu_budget::check(Stage::Schema)?;
         let Some(name) = function.get("name").and_then(Value::as_str) else { continue };
-        if names.is_some_and(|names| !names.iter().any(|wanted| wanted == name)) {
+        if wanted.as_ref().is_some_and(|wanted| !wanted.contains(name)) {
             continue;
         }
         let strict = function.get("strict").and_then(Value::as_bool).unwrap_or(false);

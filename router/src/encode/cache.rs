@@ -13,7 +13,10 @@ use std::{cell::RefCell, ops::Range, sync::Arc};
 
 use bora_common::{
     blocks::{BLOCK_TOKENS, BlockChain, BlockDigest, BlockHash},
-    conversation::{ConversationOptions, DataUrls, FunctionNames, Growth, NotGrown, Outline, TextEncoder},
+    conversation::{
+        ConversationLimits, ConversationOptions, DataUrls, FunctionNames, Growth, NotGrown, Outline, TextEncoder,
+    },
+    cpu_budget::Stopped,
     secret::{CacheSalt, ClusterKeys},
     tokenizer::Tokenizer,
 };
@@ -52,13 +55,15 @@ pub struct Written<'a> {
     pub function_names: FunctionNames,
     /// Whether the model takes images.
     pub takes_images: bool,
+    /// How long its lists may be.
+    pub limits: ConversationLimits,
 }
 
 impl Written<'_> {
     /// What the conversation's reader has to know.
     pub fn options(&self) -> ConversationOptions {
-        let Self { continue_final_message, function_names, .. } = *self;
-        ConversationOptions { continue_final_message, function_names }
+        let Self { continue_final_message, function_names, limits, .. } = *self;
+        ConversationOptions { continue_final_message, function_names, limits }
     }
 }
 
@@ -129,7 +134,7 @@ impl ConversationCache {
             match self.read_behind(known.as_ref(), written) {
                 Ok(growth) => break growth,
                 Err(NotGrown::WithinRun) => known = known?.before.clone(),
-                Err(NotGrown::Invalid(_) | NotGrown::Json(_)) => return None,
+                Err(NotGrown::Invalid(_) | NotGrown::Json(_) | NotGrown::Stopped(_)) => return None,
             }
         };
         let salt = self.link(self.link(0, written.model.as_bytes()), written.salt.as_ref());
@@ -285,17 +290,19 @@ struct Texts<'a> {
 }
 
 impl TextEncoder for Texts<'_> {
-    fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>) {
+    fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>) -> Result<(), Stopped> {
         if text.len() < SHORTEST_KEPT_TEXT {
-            return self.tokenizer.encode_into(text, token_ids);
+            return self.tokenizer.encode_within_budget(text, token_ids);
         }
         let key = self.salt ^ xxh3_128_with_seed(text.as_bytes(), self.cache.seed);
         if let Some((packed, _)) = self.cache.texts.get(key) {
-            return token_ids.extend(unpack(&packed));
+            token_ids.extend(unpack(&packed));
+            return Ok(());
         }
         let begin = token_ids.len();
-        self.tokenizer.encode_into(text, token_ids);
+        self.tokenizer.encode_within_budget(text, token_ids)?;
         self.new.borrow_mut().push((key, begin..token_ids.len()));
+        Ok(())
     }
 }
 
@@ -364,6 +371,7 @@ mod tests {
             continue_final_message: false,
             function_names: FunctionNames::Reference,
             takes_images: true,
+            limits: ConversationLimits::default(),
         }
     }
 

@@ -4,11 +4,13 @@
 pub mod cache;
 mod generations;
 pub mod pool;
+mod queue;
 pub mod wire;
 
 use bora_common::{
     blocks::{BlockHash, ImageSpan, hash_blocks},
     conversation::{Conversation, ConversationError, DataUrls, EncodedImage, Json, JsonError, data_url_bytes},
+    cpu_budget::Stopped,
     secret::{CacheSalt, ClusterKeys},
     tokenizer::Tokenizer,
 };
@@ -107,11 +109,11 @@ fn picture(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image {
 }
 
 /// The ids of a plain text, after the id that begins a prompt if `special` ids are wanted.
-pub fn text(tokenizer: &Tokenizer, text: &str, special: bool) -> Vec<u32> {
+pub fn text(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Vec<u32>, Stopped> {
     let mut token_ids = Vec::with_capacity(text.len() / 3 + 1);
     if special {
         token_ids.extend(tokenizer.bos_id());
     }
-    tokenizer.encode_into(text, &mut token_ids);
-    token_ids
+    tokenizer.encode_within_budget(text, &mut token_ids)?;
+    Ok(token_ids)
 }
