@@ -4,6 +4,8 @@
 //! Interactive requests go before batch ones, and batch ones leave an eighth of every group free for them.
 //! Within a class tenants take turns by the work they ask for, so that one who sends a thousand requests at
 //! once delays himself. What waits is bounded, by number and by time.
+//!
+//! A full queue is shared by tenant and class: see [`State::displace_for`].
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -22,7 +24,7 @@ use tokio::{
 };
 
 use super::choose::{NoGroup, Placement, Wanted, place};
-use crate::fleet::view::Fleet;
+use crate::{fairness::share, fleet::view::Fleet};
 
 /// Requests that are tried in vain before the others are left for the next time.
 const TRIES: usize = 32;
@@ -121,7 +123,14 @@ struct Waiter {
 struct Tenant {
     /// Virtual time at which the work that it was given is done.
     done_at: f64,
+    /// By [`Class`].
     waiting: [VecDeque<Waiter>; 2],
+}
+
+impl Tenant {
+    fn count(&self) -> usize {
+        self.waiting.iter().map(VecDeque::len).sum()
+    }
 }
 
 #[derive(Default)]
@@ -156,12 +165,20 @@ impl Admission {
         state.tenants.values().any(|tenant| tenant.waiting[..=last].iter().any(|queue| !queue.is_empty()))
     }
 
-    /// Stands in line; the answer comes when a group can start the request, or its time is over.
+    /// Stands in line; the answer comes when a group can start the request, its time is over, or it has to make room
+    /// for another one in a full queue.
     pub fn wait(&self, ask: Ask) -> Result<oneshot::Receiver<Result<Placement, NoGroup>>, NoGroup> {
         let (answer, placed) = oneshot::channel();
         let mut state = self.state.lock();
+        let mut displaced = None;
         if state.waiting >= self.max_waiting {
-            return Err(NoGroup::QueueFull);
+            state.drop_what_is_over();
+            state.count();
+        }
+        if state.waiting >= self.max_waiting {
+            let waiter = state.displace_for(ask.tenant, ask.class, self.max_waiting).ok_or(NoGroup::QueueFull)?;
+            displaced = Some(waiter);
+            state.waiting -= 1;
         }
         state.waiting += 1;
         self.room.waiting.store(state.waiting, Ordering::Relaxed);
@@ -170,6 +187,9 @@ impl Admission {
         tenant.done_at = tenant.done_at.max(now);
         tenant.waiting[ask.class as usize].push_back(Waiter { ask, answer });
         drop(state);
+        if let Some(waiter) = displaced {
+            let _ = waiter.answer.send(Err(NoGroup::Displaced));
+        }
         // room may have come between the caller's look and this
         self.room.changed.notify_one();
         Ok(placed)
@@ -210,7 +230,7 @@ impl Admission {
         }
         let now = state.now;
         state.tenants.retain(|_, tenant| tenant.done_at > now || tenant.waiting.iter().any(|queue| !queue.is_empty()));
-        state.waiting = state.tenants.values().flat_map(|tenant| &tenant.waiting).map(VecDeque::len).sum();
+        state.count();
         if state.waiting == 0 {
             state.tenants.clear();
             state.now = 0.0;
@@ -220,6 +240,47 @@ impl Admission {
 }
 
 impl State {
+    fn count(&mut self) {
+        self.waiting = self.tenants.values().map(Tenant::count).sum();
+    }
+
+    /// Takes out of a full queue what has to make room for another request of `tenant`; `None`: that one has no place.
+    ///
+    /// A tenant's interactive request goes before its own batch requests. Otherwise a tenant gets in while it holds less
+    /// than an equal share: its interactive request displaces a batch request of the tenant that has most of them, and
+    /// any of its requests displaces one of the tenant that holds most of the queue, if that is more than a share. The
+    /// newest goes first, and batch before interactive.
+    fn displace_for(&mut self, tenant: u64, class: Class, capacity: usize) -> Option<Waiter> {
+        const BATCH: usize = Class::Batch as usize;
+        let held = match self.tenants.get_mut(&tenant) {
+            Some(own) => {
+                if class == Class::Interactive
+                    && let Some(waiter) = own.waiting[BATCH].pop_back()
+                {
+                    return Some(waiter);
+                }
+                own.count()
+            }
+            None => 0,
+        };
+        let others = self.tenants.iter().filter(|(id, other)| **id != tenant && other.count() > 0).count();
+        let share = share(capacity, others + 1);
+        if held >= share {
+            return None;
+        }
+        if class == Class::Interactive {
+            let most_batch = self.tenants.values_mut().max_by_key(|other| other.waiting[BATCH].len());
+            if let Some(waiter) = most_batch.and_then(|other| other.waiting[BATCH].pop_back()) {
+                return Some(waiter);
+            }
+        }
+        let largest = self.tenants.values_mut().max_by_key(|other| other.count())?;
+        if largest.count() <= share {
+            return None;
+        }
+        largest.waiting.iter_mut().rev().find_map(VecDeque::pop_back)
+    }
+
     /// Clients that left, and requests whose time is over.
     fn drop_what_is_over(&mut self) {
         let now = Instant::now();

@@ -42,6 +42,9 @@ pub enum NoGroup {
     /// Too many wait for room already.
     #[error("too many requests wait for a group of this model")]
     QueueFull,
+    /// It made room for another request while it waited.
+    #[error("the request made room for another one while it waited for a group")]
+    Displaced,
     /// It waited for room until its time was over.
     #[error("no group of this model had room in time")]
     WaitedTooLong,

@@ -145,6 +145,94 @@ async fn who_leaves_while_waiting_is_never_sent_and_a_full_line_is_a_429() {
     assert_eq!(order(&harness), ["first", "last"]);
 }
 
+/// A router whose queue is full, and the requests that are under way: the first one runs.
+async fn full_queue(tenant: &str, class: &str, places: usize) -> (Arc<Harness>, Gate, Vec<Sent>) {
+    let (harness, [gate]) = one_at_a_time(["a"], RouterOptions { max_waiting: places, ..options() }).await;
+    let mut sent = vec![send(&harness, tenant, chat("first", Value::Null)).await];
+    for number in 0..places {
+        sent.push(send(&harness, tenant, chat(&format!("{tenant}{number}"), json!(class))).await);
+    }
+    (harness, gate, sent)
+}
+
+type Sent = tokio::task::JoinHandle<Answered>;
+
+/// Sends a request that takes the place of another one.
+async fn send_into_full(harness: &Arc<Harness>, tenant: &str, text: &str, class: &str) -> Sent {
+    let (key, body) = (format!("Bearer {tenant}"), chat(text, json!(class)));
+    let for_task = Arc::clone(harness);
+    tokio::spawn(async move { for_task.request("POST", CHAT, &[("authorization", &key)], body.to_string()).await })
+}
+
+/// What became of requests when the group goes on: texts that ran, in their order, and how many were refused.
+async fn end(harness: &Harness, gate: &Gate, sent: Vec<Sent>) -> (Vec<String>, usize) {
+    gate.open(ALL);
+    let mut refused = 0;
+    for task in sent {
+        let answered = task.await.expect("joined");
+        if answered.status == 429 {
+            assert!(answered.headers.contains_key("retry-after"), "{}", answered.text);
+            assert_eq!(answered.json()["error"]["code"], "overloaded");
+            refused += 1;
+        } else {
+            assert_eq!(answered.status, 200, "{}", answered.text);
+        }
+    }
+    (order(harness), refused)
+}
+
+#[tokio::test]
+async fn one_tenant_s_batch_queue_locks_nobody_out() {
+    let (harness, gate, mut sent) = full_queue("m", "batch", 6).await;
+    // its own requests have no place in it, another tenant's have: interactive ones and batch ones
+    let own = send_into_full(&harness, "m", "own", "batch").await;
+    assert_eq!(own.await.expect("joined").status, 429);
+    for (text, class) in [("soon", "interactive"), ("later", "batch"), ("last", "batch")] {
+        let before = sent.iter().filter(|task| task.is_finished()).count();
+        sent.push(send_into_full(&harness, "few", text, class).await);
+        while sent.iter().filter(|task| task.is_finished()).count() == before {
+            tokio::task::yield_now().await;
+        }
+        assert!(!sent[sent.len() - 1].is_finished(), "{text} waits");
+    }
+    // three places are the tenant's share
+    let beyond = send_into_full(&harness, "few", "beyond", "batch").await;
+    assert_eq!(beyond.await.expect("joined").status, 429);
+    let (order, refused) = end(&harness, &gate, sent).await;
+    assert_eq!(refused, 3);
+    assert_eq!(order[..2], ["first", "soon"]);
+    for (text, ran) in [("later", true), ("last", true), ("m0", true), ("m2", true), ("m3", false), ("m5", false)] {
+        assert_eq!(order.iter().any(|one| one == text), ran, "{text}: {order:?}");
+    }
+}
+
+#[tokio::test]
+async fn interactive_requests_displace_batch_requests_of_their_own_tenant() {
+    let (harness, gate, mut sent) = full_queue("m", "batch", 2).await;
+    for text in ["soon", "sooner"] {
+        sent.push(send_into_full(&harness, "m", text, "interactive").await);
+    }
+    harness.until("the batch requests left", |_| sent[1].is_finished() && sent[2].is_finished()).await;
+    let third = send_into_full(&harness, "m", "third", "interactive").await;
+    assert_eq!(third.await.expect("joined").status, 429);
+    let (order, refused) = end(&harness, &gate, sent).await;
+    assert_eq!((order.len(), refused), (3, 2), "{order:?}");
+    assert!(order.contains(&"soon".to_owned()) && order.contains(&"sooner".to_owned()), "{order:?}");
+}
+
+#[tokio::test]
+async fn one_tenant_s_interactive_queue_locks_nobody_out() {
+    let (harness, gate, mut sent) = full_queue("m", "interactive", 4).await;
+    for text in ["one", "two"] {
+        sent.push(send_into_full(&harness, "few", text, "interactive").await);
+    }
+    harness.until("two made room", |_| sent[3].is_finished() && sent[4].is_finished()).await;
+    let batch = send_into_full(&harness, "few", "batch", "batch").await;
+    assert_eq!(batch.await.expect("joined").status, 429, "it has its share");
+    let (order, refused) = end(&harness, &gate, sent).await;
+    assert_eq!((order.len(), refused), (5, 2), "{order:?}");
+}
+
 #[tokio::test]
 async fn waiting_has_an_end() {
     let (harness, [gate]) = one_at_a_time(["a"], RouterOptions { max_waiting_seconds: 0.05, ..options() }).await;
