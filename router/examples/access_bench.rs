@@ -12,7 +12,7 @@ use axum::{
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bora_router::{
     Access, AccessOptions,
-    access::{audit::Audit, limits::Wish},
+    access::{audit::Audit, quota::Wish},
 };
 use ring::{
     rand::SystemRandom,
@@ -105,14 +105,22 @@ async fn request(access: &Access, headers: &HeaderMap) {
     audit.of(&caller);
     let tenant = Arc::clone(&caller.tenant);
     audit.asks("m", 1000);
-    let wish = Wish { model: "m", prompt_tokens: 1000, longest_prompt: 1000, max_tokens: 500 };
-    let mut permit = caller.admit(wish).expect("within the limits");
+    let wish = Wish {
+        prompt_tokens: 1000,
+        longest_prompt: 1000,
+        prompt_logprobs: false,
+        sequences: 1,
+        max_tokens: 500,
+        names_max_tokens: true,
+    };
+    let slot = caller.begin().expect("within the limits");
+    let mut permit = caller.admit(wish, slot).expect("within the limits");
     let mut response = Response::new(Body::empty());
     tenant.write_headers(response.headers_mut());
     audit.answered(&response);
     for _ in 0..20 {
         audit.generated(10);
-        permit.completion_tokens += 10;
+        permit.generated(10);
     }
     audit.finished();
     std::hint::black_box(response);

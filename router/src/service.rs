@@ -6,15 +6,15 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use bora_common::secret::{CacheSalt, CacheScope, ClusterKeys};
+use bora_common::secret::ClusterKeys;
 
 use crate::{
-    access::{Access, Caller},
+    access::Access,
     encode::{cache::ConversationCache, pool::EncodePool},
     fleet::view::Fleet,
     metrics::Metrics,
     models::ModelSpec,
-    options::{ConversationRules, RouterOptions},
+    options::RouterOptions,
     place::admission::Admission,
     relay::{budget::RetryBudget, resume::Relay},
 };
@@ -85,20 +85,9 @@ impl Service {
         &self.access
     }
 
-    /// What becomes of faulty conversations.
-    pub fn conversation_rules(&self, caller: Option<&Caller>) -> ConversationRules {
-        caller.and_then(|caller| caller.tenant.limits.conversation).unwrap_or(self.options.conversation)
-    }
-
     /// What blocks, images and salts are named under.
     pub fn keys(&self) -> &ClusterKeys {
         &self.keys
-    }
-
-    /// What separates the cached prefixes of a request from those of other tenants; `requested` is the request's own salt.
-    pub fn cache_salt(&self, caller: Option<&Caller>, requested: Option<&str>) -> CacheSalt {
-        let scope = caller.map_or(CacheScope::Anonymous, |caller| caller.tenant.cache_scope());
-        self.keys.cache_salt(scope, requested.unwrap_or_default())
     }
 
     /// The groups.

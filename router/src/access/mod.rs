@@ -3,15 +3,18 @@
 //! A key travels in `authorization: Bearer ...` or `x-api-key` and is looked up by its SHA-256, in constant time
 //! ([`keys::Digest`] says what that means); the file holds no secret. In its place stands a token of an OIDC provider
 //! ([`jwt`]), whose tenant is one of the same file. Each request leaves one line ([`audit`]). A request is admitted twice: when its head
-//! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`]). Limits are the
-//! cluster's: each router that lives grants its share.
+//! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`], [`quota`]). What a
+//! tenant may do is applied to all its requests by its [`policy`]. Limits are the cluster's: each router that lives grants its share.
 //!
 //! Without a key file everybody may do everything, as befits a router that listens on loopback.
 
 pub mod audit;
+mod bucket;
 pub mod jwt;
 pub mod keys;
 pub mod limits;
+pub mod policy;
+pub mod quota;
 
 use std::{
     collections::HashMap,
@@ -54,6 +57,13 @@ pub struct Caller {
     pub tenant: Arc<Tenant>,
     /// The key's name, for the audit log.
     pub key: Arc<str>,
+}
+
+impl Caller {
+    /// Whether it may use the model of that configured name.
+    pub fn may_use(&self, model: &str) -> bool {
+        self.tenant.limits.models.as_ref().is_none_or(|models| models.iter().any(|name| name == model))
+    }
 }
 
 /// What the key file says.

@@ -5,8 +5,11 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use super::{
     Access, AccessOptions, Caller,
     keys::Digest,
-    limits::{Limits, LiveRouters, Tenant, Wish},
+    limits::{Limits, LiveRouters, Tenant},
+    policy::Policy,
+    quota::{Permit, Wish},
 };
+use crate::api::error::ApiError;
 
 fn caller(limits: Limits) -> Caller {
     among(limits, &LiveRouters::default())
@@ -16,8 +19,19 @@ fn among(limits: Limits, routers: &LiveRouters) -> Caller {
     Caller { tenant: Arc::new(Tenant::new("acme".into(), limits, routers)), key: "ci".into() }
 }
 
-fn wish(prompt_tokens: u64, max_tokens: u64) -> Wish<'static> {
-    Wish { model: "small", prompt_tokens, longest_prompt: prompt_tokens, max_tokens }
+fn wish(prompt_tokens: u64, max_tokens: u64) -> Wish {
+    Wish {
+        prompt_tokens,
+        longest_prompt: prompt_tokens,
+        prompt_logprobs: false,
+        sequences: 1,
+        max_tokens,
+        names_max_tokens: true,
+    }
+}
+
+fn admit(caller: &Caller, wish: Wish) -> Result<Permit, ApiError> {
+    caller.admit(wish, caller.begin()?)
 }
 
 fn with(name: &'static str, value: &str) -> HeaderMap {
@@ -92,23 +106,25 @@ async fn one_of_two_credentials_is_enough() {
 #[test]
 fn models_and_contexts_are_bounded() {
     let caller = caller(Limits { models: Some(vec!["large".into()]), ..Limits::default() });
-    assert_eq!(caller.admit(wish(10, 0)).unwrap_err().status, StatusCode::FORBIDDEN);
+    let policy = Policy::of(Some(caller));
+    assert_eq!(policy.allow("small").unwrap_err().status, StatusCode::FORBIDDEN);
+    policy.allow("large").unwrap();
     let caller = self::caller(Limits { max_context: Some(100), ..Limits::default() });
-    assert_eq!(caller.admit(wish(101, 0)).unwrap_err().status, StatusCode::FORBIDDEN);
-    caller.admit(wish(100, 0)).unwrap();
+    assert_eq!(admit(&caller, wish(101, 0)).unwrap_err().status, StatusCode::FORBIDDEN);
+    admit(&caller, wish(100, 0)).unwrap();
 }
 
 #[test]
 fn parallel_requests_are_counted_while_they_run() {
     let caller = caller(Limits { parallel_requests: Some(2), ..Limits::default() });
-    let first = caller.admit(wish(1, 0)).unwrap();
-    let _second = caller.admit(wish(1, 0)).unwrap();
+    let first = admit(&caller, wish(1, 0)).unwrap();
+    let _second = admit(&caller, wish(1, 0)).unwrap();
     for _ in 0..3 {
-        let error = caller.admit(wish(1, 0)).unwrap_err();
+        let error = admit(&caller, wish(1, 0)).unwrap_err();
         assert_eq!((error.status, error.retry_after), (StatusCode::TOO_MANY_REQUESTS, Some(1)));
     }
     drop(first);
-    caller.admit(wish(1, 0)).unwrap();
+    admit(&caller, wish(1, 0)).unwrap();
 }
 
 /// Whether that is the number of seconds, less those that a slow machine let pass.
@@ -122,14 +138,14 @@ fn a_minute_s_requests_and_then_no_more() {
     let began = Instant::now();
     let caller = caller(Limits { requests_per_minute: Some(3), ..Limits::default() });
     for left in (0..3).rev() {
-        caller.admit(wish(1, 0)).unwrap();
+        admit(&caller, wish(1, 0)).unwrap();
         let mut headers = HeaderMap::new();
         caller.tenant.write_headers(&mut headers);
         assert_eq!(headers["x-ratelimit-limit-requests"], "3");
         assert_eq!(headers["x-ratelimit-remaining-requests"], left.to_string().as_str());
         assert!(!headers.contains_key("x-ratelimit-limit-tokens"));
     }
-    let error = caller.admit(wish(1, 0)).unwrap_err();
+    let error = admit(&caller, wish(1, 0)).unwrap_err();
     assert_eq!(error.status, StatusCode::TOO_MANY_REQUESTS);
     assert!(is_within(error.retry_after, 20, began), "a third of a minute: {:?}", error.retry_after);
 }
@@ -137,18 +153,18 @@ fn a_minute_s_requests_and_then_no_more() {
 #[test]
 fn tokens_are_reserved_and_settled() {
     let caller = caller(Limits { tokens_per_minute: Some(6_000), ..Limits::default() });
-    let mut permit = caller.admit(wish(1_000, 4_000)).unwrap();
-    assert_eq!(caller.admit(wish(2_000, 0)).unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
-    permit.completion_tokens = 500;
+    let mut permit = admit(&caller, wish(1_000, 4_000)).unwrap();
+    assert_eq!(admit(&caller, wish(2_000, 0)).unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
+    permit.generated(500);
     drop(permit);
     // 1,500 were used, 4,500 are left
-    drop(caller.admit(wish(4_400, 0)).unwrap());
-    assert!(caller.admit(wish(1_000, 0)).is_err());
+    drop(admit(&caller, wish(4_400, 0)).unwrap());
+    assert!(admit(&caller, wish(1_000, 0)).is_err());
     // larger than a minute's worth: when the bucket is full, and then it is owed
     let began = Instant::now();
     let caller = self::caller(Limits { tokens_per_minute: Some(100), ..Limits::default() });
-    drop(caller.admit(wish(350, 0)).unwrap());
-    let error = caller.admit(wish(1, 0)).unwrap_err();
+    drop(admit(&caller, wish(350, 0)).unwrap());
+    let error = admit(&caller, wish(1, 0)).unwrap_err();
     assert!(is_within(error.retry_after, 151, began), "{:?}", error.retry_after);
 }
 
@@ -157,16 +173,86 @@ fn each_of_several_routers_grants_its_share() {
     let limits = Limits { requests_per_minute: Some(3), parallel_requests: Some(5), ..Limits::default() };
     let routers = LiveRouters::default();
     let caller = among(limits, &routers);
-    let admitted = |caller: &Caller| (0..20).filter(|_| caller.admit(wish(1, 0)).is_ok()).count();
+    let admitted = |caller: &Caller| (0..20).filter(|_| admit(caller, wish(1, 0)).is_ok()).count();
     routers.set(3);
     assert_eq!(admitted(&caller), 1, "what was saved for more shrinks to the share");
     routers.set(1);
     assert_eq!(admitted(&caller), 0, "a router that dies leaves a rate, not what it had saved");
     let caller = among(Limits { parallel_requests: Some(5), ..Limits::default() }, &routers);
     routers.set(2);
-    let open: Vec<_> = (0..20).map_while(|_| caller.admit(wish(1, 0)).ok()).collect();
+    let open: Vec<_> = (0..20).map_while(|_| admit(&caller, wish(1, 0)).ok()).collect();
     assert_eq!(open.len(), 3, "five among two, rounded up");
     drop(open);
     let caller = among(Limits { requests_per_minute: Some(1), ..Limits::default() }, &routers);
     assert_eq!(admitted(&caller), 1, "the smallest limit lets something through");
+}
+
+/// What is left of a minute's worth of tokens.
+fn left(caller: &Caller) -> f64 {
+    let mut headers = HeaderMap::new();
+    caller.tenant.write_headers(&mut headers);
+    headers["x-ratelimit-remaining-tokens"].to_str().unwrap().parse().unwrap()
+}
+
+#[test]
+fn an_output_without_a_bound_is_expected_to_be_what_it_was_lately() {
+    let caller = caller(Limits { tokens_per_minute: Some(1_000), ..Limits::default() });
+    let open = |prompt_tokens, window| Wish { names_max_tokens: false, ..wish(prompt_tokens, window) };
+    // as much as a tenant that generated nothing yet is expected to
+    let first = admit(&caller, open(10, 100_000)).unwrap();
+    assert!(left(&caller) < 500.0);
+    assert_eq!(admit(&caller, open(10, 100_000)).unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
+    drop(first);
+    // never more than there is room for
+    let short = admit(&caller, open(10, 16)).unwrap();
+    assert!(left(&caller) >= 940.0, "{}", left(&caller));
+    drop(short);
+    for _ in 0..60 {
+        let mut permit = admit(&caller, open(0, 100_000)).unwrap();
+        permit.generated(1);
+    }
+    let permit = admit(&caller, open(10, 100_000)).unwrap();
+    assert!(left(&caller) > 800.0, "{}", left(&caller));
+    drop(permit);
+}
+
+#[test]
+fn what_is_generated_beyond_the_reservation_is_taken_at_once() {
+    let caller = caller(Limits { tokens_per_minute: Some(1_000), ..Limits::default() });
+    let mut permit = admit(&caller, wish(10, 20)).unwrap();
+    permit.generated(20);
+    assert!(left(&caller) >= 970.0);
+    permit.generated(5_000);
+    assert_eq!(left(&caller), 0.0);
+    assert_eq!(admit(&caller, wish(1, 0)).unwrap_err().status, StatusCode::TOO_MANY_REQUESTS, "while it still runs");
+    drop(permit);
+    let refused = admit(&caller, wish(1, 0)).unwrap_err();
+    assert!(refused.retry_after > Some(200), "4,000 tokens are owed: {:?}", refused.retry_after);
+}
+
+#[test]
+fn logprobs_of_a_prompt_weigh_and_counting_weighs_little() {
+    let caller = caller(Limits { tokens_per_minute: Some(10_000), ..Limits::default() });
+    let permit = admit(&caller, Wish { prompt_logprobs: true, ..wish(1_000, 0) }).unwrap();
+    assert!((7_999.0..8_100.0).contains(&left(&caller)), "{}", left(&caller));
+    drop(permit);
+    assert!(left(&caller) < 8_500.0, "it is settled by the same weight");
+    let before = left(&caller);
+    caller.charge_encoded(10_000);
+    assert!((950.0..=1_001.0).contains(&(before - left(&caller))), "{before} {}", left(&caller));
+}
+
+#[test]
+fn a_request_counts_when_it_begins() {
+    let caller = caller(Limits { requests_per_minute: Some(2), ..Limits::default() });
+    drop((caller.begin().unwrap(), caller.begin().unwrap()));
+    assert_eq!(caller.begin().unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[test]
+fn a_batch_tenant_s_requests_are_batch() {
+    use crate::place::admission::Class;
+    let limits = Limits { class: super::limits::TenantClass::Batch, ..Limits::default() };
+    assert_eq!(Policy::of(Some(caller(limits))).class(Class::Interactive), Class::Batch);
+    assert_eq!(Policy::of(Some(caller(Limits::default()))).class(Class::Interactive), Class::Interactive);
 }

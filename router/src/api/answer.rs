@@ -8,20 +8,19 @@ use std::{
     task::{Context, Poll},
 };
 
-use bora_common::{secret::CacheSalt, telemetry::TraceContext};
+use bora_common::secret::CacheSalt;
 use bora_proto::v1::{PositionLogprobs, Stopping};
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep};
 
 use super::{
+    context::RequestContext,
     error::ApiError,
     params::Params,
     prepare::{Prepared, PreparedPrompt},
     response::{TextOffset, TokenNames, Usage},
 };
 use crate::{
-    access::{Caller, audit::Audit, limits::Permit},
-    metrics::OpenRequest,
     place::{choose::NoGroup, sessions},
     relay::{
         deaths::Deaths,
@@ -31,32 +30,6 @@ use crate::{
     },
     service::Service,
 };
-
-/// What is known of a request besides its body.
-pub struct RequestContext {
-    /// Its id: the client's own or a new one.
-    pub request_id: String,
-    /// Whom the answer is for.
-    pub client: super::params::Client,
-    /// W3C trace context that its work is done under: its own span's, or the client's.
-    pub trace: Option<TraceContext>,
-    /// What the client's tracing system adds to it.
-    pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
-    /// Who sends it, as a hash of the key that came with it; 0 without one.
-    pub tenant: u64,
-    /// The name of the conversation that it belongs to, as a hash, where a header gives one.
-    pub session: Option<u64>,
-    /// When it came.
-    pub arrived: Instant,
-    /// Whose key came with it; `None` where keys are not asked for.
-    pub caller: Option<Caller>,
-    /// Its line in the audit log.
-    pub audit: Audit,
-    /// Holds what its tenant's limits allow it.
-    pub permit: Option<Permit>,
-    /// Counts it.
-    pub open: OpenRequest,
-}
 
 /// One choice of the answer.
 pub struct Choice {
@@ -73,6 +46,8 @@ pub struct Choice {
     /// Where the next token of the text begins, for logprobs of completions.
     pub text_offset: TextOffset,
     cached_tokens: u32,
+    /// Tokens that its groups generated, as far as they are known.
+    generated: u64,
 }
 
 impl Choice {
@@ -202,6 +177,7 @@ impl Answer {
                 prompt_logprobs: Vec::new(),
                 text_offset: params.text_offset(),
                 cached_tokens: 0,
+                generated: 0,
             });
             self.running += 1;
         }
@@ -288,10 +264,8 @@ impl Answer {
                     let seconds = self.context.arrived.elapsed().as_secs_f64();
                     self.service.metrics().first_token(seconds, self.context.trace.as_ref());
                 }
-                self.context.audit.generated(tokens.token_ids.len() as u64);
-                if let Some(permit) = &mut self.context.permit {
-                    permit.completion_tokens += tokens.token_ids.len() as u64;
-                }
+                choice.generated += tokens.token_ids.len() as u64;
+                self.context.generated(tokens.token_ids.len() as u64);
                 if self.params.echo_only {
                     return;
                 }
@@ -301,6 +275,9 @@ impl Answer {
                 }
             }
             Event::Finished(finished) => {
+                let most = self.tasks[choice.prompt].stopping.max_tokens;
+                let reported = u64::from(finished.completion_tokens.min(most));
+                self.context.generated(reported.saturating_sub(choice.generated));
                 let reason = finished.reason();
                 choice.finish = Some(choice.emitter.finish(reason, &mut choice.delta));
                 if choice.emitter.unparsed_tool_calls() {
@@ -311,11 +288,16 @@ impl Answer {
         }
     }
 
-    /// Dropping a sequence that still runs tells its group.
-    fn sequence_over(&mut self, number: usize) {
-        if let Some(sequence) = self.choices[number].sequence.take() {
+    /// Ends a sequence. If it still runs, dropping it tells its group; what that generated and nobody read is counted.
+    fn release(&mut self, number: usize) {
+        if let Some(mut sequence) = self.choices[number].sequence.take() {
             self.served_by.extend_from_slice(sequence.served_by());
+            self.context.generated(sequence.unread_tokens());
         }
+    }
+
+    fn sequence_over(&mut self, number: usize) {
+        self.release(number);
         self.running -= 1;
         if self.running == 0 {
             self.context.audit.finished();
@@ -334,8 +316,8 @@ impl Answer {
     }
 
     fn abort(&mut self) {
-        for choice in &mut self.choices {
-            choice.sequence = None;
+        for number in 0..self.choices.len() {
+            self.release(number);
         }
         self.running = 0;
     }
@@ -410,7 +392,7 @@ impl Answer {
             SequenceError::NoGroup(NoGroup::NoneReady) => {
                 ApiError::unavailable("No group of this model takes requests now.", 5)
             }
-            SequenceError::NoGroup(NoGroup::QueueFull | NoGroup::WaitedTooLong) => {
+            SequenceError::NoGroup(NoGroup::QueueFull | NoGroup::Displaced | NoGroup::WaitedTooLong) => {
                 ApiError::overloaded("All groups of this model are busy. Please retry later.", retry_after())
             }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
@@ -449,6 +431,13 @@ impl Answer {
                 Failure::Sequence(_) => ApiError::internal("The group failed to generate the response."),
             },
         }
+    }
+}
+
+impl Drop for Answer {
+    /// The client may have left.
+    fn drop(&mut self) {
+        self.abort();
     }
 }
 

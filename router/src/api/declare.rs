@@ -23,10 +23,32 @@ pub enum Operation {
     Chat,
     Completions,
     Responses,
+    InputTokens,
     Messages,
     CountTokens,
     Tokenize,
     Detokenize,
+}
+
+impl Operation {
+    /// In counters.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Completions => "completions",
+            Self::Responses => "responses",
+            Self::InputTokens => "input_tokens",
+            Self::Messages => "messages",
+            Self::CountTokens => "count_tokens",
+            Self::Tokenize => "tokenize",
+            Self::Detokenize => "detokenize",
+        }
+    }
+
+    /// Whether it is answered by a group.
+    pub fn generates(self) -> bool {
+        matches!(self, Self::Chat | Self::Completions | Self::Responses | Self::Messages)
+    }
 }
 
 impl From<Endpoint> for Operation {

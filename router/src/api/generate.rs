@@ -10,24 +10,22 @@ use axum::{
 };
 use bora_common::telemetry::Span;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use tokio::time::Instant;
 
 use super::{
-    answer::{Answer, RequestContext},
+    answer::Answer,
     chat::{self, ChatWriter},
     completions::{self, CompletionWriter},
+    context::RequestContext,
     error::ApiError,
-    fields::Name,
     messages::{self, stream::MessagesWriter},
-    params::{Client, Endpoint},
+    params::Endpoint,
     prepare::{Form, Prepared, prepare},
     responses::{self, stream::ResponsesWriter},
     sse, trace,
 };
 use crate::{
-    access::{Caller, audit::Audit, limits::Wish},
+    access::{policy::Policy, quota::Wish},
     encode::pool::PoolError,
-    server::RequestId,
     service::Service,
 };
 
@@ -35,10 +33,6 @@ use crate::{
 pub const GROUP_HEADER: HeaderName = HeaderName::from_static("x-bora-group");
 /// Names the reasons of its placement, in debug mode.
 pub const DECISION_HEADER: HeaderName = HeaderName::from_static("x-bora-decision");
-
-/// Name the conversation of which a request is a turn.
-const SESSION_HEADERS: [HeaderName; 2] =
-    [HeaderName::from_static("x-session-id"), HeaderName::from_static("x-affinity")];
 
 /// How long the headers of a stream wait for a group's word, so that a refusal can still be a status.
 const ACCEPT_PATIENCE: Duration = Duration::from_millis(500);
@@ -64,83 +58,52 @@ pub async fn messages(State(service): State<Arc<Service>>, request: Request<Body
 }
 
 async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Body>) -> Response<Body> {
-    let arrived = Instant::now();
     let (parts, body) = request.into_parts();
-    let request_id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
-    let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
-    let mut open = service.metrics().request(endpoint.name());
-    let trace = trace::arrive(&parts.headers, &parts.uri, &request_id, &mut open);
-    let mut context = RequestContext {
-        request_id: request_id.0,
-        client: client(&parts.headers),
-        trace,
-        tracestate: parts.headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
-        tenant: tenant(caller.as_ref(), &parts.headers),
-        session: session(&parts.headers),
-        caller,
-        audit: parts.extensions.get::<Audit>().cloned().unwrap_or_default(),
-        permit: None,
-        arrived,
-        open,
+    let mut context = match RequestContext::enter(&service, endpoint.into(), &parts) {
+        Ok(context) => context,
+        Err(error) => return error.into_response(),
     };
     let body = match read_body(body, &parts.headers, service.options().max_body_bytes).await {
         Ok(body) => body,
         Err(error) => {
-            context.open.answered(error.status.as_u16());
+            context.refused(&error);
             return error.into_response();
         }
     };
     context.audit.body(&body);
     let encoding = Span::below(context.trace.as_ref(), "encode");
     let length = body.len();
-    let prepared = prepare_in_pool(&service, endpoint, context.client, context.caller.clone(), body).await;
+    let client = context.client;
+    let work =
+        move |service: &Service, policy: &Policy, bytes: &Bytes| prepare(service, policy, endpoint, client, bytes);
+    let prepared = context.prepare(&service, &body, work).await;
+    drop(body);
     let operation = if endpoint == Endpoint::Completions { "text_completion" } else { "chat" };
     trace::prepared(&prepared, operation, length, encoding, &mut context);
     let outcome = match prepared.and_then(|prepared| admit(prepared, &mut context)) {
         Ok(prepared) => answer(service, endpoint, prepared, context).await,
         Err(error) => {
-            context.open.answered(error.status.as_u16());
+            context.refused(&error);
             Err(error)
         }
     };
     outcome.unwrap_or_else(ApiError::into_response)
 }
 
-async fn prepare_in_pool(
-    service: &Arc<Service>,
-    endpoint: Endpoint,
-    client: Client,
-    caller: Option<Caller>,
-    body: Bytes,
-) -> Result<Prepared, ApiError> {
-    let work = {
-        let service = Arc::clone(service);
-        let bytes = body.clone();
-        move || {
-            let begun = std::time::Instant::now();
-            let prepared = prepare(&service, endpoint, client, caller.as_ref(), &bytes);
-            service.metrics().prepared(begun.elapsed().as_secs_f64());
-            prepared
-        }
-    };
-    service.pool().run(body.len(), work).await?
-}
-
 /// Asks the tenant's limits, now that the request's tokens are counted.
 fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, ApiError> {
+    let choices = u64::from(prepared.params.n);
     let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.ids.len() as u64);
-    let prompt_tokens = lengths.clone().sum();
-    context.audit.asks(&prepared.served_model, prompt_tokens);
-    if let Some(caller) = &context.caller {
-        let sequences = prepared.prompts.len() as u64 * u64::from(prepared.params.n);
-        let wish = Wish {
-            model: &prepared.served_model,
-            prompt_tokens,
-            longest_prompt: lengths.max().unwrap_or(0),
-            max_tokens: u64::from(prepared.params.max_tokens.unwrap_or(0)) * sequences,
-        };
-        context.permit = Some(caller.admit(wish)?);
-    }
+    let bounds = prepared.prompts.iter().map(|prompt| u64::from(prompt.output_bound));
+    let wish = Wish {
+        prompt_tokens: lengths.clone().sum(),
+        longest_prompt: lengths.max().unwrap_or(0),
+        prompt_logprobs: prepared.params.logprobs.is_some_and(|logprobs| logprobs.prompt_top.is_some()),
+        sequences: prepared.prompts.len() as u64 * choices,
+        max_tokens: bounds.sum::<u64>() * choices,
+        names_max_tokens: prepared.params.max_tokens.is_some(),
+    };
+    context.admit(&prepared.served_model, wish)?;
     Ok(prepared)
 }
 
@@ -231,31 +194,12 @@ async fn discard(mut body: Body, most: usize) {
     }
 }
 
-fn client(headers: &HeaderMap) -> Client {
-    let user_agent = headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
-    // LangChain's client for Mistral gives the name of its HTTP library and no other sign. Whoever else does so gets
-    // nothing that is wrong: whole tool calls, and usage that was not asked for.
-    let mistral = |agent: &str| agent.contains("mistral-client-") || agent.starts_with("python-httpx/");
-    Client { mistral: user_agent.is_some_and(mistral) }
-}
-
-/// Who sends a request: the tenant of its key, or whoever holds the key where keys are not asked for.
-fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
-    if let Some(caller) = caller {
-        return xxhash_rust::xxh3::xxh3_64(caller.tenant.name.as_bytes());
-    }
-    headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
-}
-
-/// The conversation of which this is a turn, where the client names it.
-fn session(headers: &HeaderMap) -> Option<u64> {
-    SESSION_HEADERS.iter().filter_map(|header| headers.get(header)).find_map(|name| Name::of(name.as_bytes()).0)
-}
-
 impl From<PoolError> for ApiError {
     fn from(error: PoolError) -> Self {
         match error {
-            PoolError::Full => ApiError::unavailable("Too many long requests wait to be encoded. Please retry.", 1),
+            PoolError::Full | PoolError::Displaced => {
+                ApiError::unavailable("Too many requests wait to be encoded. Please retry.", 1)
+            }
             PoolError::Broken => ApiError::internal("The request could not be encoded."),
         }
     }

@@ -7,6 +7,7 @@ pub mod answer;
 pub mod bounds;
 pub mod chat;
 pub mod completions;
+pub mod context;
 pub mod convert;
 pub mod declare;
 pub mod error;

@@ -42,16 +42,6 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// In counters.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Chat => "chat",
-            Self::Completions => "completions",
-            Self::Responses => "responses",
-            Self::Messages => "messages",
-        }
-    }
-
     /// What ids of answers begin with.
     pub fn id_prefix(self) -> &'static str {
         match self {

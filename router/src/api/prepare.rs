@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bora_common::{
     conversation::{
-        FunctionNames,
+        ConversationError, FunctionNames, JsonError, Rule,
         repair::{Repaired, RepairedMessage, repair},
     },
     secret::CacheSalt,
@@ -25,12 +25,11 @@ use super::{
     responses, surrogates,
 };
 use crate::{
-    access::{Caller, limits::TenantClass},
+    access::policy::Policy,
     encode::{self, EncodeError, EncodedPrompt, cache::Written},
     fleet::view::ModelGroups,
     models::ModelSpec,
     options::ConversationRules,
-    place::admission::Class,
     service::Service,
 };
 
@@ -74,39 +73,63 @@ pub struct PreparedPrompt {
     pub text: Option<String>,
 }
 
-/// A model by the name that a request gives, or the only one there is.
-pub fn resolve(service: &Service, name: Option<&str>) -> Result<(String, Arc<ModelGroups>, Arc<ModelSpec>), ApiError> {
-    let view = service.fleet().view();
-    let Some(name) = name else {
-        let mut models = view.models();
-        return match (models.next(), models.next()) {
-            (Some(only), None) => Ok((only.name.clone(), Arc::clone(only), service.spec(&only.name))),
-            _ => Err(ApiError::invalid("model", "`model` is required.")),
+/// A model that the tenant's policy lets a request use. There is no prompt without one.
+pub struct AllowedModel {
+    /// The name that the request gives.
+    pub name: String,
+    /// Its groups.
+    pub groups: Arc<ModelGroups>,
+    /// Its tokenizer and defaults.
+    pub spec: Arc<ModelSpec>,
+    policy: Policy,
+}
+
+impl AllowedModel {
+    /// A model by the name that a request gives, or the only one there is.
+    pub fn resolve(service: &Service, policy: &Policy, name: Option<&str>) -> Result<Self, ApiError> {
+        let view = service.fleet().view();
+        let allowed = |name: &str, groups: &Arc<ModelGroups>| {
+            policy.allow(&groups.name)?;
+            let (groups, spec) = (Arc::clone(groups), service.spec(&groups.name));
+            Ok(Self { name: name.to_owned(), groups, spec, policy: policy.clone() })
         };
-    };
-    // what is configured goes before what groups call themselves
-    let configured = service.configured(name);
-    let served = view.model(configured.unwrap_or(name)).filter(|model| model.is_expected());
-    match (served, configured) {
-        (Some(model), _) => Ok((name.to_string(), Arc::clone(model), service.spec(&model.name))),
-        (None, Some(configured)) => {
-            service.metrics().unserved(configured);
-            Err(ApiError::unavailable(format!("No group serves the model `{name}` now."), 5))
+        let Some(name) = name else {
+            let mut models = view.models();
+            return match (models.next(), models.next()) {
+                (Some(only), None) => allowed(&only.name, only),
+                _ => Err(ApiError::invalid("model", "`model` is required.")),
+            };
+        };
+        // what is configured goes before what groups call themselves
+        let configured = service.configured(name);
+        let served = view.model(configured.unwrap_or(name)).filter(|model| model.is_expected());
+        match (served, configured) {
+            (Some(model), _) => allowed(name, model),
+            (None, Some(configured)) => {
+                policy.allow(configured)?;
+                service.metrics().unserved(configured);
+                Err(ApiError::unavailable(format!("No group serves the model `{name}` now."), 5))
+            }
+            (None, None) => Err(ApiError::model_not_found(name)),
         }
-        (None, None) => Err(ApiError::model_not_found(name)),
+    }
+
+    /// What separates the cached prefixes of a request that adds `requested`.
+    fn cache_salt(&self, service: &Service, requested: Option<&str>) -> CacheSalt {
+        self.policy.cache_salt(service, requested)
     }
 }
 
 /// Reads, checks, encodes and hashes a generation request.
 pub fn prepare(
     service: &Service,
+    policy: &Policy,
     endpoint: Endpoint,
     client: Client,
-    caller: Option<&Caller>,
     bytes: &Bytes,
 ) -> Result<Prepared, ApiError> {
     let bytes = &*surrogates::replace_halves(bytes);
-    let asked = Asked { service, endpoint, client, caller };
+    let asked = Asked { service, policy, endpoint, client };
     match endpoint {
         Endpoint::Chat => asked.prepare(Body::parse(bytes, Operation::Chat)?, Form::Chat),
         Endpoint::Completions => asked.prepare(Body::parse(bytes, Operation::Completions)?, Form::Completions),
@@ -132,8 +155,8 @@ pub struct Rules {
 
 impl Rules {
     /// The rules of the operator or of the caller's tenant, for one API.
-    pub fn of(service: &Service, caller: Option<&Caller>, operation: Operation) -> Self {
-        let conversation = service.conversation_rules(caller);
+    pub fn of(service: &Service, policy: &Policy, operation: Operation) -> Self {
+        let conversation = policy.conversation_rules(service);
         let function_names = match (conversation, operation) {
             (ConversationRules::Lenient, _) => FunctionNames::Lenient,
             (_, Operation::Responses | Operation::Messages | Operation::CountTokens) => FunctionNames::Api,
@@ -147,9 +170,9 @@ impl Rules {
 #[derive(Clone, Copy)]
 struct Asked<'a> {
     service: &'a Service,
+    policy: &'a Policy,
     endpoint: Endpoint,
     client: Client,
-    caller: Option<&'a Caller>,
 }
 
 impl Asked<'_> {
@@ -164,7 +187,7 @@ impl Asked<'_> {
     }
 
     fn prepare(self, body: Body<'_>, form: Form) -> Result<Prepared, ApiError> {
-        let Self { service, endpoint, client, caller } = self;
+        let Self { service, policy, endpoint, client } = self;
         if body.unknown > 0 {
             service.metrics().unknown_fields(body.unknown);
         }
@@ -174,38 +197,35 @@ impl Asked<'_> {
         if body.reasoning_effort.as_deref().is_some_and(|effort| effort != "none") {
             service.metrics().ignored_effort();
         }
-        let (name, model, spec) = resolve(service, body.model.as_deref())?;
-        let rules = Rules::of(service, caller, endpoint.into());
+        let model = AllowedModel::resolve(service, policy, body.model.as_deref())?;
+        let rules = Rules::of(service, policy, endpoint.into());
         let output_form = OutputForm { client, function_names: rules.function_names };
-        let mut params = params::check(&body, endpoint, output_form, &model, &spec, service.options())?;
-        if caller.is_some_and(|caller| caller.tenant.limits.class == TenantClass::Batch) {
-            params.class = Class::Batch;
-        }
-        let salt = service.cache_salt(caller, body.cache_salt.as_deref());
+        let mut params = params::check(&body, endpoint, output_form, &model.groups, &model.spec, service.options())?;
+        params.class = policy.class(params.class);
+        let cache_salt = model.cache_salt(service, body.cache_salt.as_deref());
         let prompts = if endpoint.is_conversation() {
-            let encoded = chat_prompt(service, caller, &body, &model.name, &spec, model.images, rules)?;
-            vec![(encoded, None)]
+            vec![(chat_prompt(service, &model, &body, model.groups.images, rules)?, None)]
         } else {
-            completion_prompts(body, &model, &spec, &params, service, salt)?
+            completion_prompts(body, &model, &params, service, cache_salt)?
         };
+        let window = model.groups.max_model_len;
         let prompts = prompts
             .into_iter()
             .map(|(encoded, text)| {
-                let output_bound = params::output_bound(&params, endpoint, encoded.ids.len(), model.max_model_len)?;
+                let output_bound = params::output_bound(&params, endpoint, encoded.ids.len(), window)?;
                 Ok(PreparedPrompt { encoded, output_bound, text })
             })
             .collect::<Result<_, ApiError>>()?;
-        Ok(Prepared { form, model: name, served_model: model.name.clone(), params, cache_salt: salt, prompts })
+        let AllowedModel { name, groups, .. } = model;
+        Ok(Prepared { form, model: name, served_model: groups.name.clone(), params, cache_salt, prompts })
     }
 }
 
 /// The prompt of messages and tools.
 pub fn chat_prompt(
     service: &Service,
-    caller: Option<&Caller>,
+    model: &AllowedModel,
     body: &Body<'_>,
-    model: &str,
-    spec: &ModelSpec,
     takes_images: bool,
     rules: Rules,
 ) -> Result<EncodedPrompt, ApiError> {
@@ -217,7 +237,7 @@ pub fn chat_prompt(
             "`continue_final_message` and `add_generation_prompt` can't both be true.",
         ));
     }
-    let Some(tokenizer) = &spec.tokenizer else {
+    let Some(tokenizer) = &model.spec.tokenizer else {
         return Err(ApiError::invalid(
             "messages",
             "This model is served without a tokenizer: use /v1/completions with token ids.",
@@ -225,14 +245,15 @@ pub fn chat_prompt(
     };
     // `tool_choice` does not change the prompt: the reference declares the tools whatever it says
     let written = Written {
-        model,
+        model: &model.groups.name,
         messages: messages.list(),
         tools: body.tools,
         keys: service.keys(),
-        salt: service.cache_salt(caller, body.cache_salt.as_deref()),
+        salt: model.cache_salt(service, body.cache_salt.as_deref()),
         continue_final_message,
         function_names: rules.function_names,
         takes_images,
+        limits: service.options().conversation_limits(),
     };
     if let Some(encoded) = service.conversations().encode(tokenizer, &written) {
         service.metrics().encoded(encoded.ids.len(), encoded.reused_tokens);
@@ -309,8 +330,7 @@ impl RepairedConversation {
 
 fn completion_prompts(
     body: Body<'_>,
-    model: &ModelGroups,
-    spec: &ModelSpec,
+    model: &AllowedModel,
     params: &Params,
     service: &Service,
     salt: CacheSalt,
@@ -330,11 +350,11 @@ fn completion_prompts(
         ));
     }
     let of_text = |text: String| {
-        let token_ids = text_ids(&text, spec, special)?;
+        let token_ids = text_ids(&text, model, special)?;
         Ok((EncodedPrompt::new(&token_ids, Vec::new(), service.keys(), salt), params.echo.then_some(text)))
     };
     let of_ids = |token_ids: Vec<u32>| {
-        let text = check_id_prompt(&token_ids, model, spec, params)?;
+        let text = check_id_prompt(&token_ids, model, params)?;
         Ok((EncodedPrompt::new(&token_ids, Vec::new(), service.keys(), salt), text))
     };
     match prompt {
@@ -346,11 +366,11 @@ fn completion_prompts(
 }
 
 /// The ids of a plain text.
-pub fn text_ids(text: &str, spec: &ModelSpec, special: bool) -> Result<Vec<u32>, ApiError> {
-    let Some(tokenizer) = &spec.tokenizer else {
+pub fn text_ids(text: &str, model: &AllowedModel, special: bool) -> Result<Vec<u32>, ApiError> {
+    let Some(tokenizer) = &model.spec.tokenizer else {
         return Err(ApiError::invalid("prompt", "This model is served without a tokenizer: give token ids."));
     };
-    let token_ids = encode::text(tokenizer, text, special);
+    let token_ids = encode::text(tokenizer, text, special)?;
     if token_ids.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
     }
@@ -358,17 +378,12 @@ pub fn text_ids(text: &str, spec: &ModelSpec, special: bool) -> Result<Vec<u32>,
 }
 
 /// The text of a prompt of token IDs, if it is to be echoed.
-fn check_id_prompt(
-    token_ids: &[u32],
-    model: &ModelGroups,
-    spec: &ModelSpec,
-    params: &Params,
-) -> Result<Option<String>, ApiError> {
+fn check_id_prompt(token_ids: &[u32], model: &AllowedModel, params: &Params) -> Result<Option<String>, ApiError> {
     if token_ids.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));
     }
-    params::check_ids("prompt", token_ids, model.vocabulary_size)?;
-    Ok(match &spec.tokenizer {
+    params::check_ids("prompt", token_ids, model.groups.vocabulary_size)?;
+    Ok(match &model.spec.tokenizer {
         Some(tokenizer) if params.echo => Some(tokenizer.decode(token_ids, true)),
         _ => None,
     })
@@ -377,12 +392,14 @@ fn check_id_prompt(
 impl From<EncodeError> for ApiError {
     fn from(error: EncodeError) -> Self {
         match error {
+            EncodeError::Json { error: JsonError::Stopped(stopped), .. } => stopped.into(),
             EncodeError::Json { field, .. } => ApiError::invalid(field, error.to_string()),
             EncodeError::NoImages { param } => {
                 let mut error = ApiError::invalid(param, "This model does not take images.");
                 error.code = Some(NO_IMAGES);
                 error
             }
+            EncodeError::Conversation(ConversationError { rule: Rule::Stopped(stopped), .. }) => stopped.into(),
             EncodeError::Conversation(error) => {
                 let code = error.code();
                 let mut answer = ApiError::invalid(error.param, error.message);

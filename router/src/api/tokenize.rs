@@ -11,80 +11,98 @@ use axum::{
 use serde::Serialize;
 
 use super::{
+    context::RequestContext,
     declare::Operation,
     error::ApiError,
     fields::Prompt,
     generate::read_body,
     params::{self, TokenizeTarget},
-    prepare::{Rules, chat_prompt, resolve, text_ids},
+    prepare::{AllowedModel, Rules, chat_prompt, text_ids},
     request::Body as Fields,
     response::TokenNames,
     status::json,
     surrogates,
 };
-use crate::{access::Caller, service::Service};
+use crate::{access::policy::Policy, service::Service};
 
+/// What `/tokenize` responds.
 #[derive(Serialize)]
-struct Tokenized {
+pub struct Tokenized {
     count: usize,
     max_model_len: u32,
     tokens: Vec<u32>,
     token_strs: Option<Vec<String>>,
 }
 
+/// What `/detokenize` responds.
 #[derive(Serialize)]
-struct Detokenized {
+pub struct Detokenized {
     prompt: String,
 }
 
 /// `POST /tokenize`
 pub async fn tokenize(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
-    run(service, "tokenize", request, tokenize_body).await
+    run(service, Operation::Tokenize, request, tokenize_body).await
 }
 
 /// `POST /detokenize`
 pub async fn detokenize(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
-    run(service, "detokenize", request, detokenize_body).await
+    run(service, Operation::Detokenize, request, detokenize_body).await
+}
+
+/// What an operation makes of a body, and how many tokens that took.
+pub struct Metered<T> {
+    /// What the client gets.
+    pub value: T,
+    /// Tokens that were encoded, decoded or counted.
+    pub tokens: usize,
 }
 
 /// Makes an answer of a body's bytes.
-type Work<T> = fn(&Service, Option<&Caller>, &[u8]) -> Result<T, ApiError>;
+type Work<T> = fn(&Service, &Policy, &[u8]) -> Result<Metered<T>, ApiError>;
 
 /// Reads a body, does the work where it keeps nobody waiting, and answers with what comes of it.
 pub async fn run<T: Serialize + Send + 'static>(
     service: Arc<Service>,
-    endpoint: &'static str,
+    operation: Operation,
     request: Request<Body>,
     work: Work<T>,
 ) -> Response<Body> {
-    let mut open = service.metrics().request(endpoint);
     let (parts, body) = request.into_parts();
-    let caller = parts.extensions.get::<Option<Caller>>().cloned().flatten();
+    let mut context = match RequestContext::enter(&service, operation, &parts) {
+        Ok(context) => context,
+        Err(error) => return error.into_response(),
+    };
     let outcome = async {
         let bytes: Bytes = read_body(body, &parts.headers, service.options().max_body_bytes).await?;
-        let size = bytes.len();
-        let for_work = Arc::clone(&service);
-        let work = move || work(&for_work, caller.as_ref(), &surrogates::replace_halves(&bytes));
-        service.pool().run(size, work).await?
+        let work = move |service: &Service, policy: &Policy, bytes: &Bytes| {
+            work(service, policy, &surrogates::replace_halves(bytes))
+        };
+        context.prepare(&service, &bytes, work).await
     };
     let response = match outcome.await {
-        Ok(value) => json(&value),
+        Ok(Metered { value, tokens }) => {
+            context.encoded(tokens as u64);
+            json(&value)
+        }
         Err(error) => ApiError::into_response(error),
     };
-    open.answered(response.status().as_u16());
+    context.open.answered(response.status().as_u16());
     response
 }
 
-fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<Tokenized, ApiError> {
+/// The token IDs of a conversation or a text.
+pub fn tokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result<Metered<Tokenized>, ApiError> {
     let body = Fields::parse(bytes, Operation::Tokenize)?;
     params::refuse_unserved(&body)?;
-    let (_, model, spec) = resolve(service, body.model.as_deref())?;
+    let model = AllowedModel::resolve(service, policy, body.model.as_deref())?;
+    let spec = &model.spec;
     let with_strings = body.return_token_strs.unwrap_or(false);
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
-            let rules = Rules::of(service, caller, Operation::Tokenize);
+            let rules = Rules::of(service, policy, Operation::Tokenize);
             // images have ids whether or not the model's groups can look at them
-            let prompt = chat_prompt(service, caller, &body, &model.name, &spec, true, rules)?;
+            let prompt = chat_prompt(service, &model, &body, true, rules)?;
             let mut ids: Vec<u32> = prompt.ids.iter().collect();
             if body.add_special_tokens == Some(true)
                 && let Some(bos) = spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.bos_id())
@@ -102,26 +120,30 @@ fn tokenize_body(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Re
             match &spec.tokenizer {
                 // an empty text has ids, even if they are none
                 Some(_) if text.is_empty() && !special => Vec::new(),
-                _ => text_ids(&text, &spec, special)?,
+                _ => text_ids(&text, &model, special)?,
             }
         }
     };
     let names = TokenNames { tokenizer: spec.tokenizer.as_deref(), as_ids: false };
-    Ok(Tokenized {
+    let tokenized = Tokenized {
         count: tokens.len(),
-        max_model_len: model.max_model_len,
+        max_model_len: model.groups.max_model_len,
         token_strs: with_strings.then(|| tokens.iter().map(|id| names.name(*id).into_owned()).collect()),
         tokens,
-    })
+    };
+    Ok(Metered { tokens: tokenized.count, value: tokenized })
 }
 
-fn detokenize_body(service: &Service, _: Option<&Caller>, bytes: &[u8]) -> Result<Detokenized, ApiError> {
+/// The text of token IDs.
+pub fn detokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result<Metered<Detokenized>, ApiError> {
     let body = Fields::parse(bytes, Operation::Detokenize)?;
-    let (_, model, spec) = resolve(service, body.model.as_deref())?;
+    let model = AllowedModel::resolve(service, policy, body.model.as_deref())?;
+    let spec = &model.spec;
     let tokens = body.tokens.ok_or_else(|| ApiError::invalid("tokens", "`tokens` is required."))?;
     let Some(tokenizer) = &spec.tokenizer else {
         return Err(ApiError::invalid("model", "This model is served without a tokenizer."));
     };
-    params::check_ids("tokens", &tokens, model.vocabulary_size)?;
-    Ok(Detokenized { prompt: tokenizer.decode(&tokens, false) })
+    params::check_ids("tokens", &tokens, model.groups.vocabulary_size)?;
+    let value = Detokenized { prompt: tokenizer.decode(&tokens, false) };
+    Ok(Metered { value, tokens: tokens.len() })
 }

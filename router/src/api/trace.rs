@@ -4,7 +4,7 @@
 use axum::http::{HeaderMap, Uri};
 use bora_common::telemetry::{Span, TraceContext, trace};
 
-use super::{answer::RequestContext, error::ApiError, prepare::Prepared};
+use super::{context::RequestContext, error::ApiError, prepare::Prepared};
 use crate::{metrics::OpenRequest, server::RequestId};
 
 /// The request arrived: decides whether it is traced. Returns what its work is done under.

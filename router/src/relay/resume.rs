@@ -10,7 +10,7 @@ use std::{
     future::Future,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -21,6 +21,7 @@ use bora_proto::v1::{
 };
 use bytes::Bytes;
 use futures::Stream as _;
+use prost::Message as _;
 use tokio::{
     sync::oneshot,
     time::{Instant, Sleep},
@@ -308,6 +309,28 @@ impl Sequence {
     /// The reasons of its first placement, in debug mode.
     pub fn explanation(&self) -> Option<&str> {
         self.explanation.as_deref()
+    }
+
+    /// Tokens that its group has generated and nobody has read, as far as they have arrived. They are read now: the
+    /// sequence is about to be dropped.
+    pub fn unread_tokens(&mut self) -> u64 {
+        let Phase::Streaming { events, .. } = &mut self.phase else { return 0 };
+        let left = (self.task.stopping.max_tokens as usize).saturating_sub(self.generated.len());
+        let mut context = Context::from_waker(Waker::noop());
+        let (mut unread, mut bytes) = (0, 0);
+        while unread < left
+            && let Poll::Ready(Some(Ok(event))) = Pin::new(&mut **events).poll_next(&mut context)
+        {
+            bytes += event.encoded_len();
+            match event.event {
+                Some(Sent::Tokens(tokens)) => unread += tokens.token_ids.len(),
+                Some(Sent::Finished(_)) => return unread.min(left) as u64,
+                _ => {}
+            }
+        }
+        // a group whose stream stands still has more, and nobody will hear of it: it counts as all that it may generate
+        let stands_still = bytes >= (stream::STREAM_WINDOW / 2) as usize;
+        if stands_still { left as u64 } else { unread.min(left) as u64 }
     }
 
     /// Ready when a group accepted it (or it failed: then the next event says so).

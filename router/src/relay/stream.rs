@@ -22,7 +22,8 @@ use crate::{
     options::RouterOptions,
 };
 
-const STREAM_WINDOW: u32 = 1 << 20;
+/// Bytes of a sequence's events that a group may send before they are read.
+pub(super) const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// Makes of an endpoint a channel that connects when it is first used.

@@ -27,6 +27,7 @@ use bora_router::fleet::validate::{
 };
 use bora_router::{
     Access, AccessOptions, ModelSpec, RouterOptions, Service,
+    access::policy::Policy,
     api::{
         error::ApiError,
         params::{Client, Endpoint},
@@ -60,7 +61,10 @@ pub fn agents(input: &[u8]) {
 fn prepare_for(endpoints: [Endpoint; 2], input: &[u8]) {
     let bytes = Bytes::copy_from_slice(input);
     for endpoint in endpoints {
-        let prepared = |service: &Service| prepare(service, endpoint, Client::default(), None, &bytes);
+        let prepared = |service: &Service| {
+            let policy = Policy::without_keys(service).expect("no keys");
+            prepare(service, &policy, endpoint, Client::default(), &bytes)
+        };
         let (cached, fresh) = (prepared(service(true)), prepared(service(false)));
         match (&cached, &fresh) {
             (Ok(cached), Ok(fresh)) => same(cached, fresh),

@@ -12,12 +12,12 @@ use serde::Serialize;
 
 use super::request::read;
 use crate::{
-    access::Caller,
+    access::policy::Policy,
     api::{
         declare::Operation,
         error::ApiError,
-        prepare::{Rules, chat_prompt, resolve},
-        tokenize,
+        prepare::{AllowedModel, Rules, chat_prompt},
+        tokenize::{self, Metered},
     },
     service::Service,
 };
@@ -31,17 +31,19 @@ pub struct TokenCount {
 
 /// `POST /v1/messages/count_tokens`
 pub async fn count_tokens(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
-    tokenize::run(service, "count_tokens", request, count).await
+    tokenize::run(service, Operation::CountTokens, request, count).await
 }
 
-fn count(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<TokenCount, ApiError> {
+/// Counts the tokens of a request's prompt.
+pub fn count(service: &Service, policy: &Policy, bytes: &[u8]) -> Result<Metered<TokenCount>, ApiError> {
     let (conversion, fields) = read(bytes, Operation::CountTokens, service.options())?;
     if fields.unknown > 0 {
         service.metrics().unknown_fields(fields.unknown);
     }
-    let (_, model, spec) = resolve(service, fields.model.as_deref())?;
-    let rules = Rules::of(service, caller, Operation::CountTokens);
-    let prompt = chat_prompt(service, caller, &conversion.body(fields), &model.name, &spec, true, rules)
+    let model = AllowedModel::resolve(service, policy, fields.model.as_deref())?;
+    let rules = Rules::of(service, policy, Operation::CountTokens);
+    let prompt = chat_prompt(service, &model, &conversion.body(fields), true, rules)
         .map_err(|error| conversion.in_words_of_client(error))?;
-    Ok(TokenCount { input_tokens: prompt.ids.len() })
+    let tokens = prompt.ids.len();
+    Ok(Metered { value: TokenCount { input_tokens: tokens }, tokens })
 }

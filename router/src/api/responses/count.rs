@@ -12,12 +12,12 @@ use serde::Serialize;
 
 use super::request::read;
 use crate::{
-    access::Caller,
+    access::policy::Policy,
     api::{
         declare::Operation,
         error::ApiError,
-        prepare::{Rules, chat_prompt, resolve},
-        tokenize,
+        prepare::{AllowedModel, Rules, chat_prompt},
+        tokenize::{self, Metered},
     },
     service::Service,
 };
@@ -33,17 +33,18 @@ pub struct InputTokens {
 
 /// `POST /v1/responses/input_tokens`
 pub async fn input_tokens(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
-    tokenize::run(service, "input_tokens", request, count).await
+    tokenize::run(service, Operation::InputTokens, request, count).await
 }
 
-fn count(service: &Service, caller: Option<&Caller>, bytes: &[u8]) -> Result<InputTokens, ApiError> {
+fn count(service: &Service, policy: &Policy, bytes: &[u8]) -> Result<Metered<InputTokens>, ApiError> {
     let (conversion, fields, _) = read(bytes, service.options())?;
     if fields.unknown > 0 {
         service.metrics().unknown_fields(fields.unknown);
     }
-    let (_, model, spec) = resolve(service, fields.model.as_deref())?;
-    let rules = Rules::of(service, caller, Operation::Responses);
-    let prompt = chat_prompt(service, caller, &conversion.body(fields), &model.name, &spec, true, rules)
+    let model = AllowedModel::resolve(service, policy, fields.model.as_deref())?;
+    let rules = Rules::of(service, policy, Operation::Responses);
+    let prompt = chat_prompt(service, &model, &conversion.body(fields), true, rules)
         .map_err(|error| conversion.in_words_of_client(error))?;
-    Ok(InputTokens { object: "response.input_tokens", input_tokens: prompt.ids.len() })
+    let tokens = prompt.ids.len();
+    Ok(Metered { value: InputTokens { object: "response.input_tokens", input_tokens: tokens }, tokens })
 }
