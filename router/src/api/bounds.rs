@@ -55,14 +55,15 @@ impl Bounded for Integer {
 
     fn checked(&self, field: &'static str, bounds: &Self::Bounds) -> Result<i64, ApiError> {
         let Integer(value) = *self;
-        if bounds.contains(&value) {
+        let (least, most) = (bounds.start(), bounds.end());
+        if let Some(value) = i64::try_from(value).ok().filter(|value| bounds.contains(value)) {
             return Ok(value);
         }
-        let (least, most) = (bounds.start(), bounds.end());
-        let limit = if *most >= i64::from(u32::MAX) {
-            format!("at least {least}")
-        } else {
-            format!("between {least} and {most}")
+        let is_open = *most >= i64::from(u32::MAX);
+        let limit = match value < i128::from(*least) {
+            true if is_open => format!("at least {least}"),
+            false if is_open => format!("at most {most}"),
+            _ => format!("between {least} and {most}"),
         };
         Err(ApiError::invalid(field, format!("`{field}` must be {limit}, got {value}.")))
     }
@@ -246,7 +247,7 @@ impl Bounded for LogprobsField {
         match (*self, *form) {
             (Self::Flag(_), LogprobsForm::Flag) => Ok(*self),
             (Self::Count(count), LogprobsForm::Count(most)) => {
-                Integer(count).checked(field, &(0..=i64::from(most))).map(Self::Count)
+                count.checked(field, &(0..=i64::from(most))).map(|count| Self::Count(Integer(count.into())))
             }
             (Self::Count(_), LogprobsForm::Flag) => {
                 let message = format!("`{field}` must be a boolean here; `top_logprobs` is the number.");

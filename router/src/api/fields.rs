@@ -131,9 +131,9 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-/// An integer, also written as `3.0`.
+/// An integer, also written as `3.0`; of any size, so that its field can say what it may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Integer(pub i64);
+pub struct Integer(pub i128);
 
 impl<'de> Deserialize<'de> for Integer {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -142,21 +142,20 @@ impl<'de> Deserialize<'de> for Integer {
             type Value = Integer;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an integer of 64 bits")
+                f.write_str("an integer")
             }
 
             fn visit_i64<E>(self, value: i64) -> Result<Integer, E> {
-                Ok(Integer(value))
+                Ok(Integer(value.into()))
             }
 
-            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Integer, E> {
-                let unexpected = serde::de::Unexpected::Unsigned(value);
-                i64::try_from(value).map(Integer).map_err(|_| E::invalid_value(unexpected, &self))
+            fn visit_u64<E>(self, value: u64) -> Result<Integer, E> {
+                Ok(Integer(value.into()))
             }
 
             fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Integer, E> {
-                if value.fract() == 0.0 && value.abs() < 9e15 {
-                    return Ok(Integer(value as i64));
+                if value.fract() == 0.0 {
+                    return Ok(Integer(value as i128));
                 }
                 Err(E::invalid_type(serde::de::Unexpected::Float(value), &self))
             }
@@ -240,7 +239,7 @@ pub enum LogprobsField {
     /// Chat.
     Flag(bool),
     /// Completions.
-    Count(i64),
+    Count(Integer),
 }
 
 /// `priority`: a class by name, or vLLM's number (the higher, the later).
@@ -251,7 +250,7 @@ pub enum PriorityField {
     /// A class.
     Name(#[schemars(with = "PriorityClass")] String),
     /// Above 0: batch.
-    Number(i64),
+    Number(Integer),
 }
 
 /// Classes of requests.

@@ -323,7 +323,7 @@ fn sampling(
 ) -> Result<(Sampling, u64), ApiError> {
     let defaults = &spec.defaults;
     // any 64 bits are a seed
-    let seed = body.seed.map_or_else(rand::random, |Integer(seed)| seed as u64);
+    let seed = body.seed(limits)?.map_or_else(rand::random, |seed| seed as u64);
     let top_k = body.top_k(limits)?.map(|top_k| top_k.max(0) as u32);
     let sampling = Sampling {
         temperature: Some(body.temperature(limits)?.or(defaults.temperature).unwrap_or(1.0)),
@@ -350,7 +350,7 @@ fn logit_bias(body: &Body<'_>, limits: &Limits<'_>, vocabulary_size: u32) -> Res
 fn top_logprobs(body: &Body<'_>, limits: &Limits<'_>) -> Result<Option<u32>, ApiError> {
     let top = body.top_logprobs(limits)?;
     match body.logprobs(limits)? {
-        Some(LogprobsField::Count(count)) => Ok(Some(count as u32)),
+        Some(LogprobsField::Count(Integer(count))) => Ok(Some(count as u32)),
         Some(LogprobsField::Flag(true)) => Ok(Some(top.unwrap_or(0) as u32)),
         None | Some(LogprobsField::Flag(false)) if limits.operation == Operation::Completions => Ok(None),
         None | Some(LogprobsField::Flag(false)) => match top {
@@ -379,7 +379,7 @@ pub enum TokenizeTarget {
 fn class(body: &Body<'_>) -> Result<Class, ApiError> {
     match &body.priority {
         None => Ok(Class::Interactive),
-        Some(PriorityField::Number(number)) if *number > 0 => Ok(Class::Batch),
+        Some(PriorityField::Number(Integer(number))) if *number > 0 => Ok(Class::Batch),
         Some(PriorityField::Number(_)) => Ok(Class::Interactive),
         Some(PriorityField::Name(name)) => match name.as_str() {
             "interactive" => Ok(Class::Interactive),

@@ -102,7 +102,7 @@ fields! {
     stop_token_ids: Vec<u32>, GENERATION, within |limits| limits.options.max_stop_strings;
     include_stop_str_in_output: bool, GENERATION;
     ignore_eos: bool, GENERATION;
-    seed | "random_seed": Integer, GENERATION;
+    seed | "random_seed": Integer, GENERATION, within |_| i64::MIN..=i64::MAX;
     n: Integer, OWN_WORDS, within choices;
     /// Only `n` itself.
     best_of: Integer, OWN_WORDS, within choices;
@@ -300,7 +300,7 @@ impl<'de> Body<'de> {
             if error.classify() != serde_json::error::Category::Data {
                 return ApiError::malformed(format!("The body is not valid JSON: {text}."));
             }
-            let reason = text.rfind(" at line ").map_or(text.as_str(), |at| &text[..at]);
+            let reason = in_words(text.rfind(" at line ").map_or(text.as_str(), |at| &text[..at]));
             match field.get() {
                 "" => ApiError::malformed(format!("The body must be a JSON object: {reason}.")),
                 name => ApiError::invalid(name, format!("`{name}`: {reason}.")),
@@ -329,6 +329,21 @@ impl<'de> Body<'de> {
         map.next_value::<IgnoredAny>()?;
         Ok(if WITHOUT_MEANING.contains(&key) { GENERATION } else { Uses::of(&[]) })
     }
+}
+
+/// A reason that names no type of Rust's.
+fn in_words(reason: &str) -> String {
+    const TYPES: [(&str, &str); 4] = [
+        ("u32", "an integer between 0 and 4294967295"),
+        ("i64", "an integer of 64 bits"),
+        ("f64", "a number"),
+        ("f32", "a number"),
+    ];
+    let named = TYPES.iter().find_map(|(name, words)| {
+        let before = reason.strip_suffix(name)?;
+        before.ends_with("expected ").then(|| format!("{before}{words}"))
+    });
+    named.unwrap_or_else(|| reason.to_owned())
 }
 
 struct BodySeed<'a, Own> {
@@ -405,9 +420,12 @@ mod tests {
             (r#"{"prompt":[]}"#, "prompt"),
             (r#"{"prompt":[-4]}"#, "prompt"),
             (r#"{"logit_bias":[1]}"#, "logit_bias"),
-            (r#"{"seed":99999999999999999999}"#, "seed"),
+            (r#"{"seed":0.5}"#, "seed"),
+            (r#"{"tokens":[4294967296]}"#, "tokens"),
         ] {
-            assert_eq!(error(body).0.as_deref(), Some(param), "{body}");
+            let (field, message) = error(body);
+            assert_eq!(field.as_deref(), Some(param), "{body}");
+            assert!(!["u32", "i64", "f64"].iter().any(|name| message.contains(name)), "{message}");
         }
     }
 

@@ -256,7 +256,7 @@ pub fn read<'b>(bytes: &'b [u8], options: &RouterOptions) -> Result<(Conversion,
     let conversion = Conversion::new(&DIALECT, items.messages, items.declared)?;
     echo.names = items.tools.names;
     if let Some(most) = max_output_tokens {
-        fields.max_tokens = Some(Integer(most));
+        fields.max_tokens = Some(Integer(most.into()));
         fields.max_completion_tokens = None;
     }
     let wants_logprobs = request.include.iter().flatten().any(|name| name == "message.output_text.logprobs");
@@ -298,8 +298,8 @@ fn echo(request: &mut ResponsesRequest<'_>, fields: &Body<'_>) -> Echo {
         user: request.user.take(),
         prompt_cache_key: request.prompt_cache_key.take(),
         safety_identifier: request.safety_identifier.take(),
-        max_output_tokens: request.max_output_tokens.map(|Integer(most)| most),
-        max_tool_calls: request.max_tool_calls.map(|Integer(most)| most),
+        max_output_tokens: request.max_output_tokens.map(|Integer(most)| most as i64),
+        max_tool_calls: request.max_tool_calls.map(|Integer(most)| most as i64),
     }
 }
 
