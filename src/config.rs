@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryKind, RegistryOptions, read_file};
 use bora_common::secret::{ClusterKeys, HOW_TO_MAKE};
 use bora_common::telemetry::TelemetryOptions;
-use bora_common::tls::{Connector, GrpcTls, HttpTls, TlsError};
-use bora_router::RouterOptions;
+use bora_common::tls::{Connector, GrpcTls, TlsError};
+use bora_router::{HttpOptions, RouterOptions};
 use bora_worker::WorkerOptions;
 use serde::Deserialize;
 
@@ -25,7 +25,7 @@ pub(crate) struct Config {
     pub(crate) registry: RegistryOptions,
     /// The models that are served.
     pub(crate) models: Vec<ModelOptions>,
-    /// Where the router listens.
+    /// Where the router listens, and the limits of connections and bodies.
     pub(crate) http: HttpOptions,
     /// How routers, leaders and followers speak with each other.
     pub(crate) grpc: GrpcOptions,
@@ -37,21 +37,6 @@ pub(crate) struct Config {
     pub(crate) log: LogOptions,
     /// Traces and metrics to a collector.
     pub(crate) telemetry: TelemetryOptions,
-}
-
-/// Where the router listens.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub(crate) struct HttpOptions {
-    /// A name or an address; loopback unless said otherwise.
-    pub(crate) host: String,
-    /// 0 = any free port.
-    pub(crate) port: u16,
-    /// Where `/health`, `/ready`, `/metrics`, `/groups` and `/version` are served as well, for probes and for
-    /// Prometheus; nowhere else where it is absent.
-    pub(crate) admin: Option<HostPort>,
-    /// TLS of the API's port; plain text where it is absent. The admin port is always plain.
-    pub(crate) tls: Option<HttpTls>,
 }
 
 /// How routers, leaders and followers speak with each other.
@@ -66,12 +51,6 @@ impl GrpcOptions {
     /// What opens connections.
     pub(crate) fn connector(&self) -> Result<Option<Connector>, TlsError> {
         self.tls.as_ref().map(Connector::new).transpose()
-    }
-}
-
-impl Default for HttpOptions {
-    fn default() -> Self {
-        Self { host: "127.0.0.1".into(), port: 8000, admin: None, tls: None }
     }
 }
 
@@ -112,6 +91,7 @@ impl Config {
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         self.registry.check()?;
         self.router.validate().map_err(|error| ConfigError::Conflict(error.to_string()))?;
+        self.http.validate(self.router.max_body_bytes).map_err(|error| ConfigError::Conflict(error.to_string()))?;
         self.worker.check()?;
         self.telemetry.check()?;
         if self.cluster.is_empty() {

@@ -95,6 +95,10 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// Runs a server on a reactor of its own. What still runs when it has ended (a call into a driver that stands still) does not
 /// keep the process.
 fn run_server(server: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    // each connection is a file; the soft limit is often 1024
+    if let Err(error) = rlimit::increase_nofile_limit(u64::MAX) {
+        tracing::warn!(%error, "the limit of open files was not raised");
+    }
     let runtime = runtime()?;
     let outcome = runtime.block_on(server);
     runtime.shutdown_timeout(Duration::from_secs(2));

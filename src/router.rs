@@ -14,7 +14,7 @@ use bora_common::secret::ClusterKeys;
 use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_common::tls::Acceptor;
 use bora_router::fleet::validate::record::ModelLimits;
-use bora_router::{ModelSpec, Router, RouterOptions};
+use bora_router::{HttpOptions, ModelSpec, Router, RouterOptions};
 use clap::Args;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -87,7 +87,10 @@ pub(crate) async fn serve(
         ),
         None => None,
     };
-    let options = RouterOptions { admin_elsewhere: admin.is_some(), ..config.router.clone() };
+    let loopback = listener.local_addr()?.ip().is_loopback();
+    let metrics = config.http.metrics.unwrap_or(loopback && admin.is_none());
+    let http = HttpOptions { metrics: Some(metrics), ..config.http.clone() };
+    let options = RouterOptions { http, ..config.router.clone() };
     let mut router = Router::new(options, keys, models, registry.watch())?;
     let presence = registry.join(record(&listener.local_addr()?));
     router.share_limits(presence.live());
@@ -105,7 +108,6 @@ pub(crate) async fn serve(
     let source: MetricsSource = Arc::new(move || metrics.upgrade().map(|one| one.metrics_text()).unwrap_or_default());
     let telemetry = telemetry::start(config.telemetry.clone(), &identity, Some(source))?;
     tracing::info!(address = %listener.local_addr()?, tls = tls.is_some(), "router listens");
-    let loopback = listener.local_addr()?.ip().is_loopback();
     if !loopback && router.service().access().is_open() {
         warn_of_open_door(config.log.format, listener.local_addr()?);
     }

@@ -11,6 +11,7 @@ pub mod console;
 pub mod encode;
 mod fairness;
 pub mod fleet;
+pub mod http;
 pub mod metrics;
 pub mod models;
 pub mod openapi;
@@ -29,8 +30,10 @@ use tokio::{
     sync::{mpsc, watch},
 };
 
+use crate::http::{listen::Port, shutdown::Shutdown};
 pub use crate::{
     access::{Access, AccessError, AccessOptions, keys::Digest},
+    http::options::HttpOptions,
     models::{DefaultSampling, ModelSpec},
     options::{ConversationRules, OptionsError, RouterOptions},
     service::Service,
@@ -66,6 +69,7 @@ impl Router {
         changes: mpsc::Receiver<GroupChange>,
     ) -> Result<Self, RouterError> {
         options.validate()?;
+        options.http.validate(options.max_body_bytes)?;
         let access = Arc::new(Access::open(options.access.clone())?);
         let refreshing = tokio::spawn(Arc::clone(&access).keep_fresh());
         let service = Arc::new(Service::new(options, keys, models, access));
@@ -110,7 +114,8 @@ impl Router {
     /// Serves what operators and probes ask for, on a port of its own, until it is dropped.
     pub fn serve_admin(&self, listener: TcpListener) -> impl Future<Output = std::io::Result<()>> + Send + 'static {
         let routes = server::admin_routes(Arc::clone(&self.service));
-        server::serve(listener, None, routes, Duration::ZERO, std::future::pending())
+        let port = Port::admin(routes, self.service.options().http.timeouts());
+        port.serve(listener, Duration::ZERO, Shutdown::default(), std::future::pending())
     }
 
     /// Serves, with TLS where it is given, until `shutdown` is ready and open requests have ended (or their grace has).
@@ -120,7 +125,17 @@ impl Router {
         tls: Option<Acceptor>,
         shutdown: impl Future<Output = ()>,
     ) -> std::io::Result<()> {
-        server::serve(listener, tls, self.routes(), self.service.options().shutdown_grace(), shutdown).await
+        let options = self.service.options();
+        let port = Port {
+            name: "api",
+            tls,
+            routes: self.routes(),
+            shed_routes: Some(server::shed_routes(Arc::clone(&self.service))),
+            timeouts: options.http.timeouts(),
+            max_connections: options.http.max_connections,
+            metrics: self.service.http_metrics().clone(),
+        };
+        port.serve(listener, options.shutdown_grace(), self.service.shutdown().clone(), shutdown).await
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bora_common::{conversation::ConversationLimits, tls::Connector};
 use serde::{Deserialize, Serialize};
 
-use crate::access::AccessOptions;
+use crate::{access::AccessOptions, http::options::HttpOptions};
 
 /// What becomes of a conversation that the reference encoder refuses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,9 +85,9 @@ pub struct RouterOptions {
     pub debug: bool,
     /// Who may ask for what.
     pub access: AccessOptions,
-    /// Whether `/metrics` has a port of its own (`http.admin` of the file): then it is not on that of the API.
+    /// Where and how it listens (`http` of the file).
     #[serde(skip)]
-    pub admin_elsewhere: bool,
+    pub http: HttpOptions,
     /// How groups are connected to (`grpc.tls` of the file); plain text where it is absent.
     #[serde(skip)]
     pub grpc: Option<Connector>,
@@ -125,16 +125,18 @@ impl Default for RouterOptions {
             shutdown_grace_seconds: 30.0,
             debug: false,
             access: AccessOptions::default(),
-            admin_elsewhere: false,
+            http: HttpOptions::default(),
             grpc: None,
         }
     }
 }
 
-/// A value of [`RouterOptions`] that can't work.
+/// A value of [`RouterOptions`] or [`HttpOptions`] that can't work.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("router.{field}: {expected}")]
+#[error("{section}.{field}: {expected}")]
 pub struct OptionsError {
+    /// The section of the file.
+    pub section: &'static str,
     /// The field.
     pub field: &'static str,
     /// What it must be.
@@ -152,7 +154,7 @@ impl RouterOptions {
         ];
         for (field, value) in seconds {
             if !(value > 0.0 && value <= 1e7) {
-                return Err(OptionsError { field, expected: "a number of seconds above 0" });
+                return Err(OptionsError { section: "router", field, expected: "a number of seconds above 0" });
             }
         }
         let waits = [
@@ -163,7 +165,7 @@ impl RouterOptions {
         ];
         for (field, value) in waits {
             if !(0.0..=1e7).contains(&value) {
-                return Err(OptionsError { field, expected: "a number of seconds, 0 or more" });
+                return Err(OptionsError { section: "router", field, expected: "a number of seconds, 0 or more" });
             }
         }
         let counts = [
@@ -180,7 +182,7 @@ impl RouterOptions {
         ];
         for (field, value) in counts {
             if value == 0 {
-                return Err(OptionsError { field, expected: "at least 1" });
+                return Err(OptionsError { section: "router", field, expected: "at least 1" });
             }
         }
         Ok(())

@@ -1,6 +1,6 @@
-//! Routes, middleware and connections.
+//! Routes and middleware.
 
-use std::{any::Any, future::Future, sync::Arc, time::Duration};
+use std::{any::Any, sync::Arc};
 
 use axum::{
     Router,
@@ -10,17 +10,6 @@ use axum::{
     middleware::{self, Next},
     response::IntoResponse as _,
     routing::{get, post},
-};
-use bora_common::tls::Acceptor;
-use hyper::service::Service as _;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    service::TowerToHyperService,
-};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream},
-    sync::watch,
 };
 use tower_http::catch_panic::CatchPanicLayer;
 
@@ -34,15 +23,12 @@ use crate::{
         responses as responses_api, status, tokenize,
     },
     console,
+    http::browser::{self, BrowserGuard},
     openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, responses},
     service::Service,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// A client that sends no complete head within this time is not served.
-const HEAD_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a connection that has had no request yet is left open when the server stops.
-const FIRST_REQUEST: Duration = Duration::from_secs(1);
 
 /// The id of a request, in its extensions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,29 +59,48 @@ pub fn routes(service: Arc<Service>) -> Router {
         .route_layer(middleware::from_fn_with_state(Arc::clone(&service), with_caller))
         .merge(document.serve(probes()))
         .route("/ping", get(status::health).post(status::health));
-    if !service.options().admin_elsewhere {
+    let options = &service.options().http;
+    if options.has_metrics() {
         router = router.merge(document.serve(vec![metrics()]));
     }
-    router
+    let guard = if service.access().is_open() { BrowserGuard::new(options) } else { BrowserGuard::off() };
+    let mut router = router
         .merge(openapi::route(document))
         .merge(console::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn(move |request, next| guard.clone().check(request, next)))
+        .layer(middleware::from_fn(messages::error::in_anthropics_form));
+    if let Some(cors) = browser::cors(options) {
+        router = router.layer(cors);
+    }
+    router.layer(middleware::from_fn(with_request_id)).layer(catch_panics()).with_state(service)
+}
+
+/// What a connection is told that is one too many: probes are answered as always.
+pub fn shed_routes(service: Arc<Service>) -> Router {
+    let mut document = Document::new(service.options().clone());
+    document
+        .serve(probes())
+        .route("/ping", get(status::health).post(status::health))
+        .fallback(async || ApiError::unavailable("The server has too many connections. Please retry.", 1))
         .layer(middleware::from_fn(messages::error::in_anthropics_form))
         .layer(middleware::from_fn(with_request_id))
-        .layer(catch_panics())
         .with_state(service)
 }
 
 /// What probes, Prometheus and operators ask for, without the API and without keys.
 pub fn admin_routes(service: Arc<Service>) -> Router {
     let mut document = Document::new(service.options().clone());
+    let guard = BrowserGuard::new(&service.options().http);
     document
         .serve(probes())
         .merge(document.serve(vec![metrics(), groups()]))
         .route("/ping", get(status::health).post(status::health))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn(move |request, next| guard.clone().check(request, next)))
+        .layer(middleware::from_fn(with_request_id))
         .layer(catch_panics())
         .with_state(service)
 }
@@ -260,125 +265,4 @@ fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response<Body> {
         .unwrap_or("unknown");
     tracing::error!(reason, "a request handler panicked");
     ApiError::internal("The server failed to handle the request.").into_response()
-}
-
-/// Serves connections until `shutdown` is ready; then open requests get `grace` to finish.
-pub async fn serve(
-    listener: TcpListener,
-    tls: Option<Acceptor>,
-    routes: Router,
-    grace: Duration,
-    shutdown: impl Future<Output = ()>,
-) -> std::io::Result<()> {
-    let (stop, stopping) = watch::channel(());
-    let mut shutdown = std::pin::pin!(shutdown);
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = &mut shutdown => break,
-        };
-        match accepted {
-            Ok((stream, _)) => {
-                tokio::spawn(serve_socket(stream, tls.clone(), routes.clone(), stopping.clone()));
-            }
-            Err(error) => {
-                // a client that left already, or no file descriptors for the moment
-                tracing::warn!(%error, "a connection could not be accepted");
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        }
-    }
-    // those that are connected already would be reset
-    while let Ok(Ok((stream, _))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
-        tokio::spawn(serve_socket(stream, tls.clone(), routes.clone(), stopping.clone()));
-    }
-    drop(listener);
-    drop(stopping);
-    stop.send_replace(());
-    tracing::info!(connections = stop.receiver_count(), "no new connections, finishing open requests");
-    if tokio::time::timeout(grace, stop.closed()).await.is_err() {
-        tracing::warn!(connections = stop.receiver_count(), "connections cut off at the end of the grace period");
-    }
-    Ok(())
-}
-
-async fn serve_socket(stream: TcpStream, tls: Option<Acceptor>, routes: Router, stopping: watch::Receiver<()>) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "no TCP_NODELAY on a connection");
-    }
-    let Some(tls) = tls else { return serve_connection(stream, routes, stopping).await };
-    match tls.accept(stream).await {
-        Ok(stream) => serve_connection(stream, routes, stopping).await,
-        // anybody can make these: no line of their own in an ordinary log
-        Err(error) => tracing::debug!(%error, "tls: a connection was refused"),
-    }
-}
-
-async fn serve_connection<S>(stream: S, routes: Router, mut stopping: watch::Receiver<()>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let (begun, mut begins) = watch::channel(false);
-    let routes = TowerToHyperService::new(routes);
-    let service = hyper::service::service_fn(move |request| {
-        begun.send_replace(true);
-        routes.call(request)
-    });
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_PATIENCE)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut connection = std::pin::pin!(connection);
-    let outcome = tokio::select! {
-        outcome = connection.as_mut() => outcome,
-        _ = stopping.changed() => {
-            // a client that has just connected may send its first request: a connection that had none is closed at once
-            let first = tokio::time::timeout(FIRST_REQUEST, begins.wait_for(|begun| *begun));
-            tokio::select! {
-                biased;
-                _ = first => {}
-                _ = connection.as_mut() => return,
-            }
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = outcome {
-        tracing::debug!(%error, "a connection ended early");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
-    use super::*;
-
-    /// A client that has connected when the server is told to stop is answered; one that says nothing is not waited for.
-    #[tokio::test]
-    async fn who_has_connected_before_the_end_is_answered() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let routes = Router::new().route("/", axum::routing::get(|| async { "yes" }));
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let server = tokio::spawn(serve(listener, None, routes, Duration::from_secs(60), async {
-            let _ = stopped.await;
-        }));
-        let mut silent = TcpStream::connect(address).await.unwrap();
-        let mut client = TcpStream::connect(address).await.unwrap();
-        stop.send(()).unwrap();
-        // the server has heard of it
-        while TcpStream::connect(address).await.is_ok() {}
-        for _ in 0..100 {
-            tokio::task::yield_now().await;
-        }
-        client.write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).await.unwrap();
-        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("yes"), "{answer}");
-        let mut nothing = String::new();
-        silent.read_to_string(&mut nothing).await.unwrap();
-        assert_eq!(nothing, "");
-        server.await.unwrap().unwrap();
-    }
 }

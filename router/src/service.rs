@@ -12,6 +12,7 @@ use crate::{
     access::Access,
     encode::{cache::ConversationCache, pool::EncodePool},
     fleet::view::Fleet,
+    http::{body::BodyReader, metrics::HttpMetrics, shutdown::Shutdown},
     metrics::Metrics,
     models::ModelSpec,
     options::RouterOptions,
@@ -30,6 +31,9 @@ pub struct Service {
     conversations: ConversationCache,
     access: Arc<Access>,
     keys: ClusterKeys,
+    http_metrics: HttpMetrics,
+    bodies: BodyReader,
+    shutdown: Shutdown,
     started_at: u64,
 }
 
@@ -54,6 +58,9 @@ impl Service {
         let violations = fleet.violations.clone();
         let help = "Messages of groups that broke the protocol, by what is wrong with them";
         metrics.register(|registry| registry.register("protocol_violations", help, violations));
+        let http_metrics = HttpMetrics::default();
+        metrics.register(|registry| http_metrics.register(registry));
+        let shutdown = Shutdown::default();
         let relay = Relay {
             admission: Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting)),
             retries: RetryBudget::new(options.retries_per_tenant, options.retries, access.routers().clone()),
@@ -70,6 +77,14 @@ impl Service {
             relay: Arc::new(relay),
             access,
             keys,
+            bodies: BodyReader::new(
+                options.http.clone(),
+                options.max_body_bytes,
+                http_metrics.clone(),
+                shutdown.clone(),
+            ),
+            http_metrics,
+            shutdown,
             started_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             options,
         }
@@ -114,6 +129,21 @@ impl Service {
     /// What is known of conversations seen before.
     pub fn conversations(&self) -> &ConversationCache {
         &self.conversations
+    }
+
+    /// Reads the bodies of requests.
+    pub fn bodies(&self) -> &BodyReader {
+        &self.bodies
+    }
+
+    /// How far it is on its way down.
+    pub fn shutdown(&self) -> &Shutdown {
+        &self.shutdown
+    }
+
+    /// What its HTTP server counts.
+    pub fn http_metrics(&self) -> &HttpMetrics {
+        &self.http_metrics
     }
 
     /// Where requests are parsed and encoded.

@@ -15,6 +15,8 @@ use axum::{body::Body, http::Response};
 use super::Caller;
 use crate::api::error::ApiError;
 
+/// The status of a request whose client left before there was a response (nginx's).
+const CLIENT_GONE: u16 = 499;
 /// Most bytes of a body that stand in a line.
 const MAX_BODY_BYTES: usize = 64 << 10;
 
@@ -97,7 +99,8 @@ impl Line {
             refusal: OnceLock::new(),
             prompt_tokens: AtomicU64::new(0),
             completion_tokens: AtomicU64::new(0),
-            status: AtomicU16::new(0),
+            // until there is a response, the client may leave
+            status: AtomicU16::new(CLIENT_GONE),
             generates: AtomicBool::new(false),
             finished: AtomicBool::new(false),
         }
@@ -105,6 +108,7 @@ impl Line {
 
     fn outcome(&self, status: u16) -> &'static str {
         match status {
+            CLIENT_GONE => "cut off",
             500.. => "failed",
             400.. => "refused",
             _ if !self.generates.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) => "finished",

@@ -8,7 +8,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU32, Ordering},
+    atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
@@ -98,6 +98,8 @@ pub struct Tenant {
     /// What its requests generate.
     pub(super) output: ExpectedOutput,
     running: AtomicU32,
+    /// Memory that bodies of its requests take.
+    pub(crate) body_bytes: AtomicU64,
     routers: LiveRouters,
 }
 
@@ -110,6 +112,7 @@ impl Tenant {
             tokens: limits.tokens_per_minute.map(|limit| bucket(limit as f64)),
             output: ExpectedOutput::default(),
             running: AtomicU32::new(0),
+            body_bytes: AtomicU64::new(0),
             routers: routers.clone(),
             name,
             limits,

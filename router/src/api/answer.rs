@@ -21,6 +21,7 @@ use super::{
     response::{TextOffset, TokenNames, Usage},
 };
 use crate::{
+    http::shutdown::Cut,
     place::{choose::NoGroup, sessions},
     relay::{
         deaths::Deaths,
@@ -81,6 +82,7 @@ pub struct Answer {
     running: usize,
     first_token: bool,
     deadline: Pin<Box<Sleep>>,
+    cut: Cut,
 }
 
 impl Answer {
@@ -102,6 +104,7 @@ impl Answer {
             tasks: Vec::with_capacity(prompts.len()),
             prompt_texts: Vec::with_capacity(prompts.len()),
             deadline: Box::pin(tokio::time::sleep_until(deadline)),
+            cut: service.shutdown().wait_cut(),
             served_by: Vec::new(),
             deaths: Arc::default(),
             next: 0,
@@ -242,6 +245,10 @@ impl Answer {
         if self.deadline.as_mut().poll(cx).is_ready() {
             self.abort();
             return Poll::Ready(Some(Err(ApiError::timed_out())));
+        }
+        if self.cut.poll(cx).is_ready() {
+            self.abort();
+            return Poll::Ready(Some(Err(ApiError::shutting_down())));
         }
         Poll::Pending
     }

@@ -158,9 +158,62 @@ impl ApiError {
         error
     }
 
-    /// 408 for a body that did not arrive.
-    pub fn body_unreadable(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    /// 408 for a body that came too slowly.
+    pub fn body_timeout(received: u64) -> Self {
+        let message = format!("The request body did not arrive in time: {received} bytes have come.");
+        let mut error = Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message);
+        error.code = Some("request_timeout");
+        error
+    }
+
+    /// For a head that can't be read: 408, 414, 431 or 400.
+    pub fn unreadable_head(status: StatusCode) -> Self {
+        let (code, message) = match status {
+            StatusCode::REQUEST_TIMEOUT => ("request_timeout", "The request's head did not arrive in time."),
+            StatusCode::URI_TOO_LONG => ("uri_too_long", "The request's URL is too long."),
+            StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE => (
+                "headers_too_large",
+                "The request has too many headers or too large ones: at most 100 headers and 64 KiB.",
+            ),
+            _ => ("malformed_request", "The request is not valid HTTP/1.1."),
+        };
+        let mut error = Self::new(status, "invalid_request_error", message);
+        error.code = Some(code);
+        error
+    }
+
+    /// 415 for a body in another form than the one that is read.
+    pub fn unsupported_media_type(header: &str, value: &str, expected: &str) -> Self {
+        let shown: String = value.chars().take(100).collect();
+        let message = format!("`{header}` must be {expected}, got `{shown}`.");
+        let mut error = Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", message);
+        error.code = Some("unsupported_media_type");
+        error
+    }
+
+    /// 403 for a host under which a server without keys is not served.
+    pub fn host_not_allowed(host: &str) -> Self {
+        let shown: String = host.chars().take(200).collect();
+        let mut error = Self::forbidden(format!(
+            "The host `{shown}` is not served here. A server without API keys is served under loopback names and its \
+             listen address; `http.allowed_hosts` adds others."
+        ));
+        error.code = Some("host_not_allowed");
+        error
+    }
+
+    /// 403 for a request of a foreign web page to a server without keys.
+    pub fn foreign_origin() -> Self {
+        let mut error = Self::forbidden(
+            "Requests of web pages of other origins are refused; `http.allowed_origins` allows those of an origin.",
+        );
+        error.code = Some("origin_not_allowed");
+        error
+    }
+
+    /// 503 for a request that the server does not finish because it stops.
+    pub fn shutting_down() -> Self {
+        Self::unavailable("The server is shutting down. Please retry.", 1)
     }
 
     /// 429: every group that could serve it is full.

@@ -5,11 +5,10 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     body::{Body, Bytes},
     extract::State,
-    http::{HeaderMap, HeaderName, HeaderValue, Request, Response, header},
+    http::{HeaderName, HeaderValue, Request, Response, header},
     response::IntoResponse as _,
 };
 use bora_common::telemetry::Span;
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 
 use super::{
     answer::Answer,
@@ -63,7 +62,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
         Ok(context) => context,
         Err(error) => return error.into_response(),
     };
-    let body = match read_body(body, &parts.headers, service.options().max_body_bytes).await {
+    let body = match service.bodies().read(context.policy().caller(), &parts.headers, body).await {
         Ok(body) => body,
         Err(error) => {
             context.refused(&error);
@@ -164,33 +163,6 @@ async fn answer(
 fn name_groups(response: &mut Response<Body>, groups: &str) {
     if let Ok(value) = HeaderValue::from_str(groups) {
         response.headers_mut().insert(GROUP_HEADER, value);
-    }
-}
-
-/// Reads a body whole, up to a limit.
-pub async fn read_body(body: Body, headers: &HeaderMap, limit: usize) -> Result<Bytes, ApiError> {
-    let announced = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.parse::<usize>().ok());
-    if announced.is_some_and(|length| length > limit) {
-        discard(body, limit.saturating_mul(2)).await;
-        return Err(ApiError::body_too_large(limit));
-    }
-    match Limited::new(body, limit).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(limit)),
-        Err(_) => Err(ApiError::malformed("The request body did not arrive whole.")),
-    }
-}
-
-/// A client that still sends does not read: takes what it sends, within bounds, so that it sees the refusal.
-async fn discard(mut body: Body, most: usize) {
-    let mut taken = 0;
-    while taken < most
-        && let Some(Ok(frame)) = body.frame().await
-    {
-        taken += frame.data_ref().map_or(0, Bytes::len);
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use axum::{body::Body, extract::State, http::Response};
+use axum::{Extension, body::Body, extract::State, http::Response};
 use bora_common::registry::{GroupRecord, GroupState};
 use serde::Serialize;
 
 use super::status::json;
-use crate::{fleet::view::Group, service::Service};
+use crate::{access::Caller, fleet::view::Group, service::Service};
 
 #[derive(Serialize)]
 struct Groups {
@@ -42,10 +42,12 @@ struct LoadObject {
     steps: u64,
 }
 
-/// All groups by name.
-pub async fn list(State(service): State<Arc<Service>>) -> Response<Body> {
+/// All groups by name whose model the caller may use; on the admin port all.
+pub async fn list(State(service): State<Arc<Service>>, caller: Option<Extension<Option<Caller>>>) -> Response<Body> {
     let view = service.fleet().view();
-    let groups = view.groups().map(|group| describe(group)).collect();
+    let caller = caller.and_then(|Extension(caller)| caller);
+    let is_shown = |group: &&Arc<Group>| caller.as_ref().is_none_or(|caller| caller.may_use(&group.record.model));
+    let groups = view.groups().filter(is_shown).map(|group| describe(group)).collect();
     json(&Groups { routers: service.access().routers().count(), groups })
 }
 

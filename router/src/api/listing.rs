@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use axum::{
+    Extension,
     extract::{Path, State},
     http::{HeaderMap, Response},
     response::IntoResponse as _,
@@ -12,7 +13,7 @@ use bora_common::registry::Device;
 use serde::Serialize;
 
 use super::{error::ApiError, status::json};
-use crate::{fleet::view::ModelGroups, service::Service};
+use crate::{access::Caller, fleet::view::ModelGroups, service::Service};
 
 #[derive(Serialize)]
 struct List {
@@ -99,8 +100,12 @@ fn is_anthropics(headers: &HeaderMap) -> bool {
     headers.contains_key("anthropic-version")
 }
 
-/// `GET /v1/models`
-pub async fn list(State(service): State<Arc<Service>>, headers: HeaderMap) -> Response<axum::body::Body> {
+/// `GET /v1/models`: those that the caller may use.
+pub async fn list(
+    State(service): State<Arc<Service>>,
+    Extension(caller): Extension<Option<Caller>>,
+    headers: HeaderMap,
+) -> Response<axum::body::Body> {
     let view = service.fleet().view();
     let served = |model: &str| view.model(model).filter(|model| !model.groups.is_empty());
     // a model whose groups are all scaled away is still offered: a request for it brings them back
@@ -108,6 +113,7 @@ pub async fn list(State(service): State<Arc<Service>>, headers: HeaderMap) -> Re
     let others = view.models().filter(|model| service.configured(&model.name).is_none());
     let mut data: Vec<ModelObject> =
         configured.chain(others.map(|model| describe(&service, &model.name, &model.name, Some(model)))).collect();
+    data.retain(|model| caller.as_ref().is_none_or(|caller| caller.may_use(&model.root)));
     data.sort_by(|one, other| one.id.cmp(&other.id));
     if is_anthropics(&headers) {
         let id = |model: Option<&ModelObject>| model.map(|model| model.id.clone());
@@ -121,12 +127,17 @@ pub async fn list(State(service): State<Arc<Service>>, headers: HeaderMap) -> Re
 /// `GET /v1/models/{id}`; ids may contain slashes.
 pub async fn one(
     State(service): State<Arc<Service>>,
+    Extension(caller): Extension<Option<Caller>>,
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Response<axum::body::Body> {
     let view = service.fleet().view();
     let configured = service.configured(&id);
     let served = view.model(configured.unwrap_or(&id)).filter(|model| !model.groups.is_empty());
+    let name = served.map(|served| served.name.as_str()).or(configured);
+    if name.is_some_and(|name| caller.as_ref().is_some_and(|caller| !caller.may_use(name))) {
+        return ApiError::model_not_found(&id).into_response();
+    }
     let model = match (served, configured) {
         (Some(served), _) => describe(&service, &id, &served.name, Some(served)),
         (None, Some(configured)) => describe(&service, &id, configured, None),

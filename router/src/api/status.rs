@@ -41,8 +41,11 @@ pub async fn health() -> Response<Body> {
     Response::new(Body::empty())
 }
 
-/// At least one group takes requests.
+/// At least one group takes requests, and the server does not stop.
 pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
+    if service.shutdown().is_stopping() {
+        return ApiError::shutting_down().into_response();
+    }
     let ready_groups = service.fleet().view().groups().filter(|group| group.is_ready()).count();
     if ready_groups == 0 {
         return ApiError::unavailable("No group takes requests now.", 2).into_response();

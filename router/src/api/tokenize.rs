@@ -15,7 +15,6 @@ use super::{
     declare::Operation,
     error::ApiError,
     fields::Prompt,
-    generate::read_body,
     params::{self, TokenizeTarget},
     prepare::{AllowedModel, Rules, chat_prompt, text_ids},
     request::Body as Fields,
@@ -74,7 +73,7 @@ pub async fn run<T: Serialize + Send + 'static>(
         Err(error) => return error.into_response(),
     };
     let outcome = async {
-        let bytes: Bytes = read_body(body, &parts.headers, service.options().max_body_bytes).await?;
+        let bytes = service.bodies().read(context.policy().caller(), &parts.headers, body).await?;
         let work = move |service: &Service, policy: &Policy, bytes: &Bytes| {
             work(service, policy, &surrogates::replace_halves(bytes))
         };

@@ -48,7 +48,7 @@ struct Answer {
 }
 
 /// What a request for an answer of a model may be refused with.
-pub const REQUEST_ERRORS: &[u16] = &[400, 401, 403, 404, 413, 429, 500, 503, 504];
+pub const REQUEST_ERRORS: &[u16] = &[400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504];
 /// What a request that only looks may be refused with.
 pub const KEY_ERRORS: &[u16] = &[401, 403, 503];
 
@@ -269,7 +269,9 @@ fn meaning(status: u16) -> &'static str {
         401 => "No key that is known, or no good token.",
         403 => "What this key may not do.",
         404 => "No such model.",
+        408 => "The body did not arrive in time.",
         413 => "The body is larger than the limit.",
+        415 => "The body is not JSON, or does not say so.",
         429 => "A limit of the tenant is reached, or every group is full.",
         503 => "Nobody can answer now: no group of the model takes requests.",
         504 => "The request did not finish within its time.",

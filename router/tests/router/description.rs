@@ -64,14 +64,16 @@ fn around(schema: &Value) -> (Vec<Value>, Vec<Value>) {
         || schema["type"] == json!("integer");
     let step = if whole { 1.0 } else { 0.5 };
     let number = |value: f64| if whole { json!(value as i64) } else { json!(value) };
-    if let Some(least) = schema["minimum"].as_f64() {
+    // numbers beyond are not exact here
+    let exact = |bound: &f64| bound.abs() < 9e15;
+    if let Some(least) = schema["minimum"].as_f64().filter(exact) {
         beyond.push(number(least - step));
         edge.push(number(least));
     }
     if let Some(least) = schema["exclusiveMinimum"].as_f64() {
         beyond.push(number(least));
     }
-    if let Some(most) = schema["maximum"].as_f64() {
+    if let Some(most) = schema["maximum"].as_f64().filter(exact) {
         beyond.push(number(most + step));
         edge.push(number(most));
     }

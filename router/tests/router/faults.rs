@@ -540,7 +540,10 @@ async fn over_real_sockets_connections_finish_before_the_server_stops() {
     }));
     let body = chat(true).to_string();
     let mut client = tokio::net::TcpStream::connect(address).await.expect("connected");
-    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
     client.write_all(head.as_bytes()).await.expect("sent");
     let mut first = [0; 4096];
     let count = client.read(&mut first).await.expect("headers");
@@ -601,7 +604,10 @@ async fn over_real_sockets_a_client_that_hangs_up_ends_its_sequence() {
     for (number, stream) in [true, false].into_iter().enumerate() {
         let body = chat(stream).to_string();
         let mut client = tokio::net::TcpStream::connect(address).await.expect("connected");
-        let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        let head = format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
         client.write_all(head.as_bytes()).await.expect("sent");
         if stream {
             let mut first = [0; 1024];

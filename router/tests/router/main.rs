@@ -4,6 +4,7 @@ mod admission;
 mod agents;
 mod api;
 mod calls;
+mod connections;
 mod description;
 mod faults;
 mod goldens;

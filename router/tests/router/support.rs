@@ -571,6 +571,9 @@ impl Harness {
         body: impl Into<Body>,
     ) -> axum::http::Response<Body> {
         let mut request = axum::http::Request::builder().method(method).uri(path);
+        if !headers.iter().any(|(name, _)| *name == "content-type") {
+            request = request.header("content-type", "application/json");
+        }
         for (name, value) in headers {
             request = request.header(*name, *value);
         }

@@ -1,0 +1,245 @@
+//! A port: it takes connections until the server stops, as many as there may be. One that is too many is answered with
+//! 503 (probes are answered as always), and connections without a request make room. Some open files are kept for the
+//! admin port and for the groups, so that a flood of clients is not taken for a broken server.
+
+use std::{
+    future::Future,
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    os::fd::AsRawFd as _,
+    sync::Arc,
+    time::Duration,
+};
+
+use axum::Router;
+use bora_common::tls::Acceptor;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    time::Instant,
+};
+
+use super::{
+    ConnectionInfo,
+    connection::{Connection, Signal},
+    metrics::{HttpMetrics, Refusal},
+    options::Timeouts,
+    shutdown::Shutdown,
+};
+
+/// How long those have that are too many, in each of their states.
+const SHED_TIMEOUT: Duration = Duration::from_secs(2);
+/// Connections of the admin port.
+const MAX_ADMIN_CONNECTIONS: usize = 256;
+/// How long responses have to end when the grace period is over.
+const CUT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause after a connection could not be accepted: the first, and the longest.
+const ACCEPT_BACKOFF: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
+/// How often a shortage is logged, and idle connections are closed for it.
+const SHORTAGE_LOG_INTERVAL: Duration = Duration::from_secs(10);
+const SHORTAGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How a port is served.
+pub struct Port {
+    /// Its name in the log.
+    pub name: &'static str,
+    /// TLS, if it has any.
+    pub tls: Option<Acceptor>,
+    /// What it serves.
+    pub routes: Router,
+    /// What it serves to connections that are too many; without it they wait to be accepted.
+    pub shed_routes: Option<Router>,
+    /// How long a connection may stay in each of its states.
+    pub timeouts: Timeouts,
+    /// Connections at once.
+    pub max_connections: usize,
+    /// Counts them.
+    pub metrics: HttpMetrics,
+}
+
+impl Port {
+    /// One for probes and operators, which keeps room for itself.
+    pub fn admin(routes: Router, timeouts: Timeouts) -> Self {
+        let max_connections = (OpenFiles::now().reserved as usize / 2).min(MAX_ADMIN_CONNECTIONS);
+        Self {
+            name: "admin",
+            tls: None,
+            routes,
+            shed_routes: None,
+            timeouts,
+            max_connections,
+            metrics: HttpMetrics::default(),
+        }
+    }
+
+    /// Serves connections until `stopped` is ready; then open requests get `grace` to finish, and those that are left
+    /// end with an error.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        grace: Duration,
+        shutdown: Shutdown,
+        stopped: impl Future<Output = ()>,
+    ) -> io::Result<()> {
+        let (signal, _) = watch::channel(Signal::default());
+        let mut accepting = Accepting::new(self, signal);
+        tokio::select! {
+            () = accepting.run(&listener) => {}
+            () = stopped => {}
+        }
+        shutdown.stop();
+        // those that are connected already would be reset
+        while let Ok(Ok((stream, peer))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
+            accepting.take(stream, peer).await;
+        }
+        drop(listener);
+        let signal = accepting.signal;
+        signal.send_modify(|signal| signal.stopping = true);
+        tracing::info!(connections = signal.receiver_count(), "no new connections, finishing open requests");
+        if tokio::time::timeout(grace, signal.closed()).await.is_err() {
+            let connections = signal.receiver_count();
+            tracing::warn!(connections, "open responses end with an error: the grace period is over");
+            shutdown.cut();
+            let _ = tokio::time::timeout(CUT_TIMEOUT, signal.closed()).await;
+        }
+        Ok(())
+    }
+}
+
+/// The state of a port that takes connections.
+struct Accepting {
+    port: Port,
+    signal: watch::Sender<Signal>,
+    files: OpenFiles,
+    slots: Arc<Semaphore>,
+    shed_slots: Arc<Semaphore>,
+    shortage: Shortage,
+}
+
+impl Accepting {
+    fn new(port: Port, signal: watch::Sender<Signal>) -> Self {
+        let files = OpenFiles::now();
+        let slots = Arc::new(Semaphore::new(port.max_connections.min(Semaphore::MAX_PERMITS)));
+        let shed_slots = Arc::new(Semaphore::new((files.reserved as usize / 4).max(1)));
+        Self { port, signal, files, slots, shed_slots, shortage: Shortage::default() }
+    }
+
+    async fn run(&mut self, listener: &TcpListener) {
+        let mut backoff = ACCEPT_BACKOFF[0];
+        loop {
+            if self.port.shed_routes.is_none() {
+                // never closed; the permit is taken with the connection
+                let _ = self.slots.acquire().await;
+            }
+            match listener.accept().await {
+                Ok((stream, peer)) => {
+                    backoff = ACCEPT_BACKOFF[0];
+                    self.take(stream, peer).await;
+                }
+                Err(error) => {
+                    // no open files are left, or the client has left already
+                    self.short_of(&error.to_string());
+                    tokio::time::sleep(backoff).await;
+                    backoff = (backoff * 2).min(ACCEPT_BACKOFF[1]);
+                }
+            }
+        }
+    }
+
+    /// Serves a connection, or sheds it. Waits if too many are being shed.
+    async fn take(&mut self, stream: TcpStream, peer: SocketAddr) {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "no TCP_NODELAY on a connection");
+        }
+        let has_file = self.port.shed_routes.is_none() || !self.files.is_reserved(&stream);
+        let slot = if has_file { Arc::clone(&self.slots).try_acquire_owned().ok() } else { None };
+        let is_shed = slot.is_none() && self.port.shed_routes.is_some();
+        let slot = match slot {
+            Some(slot) => Ok(slot),
+            None => {
+                self.short_of(if has_file { "connections" } else { "open files" });
+                Arc::clone(&self.shed_slots).acquire_owned().await
+            }
+        };
+        let shed = Timeouts { idle: SHED_TIMEOUT, head: SHED_TIMEOUT, write: SHED_TIMEOUT };
+        let unknown = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let connection = Connection {
+            info: ConnectionInfo { peer, local: stream.local_addr().unwrap_or(unknown) },
+            routes: match &self.port.shed_routes {
+                Some(routes) if is_shed => routes.clone(),
+                _ => self.port.routes.clone(),
+            },
+            timeouts: if is_shed { shed } else { self.port.timeouts },
+            only_once: is_shed,
+            signal: self.signal.subscribe(),
+            metrics: self.port.metrics.clone(),
+        };
+        let (tls, metrics) = (self.port.tls.clone(), self.port.metrics.clone());
+        metrics.connections.inc();
+        tokio::spawn(async move {
+            match tls {
+                None => connection.serve(stream).await,
+                Some(tls) => match tls.accept(stream).await {
+                    Ok(stream) => connection.serve(stream).await,
+                    // anybody can make these: no line of their own in an ordinary log
+                    Err(error) => tracing::debug!(%error, "tls: a connection was refused"),
+                },
+            }
+            metrics.connections.dec();
+            drop(slot);
+        });
+    }
+
+    /// Counts a shortage, asks connections without a request to make room, and says so, both at most so often.
+    fn short_of(&mut self, what: &str) {
+        self.port.metrics.refused(Refusal::Connections);
+        let now = Instant::now();
+        if Shortage::is_due(&mut self.shortage.signalled, now, SHORTAGE_INTERVAL) {
+            self.signal.send_modify(|signal| signal.shortages += 1);
+        }
+        self.shortage.refused += 1;
+        if Shortage::is_due(&mut self.shortage.logged, now, SHORTAGE_LOG_INTERVAL) {
+            let (port, refused) = (self.port.name, std::mem::take(&mut self.shortage.refused));
+            let (connections, max_open_files) = (self.signal.receiver_count(), self.files.limit);
+            tracing::warn!(port, reason = what, refused, connections, max_open_files, "connections are refused");
+        }
+    }
+}
+
+/// When connections last ran out.
+#[derive(Default)]
+struct Shortage {
+    signalled: Option<Instant>,
+    logged: Option<Instant>,
+    /// Since the last line in the log.
+    refused: u64,
+}
+
+impl Shortage {
+    fn is_due(last: &mut Option<Instant>, now: Instant, interval: Duration) -> bool {
+        let due = last.is_none_or(|last| now - last >= interval);
+        if due {
+            *last = Some(now);
+        }
+        due
+    }
+}
+
+/// How many files this process may open, and which part of them connections of the API are kept from.
+#[derive(Clone, Copy, Debug)]
+struct OpenFiles {
+    limit: u64,
+    reserved: u64,
+}
+
+impl OpenFiles {
+    fn now() -> Self {
+        let limit = rlimit::Resource::NOFILE.get_soft().unwrap_or(1024);
+        Self { limit, reserved: (limit / 8).clamp(32, 1024) }
+    }
+
+    /// The system gives each file the lowest free number, so the number tells how many are open at least.
+    fn is_reserved(&self, stream: &TcpStream) -> bool {
+        stream.as_raw_fd() as u64 >= self.limit.saturating_sub(self.reserved)
+    }
+}
