@@ -1,5 +1,24 @@
 {{/* The texts of bora.yaml, one of the routers and one of each model's workers: what a checksum is of. */}}
 
+{{/* Names under which routers without keys, and their admin ports, are addressed: services, ingress and route. */}}
+{{- define "bora.allowedHosts" -}}
+{{- $names := list (include "bora.fullname" .) (printf "%s-router-admin" (include "bora.fullname" .)) -}}
+{{- range $name := $names }}
+- {{ $name | quote }}
+- {{ printf "%s.%s" $name $.Release.Namespace | quote }}
+- {{ printf "%s.%s.svc" $name $.Release.Namespace | quote }}
+- {{ printf "%s.%s.svc.cluster.local" $name $.Release.Namespace | quote }}
+{{- end }}
+{{- if .Values.ingress.enabled }}
+- {{ .Values.ingress.host | quote }}
+{{- end }}
+{{- if .Values.httpRoute.enabled }}
+{{- range .Values.httpRoute.hostnames }}
+- {{ . | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* The routers' configuration. */}}
 {{- define "bora.routerConfig" -}}
 {{- $root := . -}}
@@ -16,6 +35,7 @@ http:
   host: {{ .Values.bindAddress | quote }}
   port: {{ .Values.router.ports.http }}
   admin: {{ include "bora.listen" (dict "root" . "port" .Values.router.ports.admin) | quote }}
+  allowed_hosts: {{- include "bora.allowedHosts" . | nindent 4 }}
   {{- if .Values.router.tls.secret }}
   tls: {certificate_file: /etc/bora/http-tls/tls.crt, key_file: /etc/bora/http-tls/tls.key}
   {{- end }}

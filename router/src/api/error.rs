@@ -166,6 +166,12 @@ impl ApiError {
         error
     }
 
+    /// 499 for the records alone: the client left before its body was complete.
+    pub fn client_gone() -> Self {
+        let status = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
+        Self::new(status, "invalid_request_error", "The client left before its request was complete.")
+    }
+
     /// For a head that can't be read: 408, 414, 431 or 400.
     pub fn unreadable_head(status: StatusCode) -> Self {
         let (code, message) = match status {

@@ -85,7 +85,10 @@ impl BodyReader {
                 return Err(ApiError::body_timeout(pace.received));
             };
             let Some(frame) = frame else { break };
-            let frame = frame.map_err(|_| ApiError::malformed("The request body did not arrive whole."))?;
+            let frame = frame.map_err(|error| match is_disconnect(&error) {
+                true => ApiError::client_gone(),
+                false => ApiError::malformed("The request body did not arrive whole."),
+            })?;
             let Ok(data) = frame.into_data() else { continue };
             pace.receive(data.len());
             let length = bytes.len() + data.len();
@@ -106,6 +109,15 @@ impl BodyReader {
         }
         Ok(memory.hold(bytes))
     }
+}
+
+/// Whether the client has left, rather than sent what is no body.
+fn is_disconnect(error: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind;
+    let gone =
+        [ErrorKind::UnexpectedEof, ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::ConnectionAborted];
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|cause| gone.contains(&cause.kind()))
 }
 
 /// How fast a body comes.
