@@ -3,7 +3,7 @@
 use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["bora/v1/inference.proto", "bora/v1/peers.proto", "bora/v1/admin.proto"];
+    let files = ["bora/v1/identity.proto", "bora/v1/inference.proto", "bora/v1/peers.proto", "bora/v1/admin.proto"];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

@@ -6,10 +6,12 @@ use std::path::PathBuf;
 
 use bora_common::config::{ConfigError, HostPort, ModelOptions, with_location};
 use bora_common::model::ModelConfig;
+use bora_common::peer::Role;
 use bora_common::tls::{Acceptor, Connector};
 use clap::Args;
 
 use crate::config::Config;
+use crate::reach;
 
 /// What to validate.
 #[derive(Args, Debug)]
@@ -43,6 +45,8 @@ fn check(config: &Config) -> Result<String, ConfigError> {
     let mut report = String::new();
     config.check_registry()?;
     config.check_advertised()?;
+    reach::check_worker(config)?;
+    reach::check_router(config)?;
     config.registry.read_password()?;
     bora_router::Access::open(config.router.access.clone())
         .map_err(|error| ConfigError::Conflict(error.to_string()))?;
@@ -76,8 +80,7 @@ fn check(config: &Config) -> Result<String, ConfigError> {
         let _ = writeln!(report, "http: TLS with {}", files.certificate_file.display());
     }
     if let Some(files) = &config.grpc.tls {
-        Acceptor::for_grpc(files)
-            .and_then(|_| Connector::new(files))
+        Connector::new(files, &config.cluster, &Role::ALL)
             .map_err(|error| ConfigError::Conflict(format!("grpc.tls: {error}")))?;
         let _ = writeln!(report, "grpc: mutual TLS with {}", files.certificate_file.display());
     }

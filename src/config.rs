@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use bora_common::config::{ConfigError, HostPort, LogOptions, ModelOptions, RegistryKind, RegistryOptions, read_file};
+use bora_common::peer::Role;
 use bora_common::secret::{ClusterKeys, HOW_TO_MAKE};
 use bora_common::telemetry::TelemetryOptions;
 use bora_common::tls::{Connector, GrpcTls, TlsError};
@@ -43,14 +44,16 @@ pub(crate) struct Config {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct GrpcOptions {
-    /// Mutual TLS; plain text where it is absent. The same in all processes of a cluster.
+    /// Mutual TLS; plain text where it is absent. The same authority in all processes of a cluster.
     pub(crate) tls: Option<GrpcTls>,
+    /// Plain text beyond this host, where nobody else reaches the ports.
+    pub(crate) insecure: bool,
 }
 
 impl GrpcOptions {
-    /// What opens connections.
-    pub(crate) fn connector(&self) -> Result<Option<Connector>, TlsError> {
-        self.tls.as_ref().map(Connector::new).transpose()
+    /// What opens connections, of a process that has one of these roles.
+    pub(crate) fn connector(&self, cluster: &str, roles: &[Role]) -> Result<Option<Connector>, TlsError> {
+        self.tls.as_ref().map(|files| Connector::new(files, cluster, roles)).transpose()
     }
 }
 

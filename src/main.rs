@@ -1,11 +1,13 @@
 //! The `bora` command: one binary for router, worker and tools. Each subcommand is a thin file.
 
+mod admin;
 mod bench;
 mod check;
 mod config;
 mod doctor;
 mod flags;
 mod logging;
+mod reach;
 mod router;
 mod serve;
 mod signals;
@@ -35,6 +37,8 @@ enum What {
     Router(router::RouterArgs),
     /// A worker of a cluster: one or more ranks of a group
     Worker(worker::WorkerArgs),
+    /// Lists, drains and resumes groups, and lists open requests
+    Admin(admin::AdminArgs),
     /// Validates a configuration without starting anything
     Check(check::CheckArgs),
     /// Looks at a node and says what is wrong with it and what to do
@@ -53,6 +57,7 @@ fn main() {
         What::Serve(args) => serve::run(args),
         What::Router(args) => router::run(args),
         What::Worker(args) => worker::run(args),
+        What::Admin(args) => admin::run(args),
         What::Check(args) => check::run(args),
         What::Doctor(args) => doctor::run(args),
         What::Top(args) => top::run(args),

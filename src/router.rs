@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use bora_common::config::{LogFormat, ModelOptions, with_location};
 use bora_common::model::ModelConfig;
+use bora_common::peer::Role;
 use bora_common::registry::{Registry, RouterRecord};
 use bora_common::secret::ClusterKeys;
 use bora_common::telemetry::{self, Identity, MetricsSource};
@@ -20,7 +21,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
-use crate::{logging, signals, tokenize};
+use crate::{logging, reach, signals, tokenize};
 
 /// Longest wait for etcd to take this router off its list.
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
@@ -47,12 +48,19 @@ pub(crate) fn run(args: RouterArgs) -> anyhow::Result<()> {
     let mut config = Config::read(&args.config)?;
     config.http.host = args.host.unwrap_or(config.http.host);
     config.http.port = args.port.unwrap_or(config.http.port);
-    config.check().and_then(|()| config.check_registry()).map_err(|error| with_location(&args.config, error))?;
+    config
+        .check()
+        .and_then(|()| config.check_registry())
+        .and_then(|()| reach::check_router(&config))
+        .map_err(|error| with_location(&args.config, error))?;
     config.cluster_secret_file = args.cluster_secret_file.or(config.cluster_secret_file);
     logging::start(&config.log)?;
     let keys = config.cluster_keys().map_err(|error| with_location(&args.config, error))?;
+    reach::warn_if_insecure(&config);
     crate::run_server(async {
-        config.router.grpc = config.grpc.connector()?;
+        let connector = config.grpc.connector(&config.cluster, &[Role::Router]);
+        config.router.grpc = connector.context("grpc.tls")?;
+        config.router.loopback_only = config.grpc.tls.is_none() && !config.grpc.insecure;
         let registry = config.registry.open(&config.cluster, config.router.grpc.clone())?;
         let stop = signals::stop_token()?;
         serve(&config, Some(args.config), "bora-router", keys, None, registry.as_ref(), stop).await
@@ -90,7 +98,7 @@ pub(crate) async fn serve(
     let loopback = listener.local_addr()?.ip().is_loopback();
     let metrics = config.http.metrics.unwrap_or(loopback && admin.is_none());
     let http = HttpOptions { metrics: Some(metrics), ..config.http.clone() };
-    let options = RouterOptions { http, ..config.router.clone() };
+    let options = RouterOptions { http, cluster: config.cluster.clone(), ..config.router.clone() };
     let mut router = Router::new(options, keys, models, registry.watch())?;
     let presence = registry.join(record(&listener.local_addr()?));
     router.share_limits(presence.live());

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
-use bora_common::config::ModelOptions;
+use bora_common::config::{HostPort, ModelOptions};
+use bora_common::peer::local;
 use bora_common::secret::ClusterKeys;
 use bora_common::tls::HttpTls;
 use bora_router::{ConversationRules, Digest};
@@ -68,6 +69,10 @@ pub(crate) struct ServeArgs {
     /// names the reasons of each placement in the header x-bora-decision
     #[arg(long)]
     debug: bool,
+    /// host:port on loopback where the group's gRPC services listen as plain text, for `bora top` and `bora admin`; no
+    /// port is opened where absent
+    #[arg(long)]
+    grpc_listen: Option<HostPort>,
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -89,8 +94,13 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
         let group_stop = CancellationToken::new();
         let registry = config.registry.open(&config.cluster, None)?;
         let metrics = WorkerMetrics::new();
-        let settings =
-            WorkerSettings { options: config.worker.clone(), model, metrics: metrics.clone(), keys: keys.clone() };
+        let settings = WorkerSettings {
+            cluster: config.cluster.clone(),
+            options: config.worker.clone(),
+            model,
+            metrics: metrics.clone(),
+            keys: keys.clone(),
+        };
         let mut group = tokio::spawn(bora_worker::run(settings, registry.clone(), group_stop.clone()));
         tokio::select! {
             routed = router::serve(&config, None, "bora-serve", keys, Some(metrics.source()), registry.as_ref(), signalled) => {
@@ -137,6 +147,17 @@ fn configure(args: ServeArgs) -> anyhow::Result<Config> {
     let worker = &mut config.worker;
     worker.group = Some("local".into());
     worker.max_model_len = args.max_model_len;
+    match args.grpc_listen {
+        Some(address) if !address.is_loopback() => {
+            bail!("--grpc-listen: expected an address on loopback, found `{address}`")
+        }
+        Some(address) => worker.listen = address,
+        None => {
+            let (connector, listener) = local::pair();
+            worker.in_process = Some(listener);
+            config.router.in_process = Some(connector);
+        }
+    }
     args.engine.apply(worker);
     config.check()?;
     Ok(config)

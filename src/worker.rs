@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use bora_common::config::{HostPort, with_location};
+use bora_common::peer::Role;
 use bora_common::telemetry::{self, Identity, MetricsSource};
 use bora_worker::{DeviceChoice, WorkerMetrics, WorkerSettings};
 use clap::Args;
 
 use crate::config::Config;
-use crate::{logging, signals};
+use crate::{logging, reach, signals};
 
 /// What to start.
 #[derive(Args, Debug)]
@@ -82,25 +84,31 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
         .check()
         .and_then(|()| config.check_registry())
         .and_then(|()| config.check_advertised())
+        .and_then(|()| reach::check_worker(&config))
         .map_err(|error| with_location(&args.config, error))?;
     let model = config.worker_model()?.clone();
     config.cluster_secret_file = args.cluster_secret_file.or(config.cluster_secret_file);
     logging::start(&config.log)?;
     let keys = config.cluster_keys().map_err(|error| with_location(&args.config, error))?;
+    reach::warn_if_insecure(&config);
     crate::run_server(async {
         config.worker.tls = config.grpc.tls.clone();
-        let registry = config.registry.open(&config.cluster, config.grpc.connector()?)?;
+        let registry = {
+            let roles = [Role::Worker, Role::Follower];
+            let connector = config.grpc.connector(&config.cluster, &roles).context("grpc.tls")?;
+            config.registry.open(&config.cluster, connector)?
+        };
         let metrics = WorkerMetrics::new();
         let identity = Identity {
             service: "bora-worker",
             version: env!("CARGO_PKG_VERSION"),
-            cluster: config.cluster,
+            cluster: config.cluster.clone(),
             attributes: config.worker.group.iter().map(|group| ("bora.group", group.clone())).collect(),
         };
         let told = Arc::clone(&metrics);
         let source: MetricsSource = Arc::new(move || told.text());
         let telemetry = telemetry::start(config.telemetry, &identity, Some(source))?;
-        let settings = WorkerSettings { options: config.worker, model, metrics, keys };
+        let settings = WorkerSettings { cluster: config.cluster, options: config.worker, model, metrics, keys };
         let reloading = tokio::spawn(signals::reload_at(signals::hangups()?, Some(args.config), || {}));
         let ended = bora_worker::run(settings, registry, signals::stop_token()?).await;
         reloading.abort();

@@ -5,6 +5,7 @@
 //! crates). Every value is checked while it is read: past that, types say what holds.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -174,6 +175,14 @@ pub struct HostPort {
     pub host: String,
     /// 0 = any free port, where one listens.
     pub port: u16,
+}
+
+impl HostPort {
+    /// Whether it is on this host alone. A name other than `localhost` may be anywhere.
+    pub fn is_loopback(&self) -> bool {
+        let address = self.host.parse::<IpAddr>();
+        self.host == "localhost" || address.is_ok_and(|address| address.to_canonical().is_loopback())
+    }
 }
 
 impl std::str::FromStr for HostPort {

@@ -8,6 +8,7 @@ pub mod conversation;
 pub mod cost;
 pub mod cpu_budget;
 pub mod model;
+pub mod peer;
 pub mod registry;
 pub mod secret;
 pub mod telemetry;

@@ -3,9 +3,13 @@
 //! Files are looked at again every two seconds while connections come, so a renewed certificate is used by the next
 //! connection and needs no restart. Files that can't be used leave what was in force, and say so in the log.
 
+use std::collections::VecDeque;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
@@ -15,18 +19,23 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::peer::role::{Peer, PeerCertificate, Role, Roles, is_dns_name};
 
 /// How often files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// A peer that has not finished its handshake by then is not served.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
-/// gRPC connections that may be in their handshake at once.
-const HANDSHAKES: usize = 128;
+/// gRPC connections that may be in their handshake at once; one more ends the oldest.
+const MAX_HANDSHAKES: usize = 256;
 
 /// The HTTP side's certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -42,17 +51,14 @@ pub struct HttpTls {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GrpcTls {
-    /// PEM file of the authorities that both sides' certificates are checked against. Whoever holds a certificate of
-    /// theirs is let in: an authority of the cluster's own.
+    /// PEM file of the authorities that both sides' certificates are checked against: an authority of the cluster's
+    /// own. What a certificate of theirs may be used for is said by the roles that it bears.
     pub ca_file: PathBuf,
-    /// PEM file of this process's certificate (good for server and client), followed by those of its issuers.
+    /// PEM file of this process's certificate (good for server and client), followed by those of its issuers. It bears
+    /// the process's role as a DNS name, `ROLE.CLUSTER.bora.internal` ([`crate::peer::role`]).
     pub certificate_file: PathBuf,
     /// PEM file of its key.
     pub key_file: PathBuf,
-    /// The name that every worker's certificate bears; where it is absent, the host name or address by which the
-    /// worker is reached.
-    #[serde(default)]
-    pub server_name: Option<String>,
 }
 
 /// Files that TLS can't be spoken with.
@@ -74,9 +80,17 @@ pub enum TlsError {
         /// What was expected.
         reason: String,
     },
-    /// The name to check is no name.
-    #[error("grpc.tls.server_name: `{0}` is neither a host name nor an address")]
-    Name(String),
+    /// The cluster's name can't stand in the names of roles.
+    #[error("cluster: `{0}`: with grpc.tls, expected lower-case letters, digits, hyphens and dots")]
+    Cluster(String),
+    /// The certificate of this process gives it no role that it needs.
+    #[error("{path}: the certificate bears none of the DNS names {names}", path = path.display())]
+    Role {
+        /// Its file.
+        path: PathBuf,
+        /// Of which it needs one.
+        names: String,
+    },
 }
 
 /// What is made of files, made again when they change.
@@ -135,6 +149,8 @@ impl<T> Fresh<T> {
 #[derive(Clone)]
 pub struct Acceptor {
     config: Arc<Fresh<ServerConfig>>,
+    /// Whose roles the clients' certificates bear.
+    cluster: Arc<str>,
 }
 
 impl Acceptor {
@@ -153,12 +169,13 @@ impl Acceptor {
             config.alpn_protocols = vec![b"http/1.1".to_vec()];
             Ok(config)
         })?;
-        Ok(Self { config: Arc::new(config) })
+        Ok(Self { config: Arc::new(config), cluster: "".into() })
     }
 
     /// For gRPC: a client shows a certificate of the cluster's authority, or is not served.
-    pub fn for_grpc(files: &GrpcTls) -> Result<Self, TlsError> {
-        let (paths, GrpcTls { ca_file, certificate_file, key_file, .. }) = (files.paths(), files.clone());
+    pub fn for_grpc(files: &GrpcTls, cluster: &str) -> Result<Self, TlsError> {
+        files.require(cluster, &[Role::Worker])?;
+        let (paths, GrpcTls { ca_file, certificate_file, key_file }) = (files.paths(), files.clone());
         let config = Fresh::open(paths, move |contents| {
             let roots = roots(&ca_file, &contents[0])?;
             let (chain, key) = identity(&certificate_file, &contents[1], &key_file, &contents[2])?;
@@ -175,7 +192,7 @@ impl Acceptor {
             config.alpn_protocols = vec![b"h2".to_vec()];
             Ok(config)
         })?;
-        Ok(Self { config: Arc::new(config) })
+        Ok(Self { config: Arc::new(config), cluster: cluster.into() })
     }
 
     /// The handshake with a client, within its time.
@@ -185,11 +202,11 @@ impl Acceptor {
     }
 
     /// Connections whose handshake succeeded, for a gRPC server. Handshakes run beside each other: one that is slow
-    /// holds nobody up.
-    pub fn incoming(self, listener: TcpListener) -> ReceiverStream<io::Result<server::TlsStream<TcpStream>>> {
-        let (sender, receiver) = mpsc::channel(HANDSHAKES);
-        let slots = Arc::new(Semaphore::new(HANDSHAKES));
+    /// holds nobody up, and when there are too many the oldest one is given up.
+    pub fn incoming(self, listener: TcpListener) -> ReceiverStream<io::Result<GrpcStream>> {
+        let (sender, receiver) = mpsc::channel(MAX_HANDSHAKES);
         tokio::spawn(async move {
+            let mut handshakes: VecDeque<AbortHandle> = VecDeque::new();
             loop {
                 let accepted = tokio::select! {
                     accepted = listener.accept() => accepted,
@@ -203,40 +220,101 @@ impl Acceptor {
                         continue;
                     }
                 };
-                // never closed
-                let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+                if handshakes.len() >= MAX_HANDSHAKES {
+                    handshakes.retain(|handshake| !handshake.is_finished());
+                }
+                if handshakes.len() >= MAX_HANDSHAKES
+                    && let Some(oldest) = handshakes.pop_front()
+                {
+                    oldest.abort();
+                }
                 let (acceptor, sender) = (self.clone(), sender.clone());
-                tokio::spawn(async move {
-                    let peer = stream.peer_addr().ok();
+                let handshake = tokio::spawn(async move {
+                    let address = stream.peer_addr().ok();
                     let _ = stream.set_nodelay(true);
                     match acceptor.accept(stream).await {
                         // an error means that the server has stopped
-                        Ok(stream) => drop(sender.send(Ok(stream)).await),
-                        Err(error) => tracing::warn!(?peer, %error, "tls: a connection was refused"),
+                        Ok(stream) => drop(sender.send(Ok(acceptor.known(stream, address))).await),
+                        // anybody can make these: no line of their own in an ordinary log
+                        Err(error) => tracing::debug!(?address, %error, "tls: a connection was refused"),
                     }
-                    drop(slot);
                 });
+                handshakes.push_back(handshake.abort_handle());
             }
         });
         ReceiverStream::new(receiver)
     }
+
+    /// A connection whose client's certificate was checked.
+    fn known(&self, stream: server::TlsStream<TcpStream>, address: Option<SocketAddr>) -> GrpcStream {
+        let certificates = stream.get_ref().1.peer_certificates();
+        let certificate = certificates.and_then(<[_]>::first).map(|one| PeerCertificate::read(one, &self.cluster));
+        GrpcStream { stream, peer: Peer { address, certificate } }
+    }
 }
 
-/// Opens gRPC connections with mutual TLS.
+/// A gRPC connection with mutual TLS. Its calls have the [`Peer`] in their extensions.
+#[derive(Debug)]
+pub struct GrpcStream {
+    stream: server::TlsStream<TcpStream>,
+    peer: Peer,
+}
+
+impl Connected for GrpcStream {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for GrpcStream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for GrpcStream {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// Opens gRPC connections with mutual TLS, to workers alone: a server whose certificate does not bear the worker's name
+/// of the cluster is not called.
 #[derive(Clone)]
 pub struct Connector {
     config: Arc<Fresh<ClientConfig>>,
-    server_name: Option<ServerName<'static>>,
+    server_name: ServerName<'static>,
 }
 
 impl Connector {
-    /// With this identity.
-    pub fn new(files: &GrpcTls) -> Result<Self, TlsError> {
-        let server_name = match &files.server_name {
-            Some(name) => Some(ServerName::try_from(name.clone()).map_err(|_| TlsError::Name(name.clone()))?),
-            None => None,
-        };
-        let (paths, GrpcTls { ca_file, certificate_file, key_file, .. }) = (files.paths(), files.clone());
+    /// Of a process that has one of these roles.
+    pub fn new(files: &GrpcTls, cluster: &str, roles: &[Role]) -> Result<Self, TlsError> {
+        files.require(cluster, roles)?;
+        let server_name =
+            ServerName::try_from(Role::Worker.dns_name(cluster)).map_err(|_| TlsError::Cluster(cluster.to_owned()))?;
+        let (paths, GrpcTls { ca_file, certificate_file, key_file }) = (files.paths(), files.clone());
         let config = Fresh::open(paths, move |contents| {
             let roots = roots(&ca_file, &contents[0])?;
             let (chain, key) = identity(&certificate_file, &contents[1], &key_file, &contents[2])?;
@@ -256,14 +334,11 @@ impl Connector {
     async fn connect(self, uri: Uri) -> io::Result<TokioIo<client::TlsStream<TcpStream>>> {
         let host = uri.host().unwrap_or_default();
         let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-        let name = match &self.server_name {
-            Some(name) => name.clone(),
-            None => ServerName::try_from(host.to_owned()).map_err(io::Error::other)?,
-        };
         let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(80))).await?;
         stream.set_nodelay(true)?;
         let connector = TlsConnector::from(self.config.current());
-        let stream = tokio::time::timeout(HANDSHAKE_WITHIN, connector.connect(name, stream)).await??;
+        let connecting = connector.connect(self.server_name.clone(), stream);
+        let stream = tokio::time::timeout(HANDSHAKE_WITHIN, connecting).await??;
         Ok(TokioIo::new(stream))
     }
 }
@@ -360,6 +435,22 @@ pub async fn connect(endpoint: &Endpoint, tls: Option<&Connector>) -> Result<Cha
 }
 
 impl GrpcTls {
+    /// Whether this process's certificate bears one of the roles that it needs. Said at the start: its peers would
+    /// refuse every call.
+    pub fn require(&self, cluster: &str, roles: &[Role]) -> Result<(), TlsError> {
+        if !is_dns_name(cluster) {
+            return Err(TlsError::Cluster(cluster.to_owned()));
+        }
+        let pem = read_all(std::slice::from_ref(&self.certificate_file))?.concat();
+        let chain = certificates(&self.certificate_file, &pem)?;
+        let own = chain.first().map(|own| PeerCertificate::read(own, cluster).roles).unwrap_or_default();
+        if own.intersects(Roles::of(roles)) {
+            return Ok(());
+        }
+        let names = roles.iter().map(|role| role.dns_name(cluster)).collect::<Vec<_>>().join(", ");
+        Err(TlsError::Role { path: self.certificate_file.clone(), names })
+    }
+
     fn paths(&self) -> Vec<PathBuf> {
         vec![self.ca_file.clone(), self.certificate_file.clone(), self.key_file.clone()]
     }

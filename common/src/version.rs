@@ -1,19 +1,49 @@
-//! Which releases may work together: router and workers are replaced one after the other, so for a while two
-//! releases stand side by side. One minor version apart is promised (and tested) both ways; what lies further
-//! apart is refused with words, before it fails in some other way.
+//! Which processes may work together: those of one contract, of releases at most one minor version apart.
+//!
+//! The contract is the meaning of what processes say to each other. It changes seldom, and a peer of another contract
+//! is refused by name. Releases of one contract that are one minor version apart work together both ways (tested), so
+//! that routers and workers can be replaced one after the other.
+
+/// Contract that this build speaks. Contract 1 is that of release 0.1, which knew no contracts.
+pub const CONTRACT: u32 = 2;
 
 /// gRPC metadata in which a router says its release.
 pub const METADATA: &str = "bora-version";
 
-/// The other side is too old or too new.
+/// The other side can't be worked with.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "version {peer} can't work with version {own}: releases that differ by more than one minor version are not made for each other ({advice})"
-)]
-pub struct Skew {
-    own: String,
-    peer: String,
-    advice: &'static str,
+pub enum Skew {
+    /// It speaks another contract.
+    #[error(
+        "peer speaks contract {peer}{}, this process speaks contract {CONTRACT}: upgrade routers and workers together",
+        release(*peer)
+    )]
+    Contract {
+        /// Its contract.
+        peer: u32,
+    },
+    /// It is too old or too new.
+    #[error(
+        "version {peer} can't work with version {own}: releases that differ by more than one minor version are not made for each other ({advice})"
+    )]
+    Release {
+        /// The version of this process.
+        own: String,
+        /// The version of the other one.
+        peer: String,
+        /// Which side to upgrade.
+        advice: &'static str,
+    },
+}
+
+/// Which release a contract is of, for people.
+fn release(contract: u32) -> &'static str {
+    if contract <= 1 { " (bora 0.1)" } else { "" }
+}
+
+/// Whether a peer of this contract may be worked with. 0 is a peer that names none: contract 1.
+pub fn check_contract(peer: u32) -> Result<(), Skew> {
+    if peer == CONTRACT { Ok(()) } else { Err(Skew::Contract { peer: peer.max(1) }) }
 }
 
 /// Whether `own` may work with `peer`. A release that does not say what it is (a tool, a build from nowhere) is
@@ -25,7 +55,7 @@ pub fn check(own: &str, peer: &str) -> Result<(), Skew> {
     }
     let peer_is_older = (major, minor) < (own_major, own_minor);
     let advice = if peer_is_older { "upgrade the other side first" } else { "upgrade this side first" };
-    Err(Skew { own: own.to_owned(), peer: peer.to_owned(), advice })
+    Err(Skew::Release { own: own.to_owned(), peer: peer.to_owned(), advice })
 }
 
 fn parse(version: &str) -> Option<(u32, u32)> {
@@ -36,6 +66,20 @@ fn parse(version: &str) -> Option<(u32, u32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn refuses_another_contract_by_name() {
+        assert_eq!(check_contract(CONTRACT), Ok(()));
+        for first in [0, 1] {
+            let refused = check_contract(first).unwrap_err().to_string();
+            assert!(
+                refused.starts_with("peer speaks contract 1 (bora 0.1), this process speaks contract 2"),
+                "{refused}"
+            );
+        }
+        let refused = check_contract(CONTRACT + 1).unwrap_err().to_string();
+        assert!(refused.starts_with("peer speaks contract 3, this process"), "{refused}");
+    }
 
     #[test]
     fn one_minor_apart_both_ways_and_no_more() {

@@ -123,6 +123,7 @@ fn record(group: &str) -> GroupRecord {
         },
         state: GroupState::Ready,
         version: "0.1.0".into(),
+        contract: bora_common::version::CONTRACT,
     }
 }
 
@@ -206,6 +207,7 @@ async fn ranks_meet_at_the_newest_epoch() {
         leader: format!("127.0.0.1:{epoch}"),
         world_size: 2,
         revision: "a".into(),
+        contract: bora_common::version::CONTRACT,
     };
     let old = registry.offer_rendezvous(offer(9)).await.unwrap();
     let new = registry.offer_rendezvous(offer(10)).await.unwrap();
@@ -254,6 +256,7 @@ async fn a_key_that_somebody_deletes_or_replaces_is_restored() {
         leader: "127.0.0.1:9001".into(),
         world_size: 2,
         revision: String::new(),
+        contract: bora_common::version::CONTRACT,
     };
     let _offer = registry.offer_rendezvous(offer).await.unwrap();
     let router = RouterRecord { router: "r".into(), address: "127.0.0.1:8000".into(), version: "0".into() };

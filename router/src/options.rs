@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use bora_common::{conversation::ConversationLimits, tls::Connector};
+use bora_common::{conversation::ConversationLimits, peer::local::LocalConnector, tls::Connector};
 use serde::{Deserialize, Serialize};
 
 use crate::{access::AccessOptions, http::options::HttpOptions};
@@ -88,9 +88,18 @@ pub struct RouterOptions {
     /// Where and how it listens (`http` of the file).
     #[serde(skip)]
     pub http: HttpOptions,
+    /// Name of the cluster (`cluster` of the file): what groups have to be of.
+    #[serde(skip)]
+    pub cluster: String,
+    /// Groups beyond this host are not connected to: gRPC is plain text (and `grpc.insecure` is not set).
+    #[serde(skip)]
+    pub loopback_only: bool,
     /// How groups are connected to (`grpc.tls` of the file); plain text where it is absent.
     #[serde(skip)]
     pub grpc: Option<Connector>,
+    /// The way to the group of the same process (`bora serve`), in place of a network.
+    #[serde(skip)]
+    pub in_process: Option<LocalConnector>,
 }
 
 impl Default for RouterOptions {
@@ -126,7 +135,10 @@ impl Default for RouterOptions {
             debug: false,
             access: AccessOptions::default(),
             http: HttpOptions::default(),
+            cluster: "bora".into(),
+            loopback_only: false,
             grpc: None,
+            in_process: None,
         }
     }
 }

@@ -95,7 +95,7 @@ pub fn admin_routes(service: Arc<Service>) -> Router {
     let guard = BrowserGuard::new(&service.options().http);
     document
         .serve(probes())
-        .merge(document.serve(vec![metrics(), groups()]))
+        .merge(document.serve(vec![metrics(), groups(), requests()]))
         .route("/ping", get(status::health).post(status::health))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
@@ -173,6 +173,13 @@ fn groups() -> Route<Arc<Service>> {
         .errors(KEY_ERRORS)
 }
 
+fn requests() -> Route<Arc<Service>> {
+    Route::get("/requests", groups::requests)
+        .says("operation", "The requests that are open now; on the admin port alone.")
+        .answers::<responses::OpenRequests>()
+        .keyless()
+}
+
 fn metrics() -> Route<Arc<Service>> {
     Route::get("/metrics", status::metrics)
         .says("operation", "Metrics for Prometheus; on the admin port alone where there is one.")
@@ -229,6 +236,7 @@ async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, 
     let id = request.extensions().get::<RequestId>().map_or("", |RequestId(id)| id);
     let target = format!("{} {}", request.method(), request.uri().path());
     let audit = Audit::begin(id, target, service.access().audits_bodies());
+    service.open_requests().add(&audit);
     let response = match service.access().caller(request.headers()).await {
         Ok(caller) => {
             if let Some(caller) = &caller {

@@ -9,7 +9,7 @@ use std::{
 use bora_common::secret::ClusterKeys;
 
 use crate::{
-    access::Access,
+    access::{Access, open_requests::OpenRequests},
     encode::{cache::ConversationCache, pool::EncodePool},
     fleet::view::Fleet,
     http::{body::BodyReader, metrics::HttpMetrics, shutdown::Shutdown},
@@ -34,6 +34,7 @@ pub struct Service {
     http_metrics: HttpMetrics,
     bodies: BodyReader,
     shutdown: Shutdown,
+    open_requests: OpenRequests,
     started_at: u64,
 }
 
@@ -61,6 +62,9 @@ impl Service {
         let http_metrics = HttpMetrics::default();
         metrics.register(|registry| http_metrics.register(registry));
         let shutdown = Shutdown::default();
+        let mismatches = fleet.identity_mismatches.clone();
+        let help = "Calls that reached another server than the group that was meant, by what differed";
+        metrics.register(|registry| registry.register("identity_mismatches", help, mismatches));
         let relay = Relay {
             admission: Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting)),
             retries: RetryBudget::new(options.retries_per_tenant, options.retries, access.routers().clone()),
@@ -85,6 +89,7 @@ impl Service {
             ),
             http_metrics,
             shutdown,
+            open_requests: OpenRequests::default(),
             started_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             options,
         }
@@ -98,6 +103,11 @@ impl Service {
     /// Who may ask for what.
     pub fn access(&self) -> &Access {
         &self.access
+    }
+
+    /// The requests that are open now.
+    pub fn open_requests(&self) -> &OpenRequests {
+        &self.open_requests
     }
 
     /// What blocks, images and salts are named under.

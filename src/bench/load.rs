@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use bora_common::peer::Expected;
+use bora_common::registry::GroupRecord;
 use bora_proto::v1::{
-    GenerateRequest, Grammar, Sampling, Stopping, generate_event, grammar::Kind, inference_client::InferenceClient,
+    DescribeRequest, GenerateRequest, Grammar, Sampling, Stopping, generate_event, grammar::Kind,
+    inference_client::InferenceClient,
 };
 use clap::Args;
 use http_body_util::{BodyExt, Full};
@@ -16,6 +19,8 @@ use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::net::TcpStream;
 use tokio::sync::Barrier;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Channel;
 
 /// What to send and how often.
 #[derive(Args, Debug)]
@@ -225,16 +230,22 @@ fn code_text(salt: usize, bytes: usize) -> String {
     text
 }
 
+/// A caller that expects the group which it found at its address.
+type Group = InferenceClient<InterceptedService<Channel, Expected>>;
+
 enum Client {
     Http { sender: hyper::client::conn::http1::SendRequest<Full<Bytes>>, host: String },
-    Grpc(InferenceClient<tonic::transport::Channel>),
+    Grpc(Group),
 }
 
 impl Client {
     async fn connect(args: &LoadArgs) -> anyhow::Result<Self> {
         if let Some(address) = &args.grpc {
-            let client = InferenceClient::connect(format!("http://{address}")).await?;
-            return Ok(Self::Grpc(client));
+            let channel = Channel::from_shared(format!("http://{address}"))?.connect().await?;
+            let found = InferenceClient::new(channel.clone()).describe(DescribeRequest {}).await?.into_inner();
+            let record: GroupRecord = serde_json::from_str(&found.record_json)?;
+            let expected = Expected::of_record(&found.cluster, &record);
+            return Ok(Self::Grpc(InferenceClient::with_interceptor(channel, expected)));
         }
         let host = args.http.clone().context("neither --http nor --grpc")?;
         let stream = TcpStream::connect(&host).await.with_context(|| format!("connecting to {host}"))?;
@@ -285,10 +296,7 @@ async fn send_http(
     Ok(Sample { first: first.unwrap_or(total), total })
 }
 
-async fn send_grpc(
-    client: &mut InferenceClient<tonic::transport::Channel>,
-    request: Request<'_>,
-) -> anyhow::Result<Sample> {
+async fn send_grpc(client: &mut Group, request: Request<'_>) -> anyhow::Result<Sample> {
     let args = request.args;
     let salt = if args.conversation == Conversation::Fresh { request.number as u32 } else { 0 };
     let message = GenerateRequest {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use bora_common::config::{HostPort, RegistryKind};
+use bora_common::peer::Role;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -70,7 +71,7 @@ async fn etcd(config: &Config) -> Vec<Check> {
 /// Reads through a quorum, as workers do when they look for their leader.
 async fn read_registry(config: &Config) -> Result<Check, String> {
     let registry = {
-        let grpc = config.grpc.connector().map_err(|error| error.to_string())?;
+        let grpc = config.grpc.connector(&config.cluster, &Role::ALL).map_err(|error| error.to_string())?;
         config.registry.open(&config.cluster, grpc).map_err(|error| error.to_string())?
     };
     let mut times = Vec::new();

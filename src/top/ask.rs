@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use bora_common::peer::Expected;
 use bora_common::registry::{GroupRecord, GroupState};
 use bora_common::telemetry::exposition::{self, Family};
 use bora_common::tls::HttpsConnector;
@@ -64,6 +65,7 @@ pub(super) struct Load {
 
 #[derive(Deserialize)]
 struct Listing {
+    cluster: String,
     groups: Vec<Group>,
 }
 
@@ -86,7 +88,7 @@ pub(super) struct Look {
 
 /// Whom to ask.
 #[derive(Clone)]
-pub(super) struct Asker {
+pub(crate) struct Asker {
     /// host:port
     router: String,
     tls: Option<HttpsConnector>,
@@ -97,7 +99,7 @@ pub(super) struct Asker {
 
 impl Asker {
     /// Of a router at `host:port`, `http://host:port` or `https://host:port`.
-    pub(super) fn new(
+    pub(crate) fn new(
         router: &str,
         api_key: Option<&str>,
         ca_file: Option<&Path>,
@@ -135,12 +137,10 @@ impl Asker {
     pub(super) async fn look(&self) -> anyhow::Result<Look> {
         let at = Instant::now();
         let asked = async { tokio::try_join!(self.get("/version"), self.get("/groups"), self.get("/metrics")) };
-        let (version, groups, metrics) = tokio::time::timeout(ROUTER_PATIENCE, asked)
-            .await
-            .with_context(|| format!("{} did not answer within {} s", self.router, ROUTER_PATIENCE.as_secs()))??;
+        let (version, groups, metrics) = asked.await?;
         let version: Version = serde_json::from_str(&version).context("/version")?;
         let listing: Listing = serde_json::from_str(&groups).context("/groups")?;
-        let ranks = if self.ask_leaders { ranks(&listing.groups).await } else { BTreeMap::new() };
+        let ranks = if self.ask_leaders { ranks(&listing.cluster, &listing.groups).await } else { BTreeMap::new() };
         Ok(Look {
             at,
             router: self.router.clone(),
@@ -151,7 +151,14 @@ impl Asker {
         })
     }
 
-    async fn get(&self, path: &str) -> anyhow::Result<String> {
+    /// One answer of the router, within its time.
+    pub(crate) async fn get(&self, path: &str) -> anyhow::Result<String> {
+        tokio::time::timeout(ROUTER_PATIENCE, self.connect_and_get(path))
+            .await
+            .with_context(|| format!("{} did not answer within {} s", self.router, ROUTER_PATIENCE.as_secs()))?
+    }
+
+    async fn connect_and_get(&self, path: &str) -> anyhow::Result<String> {
         let stream =
             TcpStream::connect(&self.router).await.with_context(|| format!("connecting to {}", self.router))?;
         match &self.tls {
@@ -190,16 +197,17 @@ impl Asker {
     }
 }
 
-async fn ranks(groups: &[Group]) -> BTreeMap<String, Vec<RankStatus>> {
+async fn ranks(cluster: &str, groups: &[Group]) -> BTreeMap<String, Vec<RankStatus>> {
     let answers = join_all(groups.iter().map(|group| async move {
-        let asked = tokio::time::timeout(LEADER_PATIENCE, status(&group.record.endpoint)).await;
+        let asked = tokio::time::timeout(LEADER_PATIENCE, status(cluster, &group.record)).await;
         (group.record.group.clone(), asked)
     }));
     let known = answers.await.into_iter().filter_map(|(group, answer)| Some((group, answer.ok()?.ok()?)));
     known.collect()
 }
 
-async fn status(endpoint: &str) -> anyhow::Result<Vec<RankStatus>> {
-    let channel = Endpoint::from_shared(format!("http://{endpoint}"))?.connect().await?;
-    Ok(AdminClient::new(channel).status(StatusRequest {}).await?.into_inner().ranks)
+async fn status(cluster: &str, record: &GroupRecord) -> anyhow::Result<Vec<RankStatus>> {
+    let channel = Endpoint::from_shared(format!("http://{}", record.endpoint))?.connect().await?;
+    let mut leader = AdminClient::with_interceptor(channel, Expected::of_record(cluster, record));
+    Ok(leader.status(StatusRequest {}).await?.into_inner().ranks)
 }

@@ -1,7 +1,7 @@
 //! `bora top`: groups, ranks, queues, cache and rates of a cluster, as one of its routers sees them. On a terminal it
 //! fills the screen; into a pipe (or with `--once`) it writes the same as text.
 
-mod ask;
+pub(crate) mod ask;
 mod screen;
 mod table;
 mod view;

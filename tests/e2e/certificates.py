@@ -8,6 +8,10 @@ def openssl(*arguments, cwd=None):
     subprocess.run(["openssl", *map(str, arguments)], cwd=cwd, check=True, capture_output=True)
 
 
+def role_name(role, cluster="e2e"):
+    return f"{role}.{cluster}.bora.internal"
+
+
 class Authority:
     """An authority of its own in a folder of its own."""
 
@@ -37,7 +41,9 @@ class Authority:
     def expired(self, name, **more):
         return self.issue(name, begins="20200101000000Z", ends="20210101000000Z", **more)
 
-    def grpc(self, name, authority=None, **more):
-        """A `grpc.tls` section with a certificate of this authority."""
+    def grpc(self, name, role=None, cluster="e2e", authority=None, **more):
+        """A `grpc.tls` section with a certificate of this authority that bears a role in a cluster, or other names."""
+        if role:
+            more["names"] = f"DNS:{role_name(role, cluster)}"
         certificate, key = self.issue(name, **more)
         return {"ca_file": str((authority or self).certificate), "certificate_file": str(certificate), "key_file": str(key)}

@@ -87,6 +87,9 @@ def test_check_refuses_files_that_configure_nothing(tmp_path):
         result = bora("check", "--config", write(tmp_path, text))
         assert result.returncode != 0 and expected in result.stderr, result.stderr
     result = bora("check", "--config", write(tmp_path, GOOD.replace("  device: cpu", "  device: cpu\n  listen: 0.0.0.0:9000")), "--advertise", "worker-0:9000")
+    assert result.returncode != 0 and "worker.listen: `0.0.0.0:9000` is beyond loopback" in result.stderr, result.stderr
+    insecure = GOOD.replace("  device: cpu", "  device: cpu\n  listen: 0.0.0.0:9000") + "grpc: {insecure: true}\n"
+    result = bora("check", "--config", write(tmp_path, insecure), "--advertise", "worker-0:9000")
     assert result.returncode == 0, result.stderr
 
 

@@ -137,13 +137,12 @@ def test_a_cluster_with_mutual_tls_answers(authority):
     """Two ranks in two processes and a router, all three with certificates of their own."""
     with Cluster() as cluster:
         cluster.start_etcd()
-        name = {"server_name": "bora-worker"}
         health = free_port()
-        cluster.sections = {"grpc": {"tls": {**authority.grpc("leader", names="DNS:bora-worker"), **name}}}
+        cluster.sections = {"grpc": {"tls": authority.grpc("leader", role="worker")}}
         leader = cluster.start_worker("pair", ranks=[0], size=2, health=f"127.0.0.1:{health}")
-        cluster.sections = {"grpc": {"tls": {**authority.grpc("follower", names="DNS:bora-worker"), **name}}}
+        cluster.sections = {"grpc": {"tls": authority.grpc("follower", role="follower")}}
         cluster.start_worker("pair", ranks=[1], size=2)
-        cluster.sections = {"grpc": {"tls": {**authority.grpc("router", names="DNS:bora-router"), **name}}}
+        cluster.sections = {"grpc": {"tls": authority.grpc("router", role="router")}}
         cluster.start_router()
         cluster.wait_ready(1)
         status, headers, body = cluster.post("/v1/completions", ASK)
@@ -169,7 +168,7 @@ def guarded(authority):
     with Cluster() as cluster:
         port = free_port()
         static(cluster, port)
-        cluster.sections = {"grpc": {"tls": authority.grpc("group", names="IP:127.0.0.1")}}
+        cluster.sections = {"grpc": {"tls": authority.grpc("group", role="worker")}}
         cluster.group = cluster.start_worker("fake", device="fake", port=port)
         yield cluster
 
@@ -186,30 +185,28 @@ def groups(url):
 
 
 def test_a_router_with_a_certificate_is_let_in(guarded, authority):
-    url, _ = router_of(guarded, "good", authority.grpc("good-router", names="DNS:any"))
+    url, _ = router_of(guarded, "good", authority.grpc("good-router", role="router"))
     guarded.wait_ready(1, url=url)
     assert http("POST", url + "/v1/completions", ASK)[0] == 200
 
 
-@pytest.mark.parametrize("case", ["without a certificate", "of another authority", "expired", "with plain text", "that trusts another authority", "that wants another name"])
+@pytest.mark.parametrize("case", ["without a certificate", "of another authority", "expired", "with plain text", "that trusts another authority"])
 def test_a_router_is_refused(case, guarded, authority, stranger, request):
     name = request.node.callspec.id.replace(" ", "-")
     if case == "of another authority":
-        tls = stranger.grpc(name, authority=authority)
+        tls = stranger.grpc(name, role="router", authority=authority)
     elif case == "expired":
-        certificate, key = authority.expired(name)
+        certificate, key = authority.expired(name, names="DNS:router.e2e.bora.internal")
         tls = {"ca_file": str(authority.certificate), "certificate_file": str(certificate), "key_file": str(key)}
     elif case == "that trusts another authority":
-        tls = {**authority.grpc(name), "ca_file": str(stranger.certificate)}
-    elif case == "that wants another name":
-        tls = {**authority.grpc(name), "server_name": "somebody-else"}
+        tls = {**authority.grpc(name, role="router"), "ca_file": str(stranger.certificate)}
     else:
         tls = None
     if case == "without a certificate":
         host, port = guarded.group.address.split(":")
         context = trusting(authority)
         context.set_alpn_protocols(["h2"])
-        with socket.create_connection((host, int(port))) as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as stream:
+        with socket.create_connection((host, int(port))) as plain, context.wrap_socket(plain, server_hostname="worker.e2e.bora.internal") as stream:
             # with TLS 1.3 a client learns of the refusal when it reads
             with pytest.raises(ssl.SSLError) as error:
                 stream.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -228,10 +225,10 @@ def test_a_router_is_refused(case, guarded, authority, stranger, request):
 
 def test_a_worker_whose_certificate_is_renewed_goes_on(guarded, authority, tmp_path):
     """The router's and the group's certificates change in place; new connections use them."""
-    tls = authority.grpc("renewing", names="DNS:any")
+    tls = authority.grpc("renewing", role="router")
     url, process = router_of(guarded, "renewing", tls)
     guarded.wait_ready(1, url=url)
-    for new, old in zip(authority.issue("renewing-2", into=tmp_path), (tls["certificate_file"], tls["key_file"])):
+    for new, old in zip(authority.issue("renewing-2", names="DNS:router.e2e.bora.internal", into=tmp_path), (tls["certificate_file"], tls["key_file"])):
         shutil.copy(new, old)
     # the group is started again: the router has to connect anew
     guarded.group.stop()

@@ -24,7 +24,7 @@ COMBINATIONS = {
     "everything at once": ({
         **TWO, "etcd": {"builtin": {**EXISTING["builtin"], "backup": {"enabled": True}}}, "download": HUB,
         "router": {"tls": {"secret": "given"}, "keys": {"secret": "given"}, "autoscaling": {"enabled": True}, "drain": {"preStopSeconds": 0}},
-        "grpc": {"tls": {"secret": "given"}}, "workers": {"rdma": {"enabled": True, "ipcLock": True}, "autoscaling": {"kind": "keda", "minReplicas": 0}},
+        "grpc": {"tls": {"source": "existing", "existing": {"router": "given", "worker": "given"}}}, "workers": {"rdma": {"enabled": True, "ipcLock": True}, "autoscaling": {"kind": "keda", "minReplicas": 0}},
         "telemetry": {"otlpEndpoint": "http://collector:4317"}, "ingress": {"enabled": True, "tlsSecret": "given"}, "image": {"pullSecrets": ["given"], "registry": "mirror/"},
         "httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}, "monitoring": {**MONITORED, "serviceMonitor": {"enabled": True}, "dashboards": {"enabled": True}},
         "commonLabels": {"team": "inference"},
@@ -126,7 +126,7 @@ def test_the_judge_sees_what_is_wrong():
     ({"models": {"dashboard-batch": {}}}, "models.dashboard-batch: objects of the chart"),
     ({"models": {"devstral": {}, "devstral-2": {}}, "workers": {"kind": "LeaderWorkerSet"}}, "models.devstral-2: a group of models.devstral"),
     ({"models": {"m": {"workers": {"ports": {"admin": 9001}}}}}, "models.m.workers.ports: each port has one use"),
-    ({"models": {"m": {}}, "grpc": {"tls": {"secret": "s", "healthPort": 9002}}}, "models.m.workers.ports: each port has one use"),
+    ({"models": {"m": {}}, "grpc": {"tls": {"healthPort": 9002}}}, "models.m.workers.ports: each port has one use"),
     ({"models": {"m": {"workers": {"kind": "LeaderWorkerSet", "leaderWorkerSet": {"maxUnavailable": 0}}}}}, "can't both be 0"),
     ({"router": {"ports": {"admin": 8000}}}, "router.ports: http and admin must differ"),
     ({"router": {"autoscaling": {"enabled": True, "minReplicas": 9}}}, "router.autoscaling: minReplicas is above maxReplicas"),
@@ -375,7 +375,7 @@ def pods_of(documents):
 def test_users_are_those_of_the_values_or_of_the_cluster(given, tmp_path):
     """OpenShift's SCC restricted-v2 refuses any user but those that it assigns to the namespace."""
     documents = rendered({**TWO, "etcd": {"builtin": {"backup": {"enabled": True}}}, "download": HUB, "workers": {"rdma": {"enabled": True, "ipcLock": True}, "autoscaling": {"kind": "keda"}},
-                          "grpc": {"tls": {"secret": "given"}}, **given}, tmp_path)
+                          "grpc": {"tls": {"source": "existing", "existing": {"router": "given", "worker": "given"}}}, **given}, tmp_path)
     assert not faults(documents)
     assert "10001" not in json.dumps(documents)
     for kind, part, spec in pods_of(documents):

@@ -72,7 +72,7 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
                     "schedule": {**sample(schema()["$defs"]["workers"]["properties"]["schedule"]), "max_num_seqs": 8, "max_num_batched_tokens": 512}},
         "bindAddress": "::",
         "telemetry": {"otlpEndpoint": "https://collector:4317", "otlpCaSecret": "o"},
-        "grpc": {"tls": {"secret": "g"}},
+        "grpc": {"tls": {"source": "existing", "existing": {"router": "g", "worker": "g"}}},
     }
     options["router"].update(tls={"secret": "h"}, keys={"secret": "k"})
     certificate(tmp_path)
@@ -91,9 +91,10 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
     assert "certificate_file: /etc/bora/etcd-tls/tls.crt" in text and 'listen: "[::]:9000"' in text
 
 
-def certificate(directory):
-    """ca.crt, tls.crt and tls.key: one that signed itself."""
+def certificate(directory, names="DNS:worker.llm.bora.bora.internal,DNS:router.llm.bora.bora.internal"):
+    """ca.crt, tls.crt and tls.key: one that signed itself, with the roles of a router and of a worker."""
     made = run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=bora-worker", "-days", "2",
+               "-addext", f"subjectAltName={names}",
                "-keyout", directory / "tls.key", "-out", directory / "tls.crt")
     assert made.returncode == 0, made.stderr
     shutil.copy(directory / "tls.crt", directory / "ca.crt")

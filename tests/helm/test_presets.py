@@ -207,16 +207,23 @@ def test_a_group_of_several_pods():
     assert "rdma" not in json.dumps(template_of_preset["spec"]["containers"]) and "IPC_LOCK" not in json.dumps(template_of_preset)
     # a follower serves no request, but is ready only in a group that is whole
     assert "grpc" in leader["readinessProbe"] and worker["readinessProbe"]["httpGet"] == {"path": "/ready", "port": "admin"}
-    assert template["leaderTemplate"]["spec"]["volumes"] == template["workerTemplate"]["spec"]["volumes"]
+    volumes = {kind: {one["name"]: one for one in template[kind]["spec"]["volumes"]} for kind in ("leaderTemplate", "workerTemplate")}
+    # a follower's certificate does not let it serve a group
+    secrets = [volumes[kind].pop("grpc-tls")["secret"]["secretName"] for kind in ("leaderTemplate", "workerTemplate")]
+    assert secrets == ["bora-grpc-worker", "bora-grpc-follower"] and volumes["leaderTemplate"] == volumes["workerTemplate"]
 
 
 def allowed(policy, direction, port):
-    """The label sets of pods that a policy lets through on a port."""
+    """The label sets of pods that a policy lets through on a port, those of an expression with its values as `component`."""
     found = []
     for rule in policy["spec"].get(direction, []):
         ports = [entry["port"] for entry in rule.get("ports", [{"port": port}])]
         if port in ports:
-            found += [peer.get("podSelector", {}).get("matchLabels", {}) for peer in rule.get("from" if direction == "ingress" else "to", [{}])]
+            for peer in rule.get("from" if direction == "ingress" else "to", [{}]):
+                selector = peer.get("podSelector", {})
+                values = [value for one in selector.get("matchExpressions", []) for value in one["values"]]
+                components = [{"app.kubernetes.io/component": value} for value in values] or [{}]
+                found += [{**selector.get("matchLabels", {}), **component} for component in components]
     return found
 
 
@@ -225,11 +232,11 @@ def test_nothing_reaches_workers_but_routers_and_their_group_and_nothing_reaches
     worker = named(documents, "NetworkPolicy", "bora-devstral-2")
     assert worker["spec"]["policyTypes"] == ["Ingress", "Egress"]
     peers = [labels.get("app.kubernetes.io/component") for labels in allowed(worker, "ingress", 9000)]
-    assert sorted(peers) == ["router", "worker"]
+    assert sorted(peers) == ["operator", "router", "worker"]
     assert [labels.get("bora/model") for labels in allowed(worker, "ingress", 45678)] == ["devstral-2"]
     assert allowed(named(documents, "NetworkPolicy", "bora-batch"), "ingress", 45678) == []
     etcd = named(documents, "NetworkPolicy", "bora-etcd")
-    assert len(allowed(etcd, "ingress", "client")) == 1 and all(allowed(etcd, "ingress", "client"))
+    assert all(allowed(etcd, "ingress", "client"))
     # every pod is selected by a policy
     selectors = [policy["spec"]["podSelector"]["matchLabels"] for policy in objects(documents, "NetworkPolicy")]
     for document in documents:

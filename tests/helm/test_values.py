@@ -18,7 +18,7 @@ EVERYTHING = {
     "models": {"m": MODEL},
     "download": {"kind": "huggingFace", "huggingFace": {"repository": "org/model", "tokenSecret": {"name": "hub"}}},
     "router": {"autoscaling": {"enabled": True}, "service": {"type": "LoadBalancer"}, "tls": {"secret": "h"}, "keys": {"secret": "k"}},
-    "grpc": {"tls": {"secret": "g"}},
+    "grpc": {"tls": {"source": "existing", "existing": {"router": "r", "worker": "w", "follower": "f"}}},
     "workers": {
         "kind": "LeaderWorkerSet", "tensorParallelSize": 4, "ranksPerPod": 2, "rdma": {"enabled": True},
         "autoscaling": {"kind": "keda", "prometheusAuth": {"modes": ["bearer", "basic", "tls"], "secret": "p"}},
@@ -60,6 +60,11 @@ OTHERS = {
     "serviceAccount.name": {"etcd": NO_CERTIFICATES, "serviceAccount": {"create": False}},
     "monitoring.podMonitor": {"etcd": NO_CERTIFICATES, "monitoring": {"podMonitor": {"enabled": True}}},
 }
+EXISTING_GRPC = {"tls": {"source": "existing", "existing": {"router": "r", "worker": "w", "follower": "f"}}}
+OTHERS["grpc.tls.certManager"] = {"models": {"m": MODEL}, "etcd": NO_CERTIFICATES, "grpc": {"tls": {"source": "certManager", "certManager": {"issuer": "i"}}}}
+# certificates that are made anew would be a difference of their own
+for setting in OTHERS.values():
+    setting.setdefault("grpc", EXISTING_GRPC)
 # another value where the schema alone does not say one that fits
 FITTING = {
     "telemetry.otlpEndpoint": {"otlpEndpoint": "http://collector:4317"},
@@ -75,6 +80,7 @@ FITTING = {
     "workers.ports.peers": {"peers": 9011},
     "workers.ports.admin": {"admin": 9012},
     "grpc.tls.healthPort": {"healthPort": 9013},
+    "grpc.tls.source": {"source": "none"},
     "workers.autoscaling.kind": {"kind": "none"},
     "workers.autoscaling.prometheusAuth.modes": {"modes": ["tls"]},
     "workers.tensorParallelSize": {"tensorParallelSize": 2},
@@ -83,6 +89,7 @@ FITTING = {
     "workers.autoscaling.maxReplicas": {"maxReplicas": 9},
     "etcd.builtin.replicas": {"replicas": 5},
     "etcd.builtin.storage.kind": {"kind": "emptyDir"},
+    "grpc.tls.days": None,
     "etcd.builtin.tls.days": None,  # see test_certificates_live_as_long_as_days_says
     "nameOverride": {"nameOverride": "other"},
     "bindAddress": {"bindAddress": "::"},
@@ -362,6 +369,28 @@ def test_certificates_live_as_long_as_days_says(tmp_path):
     end = datetime.datetime.strptime(re.search(r"notAfter=(.*) GMT", text)[1], "%b %d %H:%M:%S %Y")
     assert datetime.timedelta(days=6) < end - datetime.datetime.now(datetime.UTC).replace(tzinfo=None) < datetime.timedelta(days=8)
     assert "*.bora-etcd.llm.svc.cluster.local" in text and "127.0.0.1" in text
+
+
+def test_each_role_has_a_certificate_that_bears_it(tmp_path):
+    import base64
+
+    (tmp_path / "v.json").write_text(json.dumps({"etcd": NO_CERTIFICATES, "grpc": {"tls": {"days": 7}}}))
+    documents = parse(render_text([tmp_path / "v.json"]))
+    authorities = set()
+    for role in ("router", "worker", "follower", "operator"):
+        data = {key: base64.b64decode(value) for key, value in named(documents, "Secret", f"bora-grpc-{role}")["data"].items()}
+        for key, value in data.items():
+            (tmp_path / key).write_bytes(value)
+        text = run("openssl", "x509", "-in", tmp_path / "tls.crt", "-noout", "-text").stdout
+        assert re.findall(r"DNS:([^,\s]+)", text) == [f"{role}.bora.bora.internal"], text
+        assert "TLS Web Server Authentication" in text and "TLS Web Client Authentication" in text
+        assert run("openssl", "verify", "-CAfile", tmp_path / "ca.crt", tmp_path / "tls.crt").returncode == 0
+        assert run("openssl", "x509", "-in", tmp_path / "tls.crt", "-noout", "-checkend", str(8 * 86400)).returncode == 1
+        authorities.add(data["ca.crt"])
+    assert len(authorities) == 1
+    # a name that no certificate can bear is refused
+    (tmp_path / "v.json").write_text(json.dumps({"etcd": NO_CERTIFICATES, "cluster": "a_b"}))
+    assert "cluster: with grpc.tls" in helm("template", "bora", CHART, "--values", tmp_path / "v.json").stderr
 
 
 def test_notes_name_the_next_command():

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bora_common::config::{ByteSize, ConfigError, HostPort, seconds};
+use bora_common::peer::local::LocalListener;
 use bora_common::tls::GrpcTls;
 use clap::ValueEnum;
 use serde::Deserialize;
@@ -75,6 +76,9 @@ pub struct WorkerOptions {
     /// Mutual TLS (`grpc.tls` of the file); plain text where it is absent.
     #[serde(skip)]
     pub tls: Option<GrpcTls>,
+    /// Serves callers of the same process in place of `listen` (`bora serve`).
+    #[serde(skip)]
+    pub in_process: Option<LocalListener>,
 }
 
 impl Default for WorkerOptions {
@@ -105,6 +109,7 @@ impl Default for WorkerOptions {
             schedule: EngineOptions::default(),
             fake: FakeOptions::default(),
             tls: None,
+            in_process: None,
         }
     }
 }

@@ -27,6 +27,8 @@ const JOIN: Duration = Duration::from_secs(60);
 
 fn member(checkpoint: &str, ranks: usize, local_ranks: std::ops::Range<usize>) -> MemberOptions {
     MemberOptions {
+        cluster: "test".to_owned(),
+        model: "tiny".to_owned(),
         group: "tiny".to_owned(),
         model_dir: fixture(checkpoint),
         load_format: LoadFormat::Auto,
@@ -510,20 +512,31 @@ async fn strangers_are_refused_and_missing_ranks_named() {
     };
     let mut other_group = member("tiny_text", 2, 1..2);
     other_group.group = "huge".to_owned();
+    let mut other_model = member("tiny_text", 2, 1..2);
+    other_model.model = "huge".to_owned();
+    let mut other_cluster = member("tiny_text", 2, 1..2);
+    other_cluster.cluster = "huge".to_owned();
     let mut other_revision = member("tiny_text", 2, 1..2);
     other_revision.revision = "b".to_owned();
     let mut other_numbers = member("tiny_text", 2, 1..2);
     other_numbers.device = DeviceOptions::Cpu(CpuOptions { kv: bora_worker::KvDtype::Bf16, ..CpuOptions::default() });
     for (member, epoch, expected) in [
-        (other_group, None, "this is group `tiny`, not `huge`"),
-        (other_revision, None, "the leader is of revision `a`, you of `b`"),
-        (member("tiny_text", 4, 1..2), None, "the group has 2 ranks, not 4"),
-        (member("tiny_text", 2, 0..1), None, "rank 0 is not one of 1..2"),
-        (member("tiny_text_fp8", 2, 1..2), None, "both must be the same checkpoint"),
-        (other_numbers, None, "the leader's settings are"),
+        (other_group, None, "this server is another group"),
+        (other_model, None, "this server serves another model"),
+        (other_cluster, None, "this server is of another cluster"),
+        (other_revision, None, "the leader is of another revision"),
+        (member("tiny_text", 4, 1..2), None, "the leader has another number of ranks"),
+        (member("tiny_text", 2, 0..1), None, "rank 0 is not one that followers hold"),
+        (member("tiny_text_fp8", 2, 1..2), None, "this server has other weights"),
+        (other_numbers, None, "the leader has other settings"),
     ] {
         let error = refused(member, epoch).await.unwrap_err();
-        assert!(matches!(&error, FollowError::Refused { reason, .. } if reason.contains(expected)), "{error}");
+        let FollowError::Refused { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains(expected), "{error}");
+        // a stranger learns that something differs, and not what would have been right
+        for own in ["tiny", "`a`", "Cpu", "7", " 2 "] {
+            assert!(!reason.contains(own), "{reason}");
+        }
     }
     for epoch in [6, 8] {
         let error = refused(member("tiny_text", 2, 1..2), Some(epoch)).await.unwrap_err();

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use bora_common::peer::{Expected, ServerIdentity};
 use bora_common::registry::{Device, GroupRecord, GroupState, RankRecord};
 use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, admin_client::AdminClient, generate_event::Event, inference_client::InferenceClient};
@@ -11,6 +12,7 @@ use bora_worker::service::{Host, serve};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt as _;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Streaming};
 
@@ -46,6 +48,7 @@ fn record(fake: &FakeOptions, endpoint: String) -> GroupRecord {
         speed: fake.speed(),
         state: GroupState::Ready,
         version: "0".into(),
+        contract: bora_common::version::CONTRACT,
     }
 }
 
@@ -55,7 +58,7 @@ async fn start(fake: FakeOptions) -> Server {
     let record = record(&fake, address.clone());
     let config = EngineConfig::of_group(&record, vec![fake.eos_id], EngineOptions::default(), keys());
     let (engine, _) = EngineHandle::start(config, Box::new(FakeRunner::new(fake))).unwrap();
-    let host = Host::of(engine.clone(), record);
+    let host = Host::of(CLUSTER, engine.clone(), record);
     let (stop, stopped) = oneshot::channel::<()>();
     let served = tokio::spawn(async move {
         let stopped = async {
@@ -66,11 +69,20 @@ async fn start(fake: FakeOptions) -> Server {
     Server { address, engine, stop, served }
 }
 
-async fn connect(server: &Server) -> InferenceClient<Channel> {
+/// A caller that expects the group of these tests.
+type Caller = InterceptedService<Channel, Expected>;
+
+const CLUSTER: &str = "test";
+
+fn expected() -> Expected {
+    Expected::of_record(CLUSTER, &record(&fake(), String::new()))
+}
+
+async fn connect(server: &Server) -> InferenceClient<Caller> {
     let endpoint = Channel::from_shared(format!("http://{}", server.address)).unwrap();
     let channel =
         endpoint.initial_stream_window_size(1 << 20).initial_connection_window_size(64 << 20).connect().await.unwrap();
-    InferenceClient::new(channel)
+    InferenceClient::with_interceptor(channel, expected())
 }
 
 fn fake() -> FakeOptions {
@@ -206,17 +218,25 @@ async fn describe_watch_admin_and_health_tell_of_the_group() {
     let serving = i32::from(tonic_health::pb::health_check_response::ServingStatus::Serving);
     while statuses.next().await.unwrap().unwrap().status != serving {}
 
-    let mut admin = AdminClient::new(channel);
+    let mut admin = AdminClient::with_interceptor(channel, expected());
     assert_eq!(admin.flush_cache(v1::FlushCacheRequest {}).await.unwrap().into_inner().blocks, 3);
     let status = admin.status(v1::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!((status.device.as_str(), status.state.as_str()), ("fake", "ready"));
-    let error = admin.drain(v1::DrainRequest { timeout_seconds: -1.0 }).await.unwrap_err();
-    assert_eq!(error.code(), Code::InvalidArgument);
+    for wrong in [-1.0, 1.8e19, 86_401.0, f64::NAN, f64::INFINITY, f64::MAX] {
+        let error = admin.drain(v1::DrainRequest { timeout_seconds: wrong }).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{wrong}");
+    }
     admin.drain(v1::DrainRequest { timeout_seconds: 1.0 }).await.unwrap();
     assert_eq!(client.generate(request(&[5], 1)).await.unwrap_err().code(), Code::Unavailable);
     while statuses.next().await.unwrap().unwrap().status == serving {}
     let status = admin.status(v1::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!(status.state, "draining");
+    admin.resume(v1::ResumeRequest {}).await.unwrap();
+    while statuses.next().await.unwrap().unwrap().status != serving {}
+    let (echoed, _) = ids(client.generate(request(&[5, 6], 1)).await.unwrap().into_inner()).await.unwrap();
+    assert_eq!(echoed.len(), 1);
+    let status = admin.status(v1::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(status.state, "ready");
 
     // endless streams do not hold the server up
     server.stop.send(()).unwrap();
@@ -227,9 +247,10 @@ async fn describe_watch_admin_and_health_tell_of_the_group() {
 async fn a_group_that_loads_says_so_and_one_that_died_too() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let host = Host::loading();
+    let host = Host::loading(ServerIdentity::new(CLUSTER, "echo", "fake-0", 5));
     tokio::spawn(serve(listener, host.clone(), Default::default(), std::future::pending()));
-    let mut client = InferenceClient::connect(format!("http://{address}")).await.unwrap();
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+    let mut client = InferenceClient::with_interceptor(channel, expected());
     let error = client.generate(request(&[5], 1)).await.unwrap_err();
     assert_eq!(error.code(), Code::Unavailable);
     assert!(error.message().contains("loading"));

@@ -47,6 +47,14 @@ pub struct GroupRecord {
     pub state: GroupState,
     /// Version of the worker.
     pub version: String,
+    /// Contract that the worker speaks; a record that names none is of contract 1.
+    #[serde(default = "first_contract")]
+    pub contract: u32,
+}
+
+/// The contract of records that name none.
+fn first_contract() -> u32 {
+    1
 }
 
 /// What a group runs on.
@@ -109,6 +117,9 @@ pub struct RendezvousRecord {
     /// Which state of its deployment the leader is of; a process of another one does not come. Empty where nobody says.
     #[serde(default)]
     pub revision: String,
+    /// Contract that the leader speaks; a record that names none is of contract 1.
+    #[serde(default = "first_contract")]
+    pub contract: u32,
 }
 
 /// A router as it is announced under `/bora/v1/{cluster}/routers/{router}`: others count it, nobody calls it.
@@ -145,5 +156,6 @@ pub(crate) fn example(group: &str) -> GroupRecord {
         speed: Speed { prefill_tokens_per_second: 1.0, prefill_seconds_per_token_pair: 0.0, decode_step_seconds: 1.0 },
         state: GroupState::Ready,
         version: "0".into(),
+        contract: crate::version::CONTRACT,
     }
 }

@@ -2,11 +2,20 @@
 
 use std::fmt::Write as _;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::log_writer;
 
 /// Linux counts processor time in hundredths of a second for user space, on every architecture.
 const TICKS_PER_SECOND: f64 = 100.0;
+
+/// Whether gRPC is plain text beyond this host (`grpc.insecure`).
+static GRPC_INSECURE: AtomicBool = AtomicBool::new(false);
+
+/// Says in the metrics whether gRPC is plain text beyond this host.
+pub fn set_grpc_insecure(is_insecure: bool) {
+    GRPC_INSECURE.store(is_insecure, Ordering::Relaxed);
+}
 
 /// Adds this process's metrics to a text that [`end`] has not yet closed. What can't be read is left out.
 pub fn write(text: &mut String, version: &str) {
@@ -19,6 +28,9 @@ pub fn write(text: &mut String, version: &str) {
         let suffix = if kind == "counter" { "_total" } else { "" };
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{suffix} {value}");
     };
+    let insecure = f64::from(u8::from(GRPC_INSECURE.load(Ordering::Relaxed)));
+    let help = "1 if gRPC is plain text beyond this host (grpc.insecure).";
+    gauge("bora_grpc_insecure", "gauge", help, Some(insecure));
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // fields after the command's name, which may hold spaces
     let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();

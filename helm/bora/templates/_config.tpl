@@ -68,7 +68,7 @@ models:
 {{- . | nindent 0 }}
 {{- end }}
 worker:
-  {{- if $root.Values.grpc.tls.secret }}
+  {{- if ne $root.Values.grpc.tls.source "none" }}
   health: {{ include "bora.listen" (dict "root" $root "port" $root.Values.grpc.tls.healthPort) | quote }}
   {{- end }}
   device: {{ $workers.device }}

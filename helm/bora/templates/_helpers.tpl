@@ -158,25 +158,40 @@ tls:
 
 {{/* The `grpc` section of the configuration. */}}
 {{- define "bora.grpc" -}}
-{{- if .Values.grpc.tls.secret -}}
 grpc:
+  {{- if eq .Values.grpc.tls.source "none" }}
+  # whoever reaches a worker's ports may use and drain it
+  insecure: true
+  {{- else }}
   tls:
     ca_file: /etc/bora/grpc-tls/ca.crt
     certificate_file: /etc/bora/grpc-tls/tls.crt
     key_file: /etc/bora/grpc-tls/tls.key
-    server_name: {{ .Values.grpc.tls.serverName | quote }}
-{{- end }}
+  {{- end }}
 {{- end -}}
 
+{{/* Name of the Secret with the certificate of a role: dict root, role */}}
+{{- define "bora.grpcSecret" -}}
+{{- $tls := .root.Values.grpc.tls -}}
+{{- if eq $tls.source "existing" -}}
+{{- $own := get $tls.existing .role -}}
+{{- $own = default (ternary $tls.existing.worker "" (eq .role "follower")) $own -}}
+{{- required (printf "grpc.tls.existing.%s: expected the name of a Secret" .role) $own -}}
+{{- else -}}
+{{- printf "%s-grpc-%s" (include "bora.fullname" .root) .role -}}
+{{- end -}}
+{{- end -}}
+
+{{/* dict root, role */}}
 {{- define "bora.grpcVolumes" -}}
-{{- with .Values.grpc.tls.secret }}
+{{- if ne .root.Values.grpc.tls.source "none" }}
 - name: grpc-tls
-  secret: {secretName: {{ . }}, defaultMode: {{ include "bora.secretMode" $ }}}
+  secret: {secretName: {{ include "bora.grpcSecret" . }}, defaultMode: {{ include "bora.secretMode" .root }}}
 {{- end }}
 {{- end -}}
 
 {{- define "bora.grpcMounts" -}}
-{{- if .Values.grpc.tls.secret }}
+{{- if ne .Values.grpc.tls.source "none" }}
 - {name: grpc-tls, mountPath: /etc/bora/grpc-tls, readOnly: true}
 {{- end }}
 {{- end -}}

@@ -44,7 +44,7 @@
 {{- fail (printf "models.%s.workers.leaderWorkerSet: maxUnavailable and maxSurge can't both be 0: no group could be replaced" .key) -}}
 {{- end -}}
 {{- $ports := dict "grpc" $workers.ports.grpc "peers" $workers.ports.peers "admin" $workers.ports.admin -}}
-{{- if $values.grpc.tls.secret -}}
+{{- if ne $values.grpc.tls.source "none" -}}
 {{- $_ := set $ports "grpc.tls.healthPort" $values.grpc.tls.healthPort -}}
 {{- end -}}
 {{- if ne (len (values $ports | uniq)) (len $ports) -}}

@@ -70,12 +70,12 @@ spec:
         {{- end }}
         - {name: peers, containerPort: {{ $workers.ports.peers }}}
         - {name: admin, containerPort: {{ $workers.ports.admin }}}
-        {{- if $root.Values.grpc.tls.secret }}
+        {{- if ne $root.Values.grpc.tls.source "none" }}
         - {name: health, containerPort: {{ $root.Values.grpc.tls.healthPort }}}
         {{- end }}
       {{- if .leader }}
       # "serving" means: weights are loaded, every rank is there, and steps make progress
-      {{- $probed := ternary $workers.ports.grpc $root.Values.grpc.tls.healthPort (eq $root.Values.grpc.tls.secret "") }}
+      {{- $probed := ternary $workers.ports.grpc $root.Values.grpc.tls.healthPort (eq $root.Values.grpc.tls.source "none") }}
       startupProbe:
         grpc: {port: {{ $probed }}}
         periodSeconds: 5
@@ -148,7 +148,7 @@ spec:
       emptyDir: {sizeLimit: 4Gi}
     {{- include "bora.clusterSecretVolume" $root | nindent 4 }}
     {{- include "bora.registryVolumes" $root | nindent 4 }}
-    {{- include "bora.grpcVolumes" $root | nindent 4 }}
+    {{- include "bora.grpcVolumes" (dict "root" $root "role" (ternary "worker" "follower" .leader)) | nindent 4 }}
     {{- with include "bora.telemetryVolumes" $root }}{{ . | nindent 4 }}{{ end }}
     {{- if ne $model.storage.kind "image" }}
     {{- include "bora.modelVolume" $model | nindent 4 }}

@@ -11,8 +11,9 @@ use std::{
 };
 
 use axum::{body::Body, http::Response};
+use parking_lot::Mutex;
 
-use super::Caller;
+use super::{Caller, open_requests::OpenRequest};
 use crate::api::error::ApiError;
 
 /// The status of a request whose client left before there was a response (nginx's).
@@ -22,12 +23,14 @@ const MAX_BODY_BYTES: usize = 64 << 10;
 
 /// A request's line, while it is known bit by bit. It is written when the last clone is dropped.
 #[derive(Clone)]
-pub struct Audit(Arc<Line>);
+pub struct Audit(pub(super) Arc<Line>);
 
-struct Line {
+pub(super) struct Line {
     request: Option<(String, String, Instant)>,
     caller: OnceLock<Caller>,
     model: OnceLock<String>,
+    /// The group that serves it now.
+    group: Mutex<Option<String>>,
     body: Option<OnceLock<String>>,
     refusal: OnceLock<ApiError>,
     prompt_tokens: AtomicU64,
@@ -63,6 +66,14 @@ impl Audit {
         self.0.generates.store(true, Ordering::Relaxed);
     }
 
+    /// This group serves it now.
+    pub fn runs_on(&self, group: &str) {
+        let mut known = self.0.group.lock();
+        if known.as_deref() != Some(group) {
+            *known = Some(group.to_owned());
+        }
+    }
+
     /// Tokens were generated.
     pub fn generated(&self, tokens: u64) {
         self.0.completion_tokens.fetch_add(tokens, Ordering::Relaxed);
@@ -95,6 +106,7 @@ impl Line {
             request,
             caller: OnceLock::new(),
             model: OnceLock::new(),
+            group: Mutex::default(),
             body: bodies.then(OnceLock::new),
             refusal: OnceLock::new(),
             prompt_tokens: AtomicU64::new(0),
@@ -104,6 +116,21 @@ impl Line {
             generates: AtomicBool::new(false),
             finished: AtomicBool::new(false),
         }
+    }
+
+    /// As it stands now; none for a request that leaves no line.
+    pub(super) fn describe(&self, now: Instant) -> Option<OpenRequest> {
+        let (request_id, request, began) = self.request.as_ref()?;
+        Some(OpenRequest {
+            request_id: request_id.clone(),
+            tenant: self.caller.get().map(|caller| caller.tenant.name.clone()),
+            request: request.clone(),
+            model: self.model.get().cloned(),
+            group: self.group.lock().clone(),
+            age_seconds: now.saturating_duration_since(*began).as_secs_f64(),
+            prompt_tokens: self.prompt_tokens.load(Ordering::Relaxed),
+            completion_tokens: self.completion_tokens.load(Ordering::Relaxed),
+        })
     }
 
     fn outcome(&self, status: u16) -> &'static str {

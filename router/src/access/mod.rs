@@ -13,6 +13,7 @@ mod bucket;
 pub mod jwt;
 pub mod keys;
 pub mod limits;
+pub mod open_requests;
 pub mod policy;
 pub mod quota;
 

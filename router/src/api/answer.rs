@@ -263,6 +263,9 @@ impl Answer {
 
     fn receive(&mut self, number: usize, event: Event) {
         let choice = &mut self.choices[number];
+        if let Some(group) = choice.sequence.as_ref().and_then(|sequence| sequence.served_by().last()) {
+            self.context.audit.runs_on(group);
+        }
         match event {
             Event::Started { cached_tokens } => choice.cached_tokens = cached_tokens,
             Event::PromptLogprobs(mut part) => choice.prompt_logprobs.append(&mut part.positions),

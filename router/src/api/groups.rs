@@ -7,10 +7,16 @@ use bora_common::registry::{GroupRecord, GroupState};
 use serde::Serialize;
 
 use super::status::json;
-use crate::{access::Caller, fleet::view::Group, service::Service};
+use crate::{
+    access::{Caller, open_requests::OpenRequest},
+    fleet::view::Group,
+    service::Service,
+};
 
 #[derive(Serialize)]
-struct Groups {
+struct Groups<'a> {
+    /// Name of the cluster: with the record, what a call to a group's leader has to expect.
+    cluster: &'a str,
     /// Routers that live, this one included: each grants that share of the tenants' limits.
     routers: u32,
     groups: Vec<GroupObject>,
@@ -48,7 +54,17 @@ pub async fn list(State(service): State<Arc<Service>>, caller: Option<Extension<
     let caller = caller.and_then(|Extension(caller)| caller);
     let is_shown = |group: &&Arc<Group>| caller.as_ref().is_none_or(|caller| caller.may_use(&group.record.model));
     let groups = view.groups().filter(is_shown).map(|group| describe(group)).collect();
-    json(&Groups { routers: service.access().routers().count(), groups })
+    json(&Groups { cluster: &service.options().cluster, routers: service.access().routers().count(), groups })
+}
+
+#[derive(Serialize)]
+struct Requests {
+    requests: Vec<OpenRequest>,
+}
+
+/// The requests that are open now, the oldest first.
+pub async fn requests(State(service): State<Arc<Service>>) -> Response<Body> {
+    json(&Requests { requests: service.open_requests().list() })
 }
 
 fn describe(group: &Group) -> GroupObject {

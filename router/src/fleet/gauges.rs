@@ -31,6 +31,7 @@ pub struct GroupGauges {
     ready: Family<GroupLabels, Gauge>,
     announced: Family<GroupLabels, Gauge>,
     responding: Family<GroupLabels, Gauge>,
+    draining: Family<GroupLabels, Gauge>,
     running: Family<GroupLabels, Gauge>,
     waiting: Family<GroupLabels, Gauge>,
     max_sequences: Family<GroupLabels, Gauge>,
@@ -48,6 +49,7 @@ impl GroupGauges {
             ready: Family::default(),
             announced: Family::default(),
             responding: Family::default(),
+            draining: Family::default(),
             running: Family::default(),
             waiting: Family::default(),
             max_sequences: Family::default(),
@@ -60,6 +62,11 @@ impl GroupGauges {
         registry.register("group_ready", "1 where the group takes requests", gauges.ready.clone());
         registry.register("group_announced", "1 if the registry lists the group", gauges.announced.clone());
         registry.register("group_responding", "1 if the group reports its state", gauges.responding.clone());
+        registry.register(
+            "group_draining",
+            "1 if the group was drained and takes no requests until it is resumed or ends",
+            gauges.draining.clone(),
+        );
         registry.register("group_running_sequences", "Sequences that run on the group", gauges.running.clone());
         registry.register("group_waiting_sequences", "Sequences that wait in the group", gauges.waiting.clone());
         registry.register(
@@ -101,6 +108,7 @@ impl GroupGauges {
             self.ready.get_or_create(&labels).set(i64::from(group.is_ready()));
             self.announced.get_or_create(&labels).set(i64::from(group.link.is_announced()));
             self.responding.get_or_create(&labels).set(i64::from(group.link.is_responding()));
+            self.draining.get_or_create(&labels).set(i64::from(group.is_draining()));
             self.running.get_or_create(&labels).set(i64::from(told.running));
             self.waiting.get_or_create(&labels).set(i64::from(told.waiting));
             self.max_sequences.get_or_create(&labels).set(i64::from(group.record.max_sequences));
@@ -121,6 +129,7 @@ impl GroupGauges {
             &self.ready,
             &self.announced,
             &self.responding,
+            &self.draining,
             &self.running,
             &self.waiting,
             &self.max_sequences,

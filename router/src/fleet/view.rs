@@ -13,7 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bora_common::config::HostPort;
 use bora_common::cost::{CostModel, GroupLoad};
+use bora_common::peer::Expected;
 use bora_common::registry::{GroupChange, GroupRecord, GroupState};
 use bora_common::secret::ClusterKeys;
 use bora_common::version;
@@ -93,9 +95,18 @@ impl Group {
             && self.link.bounds == GroupBounds::of(record)
     }
 
+    /// Whether it was drained: its own word is fresher than its record.
+    pub fn is_draining(&self) -> bool {
+        match self.link.told_state() {
+            State::Draining => true,
+            State::Unspecified => self.record.state == GroupState::Draining,
+            State::Ready | State::Loading => false,
+        }
+    }
+
     /// Whether it takes requests: its own word is fresher than its record. One that does not respond gets none.
     pub fn is_ready(&self) -> bool {
-        if !self.link.is_responding() || self.link.is_excluded() {
+        if !self.link.is_responding() || self.link.is_excluded() || self.link.is_mismatched() {
             return false;
         }
         match self.link.told_state() {
@@ -118,6 +129,8 @@ pub struct Link {
     pub bounds: GroupBounds,
     /// Its bit in the index.
     pub slot: Slot,
+    /// What a call expects of the server that it reaches.
+    pub expected: Expected,
     /// Connections to its leader.
     pub channels: Channels,
     /// What is booked there.
@@ -138,6 +151,7 @@ pub struct Link {
     heard_at: Mutex<tokio::time::Instant>,
     /// Told when its record changed: it may be worth another try.
     pub(super) changed: Arc<Notify>,
+    mismatched: AtomicBool,
     watcher: Mutex<Option<tokio::task::AbortHandle>>,
 }
 
@@ -216,6 +230,16 @@ impl Link {
         excluded
     }
 
+    /// Whether another server was found at its address; true until the group itself is found there again.
+    pub fn is_mismatched(&self) -> bool {
+        self.mismatched.load(Ordering::Relaxed)
+    }
+
+    /// The group was found at its address, or another server was. Says whether that is new.
+    pub(super) fn set_mismatched(&self, mismatched: bool) -> bool {
+        self.mismatched.swap(mismatched, Ordering::Relaxed) != mismatched
+    }
+
     /// Whether the registry knows it.
     pub fn is_announced(&self) -> bool {
         self.announced.load(Ordering::Relaxed)
@@ -276,6 +300,8 @@ pub struct Fleet {
     pub violations: Family<ViolationLabels, Counter>,
     /// What is configured of models.
     limits: HashMap<String, ModelLimits>,
+    /// Calls that reached another server than the group that was meant, by the part of the identity that differs.
+    pub identity_mismatches: Family<PartLabels, Counter>,
     dial: Dial,
     options: RouterOptions,
     /// What its own blocks are named under, in public.
@@ -287,6 +313,13 @@ pub struct Fleet {
 pub struct ViolationLabels {
     /// [`ViolationKind::name`].
     pub kind: &'static str,
+}
+
+/// A part of an identity, from a fixed list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PartLabels {
+    /// `contract`, `cluster`, `model`, `group`, `epoch` or `weights`.
+    pub part: &'static str,
 }
 
 impl Fleet {
@@ -324,6 +357,11 @@ impl Fleet {
             // a counter that is there at zero shows its first increase
             let _ = violations.get_or_create(&ViolationLabels { kind: kind.name() });
         }
+        let identity_mismatches = Family::<PartLabels, Counter>::default();
+        for part in ["contract", "cluster", "model", "group", "epoch", "weights"] {
+            // a counter that is there at zero shows its first increase
+            let _ = identity_mismatches.get_or_create(&PartLabels { part });
+        }
         Arc::new(Self {
             view: RwLock::default(),
             index: Arc::new(Index::new()),
@@ -335,6 +373,7 @@ impl Fleet {
             left: Notify::new(),
             violations,
             limits,
+            identity_mismatches,
             dial,
             options,
             cache_key_id: keys.cache_key_id().into(),
@@ -373,7 +412,9 @@ impl Fleet {
     }
 
     fn put(self: &Arc<Self>, record: GroupRecord) {
-        if let Err(skew) = version::check(env!("CARGO_PKG_VERSION"), &record.version) {
+        let compatible = version::check_contract(record.contract)
+            .and_then(|()| version::check(env!("CARGO_PKG_VERSION"), &record.version));
+        if let Err(skew) = compatible {
             return self.refuse(&record, &skew);
         }
         let record = match record::check(record.clone(), self.limits.get(&record.model)) {
@@ -388,6 +429,11 @@ impl Fleet {
         }
         if self.names.is_taken(&self.view(), &record) {
             return;
+        }
+        let is_here = || record.endpoint.parse::<HostPort>().is_ok_and(|endpoint| endpoint.is_loopback());
+        if self.options.loopback_only && !is_here() {
+            let reason = "it is beyond loopback, and gRPC is plain text: expected grpc.tls or grpc.insecure";
+            return self.refuse(&record, &reason);
         }
         self.refused.lock().remove(&(clip(&record.model), clip(&record.group)));
         let mut view = self.view.write();
@@ -505,6 +551,7 @@ impl Fleet {
             weights: record.weight_fingerprint.as_str().into(),
             bounds: GroupBounds::of(record),
             slot: self.index.assign(),
+            expected: Expected::of_record(&self.options.cluster, record),
             channels,
             ledger: Ledger::default(),
             breaker: Breaker::default(),
@@ -517,6 +564,7 @@ impl Fleet {
             excluded: AtomicBool::new(false),
             heard_at: Mutex::new(tokio::time::Instant::now()),
             changed: Arc::default(),
+            mismatched: AtomicBool::new(false),
             watcher: Mutex::new(None),
         }))
     }
@@ -534,6 +582,26 @@ impl Fleet {
             tracing::warn!(group, "group is no longer announced but still answers, keeping it");
         } else {
             self.remove(&known.link);
+        }
+    }
+
+    /// Another server is at the group's address: it gets nothing until it is found there again, and is gone if the
+    /// registry does not list it.
+    pub fn mismatched(&self, link: &Arc<Link>, part: &'static str) {
+        self.identity_mismatches.get_or_create(&PartLabels { part }).inc();
+        if link.set_mismatched(true) {
+            tracing::error!(
+                group = link.group,
+                epoch = link.epoch,
+                part,
+                "another server is at the address of the group: it gets no requests"
+            );
+            // what it held is not there any more
+            self.index.clear(link.slot);
+            self.room.changed();
+        }
+        if !link.is_announced() {
+            self.remove(link);
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use bora_common::version;
+use bora_common::{peer::identity, version};
 use bora_proto::v1::{GroupEvent, State, WatchRequest, group_event::Event};
 use rand::Rng as _;
 use tokio::time::Instant;
@@ -57,6 +57,14 @@ impl Broken {
         }
     }
 
+    /// The part that differs, if another server is at the group's address.
+    fn mismatch(&self) -> Option<&'static str> {
+        match self {
+            Broken::Status(status) => identity::mismatch_of(status),
+            _ => None,
+        }
+    }
+
     /// Whether the group may be gone for good.
     fn is_end(&self) -> bool {
         !matches!(self, Broken::Gap { .. } | Broken::Epoch { .. } | Broken::Violation(_))
@@ -71,6 +79,7 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
             return;
         };
         let (broken, began) = watch_once(&strong_fleet, strong_link).await;
+        let mismatch = broken.mismatch();
         let Some(strong_link) = link.upgrade() else {
             return;
         };
@@ -81,7 +90,9 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
         } else {
             tracing::debug!(group = strong_link.group, reason = %broken, "event stream of the group did not begin");
         }
-        if broken.is_outage() {
+        if let Some(part) = mismatch {
+            strong_fleet.mismatched(&strong_link, part);
+        } else if broken.is_outage() {
             strong_link.set_silent();
             strong_link.breaker.failed();
         }
@@ -107,7 +118,7 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
 /// One stream of events, to its end; says why it ended and whether it had begun.
 async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
     let mut client = link.channels.client(link.bounds.max_message_bytes());
-    let mut request = tonic::Request::new(WatchRequest { watcher: format!("router-{}", std::process::id()) });
+    let mut request = link.expected.on(WatchRequest { watcher: format!("router-{}", std::process::id()) });
     let own_version = AsciiMetadataValue::from_static(env!("CARGO_PKG_VERSION"));
     request.metadata_mut().insert(version::METADATA, own_version);
     let opened = tokio::time::timeout(OPEN_PATIENCE, client.watch(request));
@@ -140,6 +151,7 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
             }
         } else {
             link.set_watched(true);
+            link.set_mismatched(false);
             link.breaker.succeeded();
         }
         last = Some((event.epoch, event.sequence));

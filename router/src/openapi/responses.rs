@@ -110,9 +110,33 @@ pub struct Detokenized {
 /// The fleet as this router sees it.
 #[derive(JsonSchema)]
 pub struct Groups {
+    /// Name of the cluster.
+    pub cluster: String,
     /// Routers that live, this one included.
     pub routers: u32,
     pub groups: Vec<Group>,
+}
+
+/// The requests that are open now.
+#[derive(JsonSchema)]
+pub struct OpenRequests {
+    pub requests: Vec<OpenRequest>,
+}
+
+/// A request that is open.
+#[derive(JsonSchema)]
+pub struct OpenRequest {
+    pub request_id: String,
+    pub tenant: Option<String>,
+    /// Method and path.
+    pub request: String,
+    pub model: Option<String>,
+    /// The group that serves it now.
+    pub group: Option<String>,
+    pub age_seconds: f64,
+    pub prompt_tokens: u64,
+    /// Tokens generated so far.
+    pub completion_tokens: u64,
 }
 
 /// A group: one copy of a model.
@@ -139,6 +163,8 @@ pub struct Group {
     #[schemars(with = "State")]
     pub state: GroupState,
     pub version: String,
+    /// Contract that its worker speaks.
+    pub contract: u32,
     /// Whether the registry still lists it.
     pub announced: bool,
     /// Whether its event stream to this router lives.

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use bora_common::{blocks::BlockHash, telemetry::TraceContext};
+use bora_common::{blocks::BlockHash, peer::identity, telemetry::TraceContext};
 use bora_proto::v1::{
     FinishReason, Finished, GenerateEvent, GenerateRequest, Grammar, Image, Logprobs, Priority, PromptLogprobs,
     Sampling, Stopping, Tokens, generate_event::Event as Sent,
@@ -412,6 +412,9 @@ impl Sequence {
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(status)) => {
+                    if let Some(part) = identity::mismatch_of(&status) {
+                        self.relay.fleet.mismatched(booking.link(), part);
+                    }
                     let failure = Failure::from(&status);
                     self.unreached += u32::from(matches!(failure, Failure::Lost(_)));
                     self.leave(booking, &failure);
@@ -646,7 +649,15 @@ impl Sequence {
         let message = self.message();
         let bounds = self.bounds(&group, &message);
         let channel = group.link.channels.channel();
-        let opening = stream::open(channel, message, bounds.max_message_bytes(), time_left, trace, tracestate);
+        let opening = stream::open(
+            channel,
+            group.link.expected.clone(),
+            message,
+            bounds.max_message_bytes(),
+            time_left,
+            trace,
+            tracestate,
+        );
         self.phase = Phase::Opening { booking, opening: Box::pin(opening), since: Instant::now(), bounds, waited };
     }
 

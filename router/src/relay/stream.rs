@@ -8,7 +8,11 @@ use std::{
 };
 
 use axum::http::uri::PathAndQuery;
-use bora_common::{telemetry::TraceContext, tls, version};
+use bora_common::{
+    peer::{Expected, identity},
+    telemetry::TraceContext,
+    tls, version,
+};
 use bora_proto::v1::{GenerateEvent, inference_client::InferenceClient};
 use tonic::{
     Code, Status, Streaming,
@@ -29,8 +33,11 @@ const CONNECTION_WINDOW: u32 = 16 << 20;
 /// Makes of an endpoint a channel that connects when it is first used.
 pub type Dial = Box<dyn Fn(&Endpoint) -> Channel + Send + Sync>;
 
-/// Connects over TCP, with TLS where the options have it.
+/// Connects over TCP, with TLS where the options have it; within the process where they say so.
 pub fn dial_tcp(options: &RouterOptions) -> Dial {
+    if let Some(local) = options.in_process.clone() {
+        return Box::new(move |endpoint| local.channel(endpoint));
+    }
     let tls = options.grpc.clone();
     Box::new(move |endpoint| tls::channel(endpoint, tls.as_ref()))
 }
@@ -126,6 +133,9 @@ impl From<&Status> for Failure {
         let message = clip(status.message());
         // A status that came over the wire has no source; one that tells of a broken connection has.
         let of_the_connection = status.source().is_some();
+        if let Some(part) = identity::mismatch_of(status) {
+            return Failure::Refused(format!("another server is at its address: {part} differs"));
+        }
         match status.code() {
             Code::ResourceExhausted if !of_the_connection => Failure::Full(message),
             Code::DeadlineExceeded => Failure::TimedOut,
@@ -142,6 +152,7 @@ impl From<&Status> for Failure {
 /// Starts a sequence. The group's deadline is what is left of the request's. An event may have so many bytes.
 pub async fn open(
     channel: Channel,
+    expected: Expected,
     message: Outgoing,
     max_event_bytes: usize,
     time_left: Duration,
@@ -151,6 +162,7 @@ pub async fn open(
     let mut request = tonic::Request::new(message);
     request.set_timeout(time_left);
     let metadata = request.metadata_mut();
+    expected.attach(metadata);
     metadata.insert(version::METADATA, AsciiMetadataValue::from_static(env!("CARGO_PKG_VERSION")));
     if let Some(traceparent) = trace.and_then(|trace| AsciiMetadataValue::try_from(trace.to_string()).ok()) {
         metadata.insert("traceparent", traceparent);

@@ -759,3 +759,81 @@ async fn groups_of_another_cluster_secret_are_refused_until_theirs_agrees() {
     harness.changes.send(GroupChange::Put(Box::new(record))).await.expect("followed");
     harness.until("it is gone", |harness| harness.router.service().fleet().view().groups().count() == 1).await;
 }
+
+/// The address of a group that died is taken by a group of another model, while the registry still lists the first one
+/// (a lease that has not ended) or not any more.
+#[tokio::test]
+async fn a_recycled_address_never_serves_another_model() {
+    let harness = Harness::start(vec![Group::start("first", |_| Ok(say("first")))]).await;
+    assert_eq!(harness.post(CHAT, chat(false)).await.status, 200);
+    harness.groups[0].kill();
+    let address = harness.groups[0].endpoint.clone();
+    let second = Group::start_at(&address, "second", "another-model", |_| Ok(say("second")));
+    harness
+        .until("the other server is noticed", |harness| {
+            harness.router.service().fleet().view().groups().any(|group| group.link.is_mismatched())
+        })
+        .await;
+    for _ in 0..5 {
+        let answer = harness.post(CHAT, chat(false)).await;
+        assert_eq!(answer.status, 503, "{}", answer.text);
+    }
+    assert!(second.seen().is_empty(), "it was asked for a model that it is not");
+    let metrics = harness.get("/metrics").await.text;
+    assert!(metrics.contains("bora_router_identity_mismatches_total{part=\"model\"}"), "{metrics}");
+
+    // the second one is announced and the first one leaves the registry: only the first is gone
+    harness.changes.send(GroupChange::Put(Box::new(second.record()))).await.expect("followed");
+    harness.changes.send(GroupChange::Gone { model: MODEL.into(), group: "first".into() }).await.expect("followed");
+    harness
+        .until("the second one alone is there", |harness| {
+            let view = harness.router.service().fleet().view();
+            let names: Vec<_> = view.groups().map(|group| (group.record.group.clone(), group.is_ready())).collect();
+            names == [("second".to_owned(), true)]
+        })
+        .await;
+    let body = json!({"model": "another-model", "prompt": [1000, 1001], "max_tokens": 5});
+    assert_eq!(harness.post("/v1/completions", body).await.status, 200);
+    assert_ne!(harness.post(CHAT, chat(false)).await.status, 200);
+    assert_eq!(second.seen().len(), 1);
+}
+
+/// The stream that a group died under goes on elsewhere, and not on whoever came to its address.
+#[tokio::test]
+async fn a_stream_moves_past_a_recycled_address() {
+    let gate = Gate::closed();
+    let held = gate.clone();
+    let first =
+        Group::start("a", move |_| Ok(vec![Act::Start { cached: 0 }, Act::Ids(vec![1500]), Act::Hold(held.clone())]));
+    let harness = Harness::start(vec![first]).await;
+    let body = json!({"model": MODEL, "prompt": [1000, 1001], "max_tokens": 3, "return_token_ids": true});
+    let asked = harness.post("/v1/completions", body);
+    let swapped = async {
+        harness.until("it streams", |harness| harness.groups[0].running() == 1).await;
+        harness.groups[0].kill();
+        let recycled = Group::start_at(&harness.groups[0].endpoint, "a", "another-model", |_| Ok(say("wrong")));
+        let other = Group::start("b", |_| Ok(say_ids(&[1501, 1502], FinishReason::Length)));
+        harness.changes.send(GroupChange::Put(Box::new(other.record()))).await.expect("followed");
+        (recycled, other)
+    };
+    let (answer, (recycled, other)) = tokio::join!(asked, swapped);
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    assert_eq!(answer.json()["choices"][0]["token_ids"], json!([1500, 1501, 1502]));
+    assert_eq!((recycled.seen().len(), other.seen().len()), (0, 1));
+}
+
+#[tokio::test]
+async fn a_group_of_contract_1_is_refused_by_name() {
+    let harness = Harness::start(vec![Group::start("new", |_| Ok(say("new")))]).await;
+    let old = Group::start("old", |_| Ok(say("old")));
+    // as release 0.1 announced itself
+    let mut record = serde_json::to_value(old.record()).expect("JSON");
+    record.as_object_mut().expect("an object").remove("contract");
+    record["version"] = "0.1.0".into();
+    let record: bora_common::registry::GroupRecord = serde_json::from_value(record).expect("a record of 0.1");
+    assert_eq!(record.contract, 1);
+    harness.changes.send(GroupChange::Put(Box::new(record))).await.expect("followed");
+    harness.until("it is refused", |harness| harness.router.service().fleet().refused() == 1).await;
+    assert_eq!(harness.router.service().fleet().view().groups().count(), 1);
+    assert_eq!(old.watches(), 0);
+}

@@ -16,6 +16,7 @@ use std::{
 use axum::body::Body;
 use bora_common::{
     blocks::hash_blocks,
+    peer::{Admission, Guard, ServerIdentity},
     registry::{Device, GroupChange, GroupRecord, GroupState, RankRecord, Speed},
     secret::{CacheSalt, CacheScope, ClusterKeys},
     tokenizer::Tokenizer,
@@ -283,9 +284,26 @@ impl Inference for Scripted {
     }
 }
 
+/// Waits until an address can be listened on: the runtime of a group that was killed may still close its port.
+#[allow(clippy::disallowed_methods)] // of a test, before anything runs
+fn listen(address: &str) -> std::net::TcpListener {
+    let address: std::net::SocketAddr = address.parse().expect("an address");
+    for _ in 0..1_000 {
+        // as a listener of tokio does: connections of the last group may still be closing
+        let bound = std::net::TcpListener::bind(address);
+        if let Ok(listener) = bound {
+            listener.set_nonblocking(true).expect("nonblocking");
+            return listener;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{address} is taken");
+}
+
 /// A scripted group.
 pub struct Group {
     pub name: String,
+    pub model: String,
     pub endpoint: String,
     /// Of its record.
     pub max_sequences: u32,
@@ -296,6 +314,16 @@ pub struct Group {
 impl Group {
     pub fn start(
         name: &str,
+        script: impl Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync + 'static,
+    ) -> Self {
+        Self::start_at("127.0.0.1:0", name, MODEL, script)
+    }
+
+    /// A group of any model at an address, which may have been that of another group.
+    pub fn start_at(
+        address: &str,
+        name: &str,
+        model: &str,
         script: impl Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync + 'static,
     ) -> Self {
         let runtime =
@@ -311,14 +339,17 @@ impl Group {
             watches: Arc::default(),
             reported: Arc::default(),
         };
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-        listener.set_nonblocking(true).expect("nonblocking");
+        let listener = listen(address);
         let endpoint = listener.local_addr().expect("bound").to_string();
         let service = InferenceServer::new(scripted.clone()).max_decoding_message_size(64 << 20);
+        let identity = ServerIdentity::new(options().cluster, model, name, 1);
+        identity.set_weights("none");
+        let guard = Guard::new(Arc::new(identity), Admission::Anybody);
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
             let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
             let _ = tonic::transport::Server::builder()
+                .layer(guard)
                 .tcp_nodelay(true)
                 .add_service(service)
                 .serve_with_incoming(incoming)
@@ -333,7 +364,7 @@ impl Group {
                 runtime.shutdown_background();
             }
         });
-        Self { name: name.into(), endpoint, max_sequences: 64, scripted, runtime }
+        Self { name: name.into(), model: model.into(), endpoint, max_sequences: 64, scripted, runtime }
     }
 
     pub fn kill(&self) {
@@ -390,8 +421,8 @@ impl Group {
             group: self.name.clone(),
             epoch: 1,
             endpoint: self.endpoint.clone(),
-            model: MODEL.into(),
-            aliases: vec![ALIAS.into()],
+            model: self.model.clone(),
+            aliases: if self.model == MODEL { vec![ALIAS.into()] } else { Vec::new() },
             device: Device::Fake,
             cache_key_id: keys().cache_key_id().into(),
             weight_fingerprint: "none".into(),
@@ -410,6 +441,7 @@ impl Group {
             },
             state: GroupState::Ready,
             version: "test".into(),
+            contract: bora_common::version::CONTRACT,
         }
     }
 }

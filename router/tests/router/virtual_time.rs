@@ -91,6 +91,7 @@ pub(crate) fn record(name: &str, epoch: u64) -> GroupRecord {
         },
         state: GroupState::Ready,
         version: String::new(),
+        contract: bora_common::version::CONTRACT,
     }
 }
 

@@ -146,7 +146,13 @@ fn settings(args: &EngineArgs, metrics: &Arc<WorkerMetrics>) -> WorkerSettings {
         max_model_len: None,
         weight_fingerprint: None,
     };
-    WorkerSettings { options, model, metrics: Arc::clone(metrics), keys: ClusterKeys::random() }
+    WorkerSettings {
+        cluster: "bench".into(),
+        options,
+        model,
+        metrics: Arc::clone(metrics),
+        keys: ClusterKeys::random(),
+    }
 }
 
 fn gpu_name(device: Device, ranks: usize) -> String {

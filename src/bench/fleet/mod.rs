@@ -542,5 +542,6 @@ fn record(number: usize) -> GroupRecord {
         speed: SPEED,
         state: GroupState::Ready,
         version: String::new(),
+        contract: bora_common::version::CONTRACT,
     }
 }

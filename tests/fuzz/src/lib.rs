@@ -325,5 +325,6 @@ fn group() -> GroupRecord {
         speed: Speed { prefill_tokens_per_second: 1.0, prefill_seconds_per_token_pair: 0.0, decode_step_seconds: 1.0 },
         state: GroupState::Ready,
         version: "0".into(),
+        contract: bora_common::version::CONTRACT,
     }
 }

@@ -51,6 +51,27 @@ pub enum EngineHealth {
     },
 }
 
+/// Whether new sequences are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Intake {
+    Open,
+    /// Until [`EngineHandle::resume`].
+    Drained,
+    /// For good: the process ends.
+    Closed,
+}
+
+/// The group can't take sequences again.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResumeError {
+    /// Its process ends.
+    #[error("the process of the group is ending")]
+    Ending,
+    /// The engine is gone.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
 /// Started and running; cheap to clone. The loop ends when the last clone is gone and the last sequence
 /// ended.
 #[derive(Clone)]
@@ -64,7 +85,7 @@ struct Inner {
     places: Arc<Places>,
     progress: Arc<Progress>,
     load: watch::Receiver<v1::Load>,
-    draining: watch::Sender<bool>,
+    intake: watch::Sender<Intake>,
     failure: Arc<OnceLock<String>>,
     failed: watch::Receiver<bool>,
     next_key: AtomicU64,
@@ -130,7 +151,7 @@ impl EngineHandle {
             places: Arc::default(),
             progress,
             load: load_receiver,
-            draining: watch::Sender::new(false),
+            intake: watch::Sender::new(Intake::Open),
             failure,
             failed,
             next_key: AtomicU64::new(1),
@@ -157,7 +178,7 @@ impl EngineHandle {
         trace: Option<TraceContext>,
     ) -> Result<EventStream, EngineError> {
         let inner = &self.inner;
-        if *inner.draining.borrow() {
+        if *inner.intake.borrow() != Intake::Open {
             return Err(EngineError::unavailable("the group is draining"));
         }
         if let Some(reason) = self.failure() {
@@ -213,10 +234,44 @@ impl EngineHandle {
         receiver.await.map_err(|_| self.gone())
     }
 
-    /// Takes nothing new, sends what waits elsewhere, lets what runs finish within `timeout` and sends the
-    /// rest elsewhere. Returns how many finished and how many did not.
+    /// Takes nothing new until [`Self::resume`], sends what waits elsewhere, lets what runs finish within `timeout` and
+    /// sends the rest elsewhere. Returns how many finished and how many did not.
     pub async fn drain(&self, timeout: Duration) -> Result<(u32, u32), EngineError> {
-        self.inner.draining.send_replace(true);
+        self.inner.intake.send_if_modified(|intake| {
+            let is_open = *intake == Intake::Open;
+            if is_open {
+                *intake = Intake::Drained;
+            }
+            is_open
+        });
+        self.run_empty(timeout).await
+    }
+
+    /// Drains for good, because the process ends.
+    pub async fn close(&self, timeout: Duration) -> Result<(u32, u32), EngineError> {
+        self.inner.intake.send_replace(Intake::Closed);
+        self.run_empty(timeout).await
+    }
+
+    /// Takes sequences again after [`Self::drain`]; without one it changes nothing.
+    pub async fn resume(&self) -> Result<(), ResumeError> {
+        let mut ending = false;
+        self.inner.intake.send_if_modified(|intake| {
+            ending = *intake == Intake::Closed;
+            let was_drained = *intake == Intake::Drained;
+            if was_drained {
+                *intake = Intake::Open;
+            }
+            was_drained
+        });
+        if ending {
+            return Err(ResumeError::Ending);
+        }
+        Ok(self.command(Command::Resume).await?)
+    }
+
+    async fn run_empty(&self, timeout: Duration) -> Result<(u32, u32), EngineError> {
+        let mut intake = self.inner.intake.subscribe();
         let deadline = tokio::time::Instant::now() + timeout;
         let (running, receiver) = oneshot::channel();
         self.command(Command::Drain { running }).await?;
@@ -225,7 +280,11 @@ impl EngineHandle {
             // a step takes longer than there is time
             Err(_) => self.inner.places.active(),
         };
-        let in_time = tokio::time::timeout_at(deadline, self.inner.places.until_empty()).await.is_ok();
+        let in_time = tokio::select! {
+            emptied = tokio::time::timeout_at(deadline, self.inner.places.until_empty()) => emptied.is_ok(),
+            // resumed: what runs now runs on
+            _ = intake.wait_for(|intake| *intake == Intake::Open) => true,
+        };
         if in_time {
             return Ok((begun, 0));
         }
@@ -244,7 +303,7 @@ impl EngineHandle {
                 EngineHealth::Failed { reason: format!("step {step} is {} s overdue", overdue.as_secs()) }
             }
             Some((step, overdue)) if overdue >= STALLED_AFTER => EngineHealth::Stalled { step, overdue },
-            _ if *self.inner.draining.borrow() => EngineHealth::Draining,
+            _ if *self.inner.intake.borrow() != Intake::Open => EngineHealth::Draining,
             _ => EngineHealth::Ready,
         }
     }

@@ -13,7 +13,7 @@
 //! let config = EngineConfig::of_group(&record, vec![2], EngineOptions::default(), keys);
 //! let (engine, thread) = EngineHandle::start(config, Box::new(runner))?;
 //! let failed = engine.failed(); // or a signal
-//! let host = bora_worker::service::Host::of(engine, record);
+//! let host = bora_worker::service::Host::of("bora", engine, record);
 //! bora_worker::service::serve(listener, host, Default::default(), async move {
 //!     tracing::error!(reason = failed.await, "the engine failed");
 //! })
@@ -23,7 +23,7 @@
 //!
 //! - [`EngineHandle::generate`] checks a request, queues it and returns the stream of its events.
 //! - [`EngineHandle::watch`], [`load`](EngineHandle::load), [`flush`](EngineHandle::flush),
-//!   [`drain`](EngineHandle::drain), [`health`](EngineHandle::health): for routers and operators.
+//!   [`drain`](EngineHandle::drain), [`resume`](EngineHandle::resume), [`health`](EngineHandle::health): for routers and operators.
 //! - [`EngineHandle::failed`] completes when the group can't go on; the process then ends, so that the
 //!   group is created again. Every stream has been told `UNAVAILABLE` by then.
 //!
@@ -52,7 +52,7 @@ pub use calibrate::calibrate;
 pub use config::{EngineConfig, EngineConfigError, EngineOptions};
 pub use error::EngineError;
 pub(crate) use handle::EngineObserver;
-pub use handle::{EngineHandle, EngineHealth, EngineStartError};
+pub use handle::{EngineHandle, EngineHealth, EngineStartError, ResumeError};
 pub use progress::{LOST_AFTER, STALLED_AFTER};
 pub use stream::EventStream;
 

@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Flush { blocks: oneshot::Sender<u32> },
     /// End what waits, tell the watchers; how many go on running.
     Drain { running: oneshot::Sender<u32> },
+    /// Tell the watchers that sequences are taken again.
+    Resume,
     /// End everything.
     EndAll { reason: String },
 }
@@ -135,6 +137,7 @@ impl EngineLoop {
                 self.scheduler.fail_waiting(&EngineError::unavailable("the group is draining"));
                 let _ = running.send(self.scheduler.load().running);
             }
+            Command::Resume => self.watchers.set_state(v1::State::Ready),
             Command::EndAll { reason } => self.scheduler.fail_all(&EngineError::unavailable(reason)),
         }
     }

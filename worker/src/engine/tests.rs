@@ -7,7 +7,7 @@ use bora_proto::v1::{self, generate_event::Event, group_event};
 use futures::StreamExt as _;
 
 use super::step::RunError;
-use super::{EngineConfig, EngineError, EngineHandle, EngineHealth, EngineOptions, EventStream};
+use super::{EngineConfig, EngineError, EngineHandle, EngineHealth, EngineOptions, EventStream, ResumeError};
 use crate::backend::fake::{FakeOptions, FakeRunner, echo};
 
 fn fake() -> FakeOptions {
@@ -324,6 +324,47 @@ async fn draining_finishes_what_runs_and_refuses_the_rest() {
     for stream in long {
         assert!(matches!(all(stream).await.1, Err(EngineError::Unavailable { .. })));
     }
+}
+
+#[tokio::test]
+async fn a_drained_engine_resumes_and_one_that_ends_does_not() {
+    let mut options = fake();
+    options.time_scale = 1.0;
+    let (engine, _) = start(options);
+    let mut watched = engine.watch("test".into()).await.unwrap();
+    let prompt: Vec<u32> = (10..20).collect();
+    assert_eq!(engine.drain(Duration::from_secs(5)).await, Ok((0, 0)));
+    assert_eq!(engine.health(), EngineHealth::Draining);
+    assert!(engine.generate(request(&prompt, 1)).is_err());
+    engine.resume().await.unwrap();
+    assert_eq!(engine.health(), EngineHealth::Ready);
+    assert_eq!(all(engine.generate(request(&prompt, 3)).unwrap()).await.0.len(), 3);
+    let mut states = Vec::new();
+    while states.len() < 3 {
+        if let Some(v1::group_event::Event::State(state)) = watched.recv().await.unwrap().event {
+            states.push(v1::State::try_from(state).unwrap());
+        }
+    }
+    assert_eq!(states, [v1::State::Ready, v1::State::Draining, v1::State::Ready]);
+
+    // a drain that still waits ends with the resumption, and what runs is left alone
+    let mut long = engine.generate(request(&prompt, 1_500)).unwrap();
+    long.next().await.unwrap().unwrap();
+    let draining = tokio::spawn({
+        let engine = engine.clone();
+        async move { engine.drain(Duration::from_secs(60)).await }
+    });
+    while engine.health() == EngineHealth::Ready {
+        tokio::task::yield_now().await;
+    }
+    engine.resume().await.unwrap();
+    assert_eq!(draining.await.unwrap(), Ok((1, 0)));
+    drop(long);
+
+    engine.close(Duration::from_secs(5)).await.unwrap();
+    assert_eq!(engine.resume().await, Err(ResumeError::Ending));
+    assert_eq!(engine.drain(Duration::from_secs(5)).await, Ok((0, 0)));
+    assert_eq!(engine.resume().await, Err(ResumeError::Ending), "a drain does not undo the end");
 }
 
 #[tokio::test]

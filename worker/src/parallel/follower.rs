@@ -5,10 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bora_common::model::ModelConfig;
+use bora_common::peer::{Expected, Role, identity};
 use bora_common::tls::{self, Connector};
+use bora_common::version;
 use bora_proto::v1::peers_client::PeersClient;
 use bora_proto::v1::{
-    Failed, FromFollower, FromLeader, Heartbeat, Hello, RankProgress, Ready, Welcome, from_follower, from_leader,
+    Failed, FromFollower, FromLeader, Heartbeat, Hello, Identity, RankProgress, Ready, Welcome, from_follower,
+    from_leader,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,9 +22,10 @@ use tracing::{info, warn};
 use super::collective::{Collective, CollectiveError};
 use super::fault::{Fault, GroupProgress};
 use super::group::{StartError, blocking, system};
+use super::handshake::MeshKey;
 use super::options::FollowerOptions;
 use super::rank::{Loading, RankThread, open_weights};
-use super::tcp::{MeshKey, MeshOptions, connect_mesh};
+use super::tcp::{MeshOptions, connect_mesh};
 use crate::backend::Limits;
 use crate::engine::step::{RunError, Step};
 
@@ -110,6 +114,14 @@ pub(crate) async fn follow_and_report(
     let weights = blocking(move || open_weights(&opening.0, &opening.1)).await.map_err(StartError::from)?;
     let (listener, collective_address) =
         options.member.listen_for_ranks().map_err(system("listen for the other ranks"))?;
+    let identity = Identity {
+        contract: version::CONTRACT,
+        cluster: options.member.cluster.clone(),
+        model: options.member.model.clone(),
+        group: options.member.group.clone(),
+        epoch: options.epoch.unwrap_or(0),
+        weight_fingerprint: weights.fingerprint().to_owned(),
+    };
     let hello = Hello {
         group: options.member.group.clone(),
         epoch: options.epoch.unwrap_or(0),
@@ -124,7 +136,7 @@ pub(crate) async fn follow_and_report(
         revision: options.member.revision.clone(),
     };
     let deadline = Instant::now() + options.connect_within;
-    let mut link = Link::join(&options, hello, deadline).await?;
+    let mut link = Link::join(&options, hello, &Expected::new(&identity), deadline).await?;
     let progress = GroupProgress::new(options.member.ranks, model.num_hidden_layers);
     let fault = Fault::new();
     let heartbeats = tokio::spawn(send_heartbeats(link.sender.clone(), options.clone(), Arc::clone(&progress)));
@@ -149,6 +161,7 @@ async fn run(
         from_leader::Message::Goodbye(goodbye) => return link.ended(goodbye),
         other => return Err(FollowError::Protocol(format!("a welcome was expected, not {other:?}"))),
     };
+    version::check_contract(welcome.contract).map_err(|skew| link.refused(skew.to_string()))?;
     info!(group = options.member.group, epoch = welcome.epoch, "joined the group");
     let limits: Limits =
         welcome.limits.ok_or_else(|| FollowError::Protocol("the welcome has no limits".to_owned()))?.into();
@@ -228,7 +241,7 @@ async fn connect(
     listener: std::net::TcpListener,
 ) -> Result<Vec<Box<dyn Collective>>, FollowError> {
     let key = MeshKey::try_from(&welcome.collective_key[..])
-        .map_err(|_| FollowError::Protocol("the collective's key is not 16 bytes long".to_owned()))?;
+        .map_err(|_| FollowError::Protocol("the collective's key is not 32 bytes long".to_owned()))?;
     let addresses: Vec<String> = welcome.ranks.into_iter().map(|rank| rank.collective_address).collect();
     if addresses.len() != options.member.ranks {
         return Err(FollowError::Protocol(format!("{} addresses for {} ranks", addresses.len(), options.member.ranks)));
@@ -273,7 +286,12 @@ struct Link {
 }
 
 impl Link {
-    async fn join(options: &FollowerOptions, hello: Hello, deadline: Instant) -> Result<Self, FollowError> {
+    async fn join(
+        options: &FollowerOptions,
+        hello: Hello,
+        expected: &Expected,
+        deadline: Instant,
+    ) -> Result<Self, FollowError> {
         let (group, leader) = (options.member.group.clone(), options.leader.clone());
         let heartbeat = options.member.timeouts.heartbeat;
         let endpoint = Endpoint::from_shared(format!("http://{leader}"))
@@ -283,22 +301,32 @@ impl Link {
             .http2_keep_alive_interval(heartbeat / 3)
             .keep_alive_timeout(heartbeat * 2 / 3)
             .keep_alive_while_idle(true);
-        let tls = options.member.tls.as_ref().map(Connector::new).transpose().map_err(StartError::from)?;
+        let roles = [Role::Worker, Role::Follower];
+        let tls = options.member.tls.as_ref().map(|files| Connector::new(files, &options.member.cluster, &roles));
+        let tls = tls.transpose().map_err(StartError::from)?;
         loop {
             let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
             // the channel is empty: this does not wait
             let _ = sender.try_send(FromFollower { message: Some(from_follower::Message::Hello(hello.clone())) });
             let reason = match tls::connect(&endpoint, tls.as_ref()).await {
                 Err(error) => with_cause(&error),
-                Ok(channel) => match PeersClient::new(channel).join(ReceiverStream::new(receiver)).await {
+                Ok(channel) => match PeersClient::new(channel).join(expected.on(ReceiverStream::new(receiver))).await {
                     Ok(response) => {
                         return Ok(Self { group, leader, sender, incoming: response.into_inner(), kept: None });
                     }
-                    Err(status) if matches!(status.code(), Code::FailedPrecondition | Code::InvalidArgument) => {
-                        return Err(FollowError::Refused { group, leader, reason: status.message().to_owned() });
-                    }
-                    Err(status) if status.code() == Code::Aborted => {
+                    Err(status) if identity::mismatch_of(&status) == Some("epoch") => {
                         return Err(FollowError::OtherEpoch { group, leader, reason: status.message().to_owned() });
+                    }
+                    Err(status)
+                        if matches!(
+                            status.code(),
+                            Code::FailedPrecondition
+                                | Code::InvalidArgument
+                                | Code::PermissionDenied
+                                | Code::Unauthenticated
+                        ) =>
+                    {
+                        return Err(FollowError::Refused { group, leader, reason: status.message().to_owned() });
                     }
                     Err(status) => status.message().to_owned(),
                 },
@@ -381,6 +409,10 @@ impl Link {
         }
         info!(group = self.group, reason = goodbye.reason, "the group ended");
         Ok(goodbye.reason)
+    }
+
+    fn refused(&self, reason: String) -> FollowError {
+        FollowError::Refused { group: self.group.clone(), leader: self.leader.clone(), reason }
     }
 
     fn gone(&self, reason: String) -> FollowError {

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bora_common::model::{ModelConfig, ModelConfigError};
+use bora_common::peer::ServerIdentity;
 use bora_common::registry::RankRecord;
 use bora_common::tls::{Acceptor, TlsError};
+use bora_common::version;
 use bora_proto::v1::{RankAddress, Start, Welcome, from_leader};
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -15,12 +17,13 @@ use tracing::{info, warn};
 
 use super::collective::{Collective, CollectiveError};
 use super::fault::{Fault, GroupProgress};
+use super::handshake::MeshKey;
 use super::options::LeaderOptions;
 use super::rank::{Loading, RankThread, open_weights};
 use super::rendezvous::{Expected, Rendezvous, serve};
 use super::shared::SharedRank;
 use super::single::SingleRank;
-use super::tcp::{MeshKey, MeshOptions, connect_mesh};
+use super::tcp::{MeshOptions, connect_mesh};
 use crate::engine::step::{HostMemory, RunError, Step, StepOutput, StepRunner};
 use crate::telemetry::ranks::RankMetrics;
 use crate::telemetry::spans::RankSpans;
@@ -123,18 +126,17 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
             return Err(StartError::Options(reason.to_owned()));
         };
         let expected = Expected {
-            group: member.group.clone(),
-            epoch,
             ranks: member.ranks,
             first_remote: member.local_ranks.end,
-            fingerprint: fingerprint.clone(),
             revision: member.revision.clone(),
             settings: member.settings(),
             heartbeat_timeout: member.timeouts.heartbeat,
         };
         let rendezvous = Rendezvous::new(expected, Arc::clone(&fault), Arc::clone(&progress));
-        let tls = member.tls.as_ref().map(Acceptor::for_grpc).transpose()?;
-        let serving = serve(listener, tls, Arc::clone(&rendezvous), stop.clone());
+        let tls = member.tls.as_ref().map(|files| Acceptor::for_grpc(files, &member.cluster)).transpose()?;
+        let identity = ServerIdentity::new(&member.cluster, &member.model, &member.group, epoch);
+        identity.set_weights(&fingerprint);
+        let serving = serve(listener, tls, Arc::new(identity), Arc::clone(&rendezvous), stop.clone());
         tokio::spawn(async move {
             if let Err(error) = serving.await {
                 warn!(%error, "the peers service ended");
@@ -165,6 +167,7 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
             collective_key: key.to_vec(),
             epoch,
             limits: Some(limits.into()),
+            contract: version::CONTRACT,
         };
         rendezvous.send_to_all(&from_leader::Message::Welcome(welcome)).map_err(|error| fault.fail(error))?;
         let (local_ranks, deadline, timeout) = (member.local_ranks.clone(), *deadline, member.timeouts.collective);

@@ -14,6 +14,7 @@ mod collective;
 mod fault;
 mod follower;
 mod group;
+mod handshake;
 mod options;
 mod rank;
 mod rendezvous;

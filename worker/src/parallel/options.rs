@@ -15,6 +15,10 @@ use crate::weights::LoadFormat;
 /// What every process of a group is told; leader and followers alike.
 #[derive(Clone, Debug)]
 pub struct MemberOptions {
+    /// Name of the cluster.
+    pub cluster: String,
+    /// The name that the model is served under.
+    pub model: String,
     /// Name of the group, equal in all its processes.
     pub group: String,
     /// The checkpoint's folder. Each process reads its own copy; fingerprints are compared.

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bora_common::peer::{Admission, Guard, ServerIdentity};
 use bora_common::registry::RankRecord;
 use bora_common::tls::Acceptor;
 use bora_proto::v1::peers_server::{Peers, PeersServer};
@@ -26,14 +27,11 @@ const WAITING_MESSAGES: usize = 64;
 /// A process that joins says hello at once.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 
-/// What a process must match to join.
+/// What a process must match to join, beyond its identity, which the server's [`Guard`] has checked.
 pub(super) struct Expected {
-    pub(super) group: String,
-    pub(super) epoch: u64,
     pub(super) ranks: usize,
     /// Ranks below this one are the leader's own.
     pub(super) first_remote: usize,
-    pub(super) fingerprint: String,
     pub(super) revision: String,
     pub(super) settings: String,
     pub(super) heartbeat_timeout: Duration,
@@ -77,50 +75,34 @@ impl Rendezvous {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a process in, or says why not.
+    /// Takes a process in, or says why not. A refusal names what differs and never the group's own value.
     fn admit(&self, hello: Hello, sender: mpsc::Sender<Result<FromLeader, Status>>) -> Result<u64, Status> {
         let expected = &self.expected;
-        let refuse = |reason: String| Err(Status::failed_precondition(reason));
-        if hello.group != expected.group {
-            return refuse(format!("this is group `{}`, not `{}`", expected.group, hello.group));
-        }
-        if hello.epoch != 0 && hello.epoch != expected.epoch {
-            return Err(Status::aborted(format!("this is epoch {} of the group, not {}", expected.epoch, hello.epoch)));
-        }
+        let refuse = |reason: &str| Err(Status::failed_precondition(reason));
         if hello.revision != expected.revision {
-            return refuse(format!(
-                "the leader is of revision `{}`, you of `{}`: all processes of a group are of one",
-                expected.revision, hello.revision
-            ));
+            return refuse("the leader is of another revision: all processes of a group are of one");
         }
         if hello.version != env!("CARGO_PKG_VERSION") {
-            return refuse(format!("the leader runs version {}, you run {}", env!("CARGO_PKG_VERSION"), hello.version));
+            return refuse("the leader runs another version: all processes of a group run one");
         }
         if hello.world_size as usize != expected.ranks {
-            return refuse(format!("the group has {} ranks, not {}", expected.ranks, hello.world_size));
+            return refuse("worker.tensor_parallel_size: the leader has another number of ranks");
         }
         if hello.settings != expected.settings {
-            return refuse(format!("the leader's settings are `{}`, yours `{}`", expected.settings, hello.settings));
-        }
-        if hello.weight_fingerprint != expected.fingerprint {
-            return refuse(format!(
-                "the leader's weights have fingerprint {}, yours {}: both must be the same checkpoint",
-                expected.fingerprint, hello.weight_fingerprint
-            ));
+            return refuse("the leader has other settings (device, number formats, load format, host memory)");
         }
         if hello.ranks.is_empty() {
-            return refuse("no ranks were named".to_owned());
+            return refuse("no ranks were named");
         }
         let mut state = self.state();
         for rank in &hello.ranks {
             if (*rank as usize) < expected.first_remote || *rank as usize >= expected.ranks {
-                let range = format!("{}..{}", expected.first_remote, expected.ranks);
-                return refuse(format!("rank {rank} is not one of {range}, which followers hold"));
+                return refuse(&format!("rank {rank} is not one that followers hold"));
             }
             if let Some(holder) = state.members.iter().find(|member| member.ranks.contains(rank)) {
                 // worth another try: that process may just have died
-                let (host, pid) = (&holder.host, holder.pid);
-                return Err(Status::unavailable(format!("rank {rank} is held by {host} (pid {pid})")));
+                warn!(rank, host = holder.host, pid = holder.pid, by = hello.host, "a rank that is held was claimed");
+                return Err(Status::unavailable(format!("rank {rank} is held by another process")));
             }
         }
         if state.complete || state.stopped {
@@ -306,10 +288,13 @@ impl Rendezvous {
 pub(super) async fn serve(
     listener: tokio::net::TcpListener,
     tls: Option<Acceptor>,
+    identity: Arc<ServerIdentity>,
     rendezvous: Arc<Rendezvous>,
     stop: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
+    let admission = if tls.is_some() { Admission::ByRole } else { Admission::Anybody };
     let server = tonic::transport::Server::builder()
+        .layer(Guard::new(identity, admission))
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(Duration::from_secs(2)))
         .http2_keepalive_timeout(Some(rendezvous.expected.heartbeat_timeout))

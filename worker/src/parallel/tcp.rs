@@ -9,18 +9,14 @@
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use super::collective::{Abort, Collective, CollectiveError};
+use super::handshake::{MeshKey, Pending, greet, introduce};
 
-/// Shared by the processes of a group, so that no stranger takes a rank's place.
-pub(super) type MeshKey = [u8; 16];
-
-const MAGIC: &[u8; 8] = b"boramesh";
-/// magic, key, from, to
-const HANDSHAKE_BYTES: usize = 8 + 16 + 4 + 4;
 /// call, length
 const HEADER_BYTES: usize = 8 + 8;
 /// A header with this call carries a rank (4 bytes) and the reason why it is lost.
@@ -46,27 +42,72 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
     let ranks = options.addresses.len();
     let mut streams: Vec<Vec<Option<TcpStream>>> =
         options.local_ranks.iter().map(|_| (0..ranks).map(|_| None).collect()).collect();
-    // dialled connections wait in the listener's queue until they are accepted, so all can be dialled first
+    listener.set_nonblocking(true).map_err(|error| listener_failed(options, &error))?;
+    // both at once: who is dialled answers, and may be this process itself
+    std::thread::scope(|scope| {
+        let dialling = scope.spawn(|| dial_all(options));
+        accept_all(scope, listener, options, &mut streams)?;
+        let dialled = dialling.join().map_err(|_| listener_failed(options, &ErrorKind::Other.into()))??;
+        for (local, peer, stream) in dialled {
+            streams[local][peer] = Some(stream);
+        }
+        Ok(())
+    })?;
+    let mut meshes = Vec::with_capacity(options.local_ranks.len());
+    for (rank, streams) in options.local_ranks.iter().zip(streams) {
+        meshes.push(TcpRank::new(*rank, streams, options.timeout)?);
+    }
+    Ok(meshes)
+}
+
+/// Connects to every rank below each local one: (local rank's index, rank, connection).
+fn dial_all(options: &MeshOptions<'_>) -> Result<Vec<(usize, usize, TcpStream)>, CollectiveError> {
+    let mut dialled = Vec::new();
     for (local, rank) in options.local_ranks.iter().enumerate() {
-        for (peer, stream) in streams[local].iter_mut().enumerate().take(*rank) {
-            *stream = Some(dial(*rank, peer, options)?);
+        for peer in 0..*rank {
+            dialled.push((local, peer, dial(*rank, peer, options)?));
         }
     }
-    listener.set_nonblocking(true).map_err(|error| listener_failed(options, &error))?;
+    Ok(dialled)
+}
+
+/// Accepts until every rank above each local one has come. Each caller is greeted on a thread of its own, so that one
+/// that says nothing holds nobody up.
+fn accept_all<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    listener: &TcpListener,
+    options: &MeshOptions<'_>,
+    streams: &mut [Vec<Option<TcpStream>>],
+) -> Result<(), CollectiveError> {
+    let ranks = options.addresses.len();
+    let (greeted, greetings) = channel();
+    let mut pending = Pending::default();
     loop {
+        for (stream, outcome) in greetings.try_iter() {
+            pending.remove(&stream);
+            let Ok((from, to)) = outcome else { continue };
+            let local = options.local_ranks.iter().position(|rank| *rank == to);
+            if let Some(local) = local.filter(|_| from > to && from < ranks) {
+                streams[local][from] = Some(stream);
+            }
+        }
         let missing = options
             .local_ranks
             .iter()
             .enumerate()
             .find_map(|(local, rank)| (rank + 1..ranks).find(|peer| streams[local][*peer].is_none()));
-        let Some(missing) = missing else { break };
+        let Some(missing) = missing else { return Ok(()) };
         match listener.accept() {
-            Ok((stream, _)) => {
-                let Some((from, to)) = greet(&stream, &options.key) else { continue };
-                let local = options.local_ranks.iter().position(|rank| *rank == to);
-                if let Some(local) = local.filter(|_| from > to && from < ranks) {
-                    streams[local][from] = Some(stream);
+            Ok((mut stream, _)) => {
+                if pending.add(&stream).is_err() {
+                    continue;
                 }
+                let (greeted, key) = (greeted.clone(), options.key);
+                scope.spawn(move || {
+                    let outcome = greet(&mut stream, &key);
+                    // nobody waits for it any more if the mesh stands
+                    let _ = greeted.send((stream, outcome));
+                });
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 if Instant::now() >= options.deadline {
@@ -78,11 +119,6 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
             Err(error) => return Err(listener_failed(options, &error)),
         }
     }
-    let mut meshes = Vec::with_capacity(options.local_ranks.len());
-    for (rank, streams) in options.local_ranks.iter().zip(streams) {
-        meshes.push(TcpRank::new(*rank, streams, options.timeout)?);
-    }
-    Ok(meshes)
 }
 
 /// Meshes are connected on a thread that may block.
@@ -106,12 +142,7 @@ fn dial(rank: usize, peer: usize, options: &MeshOptions<'_>) -> Result<TcpStream
                 .ok_or_else(|| std::io::Error::new(ErrorKind::NotFound, "no such host"))?;
             let mut stream = TcpStream::connect_timeout(&target, Duration::from_secs(2))?;
             stream.set_nodelay(true)?;
-            let mut handshake = Vec::with_capacity(HANDSHAKE_BYTES);
-            handshake.extend_from_slice(MAGIC);
-            handshake.extend_from_slice(&options.key);
-            handshake.extend_from_slice(&(rank as u32).to_le_bytes());
-            handshake.extend_from_slice(&(peer as u32).to_le_bytes());
-            stream.write_all(&handshake)?;
+            introduce(&mut stream, &options.key, rank, peer)?;
             Ok(stream)
         };
         match attempt() {
@@ -123,21 +154,6 @@ fn dial(rank: usize, peer: usize, options: &MeshOptions<'_>) -> Result<TcpStream
             Err(_) => pause(Duration::from_millis(50)),
         }
     }
-}
-
-/// Reads a caller's handshake; strangers are dropped.
-fn greet(mut stream: &TcpStream, key: &MeshKey) -> Option<(usize, usize)> {
-    stream.set_nonblocking(false).ok()?;
-    stream.set_nodelay(true).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
-    let mut handshake = [0; HANDSHAKE_BYTES];
-    stream.read_exact(&mut handshake).ok()?;
-    stream.set_read_timeout(None).ok()?;
-    if &handshake[..8] != MAGIC || &handshake[8..24] != key {
-        return None;
-    }
-    let number = |start: usize| handshake[start..].first_chunk::<4>().map(|four| u32::from_le_bytes(*four) as usize);
-    Some((number(24)?, number(28)?))
 }
 
 /// One rank's connections.
@@ -414,7 +430,7 @@ pub fn loopback_mesh(ranks: usize, timeout: Duration) -> Result<Vec<TcpRank>, Co
         &MeshOptions {
             local_ranks: &local_ranks,
             addresses: &vec![address; ranks],
-            key: [7; 16],
+            key: [7; 32],
             deadline: Instant::now() + Duration::from_secs(10),
             timeout,
         },
@@ -500,21 +516,82 @@ mod tests {
         drop(idle);
     }
 
+    fn options<'a>(rank: &'a [usize], addresses: &'a [String], key: u8, limit: Duration) -> MeshOptions<'a> {
+        let deadline = Instant::now() + limit;
+        MeshOptions { local_ranks: rank, addresses, key: [key; 32], deadline, timeout: Duration::from_secs(1) }
+    }
+
+    fn listen() -> (TcpListener, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        (listener, address)
+    }
+
     #[test]
     fn strangers_are_not_let_in() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut stranger = TcpStream::connect(address).unwrap();
-        stranger.write_all(&[0; HANDSHAKE_BYTES]).unwrap();
-        let addresses = vec![address.to_string(); 2];
-        let options = MeshOptions {
-            local_ranks: &[0],
-            addresses: &addresses,
-            key: [1; 16],
-            deadline: Instant::now() + Duration::from_millis(300),
-            timeout: Duration::from_secs(1),
-        };
-        let error = connect_mesh(&listener, &options).err().unwrap();
+        let (listener, address) = listen();
+        let mut stranger = TcpStream::connect(&address).unwrap();
+        stranger.write_all(&[0; 48]).unwrap();
+        let addresses = vec![address; 2];
+        let error = connect_mesh(&listener, &options(&[0], &addresses, 1, Duration::from_millis(300))).err().unwrap();
         assert!(matches!(error, CollectiveError::Lost { rank: 1, .. }), "{error}");
+    }
+
+    #[test]
+    fn ranks_of_two_keys_do_not_meet() {
+        let ((first, first_address), (second, second_address)) = (listen(), listen());
+        let addresses = vec![first_address, second_address];
+        let limit = Duration::from_millis(500);
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| connect_mesh(&second, &options(&[1], &addresses, 2, limit)).err());
+            let error = connect_mesh(&first, &options(&[0], &addresses, 1, limit)).err();
+            assert!(matches!(error, Some(CollectiveError::Lost { rank: 1, .. })), "{error:?}");
+            let error = other.join().unwrap();
+            assert!(
+                matches!(&error, Some(CollectiveError::Lost { rank: 0, reason }) if reason.contains("epoch")),
+                "{error:?}"
+            );
+        });
+    }
+
+    #[test]
+    fn who_says_nothing_and_who_drips_hold_no_rank_up() {
+        let ((first, first_address), (second, second_address)) = (listen(), listen());
+        let idle: Vec<TcpStream> = (0..2 * super::super::handshake::MAX_HANDSHAKES)
+            .map(|_| TcpStream::connect(&first_address).unwrap())
+            .collect();
+        for mut one in &idle {
+            one.write_all(b"bora").unwrap();
+        }
+        let addresses = vec![first_address, second_address];
+        let limit = Duration::from_secs(20);
+        let began = Instant::now();
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| connect_mesh(&second, &options(&[1], &addresses, 1, limit)).map(drop));
+            assert!(connect_mesh(&first, &options(&[0], &addresses, 1, limit)).is_ok());
+            assert!(other.join().unwrap().is_ok());
+        });
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn a_rank_that_is_called_by_an_impostor_says_nothing_of_the_key() {
+        // the impostor answers with a proof of its own and hears no proof in return
+        let (listener, address) = listen();
+        let impostor = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut hello = [0; 48];
+            stream.read_exact(&mut hello).unwrap();
+            stream.write_all(&[9; 64]).unwrap();
+            let mut rest = Vec::new();
+            let _ = stream.read_to_end(&mut rest);
+            (hello, rest)
+        });
+        let mut stream = TcpStream::connect(address).unwrap();
+        let key = [5; 32];
+        assert!(introduce(&mut stream, &key, 1, 0).is_err());
+        drop(stream);
+        let (hello, rest) = impostor.join().unwrap();
+        assert!(rest.is_empty() && !hello.windows(8).any(|window| window == [5; 8]));
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bora_common::registry::{Device, Registry, RegistryError};
+use bora_common::version;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -95,7 +96,11 @@ async fn find_leader(
     let mut other = None;
     loop {
         match registry.find_rendezvous(group).await {
-            Ok(Some(record)) if record.revision == options.revision => return Ok((record.leader, Some(record.epoch))),
+            Ok(Some(record)) if record.revision == options.revision => {
+                version::check_contract(record.contract)
+                    .map_err(|skew| WorkerError::Options(format!("the leader of group `{group}`: {skew}")))?;
+                return Ok((record.leader, Some(record.epoch)));
+            }
             Ok(Some(record)) => {
                 if other.as_ref() != Some(&record.revision) {
                     let (theirs, own) = (&record.revision, &options.revision);

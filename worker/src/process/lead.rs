@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bora_common::config::HostPort;
+use bora_common::peer::ServerIdentity;
+use bora_common::peer::local::ENDPOINT;
 use bora_common::registry::{Announcement, Device, GroupRecord, GroupState, Registry, RegistryError};
 use bora_common::tls::Acceptor;
 use bora_proto::v1;
@@ -16,7 +18,7 @@ use super::start::{OpenGroup, loading_record, open};
 use super::{WorkerError, WorkerSettings, host_name, listen};
 use crate::engine::step::RunError;
 use crate::parallel::GroupProgress;
-use crate::service::{self, Host, RankSource, ServiceOptions};
+use crate::service::{self, Host, Listener, RankSource, ServiceOptions};
 
 /// How long the registry may take to forget a group that failed.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(1);
@@ -29,21 +31,25 @@ pub(super) async fn lead(
     stop: CancellationToken,
 ) -> Result<(), WorkerError> {
     let options = &settings.options;
-    let listener = listen("worker.listen", &options.listen).await?;
-    let port = listener.local_addr().map_or(options.listen.port, |address| address.port());
-    let endpoint = match &options.advertise {
-        Some(address) => address.clone(),
-        None => HostPort { host: options.listen.host.clone(), port },
+    let (listener, endpoint, port) = match &options.in_process {
+        Some(local) => (Listener::Local(local.clone()), ENDPOINT.to_owned(), 0),
+        None => {
+            let listener = listen("worker.listen", &options.listen).await?;
+            let port = listener.local_addr().map_or(options.listen.port, |address| address.port());
+            let own = HostPort { host: options.listen.host.clone(), port };
+            let endpoint = options.advertise.clone().unwrap_or(own);
+            (Listener::Tcp(listener), endpoint.to_string(), port)
+        }
     };
     let health = match &options.health {
         Some(address) => Some(listen("worker.health", address).await?),
         None => None,
     };
-    let tls = options.tls.as_ref().map(Acceptor::for_grpc).transpose()?;
+    let tls = options.tls.as_ref().map(|files| Acceptor::for_grpc(files, &settings.cluster)).transpose()?;
     let group = options.group.clone().unwrap_or_else(|| format!("{}-{port}", host_name()));
     let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
 
-    let host = Host::loading();
+    let host = Host::loading(ServerIdentity::new(&settings.cluster, &settings.model.name, &group, epoch));
     let closing = CancellationToken::new();
     let _close_on_exit = closing.clone().drop_guard();
     let serving = tokio::spawn(service::serve(
@@ -55,11 +61,11 @@ pub(super) async fn lead(
 
     settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
     // before the weights are read: routers know that it comes, and a name that is taken is refused at once
-    let loading = loading_record(&settings, device, &group, epoch, endpoint.to_string());
+    let loading = loading_record(&settings, device, &group, epoch, endpoint.clone());
     let announcement = registry.announce(loading).await?;
     settings.metrics.of_announcement(announcement.standing());
     let opened = tokio::select! {
-        opened = open(&settings, device, &group, epoch, endpoint.to_string(), registry.as_ref()) => opened,
+        opened = open(&settings, device, &group, epoch, endpoint, registry.as_ref()) => opened,
         taken = announcement.refused() => Err(RegistryError::from(taken).into()),
         () = stop.cancelled() => {
             withdraw_soon(announcement).await;
@@ -96,7 +102,7 @@ pub(super) async fn lead(
         return Err(WorkerError::GroupFailed { group, reason });
     }
     announcement.update(|record| record.state = GroupState::Draining);
-    match engine.drain(options.drain_seconds).await {
+    match engine.close(options.drain_seconds).await {
         Ok((finished, unfinished)) => tracing::info!(group, finished, unfinished, "drained"),
         Err(error) => tracing::warn!(group, %error, "not drained"),
     }

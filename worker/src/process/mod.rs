@@ -28,6 +28,8 @@ pub use start::open_engine;
 /// What a process is told.
 #[derive(Clone)]
 pub struct WorkerSettings {
+    /// Name of the cluster.
+    pub cluster: String,
     /// The `worker` section.
     pub options: WorkerOptions,
     /// The model it runs.
@@ -141,6 +143,8 @@ fn member_options(
     let ranks = options.local_ranks();
     let (first, last) = (ranks.first().copied().unwrap_or(0), ranks.last().copied().unwrap_or(0));
     Ok(MemberOptions {
+        cluster: settings.cluster.clone(),
+        model: settings.model.name.clone(),
         group: group.into(),
         model_dir: settings.model.path.clone(),
         load_format: options.load_format,

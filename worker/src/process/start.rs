@@ -105,6 +105,7 @@ pub(super) fn loading_record(
         speed: Speed { prefill_tokens_per_second: 1.0, prefill_seconds_per_token_pair: 0.0, decode_step_seconds: 1.0 },
         state: GroupState::Loading,
         version: env!("CARGO_PKG_VERSION").into(),
+        contract: bora_common::version::CONTRACT,
     }
 }
 
@@ -176,6 +177,7 @@ async fn bring_up(
             leader,
             world_size: size,
             revision: options.revision.clone(),
+            contract: bora_common::version::CONTRACT,
         };
         match registry.offer_rendezvous(record).await {
             Ok(offer) => _offer = Some(offer),
@@ -304,6 +306,7 @@ fn describe(
         speed: ranks.speed,
         state: GroupState::Ready,
         version: env!("CARGO_PKG_VERSION").into(),
+        contract: bora_common::version::CONTRACT,
     })
 }
 

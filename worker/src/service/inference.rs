@@ -76,7 +76,7 @@ impl Inference for InferenceService {
     async fn describe(&self, _: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
         let record_json = serde_json::to_string(&self.host.group()?.record())
             .map_err(|error| Status::internal(format!("group record: {error}")))?;
-        Ok(Response::new(v1::DescribeResponse { record_json }))
+        Ok(Response::new(v1::DescribeResponse { record_json, cluster: self.host.cluster().to_owned() }))
     }
 }
 

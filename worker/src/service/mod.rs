@@ -14,6 +14,8 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use bora_common::peer::local::LocalListener;
+use bora_common::peer::{Admission, Guard, ServerIdentity};
 use bora_common::registry::{GroupRecord, GroupState};
 use bora_common::tls::Acceptor;
 use bora_proto::v1::{self, admin_server::AdminServer, inference_server::InferenceServer};
@@ -48,8 +50,9 @@ const STOP_WITHIN: Duration = Duration::from_secs(5);
 pub type RankSource = Arc<dyn Fn() -> Vec<v1::RankStatus> + Send + Sync>;
 
 /// The group behind the port, once it is there.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Host {
+    identity: Arc<ServerIdentity>,
     group: Arc<OnceLock<Group>>,
 }
 
@@ -61,23 +64,29 @@ pub(crate) struct Group {
 
 impl Host {
     /// A group that still loads.
-    pub fn loading() -> Self {
-        Self::default()
+    pub fn loading(identity: ServerIdentity) -> Self {
+        Self { identity: Arc::new(identity), group: Arc::default() }
     }
 
-    /// A group that is ready.
-    pub fn of(engine: EngineHandle, record: GroupRecord) -> Self {
-        let host = Self::default();
+    /// A group of this cluster that is ready.
+    pub fn of(cluster: &str, engine: EngineHandle, record: GroupRecord) -> Self {
+        let host = Self::loading(ServerIdentity::of_record(cluster, &record));
         host.ready(engine, record, Arc::new(Vec::new));
         host
     }
 
     /// The group is ready from now on. Only the first call counts.
     pub fn ready(&self, engine: EngineHandle, record: GroupRecord, ranks: RankSource) {
+        self.identity.set_weights(&record.weight_fingerprint);
         // a second group behind one port is a bug of the caller, and the first one goes on serving
         if self.group.set(Group { engine, record, ranks }).is_err() {
             tracing::error!("a second group was offered to one port; ignored");
         }
+    }
+
+    /// Name of the cluster.
+    pub(crate) fn cluster(&self) -> &str {
+        &self.identity.cluster
     }
 
     pub(crate) fn group(&self) -> Result<&Group, Status> {
@@ -113,15 +122,32 @@ pub enum ServeError {
     /// gRPC failed.
     #[error("grpc: {0}")]
     Transport(#[from] tonic::transport::Error),
+    /// Another server has the connections of this process.
+    #[error("the group of this process is served already")]
+    Taken,
     /// The contracts' own descriptors are wrong.
     #[error("grpc reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
+/// Where callers come from.
+pub enum Listener {
+    /// The network.
+    Tcp(TcpListener),
+    /// The same process.
+    Local(LocalListener),
+}
+
+impl From<TcpListener> for Listener {
+    fn from(listener: TcpListener) -> Self {
+        Self::Tcp(listener)
+    }
+}
+
 /// Serves until `stop` completes, then lets open streams end for a few seconds. Drain the engine first
 /// where running sequences should finish.
 pub async fn serve(
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     host: Host,
     options: ServiceOptions,
     stop: impl Future<Output = ()>,
@@ -133,6 +159,8 @@ pub async fn serve(
         .register_encoded_file_descriptor_set(bora_proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
+    let admission = if options.tls.is_some() { Admission::ByRole } else { Admission::Anybody };
+    let guard = Guard::new(Arc::clone(&host.identity), admission);
     let inference = inference::InferenceService { host: host.clone(), stopping: stopping.clone() };
     let routes = options
         .routes
@@ -145,6 +173,7 @@ pub async fn serve(
         tokio::spawn(server.serve_with_incoming(TcpIncoming::from(listener)))
     });
     let server = Server::builder()
+        .layer(guard)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -153,12 +182,20 @@ pub async fn serve(
         .max_concurrent_streams(MAX_STREAMS)
         .add_routes(routes);
     let stopped = stopping.clone().cancelled_owned();
-    let mut server: Pin<Box<dyn Future<Output = Result<(), tonic::transport::Error>> + Send>> = match options.tls {
-        None => {
-            Box::pin(server.serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopped))
-        }
-        Some(tls) => Box::pin(server.serve_with_incoming_shutdown(tls.incoming(listener), stopped)),
-    };
+    let mut server: Pin<Box<dyn Future<Output = Result<(), tonic::transport::Error>> + Send>> =
+        match (listener.into(), options.tls) {
+            (Listener::Tcp(listener), None) => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                Box::pin(server.serve_with_incoming_shutdown(incoming, stopped))
+            }
+            (Listener::Tcp(listener), Some(tls)) => {
+                Box::pin(server.serve_with_incoming_shutdown(tls.incoming(listener), stopped))
+            }
+            (Listener::Local(listener), _) => {
+                let incoming = listener.incoming().ok_or(ServeError::Taken)?;
+                Box::pin(server.serve_with_incoming_shutdown(incoming, stopped))
+            }
+        };
     tokio::pin!(stop);
     let outcome = tokio::select! {
         outcome = &mut server => outcome,

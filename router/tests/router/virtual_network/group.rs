@@ -11,6 +11,10 @@ use std::{
 
 use bora_common::{
     blocks::{BlockHash, hash_blocks},
+    peer::{
+        Mismatch, ServerIdentity,
+        identity::{self, Named},
+    },
     registry::GroupRecord,
 };
 use bora_proto::v1::{
@@ -20,6 +24,7 @@ use bora_proto::v1::{
     group_event::Event as Told,
     inference_server::{Inference, InferenceServer},
 };
+use bora_router::RouterOptions;
 use parking_lot::Mutex;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::{sync::mpsc, time::sleep};
@@ -28,7 +33,7 @@ use tokio_stream::{
     wrappers::{ReceiverStream, UnboundedReceiverStream},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use super::wire::{Network, Path, Setting};
 use crate::{
@@ -129,6 +134,16 @@ impl Group {
 
     pub(super) fn epoch(&self) -> u64 {
         self.epoch.get()
+    }
+
+    /// As the guard of a real server does, but that its epoch changes.
+    fn check_identity(&self, metadata: &MetadataMap) -> Result<(), Status> {
+        let expected =
+            metadata.get_bin(identity::METADATA).and_then(|value| identity::decode(value.as_encoded_bytes()));
+        let record = GroupRecord { epoch: self.epoch(), ..self.record.clone() };
+        let own = ServerIdentity::of_record(RouterOptions::default().cluster, &record);
+        let named = Named { epoch: true, weights: true };
+        Ok(own.check(&expected.ok_or(Mismatch::Malformed)?, named)?)
     }
 
     pub(super) fn running(&self) -> u32 {
@@ -260,6 +275,7 @@ impl Inference for Leader {
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let group = Arc::clone(&self.0);
         group.inside.lock().asked += 1;
+        group.check_identity(request.metadata())?;
         group.take(Duration::ZERO).await;
         if group.is_draining.get() {
             return Err(Status::unavailable("draining"));
@@ -291,8 +307,9 @@ impl Inference for Leader {
         Ok(Response::new(Box::pin(ReceiverStream::new(heard))))
     }
 
-    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let group = &self.0;
+        group.check_identity(request.metadata())?;
         group.take(Duration::ZERO).await;
         let (events, told) = mpsc::unbounded_channel();
         let mut inside = group.inside.lock();

@@ -23,6 +23,7 @@ fn good() -> GroupRecord {
         speed: Speed { prefill_tokens_per_second: 2e4, prefill_seconds_per_token_pair: 0.0, decode_step_seconds: 0.01 },
         state: GroupState::Ready,
         version: "0.1.0".into(),
+        contract: bora_common::version::CONTRACT,
     }
 }
 
