@@ -95,6 +95,7 @@ async fn hear(mut stream: EventStream) -> Heard {
     let mut heard = Heard::default();
     while let Some(event) = stream.next().await {
         match event.unwrap().event.unwrap() {
+            Event::Compiled(_) => {}
             Event::Started(started) => heard.cached_tokens = started.cached_tokens,
             Event::PromptLogprobs(part) => {
                 assert_eq!(part.start as usize, heard.prompt_logprobs.len() + 1);

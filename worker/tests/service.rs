@@ -103,7 +103,7 @@ async fn ids(mut stream: Streaming<v1::GenerateEvent>) -> Result<(Vec<u32>, v1::
         match event?.event.unwrap() {
             Event::Tokens(tokens) => ids.extend(tokens.token_ids),
             Event::Finished(finished) => return Ok((ids, finished)),
-            Event::Started(_) | Event::PromptLogprobs(_) => {}
+            Event::Compiled(_) | Event::Started(_) | Event::PromptLogprobs(_) => {}
         }
     }
     panic!("a stream without an end")

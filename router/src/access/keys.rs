@@ -10,6 +10,8 @@
 //!     max_context: 131072
 //!     class: batch                 # its requests never go before interactive ones
 //!     cache_salt: tools            # shares cached prefixes with tenants that name the same; absent: with nobody
+//!     allow_grammar: false         # no `guided_grammar`
+//!     allow_regex: false           # no `guided_regex`
 //!     conversation: strict         # faulty conversations are refused; absent: as router.conversation says
 //!     keys:
 //!       - name: ci

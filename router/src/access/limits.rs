@@ -38,6 +38,10 @@ pub struct Limits {
     pub cache_salt: Option<String>,
     /// Whether its faulty conversations are refused or repaired; absent: as the router does.
     pub conversation: Option<ConversationRules>,
+    /// Whether it may ask for answers of a grammar of its own (`guided_grammar`); absent: it may.
+    pub allow_grammar: Option<bool>,
+    /// Whether it may ask for answers of a regular expression (`guided_regex`); absent: it may.
+    pub allow_regex: Option<bool>,
 }
 
 /// Classes that a tenant's requests may have.

@@ -411,6 +411,14 @@ impl Answer {
                     format!("{deaths} groups that took the request failed while it ran; it is not tried again.");
                 ApiError { is_final: true, ..ApiError::internal(message) }
             }
+            SequenceError::GrammarPoison => {
+                let field = self.params.structure.as_ref().map_or("grammar", |structure| structure.field);
+                let message = format!(
+                    "The group that took the request failed while it compiled the form that `{field}` asks for; \
+                     the request is not tried again."
+                );
+                ApiError { is_final: true, ..ApiError::internal(message) }
+            }
             SequenceError::Failed { failure, attempts } => match failure {
                 Failure::Full(_) => {
                     ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())

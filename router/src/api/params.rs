@@ -212,7 +212,8 @@ pub fn check(
         ));
     }
     let (mut sampling, seed) = sampling(body, limits, model, spec)?;
-    if choice == ToolChoice::Forbidden {
+    // without tools a call could only be glued to the text
+    if endpoint.is_conversation() && matches!(choice, ToolChoice::Forbidden | ToolChoice::NoTools) {
         let special = |name: &&str| spec.tokenizer.as_ref()?.special_id(name);
         sampling.logit_bias.extend(CALL_TOKENS.iter().filter_map(special).map(|id| (id, FORBIDDEN)));
     }

@@ -22,7 +22,7 @@ use super::{
     messages,
     params::{self, Client, Endpoint, OutputForm, Params},
     request::Body,
-    responses, surrogates,
+    responses, structured, surrogates,
 };
 use crate::{
     access::policy::Policy,
@@ -198,6 +198,9 @@ impl Asked<'_> {
             service.metrics().ignored_effort();
         }
         let model = AllowedModel::resolve(service, policy, body.model.as_deref())?;
+        if let Some(caller) = policy.caller() {
+            structured::check_allowed(&body, &caller.tenant.limits)?;
+        }
         let rules = Rules::of(service, policy, endpoint.into());
         let output_form = OutputForm { client, function_names: rules.function_names };
         let mut params = params::check(&body, endpoint, output_form, &model.groups, &model.spec, service.options())?;

@@ -4,7 +4,8 @@
 //! prompt + those ids on another group, which goes on where the first one stopped (sampling depends on seed
 //! and position alone): the client sees a pause, never an error and never a token twice. A request under
 //! whose sequences `max_attempts` groups died is taken for the cause and given no other. Groups that drain or
-//! refuse do not count: a long stream may outlive many of them.
+//! refuse do not count: a long stream may outlive many of them. A request whose group died before its grammar had compiled is
+//! given no other at all.
 
 use std::{
     future::Future,
@@ -16,8 +17,8 @@ use std::{
 
 use bora_common::{blocks::BlockHash, peer::identity, telemetry::TraceContext};
 use bora_proto::v1::{
-    FinishReason, Finished, GenerateEvent, GenerateRequest, Grammar, Image, Logprobs, Priority, PromptLogprobs,
-    Sampling, Stopping, Tokens, generate_event::Event as Sent,
+    FinishReason, Finished, GenerateEvent, GenerateRequest, Grammar, GrammarCompiled, Image, Logprobs, Priority,
+    PromptLogprobs, Sampling, Stopping, Tokens, generate_event::Event as Sent,
 };
 use bytes::Bytes;
 use futures::Stream as _;
@@ -129,6 +130,9 @@ pub enum SequenceError {
         /// Groups that died under the request.
         deaths: u32,
     },
+    /// The group died while it compiled the request's grammar, which is taken for the cause.
+    #[error("the group that compiled the request's grammar died")]
+    GrammarPoison,
     /// The last group's failure, where no other could go on.
     #[error("{failure} (after {attempts} attempts)")]
     Failed {
@@ -201,6 +205,10 @@ pub struct Sequence {
     prompt_logprobs_until: u32,
     /// A group took it, and the client may know.
     accepted: bool,
+    /// A group compiled its grammar, or it has none.
+    compiled: bool,
+    /// An event that came before anybody asked.
+    early: Option<Event>,
     started: bool,
     attempts: u32,
     /// Groups that could not be reached, or broke the contract: nothing that it is the cause of.
@@ -225,6 +233,8 @@ impl Sequence {
     ) -> Result<Self, SequenceError> {
         let mut sequence = Self {
             watch: Watch::new(task.trace),
+            compiled: task.grammar.is_none(),
+            early: None,
             relay,
             task,
             stream_id,
@@ -333,10 +343,14 @@ impl Sequence {
         if stands_still { left as u64 } else { unread.min(left) as u64 }
     }
 
-    /// Ready when a group accepted it (or it failed: then the next event says so).
+    /// Ready when a group accepted it and compiled its grammar (or it failed: then the next event says so).
     pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Option<SequenceError>> {
         loop {
             match &mut self.phase {
+                Phase::Streaming { .. } if !self.compiled => match ready!(self.poll_stream(cx)) {
+                    Ok(event) => self.early = event,
+                    Err(error) => return Poll::Ready(Some(error)),
+                },
                 Phase::Streaming { .. } | Phase::Ended(_) | Phase::Done => {
                     return Poll::Ready(None);
                 }
@@ -351,8 +365,11 @@ impl Sequence {
 
     /// The next event; `None` after the end.
     pub fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, SequenceError>>> {
+        if let Some(event) = self.early.take() {
+            return Poll::Ready(Some(Ok(event)));
+        }
         loop {
-            let Phase::Streaming { events, check, .. } = &mut self.phase else {
+            if !matches!(self.phase, Phase::Streaming { .. }) {
                 match std::mem::replace(&mut self.phase, Phase::Done) {
                     Phase::Done => return Poll::Ready(None),
                     Phase::Ended(finished) => {
@@ -364,21 +381,26 @@ impl Sequence {
                     return Poll::Ready(Some(Err(error)));
                 }
                 continue;
-            };
-            let outcome = match ready!(Pin::new(&mut **events).poll_next(cx)) {
-                Some(Ok(event)) => match check.check(&event) {
-                    Ok(()) => self.receive(event),
-                    Err(violation) => self.failed(violation.into()).map(|()| None),
-                },
-                Some(Err(status)) => self.failed(Failure::of_stream(&status)).map(|()| None),
-                None => self.failed(Failure::Lost("its stream ended before the sequence did".into())).map(|()| None),
-            };
-            match outcome {
+            }
+            match ready!(self.poll_stream(cx)) {
                 Ok(Some(event)) => return Poll::Ready(Some(Ok(event))),
                 Ok(None) => {}
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }
+    }
+
+    /// What the group that has it says next, if that is anything to tell.
+    fn poll_stream(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Event>, SequenceError>> {
+        let Phase::Streaming { events, check, .. } = &mut self.phase else { return Poll::Ready(Ok(None)) };
+        Poll::Ready(match ready!(Pin::new(&mut **events).poll_next(cx)) {
+            Some(Ok(event)) => match check.check(&event) {
+                Ok(()) => self.receive(event),
+                Err(violation) => self.failed(violation.into()).map(|()| None),
+            },
+            Some(Err(status)) => self.failed(Failure::of_stream(&status)).map(|()| None),
+            None => self.failed(Failure::Lost("its stream ended before the sequence did".into())).map(|()| None),
+        })
     }
 
     /// Goes on with opening, or with looking for a group.
@@ -464,7 +486,10 @@ impl Sequence {
             booking.link().breaker.succeeded();
         }
         booking.link().heard();
+        // whatever it says, its grammar is behind it
+        self.compiled = true;
         match event.event {
+            Some(Sent::Compiled(GrammarCompiled {})) => Ok(None),
             Some(Sent::Started(started)) => {
                 self.watch.started(started.cached_tokens);
                 let first = !std::mem::replace(&mut self.started, true);
@@ -505,13 +530,23 @@ impl Sequence {
 
     /// The present group failed: notes it, and goes on elsewhere if that can help.
     fn failed(&mut self, failure: Failure) -> Result<(), SequenceError> {
+        let is_lost = matches!(failure, Failure::Lost(_));
         if let Phase::Streaming { booking, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
-            if matches!(failure, Failure::Lost(_)) {
+            if is_lost {
                 self.task.deaths.add(booking.link());
             }
             // one that every group answers with nonsense does not go through all of them
             self.unreached += u32::from(matches!(failure, Failure::Violation(_)));
             self.leave(booking, &failure);
+        }
+        if is_lost && !self.compiled {
+            self.relay.metrics.poison();
+            tracing::error!(
+                request_id = self.stream_id,
+                group = self.served_by.last(),
+                "a request was stopped: its group died while it compiled the request's grammar"
+            );
+            return Err(SequenceError::GrammarPoison);
         }
         self.go_on_elsewhere(failure)
     }

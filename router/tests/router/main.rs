@@ -8,6 +8,7 @@ mod connections;
 mod description;
 mod faults;
 mod goldens;
+mod grammar;
 mod hostile;
 mod lenient;
 mod level;

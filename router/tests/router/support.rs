@@ -23,7 +23,8 @@ use bora_common::{
 };
 use bora_proto::v1::{
     BlocksChanged, DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateEvent, GenerateRequest,
-    GroupEvent, Load, PositionLogprobs, PromptLogprobs, Snapshot, Started, State, TokenLogprob, Tokens, WatchRequest,
+    GrammarCompiled, GroupEvent, Load, PositionLogprobs, PromptLogprobs, Snapshot, Started, State, TokenLogprob,
+    Tokens, WatchRequest,
     generate_event::Event,
     group_event::Event as Told,
     inference_server::{Inference, InferenceServer},
@@ -58,6 +59,8 @@ pub enum Act {
     Start {
         cached: u32,
     },
+    /// The grammar has compiled.
+    Compile,
     PromptLogprobs,
     Ids(Vec<u32>),
     /// Like `Ids`, each with a logprob of -0.5 and one alternative (id 1500 at -1.5).
@@ -212,6 +215,7 @@ impl Inference for Scripted {
                             cached_tokens: cached,
                             queued_seconds: 0.0,
                         })),
+                        Some(Act::Compile) => event(Event::Compiled(GrammarCompiled {})),
                         Some(Act::PromptLogprobs) => event(Event::PromptLogprobs(PromptLogprobs {
                             start: 1,
                             positions: request.token_ids[1..]

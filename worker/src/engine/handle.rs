@@ -22,6 +22,7 @@ use super::sequence::Sequence;
 use super::step::{RunError, StepRunner};
 use super::stream::{self, EventStream};
 use super::watch::Watchers;
+use crate::grammar::{GrammarError, GrammarSource, Grammars, PrepareError};
 use crate::schedule::Scheduler;
 use crate::telemetry::engine::EngineMetrics;
 
@@ -165,8 +166,8 @@ impl EngineHandle {
         &self.inner.config
     }
 
-    /// Queues a request; returns at once. The stream begins with `Started`, when the sequence leaves the
-    /// queue, and ends with `Finished` or an error. Dropping it aborts the sequence within a step.
+    /// Queues a request; returns at once. The stream begins with `GrammarCompiled`, when its grammar has, then `Started`, when
+    /// the sequence leaves the queue, and ends with `Finished` or an error. Dropping it aborts the sequence within a step.
     pub fn generate(&self, request: v1::GenerateRequest) -> Result<EventStream, EngineError> {
         self.generate_under(request, None)
     }
@@ -190,6 +191,7 @@ impl EngineHandle {
         let key = inner.next_key.fetch_add(1, Ordering::Relaxed);
         let mut sequence = Sequence::new(key, request, &inner.config, events, place);
         sequence.trace = trace;
+        let grammar = sequence.request.sampling.grammar.clone();
         if let Some(reason) = sequence.ended_elsewhere() {
             sequence
                 .events
@@ -197,11 +199,50 @@ impl EngineHandle {
             sequence.events.end(Ok(sequence.finished(reason, Instant::now())));
             return Ok(stream);
         }
-        match inner.commands.try_send(Command::Generate(Box::new(sequence))) {
-            Ok(()) => Ok(stream),
-            Err(TrySendError::Full(_)) => Err(EngineError::Exhausted { waiting: inner.config.options.max_waiting }),
-            Err(TrySendError::Disconnected(_)) => Err(self.gone()),
+        match (grammar, &inner.config.grammars) {
+            (Some(source), Some(grammars)) => {
+                self.enqueue_when_compiled(sequence, &source, grammars);
+                Ok(stream)
+            }
+            _ => match inner.commands.try_send(Command::Generate(Box::new(sequence))) {
+                Ok(()) => Ok(stream),
+                Err(TrySendError::Full(_)) => Err(EngineError::Exhausted { waiting: inner.config.options.max_waiting }),
+                Err(TrySendError::Disconnected(_)) => Err(self.gone()),
+            },
         }
+    }
+
+    /// The sequence waits in its place of the queue until its grammar has compiled. Its stream says when, or ends with why not.
+    fn enqueue_when_compiled(&self, mut sequence: Sequence, source: &GrammarSource, grammars: &Grammars) {
+        let inner = &self.inner;
+        let (commands, draining) = (inner.commands.clone(), inner.draining.subscribe());
+        let waiting = inner.config.options.max_waiting;
+        let is_closed = sequence.events.closed();
+        grammars.prepare_then(
+            source,
+            move || !is_closed(),
+            move |outcome| {
+                let refusal = match outcome {
+                    Ok(_) if *draining.borrow() => EngineError::unavailable("the group is draining"),
+                    Ok(prepared) => {
+                        sequence.grammar = Some(prepared);
+                        sequence.events.compiled();
+                        match commands.try_send(Command::Generate(Box::new(sequence))) {
+                            Ok(()) => return,
+                            Err(TrySendError::Full(command)) => {
+                                command.refuse(EngineError::Exhausted { waiting });
+                                return;
+                            }
+                            // dropping it ends its stream
+                            Err(TrySendError::Disconnected(_)) => return,
+                        }
+                    }
+                    Err(PrepareError::Refused(GrammarError(reason))) => EngineError::invalid("grammar", reason),
+                    Err(busy @ PrepareError::Busy(_)) => EngineError::unavailable(busy.to_string()),
+                };
+                sequence.events.end(Err(refusal));
+            },
+        );
     }
 
     /// What it counts.

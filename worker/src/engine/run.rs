@@ -37,6 +37,15 @@ pub(crate) enum Command {
     EndAll { reason: String },
 }
 
+impl Command {
+    /// Ends the sequence that the loop has no room for.
+    pub(crate) fn refuse(self, error: EngineError) {
+        if let Self::Generate(sequence) = self {
+            sequence.events.end(Err(error));
+        }
+    }
+}
+
 /// What the loop works with.
 pub(crate) struct EngineLoop {
     pub(crate) scheduler: Scheduler,

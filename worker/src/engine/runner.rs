@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use bora_common::blocks::BLOCK_TOKENS;
@@ -59,7 +60,32 @@ struct Sequence {
     /// Positions in the KV cache; unknown until the first work, which may begin behind cached blocks.
     computed: Option<u32>,
     has_sampled: bool,
-    grammar: Option<Result<GrammarState, GrammarError>>,
+    grammar: Option<SequenceGrammar>,
+}
+
+/// The grammar of a sequence. It is begun beside the steps: until the first draw nobody waits for it.
+enum SequenceGrammar {
+    Beginning(Receiver<Result<GrammarState, GrammarError>>),
+    Begun(Box<Result<GrammarState, GrammarError>>),
+}
+
+impl SequenceGrammar {
+    fn begin(grammars: Option<&Grammars>, admission: &Admission, is_judge: bool) -> Option<Self> {
+        let source = admission.sampling.grammar.clone()?;
+        Some(match grammars {
+            Some(grammars) => Self::Beginning(grammars.begin_later(source, admission.generated_ids.clone(), is_judge)),
+            None => Self::Begun(Box::new(Err(GrammarError("this rank has no tokenizer".into())))),
+        })
+    }
+
+    fn wait(self) -> Result<GrammarState, GrammarError> {
+        match self {
+            Self::Beginning(receiver) => {
+                receiver.recv().unwrap_or_else(|_| Err(GrammarError("it can't be begun".into())))
+            }
+            Self::Begun(state) => *state,
+        }
+    }
 }
 
 /// A submitted step whose results are awaited.
@@ -132,7 +158,7 @@ impl<B: Backend> ModelRunner<B> {
                 Some(Some(_)) => return Err(format!("it admits slot {}, which is in use", admission.slot)),
                 Some(free @ None) => {
                     self.admitted += 1;
-                    let grammar = begin_grammar(self.grammars.as_deref(), admission);
+                    let grammar = SequenceGrammar::begin(self.grammars.as_deref(), admission, self.rank == 0);
                     *free = Some(Sequence { number: self.admitted, grammar, ..Sequence::default() });
                 }
             }
@@ -307,7 +333,7 @@ impl<B: Backend> ModelRunner<B> {
             let SampleRequest::Next { slot, position, drafts, masks, .. } = request else { continue };
             let grammar = self.slots[*slot as usize].as_mut().and_then(|sequence| sequence.grammar.take());
             if let Some(grammar) = grammar {
-                making.push(Masking { slot: *slot, position: *position, grammar, drafts, masks });
+                making.push(Masking { slot: *slot, position: *position, grammar: grammar.wait(), drafts, masks });
             }
         }
         let begun = Instant::now();
@@ -321,7 +347,7 @@ impl<B: Backend> ModelRunner<B> {
                 faults.push((slot, SequenceFault::Grammar { position, reason: reason.clone() }));
             }
             if let Some(sequence) = &mut self.slots[slot as usize] {
-                sequence.grammar = Some(grammar);
+                sequence.grammar = Some(SequenceGrammar::Begun(Box::new(grammar)));
             }
         }
         Ok(faults)
@@ -335,9 +361,10 @@ impl<B: Backend> ModelRunner<B> {
             // not the sequence that has the slot by now
             let sequence = self.slots[*slot as usize].as_mut().filter(|sequence| sequence.number == *number);
             let Some(grammar) = sequence.and_then(|sequence| sequence.grammar.as_mut()) else { continue };
-            let (Ok(state), Ok(drawn)) = (&mut *grammar, drawn) else { continue };
+            let (SequenceGrammar::Begun(begun), Ok(drawn)) = (grammar, drawn) else { continue };
+            let Ok(state) = begun.as_mut() else { continue };
             if let Err(error) = drawn.iter().try_for_each(|drawn| state.accept(drawn.token_id)) {
-                *grammar = Err(error);
+                **begun = Err(error);
             }
         }
         self.collected.push_back(results);
@@ -431,12 +458,4 @@ impl Masking<'_> {
             Err(error) => self.grammar = Err(error),
         }
     }
-}
-
-fn begin_grammar(grammars: Option<&Grammars>, admission: &Admission) -> Option<Result<GrammarState, GrammarError>> {
-    let source = admission.sampling.grammar.as_ref()?;
-    Some(match grammars {
-        Some(grammars) => grammars.begin(source, &admission.generated_ids),
-        None => Err(GrammarError("this rank has no tokenizer".into())),
-    })
 }

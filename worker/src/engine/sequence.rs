@@ -13,6 +13,7 @@ use super::request::{Class, Request};
 use super::stream::EventSender;
 use crate::cache::{BlockContent, Lease};
 use crate::engine::step::{Admission, PositionLogprobs, Slot, TokenLogprob};
+use crate::grammar::Prepared;
 use crate::speculate::Speculator;
 
 /// A sequence that waits or runs.
@@ -54,6 +55,8 @@ pub(crate) struct Sequence {
     pub(crate) speculator: Option<Speculator>,
     /// Where its events go.
     pub(crate) events: EventSender,
+    /// Keeps its grammar from being compiled again.
+    pub(crate) grammar: Option<Prepared>,
     /// What its work is traced under.
     pub(crate) trace: Option<TraceContext>,
     place: Place,
@@ -98,6 +101,7 @@ impl Sequence {
             admitted_on_ranks: false,
             speculator: None,
             events,
+            grammar: None,
             trace: None,
             place,
             created: Instant::now(),

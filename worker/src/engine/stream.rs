@@ -22,6 +22,8 @@ const MAX_SCORED_TOKENS_IN_EVENT: usize = 256;
 
 #[derive(Default)]
 struct Buffer {
+    /// The grammar has compiled.
+    compiled: bool,
     started: Option<v1::Started>,
     prompt_logprobs: VecDeque<v1::PromptLogprobs>,
     token_ids: VecDeque<u32>,
@@ -50,7 +52,7 @@ pub(crate) struct EventSender {
     shared: Arc<Shared>,
 }
 
-/// The caller's end: first `Started`, then prompt logprobs, tokens and `Finished`, or an error that ends
+/// The caller's end: first `GrammarCompiled` where there is a grammar, then `Started`, then prompt logprobs, tokens and `Finished`, or an error that ends
 /// the stream. Dropping it aborts the sequence within a step.
 pub struct EventStream {
     shared: Arc<Shared>,
@@ -67,6 +69,17 @@ impl EventSender {
     /// Whether the caller is gone.
     pub(crate) fn is_closed(&self) -> bool {
         self.shared.closed.load(Ordering::Acquire)
+    }
+
+    /// The same, asked later.
+    pub(crate) fn closed(&self) -> impl Fn() -> bool + Send + use<> {
+        let shared = self.shared.clone();
+        move || shared.closed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn compiled(&self) {
+        self.shared.lock().compiled = true;
+        self.shared.waker.wake();
     }
 
     pub(crate) fn started(&self, started: v1::Started) {
@@ -107,6 +120,9 @@ impl Drop for EventSender {
 
 impl Buffer {
     fn next(&mut self) -> Option<Result<Event, EngineError>> {
+        if std::mem::take(&mut self.compiled) {
+            return Some(Ok(Event::Compiled(v1::GrammarCompiled {})));
+        }
         if let Some(started) = self.started.take() {
             return Some(Ok(Event::Started(started)));
         }

@@ -50,7 +50,7 @@ async fn all(mut stream: EventStream) -> (Vec<u32>, Result<v1::Finished, EngineE
         match event.map(|event| event.event.unwrap()) {
             Ok(Event::Tokens(tokens)) => ids.extend(tokens.token_ids),
             Ok(Event::Finished(finished)) => return (ids, Ok(finished)),
-            Ok(Event::Started(_) | Event::PromptLogprobs(_)) => {}
+            Ok(Event::Compiled(_) | Event::Started(_) | Event::PromptLogprobs(_)) => {}
             Err(error) => return (ids, Err(error)),
         }
     }

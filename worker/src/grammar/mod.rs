@@ -3,16 +3,22 @@
 //!
 //! llguidance compiles the grammar against the bytes of the model's tokens and computes, at each position, the
 //! set of ids that can still lead to a text of the language. Every rank keeps the state of its sequences
-//! ([`GrammarState`]) and computes the same masks from the same ids, so masks never travel. Compiling takes
-//! milliseconds, and what would take much longer is refused before ([`limits`]). Callers compile before the step loop sees
-//! the request ([`Grammars::prepare`]), and the result is kept for the ranks and for the next request with the same grammar.
+//! ([`GrammarState`]) and computes the same masks from the same ids, so masks never travel.
+//!
+//! A grammar comes from a client that may be hostile. Before it is compiled it is held to [`limits`]; compiling is queued
+//! ([`compile`]) and bounded by fuel; what was compiled or refused is kept by its bytes ([`kept`]); and the tables that grow while
+//! a sequence runs are measured at each token ([`memory`]). The engine compiles before the step loop sees the request
+//! ([`Grammars::prepare_then`]), ranks begin a sequence's grammar beside their steps ([`Grammars::begin_later`]).
 
+mod compile;
+mod kept;
 mod limits;
+mod memory;
 mod pending;
 mod state;
 
-use std::collections::HashMap;
 use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -20,22 +26,27 @@ use bora_common::tokenizer::{TokenizerError, Vocabulary};
 use bora_proto::v1;
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
-use llguidance::{Matcher, ParserFactory};
+use llguidance::{ParserFactory, TokenParser};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 
 pub use limits::MAX_GRAMMAR_BYTES;
+pub use memory::{MAX_LIVE_BYTES, MAX_STATE_BYTES};
 pub use pending::PendingGrammars;
 pub(crate) use state::allows;
 pub use state::{GrammarState, Mask};
 
-/// Work spent on building a grammar: llguidance does 50,000 units in a millisecond.
-const COMPILE_FUEL: u64 = 2_500_000;
-/// Compiled grammars that are kept.
-const KEPT: usize = 64;
-/// Stack of the thread that compiles: schemas may be nested as deeply as JSON parsers allow.
-const COMPILE_STACK: usize = 16 << 20;
+use compile::Job;
+use kept::Kept;
+use memory::{LiveBytes, TotalBytes};
+
+/// Work spent on building a grammar, which bounds its time and its memory: llguidance does 50,000 units in a millisecond.
+const COMPILE_FUEL: u64 = 400_000;
+/// Work spent on one mask.
+const MASK_FUEL: u64 = 100_000;
+/// States of a sequence's lexer.
+const MAX_LEXER_STATES: usize = 50_000;
 
 const COMPILE_BUCKETS: [f64; 9] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0];
 const MASK_BUCKETS: [f64; 11] = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 1.0];
@@ -65,6 +76,17 @@ pub enum GrammarKind {
 #[error("{0}")]
 pub struct GrammarError(pub String);
 
+/// Why a grammar is not ready.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PrepareError {
+    /// It can't be used, here or elsewhere.
+    #[error(transparent)]
+    Refused(GrammarError),
+    /// It can't be compiled here now.
+    #[error("the grammar can't be compiled now: {0}")]
+    Busy(String),
+}
+
 impl TryFrom<v1::Grammar> for GrammarSource {
     type Error = GrammarError;
 
@@ -79,27 +101,45 @@ impl TryFrom<v1::Grammar> for GrammarSource {
             let length = grammar.source.len();
             return Err(GrammarError(format!("it has {length} bytes, at most {MAX_GRAMMAR_BYTES} are taken")));
         }
-        match kind {
-            GrammarKind::JsonSchema => limits::check_schema(&grammar.source)?,
-            GrammarKind::Regex | GrammarKind::Lark => limits::check_lark(&grammar.source)?,
-        }
+        limits::check(kind, &grammar.source)?;
         Ok(Self { kind, text: grammar.source })
     }
 }
 
-/// Compiles grammars for one vocabulary and keeps the newest ones.
+/// A compiled grammar that is found as long as somebody holds it.
+#[derive(Clone, Debug)]
+pub struct Prepared(#[expect(dead_code, reason = "held, not read")] Arc<Compiled>);
+
+/// A parser that is never advanced, and what it takes.
+struct Compiled {
+    parser: Mutex<TokenParser>,
+    live: LiveBytes,
+}
+
+impl Compiled {
+    fn bytes(&self) -> usize {
+        self.live.bytes()
+    }
+}
+
+impl std::fmt::Debug for Compiled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Compiled").field("live", &self.live).finish_non_exhaustive()
+    }
+}
+
+/// Compiles grammars for one vocabulary and keeps those used last.
 pub struct Grammars {
-    factory: ParserFactory,
-    kept: Mutex<Kept>,
-    compile_seconds: Histogram,
+    compiler: Arc<Compiler>,
+    jobs: Sender<Job>,
     mask_seconds: Histogram,
 }
 
-#[derive(Default)]
-struct Kept {
-    /// Never advanced; each with the number of its last use.
-    compiled: HashMap<GrammarSource, (Matcher, u64)>,
-    uses: u64,
+struct Compiler {
+    factory: ParserFactory,
+    kept: Mutex<Kept>,
+    live: TotalBytes,
+    seconds: Histogram,
 }
 
 impl Grammars {
@@ -128,23 +168,27 @@ impl Grammars {
         let mut factory = ParserFactory::new(&environment, InferenceCapabilities::default(), &slices)
             .map_err(|error| GrammarError(error.to_string()))?;
         factory.quiet();
-        let compiler = factory.limits_mut();
-        compiler.initial_lexer_fuel = COMPILE_FUEL;
-        compiler.max_grammar_size = limits::MAX_SYMBOLS;
-        compiler.verbose_errors = false;
-        Ok(Self {
+        let limits = factory.limits_mut();
+        limits.initial_lexer_fuel = COMPILE_FUEL;
+        limits.step_lexer_fuel = MASK_FUEL;
+        limits.max_lexer_states = MAX_LEXER_STATES;
+        limits.max_grammar_size = limits::MAX_SYMBOLS;
+        limits.verbose_errors = false;
+        let compiler = Arc::new(Compiler {
             factory,
             kept: Mutex::default(),
-            compile_seconds: Histogram::new(COMPILE_BUCKETS),
-            mask_seconds: Histogram::new(MASK_BUCKETS),
-        })
+            live: TotalBytes::default(),
+            seconds: Histogram::new(COMPILE_BUCKETS),
+        });
+        let jobs = compile::start(&compiler)?;
+        Ok(Self { compiler, jobs, mask_seconds: Histogram::new(MASK_BUCKETS) })
     }
 
     pub(crate) fn register(&self, registry: &mut Registry) {
         registry.register(
             "grammar_compile_seconds",
             "Compiling a grammar that was not kept",
-            self.compile_seconds.clone(),
+            self.compiler.seconds.clone(),
         );
         registry.register(
             "grammar_mask_seconds",
@@ -158,53 +202,100 @@ impl Grammars {
         self.mask_seconds.observe(seconds);
     }
 
-    /// Compiles a grammar, or finds it. Up to some tens of milliseconds, on a thread of its own.
-    pub fn prepare(&self, source: &GrammarSource) -> Result<(), GrammarError> {
-        self.matcher(source).map(drop)
+    /// Compiles a grammar, or finds it; waits for its turn.
+    pub fn prepare(&self, source: &GrammarSource) -> Result<Prepared, PrepareError> {
+        let (sender, receiver) = sync_channel(1);
+        self.prepare_then(
+            source,
+            || true,
+            move |outcome| {
+                let _ = sender.send(outcome);
+            },
+        );
+        receiver.recv().unwrap_or_else(|_| Err(PrepareError::Busy("the compiler stopped".into())))
     }
 
-    /// The state of a sequence that has generated `generated_ids` so far.
+    /// Compiles a grammar when its turn comes and somebody still wants it, or finds it at once. Never waits.
+    pub fn prepare_then(
+        &self,
+        source: &GrammarSource,
+        is_wanted: impl Fn() -> bool + Send + 'static,
+        done: impl FnOnce(Result<Prepared, PrepareError>) + Send + 'static,
+    ) {
+        if let Some(found) = self.compiler.find(source) {
+            return done(found.map(Prepared).map_err(PrepareError::Refused));
+        }
+        if self.compiler.live.get() > MAX_LIVE_BYTES {
+            return done(Err(PrepareError::Busy("the grammars in use take too much memory".into())));
+        }
+        let job = Job {
+            source: source.clone(),
+            is_wanted: Box::new(is_wanted),
+            done: Box::new(move |outcome| done(outcome.map(Prepared))),
+        };
+        // the threads end after this sender; a job that comes back is dropped, and its owner notices
+        let _ = self.jobs.send(job);
+    }
+
+    /// The state of a sequence that has generated `generated_ids` so far; waits for the compiler where the grammar is not kept.
     pub fn begin(&self, source: &GrammarSource, generated_ids: &[u32]) -> Result<GrammarState, GrammarError> {
-        let mut matcher = self.matcher(source)?;
-        matcher
-            .consume_tokens(generated_ids)
-            .map_err(|error| GrammarError(format!("the ids generated so far do not match it: {error}")))?;
-        Ok(GrammarState::new(matcher))
+        self.compiler.begin(source, generated_ids, true)
     }
 
-    fn matcher(&self, source: &GrammarSource) -> Result<Matcher, GrammarError> {
-        {
-            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-            kept.uses += 1;
-            let now = kept.uses;
-            if let Some((matcher, last_use)) = kept.compiled.get_mut(source) {
-                *last_use = now;
-                return Ok(matcher.deep_clone());
+    /// The same, on a thread of its own. `is_judge` is whether memory that other sequences take may fail this one: ranks must
+    /// agree, so the word of one of them counts.
+    pub(crate) fn begin_later(
+        &self,
+        source: GrammarSource,
+        generated_ids: Vec<u32>,
+        is_judge: bool,
+    ) -> Receiver<Result<GrammarState, GrammarError>> {
+        let (sender, receiver) = sync_channel(1);
+        let compiler = self.compiler.clone();
+        let failed = sender.clone();
+        let thread = std::thread::Builder::new().name("grammar-begin".into()).spawn(move || {
+            let _ = sender.send(compiler.begin(&source, &generated_ids, is_judge));
+        });
+        if let Err(error) = thread {
+            let _ = failed.send(Err(GrammarError(format!("no thread to begin it: {error}"))));
+        }
+        receiver
+    }
+}
+
+impl Compiler {
+    fn find(&self, source: &GrammarSource) -> Option<Result<Arc<Compiled>, GrammarError>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).get(source)
+    }
+
+    fn keep(&self, source: &GrammarSource, outcome: &Result<Arc<Compiled>, GrammarError>) {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).add(source, outcome);
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        source: &GrammarSource,
+        generated_ids: &[u32],
+        is_judge: bool,
+    ) -> Result<GrammarState, GrammarError> {
+        let compiled = match self.find(source) {
+            Some(found) => found?,
+            None => {
+                let compiling = compile::spawn(self, source);
+                let compiling = compiling.ok_or_else(|| GrammarError("no thread to compile it".into()))?;
+                compiling.recv().unwrap_or_else(|_| Err(GrammarError("it can't be compiled".into())))?
             }
-        }
-        let begun = Instant::now();
-        let matcher = std::thread::scope(|scope| {
-            let compiling = std::thread::Builder::new()
-                .name("grammar".into())
-                .stack_size(COMPILE_STACK)
-                .spawn_scoped(scope, || self.compile(source))
-                .map_err(|error| GrammarError(format!("no thread to compile it: {error}")))?;
-            compiling.join().unwrap_or_else(|_| Err(GrammarError("it can't be compiled".into())))
+        };
+        let parser = compiled.parser.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();
+        let mut state = GrammarState::new(parser, LiveBytes::new(&self.live, is_judge));
+        state.resume(generated_ids).map_err(|GrammarError(reason)| {
+            GrammarError(format!("the ids generated so far do not match it: {reason}"))
         })?;
-        self.compile_seconds.observe(begun.elapsed().as_secs_f64());
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.compiled.len() >= KEPT
-            && let Some(oldest) = kept.compiled.iter().min_by_key(|(_, (_, last_use))| *last_use)
-        {
-            let oldest = oldest.0.clone();
-            kept.compiled.remove(&oldest);
-        }
-        let now = kept.uses;
-        kept.compiled.insert(source.clone(), (matcher.deep_clone(), now));
-        Ok(matcher)
+        Ok(state)
     }
 
-    fn compile(&self, source: &GrammarSource) -> Result<Matcher, GrammarError> {
+    fn compile(&self, source: &GrammarSource) -> Result<Arc<Compiled>, GrammarError> {
+        let begun = Instant::now();
         let tag = match source.kind {
             GrammarKind::JsonSchema => "json_schema",
             GrammarKind::Regex => "regex",
@@ -212,13 +303,17 @@ impl Grammars {
         };
         let failed = |error: &dyn std::fmt::Display| GrammarError(first_line(&error.to_string()));
         let grammar = TopLevelGrammar::from_tagged_str(tag, &source.text).map_err(|error| failed(&error))?;
-        let matcher = Matcher::new(self.factory.create_parser(grammar));
-        if let Some(error) = matcher.get_error() {
-            return Err(failed(&error));
+        let mut parser = self.factory.create_parser(grammar).map_err(|error| failed(&error))?;
+        parser.start_without_prompt();
+        // a grammar that matches nothing at all, or whose first mask already takes too much
+        let mut first = GrammarState::new(parser.deep_clone(), LiveBytes::new(&self.live, false));
+        if first.mask()?.iter().all(|word| *word == 0) {
+            return Err(GrammarError("no text matches it".into()));
         }
-        // a grammar that matches nothing at all
-        let mask = matcher.deep_clone().compute_mask_or_eos().map_err(|error| failed(&error))?;
-        if mask.is_zero() { Err(GrammarError("no text matches it".into())) } else { Ok(matcher) }
+        let mut live = LiveBytes::new(&self.live, false);
+        live.set(memory::of_parser(&parser, 0));
+        self.seconds.observe(begun.elapsed().as_secs_f64());
+        Ok(Arc::new(Compiled { parser: Mutex::new(parser), live }))
     }
 }
 

@@ -1,38 +1,60 @@
 //! Where one sequence stands in its grammar.
 
+use std::fmt::Display;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-use llguidance::Matcher;
+use llguidance::api::StopReason;
+use llguidance::toktrie::SimpleVob;
+use llguidance::{TokenParser, panic_utils};
 
 use super::GrammarError;
+use super::memory::{self, LiveBytes, MAX_STATE_BYTES};
 
 /// One bit for each id of the vocabulary, from the lowest bit of the first word on; 1 = may be drawn. Ids
 /// beyond its end may not.
 pub type Mask = Arc<[u32]>;
 
-/// Where a sequence stands in its grammar.
+/// Where a sequence stands in its grammar. An error is final.
+///
+/// The states of the lexer are made as they are reached, and each token adds a row to the parser: a state whose tables outgrow
+/// [`MAX_STATE_BYTES`] fails, and its sequence with it. So does one that grows while all states of the process together exceed
+/// [`MAX_LIVE_BYTES`](memory::MAX_LIVE_BYTES), on the rank whose word counts.
 pub struct GrammarState {
-    matcher: Matcher,
+    parser: TokenParser,
+    /// Items of the parser's rows, an upper bound.
+    items: usize,
+    live: LiveBytes,
+    failed: Option<GrammarError>,
 }
 
 impl GrammarState {
-    pub(super) fn new(matcher: Matcher) -> Self {
-        Self { matcher }
+    pub(super) fn new(parser: TokenParser, live: LiveBytes) -> Self {
+        let mut state = Self { parser, items: 0, live, failed: None };
+        state.live.set(memory::of_parser(&state.parser, 0));
+        state
     }
 
     /// An id was drawn. After the end of the text, whatever follows is ignored: the sequence is about to be
     /// released.
     pub fn accept(&mut self, id: u32) -> Result<(), GrammarError> {
-        if self.matcher.is_stopped() && self.matcher.get_error().is_none() {
+        if self.is_stopped() && self.failed.is_none() {
             return Ok(());
         }
-        self.matcher.consume_token(id).map_err(|error| GrammarError(error.to_string()))
+        self.consume(id)?;
+        self.check_memory()
+    }
+
+    /// Accepts ids that another group drew.
+    pub(super) fn resume(&mut self, ids: &[u32]) -> Result<(), GrammarError> {
+        ids.iter().try_for_each(|id| self.consume(*id).and_then(|()| self.check_memory()))
     }
 
     /// The ids that may come next: those of the language, and the end-of-sequence id where the text may end
     /// (it alone where it must).
     pub fn mask(&mut self) -> Result<Mask, GrammarError> {
-        let mask = self.matcher.compute_mask_or_eos().map_err(|error| GrammarError(error.to_string()))?;
+        let mask = self.compute_mask()?;
+        self.check_memory()?;
         Ok(mask.as_slice().into())
     }
 
@@ -40,25 +62,92 @@ impl GrammarState {
     /// The state stays where it is.
     pub fn masks_along(&mut self, guesses: &[u32]) -> Result<Vec<Mask>, GrammarError> {
         let mut masks = vec![self.mask()?];
+        let items = self.items;
         let mut accepted = 0;
         for guess in guesses {
             // after the end nothing is accepted, and nothing could be taken back
-            if self.matcher.is_stopped() || !allows(&masks[accepted], *guess) {
+            if self.is_stopped() || !allows(&masks[accepted], *guess) {
                 break;
             }
-            self.matcher.consume_token(*guess).map_err(|error| GrammarError(error.to_string()))?;
+            self.consume(*guess)?;
             accepted += 1;
             masks.push(self.mask()?);
         }
         if accepted > 0 {
-            self.matcher.rollback(accepted).map_err(|error| GrammarError(error.to_string()))?;
+            self.attempt(|parser| parser.rollback(accepted))?;
+            self.items = items;
         }
         Ok(masks)
     }
 
     /// Whether the text may end here.
     pub fn may_end(&mut self) -> bool {
-        self.matcher.is_stopped() || self.matcher.is_accepting().unwrap_or(false)
+        self.is_stopped() || self.attempt(|parser| Ok::<_, String>(parser.is_accepting())).unwrap_or(false)
+    }
+
+    /// Estimated bytes of its tables.
+    pub fn bytes(&self) -> usize {
+        self.live.bytes()
+    }
+
+    fn compute_mask(&mut self) -> Result<SimpleVob, GrammarError> {
+        if self.is_stopped() && self.failed.is_none() {
+            return Ok(self.parser.token_env.tok_trie().eos_token_set());
+        }
+        self.attempt(TokenParser::compute_mask)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.parser.stop_reason() != StopReason::NotStopped
+    }
+
+    fn consume(&mut self, id: u32) -> Result<(), GrammarError> {
+        let before = self.parser.parser_stats().all_items;
+        let backtracked = self.attempt(|parser| parser.consume_token(id))?;
+        self.attempt(TokenParser::check_stop)?;
+        self.items += self.parser.parser_stats().all_items.saturating_sub(before);
+        if backtracked > 0 {
+            return Err(self.fail(GrammarError("it takes back what was drawn".into())));
+        }
+        Ok(())
+    }
+
+    /// Fails the state if its tables grew too large.
+    fn check_memory(&mut self) -> Result<(), GrammarError> {
+        let bytes = memory::of_parser(&self.parser, self.items);
+        let grew = self.live.set(bytes);
+        if bytes > MAX_STATE_BYTES {
+            let reason = format!("matching it takes more than {} MiB of memory", MAX_STATE_BYTES >> 20);
+            return Err(self.fail(GrammarError(reason)));
+        }
+        if grew && self.live.exceeds_total() {
+            let reason = "the grammars that are in use take too much memory for this one to go on";
+            return Err(self.fail(GrammarError(reason.into())));
+        }
+        Ok(())
+    }
+
+    fn attempt<T, E: Display>(
+        &mut self,
+        work: impl FnOnce(&mut TokenParser) -> Result<T, E>,
+    ) -> Result<T, GrammarError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let parser = &mut self.parser;
+        let outcome =
+            panic_utils::catch_unwind(AssertUnwindSafe(|| Ok(work(parser).map_err(|error| error.to_string()))));
+        let reason = match outcome {
+            Ok(Ok(value)) => return Ok(value),
+            Ok(Err(reason)) => reason,
+            Err(panicked) => panicked.to_string(),
+        };
+        Err(self.fail(GrammarError(super::first_line(&reason))))
+    }
+
+    fn fail(&mut self, error: GrammarError) -> GrammarError {
+        self.failed = Some(error.clone());
+        error
     }
 }
 

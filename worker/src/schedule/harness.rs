@@ -43,6 +43,7 @@ impl Heard {
         while let Some(Some(event)) = stream.next().now_or_never() {
             assert!(self.end.is_none(), "an event after the end");
             match event.map(|event| event.event.unwrap()) {
+                Ok(Event::Compiled(_)) => assert!(self.started.is_none()),
                 Ok(Event::Started(started)) => {
                     assert!(self.started.replace(started).is_none(), "started twice");
                 }

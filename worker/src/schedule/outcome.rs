@@ -101,8 +101,17 @@ impl Scheduler {
             self.cache.forget(*block);
         }
         if let Some(sequence) = self.remove(slot) {
-            tracing::error!(request_id = sequence.request.request_id, %fault, "sequence failed");
-            sequence.events.end(Err(EngineError::Internal { reason: fault.to_string() }));
+            // a grammar that can't go on is the request's fault, a number that is none is ours
+            sequence.events.end(Err(match fault {
+                SequenceFault::Grammar { position, reason } => {
+                    tracing::info!(request_id = sequence.request.request_id, position, "grammar failed");
+                    EngineError::invalid("grammar", reason)
+                }
+                SequenceFault::NotANumber { .. } => {
+                    tracing::error!(request_id = sequence.request.request_id, %fault, "sequence failed");
+                    EngineError::Internal { reason: fault.to_string() }
+                }
+            }));
         }
     }
 }

@@ -77,6 +77,7 @@ impl StreamCheck {
     /// Whether the next event may come as it is.
     pub fn check(&mut self, event: &GenerateEvent) -> Result<(), Violation> {
         match &event.event {
+            Some(Event::Compiled(_)) => self.compiled(),
             Some(Event::Started(started)) => self.start(started),
             Some(Event::PromptLogprobs(part)) => self.prompt_logprobs(part),
             Some(Event::Tokens(tokens)) => self.tokens(tokens),
@@ -86,7 +87,6 @@ impl StreamCheck {
     }
 
     /// The grammar has compiled. Once, before the sequence starts.
-    #[allow(dead_code, reason = "of an event that is not in the contract yet")]
     fn compiled(&mut self) -> Result<(), Violation> {
         ensure(self.bounds.has_grammar, Kind::Order, || "a grammar that nobody sent has compiled")?;
         ensure(!self.compiled && self.generated == self.bounds.generated, Kind::Order, || "the grammar compiled late")?;

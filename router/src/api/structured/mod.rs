@@ -5,21 +5,28 @@
 //! as ids, so that no text can pass for one. The group compiles the grammar and refuses what it can't; such a
 //! refusal names the field that the grammar came from ([`Structure::field`]).
 
+mod pattern;
+mod schema;
+
 use std::{collections::HashSet, fmt::Write as _};
 
-use bora_common::cpu_budget::{self, Stage};
+use bora_common::{
+    conversation::Json,
+    cpu_budget::{self, Stage},
+};
 use bora_proto::v1::{Grammar, grammar::Kind};
 use serde_json::{Value, json};
 
 use super::{error::ApiError, params::Endpoint, request::Body, surrogates::replace_halves_of_text};
-use crate::models::ModelSpec;
+use crate::{access::limits::Limits, models::ModelSpec};
 
 /// Bytes of a grammar; as in the worker.
 const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
+/// The schema of any object.
+const ANY_OBJECT: &str =
+    r#"{"type":"object","x-guidance":{"whitespace_pattern":"[\\x20\\x0A\\x0D\\x09]{1,64}","lenient":true}}"#;
 /// Texts of `guided_choice`.
 const MAX_CHOICES: usize = 4_096;
-/// White space between the parts of a JSON text: enough for any indentation, too little to fill the window.
-const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
 
 /// What an answer has to look like.
 #[derive(Clone, Debug, PartialEq)]
@@ -165,6 +172,32 @@ pub fn structure(
     Ok(wanted)
 }
 
+/// Refuses forms that the tenant may not ask for.
+pub fn check_allowed(body: &Body<'_>, limits: &Limits) -> Result<(), ApiError> {
+    let forbidden = |what: &str| match what {
+        "grammar" => limits.allow_grammar == Some(false),
+        "regex" => limits.allow_regex == Some(false),
+        _ => false,
+    };
+    for (field, value) in &body.structured {
+        let asked = match (*field, value) {
+            ("guided_grammar", _) => vec!["grammar"],
+            ("guided_regex", _) => vec!["regex"],
+            ("structured_outputs", Value::Object(options)) => {
+                options.iter().filter(|(_, value)| !value.is_null()).map(|(option, _)| option.as_str()).collect()
+            }
+            _ => continue,
+        };
+        if let Some(what) = asked.into_iter().find(|what| forbidden(what)) {
+            let place = if field.starts_with("guided_") { (*field).to_owned() } else { format!("{field}.{what}") };
+            let mut error = ApiError::forbidden(format!("This API key may not use `{place}`."));
+            error.param = Some((*field).to_owned());
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
 /// What one field asks for; `None` where it asks for nothing.
 fn asked_for(field: &'static str, value: &Value) -> Result<Option<Grammar>, ApiError> {
     let wrong = |what: &str| ApiError::invalid(field, format!("`{field}` must be {what}."));
@@ -206,7 +239,11 @@ fn response_format(value: &Value) -> Result<Option<Grammar>, ApiError> {
     const FIELD: &str = "response_format";
     match value.get("type").and_then(Value::as_str) {
         Some("text") => Ok(None),
-        Some("json_object") => Ok(Some(any_object())),
+        Some("json_object") => match value.get("schema") {
+            None | Some(Value::Null) => Ok(Some(any_object())),
+            // vLLM's form
+            Some(schema) => json_schema(FIELD, schema, false).map(Some),
+        },
         Some("json_schema") => {
             let format = value.get("json_schema").unwrap_or(&Value::Null);
             // Mistral's name for it
@@ -235,7 +272,7 @@ fn regex(source: &str) -> Grammar {
 }
 
 fn any_object() -> Grammar {
-    Grammar { kind: Kind::JsonSchema.into(), source: with_options(&json!({"type": "object"}), false) }
+    Grammar { kind: Kind::JsonSchema.into(), source: ANY_OBJECT.into() }
 }
 
 /// A schema, given as such or as its text.
@@ -252,17 +289,9 @@ fn json_schema(field: &'static str, value: &Value, strict: bool) -> Result<Gramm
     if !schema.is_object() && !schema.is_boolean() {
         return Err(ApiError::invalid(field, format!("`{field}`: a JSON schema must be an object.")));
     }
-    Ok(Grammar { kind: Kind::JsonSchema.into(), source: with_options(schema, strict) })
-}
-
-/// A schema with llguidance's options. Where it is not strict, keywords that can't be kept are left out of
-/// account instead of refused.
-fn with_options(schema: &Value, strict: bool) -> String {
-    let mut schema = schema.clone();
-    if let Some(object) = schema.as_object_mut() {
-        object.insert("x-guidance".into(), json!({"whitespace_pattern": WHITE_SPACE, "lenient": !strict}));
-    }
-    schema.to_string()
+    let source = schema::for_group(schema, strict)
+        .map_err(|unkept| ApiError::invalid(field, format!("`{field}`: the schema's {unkept}.")))?;
+    Ok(Grammar { kind: Kind::JsonSchema.into(), source })
 }
 
 fn choices(field: &'static str, value: &Value) -> Result<Grammar, ApiError> {
@@ -297,10 +326,13 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
             "This model's tokenizer has no tool calls: they can't be forced.",
         ));
     };
-    let tools: Vec<Value> = body
-        .tools
-        .map_or(Ok(Vec::new()), |tools| serde_json::from_str(tools.get()))
-        .map_err(|error| ApiError::invalid("tools", format!("`tools`: {error}.")))?;
+    // as the conversation reads them: half of a surrogate pair is a character that can't be shown
+    let tools = match body.tools.map(|tools| Json::parse(tools.get()).map(|tools| tools.to_value())) {
+        None => Vec::new(),
+        Some(Ok(Value::Array(tools))) => tools,
+        Some(Ok(_)) => return Err(ApiError::invalid("tools", "`tools` must be an array.")),
+        Some(Err(error)) => return Err(ApiError::invalid("tools", format!("`tools`: {error}."))),
+    };
     let functions: Vec<&Value> = tools.iter().filter_map(|tool| tool.get("function")).collect();
     let offered: HashSet<&str> = functions.iter().filter_map(|function| function.get("name")?.as_str()).collect();
     if let Some(stranger) = names.unwrap_or_default().iter().find(|name| !offered.contains(name.as_str())) {
@@ -312,7 +344,7 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
     let mut rules = String::from("calls: ");
     let mut bodies = String::new();
     let mut count = 0;
-    for function in functions {
+    for (index, function) in functions.into_iter().enumerate() {
         cpu_budget::check(Stage::Schema)?;
         let Some(name) = function.get("name").and_then(Value::as_str) else { continue };
         if wanted.as_ref().is_some_and(|wanted| !wanted.contains(name)) {
@@ -320,8 +352,13 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
         }
         let strict = function.get("strict").and_then(Value::as_bool).unwrap_or(false);
         let schema = match function.get("parameters") {
-            Some(schema) if schema.as_object().is_some_and(|schema| !schema.is_empty()) => with_options(schema, strict),
-            _ => with_options(&json!({"type": "object"}), false),
+            Some(schema) if schema.as_object().is_some_and(|schema| !schema.is_empty()) => {
+                schema::for_group(schema, strict).map_err(|unkept| {
+                    let message = format!("`tools.{index}.function.parameters`: the schema's {unkept}.");
+                    ApiError::invalid("tools", message)
+                })?
+            }
+            _ => ANY_OBJECT.to_owned(),
         };
         let separator = if count == 0 { "" } else { " | " };
         let _ = write!(rules, "{separator}call_{count}");
@@ -439,6 +476,68 @@ mod tests {
         ] {
             let error = read(&body).expect_err(&body.to_string());
             assert_eq!(error.param.as_deref(), Some(field), "{}", error.message);
+        }
+    }
+
+    #[test]
+    fn a_json_object_may_have_a_schema() {
+        let form = json!({"response_format": {"type": "json_object", "schema": {"properties": {"a": {"const": 1}}}}});
+        let form = read(&form).unwrap().unwrap().grammar;
+        assert!(form.kind() == Kind::JsonSchema && form.source.contains(r#""const":1"#), "{}", form.source);
+        let wrong = read(&json!({"response_format": {"type": "json_object", "schema": 7}})).unwrap_err();
+        assert_eq!(wrong.param.as_deref(), Some("response_format"));
+        let any = read(&json!({"response_format": {"type": "json_object"}})).unwrap().unwrap();
+        assert_eq!(any.grammar.source, schema::for_group(&json!({"type": "object"}), false).unwrap());
+    }
+
+    #[test]
+    fn patterns_matter_only_where_a_form_is_forced() {
+        let tools = |strict: bool| {
+            json!([{"type": "function", "function": {"name": "pay", "description": "cut \u{fffd}", "strict": strict,
+                "parameters": {"type": "object", "properties": {"x": {"type": "string", "pattern": "^(?!a)b"}}}}}])
+        };
+        assert_eq!(read(&json!({"tools": tools(true)})).unwrap(), None);
+        let forced = |strict: bool| read(&json!({"tools": tools(strict), "tool_choice": "required"}));
+        assert!(!forced(false).unwrap().unwrap().grammar.source.contains("pattern\":"));
+        let refused = forced(true).unwrap_err();
+        assert!(refused.message.contains("`tools.0.function.parameters`"), "{}", refused.message);
+        assert!(refused.message.contains("`/properties/x/pattern`"), "{}", refused.message);
+        let format = json!({"type": "json_schema", "json_schema": {"schema": {"pattern": r"\bx"}, "strict": true}});
+        let refused = read(&json!({"response_format": format})).unwrap_err();
+        assert!(refused.param.as_deref() == Some("response_format") && refused.message.contains("`/pattern`"));
+    }
+
+    #[test]
+    fn half_of_a_surrogate_pair_in_a_forced_tool_is_read() {
+        let body = br#"{"tool_choice":"required","tools":[{"type":"function","function":{"name":"f","description":"cut \ud83d"}}]}"#;
+        let body = Body::parse(body, crate::api::declare::Operation::Chat).unwrap();
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
+        let tokenizer = bora_common::tokenizer::Tokenizer::from_file(file).unwrap();
+        let spec = ModelSpec { tokenizer: Some(tokenizer.into()), ..ModelSpec::default() };
+        let choice = ToolChoice::of(&body).unwrap();
+        assert!(structure(&body, Endpoint::Chat, &choice, &spec).unwrap().is_some());
+    }
+
+    #[test]
+    fn tenants_may_be_kept_from_grammars_and_regular_expressions() {
+        let limits = Limits { allow_grammar: Some(false), allow_regex: Some(false), ..Limits::default() };
+        for (body, field) in [
+            (json!({"guided_grammar": "start: \"a\""}), "guided_grammar"),
+            (json!({"guided_regex": "a"}), "guided_regex"),
+            (json!({"structured_outputs": {"grammar": "start: \"a\""}}), "structured_outputs"),
+            (json!({"structured_outputs": {"regex": "a"}}), "structured_outputs"),
+            (json!({"guided_json": {}}), ""),
+            (json!({"structured_outputs": {"choice": ["a"], "regex": null}}), ""),
+        ] {
+            let bytes = body.to_string().into_bytes();
+            let body = Body::parse(&bytes, crate::api::declare::Operation::Chat).unwrap();
+            assert!(check_allowed(&body, &Limits::default()).is_ok());
+            match check_allowed(&body, &limits) {
+                Ok(()) => assert_eq!(field, ""),
+                Err(error) => {
+                    assert_eq!((error.status.as_u16(), error.param.as_deref()), (403, Some(field)));
+                }
+            }
         }
     }
 

@@ -1,20 +1,9 @@
-//! What is too large to be compiled, found in one walk before anything is compiled.
-//!
-//! A few hundred bytes can keep a compiler busy for minutes: pattern properties are compared in pairs, `multipleOf` counts
-//! through remainders, optional properties cost the square of their number. So schemas are counted first, also those that
-//! stand in a Lark grammar behind `%json`; all schemas of one grammar share the limits of [`Counted`]. What combines into
-//! more than it looks like (`allOf` of `anyOf`s, references with siblings) is stopped by [`MAX_SYMBOLS`] while it is compiled.
+//! What a JSON schema holds, counted in one walk.
 
-use serde_json::{Deserializer, Value};
+use serde_json::Value;
 
-use super::GrammarError;
+use super::{GrammarError, at_most};
 
-/// Bytes of a grammar's source.
-pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
-/// Symbols that a grammar may be compiled to: 128 tools of 20 parameters fit.
-pub(super) const MAX_SYMBOLS: usize = 25_000;
-/// Brackets within brackets; more could overrun the stack of the grammar's own parser.
-const MAX_NESTING: usize = 128;
 /// Members of an object, and elements of a list of schemas or required names.
 const MAX_MEMBERS: usize = 1_000;
 /// Members of `properties`: those that may be left out cost the square of their number, and references multiply them.
@@ -23,71 +12,37 @@ const MAX_PROPERTIES: usize = 500;
 const MAX_PARTS: usize = 20_000;
 /// Bytes of one `pattern`.
 const MAX_PATTERN_BYTES: usize = 8 * 1024;
-/// Bytes of all patterns.
-const MAX_PATTERNS_BYTES: usize = 64 * 1024;
 /// Patterns of all `patternProperties`; each is compared with each other of its object.
 const MAX_PATTERN_PROPERTIES: usize = 64;
 /// What all `multipleOf` have in common at the earliest, without their powers of ten: states of the automaton that counts.
 const MAX_MULTIPLE: u64 = 10_000;
 /// Lists of these names hold schemas, or names of members.
 const LISTS_OF_SCHEMAS: [&str; 7] = ["anyOf", "oneOf", "allOf", "prefixItems", "items", "required", "type"];
-
-/// A schema in JSON within its limits; an error says which one it breaks.
-pub(super) fn check_schema(text: &str) -> Result<(), GrammarError> {
-    let schema: Value = serde_json::from_str(text).map_err(|error| GrammarError(format!("it is no JSON: {error}")))?;
-    Counted::default().add(&schema, "")
-}
-
-/// A grammar in Lark within its limits, with the schemas in it; so is a regular expression.
-pub(super) fn check_lark(text: &str) -> Result<(), GrammarError> {
-    if nesting(text) > MAX_NESTING {
-        return Err(GrammarError(format!("its brackets are nested more than {MAX_NESTING} deep")));
-    }
-    let mut counted = Counted::default();
-    let mut rest = text;
-    while let Some((_, after)) = rest.split_once("%json") {
-        rest = after;
-        let mut values = Deserializer::from_str(after).into_iter::<Value>();
-        // what is no JSON is no schema: the words stand in a comment or a text, or the compiler refuses it
-        if let Some(Ok(schema)) = values.next() {
-            counted.add(&schema, "")?;
-            rest = &after[values.byte_offset()..];
-        }
-    }
-    Ok(())
-}
-
-/// The deepest nesting of brackets, wherever they stand.
-fn nesting(text: &str) -> usize {
-    let (mut depth, mut deepest) = (0_usize, 0);
-    for byte in text.bytes() {
-        match byte {
-            b'(' | b'[' | b'{' => depth += 1,
-            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-        deepest = deepest.max(depth);
-    }
-    deepest
-}
+/// Texts of these names are regular expressions; all but the first are options of llguidance.
+const PATTERNS: [&str; 4] = ["pattern", "whitespace_pattern", "item_separator", "key_separator"];
 
 /// What the schemas of one grammar hold so far.
-struct Counted {
+pub(super) struct Counts {
     parts: usize,
-    patterns_bytes: usize,
     pattern_properties: usize,
     multiple: u64,
 }
 
-impl Default for Counted {
+impl Default for Counts {
     fn default() -> Self {
-        Self { parts: 0, patterns_bytes: 0, pattern_properties: 0, multiple: 1 }
+        Self { parts: 0, pattern_properties: 0, multiple: 1 }
     }
 }
 
-impl Counted {
-    /// Counts a value that stands under this name. JSON that was read is nested 128 deep at most, and so is this.
-    fn add(&mut self, value: &Value, name: &str) -> Result<(), GrammarError> {
+impl Counts {
+    /// Counts a value that stands under this name and collects its regular expressions. JSON that was read is nested 128 deep at
+    /// most, and so is this.
+    pub(super) fn add<'a>(
+        &mut self,
+        value: &'a Value,
+        name: &str,
+        patterns: &mut Vec<&'a str>,
+    ) -> Result<(), GrammarError> {
         match value {
             Value::Object(members) => {
                 at_most("members in an object", members.len(), MAX_MEMBERS)?;
@@ -98,18 +53,18 @@ impl Counted {
                 if name == "patternProperties" {
                     self.pattern_properties += members.len();
                     at_most("`patternProperties`", self.pattern_properties, MAX_PATTERN_PROPERTIES)?;
-                    members.keys().try_for_each(|pattern| self.count_pattern(pattern))?;
+                    members.keys().try_for_each(|pattern| add_pattern(pattern, patterns))?;
                 }
-                members.iter().try_for_each(|(name, member)| self.add(member, name))
+                members.iter().try_for_each(|(name, member)| self.add(member, name, patterns))
             }
             Value::Array(elements) => {
                 if LISTS_OF_SCHEMAS.contains(&name) {
                     at_most(&format!("elements in `{name}`"), elements.len(), MAX_MEMBERS)?;
                 }
                 self.count_parts(elements.len())?;
-                elements.iter().try_for_each(|element| self.add(element, ""))
+                elements.iter().try_for_each(|element| self.add(element, "", patterns))
             }
-            Value::String(pattern) if name == "pattern" => self.count_pattern(pattern),
+            Value::String(pattern) if PATTERNS.contains(&name) => add_pattern(pattern, patterns),
             Value::Number(number) if name == "multipleOf" => {
                 // what is no number in this sense is the compiler's to refuse
                 let Some(digits) = digits_of(&number.to_string()) else { return Ok(()) };
@@ -130,16 +85,12 @@ impl Counted {
         self.parts += parts;
         at_most("members and elements in all", self.parts, MAX_PARTS)
     }
-
-    fn count_pattern(&mut self, pattern: &str) -> Result<(), GrammarError> {
-        at_most("bytes in a pattern", pattern.len(), MAX_PATTERN_BYTES)?;
-        self.patterns_bytes += pattern.len();
-        at_most("bytes in all patterns", self.patterns_bytes, MAX_PATTERNS_BYTES)
-    }
 }
 
-fn at_most(what: &str, count: usize, limit: usize) -> Result<(), GrammarError> {
-    if count > limit { Err(GrammarError(format!("it has more than {limit} {what}"))) } else { Ok(()) }
+fn add_pattern<'a>(pattern: &'a str, patterns: &mut Vec<&'a str>) -> Result<(), GrammarError> {
+    at_most("bytes in a pattern", pattern.len(), MAX_PATTERN_BYTES)?;
+    patterns.push(pattern);
+    Ok(())
 }
 
 /// The digits of a positive number without its point, exponent and outer zeros; `None` where there are none, or too many.
@@ -166,7 +117,16 @@ fn least_common_multiple(one: u64, other: u64) -> u64 {
 mod tests {
     use serde_json::json;
 
+    use super::super::{GrammarKind, check};
     use super::*;
+
+    fn check_schema(text: &str) -> Result<(), GrammarError> {
+        check(GrammarKind::JsonSchema, text)
+    }
+
+    fn check_lark(text: &str) -> Result<(), GrammarError> {
+        check(GrammarKind::Lark, text)
+    }
 
     /// `count` members of this value.
     fn members(count: usize, value: &Value) -> Value {
@@ -199,7 +159,7 @@ mod tests {
             (json!({"const": list(30_000, |number| number.into())}), "in all"),
             (json!({"enum": list(5_000, |number| json!({"a": [number, number]}))}), "in all"),
             (json!({"pattern": "a".repeat(200_000)}), "bytes in a pattern"),
-            (json!({"properties": members(30, &json!({"pattern": "a|b".repeat(2_000)}))}), "bytes in all patterns"),
+            (json!({"properties": members(30, &json!({"pattern": "a|b".repeat(2_500)}))}), "bytes in all regular"),
             (json!({"patternProperties": {"a".repeat(9_000): {}}}), "bytes in a pattern"),
             (json!({"patternProperties": members(500, &json!({}))}), "patternProperties"),
             (json!({"anyOf": list(3, |_| json!({"patternProperties": members(30, &json!({}))}))}), "patternProperties"),
