@@ -256,12 +256,12 @@ mod tests {
     fn names_the_part_that_differs_and_not_the_expected_value() {
         assert_eq!(server().check(&expected(), ALL), Ok(()));
         let cases = [
-            ("cluster", Identity { cluster: "other".into(), ..expected() }),
-            ("model", Identity { model: "other".into(), ..expected() }),
-            ("group", Identity { group: "other".into(), ..expected() }),
+            ("cluster", Identity { cluster: "stranger".into(), ..expected() }),
+            ("model", Identity { model: "stranger".into(), ..expected() }),
+            ("group", Identity { group: "stranger".into(), ..expected() }),
             ("epoch", Identity { epoch: 8, ..expected() }),
             ("epoch", Identity { epoch: 0, ..expected() }),
-            ("weights", Identity { weight_fingerprint: "other".into(), ..expected() }),
+            ("weights", Identity { weight_fingerprint: "stranger".into(), ..expected() }),
             ("weights", Identity { weight_fingerprint: String::new(), ..expected() }),
             ("contract", Identity { contract: 1, ..expected() }),
             ("contract", Identity { contract: 0, ..expected() }),
@@ -270,7 +270,7 @@ mod tests {
             let refused = Status::from(server().check(&expected, ALL).unwrap_err());
             assert_eq!(refused.code(), Code::FailedPrecondition);
             assert_eq!(mismatch_of(&refused), Some(part));
-            assert!(!refused.message().contains('7') && !refused.message().contains("other"), "{refused}");
+            assert!(!refused.message().contains('7') && !refused.message().contains("stranger"), "{refused}");
         }
     }
 

@@ -42,7 +42,12 @@ fn hostile(name: &str, events: Vec<Event>) -> Group {
 
 /// A group that has the right answer: 1500 and so on.
 fn good(name: &str) -> Group {
-    Group::start(name, |request: &GenerateRequest| {
+    good_as(name, 1, "none")
+}
+
+/// The same, of this epoch and with the weights of this fingerprint.
+fn good_as(name: &str, epoch: u64, weights: &str) -> Group {
+    Group::start_as("127.0.0.1:0", name, MODEL, epoch, weights, |request: &GenerateRequest| {
         let ids: Vec<u32> = (1500 + request.generated_len..1505).collect();
         Ok(say_ids(&ids, FinishReason::Length))
     })
@@ -238,8 +243,8 @@ async fn a_record_that_cannot_be_is_refused_and_takes_nothing_from_others() {
 #[tokio::test]
 async fn groups_of_one_model_have_the_same_weights() {
     let harness = Harness::start(vec![good("a"), good("b")]).await;
-    let other = hostile("other", vec![started(), tokens(&[1999])]);
-    put(&harness, GroupRecord { weight_fingerprint: "evil".into(), epoch: 0, ..other.record() }).await;
+    let other = good_as("other", 0, "evil");
+    put(&harness, other.record()).await;
     harness.until("it is refused", |harness| harness.router.service().fleet().refused() == 1).await;
     assert_eq!(violations(&harness, "weights").await, 1);
     for _ in 0..8 {
@@ -311,8 +316,8 @@ async fn requests_wait_for_a_group_that_is_expected() {
     harness.until("they wait", |harness| harness.router.service().fleet().room.waiting() == 20).await;
     let metrics = harness.get("/metrics").await.text;
     assert!(metrics.contains(&format!("bora_router_unserved_requests_total{{model=\"{MODEL}\"}} 20")), "{metrics}");
-    let next = good("a");
-    put(&harness, GroupRecord { epoch: 2, ..next.record() }).await;
+    let next = good_as("a", 2, "none");
+    put(&harness, next.record()).await;
     for request in requests {
         let answer = request.await.expect("no panic");
         assert_eq!(answer.status, 200, "{}", answer.text);

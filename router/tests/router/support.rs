@@ -120,6 +120,7 @@ type Script = Arc<dyn Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + 
 
 #[derive(Clone)]
 struct Scripted {
+    epoch: u64,
     script: Arc<Mutex<Script>>,
     seen: Arc<Mutex<Vec<GenerateRequest>>>,
     /// Streams dropped before their script was over.
@@ -275,10 +276,10 @@ impl Inference for Scripted {
         let signs_of_life =
             tokio_stream::wrappers::IntervalStream::new(every_second).map(move |_| (0, Told::Load(*reported.lock())));
         let later = futures::stream::select(told, signs_of_life);
-        let mut sequence = 0;
+        let (mut sequence, epoch) = (0, self.epoch);
         let events = futures::stream::iter(first).chain(later).map(move |(gap, told)| {
             sequence += 1 + gap;
-            Ok(GroupEvent { epoch: 1, sequence, event: Some(told) })
+            Ok(GroupEvent { epoch, sequence, event: Some(told) })
         });
         Ok(Response::new(Box::pin(events)))
     }
@@ -308,6 +309,9 @@ fn listen(address: &str) -> std::net::TcpListener {
 pub struct Group {
     pub name: String,
     pub model: String,
+    epoch: u64,
+    /// Fingerprint of its weights.
+    weights: String,
     pub endpoint: String,
     /// Of its record.
     pub max_sequences: u32,
@@ -330,10 +334,23 @@ impl Group {
         model: &str,
         script: impl Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync + 'static,
     ) -> Self {
+        Self::start_as(address, name, model, 1, "none", script)
+    }
+
+    /// A group of this epoch, with the weights of this fingerprint.
+    pub fn start_as(
+        address: &str,
+        name: &str,
+        model: &str,
+        epoch: u64,
+        weights: &str,
+        script: impl Fn(&GenerateRequest) -> Result<Vec<Act>, Status> + Send + Sync + 'static,
+    ) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let (died, mut deaths) = mpsc::unbounded_channel();
         let scripted = Scripted {
+            epoch,
             script: Arc::new(Mutex::new(Arc::new(script))),
             seen: Arc::default(),
             cancelled: Arc::default(),
@@ -346,8 +363,8 @@ impl Group {
         let listener = listen(address);
         let endpoint = listener.local_addr().expect("bound").to_string();
         let service = InferenceServer::new(scripted.clone()).max_decoding_message_size(64 << 20);
-        let identity = ServerIdentity::new(options().cluster, model, name, 1);
-        identity.set_weights("none");
+        let identity = ServerIdentity::new(options().cluster, model, name, epoch);
+        identity.set_weights(weights);
         let guard = Guard::new(Arc::new(identity), Admission::Anybody);
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
@@ -368,7 +385,8 @@ impl Group {
                 runtime.shutdown_background();
             }
         });
-        Self { name: name.into(), model: model.into(), endpoint, max_sequences: 64, scripted, runtime }
+        let (name, model, weights) = (name.into(), model.into(), weights.into());
+        Self { name, model, epoch, weights, endpoint, max_sequences: 64, scripted, runtime }
     }
 
     pub fn kill(&self) {
@@ -423,13 +441,13 @@ impl Group {
     pub fn record(&self) -> GroupRecord {
         GroupRecord {
             group: self.name.clone(),
-            epoch: 1,
+            epoch: self.epoch,
             endpoint: self.endpoint.clone(),
             model: self.model.clone(),
             aliases: if self.model == MODEL { vec![ALIAS.into()] } else { Vec::new() },
             device: Device::Fake,
             cache_key_id: keys().cache_key_id().into(),
-            weight_fingerprint: "none".into(),
+            weight_fingerprint: self.weights.clone(),
             ranks: vec![RankRecord { rank: 0, host: "test".into(), pid: 1 }],
             block_tokens: 64,
             kv_blocks: 1000,

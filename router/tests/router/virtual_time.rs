@@ -75,7 +75,7 @@ pub(crate) fn record(name: &str, epoch: u64) -> GroupRecord {
         aliases: Vec::new(),
         device: Device::Fake,
         cache_key_id: keys().cache_key_id().into(),
-        weight_fingerprint: String::new(),
+        weight_fingerprint: "weights".into(),
         ranks: vec![RankRecord { rank: 0, host: "virtual".into(), pid: 0 }],
         block_tokens: 64,
         kv_blocks: 1000,

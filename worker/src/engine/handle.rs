@@ -215,7 +215,7 @@ impl EngineHandle {
     /// The sequence waits in its place of the queue until its grammar has compiled. Its stream says when, or ends with why not.
     fn enqueue_when_compiled(&self, mut sequence: Sequence, source: &GrammarSource, grammars: &Grammars) {
         let inner = &self.inner;
-        let (commands, draining) = (inner.commands.clone(), inner.draining.subscribe());
+        let (commands, intake) = (inner.commands.clone(), inner.intake.subscribe());
         let waiting = inner.config.options.max_waiting;
         let is_closed = sequence.events.closed();
         grammars.prepare_then(
@@ -223,7 +223,7 @@ impl EngineHandle {
             move || !is_closed(),
             move |outcome| {
                 let refusal = match outcome {
-                    Ok(_) if *draining.borrow() => EngineError::unavailable("the group is draining"),
+                    Ok(_) if *intake.borrow() != Intake::Open => EngineError::unavailable("the group is draining"),
                     Ok(prepared) => {
                         sequence.grammar = Some(prepared);
                         sequence.events.compiled();

@@ -134,6 +134,7 @@ fn listener_failed(options: &MeshOptions<'_>, error: &std::io::Error) -> Collect
 
 fn dial(rank: usize, peer: usize, options: &MeshOptions<'_>) -> Result<TcpStream, CollectiveError> {
     let address = &options.addresses[peer];
+    let mut refused = None;
     loop {
         let attempt = || -> std::io::Result<TcpStream> {
             let target = address
@@ -148,10 +149,17 @@ fn dial(rank: usize, peer: usize, options: &MeshOptions<'_>) -> Result<TcpStream
         match attempt() {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() >= options.deadline => {
+                // a server of another epoch that refuses first and is silent at the end is best described by the refusal
+                let error = refused.unwrap_or(error);
                 let reason = format!("rank {rank} can't reach it at {address}: {error}");
                 return Err(CollectiveError::Lost { rank: peer, reason });
             }
-            Err(_) => pause(Duration::from_millis(50)),
+            Err(error) => {
+                if error.kind() == ErrorKind::PermissionDenied {
+                    refused = Some(error);
+                }
+                pause(Duration::from_millis(50));
+            }
         }
     }
 }
@@ -541,7 +549,7 @@ mod tests {
     fn ranks_of_two_keys_do_not_meet() {
         let ((first, first_address), (second, second_address)) = (listen(), listen());
         let addresses = vec![first_address, second_address];
-        let limit = Duration::from_millis(500);
+        let limit = Duration::from_secs(2);
         std::thread::scope(|scope| {
             let other = scope.spawn(|| connect_mesh(&second, &options(&[1], &addresses, 2, limit)).err());
             let error = connect_mesh(&first, &options(&[0], &addresses, 1, limit)).err();

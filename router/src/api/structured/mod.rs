@@ -15,7 +15,7 @@ use bora_common::{
     cpu_budget::{self, Stage},
 };
 use bora_proto::v1::{Grammar, grammar::Kind};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{error::ApiError, params::Endpoint, request::Body, surrogates::replace_halves_of_text};
 use crate::{access::limits::Limits, models::ModelSpec};
@@ -378,6 +378,8 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn read(body: &Value) -> Result<Option<Structure>, ApiError> {
@@ -498,7 +500,7 @@ mod tests {
         };
         assert_eq!(read(&json!({"tools": tools(true)})).unwrap(), None);
         let forced = |strict: bool| read(&json!({"tools": tools(strict), "tool_choice": "required"}));
-        assert!(!forced(false).unwrap().unwrap().grammar.source.contains("pattern\":"));
+        assert!(!forced(false).unwrap().unwrap().grammar.source.contains("\"pattern\":"));
         let refused = forced(true).unwrap_err();
         assert!(refused.message.contains("`tools.0.function.parameters`"), "{}", refused.message);
         assert!(refused.message.contains("`/properties/x/pattern`"), "{}", refused.message);
