@@ -48,7 +48,12 @@ pub(crate) fn start(options: &LogOptions) -> anyhow::Result<()> {
     // the default hook writes to standard error, and waits for whoever reads it
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
-        tracing::error!(thread = thread.name().unwrap_or("unnamed"), "{panic}");
+        let thread = thread.name().unwrap_or("unnamed");
+        let location = panic.location().map(tracing::field::display);
+        // a formatted message may hold text of a user: it is logged at debug level only
+        let reason = panic.payload().downcast_ref::<&'static str>().copied().unwrap_or("see level debug");
+        tracing::error!(thread, location, reason, "a thread panicked");
+        tracing::debug!(thread, "{panic}");
     }));
     Ok(())
 }

@@ -7,12 +7,16 @@ use std::{fmt::Write as _, sync::Arc};
 
 use axum::{
     body::Body,
-    http::{HeaderMap, HeaderValue, Response, header},
+    http::{HeaderMap, HeaderValue, Method, Response, header},
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bora_router::{
     Access, AccessOptions,
-    access::{audit::Audit, quota::Wish},
+    access::{
+        audit::{Arrival, Audit},
+        quota::Wish,
+    },
+    request_id::RequestId,
 };
 use ring::{
     rand::SystemRandom,
@@ -100,7 +104,15 @@ fn main() {
 
 /// What access does in the life of a request.
 async fn request(access: &Access, headers: &HeaderMap) {
-    let audit = Audit::begin("0123456789abcdef0123456789abcdef", "POST /v1/chat/completions".to_owned(), false);
+    let audit = Audit::begin(Arrival {
+        id: RequestId::random(),
+        method: Method::POST,
+        path: "/v1/chat/completions".to_owned(),
+        peer: None,
+        client: None,
+        with_body: false,
+    });
+    audit.is_api_request();
     let caller = access.caller(headers).await.expect("known").expect("keys are asked for");
     audit.of(&caller);
     let tenant = Arc::clone(&caller.tenant);

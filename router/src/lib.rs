@@ -18,6 +18,7 @@ pub mod openapi;
 pub mod options;
 pub mod place;
 pub mod relay;
+pub mod request_id;
 pub mod server;
 pub mod service;
 

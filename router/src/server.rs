@@ -6,7 +6,7 @@ use axum::{
     Router,
     body::Body,
     extract::{Request, State},
-    http::{HeaderName, HeaderValue, Response, header},
+    http::{HeaderValue, Response, header},
     middleware::{self, Next},
     response::IntoResponse as _,
     routing::{get, post},
@@ -14,7 +14,7 @@ use axum::{
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
-    access::audit::Audit,
+    access::audit::{Arrival, Audit},
     api::{
         declare::Operation,
         error::ApiError,
@@ -23,30 +23,15 @@ use crate::{
         responses as responses_api, status, tokenize,
     },
     console,
-    http::browser::{self, BrowserGuard},
+    http::{
+        ConnectionInfo,
+        browser::{self, BrowserGuard},
+        forwarded,
+    },
     openapi::{self, Document, KEY_ERRORS, REQUEST_ERRORS, Route, responses},
+    request_id::RequestId,
     service::Service,
 };
-
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-
-/// The id of a request, in its extensions.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RequestId(pub String);
-
-impl RequestId {
-    /// A new one.
-    pub fn random() -> Self {
-        Self(format!("{:032x}", rand::random::<u128>()))
-    }
-
-    /// The client's own, if it is one: 1 to 128 visible ASCII characters.
-    fn of_client(value: &HeaderValue) -> Option<Self> {
-        let text = value.to_str().ok()?;
-        let fits = (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
-        fits.then(|| Self(text.to_string()))
-    }
-}
 
 /// All routes.
 pub fn routes(service: Arc<Service>) -> Router {
@@ -74,7 +59,10 @@ pub fn routes(service: Arc<Service>) -> Router {
     if let Some(cors) = browser::cors(options) {
         router = router.layer(cors);
     }
-    router.layer(middleware::from_fn(with_request_id)).layer(catch_panics()).with_state(service)
+    router
+        .layer(middleware::from_fn_with_state(Arc::clone(&service), with_audit))
+        .layer(catch_panics())
+        .with_state(service)
 }
 
 /// What a connection is told that is one too many: probes are answered as always.
@@ -85,7 +73,7 @@ pub fn shed_routes(service: Arc<Service>) -> Router {
         .route("/ping", get(status::health).post(status::health))
         .fallback(async || ApiError::unavailable("The server has too many connections. Please retry.", 1))
         .layer(middleware::from_fn(messages::error::in_anthropics_form))
-        .layer(middleware::from_fn(with_request_id))
+        .layer(middleware::from_fn_with_state(Arc::clone(&service), with_audit))
         .with_state(service)
 }
 
@@ -100,7 +88,7 @@ pub fn admin_routes(service: Arc<Service>) -> Router {
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(middleware::from_fn(move |request, next| guard.clone().check(request, next)))
-        .layer(middleware::from_fn(with_request_id))
+        .layer(middleware::from_fn_with_state(Arc::clone(&service), with_audit))
         .layer(catch_panics())
         .with_state(service)
 }
@@ -220,30 +208,38 @@ async fn no_method(request: Request) -> Response<Body> {
     ApiError::no_method(request.method().as_str(), request.uri().path()).into_response()
 }
 
-async fn with_request_id(mut request: Request, next: Next) -> Response<Body> {
-    let id = request.headers().get(&REQUEST_ID).and_then(RequestId::of_client).unwrap_or_else(RequestId::random);
-    let header = HeaderValue::from_str(&id.0);
-    request.extensions_mut().insert(id);
+/// Gives every request its identifiers and its line in the audit log.
+async fn with_audit(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response<Body> {
+    let id = RequestId::of(request.headers());
+    let connection = request.extensions().get::<ConnectionInfo>();
+    let proxies = &service.options().http.trusted_proxies;
+    let audit = Audit::begin(Arrival {
+        id: id.clone(),
+        method: request.method().clone(),
+        path: request.uri().path().to_owned(),
+        client: connection.map(|it| forwarded::client_address(it.peer.ip(), request.headers(), proxies)),
+        peer: connection.map(|it| it.peer),
+        with_body: service.access().audits_bodies(),
+    });
+    request.extensions_mut().insert(id.clone());
+    request.extensions_mut().insert(audit.clone());
     let mut response = next.run(request).await;
-    if let Ok(header) = header {
-        response.headers_mut().insert(REQUEST_ID, header);
-    }
+    audit.answered(&response);
+    id.write_headers(response.headers_mut());
     response
 }
 
 /// Lets requests with a key through that is known, and says whose they are.
 async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response<Body> {
-    let id = request.extensions().get::<RequestId>().map_or("", |RequestId(id)| id);
-    let target = format!("{} {}", request.method(), request.uri().path());
-    let audit = Audit::begin(id, target, service.access().audits_bodies());
+    let audit = request.extensions().get::<Audit>().cloned().unwrap_or_default();
     service.open_requests().add(&audit);
-    let response = match service.access().caller(request.headers()).await {
+    audit.is_api_request();
+    match service.access().caller(request.headers()).await {
         Ok(caller) => {
             if let Some(caller) = &caller {
                 audit.of(caller);
             }
             let tenant = caller.as_ref().map(|caller| Arc::clone(&caller.tenant));
-            request.extensions_mut().insert(audit.clone());
             request.extensions_mut().insert(caller);
             let mut response = next.run(request).await;
             if let Some(tenant) = tenant {
@@ -252,9 +248,7 @@ async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, 
             response
         }
         Err(error) => error.into_response(),
-    };
-    audit.answered(&response);
-    response
+    }
 }
 
 /// Makes a response of what a handler panicked with.
@@ -266,11 +260,8 @@ pub fn catch_panics() -> CatchPanicLayer<PanicHandler> {
 }
 
 fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response<Body> {
-    let reason = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("unknown");
-    tracing::error!(reason, "a request handler panicked");
+    drop(panic);
+    // the panic hook has logged the reason
+    tracing::error!("a request handler panicked");
     ApiError::internal("The server failed to handle the request.").into_response()
 }

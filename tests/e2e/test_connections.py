@@ -122,8 +122,49 @@ def test_a_body_that_its_client_gives_up_has_a_line_with_a_status(group):
     assert "status=499" in line and 'outcome="cut off"' in line, line
 
 
+def test_audit_lines_name_the_client_both_identifiers_the_group_and_the_first_token(group):
+    router = start_router(group, "proxied", (1024, 4096), group.address, trusted_proxies=["127.0.0.0/8"])
+    forwarded = {"x-forwarded-for": "192.0.2.9, 198.51.100.7", "x-request-id": "mine"}
+    status, headers, _ = ask("POST", router.url + "/v1/completions", {**STREAM, "stream": False}, forwarded)
+    own = headers["x-bora-request-id"]
+    assert status == 200 and headers["x-request-id"] == "mine" != own
+    line = wait_until("its line", lambda: audit_line(router, own))
+    for field in ('client_request_id="mine"', "peer=127.0.0.1:", "client=198.51.100.7", 'group="g"', "completion_tokens=40"):
+        assert field in line, (field, line)
+    first, whole = (int(line.split(f" {name}=")[1].split()[0]) for name in ("first_token_milliseconds", "milliseconds"))
+    assert 0 < first <= whole, line
+
+
+def test_refusals_of_every_route_leave_an_audit_line(group):
+    router = start_router(group, "refusing", (1024, 4096), group.address)
+    for base, method, path, headers, expected in [
+        (router.url, "GET", "/no/such/route", {}, 404),
+        (router.url, "DELETE", "/v1/models", {}, 405),
+        (router.url, "GET", "/v1/models", {"host": "evil.example"}, 403),
+        (router.url, "GET", "/health", {"host": "evil.example"}, 403),
+        (router.admin, "GET", "/groups", {"origin": "https://evil.example"}, 403),
+        (router.admin, "POST", "/v1/completions", {}, 404),
+    ]:
+        status, answered, _ = ask(method, base + path, None, headers)
+        assert status == expected, (method, path, status)
+        line = wait_until("its line", lambda: audit_line(router, answered["x-bora-request-id"]))
+        assert f'request="{method} {path}"' in line and f"status={expected}" in line and "peer=127.0.0.1:" in line, line
+    where = urllib.parse.urlsplit(router.url)
+    with socket.create_connection((where.hostname, where.port)) as client:
+        client.sendall(b"no HTTP at all\r\n\r\n")
+        head = client.makefile("rb").read().split(b"\r\n\r\n")[0].decode()
+    own = next(line.split()[1] for line in head.splitlines() if line.startswith("x-bora-request-id"))
+    assert "status=400" in wait_until("its line", lambda: audit_line(router, own))
+    # probes that are as they should be leave none
+    assert not any("GET /ready" in line for line in router.log().splitlines())
+
+
+def audit_line(process, request_id):
+    return next((line for line in process.log().splitlines() if "bora::audit" in line and f'request_id="{request_id}"' in line), None)
+
+
 @pytest.mark.parametrize("key, value", [
-    ("keep_alive_seconds", 0), ("read_timeout_seconds", -1), ("max_connections", 0), ("max_body_memory", "1MiB"),
+    ("trusted_proxies", ["10.0.0.0/99"]), ("keep_alive_seconds", 0), ("read_timeout_seconds", -1), ("max_connections", 0), ("max_body_memory", "1MiB"),
     ("allowed_origins", ["chat.example"]), ("allowed_hosts", ["a/b"]), ("min_body_bytes_per_second", -1),
 ])
 def test_values_that_can_not_work_are_named(tmp_path, key, value):

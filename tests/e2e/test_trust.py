@@ -353,7 +353,7 @@ def test_open_requests_are_listed_on_the_admin_port_alone():
         with urllib.request.urlopen(request, timeout=60):
             def listed():
                 found = json.loads(admin(cluster, "requests", "--json").stdout)
-                return [one for one in found if one["request_id"] == "mine" and one["completion_tokens"] > 0]
+                return [one for one in found if one["client_request_id"] == "mine" and one["completion_tokens"] > 0]
             mine = wait_until("it is listed", listed)[0]
         assert (mine["model"], mine["group"], mine["prompt_tokens"]) == ("tiny", "slow", 3), mine
         assert mine["age_seconds"] > 0 and mine["request"] == "POST /v1/completions"

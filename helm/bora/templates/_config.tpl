@@ -35,6 +35,9 @@ http:
   host: {{ .Values.bindAddress | quote }}
   port: {{ .Values.router.ports.http }}
   admin: {{ include "bora.listen" (dict "root" . "port" .Values.router.ports.admin) | quote }}
+  {{- with .Values.router.http }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
   allowed_hosts: {{- include "bora.allowedHosts" . | nindent 4 }}
   {{- if .Values.router.tls.secret }}
   tls: {certificate_file: /etc/bora/http-tls/tls.crt, key_file: /etc/bora/http-tls/tls.key}

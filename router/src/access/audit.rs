@@ -3,6 +3,7 @@
 //! for (`router.access.audit_bodies`).
 
 use std::{
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
@@ -10,23 +11,50 @@ use std::{
     time::Instant,
 };
 
-use axum::{body::Body, http::Response};
+use axum::{
+    body::Body,
+    http::{Method, Response, StatusCode},
+};
 use parking_lot::Mutex;
 
 use super::{Caller, open_requests::OpenRequest};
-use crate::api::error::ApiError;
+use crate::{api::error::ApiError, request_id::RequestId};
 
 /// The status of a request whose client left before there was a response (nginx's).
 const CLIENT_GONE: u16 = 499;
 /// Most bytes of a body that stand in a line.
 const MAX_BODY_BYTES: usize = 64 << 10;
 
+/// Most characters of a method and a path that stand in a line.
+const MAX_TARGET_CHARS: usize = 512;
+
+/// A request as it arrives.
+pub struct Arrival {
+    /// Its identifiers.
+    pub id: RequestId,
+    /// Its method.
+    pub method: Method,
+    /// Its path, without the query.
+    pub path: String,
+    /// The other end of its connection.
+    pub peer: Option<SocketAddr>,
+    /// The client: the peer, or the one that trusted proxies name.
+    pub client: Option<IpAddr>,
+    /// Whether the line holds the body.
+    pub with_body: bool,
+}
+
 /// A request's line, while it is known bit by bit. It is written when the last clone is dropped.
 #[derive(Clone)]
 pub struct Audit(pub(super) Arc<Line>);
 
 pub(super) struct Line {
-    request: Option<(String, String, Instant)>,
+    arrival: Option<Arrival>,
+    began: Instant,
+    /// Whether a route of the API was reached. Of other requests only refusals leave a line.
+    is_api: AtomicBool,
+    /// When the first token was passed on.
+    first_token: OnceLock<Instant>,
     caller: OnceLock<Caller>,
     model: OnceLock<String>,
     /// The group that serves it now.
@@ -41,10 +69,14 @@ pub(super) struct Line {
 }
 
 impl Audit {
-    /// Of a request that has just come; `target` is its method and path.
-    pub fn begin(request_id: &str, target: String, bodies: bool) -> Self {
-        let request = Some((request_id.to_owned(), target, Instant::now()));
-        Self(Arc::new(Line::new(request, bodies)))
+    /// Of a request that has just come.
+    pub fn begin(arrival: Arrival) -> Self {
+        Self(Arc::new(Line::new(Some(arrival))))
+    }
+
+    /// A route of the API was reached.
+    pub fn is_api_request(&self) {
+        self.0.is_api.store(true, Ordering::Relaxed);
     }
 
     /// Whose it is.
@@ -76,6 +108,9 @@ impl Audit {
 
     /// Tokens were generated.
     pub fn generated(&self, tokens: u64) {
+        if tokens > 0 {
+            self.0.first_token.get_or_init(Instant::now);
+        }
         self.0.completion_tokens.fetch_add(tokens, Ordering::Relaxed);
     }
 
@@ -93,21 +128,37 @@ impl Audit {
     }
 }
 
+/// Writes the line of a request that no route has seen, since its head can't be read.
+pub fn unreadable_head(id: &RequestId, peer: SocketAddr, status: StatusCode) {
+    let (request_id, status) = (id.own(), status.as_u16());
+    tracing::info!(target: "bora::audit", request_id, %peer, status, outcome = "refused", "request");
+}
+
 impl Default for Audit {
     /// Of a request that leaves no line.
     fn default() -> Self {
-        Self(Arc::new(Line::new(None, false)))
+        Self(Arc::new(Line::new(None)))
+    }
+}
+
+impl Arrival {
+    /// Method and path, the beginning of them if they are long.
+    fn target(&self) -> String {
+        format!("{} {}", self.method, self.path).chars().take(MAX_TARGET_CHARS).collect()
     }
 }
 
 impl Line {
-    fn new(request: Option<(String, String, Instant)>, bodies: bool) -> Self {
+    fn new(arrival: Option<Arrival>) -> Self {
         Self {
-            request,
+            body: arrival.as_ref().is_some_and(|arrival| arrival.with_body).then(OnceLock::new),
+            arrival,
+            began: Instant::now(),
+            is_api: AtomicBool::new(false),
+            first_token: OnceLock::new(),
             caller: OnceLock::new(),
             model: OnceLock::new(),
             group: Mutex::default(),
-            body: bodies.then(OnceLock::new),
             refusal: OnceLock::new(),
             prompt_tokens: AtomicU64::new(0),
             completion_tokens: AtomicU64::new(0),
@@ -120,14 +171,16 @@ impl Line {
 
     /// As it stands now; none for a request that leaves no line.
     pub(super) fn describe(&self, now: Instant) -> Option<OpenRequest> {
-        let (request_id, request, began) = self.request.as_ref()?;
+        let arrival = self.arrival.as_ref()?;
         Some(OpenRequest {
-            request_id: request_id.clone(),
+            request_id: arrival.id.own().to_owned(),
+            client_request_id: arrival.id.client().map(str::to_owned),
+            client: arrival.client,
             tenant: self.caller.get().map(|caller| caller.tenant.name.clone()),
-            request: request.clone(),
+            request: arrival.target(),
             model: self.model.get().cloned(),
             group: self.group.lock().clone(),
-            age_seconds: now.saturating_duration_since(*began).as_secs_f64(),
+            age_seconds: now.saturating_duration_since(self.began).as_secs_f64(),
             prompt_tokens: self.prompt_tokens.load(Ordering::Relaxed),
             completion_tokens: self.completion_tokens.load(Ordering::Relaxed),
         })
@@ -147,20 +200,28 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        let Some((request_id, request, began)) = self.request.take() else { return };
+        let Some(arrival) = self.arrival.take() else { return };
         let status = *self.status.get_mut();
+        if !*self.is_api.get_mut() && !(400..500).contains(&status) {
+            return;
+        }
         let outcome = self.outcome(status);
         let caller = self.caller.get();
         let refusal = self.refusal.get();
+        let first_token = self.first_token.get().map(|at| at.duration_since(self.began));
         // what is said of keys and limits is ours; other messages may repeat what the request holds
         let reason = refusal.filter(|error| matches!(error.status.as_u16(), 401 | 403 | 429));
         tracing::info!(
             target: "bora::audit",
-            request_id,
+            request_id = arrival.id.own(),
+            client_request_id = arrival.id.client(),
+            peer = arrival.peer.map(tracing::field::display),
+            client = arrival.client.map(tracing::field::display),
             tenant = caller.map(|caller| caller.tenant.name.as_str()),
             key = caller.map(|caller| &*caller.key),
-            request,
+            request = arrival.target(),
             model = self.model.get(),
+            group = self.group.get_mut().as_deref(),
             prompt_tokens = *self.prompt_tokens.get_mut(),
             completion_tokens = *self.completion_tokens.get_mut(),
             status,
@@ -168,7 +229,8 @@ impl Drop for Line {
             code = refusal.and_then(|error| error.code),
             param = refusal.and_then(|error| error.param.as_deref()),
             reason = reason.map(|error| error.message.as_str()),
-            milliseconds = began.elapsed().as_millis() as u64,
+            first_token_milliseconds = first_token.map(|time| time.as_millis() as u64),
+            milliseconds = self.began.elapsed().as_millis() as u64,
             body = self.body.as_ref().and_then(OnceLock::get),
             "request"
         );

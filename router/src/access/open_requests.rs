@@ -1,6 +1,7 @@
 //! The requests that are open now, for operators: who waits for what, on which group, and since when.
 
 use std::{
+    net::IpAddr,
     sync::{Arc, Weak},
     time::Instant,
 };
@@ -26,8 +27,12 @@ struct Lines {
 /// What is known of an open request.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OpenRequest {
-    /// As in the header `x-request-id`.
+    /// The router's own identifier, as in the header `x-bora-request-id`.
     pub request_id: String,
+    /// The identifier that the client sent in the header `x-request-id`.
+    pub client_request_id: Option<String>,
+    /// The address of the client.
+    pub client: Option<IpAddr>,
     /// Whose it is; none where no key is needed.
     pub tenant: Option<String>,
     /// Method and path.

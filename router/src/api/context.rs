@@ -22,7 +22,7 @@ use crate::{
         quota::{Permit, Wish},
     },
     metrics::OpenRequest,
-    server::RequestId,
+    request_id::RequestId,
     service::Service,
 };
 
@@ -78,7 +78,7 @@ impl RequestContext {
         let headers = &parts.headers;
         Ok(Self {
             trace: operation.generates().then(|| trace::arrive(headers, &parts.uri, &request_id, &mut open)).flatten(),
-            request_id: request_id.0,
+            request_id: request_id.shown().to_owned(),
             client: client(headers),
             tracestate: headers.get("tracestate").and_then(|value| value.to_str().ok()?.parse().ok()),
             tenant: tenant(caller.as_ref(), headers),

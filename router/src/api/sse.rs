@@ -107,7 +107,16 @@ impl<W: EventWriter> Stream for Events<W> {
                 Poll::Pending => break,
                 Poll::Ready(Some(Ok(number))) => writer.progress(answer, number, out),
                 Poll::Ready(Some(Err(error))) => {
-                    tracing::warn!(request_id = answer.id, message = error.message, "stream ends with an error");
+                    // a refusal's message may repeat what the request holds
+                    let reason = error.status.is_server_error().then_some(error.message.as_str());
+                    let status = error.status.as_u16();
+                    tracing::warn!(
+                        request_id = answer.id,
+                        status,
+                        code = error.code,
+                        reason,
+                        "stream ends with an error"
+                    );
                     answer.context().open.answered(error.status.as_u16());
                     writer.failed(answer, &error, out);
                     *phase = Phase::Over;

@@ -5,7 +5,7 @@ use axum::http::{HeaderMap, Uri};
 use bora_common::telemetry::{Span, TraceContext, trace};
 
 use super::{context::RequestContext, error::ApiError, prepare::Prepared};
-use crate::{metrics::OpenRequest, server::RequestId};
+use crate::{metrics::OpenRequest, request_id::RequestId};
 
 /// The request arrived: decides whether it is traced. Returns what its work is done under.
 pub(super) fn arrive(headers: &HeaderMap, uri: &Uri, id: &RequestId, open: &mut OpenRequest) -> Option<TraceContext> {
@@ -14,7 +14,10 @@ pub(super) fn arrive(headers: &HeaderMap, uri: &Uri, id: &RequestId, open: &mut 
     if let Some(span) = &mut span {
         span.set("http.request.method", "POST");
         span.set("url.path", uri.path().to_owned());
-        span.set("bora.request_id", id.0.clone());
+        span.set("bora.request_id", id.own().to_owned());
+        if let Some(client) = id.client() {
+            span.set("bora.client_request_id", client.to_owned());
+        }
     }
     open.span = span;
     context

@@ -174,6 +174,7 @@ pub fn cors(options: &HttpOptions) -> Option<CorsLayer> {
     };
     let exposed = [
         "x-request-id",
+        "x-bora-request-id",
         "request-id",
         "x-bora-group",
         "x-bora-decision",

@@ -4,6 +4,7 @@
 use std::{
     convert::Infallible,
     future::Future as _,
+    net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
@@ -34,6 +35,7 @@ use super::{
     options::Timeouts,
     refusal,
 };
+use crate::{access::audit, request_id::RequestId};
 
 /// Largest head of a request.
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -123,13 +125,18 @@ impl Connection {
         if let Err(error) = outcome {
             tracing::debug!(%error, "a connection ended early");
         }
-        close(connection.into_parts().io.into_inner(), exchange.has_unread(), &metrics).await;
+        close(connection.into_parts().io.into_inner(), exchange.has_unread(), info.peer, &metrics).await;
     }
 }
 
 /// Sends what is left to say and closes a connection. A client that still sends would lose the response to a reset, so
 /// what it sends is taken for a while.
-async fn close<S: AsyncRead + AsyncWrite + Unpin>(io: TimedIo<S>, has_unread: bool, metrics: &HttpMetrics) {
+async fn close<S: AsyncRead + AsyncWrite + Unpin>(
+    io: TimedIo<S>,
+    has_unread: bool,
+    peer: SocketAddr,
+    metrics: &HttpMetrics,
+) {
     let TimedIo { mut stream, ended, .. } = io;
     let status = match ended {
         Some(Ended::WriteTimeout) => return metrics.refused(Refusal::WriteTimeout),
@@ -145,7 +152,9 @@ async fn close<S: AsyncRead + AsyncWrite + Unpin>(io: TimedIo<S>, has_unread: bo
     };
     let closing = async {
         if let Some(status) = status {
-            stream.write_all(&refusal::response(status)).await?;
+            let id = RequestId::random();
+            audit::unreadable_head(&id, peer, status);
+            stream.write_all(&refusal::response(status, &id)).await?;
         }
         stream.shutdown().await?;
         if has_unread || status.is_some() {

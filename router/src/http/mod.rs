@@ -8,6 +8,7 @@
 pub mod body;
 pub mod browser;
 mod connection;
+pub mod forwarded;
 mod io;
 pub mod listen;
 pub mod metrics;

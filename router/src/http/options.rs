@@ -7,6 +7,7 @@ use bora_common::{
     config::{ByteSize, HostPort},
     tls::HttpTls,
 };
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::browser::HostPattern;
@@ -33,6 +34,8 @@ pub struct HttpOptions {
     pub allowed_hosts: Vec<HostPattern>,
     /// Origins whose web pages may use the API (CORS), such as `https://chat.example`; `*` is any. None: none.
     pub allowed_origins: Vec<String>,
+    /// Networks of the proxies whose `Forwarded` and `X-Forwarded-For` name the client in the audit log.
+    pub trusted_proxies: Vec<IpNet>,
     /// Connections of the API's port; more are answered with 503.
     pub max_connections: usize,
     /// Seconds that a connection without a request is kept open. Longer than the idle time of a load balancer.
@@ -61,6 +64,7 @@ impl Default for HttpOptions {
             metrics: None,
             allowed_hosts: Vec::new(),
             allowed_origins: Vec::new(),
+            trusted_proxies: Vec::new(),
             max_connections: 16_384,
             keep_alive_seconds: 620.0,
             read_timeout_seconds: 30.0,

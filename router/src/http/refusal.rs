@@ -4,12 +4,12 @@
 use axum::http::StatusCode;
 use serde_json::json;
 
-use crate::api::error::ApiError;
+use crate::{api::error::ApiError, request_id::RequestId};
 
 /// A whole response in bytes, after which the connection ends.
-pub(super) fn response(status: StatusCode) -> Vec<u8> {
+pub(super) fn response(status: StatusCode, id: &RequestId) -> Vec<u8> {
     let error = ApiError::unreadable_head(status);
-    let id = format!("{:032x}", rand::random::<u128>());
+    let id = id.own();
     let body = json!({
         "type": "error",
         "error": {"message": error.message, "type": error.kind, "param": null, "code": error.code},
@@ -19,7 +19,7 @@ pub(super) fn response(status: StatusCode) -> Vec<u8> {
     let reason = status.canonical_reason().unwrap_or_default();
     let head = format!(
         "HTTP/1.1 {} {reason}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\
-         x-request-id: {id}\r\n\r\n",
+         x-request-id: {id}\r\nx-bora-request-id: {id}\r\n\r\n",
         status.as_u16(),
         body.len(),
     );

@@ -126,7 +126,12 @@ pub struct OpenRequests {
 /// A request that is open.
 #[derive(JsonSchema)]
 pub struct OpenRequest {
+    /// The router's own identifier.
     pub request_id: String,
+    /// The identifier that the client sent.
+    pub client_request_id: Option<String>,
+    /// The address of the client.
+    pub client: Option<std::net::IpAddr>,
     pub tenant: Option<String>,
     /// Method and path.
     pub request: String,

@@ -9,7 +9,7 @@ use axum::{
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::{api::error::ApiError, server::RequestId};
+use crate::{api::error::ApiError, request_id::RequestId};
 
 /// Where Anthropic's clients look for the id of a request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
@@ -64,7 +64,7 @@ pub async fn in_anthropics_form(request: Request, next: Next) -> Response<Body> 
     if !is_below(request.uri().path()) {
         return next.run(request).await;
     }
-    let id = request.extensions().get::<RequestId>().map(|RequestId(id)| id.clone()).unwrap_or_default();
+    let id = request.extensions().get::<RequestId>().map(|id| id.shown().to_owned()).unwrap_or_default();
     let mut response = next.run(request).await;
     if let Some(error) = response.extensions().get::<ApiError>().cloned() {
         *response.body_mut() = Body::from(error_json(&error, &id));
