@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use bora_common::conversation::lines;
+use bora_common::conversation::jsonl;
 use bora_common::tokenizer::{Tokenizer, TokenizerError};
 use clap::Args;
 
@@ -21,7 +21,7 @@ pub(crate) struct TokenizeArgs {
 pub(crate) fn run(args: TokenizeArgs) -> anyhow::Result<()> {
     let tokenizer = open(&args.tokenizer)?;
     let (input, output) = (std::io::stdin().lock(), std::io::stdout().lock());
-    lines::run(&tokenizer, args.images.as_deref(), input, std::io::BufWriter::new(output))?;
+    jsonl::run(&tokenizer, args.images.as_deref(), input, std::io::BufWriter::new(output))?;
     Ok(())
 }
 

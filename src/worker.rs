@@ -105,8 +105,8 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
             cluster: config.cluster.clone(),
             attributes: config.worker.group.iter().map(|group| ("bora.group", group.clone())).collect(),
         };
-        let told = Arc::clone(&metrics);
-        let source: MetricsSource = Arc::new(move || told.text());
+        let reported = Arc::clone(&metrics);
+        let source: MetricsSource = Arc::new(move || reported.text());
         let telemetry = telemetry::start(config.telemetry, &identity, Some(source))?;
         let settings = WorkerSettings { cluster: config.cluster, options: config.worker, model, metrics, keys };
         let reloading = tokio::spawn(signals::reload_at(signals::hangups()?, Some(args.config), || {}));

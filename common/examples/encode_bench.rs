@@ -16,7 +16,7 @@ use bora_common::secret::ClusterKeys;
 use bora_common::tokenizer::Tokenizer;
 use xxhash_rust::xxh3::xxh3_128;
 
-const PIECE: usize = 300_000;
+const SEGMENT: usize = 300_000;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -43,12 +43,13 @@ fn run(tokenizer: &str, files: &[String]) -> Result<(), Box<dyn std::error::Erro
     println!("first call on another thread {:.2} ms", fresh.as_secs_f64() * 1e3);
     for file in files {
         let text = String::from_utf8_lossy(&std::fs::read(file)?).into_owned();
-        let pieces = pieces(&text);
+        let segments = segments(&text);
         let rates: Vec<f64> =
-            pieces.iter().map(|piece| rate(piece.len(), timed(|| tokenizer.encode(piece)).0)).collect();
+            segments.iter().map(|segment| rate(segment.len(), timed(|| tokenizer.encode(segment)).0)).collect();
         let (first, mut next) = (rates[0], rates[1..].to_vec());
         next.sort_by(f64::total_cmp);
-        let again = (0..20).map(|_| rate(pieces[0].len(), timed(|| tokenizer.encode(pieces[0])).0)).fold(0.0, f64::max);
+        let again =
+            (0..20).map(|_| rate(segments[0].len(), timed(|| tokenizer.encode(segments[0])).0)).fold(0.0, f64::max);
         let median = next.get(next.len() / 2).copied().unwrap_or(first);
         println!("{file}: {} bytes, first {first:.0} MB/s, then {median:.0} MB/s, again {again:.0} MB/s", text.len());
         let lines: Vec<&str> = text.lines().take(20_000).collect();
@@ -112,17 +113,17 @@ fn rate(bytes: usize, elapsed: Duration) -> f64 {
 }
 
 /// At least one piece, each of whole characters.
-fn pieces(text: &str) -> Vec<&str> {
-    let mut pieces = Vec::new();
+fn segments(text: &str) -> Vec<&str> {
+    let mut segments = Vec::new();
     let mut rest = text;
-    while rest.len() > PIECE {
-        let cut = (PIECE..).find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
-        let (piece, after) = rest.split_at(cut);
-        pieces.push(piece);
+    while rest.len() > SEGMENT {
+        let cut = (SEGMENT..).find(|at| rest.is_char_boundary(*at)).unwrap_or(rest.len());
+        let (segment, after) = rest.split_at(cut);
+        segments.push(segment);
         rest = after;
     }
-    if pieces.is_empty() {
-        pieces.push(rest);
+    if segments.is_empty() {
+        segments.push(rest);
     }
-    pieces
+    segments
 }

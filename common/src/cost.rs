@@ -86,9 +86,9 @@ pub struct GroupLoad {
     pub running: f64,
     /// How much of the conversation is new to the group and would come there with its later turns: 1 where the group
     /// holds nothing of it, 0 where it holds all.
-    pub moves_in: f64,
+    pub uncached_share: f64,
     /// Whether the conversation's last turn went there, by the client's own word.
-    pub at_home: bool,
+    pub is_affine: bool,
 }
 
 impl CostModel {
@@ -112,8 +112,8 @@ impl CostModel {
         const STAYS: f64 = 0.05;
         // simulated: the 90th percentile of the time to the first token falls by a tenth
         const OF_OTHERS: f64 = 0.05;
-        let stays = if load.at_home { self.prefill_seconds(0, tokens) } else { 0.0 };
-        let share = STAYS + (1.0 - STAYS) * load.moves_in.clamp(0.0, 1.0);
+        let stays = if load.is_affine { self.prefill_seconds(0, tokens) } else { 0.0 };
+        let share = STAYS + (1.0 - STAYS) * load.uncached_share.clamp(0.0, 1.0);
         let later = (share * self.later_waits(tokens, load) - stays).max(0.0);
         let others = OF_OTHERS * load.running.max(0.0) * self.own_seconds(tokens, held);
         self.first_token_seconds(tokens, held, load) + others + later
@@ -215,8 +215,8 @@ mod tests {
     #[test]
     fn a_new_conversation_avoids_a_busy_group_and_a_long_one_stays() {
         let at = |tokens, held, utilization| {
-            let moves_in = 1.0 - held as f64 / tokens as f64;
-            let load = GroupLoad { utilization, max_sequences: 64, moves_in, ..GroupLoad::default() };
+            let uncached_share = 1.0 - held as f64 / tokens as f64;
+            let load = GroupLoad { utilization, max_sequences: 64, uncached_share, ..GroupLoad::default() };
             model().placement_seconds(tokens, held, load)
         };
         assert!(at(8_000, 4_000, 0.3) > at(8_000, 0, 0.1), "a few common tokens do not hold it");
@@ -235,18 +235,23 @@ mod tests {
         for tokens in [200, 400, 2_000] {
             let held = tokens / 2 / 64 * 64;
             let utilization = model.prefill_seconds(0, tokens / 2) / 120.0;
-            let load =
-                |moves_in, utilization| GroupLoad { utilization, max_sequences: 256, moves_in, ..GroupLoad::default() };
-            let moves_in = 1.0 - held as f64 / tokens as f64;
-            let back = model.placement_seconds(tokens, held, load(moves_in, utilization));
+            let load = |uncached_share, utilization| GroupLoad {
+                utilization,
+                max_sequences: 256,
+                uncached_share,
+                ..GroupLoad::default()
+            };
+            let uncached_share = 1.0 - held as f64 / tokens as f64;
+            let back = model.placement_seconds(tokens, held, load(uncached_share, utilization));
             assert!(back < model.placement_seconds(tokens, 0, load(1.0, 0.0)), "{tokens}");
         }
     }
 
     #[test]
     fn a_conversation_stays_at_home_as_long_as_that_costs_less_than_its_prompt() {
-        let at = |tokens, utilization, at_home| {
-            let load = GroupLoad { utilization, max_sequences: 64, moves_in: 1.0, at_home, ..GroupLoad::default() };
+        let at = |tokens, utilization, is_affine| {
+            let load =
+                GroupLoad { utilization, max_sequences: 64, uncached_share: 1.0, is_affine, ..GroupLoad::default() };
             model().placement_seconds(tokens, 0, load)
         };
         assert!(at(40_000, 0.2, true) < at(40_000, 0.2, false), "equals: home");

@@ -31,7 +31,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use crate::peer::role::{Peer, PeerCertificate, Role, Roles, is_dns_name};
 
 /// How often files are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 /// A peer that has not finished its handshake by then is not served.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
 /// gRPC connections that may be in their handshake at once; one more ends the oldest.
@@ -124,7 +124,7 @@ impl<T> Fresh<T> {
     /// As the files say. Reads a few small files, at most every two seconds.
     fn current(&self) -> Arc<T> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.looked_at.elapsed() < LOOK_EVERY {
+        if state.looked_at.elapsed() < POLL_INTERVAL {
             return Arc::clone(&state.current);
         }
         state.looked_at = Instant::now();

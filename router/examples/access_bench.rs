@@ -14,7 +14,7 @@ use bora_router::{
     Access, AccessOptions,
     access::{
         audit::{Arrival, Audit},
-        quota::Wish,
+        quota::QuotaRequest,
     },
     request_id::RequestId,
 };
@@ -117,7 +117,7 @@ async fn request(access: &Access, headers: &HeaderMap) {
     audit.of(&caller);
     let tenant = Arc::clone(&caller.tenant);
     audit.asks("m", 1000);
-    let wish = Wish {
+    let wish = QuotaRequest {
         prompt_tokens: 1000,
         longest_prompt: 1000,
         prompt_logprobs: false,
@@ -129,7 +129,7 @@ async fn request(access: &Access, headers: &HeaderMap) {
     let mut permit = caller.admit(wish, slot).expect("within the limits");
     let mut response = Response::new(Body::empty());
     tenant.write_headers(response.headers_mut());
-    audit.answered(&response);
+    audit.responded(&response);
     for _ in 0..20 {
         audit.generated(10);
         permit.generated(10);

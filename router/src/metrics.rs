@@ -16,7 +16,7 @@ use prometheus_client::{
 use crate::{
     fleet::{gauges::GroupGauges, view::Fleet},
     place::{
-        admission::{Class, Line},
+        admission::{Class, Queue},
         choose::Reason,
     },
 };
@@ -76,14 +76,14 @@ pub struct Metrics {
     unparsed_tool_calls: Counter,
     repairs: Family<RepairLabels, Counter>,
     failed_sequences: Counter,
-    poisonous_sequences: Counter,
+    poison_pills: Counter,
     refused_retries: Counter,
     queued_sequences: Counter,
     waited_seconds: Histogram,
     waiting: Family<LineLabels, Gauge>,
     waiting_tokens: Family<LineLabels, Gauge>,
     unserved_requests: Family<ModelLabels, Counter>,
-    moved: [Counter; 2],
+    failed_over: [Counter; 2],
     prompt_tokens: Counter,
     cached_tokens: Counter,
     completion_tokens: Counter,
@@ -128,7 +128,7 @@ impl Metrics {
         let unparsed_tool_calls = Counter::default();
         let repairs = Family::<RepairLabels, Counter>::default();
         let failed_sequences = Counter::default();
-        let poisonous_sequences = Counter::default();
+        let poison_pills = Counter::default();
         let refused_retries = Counter::default();
         let queued_sequences = Counter::default();
         let waited_seconds = Histogram::new(WAIT_BUCKETS);
@@ -173,9 +173,9 @@ impl Metrics {
         registry.register("repairs", "Repairs of conversations that the model was not trained on", repairs.clone());
         registry.register("failed_sequences", "Sequences that ended in an error", failed_sequences.clone());
         registry.register(
-            "poisonous_sequences",
+            "poison_pills",
             "Requests stopped because the groups that took them died",
-            poisonous_sequences.clone(),
+            poison_pills.clone(),
         );
         registry.register("refused_retries", "Sequences not placed again for want of budget", refused_retries.clone());
         registry.register("queued_sequences", "Sequences that waited for a group with room", queued_sequences.clone());
@@ -191,15 +191,15 @@ impl Metrics {
             "Requests for a model that no ready group served",
             unserved_requests.clone(),
         );
-        registry.register("moved_sequences", "Sequences placed again on another group", moves.clone());
+        registry.register("failovers", "Sequences placed again on another group", moves.clone());
         registry.register("tokens", "Tokens of finished sequences", tokens.clone());
         registry.register(
-            "first_token_seconds",
+            "time_to_first_token_seconds",
             "From a request's arrival to its first token",
             first_token_seconds.clone(),
         );
         registry.register(
-            "inter_token_seconds",
+            "inter_token_latency_seconds",
             "Between two messages of a group, for each token of the later one",
             inter_token_seconds.clone(),
         );
@@ -255,7 +255,7 @@ impl Metrics {
             |reason: Reason| placements.get_or_create(&ReasonLabels { reason: reason.name() }).clone();
         let move_counter = |when| moves.get_or_create(&MoveLabels { when }).clone();
         Arc::new(Self {
-            moved: [move_counter("before_first_token"), move_counter("mid_stream")],
+            failed_over: [move_counter("before_first_token"), move_counter("mid_stream")],
             prompt_tokens: token_counter("prompt"),
             cached_tokens: token_counter("cached"),
             completion_tokens: token_counter("completion"),
@@ -270,7 +270,7 @@ impl Metrics {
             unparsed_tool_calls,
             repairs,
             failed_sequences,
-            poisonous_sequences,
+            poison_pills,
             refused_retries,
             queued_sequences,
             waited_seconds,
@@ -326,7 +326,7 @@ impl Metrics {
     }
 
     pub(crate) fn poison(&self) {
-        self.poisonous_sequences.inc();
+        self.poison_pills.inc();
     }
 
     pub(crate) fn retry_refused(&self) {
@@ -342,11 +342,11 @@ impl Metrics {
     }
 
     /// What stands in line; every known model has its series, so that a line that forms is seen to grow.
-    fn waiting(&self, models: &BTreeSet<String>, lines: &HashMap<String, Line>) {
+    fn waiting(&self, models: &BTreeSet<String>, queues: &HashMap<String, Queue>) {
         self.waiting.clear();
         self.waiting_tokens.clear();
         for model in models {
-            let line = lines.get(model).copied().unwrap_or_default();
+            let line = queues.get(model).copied().unwrap_or_default();
             for class in Class::ALL {
                 let labels = LineLabels { model: model.clone(), class: class.name() };
                 self.waiting.get_or_create(&labels).set(line.requests[class as usize] as i64);
@@ -365,8 +365,8 @@ impl Metrics {
         self.unserved_requests.get_or_create(&ModelLabels { model: model.to_owned() }).inc();
     }
 
-    pub(crate) fn sequence_moved(&self, mid_stream: bool) {
-        self.moved[usize::from(mid_stream)].inc();
+    pub(crate) fn sequence_failed_over(&self, mid_stream: bool) {
+        self.failed_over[usize::from(mid_stream)].inc();
     }
 
     pub(crate) fn tokens(&self, prompt: u64, cached: u64, completion: u64) {
@@ -422,7 +422,7 @@ impl Metrics {
     }
 
     /// Everything in OpenMetrics' text form, with what the system says of this process, the fleet and the requests in line as they are now.
-    pub fn text(&self, fleet: &Fleet, models: &BTreeSet<String>, lines: &HashMap<String, Line>) -> String {
+    pub fn text(&self, fleet: &Fleet, models: &BTreeSet<String>, queues: &HashMap<String, Queue>) -> String {
         // held while the gauges of the groups are set: another scrape must not see half of them
         let registry = self.registry.lock();
         let view = fleet.view();
@@ -433,7 +433,7 @@ impl Metrics {
         self.indexed_blocks.set(fleet.index.len() as i64);
         self.index_bytes.set(fleet.index.bytes() as i64);
         self.group_gauges.set(&view);
-        self.waiting(models, lines);
+        self.waiting(models, queues);
         let mut text = String::new();
         // writing to a String can't fail
         let _ = encode_registry(&mut text, &registry);
@@ -458,7 +458,7 @@ pub struct OpenRequest {
 
 impl OpenRequest {
     /// The status it was answered with; without one the client left first (499).
-    pub fn answered(&mut self, status: u16) {
+    pub fn responded(&mut self, status: u16) {
         self.status = status;
     }
 }

@@ -99,56 +99,56 @@ fn api() -> Vec<Route<Arc<Service>>> {
         Route::post("/v1/chat/completions", generate::chat)
             .says("generation", "An answer to a conversation; streamed as chunks where `stream` is true.")
             .takes(Operation::Chat)
-            .answers::<ChatObject<'static, Vec<ChatChoice<'static>>>>()
-            .answers_text("text/event-stream")
+            .returns::<ChatObject<'static, Vec<ChatChoice<'static>>>>()
+            .returns_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/completions", generate::completions)
             .says("generation", "The continuation of a text or of token ids.")
             .takes(Operation::Completions)
-            .answers::<CompletionObject<'static, Vec<CompletionChoice<'static>>>>()
-            .answers_text("text/event-stream")
+            .returns::<CompletionObject<'static, Vec<CompletionChoice<'static>>>>()
+            .returns_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/responses", generate::responses)
             .says("generation", "OpenAI's Responses, without memory; streamed as typed events.")
             .takes(Operation::Responses)
-            .answers::<responses_api::output::ResponseObject<'static>>()
-            .answers_text("text/event-stream")
+            .returns::<responses_api::output::ResponseObject<'static>>()
+            .returns_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/responses/input_tokens", responses_api::count::input_tokens)
             .says("tokens", "The number of tokens of a response's prompt.")
             .takes(Operation::Responses)
-            .answers::<responses_api::count::InputTokens>()
+            .returns::<responses_api::count::InputTokens>()
             .errors(REQUEST_ERRORS),
         Route::post("/v1/messages", generate::messages)
             .says("generation", "Anthropic's Messages; streamed as typed events.")
             .takes(Operation::Messages)
-            .answers::<messages::output::MessageObject<'static>>()
-            .answers_text("text/event-stream")
+            .returns::<messages::output::MessageObject<'static>>()
+            .returns_text("text/event-stream")
             .errors(REQUEST_ERRORS)
             .errors_as::<messages::error::Envelope<'static>>(),
         Route::post("/v1/messages/count_tokens", messages::count::count_tokens)
             .says("tokens", "The number of tokens of a prompt.")
             .takes(Operation::CountTokens)
-            .answers::<messages::count::TokenCount>()
+            .returns::<messages::count::TokenCount>()
             .errors(REQUEST_ERRORS)
             .errors_as::<messages::error::Envelope<'static>>(),
         Route::get("/v1/models", listing::list)
             .says("models", "Every model that is served or configured, under each of its names.")
-            .answers::<responses::ModelList>()
+            .returns::<responses::ModelList>()
             .errors(KEY_ERRORS),
         Route::get("/v1/models/{*id}", listing::one)
             .says("models", "One model.")
-            .answers::<responses::Model>()
+            .returns::<responses::Model>()
             .errors(&[401, 403, 404, 503]),
         Route::post("/tokenize", tokenize::tokenize)
             .says("tokens", "The ids of a conversation or a text; also at /v1/tokenize.")
             .takes(Operation::Tokenize)
-            .answers::<responses::Tokenized>()
+            .returns::<responses::Tokenized>()
             .errors(REQUEST_ERRORS),
         Route::post("/detokenize", tokenize::detokenize)
             .says("tokens", "The text of ids; also at /v1/detokenize.")
             .takes(Operation::Detokenize)
-            .answers::<responses::Detokenized>()
+            .returns::<responses::Detokenized>()
             .errors(REQUEST_ERRORS),
         groups(),
     ]
@@ -157,21 +157,21 @@ fn api() -> Vec<Route<Arc<Service>>> {
 fn groups() -> Route<Arc<Service>> {
     Route::get("/groups", groups::list)
         .says("operation", "The fleet as this router sees it.")
-        .answers::<responses::Groups>()
+        .returns::<responses::Groups>()
         .errors(KEY_ERRORS)
 }
 
 fn requests() -> Route<Arc<Service>> {
     Route::get("/requests", groups::requests)
         .says("operation", "The requests that are open now; on the admin port alone.")
-        .answers::<responses::OpenRequests>()
+        .returns::<responses::OpenRequests>()
         .keyless()
 }
 
 fn metrics() -> Route<Arc<Service>> {
     Route::get("/metrics", status::metrics)
         .says("operation", "Metrics for Prometheus; on the admin port alone where there is one.")
-        .answers_text("application/openmetrics-text; version=1.0.0; charset=utf-8")
+        .returns_text("application/openmetrics-text; version=1.0.0; charset=utf-8")
         .keyless()
 }
 
@@ -180,12 +180,12 @@ fn probes() -> Vec<Route<Arc<Service>>> {
         Route::get("/health", status::health).says("operation", "The process lives; also at /ping.").keyless(),
         Route::get("/ready", status::ready)
             .says("operation", "At least one group takes requests.")
-            .answers::<responses::Ready>()
+            .returns::<responses::Ready>()
             .errors(&[503])
             .keyless(),
         Route::get("/version", status::version)
             .says("operation", "The release.")
-            .answers::<responses::Version>()
+            .returns::<responses::Version>()
             .keyless(),
     ]
 }
@@ -224,7 +224,7 @@ async fn with_audit(State(service): State<Arc<Service>>, mut request: Request, n
     request.extensions_mut().insert(id.clone());
     request.extensions_mut().insert(audit.clone());
     let mut response = next.run(request).await;
-    audit.answered(&response);
+    audit.responded(&response);
     id.write_headers(response.headers_mut());
     response
 }

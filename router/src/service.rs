@@ -17,7 +17,7 @@ use crate::{
     models::ModelSpec,
     options::RouterOptions,
     place::admission::Admission,
-    relay::{budget::RetryBudget, resume::Relay},
+    relay::{budget::RetryBudget, failover::Relay},
 };
 
 /// One router's state. None of it must outlive the process.
@@ -196,7 +196,7 @@ impl Service {
         let seconds = view
             .groups()
             .filter(|group| group.is_ready())
-            .map(|group| group.cost.prefill_seconds(0, group.link.ledger.busy().queued_tokens))
+            .map(|group| group.cost.prefill_seconds(0, group.link.load_tracker.busy().queued_tokens))
             .fold(f64::INFINITY, f64::min);
         if seconds.is_finite() { seconds.ceil().clamp(1.0, 60.0) as u32 } else { 2 }
     }

@@ -31,7 +31,7 @@ pub(crate) struct IndexArgs {
     prompt: u64,
     /// blocks that a group tells of at once
     #[arg(long, default_value_t = 4096)]
-    piece: u64,
+    block_run: u64,
     /// of each piece, the last so many blocks one by one, as groups that tell of an answer while they generate it
     #[arg(long, default_value_t = 0)]
     singly: u64,
@@ -78,19 +78,20 @@ impl Bench<'_> {
     fn store(&self, some: &[Conversation]) {
         let mut first = 0;
         while first < self.args.prompt {
-            let piece = match (self.args.piece.max(1), self.args.vary) {
-                (piece, true) => (piece / 2 + xxh3_128(&first.to_le_bytes()) as u64 % (piece + 1)).max(1),
-                (piece, false) => piece,
+            let block_run = match (self.args.block_run.max(1), self.args.vary) {
+                (block_run, true) => (block_run / 2 + xxh3_128(&first.to_le_bytes()) as u64 % (block_run + 1)).max(1),
+                (block_run, false) => block_run,
             };
-            let at_once = piece.saturating_sub(self.args.singly);
-            let told = std::iter::once((first, at_once)).chain((at_once..piece).map(|block| (first + block, 1)));
-            for (first, blocks) in told.filter(|(_, blocks)| *blocks > 0) {
+            let at_once = block_run.saturating_sub(self.args.singly);
+            let reported =
+                std::iter::once((first, at_once)).chain((at_once..block_run).map(|block| (first + block, 1)));
+            for (first, blocks) in reported.filter(|(_, blocks)| *blocks > 0) {
                 for one in some {
-                    let told: Vec<u8> = one.hashes(first, blocks).flat_map(BlockHash::to_bytes).collect();
-                    self.index.apply(self.slots[one.group as usize], &told, &[]);
+                    let reported: Vec<u8> = one.hashes(first, blocks).flat_map(BlockHash::to_bytes).collect();
+                    self.index.apply(self.slots[one.group as usize], &reported, &[]);
                 }
             }
-            first += piece;
+            first += block_run;
         }
     }
 
@@ -185,7 +186,7 @@ pub(crate) fn run(args: &IndexArgs) {
         "{}",
         json!({
             "kind": "index", "groups": args.groups, "blocks": blocks, "megabytes": megabytes,
-            "piece": args.piece, "singly": args.singly, "vary": args.vary, "turnover": args.turnover,
+            "block_run": args.block_run, "singly": args.singly, "vary": args.vary, "turnover": args.turnover,
             "fill_seconds": (fill_seconds * 10.0).round() / 10.0, "prompt_tokens": args.prompt * 64,
             "lookup_p50_us": still.0, "lookup_p99_us": still.1,
             "lookup_p50_us_while_changing": while_changing.0, "lookup_p99_us_while_changing": while_changing.1,

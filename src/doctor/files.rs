@@ -12,7 +12,7 @@ use super::Check;
 use crate::config::Config;
 
 /// File of checksums, one `digest  name` a line, as sha256sum writes it.
-const SUMS: &str = "SHA256SUMS";
+const CHECKSUMS: &str = "SHA256SUMS";
 const READ: usize = 1 << 20;
 const AGAIN: &str = "fetch the files again";
 
@@ -26,7 +26,7 @@ pub(super) fn check(config: &Config, checksums: bool) -> Vec<Check> {
         checks.push(tokenizer(model));
         let split = (own.as_ref() == Some(&model.name)).then_some(config.worker.tensor_parallel_size);
         checks.push(weights(model, split));
-        checks.push(sums(model, checksums));
+        checks.push(listed_checksums(model, checksums));
     }
     checks
 }
@@ -81,15 +81,15 @@ fn shards(folder: &Path) -> impl Iterator<Item = (std::path::PathBuf, u64)> {
     })
 }
 
-fn sums(model: &ModelOptions, wanted: bool) -> Check {
+fn listed_checksums(model: &ModelOptions, wanted: bool) -> Check {
     const NAME: &str = "checksums";
-    let list = match std::fs::read_to_string(model.path.join(SUMS)) {
+    let list = match std::fs::read_to_string(model.path.join(CHECKSUMS)) {
         Ok(list) => list,
         Err(error) if wanted => {
-            let fix = format!("put the publisher's list there, as `sha256sum * > {SUMS}` writes it");
-            return Check::failure(NAME, format!("{}: {SUMS}: {error}", model.name), fix);
+            let fix = format!("put the publisher's list there, as `sha256sum * > {CHECKSUMS}` writes it");
+            return Check::failure(NAME, format!("{}: {CHECKSUMS}: {error}", model.name), fix);
         }
-        Err(_) => return Check::skipped(NAME, format!("{}: there is no {SUMS} beside the weights", model.name)),
+        Err(_) => return Check::skipped(NAME, format!("{}: there is no {CHECKSUMS} beside the weights", model.name)),
     };
     if !wanted {
         return Check::skipped(NAME, format!("{}: not compared (--checksums)", model.name));
@@ -97,7 +97,7 @@ fn sums(model: &ModelOptions, wanted: bool) -> Check {
     let mut compared = 0;
     for line in list.lines().filter(|line| !line.trim().is_empty()) {
         let Some((digest, name)) = line.split_once("  ").or_else(|| line.split_once(" *")) else {
-            return Check::failure(NAME, format!("{}: `{line}` in {SUMS} is no checksum", model.name), AGAIN);
+            return Check::failure(NAME, format!("{}: `{line}` in {CHECKSUMS} is no checksum", model.name), AGAIN);
         };
         let file = name.trim_start_matches('*');
         match sha256(&model.path.join(file)) {

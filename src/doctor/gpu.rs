@@ -2,13 +2,13 @@
 
 use bora_worker::DeviceChoice;
 use bora_worker::backend::cuda::inspect::{self, GpuReport};
-use bora_worker::telemetry::floor;
+use bora_worker::telemetry::roofline;
 
 use super::Check;
 use crate::config::Config;
 
 /// A copy reaches about 90 % of the datasheet's rate on a healthy GPU; below this something is wrong with it.
-const LEAST_SHARE: f64 = 0.75;
+const MIN_SHARE: f64 = 0.75;
 
 pub(super) fn check(config: Option<&Config>, measure: bool) -> Vec<Check> {
     let wanted = config.map(|config| config.worker.device);
@@ -83,10 +83,10 @@ fn one(gpu: &GpuReport) -> Check {
     }
     let Some(measured) = gpu.bandwidth else { return Check::good(NAME, found) };
     found += &format!(", a copy runs at {:.2} TB/s", measured / 1e12);
-    let Some(datasheet) = floor::memory_rate(&gpu.name) else { return Check::good(NAME, found) };
+    let Some(datasheet) = roofline::memory_rate(&gpu.name) else { return Check::good(NAME, found) };
     let share = measured / datasheet;
     found += &format!(" ({:.0} % of the datasheet's {:.2})", share * 100.0, datasheet / 1e12);
-    if share < LEAST_SHARE {
+    if share < MIN_SHARE {
         let fix = "throttled, shared or broken: `nvidia-smi -q -d PERFORMANCE,ECC` says more; do not serve with it";
         return Check::warning(NAME, found, fix);
     }

@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use super::Check;
 use crate::config::Config;
 
-const PATIENCE: Duration = Duration::from_secs(3);
+const TIMEOUT: Duration = Duration::from_secs(3);
 /// Reads that are timed.
 const READS: usize = 5;
 /// etcd on the same network answers within this.
@@ -37,12 +37,12 @@ pub(super) async fn check(config: &Config) -> Vec<Check> {
 
 async fn reached(name: &'static str, address: &HostPort, fix: &str) -> Check {
     let begun = Instant::now();
-    match tokio::time::timeout(PATIENCE, TcpStream::connect((address.host.as_str(), address.port))).await {
+    match tokio::time::timeout(TIMEOUT, TcpStream::connect((address.host.as_str(), address.port))).await {
         Ok(Ok(_)) => {
             Check::good(name, format!("{address} answers after {:.1} ms", begun.elapsed().as_secs_f64() * 1e3))
         }
         Ok(Err(error)) => Check::failure(name, format!("{address}: {error}"), fix),
-        Err(_) => Check::failure(name, format!("{address} does not answer within {} s", PATIENCE.as_secs()), fix),
+        Err(_) => Check::failure(name, format!("{address} does not answer within {} s", TIMEOUT.as_secs()), fix),
     }
 }
 
@@ -77,8 +77,8 @@ async fn read_registry(config: &Config) -> Result<Check, String> {
     let mut times = Vec::new();
     for _ in 0..READS {
         let begun = Instant::now();
-        let read = tokio::time::timeout(PATIENCE, registry.find_rendezvous("bora-doctor")).await;
-        read.map_err(|_| format!("a read takes more than {} s", PATIENCE.as_secs()))?
+        let read = tokio::time::timeout(TIMEOUT, registry.find_rendezvous("bora-doctor")).await;
+        read.map_err(|_| format!("a read takes more than {} s", TIMEOUT.as_secs()))?
             .map_err(|error| error.to_string())?;
         times.push(begun.elapsed());
     }
@@ -95,7 +95,7 @@ async fn read_registry(config: &Config) -> Result<Check, String> {
 /// etcd says the time with every answer.
 async fn clock(endpoint: &HostPort) -> Option<Check> {
     const NAME: &str = "clock of etcd";
-    let date = tokio::time::timeout(PATIENCE, date_of(endpoint)).await.ok()?.ok()??;
+    let date = tokio::time::timeout(TIMEOUT, date_of(endpoint)).await.ok()?.ok()??;
     let now = SystemTime::now();
     let apart = now.duration_since(date).or_else(|_| date.duration_since(now)).unwrap_or_default();
     let found = format!("{endpoint} is within {:.0} s of this node", apart.as_secs_f64().ceil());

@@ -22,9 +22,9 @@ use tokio::net::TcpStream;
 use tonic::transport::Endpoint;
 
 /// How long a router may take.
-const ROUTER_PATIENCE: Duration = Duration::from_secs(5);
+const ROUTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a leader may take: it may not be reachable from here at all.
-const LEADER_PATIENCE: Duration = Duration::from_millis(500);
+const LEADER_TIMEOUT: Duration = Duration::from_millis(500);
 /// Bytes of an answer; a fleet of thousands of groups stays far below.
 const MAX_ANSWER: usize = 64 << 20;
 
@@ -153,9 +153,9 @@ impl Asker {
 
     /// One answer of the router, within its time.
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<String> {
-        tokio::time::timeout(ROUTER_PATIENCE, self.connect_and_get(path))
+        tokio::time::timeout(ROUTER_TIMEOUT, self.connect_and_get(path))
             .await
-            .with_context(|| format!("{} did not answer within {} s", self.router, ROUTER_PATIENCE.as_secs()))?
+            .with_context(|| format!("{} did not answer within {} s", self.router, ROUTER_TIMEOUT.as_secs()))?
     }
 
     async fn connect_and_get(&self, path: &str) -> anyhow::Result<String> {
@@ -198,11 +198,11 @@ impl Asker {
 }
 
 async fn ranks(cluster: &str, groups: &[Group]) -> BTreeMap<String, Vec<RankStatus>> {
-    let answers = join_all(groups.iter().map(|group| async move {
-        let asked = tokio::time::timeout(LEADER_PATIENCE, status(cluster, &group.record)).await;
+    let responses = join_all(groups.iter().map(|group| async move {
+        let asked = tokio::time::timeout(LEADER_TIMEOUT, status(cluster, &group.record)).await;
         (group.record.group.clone(), asked)
     }));
-    let known = answers.await.into_iter().filter_map(|(group, answer)| Some((group, answer.ok()?.ok()?)));
+    let known = responses.await.into_iter().filter_map(|(group, completion)| Some((group, completion.ok()?.ok()?)));
     known.collect()
 }
 

@@ -105,9 +105,9 @@ fn summary(before: &Look, now: &Look) -> Vec<String> {
         rate(before, now, "bora_router_tokens", kind("cached")),
     );
     let share = if prompt > 0.0 { format!(" ({:.0} % cached)", 100.0 * cached / prompt) } else { String::new() };
-    let first = |share| seconds(quantile(before, now, "bora_router_first_token_seconds", share));
-    let between = |share| seconds(quantile(before, now, "bora_router_inter_token_seconds", share));
-    let moved = sum(now, "bora_router_moved_sequences", any);
+    let first = |share| seconds(quantile(before, now, "bora_router_time_to_first_token_seconds", share));
+    let between = |share| seconds(quantile(before, now, "bora_router_inter_token_latency_seconds", share));
+    let moved = sum(now, "bora_router_failovers", any);
     let cpu = rate(before, now, "process_cpu_seconds", any);
     vec![
         format!(

@@ -88,7 +88,7 @@ def run(streams, concurrency, kill_every, groups=4, distinct=60, time_scale=1.0)
         over.set()
         killing.join()
         metrics = http("GET", f"{cluster.router_url}/metrics")[2]
-        moved = [line for line in metrics.splitlines() if line.startswith("bora_router_moved_sequences_total")]
+        moved = [line for line in metrics.splitlines() if line.startswith("bora_router_failovers_total")]
         result["moved"] = {line.split('"')[1]: int(float(line.split()[-1])) for line in moved}
         result["seconds"] = round(time.monotonic() - began, 1)
         return result, examples

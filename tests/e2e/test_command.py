@@ -83,7 +83,7 @@ def test_check_finds_what_a_start_finds_and_more(tmp_path, change, line, expecte
 
 
 def test_check_refuses_files_that_configure_nothing(tmp_path):
-    for text, expected in [("", "the file is empty"), ("# only this\n", "the file is empty"), ("cluster: x\nregistry: {kind: static, endpoints: ['h:1']}\n", "models: expected at least one")]:
+    for text, expected in [("", "the file is empty"), ("# only this\n", "the file is empty"), ("cluster: x\nregistry: {kind: static, endpoints: ['127.0.0.1:1']}\n", "models: expected at least one")]:
         result = bora("check", "--config", write(tmp_path, text))
         assert result.returncode != 0 and expected in result.stderr, result.stderr
     result = bora("check", "--config", write(tmp_path, GOOD.replace("  device: cpu", "  device: cpu\n  listen: 0.0.0.0:9000")), "--advertise", "worker-0:9000")

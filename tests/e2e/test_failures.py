@@ -78,7 +78,7 @@ def test_a_worker_killed_in_mid_stream():
             cluster.wait_ready(2)
         moved = http("GET", cluster.router_url + "/metrics")[2]
         # one choice of a pair may run on the group that stays
-        count = int(float(next(line for line in moved.splitlines() if 'moved_sequences_total{when="mid_stream"}' in line).split()[-1]))
+        count = int(float(next(line for line in moved.splitlines() if 'failovers_total{when="mid_stream"}' in line).split()[-1]))
         assert count >= len(STREAMS), count
 
 

@@ -37,7 +37,7 @@ __device__ __forceinline__ u32 value_place(u32 token, u32 piece) {
   return token * stored_row<D, Kv, FEW>() + (sizeof(Kv) == 1 && D == 128 ? piece ^ token % 8 : piece) * 16;
 }
 // Rows of a sequence that are computed in one step are at most so many: keys that lie further back were there before it.
-constexpr u32 MOST_NEW_ROWS = 32;
+constexpr u32 MAX_NEW_ROWS = 32;
 
 // Some rows of one sequence, at positions that follow each other. The host writes the same in backend/cuda/step.rs.
 struct DecodeItem {
@@ -231,7 +231,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
     };
     u32 ahead = first;
     for (; ahead < first + DECODE_STAGES - 1; ahead++) {
-      if (!previous_is_done && (ahead + 1) * KV_BLOCK + MOST_NEW_ROWS > first_position) break;
+      if (!previous_is_done && (ahead + 1) * KV_BLOCK + MAX_NEW_ROWS > first_position) break;
       if (ahead < last) load(ahead);
       copy_async_commit();
     }

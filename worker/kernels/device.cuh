@@ -75,7 +75,7 @@ __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepc
 // ---- what ranks of a host say to each other through each other's memory -------------------------------------------
 
 // Nanoseconds after which a rank that does not come is given up.
-constexpr u64 PEER_PATIENCE = 20000000000ull;
+constexpr u64 PEER_TIMEOUT = 20000000000ull;
 
 // Whoever sees `turn` there also sees what this block wrote before its last barrier.
 __device__ __forceinline__ void tell_peer(u32* flag, u32 turn) {
@@ -93,7 +93,7 @@ __device__ __forceinline__ void wait_for_peer(const u32* flag, u32 turn, volatil
     u64 now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
     if (!since) since = now;
-    if (now - since > PEER_PATIENCE) state[1] = 1;
+    if (now - since > PEER_TIMEOUT) state[1] = 1;
   }
 }
 // Past the L1 cache, which does not know what other devices write.
@@ -368,8 +368,8 @@ __device__ __forceinline__ void store4(e4m3* p, float4 v) {
   *reinterpret_cast<u32*>(p) = (u32)pack_e4m3(v.x, v.y) | ((u32)pack_e4m3(v.z, v.w) << 16);
 }
 
-// Most partial sums of a product (MOST_SPLITS in linear.rs).
-constexpr u32 MOST_SPLITS = 8;
+// Most partial sums of a product (MAX_SPLITS in linear.rs).
+constexpr u32 MAX_SPLITS = 8;
 
 // A product that may still lie in several partial sums (split K): [splits][rows][columns]. A bf16 product is one sum.
 template <typename T>
@@ -382,11 +382,11 @@ struct Product {
       return load4(data + index);
     } else {
       // all loads are on their way before the first is used
-      float4 parts[MOST_SPLITS];
+      float4 parts[MAX_SPLITS];
 #pragma unroll
-      for (u32 s = 0; s < MOST_SPLITS; s++) parts[s] = s < splits ? load4(data + s * split_stride + index) : make_float4(0.f, 0.f, 0.f, 0.f);
+      for (u32 s = 0; s < MAX_SPLITS; s++) parts[s] = s < splits ? load4(data + s * split_stride + index) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-      for (u32 s = 1; s < MOST_SPLITS; s++) {
+      for (u32 s = 1; s < MAX_SPLITS; s++) {
         parts[0].x += parts[s].x, parts[0].y += parts[s].y, parts[0].z += parts[s].z, parts[0].w += parts[s].w;
       }
       return parts[0];

@@ -13,12 +13,12 @@ __device__ __forceinline__ float2 pair_at<bf16>(const Product<bf16>& product, u6
 }
 template <>
 __device__ __forceinline__ float2 pair_at<float>(const Product<float>& product, u64 index) {
-  float2 parts[MOST_SPLITS];
+  float2 parts[MAX_SPLITS];
 #pragma unroll
-  for (u32 s = 0; s < MOST_SPLITS; s++)
+  for (u32 s = 0; s < MAX_SPLITS; s++)
     parts[s] = s < product.splits ? *reinterpret_cast<const float2*>(product.data + s * product.split_stride + index) : make_float2(0.f, 0.f);
 #pragma unroll
-  for (u32 s = 1; s < MOST_SPLITS; s++) parts[0].x += parts[s].x, parts[0].y += parts[s].y;
+  for (u32 s = 1; s < MAX_SPLITS; s++) parts[0].x += parts[s].x, parts[0].y += parts[s].y;
   return parts[0];
 }
 

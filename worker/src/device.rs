@@ -6,12 +6,12 @@ use bora_common::model::{ModelConfig, Quantization};
 use bora_common::registry::Device;
 
 use crate::backend::cpu::CpuOptions;
-use crate::backend::cuda::{self, CudaOptions, Sums};
+use crate::backend::cuda::{self, AllReduceKind, CudaOptions};
 use crate::backend::{KvBudget, KvDtype};
 use crate::options::{DeviceChoice, WorkerOptions};
 use crate::parallel::DeviceOptions;
 use crate::process::WorkerError;
-use crate::telemetry::floor::Floors;
+use crate::telemetry::roofline::Rooflines;
 
 /// KV cache of a CPU rank where nothing is said.
 const CPU_KV_BYTES: u64 = 1 << 30;
@@ -58,8 +58,8 @@ pub(crate) fn options_of(device: Device, options: &WorkerOptions) -> Result<Devi
             let reason = "worker.kv_cache.dtype: f32 is for the CPU, a GPU takes bf16 or fp8";
             return Err(WorkerError::Options(reason.to_owned()));
         }
-        let sums = if options.disable_custom_all_reduce { Sums::Nccl } else { Sums::default() };
-        return Ok(DeviceOptions::Cuda(CudaOptions { kv, sums, ..CudaOptions::default() }));
+        let all_reduce = if options.disable_custom_all_reduce { AllReduceKind::Nccl } else { AllReduceKind::default() };
+        return Ok(DeviceOptions::Cuda(CudaOptions { kv, all_reduce, ..CudaOptions::default() }));
     }
     Ok(DeviceOptions::Cpu(CpuOptions { fp8: options.cpu_fp8, kv, ..CpuOptions::default() }))
 }
@@ -76,13 +76,13 @@ pub(crate) fn kv_budget(device: Device, options: &WorkerOptions) -> KvBudget {
 }
 
 /// What the machine allows, where its datasheet and the checkpoint's number format are known.
-pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfig) -> Option<Floors> {
+pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfig) -> Option<Rooflines> {
     if device != Device::Cuda || model.quantization != Quantization::Fp8Static {
         return None;
     }
     let gpu = cuda::survey(0..1, 1).ok()?.into_iter().next()?;
     let kv_bytes = if options.kv_cache.dtype == KvDtype::Fp8 { 1.0 } else { 2.0 };
-    Floors::of(model, options.tensor_parallel_size as usize, &gpu, kv_bytes)
+    Rooflines::of(model, options.tensor_parallel_size as usize, &gpu, kv_bytes)
 }
 
 /// Tokens of the prompts that the group's speed is measured with.
@@ -95,14 +95,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sums_are_left_to_nccl_by_request() {
-        let sums = |disable_custom_all_reduce| {
+    fn uses_nccl_alone_on_request() {
+        let all_reduce = |disable_custom_all_reduce| {
             let options = WorkerOptions { disable_custom_all_reduce, ..WorkerOptions::default() };
             match options_of(Device::Cuda, &options) {
-                Ok(DeviceOptions::Cuda(cuda)) => cuda.sums,
+                Ok(DeviceOptions::Cuda(cuda)) => cuda.all_reduce,
                 other => panic!("{other:?}"),
             }
         };
-        assert_eq!((sums(false), sums(true)), (Sums::Measured, Sums::Nccl));
+        assert_eq!((all_reduce(false), all_reduce(true)), (AllReduceKind::Measured, AllReduceKind::Nccl));
     }
 }

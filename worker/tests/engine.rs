@@ -147,14 +147,14 @@ async fn prompt_logprobs_equal_the_reference() {
         let heard = hear(engine.generate(request).unwrap()).await;
         assert_eq!(heard.prompt_logprobs.len(), prompt.len() - 1);
         assert!(heard.logprobs.iter().all(|at| at.chosen.unwrap().rank == 1 && at.chosen == Some(at.top[0])));
-        let log_sums = goldens.floats(&format!("{case}.logsumexp"));
+        let log_sum_exp = goldens.floats(&format!("{case}.logsumexp"));
         let logits = goldens.floats(&format!("{case}.logits"));
         let positions = goldens.ids(&format!("{case}.positions"));
         let columns = logits.len() / positions.len();
         for (row, position) in logits.chunks(columns).zip(positions) {
             let position = position as usize;
             let Some(target) = prompt.get(position + 1) else { continue };
-            let expected = row[*target as usize] - log_sums[position];
+            let expected = row[*target as usize] - log_sum_exp[position];
             let chosen = heard.prompt_logprobs[position].chosen.unwrap();
             assert_eq!(chosen.token_id, *target);
             assert!((chosen.logprob - expected).abs() < 2e-3, "{case} {position}: {} {expected}", chosen.logprob);
@@ -243,14 +243,14 @@ async fn speculation_changes_the_steps_and_nothing_else() {
         ..Default::default()
     };
     let plain = start_with(options(SpeculativeOptions::off()), Some(grammars.clone()));
-    let guessing =
+    let speculating =
         start_with(options(SpeculativeOptions { prompt_lookup_min: 1, ..Default::default() }), Some(grammars));
     let mut without_effect = Vec::new();
     for (name, mut request) in variants() {
         request.token_ids = goldens.ids("code.input_ids");
         request.stopping = Some(v1::Stopping { max_tokens: 90, ..Default::default() });
         let expected = hear(plain.generate(request.clone()).unwrap()).await;
-        let found = hear(guessing.generate(request.clone()).unwrap()).await;
+        let found = hear(speculating.generate(request.clone()).unwrap()).await;
         assert_eq!(found.ids, expected.ids, "{name}");
         assert_eq!(found.finished.reason, expected.finished.reason, "{name}");
         assert_eq!(found.logprobs.len(), expected.logprobs.len(), "{name}");
@@ -268,7 +268,7 @@ async fn speculation_changes_the_steps_and_nothing_else() {
             .map(|number| {
                 let mut sibling = request.clone();
                 sibling.sampling.as_mut().unwrap().seed += number;
-                guessing.generate(sibling).unwrap()
+                speculating.generate(sibling).unwrap()
             })
             .collect();
         for (number, sibling) in siblings.into_iter().enumerate() {
@@ -281,12 +281,12 @@ async fn speculation_changes_the_steps_and_nothing_else() {
         let mut resumed = request.clone();
         resumed.token_ids.extend(&expected.ids[..cut]);
         resumed.generated_len = cut as u32;
-        assert_eq!(hear(guessing.generate(resumed).unwrap()).await.ids, expected.ids[cut..], "{name}, resumed");
+        assert_eq!(hear(speculating.generate(resumed).unwrap()).await.ids, expected.ids[cut..], "{name}, resumed");
     }
     // these do not repeat themselves
     assert_eq!(without_effect, ["greedy", "sampled"], "nothing was guessed");
     assert_eq!(plain.load().draft_tokens, 0);
-    let load = guessing.load();
+    let load = speculating.load();
     assert!(load.accepted_draft_tokens > 0 && load.accepted_draft_tokens <= load.draft_tokens);
 }
 

@@ -4,7 +4,7 @@ mod support;
 
 use bora_worker::backend::cpu::CpuOptions;
 use bora_worker::backend::{Fp8Mode, KvDtype};
-use support::{Goldens, KV_BLOCKS, Piece, Rank, argmax, blocks, difference, fixture, logsumexp, single};
+use support::{Chunk, Goldens, KV_BLOCKS, Rank, argmax, blocks, difference, fixture, logsumexp, single};
 
 const CHECKPOINTS: [&str; 4] = ["tiny_text", "tiny_text_fp8", "tiny_vlm", "tiny_vlm_fp8"];
 const CASES: [&str; 4] = ["short", "code", "long", "card_small_talk"];
@@ -159,19 +159,19 @@ fn any_batch_mix_gives_the_same_logits() {
     let chunks = [1, 5, 37, 200];
     let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); prompts.len()];
     loop {
-        let pieces: Vec<Piece<'_>> = (0..prompts.len())
+        let parts: Vec<Chunk<'_>> = (0..prompts.len())
             .filter(|index| rows[*index].len() < prompts[*index].len())
             .map(|index| {
                 let start = rows[index].len();
                 let end = prompts[index].len().min(start + chunks[index]);
-                Piece { slot: index as u32, start, ids: &prompts[index][start..end], blocks: tables[index].clone() }
+                Chunk { slot: index as u32, start, ids: &prompts[index][start..end], blocks: tables[index].clone() }
             })
             .collect();
-        if pieces.is_empty() {
+        if parts.is_empty() {
             break;
         }
-        for (piece, logits) in pieces.iter().zip(rank.run(&pieces)) {
-            rows[piece.slot as usize].extend(logits);
+        for (part, logits) in parts.iter().zip(rank.run(&parts)) {
+            rows[part.slot as usize].extend(logits);
         }
     }
     for (case, (rows, plain)) in CASES.iter().zip(rows.iter().zip(&plain)) {
@@ -195,8 +195,8 @@ fn shared_blocks_of_a_prefix_give_the_same_logits() {
     rank.run_in_chunks(&first, &table, first.len());
     let mut shared = table[..2].to_vec();
     shared.extend(blocks(20, second.len() - 128));
-    let piece = Piece { slot: 1, start: 128, ids: &second[128..], blocks: shared };
-    let rows = rank.run(&[piece]).remove(0);
+    let part = Chunk { slot: 1, start: 128, ids: &second[128..], blocks: shared };
+    let rows = rank.run(&[part]).remove(0);
     let off = difference(&rows, &plain[128..]);
     assert!(off < SAME, "off by {off}");
 }

@@ -74,13 +74,13 @@ impl<R: StepRunner> Greedy<'_, R> {
         let blocks: Vec<u32> = (0..(prompt.len() + count).div_ceil(64) as u32).rev().collect();
         let mut ids = Vec::new();
         let mut start = 0;
-        for piece in prompt.chunks(chunk) {
+        for part in prompt.chunks(chunk) {
             let first = start == 0;
-            let sample = start + piece.len() == prompt.len();
+            let sample = start + part.len() == prompt.len();
             let work = Work {
                 slot,
                 start: start as u32,
-                tokens: Tokens::Ids(piece.to_vec()),
+                tokens: Tokens::Ids(part.to_vec()),
                 new_blocks: if first { blocks.clone() } else { Vec::new() },
                 sample,
                 drafts: 0,
@@ -89,7 +89,7 @@ impl<R: StepRunner> Greedy<'_, R> {
             let admit = if first { vec![admission.clone()] } else { Vec::new() };
             let output = self.step(Step { admit, work: vec![work], ..Step::default() })?;
             ids.extend(output.sampled.iter().map(|sampled| sampled.result.clone().unwrap()[0].token_id));
-            start += piece.len();
+            start += part.len();
         }
         while ids.len() < count {
             let start = (prompt.len() + ids.len() - 1) as u32;
@@ -180,9 +180,9 @@ async fn prompt_logprobs_equal_the_reference() {
         compared += 1;
     }
     assert!(compared >= 5, "{compared}");
-    let drawn = last.unwrap().result.unwrap().remove(0);
-    assert_eq!(drawn.token_id, goldens.ids("code.greedy_ids")[0]);
-    assert_eq!(drawn.logprobs.unwrap().top.len(), 3);
+    let sampled_tokens = last.unwrap().result.unwrap().remove(0);
+    assert_eq!(sampled_tokens.token_id, goldens.ids("code.greedy_ids")[0]);
+    assert_eq!(sampled_tokens.logprobs.unwrap().top.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -276,7 +276,7 @@ async fn impossible_options_are_refused_before_anything_is_loaded() {
 async fn random_weights_are_served_without_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::copy(fixture("tiny_vlm_fp8").join("config.json"), folder.path().join("config.json")).unwrap();
-    let mut answers = Vec::new();
+    let mut responses = Vec::new();
     for ranks in [1, 2] {
         let mut options = member("tiny_text", ranks, 0..ranks);
         options.model_dir = folder.path().to_owned();
@@ -285,9 +285,9 @@ async fn random_weights_are_served_without_a_checkpoint() {
             start_group(LeaderOptions { member: options, epoch: 1, limits: LIMITS, peers: None }).await.unwrap();
         assert!(group.fingerprint.starts_with("dummy-"), "{}", group.fingerprint);
         let mut greedy = Greedy { runner: &mut group.runner, next_step: 0 };
-        answers.push(greedy.generate(&[1, 2, 3, 4, 5], 5, 4).unwrap());
+        responses.push(greedy.generate(&[1, 2, 3, 4, 5], 5, 4).unwrap());
     }
-    assert_eq!(answers[0], answers[1]);
+    assert_eq!(responses[0], responses[1]);
 }
 
 // ---- processes ---------------------------------------------------------------------------------------

@@ -99,10 +99,10 @@ fn a_real_model_says_what_the_reference_says() {
     let prompt = ids(&goldens["cases"][0]["prompt_ids"]);
     let expected = ids(&goldens["cases"][0]["greedy_ids"]);
     let table = blocks(0, prompt.len() + expected.len());
-    let answers = threads(folder.path(), 3, |rank| {
+    let responses = threads(folder.path(), 3, |rank| {
         let last = rank.run_in_chunks(&prompt, &table, prompt.len()).pop().unwrap();
         assert_eq!(argmax(&last), expected[0]);
         rank.greedy(&prompt, &table, expected.len())
     });
-    assert!(answers.iter().all(|answer| *answer == expected));
+    assert!(responses.iter().all(|response| *response == expected));
 }

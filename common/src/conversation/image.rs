@@ -44,7 +44,7 @@ pub trait ImageSizes {
     fn size(&self, url: &str) -> Result<ImageSize, ImageError>;
 }
 
-/// Pictures in `data:` URLs only.
+/// Images in `data:` URLs only.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DataUrls;
 

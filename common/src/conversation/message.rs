@@ -5,7 +5,7 @@
 
 use super::ConversationLimits;
 use super::error::{At, ConversationError, Rule};
-use super::json::{Json, JsonError, dump_string};
+use super::python_json::{Json, JsonError, dump_string};
 use super::validate::{self, FunctionNames};
 use crate::cpu_budget::{self, Stage};
 

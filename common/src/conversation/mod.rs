@@ -7,12 +7,12 @@
 
 mod brackets;
 mod error;
-mod growing;
 mod image;
-mod json;
+mod incremental;
+pub mod jsonl;
 mod layout;
-pub mod lines;
 mod message;
+mod python_json;
 pub mod repair;
 mod tool;
 mod toolcall;
@@ -24,11 +24,11 @@ use crate::cpu_budget::{self, Stage, Stopped};
 use crate::tokenizer::{ImageGeometry, Tokenizer, TokenizerFormat};
 
 pub use error::{ConversationError, Rule};
-pub use growing::{Growth, NotGrown, Outline, Run};
 pub use image::{DataUrls, ImageError, ImageGrid, ImageSize, ImageSizes, data_url_bytes, data_url_size, image_size};
-pub use json::{Json, JsonError};
+pub use incremental::{Growth, NotGrown, Outline, Run};
 pub use layout::{Part, Segment, Special};
 pub use message::{Chunk, ImageSource, Message, ToolCall};
+pub use python_json::{Json, JsonError};
 pub use tool::Tool;
 pub use toolcall::{CallError, Delta, ToolCallParser, new_call_id};
 pub use validate::FunctionNames;

@@ -15,7 +15,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use super::json::{Json, JsonError};
+use super::python_json::{Json, JsonError};
 use crate::cpu_budget::{self, Stage};
 
 /// What stands where a call has no result.
@@ -115,7 +115,7 @@ pub fn repair(messages: &[&str], continue_final_message: bool) -> Result<Repaire
             if !turn.rest.is_empty() {
                 work.finish(std::mem::take(&mut turn));
             }
-            turn.answer.push(item);
+            turn.response.push(item);
         } else {
             turn.rest.push(item);
         }
@@ -213,7 +213,7 @@ fn usable_id<'v>(id: Option<&'v Json<'_>>) -> Option<&'v str> {
 /// An answer and what follows it; the first turn may have no answer.
 #[derive(Default)]
 struct Turn<'a> {
-    answer: Vec<Item<'a>>,
+    response: Vec<Item<'a>>,
     rest: Vec<Item<'a>>,
 }
 
@@ -260,18 +260,18 @@ impl<'a> Work<'a> {
     /// Puts a turn out as it should be.
     fn finish(&mut self, turn: Turn<'a>) {
         let is_first = self.output.is_empty();
-        let mut answer = self.speaking(turn.answer);
-        if is_first && !answer.is_empty() {
+        let mut response = self.speaking(turn.response);
+        if is_first && !response.is_empty() {
             // the reference does not count the calls of a first message, so nothing can answer them
-            let mut first = answer.remove(0);
+            let mut first = response.remove(0);
             self.read_calls(&mut first);
             self.output.push(first);
         }
-        self.join_calls(&mut answer);
-        let mut calls = answer.last_mut().map(|last| self.read_calls(last)).unwrap_or_default();
+        self.join_calls(&mut response);
+        let mut calls = response.last_mut().map(|last| self.read_calls(last)).unwrap_or_default();
         let (results, others) = self.match_results(turn.rest, &mut calls);
-        let caller = answer.last().map_or(0, |item| item.index);
-        self.output.append(&mut answer);
+        let caller = response.last().map_or(0, |item| item.index);
+        self.output.append(&mut response);
         self.output.extend(results);
         let missing = calls.iter().filter(|call| !call.is_answered);
         let missing: Vec<Item<'a>> = missing.map(|call| not_run(caller, &call.id)).collect();
@@ -284,17 +284,17 @@ impl<'a> Work<'a> {
             }
             self.output.extend(missing);
         }
-        let is_behind_answer = self.output.last().is_some_and(|item| matches!(item.role(), "assistant" | "tool"));
-        self.put_others(others, is_behind_answer);
+        let is_after_completion = self.output.last().is_some_and(|item| matches!(item.role(), "assistant" | "tool"));
+        self.put_others(others, is_after_completion);
     }
 
     /// Drops messages that are silent; at the beginning of a conversation they stay with those that are not, because what
     /// comes first is counted in its own way.
-    fn speaking(&mut self, answer: Vec<Item<'a>>) -> Vec<Item<'a>> {
-        if self.output.is_empty() && !answer.iter().all(Item::is_silent) {
-            return answer;
+    fn speaking(&mut self, response: Vec<Item<'a>>) -> Vec<Item<'a>> {
+        if self.output.is_empty() && !response.iter().all(Item::is_silent) {
+            return response;
         }
-        let (silent, speaking): (Vec<_>, Vec<_>) = answer.into_iter().partition(Item::is_silent);
+        let (silent, speaking): (Vec<_>, Vec<_>) = response.into_iter().partition(Item::is_silent);
         for item in silent {
             self.note(item.index, Repair::EmptyAssistant);
         }
@@ -302,8 +302,8 @@ impl<'a> Work<'a> {
     }
 
     /// All calls of an answer are made by its last message. A message of which nothing is left is dropped.
-    fn join_calls(&mut self, answer: &mut Vec<Item<'a>>) {
-        let Some((last, before)) = answer.split_last_mut() else { return };
+    fn join_calls(&mut self, response: &mut Vec<Item<'a>>) {
+        let Some((last, before)) = response.split_last_mut() else { return };
         if before.iter().all(|item| item.calls().is_empty()) {
             return;
         }
@@ -317,7 +317,7 @@ impl<'a> Work<'a> {
         }
         joined.extend_from_slice(last.calls());
         last.set("tool_calls", Json::Array(joined));
-        answer.retain(|item| !item.is_silent());
+        response.retain(|item| !item.is_silent());
     }
 
     /// The calls of a message; ids that can't be used are replaced.
@@ -364,7 +364,7 @@ impl<'a> Work<'a> {
     fn match_results(&mut self, rest: Vec<Item<'a>>, calls: &mut [Call]) -> (Vec<Item<'a>>, Vec<Item<'a>>) {
         // the reference lets a conversation begin with a result, whatever it answers
         let is_tool = |item: &Item<'_>| item.role() == "tool" && item.index > 0;
-        let mut answers = vec![None; rest.len()];
+        let mut responses = vec![None; rest.len()];
         // calls that have no result yet, by the name that the client gave them
         let mut open_calls: HashMap<String, VecDeque<usize>> = HashMap::new();
         for (number, call) in calls.iter().enumerate() {
@@ -375,7 +375,7 @@ impl<'a> Work<'a> {
         // named ones first: a result without a name takes what is left
         let mut first_open = 0;
         for is_named in [true, false] {
-            for (answer, item) in answers.iter_mut().zip(&rest) {
+            for (response, item) in responses.iter_mut().zip(&rest) {
                 let named = item.call_id();
                 if !is_tool(item) || named.is_some() != is_named {
                     continue;
@@ -389,13 +389,13 @@ impl<'a> Work<'a> {
                 };
                 if let Some((number, call)) = open.and_then(|number| Some((number, calls.get_mut(number)?))) {
                     call.is_answered = true;
-                    *answer = Some(number);
+                    *response = Some(number);
                 }
             }
         }
         let (mut results, mut others) = (Vec::new(), Vec::new());
-        for (answer, mut item) in answers.into_iter().zip(rest) {
-            match answer {
+        for (response, mut item) in responses.into_iter().zip(rest) {
+            match response {
                 _ if !is_tool(&item) => others.push(item),
                 None => self.note(item.index, Repair::OrphanResult),
                 Some(number) => {
@@ -414,15 +414,15 @@ impl<'a> Work<'a> {
     }
 
     /// The turn's messages that are no results.
-    fn put_others(&mut self, others: Vec<Item<'a>>, mut is_behind_answer: bool) {
+    fn put_others(&mut self, others: Vec<Item<'a>>, mut is_after_completion: bool) {
         for mut item in others {
             match item.role() {
-                "system" | "developer" if is_behind_answer => {
+                "system" | "developer" if is_after_completion => {
                     item.set("role", Json::String("user".into()));
                     self.note(item.index, Repair::LateSystem);
                 }
-                "user" => is_behind_answer = false,
-                "tool" => is_behind_answer = true,
+                "user" => is_after_completion = false,
+                "tool" => is_after_completion = true,
                 _ => {}
             }
             self.output.push(item);

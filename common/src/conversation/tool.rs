@@ -1,8 +1,8 @@
 //! The functions that a request offers to the model.
 
 use super::error::{At, ConversationError, Rule};
-use super::json::{Json, dump_string};
 use super::message::{array, function_type, optional_bool, optional_string, required_object, required_string, within};
+use super::python_json::{Json, dump_string};
 use super::validate::{self, FunctionNames};
 use crate::cpu_budget::{self, Stage};
 

@@ -18,8 +18,8 @@ use std::sync::Arc;
 use rand::Rng;
 
 use super::brackets::Brackets;
-use super::json::Json;
 use super::layout::Special;
+use super::python_json::Json;
 use super::validate::FunctionNames;
 use crate::tokenizer::{IncrementalDecoder, Tokenizer};
 

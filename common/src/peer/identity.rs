@@ -224,8 +224,10 @@ pub fn mismatch_of(status: &Status) -> Option<&'static str> {
     if status.code() != Code::FailedPrecondition {
         return None;
     }
-    let told = status.metadata().get(MISMATCH)?.to_str().ok()?;
-    ["contract", "malformed", "cluster", "model", "group", "epoch", "weights"].into_iter().find(|name| *name == told)
+    let reported = status.metadata().get(MISMATCH)?.to_str().ok()?;
+    ["contract", "malformed", "cluster", "model", "group", "epoch", "weights"]
+        .into_iter()
+        .find(|name| *name == reported)
 }
 
 #[cfg(test)]

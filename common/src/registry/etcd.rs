@@ -62,7 +62,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// etcd closes connections that ping more often than every 5 s (its --grpc-keepalive-min-time).
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(2);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 /// Groups announced in etcd.
 #[derive(Clone, Debug)]
@@ -325,8 +325,8 @@ fn encode_segment(name: &str) -> String {
     name.replace('%', "%25").replace('/', "%2F")
 }
 
-async fn within<T>(answer: impl Future<Output = Result<T, etcd_client::Error>>) -> StoreResult<T> {
-    match timeout(REQUEST_TIMEOUT, answer).await {
+async fn within<T>(completion: impl Future<Output = Result<T, etcd_client::Error>>) -> StoreResult<T> {
+    match timeout(REQUEST_TIMEOUT, completion).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(format!("no answer within {REQUEST_TIMEOUT:?}")),
@@ -350,6 +350,6 @@ impl Backoff {
     async fn wait(&mut self) {
         let jitter = rand::random_range(0.5..1.5);
         sleep(self.next.mul_f64(jitter)).await;
-        self.next = (self.next * 2).min(LONGEST_BACKOFF);
+        self.next = (self.next * 2).min(MAX_BACKOFF);
     }
 }

@@ -147,7 +147,7 @@ async fn follow(endpoint: String, tls: Option<Connector>, names: Arc<Names>, sen
             }
             failed => {
                 misses += 1;
-                let reason = failed.map_or("no answer".into(), |answer| answer.err().unwrap_or_default());
+                let reason = failed.map_or("no answer".into(), |response| response.err().unwrap_or_default());
                 tracing::debug!(endpoint, reason, misses, "a group of the static list does not answer");
                 (misses == MISSES).then_some(Known::Nothing)
             }
@@ -171,9 +171,9 @@ async fn describe(endpoint: &str, tls: Option<&Connector>) -> Result<GroupRecord
     let address = Endpoint::from_shared(format!("http://{endpoint}")).map_err(|error| error.to_string())?;
     let channel = crate::tls::connect(&address, tls).await.map_err(|error| error.to_string())?;
     let mut client = InferenceClient::new(channel).max_decoding_message_size(MAX_RECORD_BYTES);
-    let answer = client.describe(DescribeRequest {}).await.map_err(|status| status.to_string())?;
+    let response = client.describe(DescribeRequest {}).await.map_err(|status| status.to_string())?;
     let mut record: GroupRecord =
-        serde_json::from_str(&answer.into_inner().record_json).map_err(|error| error.to_string())?;
+        serde_json::from_str(&response.into_inner().record_json).map_err(|error| error.to_string())?;
     // the list knows better than the group how it is reached from here
     record.endpoint = endpoint.to_owned();
     Ok(record)

@@ -45,14 +45,14 @@ impl Encoder {
                 let mut rest = text;
                 while !rest.is_empty() {
                     may_go_on()?;
-                    let end = if *cuts_at_lines { piece(rest) } else { rest.len() };
-                    let (piece, behind) = rest.split_at(end);
+                    let end = if *cuts_at_lines { segment(rest) } else { rest.len() };
+                    let (segment, behind) = rest.split_at(end);
                     rest = behind;
-                    match tokenizer.encode_ordinary(piece) {
+                    match tokenizer.encode_ordinary(segment) {
                         Ok(ranks) => {
                             // what follows is likely to have as many ids a byte: the list moves once
                             let behind =
-                                (ranks.len() + ranks.len() / 16) as f64 / piece.len() as f64 * rest.len() as f64;
+                                (ranks.len() + ranks.len() / 16) as f64 / segment.len() as f64 * rest.len() as f64;
                             ids.reserve(ranks.len() + behind as usize);
                             ids.extend(ranks.into_iter().map(|rank| rank + first_id));
                         }
@@ -86,7 +86,7 @@ const TEKKEN_PATTERN: &str = concat!(
 const LIBRARY_SPREADS_FROM: usize = 64 << 10;
 
 /// Length of the first piece of a text that may be encoded by itself.
-fn piece(text: &str) -> usize {
+fn segment(text: &str) -> usize {
     if text.len() < LIBRARY_SPREADS_FROM {
         return text.len();
     }
@@ -149,12 +149,12 @@ mod tests {
         let Encoder::Ranks { tokenizer: library, first_id, cuts_at_lines: true } = &tokenizer.encoder else {
             panic!("the fixture has the pattern of tekken");
         };
-        assert!(piece(&text) < LIBRARY_SPREADS_FROM);
+        assert!(segment(&text) < LIBRARY_SPREADS_FROM);
         let indented = format!("{}x", "    let y = 2; // \n\t  \t\n \n\n    \t".repeat(LIBRARY_SPREADS_FROM / 20));
-        assert!(piece(&indented) < LIBRARY_SPREADS_FROM, "code is indented");
+        assert!(segment(&indented) < LIBRARY_SPREADS_FROM, "code is indented");
         assert_eq!(tokenizer.encode(&indented), whole_of(library, *first_id, &indented));
         assert_eq!(tokenizer.encode(&text), whole_of(library, *first_id, &text));
         let endless = "x".repeat(LIBRARY_SPREADS_FROM + 5);
-        assert_eq!(piece(&endless), endless.len());
+        assert_eq!(segment(&endless), endless.len());
     }
 }

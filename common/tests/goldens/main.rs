@@ -2,7 +2,7 @@
 //! tool calls.
 
 mod conversation;
-mod lines;
+mod jsonl;
 mod properties;
 mod record;
 mod support;

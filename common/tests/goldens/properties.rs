@@ -104,7 +104,7 @@ fn any_ids_decode_the_same_at_once_and_one_by_one() {
 fn any_ids_parse_as_an_output() {
     let mut random = StdRng::seed_from_u64(3);
     let tokenizer = tokenizer("tekken-v13-8k.json");
-    let pieces: Vec<Vec<u32>> = ["f", "{}", "{\"a\": \"é\"}", "{", "}", " ", "text", "[1"]
+    let chunks: Vec<Vec<u32>> = ["f", "{}", "{\"a\": \"é\"}", "{", "}", " ", "text", "[1"]
         .iter()
         .map(|text| tokenizer.encode(text))
         .chain([vec![9], vec![32], vec![10], vec![33], vec![1240]])
@@ -116,7 +116,7 @@ fn any_ids_parse_as_an_output() {
     let (mut parsed, mut failed) = (0, 0);
     for round in 0..5000 {
         let ids: Vec<u32> =
-            (0..random.random_range(0..9)).flat_map(|_| pieces[random.random_range(0..pieces.len())].clone()).collect();
+            (0..random.random_range(0..9)).flat_map(|_| chunks[random.random_range(0..chunks.len())].clone()).collect();
         let mut parser = ToolCallParser::new(tokenizer.clone());
         let mut deltas: Vec<Delta> = ids.iter().flat_map(|id| parser.push(*id)).collect();
         let is_cut = round % 2 == 0;

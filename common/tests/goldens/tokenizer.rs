@@ -67,8 +67,8 @@ fn invalid_bytes_become_replacement_characters_as_in_python() {
 fn a_character_is_never_split_and_comes_with_its_last_byte() {
     let tokenizer = tokenizer("tekken-v13-8k.json");
     let mut decoder = IncrementalDecoder::new(tokenizer, true);
-    let pieces: Vec<String> = "a\u{1f30d}".bytes().map(|byte| decoder.push(1000 + u32::from(byte))).collect();
-    assert_eq!(pieces, ["a", "", "", "", "\u{1f30d}"]);
+    let chunks: Vec<String> = "a\u{1f30d}".bytes().map(|byte| decoder.push(1000 + u32::from(byte))).collect();
+    assert_eq!(chunks, ["a", "", "", "", "\u{1f30d}"]);
     assert_eq!(decoder.finish(), "");
     assert_eq!(decoder.push(1000 + 0xF0), "");
     assert_eq!(decoder.push(2), "\u{fffd}", "a special id ends what was incomplete");

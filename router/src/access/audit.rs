@@ -46,9 +46,9 @@ pub struct Arrival {
 
 /// A request's line, while it is known bit by bit. It is written when the last clone is dropped.
 #[derive(Clone)]
-pub struct Audit(pub(super) Arc<Line>);
+pub struct Audit(pub(super) Arc<AuditLine>);
 
-pub(super) struct Line {
+pub(super) struct AuditLine {
     arrival: Option<Arrival>,
     began: Instant,
     /// Whether a route of the API was reached. Of other requests only refusals leave a line.
@@ -71,7 +71,7 @@ pub(super) struct Line {
 impl Audit {
     /// Of a request that has just come.
     pub fn begin(arrival: Arrival) -> Self {
-        Self(Arc::new(Line::new(Some(arrival))))
+        Self(Arc::new(AuditLine::new(Some(arrival))))
     }
 
     /// A route of the API was reached.
@@ -120,7 +120,7 @@ impl Audit {
     }
 
     /// The head of the response is there.
-    pub fn answered(&self, response: &Response<Body>) {
+    pub fn responded(&self, response: &Response<Body>) {
         self.0.status.store(response.status().as_u16(), Ordering::Relaxed);
         if let Some(error) = response.extensions().get::<ApiError>() {
             let _ = self.0.refusal.set(error.clone());
@@ -137,7 +137,7 @@ pub fn unreadable_head(id: &RequestId, peer: SocketAddr, status: StatusCode) {
 impl Default for Audit {
     /// Of a request that leaves no line.
     fn default() -> Self {
-        Self(Arc::new(Line::new(None)))
+        Self(Arc::new(AuditLine::new(None)))
     }
 }
 
@@ -148,7 +148,7 @@ impl Arrival {
     }
 }
 
-impl Line {
+impl AuditLine {
     fn new(arrival: Option<Arrival>) -> Self {
         Self {
             body: arrival.as_ref().is_some_and(|arrival| arrival.with_body).then(OnceLock::new),
@@ -198,7 +198,7 @@ impl Line {
     }
 }
 
-impl Drop for Line {
+impl Drop for AuditLine {
     fn drop(&mut self) {
         let Some(arrival) = self.arrival.take() else { return };
         let status = *self.status.get_mut();

@@ -28,7 +28,7 @@ use std::{
 use serde::{Deserialize, Deserializer};
 use subtle::ConstantTimeEq as _;
 
-use super::limits::Limits;
+use super::limits::TenantLimits;
 
 /// The SHA-256 of a key.
 ///
@@ -107,7 +107,7 @@ pub struct TenantEntry {
     pub name: String,
     /// What it may do.
     #[serde(flatten)]
-    pub limits: Limits,
+    pub limits: TenantLimits,
     /// Its keys.
     #[serde(default)]
     pub keys: Vec<KeyEntry>,

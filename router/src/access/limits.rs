@@ -3,7 +3,7 @@
 //! Requests and tokens per minute are buckets that hold a minute's worth and fill steadily. A request is counted when it
 //! begins; what it takes of the tokens is in [`quota`](super::quota).
 //!
-//! Limits are of the whole cluster. Routers do not ask each other: each of them grants its equal share
+//! TenantLimits are of the whole cluster. Routers do not ask each other: each of them grants its equal share
 //! ([`LiveRouters`]), so together they never grant more, and none of them is needed by the others.
 
 use std::sync::{
@@ -18,10 +18,10 @@ use serde::Deserialize;
 use super::{Caller, bucket::Bucket, quota::ExpectedOutput};
 use crate::{api::error::ApiError, options::ConversationRules};
 
-/// Limits of a tenant; absent = none.
+/// TenantLimits of a tenant; absent = none.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
-pub struct Limits {
+pub struct TenantLimits {
     /// Names of models (not aliases).
     pub models: Option<Vec<String>>,
     /// Generation requests.
@@ -55,7 +55,7 @@ pub enum TenantClass {
     Batch,
 }
 
-impl Limits {
+impl TenantLimits {
     /// A limit of zero, which would let nothing through.
     pub fn wrong(&self) -> Option<&'static str> {
         let zeros = [
@@ -96,7 +96,7 @@ pub struct Tenant {
     /// Unique.
     pub name: String,
     /// What it may do.
-    pub limits: Limits,
+    pub limits: TenantLimits,
     requests: Option<Bucket>,
     pub(super) tokens: Option<Bucket>,
     /// What its requests generate.
@@ -109,7 +109,7 @@ pub struct Tenant {
 
 impl Tenant {
     /// A tenant that has done nothing yet.
-    pub fn new(name: String, limits: Limits, routers: &LiveRouters) -> Self {
+    pub fn new(name: String, limits: TenantLimits, routers: &LiveRouters) -> Self {
         let bucket = |limit: f64| Bucket::new(limit, routers.clone());
         Self {
             requests: limits.requests_per_minute.map(|limit| bucket(f64::from(limit))),

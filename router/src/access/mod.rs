@@ -4,7 +4,7 @@
 //! ([`keys::Digest`] says what that means); the file holds no secret. In its place stands a token of an OIDC provider
 //! ([`jwt`]), whose tenant is one of the same file. Each request leaves one line ([`audit`]). A request is admitted twice: when its head
 //! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`], [`quota`]). What a
-//! tenant may do is applied to all its requests by its [`policy`]. Limits are the cluster's: each router that lives grants its share.
+//! tenant may do is applied to all its requests by its [`policy`]. TenantLimits are the cluster's: each router that lives grants its share.
 //!
 //! Without a key file everybody may do everything, as befits a router that listens on loopback.
 
@@ -238,7 +238,7 @@ fn read_callers(
         }
     }
     if !options.api_keys.is_empty() {
-        let everything = Arc::new(Tenant::new("default".to_owned(), limits::Limits::default(), routers));
+        let everything = Arc::new(Tenant::new("default".to_owned(), limits::TenantLimits::default(), routers));
         for key in &options.api_keys {
             callers.keys.insert(*key, Caller { tenant: Arc::clone(&everything), key: key.short().into() });
         }

@@ -9,7 +9,7 @@ use std::{
 use parking_lot::Mutex;
 use serde::Serialize;
 
-use super::audit::{Audit, Line};
+use super::audit::{Audit, AuditLine};
 
 /// All open requests of a router.
 #[derive(Default)]
@@ -19,7 +19,7 @@ pub struct OpenRequests {
 
 #[derive(Default)]
 struct Lines {
-    all: Vec<Weak<Line>>,
+    all: Vec<Weak<AuditLine>>,
     /// Length at which those that ended are looked for.
     sweep_at: usize,
 }
@@ -63,7 +63,7 @@ impl OpenRequests {
 
     /// All of them, the oldest first.
     pub fn list(&self) -> Vec<OpenRequest> {
-        let open: Vec<Arc<Line>> = self.lines.lock().all.iter().filter_map(Weak::upgrade).collect();
+        let open: Vec<Arc<AuditLine>> = self.lines.lock().all.iter().filter_map(Weak::upgrade).collect();
         let now = Instant::now();
         open.iter().filter_map(|line| line.describe(now)).collect()
     }

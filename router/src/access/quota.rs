@@ -29,7 +29,7 @@ const MEAN_STEP: f64 = 1.0 / 16.0;
 
 /// A request as far as quotas go.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Wish {
+pub struct QuotaRequest {
     /// Of all its prompts.
     pub prompt_tokens: u64,
     /// Of the longest prompt.
@@ -67,7 +67,7 @@ impl ExpectedOutput {
 
 impl Caller {
     /// Lets a request in that has begun, or says why not (403, 429). What it takes is settled when the permit is dropped.
-    pub fn admit(&self, wish: Wish, slot: Slot) -> Result<Permit, ApiError> {
+    pub fn admit(&self, wish: QuotaRequest, slot: Slot) -> Result<Permit, ApiError> {
         let tenant = &self.tenant;
         if let Some(most) = tenant.limits.max_context
             && wish.longest_prompt > u64::from(most)

@@ -5,22 +5,22 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use super::{
     Access, AccessOptions, Caller,
     keys::Digest,
-    limits::{Limits, LiveRouters, Tenant},
+    limits::{LiveRouters, Tenant, TenantLimits},
     policy::Policy,
-    quota::{Permit, Wish},
+    quota::{Permit, QuotaRequest},
 };
 use crate::api::error::ApiError;
 
-fn caller(limits: Limits) -> Caller {
+fn caller(limits: TenantLimits) -> Caller {
     among(limits, &LiveRouters::default())
 }
 
-fn among(limits: Limits, routers: &LiveRouters) -> Caller {
+fn among(limits: TenantLimits, routers: &LiveRouters) -> Caller {
     Caller { tenant: Arc::new(Tenant::new("acme".into(), limits, routers)), key: "ci".into() }
 }
 
-fn wish(prompt_tokens: u64, max_tokens: u64) -> Wish {
-    Wish {
+fn wish(prompt_tokens: u64, max_tokens: u64) -> QuotaRequest {
+    QuotaRequest {
         prompt_tokens,
         longest_prompt: prompt_tokens,
         prompt_logprobs: false,
@@ -30,7 +30,7 @@ fn wish(prompt_tokens: u64, max_tokens: u64) -> Wish {
     }
 }
 
-fn admit(caller: &Caller, wish: Wish) -> Result<Permit, ApiError> {
+fn admit(caller: &Caller, wish: QuotaRequest) -> Result<Permit, ApiError> {
     caller.admit(wish, caller.begin()?)
 }
 
@@ -105,18 +105,18 @@ async fn one_of_two_credentials_is_enough() {
 
 #[test]
 fn models_and_contexts_are_bounded() {
-    let caller = caller(Limits { models: Some(vec!["large".into()]), ..Limits::default() });
+    let caller = caller(TenantLimits { models: Some(vec!["large".into()]), ..TenantLimits::default() });
     let policy = Policy::of(Some(caller));
     assert_eq!(policy.allow("small").unwrap_err().status, StatusCode::FORBIDDEN);
     policy.allow("large").unwrap();
-    let caller = self::caller(Limits { max_context: Some(100), ..Limits::default() });
+    let caller = self::caller(TenantLimits { max_context: Some(100), ..TenantLimits::default() });
     assert_eq!(admit(&caller, wish(101, 0)).unwrap_err().status, StatusCode::FORBIDDEN);
     admit(&caller, wish(100, 0)).unwrap();
 }
 
 #[test]
 fn parallel_requests_are_counted_while_they_run() {
-    let caller = caller(Limits { parallel_requests: Some(2), ..Limits::default() });
+    let caller = caller(TenantLimits { parallel_requests: Some(2), ..TenantLimits::default() });
     let first = admit(&caller, wish(1, 0)).unwrap();
     let _second = admit(&caller, wish(1, 0)).unwrap();
     for _ in 0..3 {
@@ -136,7 +136,7 @@ fn is_within(seconds: Option<u32>, most: u32, began: Instant) -> bool {
 #[test]
 fn a_minute_s_requests_and_then_no_more() {
     let began = Instant::now();
-    let caller = caller(Limits { requests_per_minute: Some(3), ..Limits::default() });
+    let caller = caller(TenantLimits { requests_per_minute: Some(3), ..TenantLimits::default() });
     for left in (0..3).rev() {
         admit(&caller, wish(1, 0)).unwrap();
         let mut headers = HeaderMap::new();
@@ -152,7 +152,7 @@ fn a_minute_s_requests_and_then_no_more() {
 
 #[test]
 fn tokens_are_reserved_and_settled() {
-    let caller = caller(Limits { tokens_per_minute: Some(6_000), ..Limits::default() });
+    let caller = caller(TenantLimits { tokens_per_minute: Some(6_000), ..TenantLimits::default() });
     let mut permit = admit(&caller, wish(1_000, 4_000)).unwrap();
     assert_eq!(admit(&caller, wish(2_000, 0)).unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
     permit.generated(500);
@@ -162,7 +162,7 @@ fn tokens_are_reserved_and_settled() {
     assert!(admit(&caller, wish(1_000, 0)).is_err());
     // larger than a minute's worth: when the bucket is full, and then it is owed
     let began = Instant::now();
-    let caller = self::caller(Limits { tokens_per_minute: Some(100), ..Limits::default() });
+    let caller = self::caller(TenantLimits { tokens_per_minute: Some(100), ..TenantLimits::default() });
     drop(admit(&caller, wish(350, 0)).unwrap());
     let error = admit(&caller, wish(1, 0)).unwrap_err();
     assert!(is_within(error.retry_after, 151, began), "{:?}", error.retry_after);
@@ -170,7 +170,7 @@ fn tokens_are_reserved_and_settled() {
 
 #[test]
 fn each_of_several_routers_grants_its_share() {
-    let limits = Limits { requests_per_minute: Some(3), parallel_requests: Some(5), ..Limits::default() };
+    let limits = TenantLimits { requests_per_minute: Some(3), parallel_requests: Some(5), ..TenantLimits::default() };
     let routers = LiveRouters::default();
     let caller = among(limits, &routers);
     let admitted = |caller: &Caller| (0..20).filter(|_| admit(caller, wish(1, 0)).is_ok()).count();
@@ -178,12 +178,12 @@ fn each_of_several_routers_grants_its_share() {
     assert_eq!(admitted(&caller), 1, "what was saved for more shrinks to the share");
     routers.set(1);
     assert_eq!(admitted(&caller), 0, "a router that dies leaves a rate, not what it had saved");
-    let caller = among(Limits { parallel_requests: Some(5), ..Limits::default() }, &routers);
+    let caller = among(TenantLimits { parallel_requests: Some(5), ..TenantLimits::default() }, &routers);
     routers.set(2);
     let open: Vec<_> = (0..20).map_while(|_| admit(&caller, wish(1, 0)).ok()).collect();
     assert_eq!(open.len(), 3, "five among two, rounded up");
     drop(open);
-    let caller = among(Limits { requests_per_minute: Some(1), ..Limits::default() }, &routers);
+    let caller = among(TenantLimits { requests_per_minute: Some(1), ..TenantLimits::default() }, &routers);
     assert_eq!(admitted(&caller), 1, "the smallest limit lets something through");
 }
 
@@ -196,8 +196,8 @@ fn left(caller: &Caller) -> f64 {
 
 #[test]
 fn an_output_without_a_bound_is_expected_to_be_what_it_was_lately() {
-    let caller = caller(Limits { tokens_per_minute: Some(1_000), ..Limits::default() });
-    let open = |prompt_tokens, window| Wish { names_max_tokens: false, ..wish(prompt_tokens, window) };
+    let caller = caller(TenantLimits { tokens_per_minute: Some(1_000), ..TenantLimits::default() });
+    let open = |prompt_tokens, window| QuotaRequest { names_max_tokens: false, ..wish(prompt_tokens, window) };
     // as much as a tenant that generated nothing yet is expected to
     let first = admit(&caller, open(10, 100_000)).unwrap();
     assert!(left(&caller) < 500.0);
@@ -218,7 +218,7 @@ fn an_output_without_a_bound_is_expected_to_be_what_it_was_lately() {
 
 #[test]
 fn what_is_generated_beyond_the_reservation_is_taken_at_once() {
-    let caller = caller(Limits { tokens_per_minute: Some(1_000), ..Limits::default() });
+    let caller = caller(TenantLimits { tokens_per_minute: Some(1_000), ..TenantLimits::default() });
     let mut permit = admit(&caller, wish(10, 20)).unwrap();
     permit.generated(20);
     assert!(left(&caller) >= 970.0);
@@ -232,8 +232,8 @@ fn what_is_generated_beyond_the_reservation_is_taken_at_once() {
 
 #[test]
 fn logprobs_of_a_prompt_weigh_and_counting_weighs_little() {
-    let caller = caller(Limits { tokens_per_minute: Some(10_000), ..Limits::default() });
-    let permit = admit(&caller, Wish { prompt_logprobs: true, ..wish(1_000, 0) }).unwrap();
+    let caller = caller(TenantLimits { tokens_per_minute: Some(10_000), ..TenantLimits::default() });
+    let permit = admit(&caller, QuotaRequest { prompt_logprobs: true, ..wish(1_000, 0) }).unwrap();
     assert!((7_999.0..8_100.0).contains(&left(&caller)), "{}", left(&caller));
     drop(permit);
     assert!(left(&caller) < 8_500.0, "it is settled by the same weight");
@@ -244,7 +244,7 @@ fn logprobs_of_a_prompt_weigh_and_counting_weighs_little() {
 
 #[test]
 fn a_request_counts_when_it_begins() {
-    let caller = caller(Limits { requests_per_minute: Some(2), ..Limits::default() });
+    let caller = caller(TenantLimits { requests_per_minute: Some(2), ..TenantLimits::default() });
     drop((caller.begin().unwrap(), caller.begin().unwrap()));
     assert_eq!(caller.begin().unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
 }
@@ -252,7 +252,7 @@ fn a_request_counts_when_it_begins() {
 #[test]
 fn a_batch_tenant_s_requests_are_batch() {
     use crate::place::admission::Class;
-    let limits = Limits { class: super::limits::TenantClass::Batch, ..Limits::default() };
+    let limits = TenantLimits { class: super::limits::TenantClass::Batch, ..TenantLimits::default() };
     assert_eq!(Policy::of(Some(caller(limits))).class(Class::Interactive), Class::Batch);
-    assert_eq!(Policy::of(Some(caller(Limits::default()))).class(Class::Interactive), Class::Interactive);
+    assert_eq!(Policy::of(Some(caller(TenantLimits::default()))).class(Class::Interactive), Class::Interactive);
 }

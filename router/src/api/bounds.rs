@@ -15,7 +15,7 @@ use crate::options::RouterOptions;
 
 /// What bounds depend on besides the field.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits<'a> {
+pub struct FieldBounds<'a> {
     /// What is asked for.
     pub operation: Operation,
     /// What the operator set.

@@ -1,7 +1,7 @@
 //! `POST /v1/chat/completions`: the answer as one object or as chunks.
 
 use super::{
-    answer::{Answer, Choice},
+    completion::{Choice, Completion},
     response::{
         ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage, ChatObject, PromptLogprobList, TokenNames,
         ToolCallObject,
@@ -13,10 +13,10 @@ use crate::relay::emit::{CallDelta, Finish};
 const CHUNK: &str = "chat.completion.chunk";
 
 /// The plain answer, complete.
-pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
-    let names = answer.names();
-    let params = &answer.params;
-    let choices: Vec<ChatChoice<'_>> = answer
+pub fn object(completion: &Completion) -> serde_json::Result<Vec<u8>> {
+    let names = completion.names();
+    let params = &completion.params;
+    let choices: Vec<ChatChoice<'_>> = completion
         .choices
         .iter()
         .enumerate()
@@ -39,18 +39,18 @@ pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
         })
         .collect();
     serde_json::to_vec(&ChatObject {
-        id: &answer.id,
+        id: &completion.id,
         object: "chat.completion",
-        created: answer.created,
-        model: &answer.model,
+        created: completion.created,
+        model: &completion.model,
         choices,
-        usage: Some(answer.usage()),
+        usage: Some(completion.usage()),
         prompt_logprobs: params.prompt_logprobs.map(|top| PromptLogprobList {
-            positions: &answer.choices[0].prompt_logprobs,
+            positions: &completion.choices[0].prompt_logprobs,
             top,
             names,
         }),
-        prompt_token_ids: params.return_token_ids.then(|| &answer.tasks[0].ids),
+        prompt_token_ids: params.return_token_ids.then(|| &completion.tasks[0].ids),
     })
 }
 
@@ -65,8 +65,8 @@ pub struct ChatWriter {
 }
 
 impl EventWriter for ChatWriter {
-    fn begin(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
-        for index in 0..answer.choices.len() {
+    fn begin(&mut self, completion: &mut Completion, out: &mut Vec<u8>) {
+        for index in 0..completion.choices.len() {
             let choice = ChatChunkChoice {
                 index: index as u32,
                 delta: ChatDelta { role: Some("assistant"), content: Some(""), tool_calls: None },
@@ -75,15 +75,15 @@ impl EventWriter for ChatWriter {
                 stop_reason: None,
                 token_ids: None,
             };
-            let ids = answer.params.return_token_ids.then(|| &answer.tasks[0].ids);
-            let mut chunk = chunk(answer, [choice]);
+            let ids = completion.params.return_token_ids.then(|| &completion.tasks[0].ids);
+            let mut chunk = chunk(completion, [choice]);
             chunk.prompt_token_ids = ids;
             write_event(&chunk, out);
         }
     }
 
-    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
-        let choice = &answer.choices[number];
+    fn progress(&mut self, completion: &mut Completion, number: usize, out: &mut Vec<u8>) {
+        let choice = &completion.choices[number];
         let delta = &choice.delta;
         if delta.is_empty() && choice.finish.is_none() {
             return;
@@ -99,38 +99,39 @@ impl EventWriter for ChatWriter {
                 content: (!delta.text.is_empty()).then_some(delta.text.as_str()),
                 tool_calls: (!calls.is_empty()).then_some(calls),
             },
-            logprobs: logprobs(choice, answer.params.top_logprobs, answer.names())
+            logprobs: logprobs(choice, completion.params.top_logprobs, completion.names())
                 .filter(|logprobs| !logprobs.content.is_empty()),
             finish_reason: choice.finish.map(Finish::as_str),
             stop_reason: choice.stop_reason(),
-            token_ids: answer.params.return_token_ids.then_some(delta.token_ids.as_slice()),
+            token_ids: completion.params.return_token_ids.then_some(delta.token_ids.as_slice()),
         };
-        let mut chunk = chunk(answer, [chunk_choice]);
+        let mut chunk = chunk(completion, [chunk_choice]);
         // Mistral's client asks for no usage and reads it from the chunk that ends the answer
-        let last_for_mistral = answer.mistral_client() && answer.is_over() && self.finished == answer.choices.len();
-        if answer.params.continuous_usage || last_for_mistral {
-            chunk.usage = Some(answer.usage());
+        let last_for_mistral =
+            completion.mistral_client() && completion.is_over() && self.finished == completion.choices.len();
+        if completion.params.continuous_usage || last_for_mistral {
+            chunk.usage = Some(completion.usage());
         }
         write_event(&chunk, out);
-        answer.choices[number].delta.clear();
+        completion.choices[number].delta.clear();
     }
 
-    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
-        if answer.params.include_usage {
-            let mut chunk = chunk(answer, [] as [ChatChunkChoice<'_>; 0]);
-            chunk.usage = Some(answer.usage());
+    fn end(&mut self, completion: &mut Completion, out: &mut Vec<u8>) {
+        if completion.params.include_usage {
+            let mut chunk = chunk(completion, [] as [ChatChunkChoice<'_>; 0]);
+            chunk.usage = Some(completion.usage());
             write_event(&chunk, out);
         }
         write_done(out);
     }
 }
 
-fn chunk<C>(answer: &Answer, choices: C) -> ChatObject<'_, C> {
+fn chunk<C>(completion: &Completion, choices: C) -> ChatObject<'_, C> {
     ChatObject {
-        id: &answer.id,
+        id: &completion.id,
         object: CHUNK,
-        created: answer.created,
-        model: &answer.model,
+        created: completion.created,
+        model: &completion.model,
         choices,
         usage: None,
         prompt_logprobs: None,

@@ -1,7 +1,7 @@
 //! `POST /v1/completions`: the answer as one object or as chunks.
 
 use super::{
-    answer::{Answer, Choice},
+    completion::{Choice, Completion},
     response::{CompletionChoice, CompletionLogprobs, CompletionObject, PromptLogprobList, TextOffset},
     sse::{EventWriter, write_done, write_event},
 };
@@ -10,26 +10,26 @@ use crate::relay::emit::Finish;
 const OBJECT: &str = "text_completion";
 
 /// The plain answer, complete. Puts the echoed prompt in front of each text.
-pub fn object(answer: &mut Answer) -> serde_json::Result<Vec<u8>> {
-    for choice in &mut answer.choices {
-        if let Some(echo) = &answer.prompt_texts[choice.prompt] {
+pub fn object(completion: &mut Completion) -> serde_json::Result<Vec<u8>> {
+    for choice in &mut completion.choices {
+        if let Some(echo) = &completion.prompt_texts[choice.prompt] {
             choice.delta.text.insert_str(0, echo);
         }
     }
-    let names = answer.names();
-    let params = &answer.params;
-    let choices: Vec<CompletionChoice<'_>> = answer
+    let names = completion.names();
+    let params = &completion.params;
+    let choices: Vec<CompletionChoice<'_>> = completion
         .choices
         .iter()
         .enumerate()
         .map(|(index, choice)| {
-            let first_of_prompt = &answer.choices[choice.prompt * params.n as usize];
-            let prompt_ids = &answer.tasks[choice.prompt].ids;
+            let first_of_prompt = &completion.choices[choice.prompt * params.n as usize];
+            let prompt_ids = &completion.tasks[choice.prompt].ids;
             CompletionChoice {
                 index: index as u32,
                 text: &choice.delta.text,
-                logprobs: params.top_logprobs.map(|top| plain_logprobs(answer, choice, first_of_prompt, top)),
-                finish_reason: finish_reason(answer, choice),
+                logprobs: params.top_logprobs.map(|top| plain_logprobs(completion, choice, first_of_prompt, top)),
+                finish_reason: finish_reason(completion, choice),
                 stop_reason: choice.stop_reason(),
                 prompt_logprobs: params.prompt_logprobs.map(|top| PromptLogprobList {
                     positions: &first_of_prompt.prompt_logprobs,
@@ -42,36 +42,36 @@ pub fn object(answer: &mut Answer) -> serde_json::Result<Vec<u8>> {
         })
         .collect();
     serde_json::to_vec(&CompletionObject {
-        id: &answer.id,
+        id: &completion.id,
         object: OBJECT,
-        created: answer.created,
-        model: &answer.model,
+        created: completion.created,
+        model: &completion.model,
         choices,
-        usage: Some(answer.usage()),
+        usage: Some(completion.usage()),
     })
 }
 
-fn finish_reason(answer: &Answer, choice: &Choice) -> Option<&'static str> {
-    if answer.params.echo_only {
+fn finish_reason(completion: &Completion, choice: &Choice) -> Option<&'static str> {
+    if completion.params.echo_only {
         return Some(Finish::Length.as_str());
     }
     choice.finish.map(Finish::as_str)
 }
 
 fn plain_logprobs<'a>(
-    answer: &'a Answer,
+    completion: &'a Completion,
     choice: &Choice,
     first_of_prompt: &Choice,
     top: u32,
 ) -> CompletionLogprobs<'a> {
-    let names = answer.names();
+    let names = completion.names();
     let mut logprobs = CompletionLogprobs::default();
-    let mut offset = answer.params.text_offset();
-    if answer.params.echo {
+    let mut offset = completion.params.text_offset();
+    if completion.params.echo {
         // the echoed prompt has no special tokens
-        let mut in_prompt = TextOffset::new(answer.params.emit.tokenizer.as_ref(), true);
+        let mut in_prompt = TextOffset::new(completion.params.emit.tokenizer.as_ref(), true);
         let end = offset;
-        if let Some(first) = answer.tasks[choice.prompt].ids.iter().next() {
+        if let Some(first) = completion.tasks[choice.prompt].ids.iter().next() {
             logprobs.push_unknown(first, &mut in_prompt, names);
         }
         for position in &first_of_prompt.prompt_logprobs {
@@ -94,70 +94,71 @@ pub struct CompletionWriter {
 }
 
 impl EventWriter for CompletionWriter {
-    fn begin(&mut self, answer: &mut Answer, _out: &mut Vec<u8>) {
-        self.ids_sent = vec![!answer.params.return_token_ids; answer.choices.len()];
-        for choice in &mut answer.choices {
-            if let Some(echo) = &answer.prompt_texts[choice.prompt] {
+    fn begin(&mut self, completion: &mut Completion, _out: &mut Vec<u8>) {
+        self.ids_sent = vec![!completion.params.return_token_ids; completion.choices.len()];
+        for choice in &mut completion.choices {
+            if let Some(echo) = &completion.prompt_texts[choice.prompt] {
                 choice.delta.text.push_str(echo);
             }
         }
     }
 
-    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
-        let mut text_offset = std::mem::take(&mut answer.choices[number].text_offset);
-        let choice = &answer.choices[number];
+    fn progress(&mut self, completion: &mut Completion, number: usize, out: &mut Vec<u8>) {
+        let mut text_offset = std::mem::take(&mut completion.choices[number].text_offset);
+        let choice = &completion.choices[number];
         if choice.delta.is_empty() && choice.finish.is_none() {
-            answer.choices[number].text_offset = text_offset;
+            completion.choices[number].text_offset = text_offset;
             return;
         }
         self.finished += usize::from(choice.finish.is_some());
-        let names = answer.names();
-        let logprobs = answer.params.top_logprobs.filter(|_| !choice.delta.logprobs.is_empty()).map(|top| {
+        let names = completion.names();
+        let logprobs = completion.params.top_logprobs.filter(|_| !choice.delta.logprobs.is_empty()).map(|top| {
             let mut logprobs = CompletionLogprobs::default();
             for position in &choice.delta.logprobs {
                 logprobs.push(position, top, &mut text_offset, names);
             }
             logprobs
         });
-        let prompt_ids = &answer.tasks[choice.prompt].ids;
+        let prompt_ids = &completion.tasks[choice.prompt].ids;
         let send_ids = !std::mem::replace(&mut self.ids_sent[number], true);
         let chunk_choice = CompletionChoice {
             index: number as u32,
             text: &choice.delta.text,
             logprobs,
-            finish_reason: choice.finish.and_then(|_| finish_reason(answer, choice)),
+            finish_reason: choice.finish.and_then(|_| finish_reason(completion, choice)),
             stop_reason: choice.stop_reason(),
             prompt_logprobs: None,
             prompt_token_ids: send_ids.then_some(prompt_ids),
-            token_ids: answer.params.return_token_ids.then_some(choice.delta.token_ids.as_slice()),
+            token_ids: completion.params.return_token_ids.then_some(choice.delta.token_ids.as_slice()),
         };
-        let mut chunk = chunk(answer, [chunk_choice]);
-        let last_for_mistral = answer.mistral_client() && answer.is_over() && self.finished == answer.choices.len();
-        if answer.params.continuous_usage || last_for_mistral {
-            chunk.usage = Some(answer.usage());
+        let mut chunk = chunk(completion, [chunk_choice]);
+        let last_for_mistral =
+            completion.mistral_client() && completion.is_over() && self.finished == completion.choices.len();
+        if completion.params.continuous_usage || last_for_mistral {
+            chunk.usage = Some(completion.usage());
         }
         write_event(&chunk, out);
-        let choice = &mut answer.choices[number];
+        let choice = &mut completion.choices[number];
         choice.text_offset = text_offset;
         choice.delta.clear();
     }
 
-    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
-        if answer.params.include_usage {
-            let mut chunk = chunk(answer, [] as [CompletionChoice<'_>; 0]);
-            chunk.usage = Some(answer.usage());
+    fn end(&mut self, completion: &mut Completion, out: &mut Vec<u8>) {
+        if completion.params.include_usage {
+            let mut chunk = chunk(completion, [] as [CompletionChoice<'_>; 0]);
+            chunk.usage = Some(completion.usage());
             write_event(&chunk, out);
         }
         write_done(out);
     }
 }
 
-fn chunk<C>(answer: &Answer, choices: C) -> CompletionObject<'_, C> {
+fn chunk<C>(completion: &Completion, choices: C) -> CompletionObject<'_, C> {
     CompletionObject {
-        id: &answer.id,
+        id: &completion.id,
         object: OBJECT,
-        created: answer.created,
-        model: &answer.model,
+        created: completion.created,
+        model: &completion.model,
         choices,
         usage: None,
     }

@@ -19,7 +19,7 @@ use crate::{
         audit::Audit,
         limits::Slot,
         policy::Policy,
-        quota::{Permit, Wish},
+        quota::{Permit, QuotaRequest},
     },
     metrics::OpenRequest,
     request_id::RequestId,
@@ -74,7 +74,7 @@ impl RequestContext {
             let slot = caller.as_ref().map(Caller::begin).transpose()?;
             Ok((caller, slot))
         });
-        let (caller, slot) = begun.inspect_err(|error| open.answered(error.status.as_u16()))?;
+        let (caller, slot) = begun.inspect_err(|error| open.responded(error.status.as_u16()))?;
         let headers = &parts.headers;
         Ok(Self {
             trace: operation.generates().then(|| trace::arrive(headers, &parts.uri, &request_id, &mut open)).flatten(),
@@ -114,7 +114,7 @@ impl RequestContext {
     }
 
     /// Asks the tenant's limits, now that the request's tokens are counted.
-    pub fn admit(&mut self, model: &str, wish: Wish) -> Result<(), ApiError> {
+    pub fn admit(&mut self, model: &str, wish: QuotaRequest) -> Result<(), ApiError> {
         self.audit.asks(model, wish.prompt_tokens);
         self.hold = match (std::mem::replace(&mut self.hold, Hold::Nothing), self.policy.caller()) {
             (Hold::Slot(slot), Some(caller)) => Hold::Permit(caller.admit(wish, slot)?),
@@ -140,7 +140,7 @@ impl RequestContext {
 
     /// It ends in an error.
     pub fn refused(&mut self, error: &ApiError) {
-        self.open.answered(error.status.as_u16());
+        self.open.responded(error.status.as_u16());
     }
 }
 

@@ -70,7 +70,7 @@ pub struct ChatMessage<'a> {
 #[serde(untagged)]
 pub enum ChatContent<'a> {
     /// As the client wrote it.
-    Written(&'a RawValue),
+    ChatInput(&'a RawValue),
     /// Texts and pictures.
     Parts(Vec<ChatPart<'a>>),
 }
@@ -79,7 +79,7 @@ impl ChatContent<'_> {
     /// Whether it says nothing.
     pub fn is_empty(&self) -> bool {
         match self {
-            Self::Written(written) => matches!(written.get(), "\"\"" | "null"),
+            Self::ChatInput(written) => matches!(written.get(), "\"\"" | "null"),
             Self::Parts(parts) => parts.is_empty(),
         }
     }
@@ -106,7 +106,7 @@ pub enum ChatPart<'a> {
 #[serde(untagged)]
 pub enum Text<'a> {
     /// As the client wrote it.
-    Written(&'a RawValue),
+    ChatInput(&'a RawValue),
     /// Put together here.
     Made(String),
 }
@@ -114,7 +114,7 @@ pub enum Text<'a> {
 impl<'a> ChatPart<'a> {
     /// A text as the client wrote it; one that is missing is `null`, which the conversation's reader refuses.
     pub fn text(text: Option<&'a RawValue>) -> Self {
-        Self::Text { text: Text::Written(text.unwrap_or(RawValue::NULL)) }
+        Self::Text { text: Text::ChatInput(text.unwrap_or(RawValue::NULL)) }
     }
 }
 
@@ -382,9 +382,9 @@ mod tests {
     #[test]
     fn a_name_that_begins_like_another_stays() {
         let conversion = Conversion::new(&DIALECT, Vec::new(), Vec::new()).unwrap();
-        let told = |message: &str| conversion.in_words_of_client(ApiError::invalid("x", message)).message;
-        assert_eq!(told("`max_tokens_per_day` is wrong"), "`max_tokens_per_day` is wrong");
-        assert_eq!(told("`messages[2].role` and `max_tokens`"), "`input[2].role` and `max_output_tokens`");
+        let reported = |message: &str| conversion.in_words_of_client(ApiError::invalid("x", message)).message;
+        assert_eq!(reported("`max_tokens_per_day` is wrong"), "`max_tokens_per_day` is wrong");
+        assert_eq!(reported("`messages[2].role` and `max_tokens`"), "`input[2].role` and `max_output_tokens`");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, de::MapAccess};
 use serde_json::{Map, Value, json};
 
-use super::{bounds::Limits, params::Endpoint};
+use super::{bounds::FieldBounds, params::Endpoint};
 
 /// What a client can ask for with a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +100,7 @@ pub struct Declared {
     /// Its schema, for an operation that needs it (`true`) or takes null as well.
     pub schema: fn(&mut SchemaGenerator, Operation, bool) -> Schema,
     /// Its bounds.
-    pub bound: Option<fn(&mut Schema, &Limits<'_>)>,
+    pub bound: Option<fn(&mut Schema, &FieldBounds<'_>)>,
 }
 
 impl Declared {
@@ -157,7 +157,7 @@ pub fn value<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
 /// The schema of a body with those of `declared` that its operation knows; of two with one name the first counts.
 pub fn object<'d>(
     declared: impl IntoIterator<Item = &'d Declared>,
-    limits: &Limits<'_>,
+    limits: &FieldBounds<'_>,
     generator: &mut SchemaGenerator,
 ) -> Schema {
     let mut properties = Map::new();
@@ -194,7 +194,7 @@ pub fn object<'d>(
 /// Declares the fields of a body: `name | "alias": kind as schema, uses, within bounds;`.
 ///
 /// The kind is what the value is read as, and the schema (`as`) what it is described as where the kind can't say it; `as {..}`
-/// is an arm for each operation. The bounds are a function of [`Limits`]. What the struct has besides stands in its braces.
+/// is an arm for each operation. The bounds are a function of [`FieldBounds`]. What the struct has besides stands in its braces.
 macro_rules! fields {
     (
         $(#[$meta:meta])*
@@ -253,10 +253,10 @@ macro_rules! fields {
         #[doc = concat!("`", stringify!($field), "`, or why it can't be that.")]
         pub fn $field(
             &self,
-            limits: &$crate::api::bounds::Limits<'_>,
+            limits: &$crate::api::bounds::FieldBounds<'_>,
         ) -> Result<Option<<$kind as $crate::api::bounds::Bounded>::Checked<'_>>, $crate::api::error::ApiError> {
             let bounds: fn(
-                &$crate::api::bounds::Limits<'_>,
+                &$crate::api::bounds::FieldBounds<'_>,
             ) -> <$kind as $crate::api::bounds::Bounded>::Bounds = $bounds;
             let Some(value) = &self.$field else { return Ok(None) };
             $crate::api::bounds::Bounded::checked(value, stringify!($field), &bounds(limits)).map(Some)
@@ -277,7 +277,7 @@ macro_rules! fields {
     (@bound $kind:ty, $bounds:expr) => {
         Some(|schema, limits| {
             let bounds: fn(
-                &$crate::api::bounds::Limits<'_>,
+                &$crate::api::bounds::FieldBounds<'_>,
             ) -> <$kind as $crate::api::bounds::Bounded>::Bounds = $bounds;
             <$kind as $crate::api::bounds::Bounded>::describe(&bounds(limits), schema);
         })

@@ -11,8 +11,8 @@ use axum::{
 use bora_common::telemetry::Span;
 
 use super::{
-    answer::Answer,
     chat::{self, ChatWriter},
+    completion::Completion,
     completions::{self, CompletionWriter},
     context::RequestContext,
     error::ApiError,
@@ -23,7 +23,7 @@ use super::{
     sse, trace,
 };
 use crate::{
-    access::{policy::Policy, quota::Wish},
+    access::{policy::Policy, quota::QuotaRequest},
     encode::pool::PoolError,
     service::Service,
 };
@@ -34,7 +34,7 @@ pub const GROUP_HEADER: HeaderName = HeaderName::from_static("x-bora-group");
 pub const DECISION_HEADER: HeaderName = HeaderName::from_static("x-bora-decision");
 
 /// How long the headers of a stream wait for a group's word, so that a refusal can still be a status.
-const ACCEPT_PATIENCE: Duration = Duration::from_millis(500);
+const ACCEPT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// `POST /v1/chat/completions`
 pub async fn chat(State(service): State<Arc<Service>>, request: Request<Body>) -> Response<Body> {
@@ -80,7 +80,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
     let operation = if endpoint == Endpoint::Completions { "text_completion" } else { "chat" };
     trace::prepared(&prepared, operation, length, encoding, &mut context);
     let outcome = match prepared.and_then(|prepared| admit(prepared, &mut context)) {
-        Ok(prepared) => answer(service, endpoint, prepared, context).await,
+        Ok(prepared) => completion(service, endpoint, prepared, context).await,
         Err(error) => {
             context.refused(&error);
             Err(error)
@@ -94,7 +94,7 @@ fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, A
     let choices = u64::from(prepared.params.n);
     let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.ids.len() as u64);
     let bounds = prepared.prompts.iter().map(|prompt| u64::from(prompt.output_bound));
-    let wish = Wish {
+    let wish = QuotaRequest {
         prompt_tokens: lengths.clone().sum(),
         longest_prompt: lengths.max().unwrap_or(0),
         prompt_logprobs: prepared.params.logprobs.is_some_and(|logprobs| logprobs.prompt_top.is_some()),
@@ -107,7 +107,7 @@ fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, A
 }
 
 /// Places the request and answers it, plain or streamed.
-async fn answer(
+async fn completion(
     service: Arc<Service>,
     endpoint: Endpoint,
     mut prepared: Prepared,
@@ -115,43 +115,43 @@ async fn answer(
 ) -> Result<Response<Body>, ApiError> {
     let stream = prepared.params.stream;
     let form = std::mem::take(&mut prepared.form);
-    let mut answer = Answer::start(service, prepared, context, endpoint.id_prefix())?;
-    let accepted = tokio::time::timeout(ACCEPT_PATIENCE, std::future::poll_fn(|cx| answer.poll_accepted(cx)));
+    let mut completion = Completion::start(service, prepared, context, endpoint.id_prefix())?;
+    let accepted = tokio::time::timeout(ACCEPT_TIMEOUT, std::future::poll_fn(|cx| completion.poll_accepted(cx)));
     if let Ok(Err(error)) = accepted.await {
-        return Err(answer.refused(error));
+        return Err(completion.refused(error));
     }
-    let explanation = answer.explanation();
+    let explanation = completion.explanation();
     let mut response = if stream {
-        let groups = answer.served_by();
+        let groups = completion.served_by();
         let mut response = match form {
-            Form::Chat => sse::respond(answer, ChatWriter::default()),
-            Form::Completions => sse::respond(answer, CompletionWriter::default()),
-            Form::Responses(echo) => sse::respond(answer, ResponsesWriter::new(echo)),
-            Form::Messages => sse::respond(answer, MessagesWriter::new()),
+            Form::Chat => sse::respond(completion, ChatWriter::default()),
+            Form::Completions => sse::respond(completion, CompletionWriter::default()),
+            Form::Responses(echo) => sse::respond(completion, ResponsesWriter::new(echo)),
+            Form::Messages => sse::respond(completion, MessagesWriter::new()),
         };
         name_groups(&mut response, &groups);
         response
     } else {
         let json = match &form {
             Form::Responses(echo) => {
-                let collected = responses::output::collect(&mut answer, echo).await;
-                collected.map(|items| responses::output::object(&answer, echo, &items))
+                let collected = responses::output::collect(&mut completion, echo).await;
+                collected.map(|items| responses::output::object(&completion, echo, &items))
             }
-            other => answer.finish().await.map(|()| match other {
-                Form::Completions => completions::object(&mut answer),
-                Form::Messages => messages::output::object(&answer),
-                Form::Chat | Form::Responses(_) => chat::object(&answer),
+            other => completion.finish().await.map(|()| match other {
+                Form::Completions => completions::object(&mut completion),
+                Form::Messages => messages::output::object(&completion),
+                Form::Chat | Form::Responses(_) => chat::object(&completion),
             }),
         };
         let json = match json {
             Ok(json) => json,
-            Err(error) => return Err(answer.refused(error)),
+            Err(error) => return Err(completion.refused(error)),
         };
         let json = json.map_err(|error| ApiError::internal(error.to_string()))?;
-        answer.context().open.answered(200);
+        completion.context().open.responded(200);
         let mut response = Response::new(Body::from(json));
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        name_groups(&mut response, &answer.served_by());
+        name_groups(&mut response, &completion.served_by());
         response
     };
     if let Some(explanation) = explanation.and_then(|text| HeaderValue::from_str(&text).ok()) {

@@ -74,7 +74,7 @@ fn describe(group: &Group) -> GroupObject {
         (false, GroupState::Ready) if group.link.is_responding() => GroupState::Draining,
         (false, state) => state,
     };
-    let load = group.link.ledger.reported();
+    let load = group.link.load_tracker.reported();
     GroupObject {
         record,
         announced: group.link.is_announced(),

@@ -3,9 +3,9 @@
 //! a chat request where it came by another API ([`convert`], [`responses`], [`messages`]), checked ([`params`]), encoded
 //! ([`prepare`]), placed and run ([`answer`]), and written as an object or as events ([`chat`], [`completions`], [`sse`]).
 
-pub mod answer;
 pub mod bounds;
 pub mod chat;
+pub mod completion;
 pub mod completions;
 pub mod context;
 pub mod convert;

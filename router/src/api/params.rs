@@ -8,7 +8,7 @@ use bora_proto::v1::{Logprobs, Sampling};
 use serde_json::Value;
 
 use super::{
-    bounds::Limits,
+    bounds::FieldBounds,
     declare::Operation,
     error::ApiError,
     fields::{Integer, LogprobsField, PriorityField},
@@ -158,7 +158,7 @@ pub fn check(
     if body.stream_options.is_some() && !stream {
         return Err(ApiError::invalid("stream_options", "`stream_options` is only allowed when `stream` is true."));
     }
-    let limits = &Limits { operation: endpoint.into(), options };
+    let limits = &FieldBounds { operation: endpoint.into(), options };
     let n = body.n(limits)?.unwrap_or(1) as u32;
     let best_of = body.best_of(limits)?;
     if best_of.is_some_and(|best_of| best_of != i64::from(n)) {
@@ -318,7 +318,7 @@ pub fn check_ids(field: &str, ids: &[u32], vocabulary_size: u32) -> Result<(), A
 
 fn sampling(
     body: &Body<'_>,
-    limits: &Limits<'_>,
+    limits: &FieldBounds<'_>,
     model: &ModelGroups,
     spec: &ModelSpec,
 ) -> Result<(Sampling, u64), ApiError> {
@@ -340,7 +340,7 @@ fn sampling(
     Ok((sampling, seed))
 }
 
-fn logit_bias(body: &Body<'_>, limits: &Limits<'_>, vocabulary_size: u32) -> Result<HashMap<u32, f32>, ApiError> {
+fn logit_bias(body: &Body<'_>, limits: &FieldBounds<'_>, vocabulary_size: u32) -> Result<HashMap<u32, f32>, ApiError> {
     let biases = body.logit_bias(limits)?.unwrap_or_default();
     match biases.iter().find(|(id, _)| *id >= vocabulary_size) {
         Some((id, _)) => Err(no_such_id("logit_bias", *id, vocabulary_size)),
@@ -348,7 +348,7 @@ fn logit_bias(body: &Body<'_>, limits: &Limits<'_>, vocabulary_size: u32) -> Res
     }
 }
 
-fn top_logprobs(body: &Body<'_>, limits: &Limits<'_>) -> Result<Option<u32>, ApiError> {
+fn top_logprobs(body: &Body<'_>, limits: &FieldBounds<'_>) -> Result<Option<u32>, ApiError> {
     let top = body.top_logprobs(limits)?;
     match body.logprobs(limits)? {
         Some(LogprobsField::Count(Integer(count))) => Ok(Some(count as u32)),

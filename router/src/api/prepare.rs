@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     access::policy::Policy,
-    encode::{self, EncodeError, EncodedPrompt, cache::Written},
+    encode::{self, EncodeError, EncodedPrompt, cache::ChatInput},
     fleet::view::ModelGroups,
     models::ModelSpec,
     options::ConversationRules,
@@ -247,7 +247,7 @@ pub fn chat_prompt(
         ));
     };
     // `tool_choice` does not change the prompt: the reference declares the tools whatever it says
-    let written = Written {
+    let written = ChatInput {
         model: &model.groups.name,
         messages: messages.list(),
         tools: body.tools,
@@ -279,7 +279,7 @@ struct RepairedConversation {
 
 impl RepairedConversation {
     /// `None` where there is nothing to repair.
-    fn of(written: &Written<'_>) -> Option<Self> {
+    fn of(written: &ChatInput<'_>) -> Option<Self> {
         let texts: Vec<&str> = written.messages.iter().map(|message| message.get()).collect();
         let repaired = repair(&texts, written.continue_final_message).ok()?;
         if repaired.repairs.is_empty() {
@@ -298,11 +298,11 @@ impl RepairedConversation {
         &self,
         service: &Service,
         tokenizer: &Tokenizer,
-        written: &Written<'_>,
+        written: &ChatInput<'_>,
     ) -> Result<EncodedPrompt, ApiError> {
         let messages: Vec<&RawValue> = self.messages.iter().map(|message| &**message).collect();
         let continue_final_message = self.repaired.continue_final_message;
-        let written = Written { messages: &messages, continue_final_message, ..*written };
+        let written = ChatInput { messages: &messages, continue_final_message, ..*written };
         let encoded = match service.conversations().encode(tokenizer, &written) {
             Some(encoded) => {
                 service.metrics().encoded(encoded.ids.len(), encoded.reused_tokens);
@@ -405,9 +405,9 @@ impl From<EncodeError> for ApiError {
             EncodeError::Conversation(ConversationError { rule: Rule::Stopped(stopped), .. }) => stopped.into(),
             EncodeError::Conversation(error) => {
                 let code = error.code();
-                let mut answer = ApiError::invalid(error.param, error.message);
-                answer.code = Some(code);
-                answer
+                let mut completion = ApiError::invalid(error.param, error.message);
+                completion.code = Some(code);
+                completion
             }
         }
     }

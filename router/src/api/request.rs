@@ -14,7 +14,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::{Map, Value, json, value::RawValue};
 
 use super::{
-    bounds::{Biasing, Limits, LogprobsForm, Numbers, Texts, at_least},
+    bounds::{Biasing, FieldBounds, LogprobsForm, Numbers, Texts, at_least},
     declare::{
         Declared, Fields,
         Operation::{self, Chat, Completions, CountTokens, Detokenize, Messages as AgentMessages, Responses, Tokenize},
@@ -38,20 +38,20 @@ const MAX_CACHE_SALT_BYTES: usize = 256;
 const MAX_BIASES: usize = 1024;
 
 /// How many stop strings there may be, and how long.
-pub fn stops(limits: &Limits<'_>) -> Texts {
+pub fn stops(limits: &FieldBounds<'_>) -> Texts {
     Texts { most: limits.options.max_stop_strings, bytes: MAX_STOP_BYTES }
 }
 
-fn choices(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
+fn choices(limits: &FieldBounds<'_>) -> std::ops::RangeInclusive<i64> {
     1..=i64::from(limits.options.max_choices)
 }
 
-fn alternatives(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
+fn alternatives(limits: &FieldBounds<'_>) -> std::ops::RangeInclusive<i64> {
     0..=i64::from(limits.options.max_logprobs)
 }
 
 /// Nothing is generated only if a completion echoes its prompt or a message fills the cache.
-fn output_tokens(limits: &Limits<'_>) -> std::ops::RangeInclusive<i64> {
+fn output_tokens(limits: &FieldBounds<'_>) -> std::ops::RangeInclusive<i64> {
     at_least(if matches!(limits.operation, Completions | AgentMessages) { 0 } else { 1 })
 }
 
@@ -256,7 +256,7 @@ const WITHOUT_MEANING: [&str; 12] = [
 ];
 
 /// The schema of an operation's body.
-pub fn describe(limits: &Limits<'_>, generator: &mut SchemaGenerator) -> Schema {
+pub fn describe(limits: &FieldBounds<'_>, generator: &mut SchemaGenerator) -> Schema {
     let own = match limits.operation {
         Responses => responses::request::ResponsesRequest::DECLARED,
         AgentMessages | CountTokens => messages::request::MessagesRequest::DECLARED,

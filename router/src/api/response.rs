@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// JSON has no infinity: OpenAI and vLLM write this.
-const LEAST_LOGPROB: f32 = -9999.0;
+const MIN_LOGPROB: f32 = -9999.0;
 
 /// `usage`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
@@ -211,7 +211,7 @@ impl<'a> TokenNames<'a> {
 }
 
 fn finite(logprob: f32) -> f32 {
-    if logprob.is_nan() { LEAST_LOGPROB } else { logprob.max(LEAST_LOGPROB) }
+    if logprob.is_nan() { MIN_LOGPROB } else { logprob.max(MIN_LOGPROB) }
 }
 
 /// `logprobs` in chat.

@@ -18,7 +18,7 @@ use futures::Stream;
 use serde::Serialize;
 use tokio::time::{Instant, Sleep};
 
-use super::{answer::Answer, error::ApiError};
+use super::{completion::Completion, error::ApiError};
 
 /// What is ready at once goes out in one write of about this size.
 const WRITE_BYTES: usize = 16 << 10;
@@ -30,13 +30,13 @@ pub trait EventWriter: Send + Unpin + 'static {
     /// What is sent in silence.
     const SIGN_OF_LIFE: &'static [u8] = COMMENT;
     /// What can be said before any group said anything.
-    fn begin(&mut self, answer: &mut Answer, out: &mut Vec<u8>);
+    fn begin(&mut self, completion: &mut Completion, out: &mut Vec<u8>);
     /// Choice `number` has something new.
-    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>);
+    fn progress(&mut self, completion: &mut Completion, number: usize, out: &mut Vec<u8>);
     /// All choices are over.
-    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>);
+    fn end(&mut self, completion: &mut Completion, out: &mut Vec<u8>);
     /// The answer ends here, unfinished.
-    fn failed(&mut self, _answer: &mut Answer, error: &ApiError, out: &mut Vec<u8>) {
+    fn failed(&mut self, _answer: &mut Completion, error: &ApiError, out: &mut Vec<u8>) {
         write_error(error, out);
     }
 }
@@ -87,7 +87,7 @@ enum Phase {
 }
 
 struct Events<W> {
-    answer: Answer,
+    completion: Completion,
     writer: W,
     out: Vec<u8>,
     phase: Phase,
@@ -97,33 +97,33 @@ impl<W: EventWriter> Stream for Events<W> {
     type Item = Bytes;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        let Events { answer, writer, out, phase } = &mut *self;
+        let Events { completion, writer, out, phase } = &mut *self;
         if *phase == Phase::Begin {
-            writer.begin(answer, out);
+            writer.begin(completion, out);
             *phase = Phase::Running;
         }
         while *phase == Phase::Running && out.len() < WRITE_BYTES {
-            match answer.poll_step(cx) {
+            match completion.poll_step(cx) {
                 Poll::Pending => break,
-                Poll::Ready(Some(Ok(number))) => writer.progress(answer, number, out),
+                Poll::Ready(Some(Ok(number))) => writer.progress(completion, number, out),
                 Poll::Ready(Some(Err(error))) => {
                     // a refusal's message may repeat what the request holds
                     let reason = error.status.is_server_error().then_some(error.message.as_str());
                     let status = error.status.as_u16();
                     tracing::warn!(
-                        request_id = answer.id,
+                        request_id = completion.id,
                         status,
                         code = error.code,
                         reason,
                         "stream ends with an error"
                     );
-                    answer.context().open.answered(error.status.as_u16());
-                    writer.failed(answer, &error, out);
+                    completion.context().open.responded(error.status.as_u16());
+                    writer.failed(completion, &error, out);
                     *phase = Phase::Over;
                 }
                 Poll::Ready(None) => {
-                    writer.end(answer, out);
-                    answer.context().open.answered(200);
+                    writer.end(completion, out);
+                    completion.context().open.responded(200);
                     *phase = Phase::Over;
                 }
             }
@@ -179,9 +179,9 @@ impl<S: Stream<Item = Bytes> + Unpin> Stream for Heartbeat<S> {
 }
 
 /// The streamed response; its headers go out at once.
-pub fn respond<W: EventWriter>(answer: Answer, writer: W) -> Response<Body> {
-    let interval = answer.service().options().heartbeat();
-    let events = Events { answer, writer, out: Vec::with_capacity(1024), phase: Phase::Begin };
+pub fn respond<W: EventWriter>(completion: Completion, writer: W) -> Response<Body> {
+    let interval = completion.service().options().heartbeat();
+    let events = Events { completion, writer, out: Vec::with_capacity(1024), phase: Phase::Begin };
     let mut response = Response::new(Body::from_stream(Heartbeat::new(events, W::SIGN_OF_LIFE, interval)));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));

@@ -86,7 +86,7 @@ pub async fn run<T: Serialize + Send + 'static>(
         }
         Err(error) => ApiError::into_response(error),
     };
-    context.open.answered(response.status().as_u16());
+    context.open.responded(response.status().as_u16());
     response
 }
 

@@ -16,7 +16,7 @@ pub type Entry<'a> = (ChatMessage<'a>, Origin);
 /// An answer and what follows it.
 #[derive(Default)]
 struct Turn<'a> {
-    answer: Vec<Entry<'a>>,
+    completion: Vec<Entry<'a>>,
     results: Vec<Entry<'a>>,
     others: Vec<Entry<'a>>,
     /// The place of the last result that answers a call of this turn.
@@ -25,18 +25,18 @@ struct Turn<'a> {
 
 impl<'a> Turn<'a> {
     fn has_answer_and_more(&self) -> bool {
-        !(self.answer.is_empty() || self.results.is_empty() && self.others.is_empty())
+        !(self.completion.is_empty() || self.results.is_empty() && self.others.is_empty())
     }
 
     fn write(mut self, ordered: &mut Vec<Entry<'a>>) {
-        join_calls(&mut self.answer);
-        ordered.append(&mut self.answer);
+        join_calls(&mut self.completion);
+        ordered.append(&mut self.completion);
         ordered.append(&mut self.results);
-        let mut is_behind_answer = true;
+        let mut is_after_completion = true;
         for (mut message, origin) in self.others {
             if message.role == "user" {
-                is_behind_answer = false;
-            } else if is_behind_answer {
+                is_after_completion = false;
+            } else if is_after_completion {
                 message.role = "user";
             }
             ordered.push((message, origin));
@@ -56,10 +56,10 @@ pub fn order(messages: Vec<Entry<'_>>) -> Vec<Entry<'_>> {
                     std::mem::take(&mut turn).write(&mut ordered);
                 }
                 turn.last_result = turn.last_result.max(last_result);
-                turn.answer.push(entry);
+                turn.completion.push(entry);
             }
             // nothing precedes the first answer that it could be sorted by
-            _ if turn.answer.is_empty() => ordered.push(entry),
+            _ if turn.completion.is_empty() => ordered.push(entry),
             "tool" => turn.results.push(entry),
             _ => turn.others.push(entry),
         }
@@ -84,8 +84,8 @@ fn last_results(messages: &[Entry<'_>]) -> Vec<usize> {
 }
 
 /// All calls of an answer are made by its last message. A message of which nothing is left is dropped.
-fn join_calls(answer: &mut Vec<Entry<'_>>) {
-    let Some((last, before)) = answer.split_last_mut() else { return };
+fn join_calls(completion: &mut Vec<Entry<'_>>) {
+    let Some((last, before)) = completion.split_last_mut() else { return };
     if before.iter().all(|(message, _)| message.tool_calls.is_empty()) {
         return;
     }
@@ -99,10 +99,10 @@ fn join_calls(answer: &mut Vec<Entry<'_>>) {
             message.content = None;
         }
     });
-    if let Some((message, origin)) = answer.last_mut() {
+    if let Some((message, origin)) = completion.last_mut() {
         (message.tool_calls, origin.calls) = (calls, places);
     }
-    answer.retain(|(message, _)| message.content.is_some() || !message.tool_calls.is_empty());
+    completion.retain(|(message, _)| message.content.is_some() || !message.tool_calls.is_empty());
 }
 
 #[cfg(test)]

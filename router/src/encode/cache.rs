@@ -38,7 +38,7 @@ const TURN_BYTES: usize = 320;
 
 /// A conversation as the request wrote it.
 #[derive(Clone, Copy)]
-pub struct Written<'a> {
+pub struct ChatInput<'a> {
     /// The model's name: caches of models do not mix.
     pub model: &'a str,
     /// Its messages.
@@ -59,7 +59,7 @@ pub struct Written<'a> {
     pub limits: ConversationLimits,
 }
 
-impl Written<'_> {
+impl ChatInput<'_> {
     /// What the conversation's reader has to know.
     pub fn options(&self) -> ConversationOptions {
         let Self { continue_final_message, function_names, limits, .. } = *self;
@@ -127,7 +127,7 @@ impl ConversationCache {
     }
 
     /// The prompt of a conversation. `None`: it is to be read and judged as a whole.
-    pub fn encode(&self, tokenizer: &Tokenizer, written: &Written<'_>) -> Option<EncodedPrompt> {
+    pub fn encode(&self, tokenizer: &Tokenizer, written: &ChatInput<'_>) -> Option<EncodedPrompt> {
         let keys = self.keys(written);
         let mut known = self.longest_known(&keys, written);
         let growth = loop {
@@ -149,7 +149,7 @@ impl ConversationCache {
             }
             let begin = prompt.ids.len();
             let images: Vec<Image> =
-                encoded.images.iter().map(|image| super::picture(image, begin, written.keys)).collect();
+                encoded.images.iter().map(|image| super::shown_image(image, begin, written.keys)).collect();
             let mut chain = last
                 .as_ref()
                 .map(|turn| turn.chain.clone())
@@ -196,7 +196,7 @@ impl ConversationCache {
     }
 
     /// Number `n` is the key of the first `n` messages.
-    fn keys(&self, written: &Written<'_>) -> Vec<u128> {
+    fn keys(&self, written: &ChatInput<'_>) -> Vec<u128> {
         let mut keys = Vec::with_capacity(written.messages.len() + 1);
         let tools = written.tools.map_or("", RawValue::get);
         let mut key = self.link(0, written.model.as_bytes());
@@ -220,7 +220,7 @@ impl ConversationCache {
     }
 
     /// The last turn of the longest known path. The whole path is in use with it.
-    fn longest_known(&self, keys: &[u128], written: &Written<'_>) -> Option<Arc<Turn>> {
+    fn longest_known(&self, keys: &[u128], written: &ChatInput<'_>) -> Option<Arc<Turn>> {
         // the message that the model goes on with is never a known turn
         let most = written.messages.len() - usize::from(written.continue_final_message && !written.messages.is_empty());
         let (turn, mut aged) = keys.get(1..=most)?.iter().rev().find_map(|key| self.turns.get(*key))?;
@@ -238,7 +238,7 @@ impl ConversationCache {
         Some(turn)
     }
 
-    fn read_behind(&self, known: Option<&Arc<Turn>>, written: &Written<'_>) -> Result<Growth, NotGrown> {
+    fn read_behind(&self, known: Option<&Arc<Turn>>, written: &ChatInput<'_>) -> Result<Growth, NotGrown> {
         let mut path = Vec::new();
         let mut turn = known;
         while let Some(one) = turn {
@@ -342,18 +342,18 @@ mod tests {
     }
 
     impl Line<'_> {
-        /// The random conversations are texts within the JSON. Pictures become data URLs.
+        /// The random conversations are texts within the JSON. Images become data URLs.
         fn request(&self) -> String {
             let text = match serde_json::from_str::<String>(self.request.get()) {
                 Ok(text) => text,
                 Err(_) => self.request.get().to_string(),
             };
-            text.replace("fixture://images/wide_600x50.png", PICTURE)
+            text.replace("fixture://images/wide_600x50.png", IMAGE)
         }
     }
 
     /// One pixel.
-    const PICTURE: &str = "data:image/png;base64,\
+    const IMAGE: &str = "data:image/png;base64,\
         iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
 
     fn keys() -> &'static ClusterKeys {
@@ -361,8 +361,8 @@ mod tests {
         KEYS.get_or_init(ClusterKeys::random)
     }
 
-    fn written<'a>(messages: &'a [&'a RawValue], tools: Option<&'a RawValue>) -> Written<'a> {
-        Written {
+    fn written<'a>(messages: &'a [&'a RawValue], tools: Option<&'a RawValue>) -> ChatInput<'a> {
+        ChatInput {
             model: "m",
             messages,
             tools,
@@ -375,7 +375,7 @@ mod tests {
         }
     }
 
-    fn whole(written: &Written<'_>) -> Option<EncodedPrompt> {
+    fn whole(written: &ChatInput<'_>) -> Option<EncodedPrompt> {
         let messages: Result<Vec<Json<'_>>, _> =
             written.messages.iter().map(|message| Json::parse(message.get())).collect();
         conversation(tokenizer(), &Json::Array(messages.ok()?), written).ok()
@@ -401,7 +401,7 @@ mod tests {
                     let all = end == messages.len();
                     let continued = all && request.continue_final_message == Some(true);
                     let written =
-                        Written { continue_final_message: continued, ..written(&messages[..end], request.tools) };
+                        ChatInput { continue_final_message: continued, ..written(&messages[..end], request.tools) };
                     let expected = whole(&written);
                     let got = cache.encode(tokenizer(), &written);
                     refused += usize::from(expected.is_none());
@@ -439,8 +439,8 @@ mod tests {
         assert_eq!(again.reused_tokens, second.ids.len());
         assert_eq!(again.ids, second.ids);
         for other in [
-            Written { salt: keys().cache_salt(CacheScope::Tenant("tenant"), ""), ..written(&messages, None) },
-            Written { model: "other", ..written(&messages, None) },
+            ChatInput { salt: keys().cache_salt(CacheScope::Tenant("tenant"), ""), ..written(&messages, None) },
+            ChatInput { model: "other", ..written(&messages, None) },
             written(&messages, Some(raw("[]"))),
         ] {
             let prompt = cache.encode(tokenizer(), &other).expect("a prompt");
@@ -456,7 +456,7 @@ mod tests {
         let long = format!(r#"{{"role": "user", "content": "{}"}}"#, "incandescent chrysanthemums ".repeat(30));
         let messages = vec![raw(&long)];
         let first = cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
-        let second = Written { model: "other", ..written(&messages, None) };
+        let second = ChatInput { model: "other", ..written(&messages, None) };
         let second = cache.encode(&other, &second).expect("a prompt");
         assert_ne!(first.ids, second.ids);
         let text = |tokenizer: &Tokenizer, prompt: &EncodedPrompt| {
@@ -508,9 +508,9 @@ mod tests {
         let cache = ConversationCache::new(bound);
         for number in 0..200 {
             let text = format!(r#"{{"role": "user", "content": "{number} {}"}}"#, "four five ".repeat(500));
-            let answer = format!(r#"{{"role": "assistant", "content": "{number}"}}"#);
-            let (text, answer) = (raw(&text), raw(&answer));
-            let messages: Vec<&RawValue> = (0..9).map(|at| if at % 2 == 0 { text } else { answer }).collect();
+            let completion = format!(r#"{{"role": "assistant", "content": "{number}"}}"#);
+            let (text, completion) = (raw(&text), raw(&completion));
+            let messages: Vec<&RawValue> = (0..9).map(|at| if at % 2 == 0 { text } else { completion }).collect();
             cache.encode(tokenizer(), &written(&messages, None)).expect("a prompt");
             assert!(cache.bytes() <= bound, "{}", cache.bytes());
         }

@@ -17,7 +17,7 @@ use bora_common::{
 use bora_proto::v1::Image;
 use bytes::Bytes;
 
-use cache::Written;
+use cache::ChatInput;
 use wire::PackedIds;
 
 /// A prompt in the form that goes to a group.
@@ -78,7 +78,7 @@ pub enum EncodeError {
 pub fn conversation(
     tokenizer: &Tokenizer,
     messages: &Json<'_>,
-    written: &Written<'_>,
+    written: &ChatInput<'_>,
 ) -> Result<EncodedPrompt, EncodeError> {
     let tools = written
         .tools
@@ -92,12 +92,12 @@ pub fn conversation(
         return Err(EncodeError::NoImages { param: image.param.clone() });
     }
     let encoded = conversation.encode(tokenizer, &DataUrls)?;
-    let images = encoded.images.iter().map(|image| picture(image, 0, written.keys)).collect();
+    let images = encoded.images.iter().map(|image| shown_image(image, 0, written.keys)).collect();
     Ok(EncodedPrompt::new(&encoded.token_ids, images, written.keys, written.salt))
 }
 
 /// A picture as groups take it; `begin` is where the ids that its offset counts from stand in the prompt.
-fn picture(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image {
+fn shown_image(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image {
     // its size was read from the same URL a moment ago
     let data = Bytes::from(data_url_bytes(&image.source.url).unwrap_or_default());
     Image {

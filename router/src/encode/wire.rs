@@ -100,7 +100,7 @@ pub(super) fn unpack(packed: &[u8]) -> impl Iterator<Item = u32> + '_ {
 /// The ids of a prompt, packed, in pieces that may be parts of what is kept of a conversation.
 #[derive(Clone, Debug, Default)]
 pub struct PackedIds {
-    pieces: Vec<Bytes>,
+    segments: Vec<Bytes>,
     count: usize,
     size: usize,
 }
@@ -109,7 +109,7 @@ impl PackedIds {
     /// Packs ids.
     pub fn of(ids: &[u32]) -> Self {
         let packed = Bytes::from(pack(ids));
-        Self { count: ids.len(), size: packed.len(), pieces: vec![packed] }
+        Self { count: ids.len(), size: packed.len(), segments: vec![packed] }
     }
 
     /// Number of ids.
@@ -128,13 +128,13 @@ impl PackedIds {
     }
 
     /// The bytes, one piece behind the other.
-    pub fn pieces(&self) -> &[Bytes] {
-        &self.pieces
+    pub fn segments(&self) -> &[Bytes] {
+        &self.segments
     }
 
     /// The ids.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        self.pieces.iter().flat_map(|piece| unpack(piece))
+        self.segments.iter().flat_map(|segment| unpack(segment))
     }
 }
 
@@ -170,7 +170,7 @@ impl Packer {
             return;
         }
         self.end_small();
-        self.ids.pieces.push(packed.clone());
+        self.ids.segments.push(packed.clone());
     }
 
     /// Ids so far.
@@ -186,7 +186,7 @@ impl Packer {
 
     fn end_small(&mut self) {
         if !self.small.is_empty() {
-            self.ids.pieces.push(std::mem::take(&mut self.small).into());
+            self.ids.segments.push(std::mem::take(&mut self.small).into());
         }
     }
 }
@@ -263,11 +263,11 @@ mod tests {
         assert_eq!(packer.len(), turns.concat().len());
         let ids = packer.finish();
         assert_eq!(ids, PackedIds::of(&turns.concat()));
-        assert_eq!(ids.pieces().concat(), pack(&turns.concat()));
+        assert_eq!(ids.segments().concat(), pack(&turns.concat()));
         assert_eq!(ids.size(), pack(&turns.concat()).len());
         let shared =
-            ids.pieces().iter().filter(|piece| turns_packed.iter().any(|turn| turn.as_ptr() == piece.as_ptr()));
-        assert_eq!((ids.pieces().len(), shared.count()), (6, 3));
+            ids.segments().iter().filter(|segment| turns_packed.iter().any(|turn| turn.as_ptr() == segment.as_ptr()));
+        assert_eq!((ids.segments().len(), shared.count()), (6, 3));
     }
 
     #[test]

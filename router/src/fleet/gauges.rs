@@ -103,21 +103,21 @@ impl GroupGauges {
         self.clear();
         for group in view.groups() {
             let labels = GroupLabels { model: group.record.model.clone(), group: group.record.group.clone() };
-            let (told, busy) = (group.link.ledger.reported(), group.link.ledger.busy());
+            let (update, busy) = (group.link.load_tracker.reported(), group.link.load_tracker.busy());
             let rate = group.record.speed.prefill_tokens_per_second.max(1.0);
             self.ready.get_or_create(&labels).set(i64::from(group.is_ready()));
             self.announced.get_or_create(&labels).set(i64::from(group.link.is_announced()));
             self.responding.get_or_create(&labels).set(i64::from(group.link.is_responding()));
             self.draining.get_or_create(&labels).set(i64::from(group.is_draining()));
-            self.running.get_or_create(&labels).set(i64::from(told.running));
-            self.waiting.get_or_create(&labels).set(i64::from(told.waiting));
+            self.running.get_or_create(&labels).set(i64::from(update.running));
+            self.waiting.get_or_create(&labels).set(i64::from(update.waiting));
             self.max_sequences.get_or_create(&labels).set(i64::from(group.record.max_sequences));
             self.queued_prefill_tokens.get_or_create(&labels).set(busy.queued_tokens as i64);
             self.queued_prefill_seconds.get_or_create(&labels).set(busy.queued_tokens as f64 / rate);
             self.prefill_rate.get_or_create(&labels).set(group.record.speed.prefill_tokens_per_second);
-            self.steps.get_or_create(&labels).set(told.steps as i64);
-            let free = told.blocks_total.saturating_sub(told.blocks_used).saturating_sub(told.blocks_cached);
-            for (state, blocks) in [("used", told.blocks_used), ("cached", told.blocks_cached), ("free", free)] {
+            self.steps.get_or_create(&labels).set(update.steps as i64);
+            let free = update.blocks_total.saturating_sub(update.blocks_used).saturating_sub(update.blocks_cached);
+            for (state, blocks) in [("used", update.blocks_used), ("cached", update.blocks_cached), ("free", free)] {
                 let labels = BlockLabels { model: labels.model.clone(), group: labels.group.clone(), state };
                 self.kv_blocks.get_or_create(&labels).set(i64::from(blocks));
             }

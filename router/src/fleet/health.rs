@@ -8,11 +8,11 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+const MAX_PAUSE: Duration = Duration::from_secs(30);
 /// After a message that breaks the contract.
 const VIOLATION_PAUSE: Duration = Duration::from_secs(30);
 /// A probe that never reports (its client left) stops blocking others after this time.
-const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Default)]
 struct State {
@@ -41,7 +41,7 @@ impl Breaker {
             (None, _) => true,
             (Some(until), _) if now < until => false,
             (Some(_), None) => true,
-            (Some(_), Some(since)) => now.duration_since(since) > PROBE_PATIENCE,
+            (Some(_), Some(since)) => now.duration_since(since) > PROBE_TIMEOUT,
         }
     }
 
@@ -91,7 +91,7 @@ impl Breaker {
         if still_open {
             return; // the other streams of the same death
         }
-        state.pause = if state.pause.is_zero() { FIRST_PAUSE } else { (state.pause * 2).min(LONGEST_PAUSE) };
+        state.pause = if state.pause.is_zero() { FIRST_PAUSE } else { (state.pause * 2).min(MAX_PAUSE) };
         state.open_until = Some(now + state.pause);
         state.probing_since = None;
         state.is_held = false;
@@ -124,9 +124,9 @@ mod tests {
         let mut now = Instant::now();
         for _ in 0..10 {
             breaker.failed_at(now);
-            now += LONGEST_PAUSE;
+            now += MAX_PAUSE;
         }
-        assert_eq!(breaker.state.lock().pause, LONGEST_PAUSE);
+        assert_eq!(breaker.state.lock().pause, MAX_PAUSE);
     }
 
     #[test]

@@ -44,9 +44,9 @@ use crate::{
     place::{
         Slot,
         admission::{Class, Room},
-        choose::Placing,
+        choose::PlacerState,
         index::Index,
-        ledger::{Given, Ledger},
+        load_tracker::{AssignedWork, LoadTracker},
         sessions::Sessions,
     },
     relay::stream::{Channels, Dial, dial_tcp},
@@ -68,13 +68,13 @@ pub struct Group {
 impl Group {
     /// What it is busy with, for [`CostModel::placement_seconds`]; nothing is said of the conversation.
     pub fn load(&self, now: Instant) -> GroupLoad {
-        let busy = self.link.ledger.busy();
+        let busy = self.link.load_tracker.busy();
         GroupLoad {
             queued_tokens: busy.queued_tokens,
             sequences: busy.sequences,
             max_sequences: self.record.max_sequences,
-            utilization: self.link.ledger.utilization(now),
-            running: self.link.ledger.running(now),
+            utilization: self.link.load_tracker.utilization(now),
+            running: self.link.load_tracker.running(now),
             ..GroupLoad::default()
         }
     }
@@ -82,8 +82,8 @@ impl Group {
     /// Whether it can start a request of this class now: a place among its sequences, and none waiting for
     /// blocks before it.
     pub fn has_room(&self, class: Class) -> bool {
-        let sequences = self.link.ledger.busy().sequences;
-        self.link.ledger.reported().waiting == 0 && sequences < class.limit(self.record.max_sequences)
+        let sequences = self.link.load_tracker.busy().sequences;
+        self.link.load_tracker.reported().waiting == 0 && sequences < class.limit(self.record.max_sequences)
     }
 
     /// Whether a record is of the server that this router has a tie to.
@@ -97,7 +97,7 @@ impl Group {
 
     /// Whether it was drained: its own word is fresher than its record.
     pub fn is_draining(&self) -> bool {
-        match self.link.told_state() {
+        match self.link.reported_state() {
             State::Draining => true,
             State::Unspecified => self.record.state == GroupState::Draining,
             State::Ready | State::Loading => false,
@@ -109,7 +109,7 @@ impl Group {
         if !self.link.is_responding() || self.link.is_excluded() || self.link.is_mismatched() {
             return false;
         }
-        match self.link.told_state() {
+        match self.link.reported_state() {
             State::Ready => true,
             State::Loading | State::Draining => false,
             State::Unspecified => self.record.state == GroupState::Ready,
@@ -134,14 +134,14 @@ pub struct Link {
     /// Connections to its leader.
     pub channels: Channels,
     /// What is booked there.
-    pub ledger: Ledger,
+    pub load_tracker: LoadTracker,
     /// Whether it answers.
     pub breaker: Breaker,
     /// Told when it may have got room.
     pub room: Arc<Room>,
     index: Arc<Index>,
     /// `State` as its event stream told it; unspecified while there is no such stream.
-    told_state: AtomicU8,
+    reported_state: AtomicU8,
     announced: AtomicBool,
     watched: AtomicBool,
     /// It was heard since it was silent last.
@@ -156,13 +156,13 @@ pub struct Link {
 }
 
 impl Link {
-    fn told_state(&self) -> State {
-        State::try_from(i32::from(self.told_state.load(Ordering::Relaxed))).unwrap_or(State::Unspecified)
+    fn reported_state(&self) -> State {
+        State::try_from(i32::from(self.reported_state.load(Ordering::Relaxed))).unwrap_or(State::Unspecified)
     }
 
     /// The group told its state.
     pub fn tell_state(&self, state: State) {
-        self.told_state.store(state as u8, Ordering::Relaxed);
+        self.reported_state.store(state as u8, Ordering::Relaxed);
         self.room.changed();
     }
 
@@ -260,12 +260,15 @@ impl Drop for Link {
 fn begin_as_the_others(view: &View, model: &str, link: &Link, now: Instant) {
     let Some(model) = view.model(model) else { return };
     let share = 1.0 / model.groups.len().max(1) as f64;
-    let mean = model.groups.iter().map(|group| group.link.ledger.given(now)).fold(Given::default(), |sum, one| Given {
-        utilization: sum.utilization + share * one.utilization,
-        seconds: sum.seconds + share * one.seconds,
-        pace: sum.pace + share * one.pace,
-    });
-    link.ledger.begin(mean, now);
+    let mean = model.groups.iter().map(|group| group.link.load_tracker.given(now)).fold(
+        AssignedWork::default(),
+        |sum, one| AssignedWork {
+            utilization: sum.utilization + share * one.utilization,
+            seconds: sum.seconds + share * one.seconds,
+            pace: sum.pace + share * one.pace,
+        },
+    );
+    link.load_tracker.begin(mean, now);
 }
 
 /// A group whose blocks are named under other keys: neither of the two would find the other's.
@@ -288,7 +291,7 @@ pub struct Fleet {
     /// Where sessions are at home.
     pub sessions: Sessions,
     /// Held while one request is placed: the next one sees its booking.
-    pub placing: Mutex<Placing>,
+    pub placing: Mutex<PlacerState>,
     /// Groups that this router refuses, by model and name: of other releases, of other cluster secrets, or with records
     /// that cannot be.
     refused: Mutex<BTreeSet<(String, String)>>,
@@ -367,7 +370,7 @@ impl Fleet {
             index: Arc::new(Index::new()),
             room: Arc::default(),
             sessions: Sessions::default(),
-            placing: Mutex::new(Placing::new(random)),
+            placing: Mutex::new(PlacerState::new(random)),
             refused: Mutex::default(),
             names: Names::default(),
             left: Notify::new(),
@@ -553,11 +556,11 @@ impl Fleet {
             slot: self.index.assign(),
             expected: Expected::of_record(&self.options.cluster, record),
             channels,
-            ledger: Ledger::default(),
+            load_tracker: LoadTracker::default(),
             breaker: Breaker::default(),
             room: Arc::clone(&self.room),
             index: Arc::clone(&self.index),
-            told_state: AtomicU8::new(State::Unspecified as u8),
+            reported_state: AtomicU8::new(State::Unspecified as u8),
             announced: AtomicBool::new(true),
             watched: AtomicBool::new(false),
             responding: AtomicBool::new(false),

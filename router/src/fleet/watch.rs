@@ -19,12 +19,12 @@ use super::{
 use crate::relay::stream::Failure;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const MAX_PAUSE: Duration = Duration::from_secs(2);
 /// Longest wait for a watch to begin.
-const OPEN_PATIENCE: Duration = Duration::from_secs(10);
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A group tells its load at least once a second: one that is silent for longer is stuck.
-const EVENT_PATIENCE: Duration = Duration::from_secs(5);
+const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a stream of events ended.
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +33,7 @@ enum Broken {
     Status(#[from] tonic::Status),
     #[error("the watch did not begin in time")]
     Slow,
-    #[error("the group has said nothing for {} s", EVENT_PATIENCE.as_secs())]
+    #[error("the group has said nothing for {} s", EVENT_TIMEOUT.as_secs())]
     Silent,
     #[error("the stream ended")]
     Ended,
@@ -100,7 +100,7 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
             strong_fleet.violated(&strong_link.group, violation);
             strong_link.breaker.violated();
             strong_fleet.index.clear(strong_link.slot);
-            pause = LONGEST_PAUSE;
+            pause = MAX_PAUSE;
         }
         if broken.is_end() && !strong_link.is_announced() {
             strong_fleet.remove(&strong_link);
@@ -111,7 +111,7 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
         drop((strong_fleet, strong_link));
         // a group that was loading may be ready now
         let _ = tokio::time::timeout(pause.mul_f64(share), changed.notified()).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
+        pause = (pause * 2).min(MAX_PAUSE);
     }
 }
 
@@ -121,7 +121,7 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
     let mut request = link.expected.on(WatchRequest { watcher: format!("router-{}", std::process::id()) });
     let own_version = AsciiMetadataValue::from_static(env!("CARGO_PKG_VERSION"));
     request.metadata_mut().insert(version::METADATA, own_version);
-    let opened = tokio::time::timeout(OPEN_PATIENCE, client.watch(request));
+    let opened = tokio::time::timeout(OPEN_TIMEOUT, client.watch(request));
     let mut events = match opened.await {
         Ok(Ok(response)) => response.into_inner(),
         Ok(Err(status)) => return (status.into(), false),
@@ -133,7 +133,7 @@ async fn watch_once(fleet: &Arc<Fleet>, link: Arc<Link>) -> (Broken, bool) {
     let mut check = EventCheck::new(bounds);
     let mut last: Option<(u64, u64)> = None;
     loop {
-        let event = match tokio::time::timeout(EVENT_PATIENCE, events.message()).await {
+        let event = match tokio::time::timeout(EVENT_TIMEOUT, events.message()).await {
             Ok(Ok(Some(event))) => event,
             Ok(Ok(None)) => return (Broken::Ended, last.is_some()),
             Ok(Err(status)) => return (undecoded(&status).map_or(status.into(), Broken::Violation), last.is_some()),
@@ -183,7 +183,7 @@ fn apply(fleet: &Fleet, link: &Link, event: GroupEvent) -> usize {
         Some(Event::Snapshot(snapshot)) => return fleet.index.apply(link.slot, &snapshot.block_hashes, &[]),
         Some(Event::Blocks(blocks)) => return fleet.index.apply(link.slot, &blocks.stored, &blocks.evicted),
         Some(Event::Load(load)) => {
-            link.ledger.report(load, Instant::now().into_std());
+            link.load_tracker.report(load, Instant::now().into_std());
             link.room.changed();
         }
         Some(Event::State(state)) => link.tell_state(State::try_from(state).unwrap_or(State::Unspecified)),

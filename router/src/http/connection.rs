@@ -30,7 +30,7 @@ use tokio::{
 
 use super::{
     ConnectionInfo,
-    io::{Busy, Ended, Exchange, TimedIo},
+    io::{Ended, Exchange, ExchangeGuard, TimedIo},
     metrics::{HttpMetrics, Refusal},
     options::Timeouts,
     refusal,
@@ -204,7 +204,7 @@ impl Drop for RequestBody {
 /// A response's body, until whose end the connection is busy.
 struct ResponseBody {
     body: Body,
-    _busy: Busy,
+    _busy: ExchangeGuard,
 }
 
 impl HttpBody for ResponseBody {

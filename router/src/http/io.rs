@@ -46,10 +46,10 @@ impl Exchange {
     }
 
     /// A request has come; it is answered when the guard is dropped.
-    pub(super) fn begin(self: &Arc<Self>) -> Busy {
+    pub(super) fn begin(self: &Arc<Self>) -> ExchangeGuard {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.busy.store(true, Ordering::Relaxed);
-        Busy(Arc::clone(self))
+        ExchangeGuard(Arc::clone(self))
     }
 
     pub(super) fn is_busy(&self) -> bool {
@@ -77,9 +77,9 @@ impl Exchange {
 }
 
 /// A request that is being answered.
-pub(super) struct Busy(Arc<Exchange>);
+pub(super) struct ExchangeGuard(Arc<Exchange>);
 
-impl Drop for Busy {
+impl Drop for ExchangeGuard {
     fn drop(&mut self) {
         self.0.idle_since.store(self.0.opened.elapsed().as_millis() as u64, Ordering::Relaxed);
         self.0.busy.store(false, Ordering::Relaxed);

@@ -22,7 +22,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    api::{bounds::Limits, declare::Operation, request, status},
+    api::{bounds::FieldBounds, declare::Operation, request, status},
     options::RouterOptions,
 };
 
@@ -36,13 +36,13 @@ pub struct Route<S> {
     summary: &'static str,
     tag: &'static str,
     takes: Option<Operation>,
-    answers: Vec<Answer>,
+    completions: Vec<Completion>,
     errors: &'static [u16],
     error: Describe,
     keyless: bool,
 }
 
-struct Answer {
+struct Completion {
     kind: &'static str,
     schema: Option<Describe>,
 }
@@ -64,7 +64,7 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
     }
 
     fn new(path: &'static str, method: &'static str, handler: MethodRouter<S>) -> Self {
-        let (takes, answers) = (None, Vec::new());
+        let (takes, completions) = (None, Vec::new());
         let error: Describe = |generator| generator.subschema_for::<responses::ErrorObject>();
         Self {
             path,
@@ -73,7 +73,7 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
             summary: "",
             tag: "operation",
             takes,
-            answers,
+            completions,
             errors: &[],
             error,
             keyless: false,
@@ -93,15 +93,15 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
     }
 
     /// The answer.
-    pub fn answers<T: JsonSchema>(mut self) -> Self {
-        self.answers
-            .push(Answer { kind: "application/json", schema: Some(|generator| generator.subschema_for::<T>()) });
+    pub fn returns<T: JsonSchema>(mut self) -> Self {
+        self.completions
+            .push(Completion { kind: "application/json", schema: Some(|generator| generator.subschema_for::<T>()) });
         self
     }
 
     /// An answer, or another one, that is text.
-    pub fn answers_text(mut self, kind: &'static str) -> Self {
-        self.answers.push(Answer { kind, schema: Some(|generator| generator.subschema_for::<String>()) });
+    pub fn returns_text(mut self, kind: &'static str) -> Self {
+        self.completions.push(Completion { kind, schema: Some(|generator| generator.subschema_for::<String>()) });
         self
     }
 
@@ -130,7 +130,7 @@ const SCHEMAS: &str = "/components/schemas";
 pub struct Document {
     paths: Map<String, Value>,
     requests: SchemaGenerator,
-    answers: SchemaGenerator,
+    completions: SchemaGenerator,
     options: RouterOptions,
 }
 
@@ -146,7 +146,7 @@ impl Document {
         Self {
             paths: Map::new(),
             requests: settings().for_deserialize().into_generator(),
-            answers: settings().for_serialize().into_generator(),
+            completions: settings().for_serialize().into_generator(),
             options,
         }
     }
@@ -161,14 +161,16 @@ impl Document {
 
     fn describe<S>(&mut self, route: &Route<S>) {
         let content: Map<String, Value> = route
-            .answers
+            .completions
             .iter()
-            .filter_map(|answer| Some((answer.kind.to_owned(), json!({"schema": (answer.schema?)(&mut self.answers)}))))
+            .filter_map(|completion| {
+                Some((completion.kind.to_owned(), json!({"schema": (completion.schema?)(&mut self.completions)})))
+            })
             .collect();
         let mut responses = Map::new();
         responses.insert("200".into(), json!({"description": "What was asked for.", "content": content}));
         for status in route.errors {
-            let schema = (route.error)(&mut self.answers);
+            let schema = (route.error)(&mut self.completions);
             let mut response =
                 json!({"description": meaning(*status), "content": {"application/json": {"schema": schema}}});
             if matches!(status, 429 | 503) {
@@ -208,7 +210,7 @@ impl Document {
     /// The schema of a body, among the others and by its name.
     fn body(&mut self, operation: Operation) -> Schema {
         let name = format!("{operation:?}Request");
-        let limits = Limits { operation, options: &self.options };
+        let limits = FieldBounds { operation, options: &self.options };
         let schema = request::describe(&limits, &mut self.requests);
         let reference = Schema::new_ref(format!("#{SCHEMAS}/{name}"));
         self.requests.definitions_mut().insert(name, schema.to_value());
@@ -218,7 +220,7 @@ impl Document {
     /// The whole document.
     pub fn finish(mut self) -> Value {
         let mut schemas = self.requests.take_definitions(true);
-        schemas.extend(self.answers.take_definitions(true));
+        schemas.extend(self.completions.take_definitions(true));
         json!({
             "openapi": "3.1.0",
             "info": {

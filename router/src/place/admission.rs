@@ -23,13 +23,13 @@ use tokio::{
     time::Instant,
 };
 
-use super::choose::{NoGroup, Placement, Wanted, place};
+use super::choose::{NoGroup, Placement, PlacementRequest, place};
 use crate::{fairness::share, fleet::view::Fleet};
 
 /// Requests that are tried in vain before the others are left for the next time.
 const TRIES: usize = 32;
 /// What nobody tells of (a deadline, a breaker that closes) is seen within this time.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How urgent a request is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,7 +84,7 @@ impl Room {
 }
 
 /// What waits to be placed.
-pub struct Ask {
+pub struct QueuedRequest {
     /// The model's name.
     pub model: String,
     /// The chain of the prompt's blocks.
@@ -107,7 +107,7 @@ pub struct Ask {
 
 /// What waits for the groups of one model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Line {
+pub struct Queue {
     /// Requests of each [`Class`].
     pub requests: [usize; 2],
     /// Tokens of the prompts of each class.
@@ -115,8 +115,8 @@ pub struct Line {
 }
 
 struct Waiter {
-    ask: Ask,
-    answer: oneshot::Sender<Result<Placement, NoGroup>>,
+    ask: QueuedRequest,
+    completion: oneshot::Sender<Result<Placement, NoGroup>>,
 }
 
 #[derive(Default)]
@@ -167,8 +167,8 @@ impl Admission {
 
     /// Stands in line; the answer comes when a group can start the request, its time is over, or it has to make room
     /// for another one in a full queue.
-    pub fn wait(&self, ask: Ask) -> Result<oneshot::Receiver<Result<Placement, NoGroup>>, NoGroup> {
-        let (answer, placed) = oneshot::channel();
+    pub fn wait(&self, ask: QueuedRequest) -> Result<oneshot::Receiver<Result<Placement, NoGroup>>, NoGroup> {
+        let (completion, placed) = oneshot::channel();
         let mut state = self.state.lock();
         let mut displaced = None;
         if state.waiting >= self.max_waiting {
@@ -185,10 +185,10 @@ impl Admission {
         let now = state.now;
         let tenant = state.tenants.entry(ask.tenant).or_default();
         tenant.done_at = tenant.done_at.max(now);
-        tenant.waiting[ask.class as usize].push_back(Waiter { ask, answer });
+        tenant.waiting[ask.class as usize].push_back(Waiter { ask, completion });
         drop(state);
         if let Some(waiter) = displaced {
-            let _ = waiter.answer.send(Err(NoGroup::Displaced));
+            let _ = waiter.completion.send(Err(NoGroup::Displaced));
         }
         // room may have come between the caller's look and this
         self.room.changed.notify_one();
@@ -196,8 +196,8 @@ impl Admission {
     }
 
     /// What waits, by model: groups know nothing of it yet. Nothing where nobody waits.
-    pub fn lines(&self) -> HashMap<String, Line> {
-        let mut lines: HashMap<String, Line> = HashMap::new();
+    pub fn lines(&self) -> HashMap<String, Queue> {
+        let mut lines: HashMap<String, Queue> = HashMap::new();
         if self.room.waiting() > 0 {
             let state = self.state.lock();
             for waiter in state.tenants.values().flat_map(|tenant| &tenant.waiting).flatten() {
@@ -213,7 +213,7 @@ impl Admission {
     pub async fn serve(self: Arc<Self>, fleet: Arc<Fleet>) {
         loop {
             if self.room.waiting() > 0 {
-                let _ = tokio::time::timeout(LOOK_AGAIN, self.room.changed.notified()).await;
+                let _ = tokio::time::timeout(POLL_INTERVAL, self.room.changed.notified()).await;
             } else {
                 self.room.changed.notified().await;
             }
@@ -285,7 +285,7 @@ impl State {
     fn drop_what_is_over(&mut self) {
         let now = Instant::now();
         for queue in self.tenants.values_mut().flat_map(|tenant| &mut tenant.waiting) {
-            let over = |waiter: &Waiter| waiter.answer.is_closed() || waiter.ask.until <= now;
+            let over = |waiter: &Waiter| waiter.completion.is_closed() || waiter.ask.until <= now;
             if !queue.iter().any(over) {
                 continue;
             }
@@ -293,7 +293,7 @@ impl State {
             queue.extend(stay);
             for waiter in gone {
                 // a client that left does not hear it
-                let _ = waiter.answer.send(Err(NoGroup::WaitedTooLong));
+                let _ = waiter.completion.send(Err(NoGroup::WaitedTooLong));
             }
         }
     }
@@ -332,15 +332,15 @@ impl State {
             self.now = self.now.max(tenant.done_at);
             tenant.done_at = self.now + waiter.ask.cost;
             // a client that left in this moment: the booking is given back as the placement is dropped
-            let _ = waiter.answer.send(outcome);
+            let _ = waiter.completion.send(outcome);
         }
     }
 }
 
-fn try_to_place(ask: &Ask, fleet: &Fleet) -> Result<Placement, NoGroup> {
+fn try_to_place(ask: &QueuedRequest, fleet: &Fleet) -> Result<Placement, NoGroup> {
     let view = fleet.view();
     let model = view.model(&ask.model).ok_or(NoGroup::NoneReady)?;
-    let wanted = Wanted {
+    let wanted = PlacementRequest {
         hashes: &ask.hashes,
         tokens: ask.tokens,
         session: ask.session,

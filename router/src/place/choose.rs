@@ -17,15 +17,15 @@ use super::{
     Slot,
     admission::Class,
     index::milestones,
-    ledger::Booking,
-    level::{Level, Typical, leaves_for},
+    load_tracker::Booking,
+    rebalance::{GroupShare, Typical, migration_target},
 };
 use crate::fleet::view::{Fleet, Group, ModelGroups};
 
 /// Scores closer than this share of the best one are equal.
 const TIE: f64 = 1e-3;
 /// Candidates that an explanation names.
-const MOST_NAMED: usize = 16;
+const MAX_NAMED: usize = 16;
 
 /// Why no group was chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -51,7 +51,7 @@ pub enum NoGroup {
 }
 
 /// What is to be placed.
-pub struct Wanted<'a> {
+pub struct PlacementRequest<'a> {
     /// The chain of its full blocks.
     pub hashes: &'a [BlockHash],
     /// Its length in tokens, resumed ones included.
@@ -85,14 +85,14 @@ pub struct Placement {
 }
 
 /// What placements have in common, one after the other.
-pub struct Placing {
+pub struct PlacerState {
     /// Draws one of several equal groups, and pauses.
     pub random: StdRng,
     /// How long prompts of each model take.
     typical: HashMap<String, Typical>,
 }
 
-impl Placing {
+impl PlacerState {
     /// Nothing was placed yet.
     pub fn new(random: StdRng) -> Self {
         Self { random, typical: HashMap::new() }
@@ -138,7 +138,7 @@ impl Reason {
 }
 
 /// Chooses a group and books the request on it, in one step that no other choice can come between.
-pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<Placement, NoGroup> {
+pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &PlacementRequest<'_>) -> Result<Placement, NoGroup> {
     let ready: Vec<&Arc<Group>> = model.groups.iter().filter(|group| group.is_ready()).collect();
     if ready.is_empty() {
         return Err(NoGroup::NoneReady);
@@ -161,26 +161,26 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     // The long walk before the lock, what other placements may have changed since behind it.
     let held = fleet.index.held(wanted.hashes, &slots);
     let mut placing = fleet.placing.lock();
-    let Placing { random, typical } = &mut *placing;
+    let PlacerState { random, typical } = &mut *placing;
     let typical = typical.entry(model.name.clone()).or_default();
     let matched: Vec<u32> =
         slots.iter().zip(held).map(|(slot, held)| fleet.index.with_expected(wanted.hashes, *slot, held)).collect();
-    let home = wanted.session.and_then(|session| fleet.sessions.home(session));
+    let affine = wanted.session.and_then(|session| fleet.sessions.affine_group(session));
     let scores: Vec<f64> = candidates
         .iter()
         .zip(&matched)
         .map(|(group, blocks)| {
             let held = *blocks as usize * BLOCK_TOKENS;
             let load = GroupLoad {
-                moves_in: 1.0 - held.min(wanted.tokens) as f64 / wanted.tokens.max(1) as f64,
-                at_home: home == Some((group.link.slot, group.link.epoch)),
+                uncached_share: 1.0 - held.min(wanted.tokens) as f64 / wanted.tokens.max(1) as f64,
+                is_affine: affine == Some((group.link.slot, group.link.epoch)),
                 ..group.load(wanted.now)
             };
             group.cost.placement_seconds(wanted.tokens as u64, held as u64, load)
         })
         .collect();
-    let is_home = |at: usize| home == Some((candidates[at].link.slot, candidates[at].link.epoch));
-    let soonest = pick(&scores, is_home, random);
+    let is_affine = |at: usize| affine == Some((candidates[at].link.slot, candidates[at].link.epoch));
+    let soonest = pick(&scores, is_affine, random);
     // of this prompt alone: the score also has what others would wait
     let first_token_seconds = |at: usize| {
         let held = matched[at] as usize * BLOCK_TOKENS;
@@ -188,8 +188,9 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
         candidates[at].cost.first_token_seconds(wanted.tokens as u64, held as u64, load)
     };
     let soonest_seconds = first_token_seconds(soonest);
-    let leaves = if typical.is_quick(soonest_seconds) { None } else { leaves(&candidates, &matched, soonest, wanted) };
-    let chosen = leaves.unwrap_or(soonest);
+    let migration =
+        if typical.is_quick(soonest_seconds) { None } else { migration(&candidates, &matched, soonest, wanted) };
+    let chosen = migration.unwrap_or(soonest);
     let group = Arc::clone(candidates[chosen]);
     // The score has the wait in it: where the best group has no room, waiting for it beats the others.
     if wanted.class.is_some_and(|class| !group.has_room(class)) {
@@ -205,7 +206,7 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
     let predicted_seconds = first_token_seconds(chosen);
     let explanation = wanted.explain.then(|| {
         let mut text = explain(&candidates, &matched, &scores, chosen, wanted.now);
-        if leaves.is_some() {
+        if migration.is_some() {
             let _ = write!(text, "; leaves {}, which was given more than the others", candidates[soonest].record.group);
         }
         text
@@ -225,32 +226,37 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &Wanted<'_>) -> Result<
 
 /// Where the prompt goes in place of the group that would answer soonest and holds most of it, if it should move.
 /// Streams that go on elsewhere are in a hurry, and do not.
-fn leaves(candidates: &[&Arc<Group>], matched: &[u32], soonest: usize, wanted: &Wanted<'_>) -> Option<usize> {
+fn migration(
+    candidates: &[&Arc<Group>],
+    matched: &[u32],
+    soonest: usize,
+    wanted: &PlacementRequest<'_>,
+) -> Option<usize> {
     let class = wanted.class?;
     let held = |at: usize| (matched[at] as usize * BLOCK_TOKENS).min(wanted.tokens.saturating_sub(1));
     if held(soonest) * 2 < wanted.tokens {
         return None;
     }
     let level = |(at, group): (usize, &&Arc<Group>)| {
-        let given = group.link.ledger.given(wanted.now);
-        Level {
+        let given = group.link.load_tracker.given(wanted.now);
+        GroupShare {
             given: given.seconds,
             pace: given.pace,
             cost: group.cost.prefill_seconds(held(at) as u64, (wanted.tokens - held(at)) as u64),
-            is_idle: group.link.ledger.busy().queued_tokens == 0 && group.has_room(class),
+            is_idle: group.link.load_tracker.busy().queued_tokens == 0 && group.has_room(class),
         }
     };
-    let levels: Vec<Level> = candidates.iter().enumerate().map(level).collect();
-    leaves_for(soonest, &levels)
+    let levels: Vec<GroupShare> = candidates.iter().enumerate().map(level).collect();
+    migration_target(soonest, &levels)
 }
 
 /// The least score; of equals the conversation's home, or any of them at random. `scores` is not empty.
-fn pick(scores: &[f64], is_home: impl Fn(usize) -> bool, random: &mut StdRng) -> usize {
+fn pick(scores: &[f64], is_affine: impl Fn(usize) -> bool, random: &mut StdRng) -> usize {
     let least = scores.iter().copied().fold(f64::INFINITY, f64::min);
     let limit = least + least.abs() * TIE + 1e-9;
     let equals = || scores.iter().enumerate().filter(|(_, score)| **score <= limit).map(|(at, _)| at);
-    if let Some(home) = equals().find(|at| is_home(*at)) {
-        return home;
+    if let Some(affine) = equals().find(|at| is_affine(*at)) {
+        return affine;
     }
     let number = equals().count();
     if number <= 1 {
@@ -263,14 +269,14 @@ fn pick(scores: &[f64], is_home: impl Fn(usize) -> bool, random: &mut StdRng) ->
 fn named(scores: &[f64], chosen: usize) -> Vec<usize> {
     let mut others: Vec<usize> = (0..scores.len()).filter(|at| *at != chosen).collect();
     others.sort_by(|one, other| scores[*one].total_cmp(&scores[*other]));
-    std::iter::once(chosen).chain(others).take(MOST_NAMED).collect()
+    std::iter::once(chosen).chain(others).take(MAX_NAMED).collect()
 }
 
 fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: usize, now: Instant) -> String {
     let mut text = format!("chose={}", candidates[chosen].record.group);
     for at in named(scores, chosen) {
         let group = candidates[at];
-        let busy = group.link.ledger.busy();
+        let busy = group.link.load_tracker.busy();
         let _ = write!(
             text,
             "; {}: {:.6}s held_blocks={} queued_tokens={} sequences={} utilization={:.2}",
@@ -279,7 +285,7 @@ fn explain(candidates: &[&Arc<Group>], matched: &[u32], scores: &[f64], chosen: 
             matched[at],
             busy.queued_tokens,
             busy.sequences,
-            group.link.ledger.utilization(now)
+            group.link.load_tracker.utilization(now)
         );
     }
     text

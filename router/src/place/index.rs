@@ -3,7 +3,7 @@
 //! A plane serves 64 groups: a [`BlockTable`] from a block's hash to a bit for each group that holds it.
 //! Beside the facts stand the *expected* blocks: those of requests that were just placed and are not stored
 //! yet, so that a burst of siblings finds its way to the group that computes their common prefix. They are
-//! given back by the request that brought them ([`super::ledger::Booking`]). As a block's hash stands for all
+//! given back by the request that brought them ([`super::load_tracker::Booking`]). As a block's hash stands for all
 //! before it, every eighth block of a chain ([`milestones`]) is enough.
 
 use std::{collections::HashMap, sync::Arc};

@@ -1,4 +1,4 @@
-//! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`ledger`]),
+//! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`load_tracker`]),
 //! which one would answer soonest ([`choose`]), when a
 //! conversation leaves a group that was given too much ([`level`]), where its session is at home ([`sessions`]), and who waits while none
 //! can start it ([`admission`]).
@@ -6,8 +6,8 @@
 pub mod admission;
 pub mod choose;
 pub mod index;
-pub mod ledger;
-pub mod level;
+pub mod load_tracker;
+pub mod rebalance;
 pub mod sessions;
 mod table;
 

@@ -21,12 +21,12 @@ pub fn key(tenant: u64, model: &str, name: u64) -> u64 {
 }
 
 /// One start of one group.
-type Home = (Slot, u64);
+type AffineGroup = (Slot, u64);
 
 #[derive(Default)]
 struct Generations {
-    young: HashMap<u64, Home>,
-    old: HashMap<u64, Home>,
+    young: HashMap<u64, AffineGroup>,
+    old: HashMap<u64, AffineGroup>,
 }
 
 /// The sessions of one router.
@@ -37,18 +37,18 @@ pub struct Sessions {
 
 impl Sessions {
     /// Where the session's last turn went.
-    pub fn home(&self, session: u64) -> Option<Home> {
+    pub fn affine_group(&self, session: u64) -> Option<AffineGroup> {
         let generations = self.generations.lock();
         generations.young.get(&session).or_else(|| generations.old.get(&session)).copied()
     }
 
     /// Its turn goes there.
-    pub fn settle(&self, session: u64, home: Home) {
+    pub fn settle(&self, session: u64, affine: AffineGroup) {
         let mut generations = self.generations.lock();
         if generations.young.len() >= GENERATION {
             generations.old = std::mem::take(&mut generations.young);
         }
-        generations.young.insert(session, home);
+        generations.young.insert(session, affine);
     }
 }
 
@@ -71,9 +71,9 @@ mod tests {
             sessions.settle(session, (Slot(1), 7));
             sessions.settle(0, (Slot(2), 7));
         }
-        assert_eq!(sessions.home(0), Some((Slot(2), 7)));
-        assert_eq!(sessions.home(5 * GENERATION as u64 - 1), Some((Slot(1), 7)));
-        assert_eq!(sessions.home(1), None);
+        assert_eq!(sessions.affine_group(0), Some((Slot(2), 7)));
+        assert_eq!(sessions.affine_group(5 * GENERATION as u64 - 1), Some((Slot(1), 7)));
+        assert_eq!(sessions.affine_group(1), None);
         let generations = sessions.generations.lock();
         assert!(generations.young.len() + generations.old.len() <= 2 * GENERATION);
     }

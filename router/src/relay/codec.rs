@@ -83,7 +83,7 @@ impl Encoder for RequestEncoder {
         if length > 0 {
             buffer.put_u8(TOKEN_IDS_KEY);
             prost::encoding::encode_varint(length as u64, buffer);
-            prompt.pieces().iter().for_each(|piece| buffer.put_slice(piece));
+            prompt.segments().iter().for_each(|segment| buffer.put_slice(segment));
             buffer.put_slice(&generated);
         }
         request.encode(buffer).map_err(|error| Status::internal(error.to_string()))

@@ -2,12 +2,12 @@
 //! death of its group ([`resume`], as often as [`budget`] and [`deaths`] allow), and what its token ids mean to the client
 //! ([`emit`]).
 
+mod attempts;
 pub mod budget;
 mod codec;
-pub mod deaths;
+pub mod crash_tracker;
 pub mod emit;
-pub mod resume;
+pub mod failover;
 pub mod stop;
 pub mod stream;
-mod tried;
 mod watch;

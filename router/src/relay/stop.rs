@@ -79,12 +79,12 @@ impl StopMatcher {
 mod tests {
     use super::*;
 
-    fn run(stops: &[&str], keep: bool, pieces: &[&str]) -> (Vec<String>, bool) {
+    fn run(stops: &[&str], keep: bool, chunks: &[&str]) -> (Vec<String>, bool) {
         let mut matcher = StopMatcher::new(stops.iter().map(|stop| stop.to_string()).collect(), keep);
         let mut shown = Vec::new();
-        for piece in pieces {
+        for chunk in chunks {
             let mut out = String::new();
-            let stopped = matcher.push(piece, &mut out);
+            let stopped = matcher.push(chunk, &mut out);
             shown.push(out);
             if stopped {
                 return (shown, true);
@@ -96,8 +96,8 @@ mod tests {
         (shown, false)
     }
 
-    fn shown(pieces: &[&str]) -> Vec<String> {
-        pieces.iter().map(|piece| piece.to_string()).collect()
+    fn shown(chunks: &[&str]) -> Vec<String> {
+        chunks.iter().map(|chunk| chunk.to_string()).collect()
     }
 
     #[test]
@@ -126,15 +126,15 @@ mod tests {
         let text = "aabaacabäabab\n\nUser: x";
         let stops = ["abab", "\n\nUser:", "äc"];
         let whole: (String, bool) = {
-            let (pieces, stopped) = run(&stops, false, &[text]);
-            (pieces.concat(), stopped)
+            let (chunks, stopped) = run(&stops, false, &[text]);
+            (chunks.concat(), stopped)
         };
         let boundaries: Vec<usize> = (0..=text.len()).filter(|at| text.is_char_boundary(*at)).collect();
         for first in &boundaries {
             for second in boundaries.iter().filter(|second| *second >= first) {
-                let (pieces, stopped) =
+                let (chunks, stopped) =
                     run(&stops, false, &[&text[..*first], &text[*first..*second], &text[*second..]]);
-                assert_eq!((pieces.concat(), stopped), whole, "{first} {second}");
+                assert_eq!((chunks.concat(), stopped), whole, "{first} {second}");
             }
         }
     }

@@ -132,11 +132,11 @@ async fn tenants_take_turns() {
 async fn who_leaves_while_waiting_is_never_sent_and_a_full_line_is_a_429() {
     let (harness, [gate]) = one_at_a_time(["a"], RouterOptions { max_waiting: 1, ..options() }).await;
     let first = send(&harness, "t", chat("first", Value::Null)).await;
-    let leaves = send(&harness, "t", chat("leaves", Value::Null)).await;
+    let migration = send(&harness, "t", chat("leaves", Value::Null)).await;
     let refused = harness.post(CHAT, chat("too many", Value::Null)).await;
     assert_eq!(refused.status, 429, "{}", refused.text);
     assert!(refused.headers.contains_key("retry-after"));
-    leaves.abort();
+    migration.abort();
     harness.until("its place in line is free", |harness| harness.router.service().fleet().room.waiting() == 0).await;
     let last = send(&harness, "t", chat("last", Value::Null)).await;
     gate.open(ALL);

@@ -23,9 +23,9 @@ async fn accepted(harness: &Harness, path: &str, mut body: Value) -> Value {
     if path == MESSAGES && body.get("max_tokens").is_none() {
         body["max_tokens"] = json!(9);
     }
-    let answer = harness.post(path, body.clone()).await;
-    assert_eq!(answer.status, 200, "{body}: {}", answer.text);
-    if body["stream"] == true { Value::Null } else { answer.json() }
+    let completion = harness.post(path, body.clone()).await;
+    assert_eq!(completion.status, 200, "{body}: {}", completion.text);
+    if body["stream"] == true { Value::Null } else { completion.json() }
 }
 
 fn codex_tools() -> Value {
@@ -144,8 +144,8 @@ async fn late_tools_leave_the_prompt_before_them_as_it_was() {
     let more = |name: &str| json!({"type": "additional_tools", "role": "developer", "tools": [{"type": "function", "name": name}]});
     let user = |text: &str| json!({"role": "user", "content": text});
     let first = accepted(&harness, RESPONSES, json!({"input": [more("early"), user("a")]})).await;
-    let answer = json!({"role": "assistant", "content": "b"});
-    let input = json!([more("early"), user("a"), answer, user("c"), more("late")]);
+    let completion = json!({"role": "assistant", "content": "b"});
+    let input = json!([more("early"), user("a"), completion, user("c"), more("late")]);
     let second = accepted(&harness, RESPONSES, json!({"input": input})).await;
     let late_only = accepted(&harness, RESPONSES, json!({"input": [user("a"), more("late")]})).await;
     for response in [&first, &second, &late_only] {
@@ -245,10 +245,10 @@ async fn claude_code_may_say_anything_anywhere() {
 #[tokio::test]
 async fn no_tokens_fill_the_cache() {
     let harness = strictly(say("x")).await;
-    let answer =
+    let completion =
         accepted(&harness, MESSAGES, json!({"max_tokens": 0, "messages": [{"role": "user", "content": "Hi"}]})).await;
-    assert_eq!((&answer["content"], &answer["stop_reason"]), (&json!([]), &json!("max_tokens")));
-    assert_eq!(answer["usage"]["output_tokens"], 0);
+    assert_eq!((&completion["content"], &completion["stop_reason"]), (&json!([]), &json!("max_tokens")));
+    assert_eq!(completion["usage"]["output_tokens"], 0);
     assert_eq!(harness.groups[0].seen()[0].stopping.as_ref().map(|stopping| stopping.max_tokens), Some(1));
 }
 
@@ -287,8 +287,8 @@ async fn lists_counts_and_upgrades_are_what_agents_expect() {
     assert_eq!(count, json!({"object": "response.input_tokens", "input_tokens": usage["input_tokens"]}));
 
     let upgrade = [("connection", "upgrade"), ("upgrade", "websocket"), ("sec-websocket-version", "13")];
-    let answer = harness.request("GET", RESPONSES, &upgrade, "").await;
-    assert_eq!((answer.status, answer.json()["error"]["code"].clone()), (426, json!("no_websocket")));
+    let completion = harness.request("GET", RESPONSES, &upgrade, "").await;
+    assert_eq!((completion.status, completion.json()["error"]["code"].clone()), (426, json!("no_websocket")));
     assert_eq!(harness.request("GET", RESPONSES, &[], "").await.status, 405);
 }
 
@@ -297,13 +297,17 @@ async fn lists_counts_and_upgrades_are_what_agents_expect() {
 async fn what_fails_again_says_so() {
     let harness = strictly(say("x")).await;
     for (path, body) in [(RESPONSES, json!({"input": 7})), (MESSAGES, json!({})), ("/v1/nothing", json!({}))] {
-        let answer = harness.post(path, body).await;
-        assert_eq!(answer.headers.get("x-should-retry").map(|value| value.as_bytes()), Some(&b"false"[..]), "{path}");
+        let completion = harness.post(path, body).await;
+        assert_eq!(
+            completion.headers.get("x-should-retry").map(|value| value.as_bytes()),
+            Some(&b"false"[..]),
+            "{path}"
+        );
     }
     let empty = Harness::start(Vec::new()).await;
     let body = json!({"model": MODEL, "input": "Hi"});
-    let answer = empty.post(RESPONSES, body).await;
-    assert!(answer.status == 503 && !answer.headers.contains_key("x-should-retry"), "{}", answer.text);
+    let completion = empty.post(RESPONSES, body).await;
+    assert!(completion.status == 503 && !completion.headers.contains_key("x-should-retry"), "{}", completion.text);
 }
 
 /// Half of a surrogate pair, wherever it stands.
@@ -335,8 +339,8 @@ async fn halves_of_surrogate_pairs_are_replaced_everywhere() {
         ("/v1/responses/input_tokens", responses),
     ] {
         let number = harness.groups[0].seen().len();
-        let answer = harness.request("POST", path, &[], body.replace("MODEL", MODEL)).await;
-        assert_eq!(answer.status, 200, "{path} {body}: {}", answer.text);
+        let completion = harness.request("POST", path, &[], body.replace("MODEL", MODEL)).await;
+        assert_eq!(completion.status, 200, "{path} {body}: {}", completion.text);
         if harness.groups[0].seen().len() > number {
             assert!(prompt(&harness, number).contains("a \u{fffd}"), "{}", prompt(&harness, number));
         }

@@ -31,14 +31,14 @@ fn tools() -> Value {
 #[tokio::test]
 async fn a_plain_chat_answer_has_openais_shape() {
     let harness = Harness::saying("Hello, world!").await;
-    let answer = harness
+    let response = harness
         .request("POST", "/v1/chat/completions", &[("x-request-id", "abc-1")], chat(json!({})).to_string())
         .await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    assert_eq!(answer.headers["x-request-id"], "abc-1");
-    assert_eq!(answer.headers["x-bora-group"], "only");
-    assert_eq!(answer.headers["content-type"], "application/json");
-    let body = answer.json();
+    assert_eq!(response.status, 200, "{}", response.text);
+    assert_eq!(response.headers["x-request-id"], "abc-1");
+    assert_eq!(response.headers["x-bora-group"], "only");
+    assert_eq!(response.headers["content-type"], "application/json");
+    let body = response.json();
     assert_eq!(body["id"], "chatcmpl-abc-1");
     assert_eq!(body["object"], "chat.completion");
     assert_eq!(body["model"], MODEL);
@@ -67,13 +67,13 @@ async fn a_plain_chat_answer_has_openais_shape() {
 async fn a_streamed_chat_answer_begins_with_the_role_and_ends_with_done() {
     let harness = Harness::saying("Hello, world!").await;
     let body = chat(json!({"stream": true, "stream_options": {"include_usage": true}}));
-    let answer = harness.post("/v1/chat/completions", body).await;
-    assert_eq!(answer.headers["content-type"], "text/event-stream; charset=utf-8");
-    assert!(answer.is_done(), "{}", answer.text);
-    let chunks = answer.chunks();
+    let response = harness.post("/v1/chat/completions", body).await;
+    assert_eq!(response.headers["content-type"], "text/event-stream; charset=utf-8");
+    assert!(response.is_done(), "{}", response.text);
+    let chunks = response.chunks();
     assert_eq!(chunks[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
     assert!(chunks.iter().all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk["id"] == chunks[0]["id"]));
-    assert_eq!(answer.content(0), "Hello, world!");
+    assert_eq!(response.content(0), "Hello, world!");
     let finish = &chunks[chunks.len() - 2];
     assert_eq!(finish["choices"][0]["finish_reason"], "stop");
     let usage = &chunks[chunks.len() - 1];
@@ -90,11 +90,11 @@ async fn mistrals_client_gets_usage_with_the_last_chunk_and_calls_whole() {
     let harness = Harness::scripted(move |_| Ok(say_ids(&[ids.clone(), vec![EOS]].concat(), FinishReason::Stop))).await;
     let body = chat(json!({"stream": true, "tools": tools(), "tool_choice": "auto"}));
     let agent = [("user-agent", "mistral-client-python/1.9.1")];
-    let answer = harness.request("POST", "/v1/chat/completions", &agent, body.to_string()).await;
-    let chunks = answer.chunks();
+    let response = harness.request("POST", "/v1/chat/completions", &agent, body.to_string()).await;
+    let chunks = response.chunks();
     let deltas: Vec<&Value> =
         chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"].get("tool_calls")).collect();
-    assert_eq!(deltas.len(), 2, "{}", answer.text);
+    assert_eq!(deltas.len(), 2, "{}", response.text);
     assert_eq!(deltas[0][0]["function"], json!({"name": "read_file", "arguments": "{\"path\": \"a.txt\"}"}));
     assert_eq!((&deltas[1][0]["index"], &deltas[1][0]["function"]["arguments"]), (&json!(1), &json!("{}")));
     let last = chunks.last().expect("chunks");
@@ -119,20 +119,23 @@ async fn tool_calls_are_streamed_in_pieces_and_answered_whole() {
     assert_eq!(call["id"].as_str().map(str::len), Some(9));
     assert_eq!(plain["choices"][0]["finish_reason"], "tool_calls");
 
-    let answer = harness.post("/v1/chat/completions", chat(json!({"tools": tools(), "stream": true}))).await;
+    let response = harness.post("/v1/chat/completions", chat(json!({"tools": tools(), "stream": true}))).await;
     let mut name = String::new();
     let mut joined = String::new();
-    let mut pieces = 0;
-    for chunk in answer.chunks() {
+    let mut parts = 0;
+    for chunk in response.chunks() {
         for call in chunk["choices"][0]["delta"]["tool_calls"].as_array().into_iter().flatten() {
-            pieces += 1;
+            parts += 1;
             assert_eq!((&call["index"], &call["type"]), (&json!(0), &json!("function")));
             name.push_str(call["function"]["name"].as_str().unwrap_or_default());
             joined.push_str(call["function"]["arguments"].as_str().unwrap_or_default());
         }
     }
-    assert!(pieces > 3, "arguments come in pieces");
-    assert_eq!((name.as_str(), joined.as_str(), answer.content(0).as_str()), ("read_file", arguments, "Let me look."));
+    assert!(parts > 3, "arguments come in pieces");
+    assert_eq!(
+        (name.as_str(), joined.as_str(), response.content(0).as_str()),
+        ("read_file", arguments, "Let me look.")
+    );
 
     // declared all the same, as the reference does, but calls mean nothing
     let none =
@@ -188,15 +191,15 @@ async fn n_choices_are_n_sequences_with_seeds_of_their_own() {
         Ok(say(text))
     })
     .await;
-    let answer = harness.post("/v1/chat/completions", chat(json!({"n": 3, "seed": 7, "stream": true}))).await;
-    assert!(answer.is_done());
-    assert_eq!([answer.content(0), answer.content(1), answer.content(2)], ["first", "other", "other"]);
+    let response = harness.post("/v1/chat/completions", chat(json!({"n": 3, "seed": 7, "stream": true}))).await;
+    assert!(response.is_done());
+    assert_eq!([response.content(0), response.content(1), response.content(2)], ["first", "other", "other"]);
     let mut seeds: Vec<u64> =
         harness.groups[0].seen().iter().filter_map(|seen| Some(seen.sampling.as_ref()?.seed)).collect();
     seeds.sort_unstable();
     seeds.dedup();
     assert_eq!(seeds.len(), 3);
-    let roles = answer.chunks().iter().filter(|chunk| chunk["choices"][0]["delta"]["role"] == "assistant").count();
+    let roles = response.chunks().iter().filter(|chunk| chunk["choices"][0]["delta"]["role"] == "assistant").count();
     assert_eq!(roles, 3);
 }
 
@@ -216,13 +219,13 @@ async fn stop_strings_work_across_tokens_and_end_the_upstream_stream() {
         for stream in [false, true] {
             let mut body = chat(extra.clone());
             body["stream"] = json!(stream);
-            let answer = harness.post("/v1/chat/completions", body).await;
+            let response = harness.post("/v1/chat/completions", body).await;
             let (content, finish, reason) = if stream {
-                let last = answer.chunks().last().cloned().expect("chunks");
+                let last = response.chunks().last().cloned().expect("chunks");
                 let choice = last["choices"][0].clone();
-                (answer.content(0), choice["finish_reason"].clone(), choice["stop_reason"].clone())
+                (response.content(0), choice["finish_reason"].clone(), choice["stop_reason"].clone())
             } else {
-                let choice = answer.json()["choices"][0].clone();
+                let choice = response.json()["choices"][0].clone();
                 let content = choice["message"]["content"].as_str().unwrap_or_default().to_string();
                 (content, choice["finish_reason"].clone(), choice["stop_reason"].clone())
             };
@@ -252,9 +255,9 @@ async fn characters_are_never_split() {
     let text = "a 🦀 é b";
     assert!(tokenizer().encode("🦀").len() > 1);
     let harness = Harness::saying(text).await;
-    let answer = harness.post("/v1/chat/completions", chat(json!({"stream": true}))).await;
-    assert_eq!(answer.content(0), text);
-    assert!(answer.chunks().iter().all(|chunk| !chunk.to_string().contains('\u{fffd}')));
+    let response = harness.post("/v1/chat/completions", chat(json!({"stream": true}))).await;
+    assert_eq!(response.content(0), text);
+    assert!(response.chunks().iter().all(|chunk| !chunk.to_string().contains('\u{fffd}')));
 }
 
 #[tokio::test]
@@ -294,13 +297,13 @@ async fn logprobs_have_the_forms_of_chat_and_completions() {
 
     let mut streamed = chat_body;
     streamed["stream"] = json!(true);
-    let answer = harness.post("/v1/chat/completions", streamed).await;
-    let pieces: usize = answer
+    let response = harness.post("/v1/chat/completions", streamed).await;
+    let parts: usize = response
         .chunks()
         .iter()
         .filter_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array().map(Vec::len))
         .sum();
-    assert_eq!(pieces, hi.len());
+    assert_eq!(parts, hi.len());
 
     let body = completion(json!({"logprobs": 1, "max_tokens": 2, "echo": true}));
     let choice = harness.post("/v1/completions", body).await.json()["choices"][0].clone();
@@ -403,8 +406,8 @@ async fn token_ids_come_back_on_request() {
     let choice = &body["choices"][0];
     assert_eq!(choice["prompt_token_ids"], json!([1, 1500, 1600]));
     assert_eq!(choice["token_ids"], json!([tokenizer().encode("Hi"), vec![EOS]].concat()));
-    let answer = harness.post("/v1/chat/completions", chat(json!({"return_token_ids": true, "stream": true}))).await;
-    let chunks = answer.chunks();
+    let response = harness.post("/v1/chat/completions", chat(json!({"return_token_ids": true, "stream": true}))).await;
+    let chunks = response.chunks();
     assert!(chunks[0]["prompt_token_ids"].as_array().is_some_and(|ids| ids.len() > 2));
     let ids: Vec<u64> = chunks
         .iter()
@@ -432,8 +435,8 @@ async fn a_model_without_a_tokenizer_takes_and_gives_ids() {
         ("/tokenize", json!({"model": MODEL, "prompt": "x"}), "prompt"),
         ("/detokenize", json!({"model": MODEL, "tokens": [1]}), "model"),
     ] {
-        let answer = harness.post(path, body).await;
-        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(param)), "{path}");
+        let response = harness.post(path, body).await;
+        assert_eq!((response.status, &response.json()["error"]["param"]), (400, &json!(param)), "{path}");
     }
 }
 

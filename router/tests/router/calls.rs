@@ -71,8 +71,8 @@ fn from_items(items: &Value, said: &mut Said) {
     }
 }
 
-fn plain(api: &str, answer: &Answered) -> Said {
-    let json = answer.json();
+fn plain(api: &str, response: &Answered) -> Said {
+    let json = response.json();
     let mut said = Said::default();
     match api {
         "chat/completions" => {
@@ -103,11 +103,11 @@ fn plain(api: &str, answer: &Answered) -> Said {
     said
 }
 
-fn streamed(api: &str, answer: &Answered) -> Said {
+fn streamed(api: &str, response: &Answered) -> Said {
     let mut said = Said::default();
     match api {
         "chat/completions" => {
-            for chunk in answer.chunks() {
+            for chunk in response.chunks() {
                 let choice = &chunk["choices"][0];
                 let delta = &choice["delta"];
                 said.text.push_str(delta["content"].as_str().unwrap_or_default());
@@ -125,7 +125,7 @@ fn streamed(api: &str, answer: &Answered) -> Said {
             }
         }
         "responses" => {
-            let events = answer.events();
+            let events = response.events();
             let (_, last) = events.last().expect("events");
             let done: Vec<&Value> = events
                 .iter()
@@ -144,7 +144,7 @@ fn streamed(api: &str, answer: &Answered) -> Said {
         }
         _ => {
             let mut input = String::new();
-            for (name, event) in answer.events() {
+            for (name, event) in response.events() {
                 match name.as_str() {
                     "content_block_start" if event["content_block"]["type"] == "tool_use" => {
                         let name = event["content_block"]["name"].as_str().expect("a name");
@@ -185,12 +185,12 @@ async fn says(harness: &Harness, script: &Script, ids: &[u32], reason: FinishRea
             }
             acts.push(Act::Finish(reason));
             *script.lock() = acts;
-            let answer = harness.post(&format!("/v1/{api}"), body(api, stream)).await;
-            assert_eq!(answer.status, 200, "{api} {ids:?}: {}", answer.text);
+            let response = harness.post(&format!("/v1/{api}"), body(api, stream)).await;
+            assert_eq!(response.status, 200, "{api} {ids:?}: {}", response.text);
             for marker in ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"] {
-                assert!(!answer.text.contains(marker), "{api} {stream} {ids:?}: {}", answer.text);
+                assert!(!response.text.contains(marker), "{api} {stream} {ids:?}: {}", response.text);
             }
-            let mut said = if stream { streamed(api, &answer) } else { plain(api, &answer) };
+            let mut said = if stream { streamed(api, &response) } else { plain(api, &response) };
             if api == "responses" && said.finish == "end" && !said.calls.is_empty() {
                 said.finish = "calls".to_owned();
             }
@@ -304,8 +304,8 @@ async fn calls_that_are_not_well_formed_are_the_same_in_every_api() {
         }
         history.push(user);
         let again = json!({"model": MODEL, "messages": history});
-        let answer = harness.post("/v1/chat/completions", again).await;
-        assert_eq!(answer.status, 200, "{}", answer.text);
+        let response = harness.post("/v1/chat/completions", again).await;
+        assert_eq!(response.status, 200, "{}", response.text);
     }
 }
 

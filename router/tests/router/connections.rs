@@ -486,9 +486,13 @@ async fn integers_that_are_too_large_name_the_field_and_its_limit() {
     ] {
         let text = body(json!({})).replacen('{', &format!("{{\"{field}\": {value}, "), 1);
         let text = if field == "max_tokens" { text.replace(",\"max_tokens\":5", "") } else { text };
-        let answer = harness.request("POST", CHAT, &[], text).await;
-        let message = answer.json()["error"]["message"].as_str().unwrap_or_default().to_owned();
-        assert_eq!((answer.status, answer.json()["error"]["param"].as_str()), (400, Some(field)), "{field} {value}");
+        let response = harness.request("POST", CHAT, &[], text).await;
+        let message = response.json()["error"]["message"].as_str().unwrap_or_default().to_owned();
+        assert_eq!(
+            (response.status, response.json()["error"]["param"].as_str()),
+            (400, Some(field)),
+            "{field} {value}"
+        );
         assert!(message.contains(part) && message.contains(field), "{field} {value}: {message}");
     }
     for (path, field, value) in [
@@ -508,11 +512,11 @@ async fn integers_that_are_too_large_name_the_field_and_its_limit() {
             "/v1/completions" => "\"prompt\": \"Hi\"",
             _ => "\"unknown\": 1",
         };
-        let answer = harness
+        let response = harness
             .request("POST", path, &[], format!("{{\"model\": \"{MODEL}\", {input}, \"{field}\": {value}}}"))
             .await;
-        let text = &answer.text;
-        assert_eq!(answer.status, 400, "{path} {field}: {text}");
+        let text = &response.text;
+        assert_eq!(response.status, 400, "{path} {field}: {text}");
         let has_limit = text.contains("at most") || text.contains("between 0 and");
         assert!(text.contains(field) && has_limit && !text.contains("u32"), "{path} {field}: {text}");
     }

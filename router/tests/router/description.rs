@@ -49,8 +49,8 @@ async fn an_operation_knows_what_is_described_for_it_and_nothing_else() {
                 body[field.as_str()] = Value::Null;
             }
             let before = unknown(&harness).await;
-            let answer = harness.post(path, body).await;
-            assert_eq!(answer.status, 200, "{path}: {}", answer.text);
+            let response = harness.post(path, body).await;
+            assert_eq!(response.status, 200, "{path}: {}", response.text);
             let counted = unknown(&harness).await - before;
             assert_eq!(counted, is_known * asked.len() as u64, "{path}, of {asked:?}");
         }
@@ -127,20 +127,20 @@ async fn bounds_are_those_that_are_kept() {
                 body
             };
             for value in &beyond {
-                let answer = harness.post(path, with(value)).await;
-                let error = answer.json()["error"].clone();
+                let response = harness.post(path, with(value)).await;
+                let error = response.json()["error"].clone();
                 let message = error["message"].as_str().unwrap_or_default();
-                assert_eq!(answer.status, 400, "{path}: {field} = {value}: {}", answer.text);
+                assert_eq!(response.status, 400, "{path}: {field} = {value}: {}", response.text);
                 assert!(message.starts_with(&format!("`{said}`")), "{path}: {field} = {value}: {error}");
                 *tried.entry(name).or_insert(0) += 1;
             }
             for value in &edge {
-                let answer = harness.post(path, with(value)).await;
+                let response = harness.post(path, with(value)).await;
                 // what there is no room for is another matter
-                let is_beyond = answer.status == 400 && answer.text.contains(" must have ")
-                    || answer.text.contains(" must be at least ")
-                    || answer.text.contains(" must be between ");
-                assert!(!is_beyond, "{path}: {field} = {value}: {}", answer.text);
+                let is_beyond = response.status == 400 && response.text.contains(" must have ")
+                    || response.text.contains(" must be at least ")
+                    || response.text.contains(" must be between ");
+                assert!(!is_beyond, "{path}: {field} = {value}: {}", response.text);
             }
         }
     }

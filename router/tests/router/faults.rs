@@ -12,7 +12,7 @@ use crate::support::*;
 use axum::body::Body;
 use bora_common::registry::{GroupChange, GroupRecord};
 use bora_common::secret::ClusterKeys;
-use bora_proto::v1::{FinishReason, Load, State, group_event::Event as Told};
+use bora_proto::v1::{FinishReason, Load, State, group_event::Event as Update};
 use bora_router::RouterOptions;
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
@@ -37,11 +37,11 @@ fn go_on(text: &'static str) -> impl Fn(&bora_proto::v1::GenerateRequest) -> Res
 
 /// Both groups get requests: the faulty one is put where the first request goes by making the other busy.
 async fn prefer(harness: &Harness, busy: usize) {
-    harness.groups[busy].tell(Told::Load(Load { queued_prefill_tokens: 1_000_000, ..Load::default() }));
+    harness.groups[busy].report(Update::Load(Load { queued_prefill_tokens: 1_000_000, ..Load::default() }));
     harness
         .until("the load is known", |harness| {
             let view = harness.router.service().fleet().view();
-            view.groups().any(|group| group.link.ledger.reported().queued_prefill_tokens == 1_000_000)
+            view.groups().any(|group| group.link.load_tracker.reported().queued_prefill_tokens == 1_000_000)
         })
         .await;
 }
@@ -54,10 +54,10 @@ async fn a_refusal_before_the_first_token_is_retried_elsewhere() {
             vec![Group::start("bad", move |_| Err(refusal.clone())), Group::start("good", |_| Ok(say("fine")))];
         let harness = Harness::start(groups).await;
         prefer(&harness, 1).await;
-        let answer = harness.post(CHAT, chat(false)).await;
-        assert_eq!(answer.status, 200, "{status:?}: {}", answer.text);
-        assert_eq!(answer.json()["choices"][0]["message"]["content"], "fine");
-        assert_eq!(answer.headers["x-bora-group"], "bad,good");
+        let completion = harness.post(CHAT, chat(false)).await;
+        assert_eq!(completion.status, 200, "{status:?}: {}", completion.text);
+        assert_eq!(completion.json()["choices"][0]["message"]["content"], "fine");
+        assert_eq!(completion.headers["x-bora-group"], "bad,good");
         assert_eq!(harness.groups[0].seen().len(), 1);
         let view = harness.router.service().fleet().view();
         assert!(view.groups().all(|group| group.link.breaker.allows()), "a refusal opens no breaker");
@@ -69,9 +69,9 @@ async fn a_full_fleet_is_a_429_with_a_time_and_a_stream_gets_the_status_too() {
     let full = |_: &bora_proto::v1::GenerateRequest| Err(Status::resource_exhausted("queue"));
     let harness = Harness::start(vec![Group::start("a", full), Group::start("b", full)]).await;
     for stream in [false, true] {
-        let answer = harness.post(CHAT, chat(stream)).await;
-        assert_eq!((answer.status, answer.json()["error"]["type"].clone()), (429, json!("rate_limit_error")));
-        assert!(answer.headers.contains_key("retry-after"));
+        let completion = harness.post(CHAT, chat(stream)).await;
+        assert_eq!((completion.status, completion.json()["error"]["type"].clone()), (429, json!("rate_limit_error")));
+        assert!(completion.headers.contains_key("retry-after"));
     }
     assert_eq!(harness.groups[0].seen().len() + harness.groups[1].seen().len(), 4, "each group once a request");
 }
@@ -89,10 +89,10 @@ async fn what_was_accepted_waits_for_room_elsewhere() {
     let harness = Harness::start(vec![Group::start("breaks", breaks_at_first), Group::start("full", full)]).await;
     prefer(&harness, 1).await;
     // and full, by its own word too: it is not asked again while the stream waits
-    harness.groups[1].tell(Told::Load(Load { running: 64, queued_prefill_tokens: 1_000_000, ..Load::default() }));
-    let answer = harness.post(CHAT, chat(true)).await;
-    assert!(answer.is_done(), "{}", answer.text);
-    assert_eq!((answer.content(0), harness.groups[1].seen().len()), ("fine".into(), 1));
+    harness.groups[1].report(Update::Load(Load { running: 64, queued_prefill_tokens: 1_000_000, ..Load::default() }));
+    let completion = harness.post(CHAT, chat(true)).await;
+    assert!(completion.is_done(), "{}", completion.text);
+    assert_eq!((completion.content(0), harness.groups[1].seen().len()), ("fine".into(), 1));
 }
 
 /// It waits for the group that was full, asks it no more than it tells of room, and the one that failed not at all.
@@ -111,23 +111,23 @@ async fn what_waits_asks_a_full_group_again_when_it_tells_of_room() {
     let groups = vec![Group::start("breaks", breaks), Group::start("full", fills)];
     let harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
     let full = &harness.groups[1];
-    let tell = |running, waiting| full.tell(Told::Load(Load { running, waiting, ..Load::default() }));
+    let report = |running, waiting| full.report(Update::Load(Load { running, waiting, ..Load::default() }));
     let reported = |count: u32| {
         harness.until("the load is known", move |harness| {
             let view = harness.router.service().fleet().view();
             view.groups().any(|group| {
-                let load = group.link.ledger.reported();
+                let load = group.link.load_tracker.reported();
                 load.running + load.waiting == count
             })
         })
     };
-    tell(64, 100);
+    report(64, 100);
     reported(164).await;
     let room_comes = async {
         harness.until("it was refused", |_| full.seen().len() == 1).await;
         // more than it was known to have, and then fewer of them: the first of these looks is in vain
         for waiting in [300, 400, 350] {
-            tell(64, waiting);
+            report(64, waiting);
             reported(64 + waiting).await;
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
@@ -135,13 +135,13 @@ async fn what_waits_asks_a_full_group_again_when_it_tells_of_room() {
         has_room.store(true, Ordering::SeqCst);
         tokio::time::sleep(Duration::from_millis(300)).await;
         assert_eq!(full.seen().len(), 2, "it has told of nothing since");
-        tell(63, 0);
+        report(63, 0);
     };
     let began = tokio::time::Instant::now();
-    let (answer, ()) = tokio::join!(harness.post(CHAT, chat(true)), room_comes);
+    let (completion, ()) = tokio::join!(harness.post(CHAT, chat(true)), room_comes);
     assert!(began.elapsed() < Duration::from_secs(50), "it did not wait for its last look");
-    assert!(answer.is_done(), "{}", answer.text);
-    assert_eq!((answer.content(0), full.seen().len()), ("fine".into(), 3));
+    assert!(completion.is_done(), "{}", completion.text);
+    assert_eq!((completion.content(0), full.seen().len()), ("fine".into(), 3));
     assert_eq!(harness.groups[0].seen().len(), 1, "what failed is not asked again");
 }
 
@@ -163,19 +163,19 @@ async fn a_group_that_was_full_before_another_took_the_stream_is_asked_at_once()
     prefer(&harness, 1).await;
     let breaks_later = async {
         harness.until("the other took it", |harness| harness.groups[1].running() == 1).await;
-        harness.groups[0].tell(Told::Load(Load { running: 64, ..Load::default() }));
+        harness.groups[0].report(Update::Load(Load { running: 64, ..Load::default() }));
         harness
             .until("the load is known", |harness| {
                 let view = harness.router.service().fleet().view();
-                view.groups().any(|group| group.link.ledger.reported().running == 64)
+                view.groups().any(|group| group.link.load_tracker.reported().running == 64)
             })
             .await;
         gate.open(1);
     };
     let began = tokio::time::Instant::now();
-    let (answer, ()) = tokio::join!(harness.post(CHAT, chat(true)), breaks_later);
+    let (completion, ()) = tokio::join!(harness.post(CHAT, chat(true)), breaks_later);
     assert!(began.elapsed() < Duration::from_secs(50), "it did not wait for its last look");
-    assert_eq!((answer.content(0), harness.groups[0].seen().len()), ("fine".into(), 2));
+    assert_eq!((completion.content(0), harness.groups[0].seen().len()), ("fine".into(), 2));
 }
 
 #[tokio::test]
@@ -191,16 +191,16 @@ async fn a_group_that_dies_in_mid_stream_is_replaced_and_nothing_is_lost_or_doub
     };
     let harness = Harness::start(vec![Group::start("dies", dies), Group::start("lives", go_on(text))]).await;
     prefer(&harness, 1).await;
-    let answer = harness
+    let completion = harness
         .post(
             CHAT,
             json!({"model": MODEL, "stream": true, "return_token_ids": true,
         "stream_options": {"include_usage": true}, "messages": [{"role": "user", "content": "Hi"}]}),
         )
         .await;
-    assert!(answer.is_done(), "{}", answer.text);
-    assert_eq!(answer.content(0), text);
-    let ids: Vec<u64> = answer
+    assert!(completion.is_done(), "{}", completion.text);
+    assert_eq!(completion.content(0), text);
+    let ids: Vec<u64> = completion
         .chunks()
         .iter()
         .filter_map(|chunk| chunk["choices"][0]["token_ids"].as_array())
@@ -208,13 +208,13 @@ async fn a_group_that_dies_in_mid_stream_is_replaced_and_nothing_is_lost_or_doub
         .filter_map(Value::as_u64)
         .collect();
     assert_eq!(ids.len(), tokenizer().encode(text).len() + 1);
-    let usage = answer.chunks().last().map(|chunk| chunk["usage"]["completion_tokens"].clone());
+    let usage = completion.chunks().last().map(|chunk| chunk["usage"]["completion_tokens"].clone());
     assert_eq!(usage, Some(json!(ids.len())));
     let resumed = &harness.groups[1].seen()[0];
     assert_eq!(resumed.generated_len, 5);
     assert_eq!(resumed.sampling, harness.groups[0].seen()[0].sampling, "seed included");
     let metrics = harness.get("/metrics").await.text;
-    assert!(metrics.contains("moved_sequences_total{when=\"mid_stream\"} 1"), "{metrics}");
+    assert!(metrics.contains("failovers_total{when=\"mid_stream\"} 1"), "{metrics}");
 }
 
 #[tokio::test]
@@ -237,8 +237,8 @@ async fn tool_calls_and_stop_strings_survive_the_move() {
     prefer(&harness, 1).await;
     let tools = json!([{"type": "function", "function": {"name": "read_file", "parameters": {}}}]);
     let body = json!({"model": MODEL, "tools": tools, "messages": [{"role": "user", "content": "Hi"}]});
-    let answer = harness.post(CHAT, body).await.json();
-    let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+    let completion = harness.post(CHAT, body).await.json();
+    let call = &completion["choices"][0]["message"]["tool_calls"][0]["function"];
     assert_eq!(call, &json!({"name": "read_file", "arguments": "{\"path\": \"a\"}"}));
 }
 
@@ -249,9 +249,9 @@ async fn a_death_after_the_last_token_is_an_end() {
         Ok(vec![Act::Start { cached: 0 }, Act::Ids(ids.clone()), Act::Fail(Status::unavailable("gone"))])
     };
     let harness = Harness::scripted(dies).await;
-    let answer = harness.post(CHAT, chat(false)).await.json();
-    assert_eq!(answer["choices"][0]["message"]["content"], "done");
-    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    let completion = harness.post(CHAT, chat(false)).await.json();
+    assert_eq!(completion["choices"][0]["message"]["content"], "done");
+    assert_eq!(completion["choices"][0]["finish_reason"], "stop");
 }
 
 /// Nothing is left to do: no budget is asked, and nobody is to blame.
@@ -266,15 +266,15 @@ async fn a_death_after_the_last_token_is_an_end_even_where_no_group_may_be_tried
         let options = RouterOptions { retries_per_tenant, max_attempts, ..options() };
         let spec = bora_router::ModelSpec::new(tokenizer());
         let harness = Harness::with(options, spec, vec![Group::start("only", dies)]).await;
-        let answer = harness.post(CHAT, chat(false)).await;
-        assert_eq!(answer.status, 200, "{}", answer.text);
-        assert_eq!(answer.json()["choices"][0]["message"]["content"], "done");
-        assert_eq!(answer.json()["choices"][0]["finish_reason"], "stop");
+        let completion = harness.post(CHAT, chat(false)).await;
+        assert_eq!(completion.status, 200, "{}", completion.text);
+        assert_eq!(completion.json()["choices"][0]["message"]["content"], "done");
+        assert_eq!(completion.json()["choices"][0]["finish_reason"], "stop");
         let metrics = harness.get("/metrics").await.text;
-        for none in ["refused_retries_total", "poisonous_sequences_total"] {
+        for none in ["refused_retries_total", "poison_pills_total"] {
             assert!(metrics.contains(&format!("bora_router_{none} 0")), "{metrics}");
         }
-        assert!(!metrics.contains("moved_sequences_total{when=\"mid_stream\"} 1"), "{metrics}");
+        assert!(!metrics.contains("failovers_total{when=\"mid_stream\"} 1"), "{metrics}");
     }
 }
 
@@ -284,10 +284,10 @@ async fn a_stream_that_nobody_can_take_over_ends_with_an_error_and_no_done() {
         Ok(vec![Act::Start { cached: 0 }, Act::Ids(vec![1500]), Act::Pause(Duration::from_millis(50)), Act::Die])
     };
     let harness = Harness::scripted(dies).await;
-    let answer = harness.post(CHAT, chat(true)).await;
-    assert_eq!(answer.status, 200);
-    assert!(!answer.text.contains("[DONE]"), "{}", answer.text);
-    let last = answer.chunks().last().cloned().expect("chunks");
+    let completion = harness.post(CHAT, chat(true)).await;
+    assert_eq!(completion.status, 200);
+    assert!(!completion.text.contains("[DONE]"), "{}", completion.text);
+    let last = completion.chunks().last().cloned().expect("chunks");
     assert_eq!((&last["error"]["type"], &last["error"]["code"]), (&json!("server_error"), &json!("unavailable")));
 }
 
@@ -298,8 +298,8 @@ async fn a_request_that_kills_groups_is_given_three() {
     };
     let groups = ["a", "b", "c", "d", "e"].map(|name| Group::start(name, kills)).into();
     let harness = Harness::start(groups).await;
-    let answer = harness.post(CHAT, chat(false)).await;
-    assert_eq!(answer.status, 500, "{}", answer.text);
+    let completion = harness.post(CHAT, chat(false)).await;
+    assert_eq!(completion.status, 500, "{}", completion.text);
     let seen: usize = harness.groups.iter().map(|group| group.seen().len()).sum();
     assert_eq!(seen, 3);
 }
@@ -328,14 +328,14 @@ async fn a_request_of_several_choices_is_given_three_groups_too() {
     let harness = Harness::start(groups.into()).await;
     let prompt: Vec<u32> = (0..300).map(|at| 1000 + at).collect();
     let body = json!({"model": MODEL, "prompt": prompt, "n": 2, "max_tokens": 9});
-    let answer = harness.request("POST", "/v1/completions", &[("x-request-id", "kills")], body.to_string()).await;
-    assert_eq!(answer.status, 500, "{}", answer.text);
-    assert!(answer.text.contains("3 groups that took the request failed"), "{}", answer.text);
+    let completion = harness.request("POST", "/v1/completions", &[("x-request-id", "kills")], body.to_string()).await;
+    assert_eq!(completion.status, 500, "{}", completion.text);
+    assert!(completion.text.contains("3 groups that took the request failed"), "{}", completion.text);
     let seen: Vec<String> = harness.groups.iter().flat_map(Group::seen).map(|request| request.request_id).collect();
     assert_eq!(seen.iter().filter(|id| *id == "kills-1").count(), 1, "it got no second group: {seen:?}");
     assert_eq!(seen.len(), 4, "{seen:?}");
     let metrics = harness.get("/metrics").await.text;
-    assert!(metrics.contains("bora_router_poisonous_sequences_total 1"), "{metrics}");
+    assert!(metrics.contains("bora_router_poison_pills_total 1"), "{metrics}");
 }
 
 #[tokio::test]
@@ -349,12 +349,12 @@ async fn a_group_that_dies_under_several_choices_died_once() {
     let harness = Harness::start(vec![Group::start("dies", dies), Group::start("lives", go_on(text))]).await;
     prefer(&harness, 1).await;
     let body = json!({"model": MODEL, "n": 4, "messages": [{"role": "user", "content": "Hi"}]});
-    let answer = harness.post(CHAT, body).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    assert_eq!(answer.headers["x-bora-group"], "dies,lives");
+    let completion = harness.post(CHAT, body).await;
+    assert_eq!(completion.status, 200, "{}", completion.text);
+    assert_eq!(completion.headers["x-bora-group"], "dies,lives");
     assert_eq!((harness.groups[0].seen().len(), harness.groups[1].seen().len()), (4, 4));
-    let choices = answer.json()["choices"].as_array().cloned().expect("choices");
-    assert!(choices.iter().all(|choice| choice["message"]["content"] == text), "{}", answer.text);
+    let choices = completion.json()["choices"].as_array().cloned().expect("choices");
+    assert!(choices.iter().all(|choice| choice["message"]["content"] == text), "{}", completion.text);
 }
 
 #[tokio::test]
@@ -363,8 +363,8 @@ async fn a_failure_of_the_sequence_alone_is_not_retried() {
         Ok(vec![Act::Start { cached: 0 }, Act::Fail(Status::internal("logits are not numbers"))])
     };
     let harness = Harness::start(vec![Group::start("a", fails), Group::start("b", fails)]).await;
-    let answer = harness.post(CHAT, chat(false)).await;
-    assert_eq!(answer.status, 500);
+    let completion = harness.post(CHAT, chat(false)).await;
+    assert_eq!(completion.status, 500);
     assert_eq!(harness.groups.iter().map(|group| group.seen().len()).sum::<usize>(), 1);
     let refuses = |_: &bora_proto::v1::GenerateRequest| Err(Status::invalid_argument("token id out of range"));
     let harness = Harness::scripted(refuses).await;
@@ -378,7 +378,7 @@ async fn what_the_request_itself_causes_is_nothing_to_the_breaker() {
     let later = [Status::internal("logits are not numbers"), Status::deadline_exceeded("too late")];
     let scripts = at_once.map(Err).into_iter().chain(later.map(|status| Ok(vec![Act::Fail(status)])));
     for script in scripts {
-        let told = format!("{script:?}");
+        let update = format!("{script:?}");
         let harness = Harness::scripted(move |_| script.clone()).await;
         let allows = |harness: &Harness| {
             harness.router.service().fleet().view().groups().all(|group| group.link.breaker.allows())
@@ -386,14 +386,14 @@ async fn what_the_request_itself_causes_is_nothing_to_the_breaker() {
         for _ in 0..5 {
             harness.post(CHAT, chat(false)).await;
         }
-        assert_eq!(harness.groups[0].seen().len(), 5, "{told}");
-        assert!(allows(&harness), "{told}");
+        assert_eq!(harness.groups[0].seen().len(), 5, "{update}");
+        assert!(allows(&harness), "{update}");
         harness.router.service().fleet().view().groups().for_each(|group| group.link.breaker.failed());
-        assert!(!allows(&harness), "{told}");
+        assert!(!allows(&harness), "{update}");
         harness.until("a probe is let through", allows).await;
         harness.post(CHAT, chat(false)).await;
-        assert_eq!(harness.groups[0].seen().len(), 6, "{told}");
-        assert!(allows(&harness), "the next one is let through at once: {told}");
+        assert_eq!(harness.groups[0].seen().len(), 6, "{update}");
+        assert!(allows(&harness), "the next one is let through at once: {update}");
     }
 }
 
@@ -418,7 +418,7 @@ async fn a_client_that_leaves_ends_its_sequences_and_gives_back_what_was_booked(
     harness.until("they were aborted", |harness| harness.groups[0].cancelled() == 6).await;
     let view = harness.router.service().fleet().view();
     let group = view.groups().next().expect("there").clone();
-    assert_eq!(group.link.ledger.busy(), bora_router::place::ledger::Busy::default());
+    assert_eq!(group.link.load_tracker.busy(), bora_router::place::load_tracker::LoadEstimate::default());
     let metrics = harness.get("/metrics").await.text;
     assert!(metrics.contains("requests_total{endpoint=\"chat\",status=\"499\"} 2"), "{metrics}");
 }
@@ -429,10 +429,10 @@ async fn silence_is_filled_and_a_deadline_ends_it() {
     let options = RouterOptions { heartbeat_seconds: 0.1, request_timeout_seconds: 0.55, ..options() };
     let harness =
         Harness::with(options, bora_router::ModelSpec::new(tokenizer()), vec![Group::start("only", hangs)]).await;
-    let answer = harness.post(CHAT, chat(true)).await;
-    let comments = answer.text.matches(": keep-alive\n\n").count();
-    assert!((3..=5).contains(&comments), "{comments}: {}", answer.text);
-    assert!(answer.text.contains("\"timeout\"") && !answer.text.contains("[DONE]"), "{}", answer.text);
+    let completion = harness.post(CHAT, chat(true)).await;
+    let comments = completion.text.matches(": keep-alive\n\n").count();
+    assert!((3..=5).contains(&comments), "{comments}: {}", completion.text);
+    assert!(completion.text.contains("\"timeout\"") && !completion.text.contains("[DONE]"), "{}", completion.text);
     assert_eq!(harness.post(CHAT, chat(false)).await.status, 504);
     harness.until("both were aborted", |harness| harness.groups[0].running() == 0).await;
 }
@@ -441,7 +441,7 @@ async fn silence_is_filled_and_a_deadline_ends_it() {
 async fn a_known_prefix_draws_its_next_turn_and_load_drives_it_away() {
     let harness = Harness::start(vec![Group::start("a", |_| Ok(say("x"))), Group::start("b", |_| Ok(say("x")))]).await;
     let prompt: Vec<u32> = (0..1000).map(|at| 1000 + at % 7000).collect();
-    harness.groups[1].tell_stored(&prompt);
+    harness.groups[1].report_stored(&prompt);
     harness
         .until("the blocks are known", |harness| harness.router.service().fleet().index.len() == prompt.len() / 64)
         .await;
@@ -449,7 +449,7 @@ async fn a_known_prefix_draws_its_next_turn_and_load_drives_it_away() {
     for _ in 0..10 {
         assert_eq!(harness.post("/v1/completions", body.clone()).await.headers["x-bora-group"], "b");
     }
-    harness.groups[1].tell(Told::Load(Load { queued_prefill_tokens: 100_000, ..Load::default() }));
+    harness.groups[1].report(Update::Load(Load { queued_prefill_tokens: 100_000, ..Load::default() }));
     harness
         .until("the load is known", |harness| {
             harness
@@ -458,7 +458,7 @@ async fn a_known_prefix_draws_its_next_turn_and_load_drives_it_away() {
                 .fleet()
                 .view()
                 .groups()
-                .any(|group| group.link.ledger.busy().queued_tokens == 100_000)
+                .any(|group| group.link.load_tracker.busy().queued_tokens == 100_000)
         })
         .await;
     assert_eq!(harness.post("/v1/completions", body).await.headers["x-bora-group"], "a");
@@ -492,16 +492,16 @@ async fn a_group_that_drains_gets_nothing_new_and_debug_tells_why() {
     let options = RouterOptions { debug: true, ..options() };
     let groups = vec![Group::start("a", |_| Ok(say("x"))), Group::start("b", |_| Ok(say("x")))];
     let harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
-    harness.groups[0].tell(Told::State(State::Draining as i32));
+    harness.groups[0].report(Update::State(State::Draining as i32));
     harness
         .until("one group is left", |harness| {
             harness.router.service().fleet().view().groups().filter(|group| group.is_ready()).count() == 1
         })
         .await;
     for _ in 0..8 {
-        let answer = harness.post(CHAT, chat(false)).await;
-        assert_eq!(answer.headers["x-bora-group"], "b");
-        let decision = answer.headers["x-bora-decision"].to_str().expect("text");
+        let completion = harness.post(CHAT, chat(false)).await;
+        assert_eq!(completion.headers["x-bora-group"], "b");
+        let decision = completion.headers["x-bora-decision"].to_str().expect("text");
         assert!(decision.starts_with("chose=b; b: "), "{decision}");
     }
 }
@@ -582,12 +582,12 @@ async fn a_gap_in_a_groups_events_starts_them_anew_with_nothing_believed() {
     let harness = Harness::saying("x").await;
     let index = |harness: &Harness| harness.router.service().fleet().index.len();
     let prompt: Vec<u32> = (0..640).collect();
-    harness.groups[0].tell_stored(&prompt);
+    harness.groups[0].report_stored(&prompt);
     harness.until("the blocks are known", |harness| index(harness) == 10).await;
-    harness.groups[0].tell_after_a_gap(Told::Load(Load::default()));
+    harness.groups[0].report_after_a_gap(Update::Load(Load::default()));
     harness.until("the group is asked again", |harness| harness.groups[0].watches() == 2).await;
     harness.until("nothing is believed", |harness| index(harness) == 0).await;
-    harness.groups[0].tell_stored(&prompt[..128]);
+    harness.groups[0].report_stored(&prompt[..128]);
     harness.until("what is told now counts", |harness| index(harness) == 2).await;
     let view = harness.router.service().fleet().view();
     assert!(view.groups().all(|group| group.link.breaker.allows()), "a gap is no failure");
@@ -647,9 +647,9 @@ async fn a_stream_outlives_more_drains_than_deaths() {
     });
     let harness = Harness::start(groups.into()).await;
     let body = json!({"model": MODEL, "prompt": [1000, 1001], "max_tokens": 50, "return_token_ids": true});
-    let answer = harness.post("/v1/completions", body).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    assert_eq!(answer.json()["choices"][0]["token_ids"], json!([1500, 1501, 1502, 1503, 1504, 1505, EOS]));
+    let completion = harness.post("/v1/completions", body).await;
+    assert_eq!(completion.status, 200, "{}", completion.text);
+    assert_eq!(completion.json()["choices"][0]["token_ids"], json!([1500, 1501, 1502, 1503, 1504, 1505, EOS]));
 }
 
 #[tokio::test]
@@ -671,10 +671,10 @@ async fn retries_are_shared_among_the_routers_that_live() {
     let groups = ["a", "b", "c", "d", "e", "f"].map(|name| Group::start(name, refuses)).into();
     let options = RouterOptions { retries_per_tenant: 4, retries: 8, ..options() };
     let mut harness = Harness::with(options, bora_router::ModelSpec::new(tokenizer()), groups).await;
-    let (tell, told) = tokio::sync::watch::channel(4);
-    harness.router.share_limits(told);
+    let (report, update) = tokio::sync::watch::channel(4);
+    harness.router.share_limits(update);
     for (routers, tries) in [(4, 2), (1, 5), (4, 2)] {
-        tell.send(routers).expect("followed");
+        report.send(routers).expect("followed");
         harness
             .until("the number is known", |harness| harness.router.service().access().routers().count() == routers)
             .await;
@@ -775,8 +775,8 @@ async fn a_recycled_address_never_serves_another_model() {
         })
         .await;
     for _ in 0..5 {
-        let answer = harness.post(CHAT, chat(false)).await;
-        assert_eq!(answer.status, 503, "{}", answer.text);
+        let completion = harness.post(CHAT, chat(false)).await;
+        assert_eq!(completion.status, 503, "{}", completion.text);
     }
     assert!(second.seen().is_empty(), "it was asked for a model that it is not");
     let metrics = harness.get("/metrics").await.text;
@@ -816,9 +816,9 @@ async fn a_stream_moves_past_a_recycled_address() {
         harness.changes.send(GroupChange::Put(Box::new(other.record()))).await.expect("followed");
         (recycled, other)
     };
-    let (answer, (recycled, other)) = tokio::join!(asked, swapped);
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    assert_eq!(answer.json()["choices"][0]["token_ids"], json!([1500, 1501, 1502]));
+    let (completion, (recycled, other)) = tokio::join!(asked, swapped);
+    assert_eq!(completion.status, 200, "{}", completion.text);
+    assert_eq!(completion.json()["choices"][0]["token_ids"], json!([1500, 1501, 1502]));
     assert_eq!((recycled.seen().len(), other.seen().len()), (0, 1));
 }
 

@@ -89,9 +89,9 @@ async fn every_conversation_gives_the_references_ids() {
         let golden: Golden<'_> = serde_json::from_str(line).expect("a golden");
         let harness = if golden.tokenizer == FULL { &full } else { &small };
         let request = as_sent(&expanded(golden.request.get()));
-        let answer = harness.request("POST", "/tokenize", &[], request).await;
-        assert_eq!(answer.status, 200, "{}: {}", golden.name, answer.text);
-        let body = answer.json();
+        let response = harness.request("POST", "/tokenize", &[], request).await;
+        assert_eq!(response.status, 200, "{}: {}", golden.name, response.text);
+        let body = response.json();
         assert_eq!(body["count"], golden.count, "{}", golden.name);
         let ids: Vec<u32> = serde_json::from_value(body["tokens"].clone()).expect("ids");
         if let Some(expected) = golden.token_ids {
@@ -118,14 +118,14 @@ async fn what_the_reference_refuses_is_a_400_that_names_a_field() {
             serde_json::from_str::<Line<'_>>(line).expect("a golden").request
         };
         for path in ["/tokenize", "/v1/chat/completions"] {
-            let answer = small.request("POST", path, &[], as_sent(request.get())).await;
+            let response = small.request("POST", path, &[], as_sent(request.get())).await;
             // clients send an effort by default: it is taken, without effect
             if golden["name"] == "reasoning_effort_unsupported" {
-                assert_eq!(answer.status, 200, "{}", answer.text);
+                assert_eq!(response.status, 200, "{}", response.text);
                 continue;
             }
-            assert_eq!(answer.status, 400, "{} {path}: {}", golden["name"], answer.text);
-            let error = &answer.json()["error"];
+            assert_eq!(response.status, 400, "{} {path}: {}", golden["name"], response.text);
+            let error = &response.json()["error"];
             assert!(error["param"].is_string(), "{}: {error}", golden["name"]);
         }
     }

@@ -22,13 +22,13 @@ async fn a_request_whose_group_dies_while_it_compiles_is_not_sent_to_another() {
     for stream in [false, true] {
         let dies = |_: &GenerateRequest| Ok(vec![Act::Pause(Duration::from_millis(30)), Act::Die]);
         let harness = Harness::start(["a", "b", "c"].map(|name| Group::start(name, dies)).into()).await;
-        let answer = harness.post(CHAT, chat(stream)).await;
-        assert_eq!(answer.status, 500, "{}", answer.text);
-        let error = &answer.json()["error"];
-        assert!(error["message"].as_str().unwrap().contains("`guided_regex`"), "{}", answer.text);
-        assert_eq!(error["type"], "server_error", "{}", answer.text);
+        let response = harness.post(CHAT, chat(stream)).await;
+        assert_eq!(response.status, 500, "{}", response.text);
+        let error = &response.json()["error"];
+        assert!(error["message"].as_str().unwrap().contains("`guided_regex`"), "{}", response.text);
+        assert_eq!(error["type"], "server_error", "{}", response.text);
         assert_eq!(seen(&harness), 1);
-        assert!(harness.get("/metrics").await.text.contains("poisonous_sequences_total 1"));
+        assert!(harness.get("/metrics").await.text.contains("poison_pills_total 1"));
         // what has no grammar is sent on
         let harness = Harness::start(vec![Group::start("a", dies), Group::start("b", dies)]).await;
         let plain = json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]});
@@ -62,9 +62,9 @@ async fn a_stream_whose_grammar_had_compiled_survives_its_group() {
         let harness = Harness::start(vec![Group::start("dies", dies), Group::start("lives", script)]).await;
         // whichever is asked first, the one that lives ends it
         for _ in 0..3 {
-            let answer = harness.post(CHAT, chat(true)).await;
-            assert!(answer.is_done(), "{}", answer.text);
-            assert_eq!(answer.content(0), "aaaa");
+            let response = harness.post(CHAT, chat(true)).await;
+            assert!(response.is_done(), "{}", response.text);
+            assert_eq!(response.content(0), "aaaa");
         }
     }
 }
@@ -79,9 +79,9 @@ async fn a_grammar_that_is_refused_late_is_a_400_before_anything_is_streamed() {
             ])
         };
         let harness = Harness::start(vec![Group::start("a", refuses), Group::start("b", refuses)]).await;
-        let answer = harness.post(CHAT, chat(stream)).await;
-        assert_eq!(answer.status, 400, "{}", answer.text);
-        assert_eq!(answer.json()["error"]["param"], "guided_regex");
+        let response = harness.post(CHAT, chat(stream)).await;
+        assert_eq!(response.status, 400, "{}", response.text);
+        assert_eq!(response.json()["error"]["param"], "guided_regex");
         assert_eq!(seen(&harness), 1);
     }
 }
@@ -93,9 +93,9 @@ async fn a_grammar_that_fails_while_it_is_matched_is_the_request_s_fault() {
         Ok(vec![Act::Compile, Act::Start { cached: 0 }, Act::Ids(vec![1500]), Act::Fail(failure)])
     };
     let harness = Harness::start(vec![Group::start("a", fails)]).await;
-    let answer = harness.post(CHAT, chat(false)).await;
-    assert_eq!(answer.status, 400, "{}", answer.text);
-    assert_eq!(answer.json()["error"]["type"], "invalid_request_error");
+    let response = harness.post(CHAT, chat(false)).await;
+    assert_eq!(response.status, 400, "{}", response.text);
+    assert_eq!(response.json()["error"]["type"], "invalid_request_error");
     let streamed = harness.post(CHAT, chat(true)).await;
     assert!(streamed.text.contains("invalid_request_error"), "{}", streamed.text);
 }

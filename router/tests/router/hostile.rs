@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use bora_common::registry::{Device, GroupChange, GroupRecord};
 use bora_proto::v1::{
     FinishReason, Finished, GenerateRequest, Load, PositionLogprobs, Snapshot, Started, TokenLogprob, Tokens,
-    generate_event::Event, group_event::Event as Told,
+    generate_event::Event, group_event::Event as Update,
 };
 use bora_router::{ModelSpec, fleet::validate::record::ModelLimits};
 use serde_json::{Value, json};
@@ -55,11 +55,11 @@ fn good_as(name: &str, epoch: u64, weights: &str) -> Group {
 
 /// Both groups of the harness are known; the second one looks busy.
 async fn prefer_the_first(harness: &Harness) {
-    harness.groups[1].tell(Told::Load(Load { queued_prefill_tokens: 1_000_000, ..Load::default() }));
+    harness.groups[1].report(Update::Load(Load { queued_prefill_tokens: 1_000_000, ..Load::default() }));
     harness
         .until("the load is known", |harness| {
             let view = harness.router.service().fleet().view();
-            view.groups().any(|group| group.link.ledger.reported().queued_prefill_tokens == 1_000_000)
+            view.groups().any(|group| group.link.load_tracker.reported().queued_prefill_tokens == 1_000_000)
         })
         .await;
 }
@@ -100,17 +100,17 @@ async fn a_stream_that_breaks_the_contract_goes_on_with_another_group() {
         ("finish_reason", vec![started(), Event::Finished(Finished { reason: 99, ..finished() })]),
     ];
     for (kind, events) in cases {
-        let told = format!("{kind}: {events:?}").chars().take(200).collect::<String>();
+        let update = format!("{kind}: {events:?}").chars().take(200).collect::<String>();
         let harness = Harness::start(vec![hostile("bad", events), good("good")]).await;
         prefer_the_first(&harness).await;
-        let answer = harness.post(COMPLETIONS, body()).await;
-        assert_eq!(answer.status, 200, "{told}: {}", answer.text);
-        let json = answer.json();
-        assert_eq!(json["choices"][0]["token_ids"], json!([1500, 1501, 1502, 1503, 1504]), "{told}");
-        assert_eq!(json["usage"]["completion_tokens"], 5, "{told}");
-        assert_eq!(answer.headers["x-bora-group"], "bad,good", "{told}");
-        assert_eq!(violations(&harness, kind).await, 1, "{told}");
-        assert!(!allows(&harness, "bad"), "{told}");
+        let response = harness.post(COMPLETIONS, body()).await;
+        assert_eq!(response.status, 200, "{update}: {}", response.text);
+        let json = response.json();
+        assert_eq!(json["choices"][0]["token_ids"], json!([1500, 1501, 1502, 1503, 1504]), "{update}");
+        assert_eq!(json["usage"]["completion_tokens"], 5, "{update}");
+        assert_eq!(response.headers["x-bora-group"], "bad,good", "{update}");
+        assert_eq!(violations(&harness, kind).await, 1, "{update}");
+        assert!(!allows(&harness, "bad"), "{update}");
         harness.until("the bad stream is reset", |harness| harness.groups[0].cancelled() == 1).await;
     }
 }
@@ -119,10 +119,10 @@ async fn a_stream_that_breaks_the_contract_goes_on_with_another_group() {
 async fn an_endless_stream_ends_at_max_tokens() {
     let endless = std::iter::once(started()).chain((0..10_000).map(|_| tokens(&[1500]))).collect();
     let harness = Harness::start(vec![hostile("endless", endless)]).await;
-    let answer = harness.post(COMPLETIONS, body()).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    assert_eq!(answer.json()["choices"][0]["token_ids"], json!(vec![1500; 5]));
-    assert_eq!(answer.json()["choices"][0]["finish_reason"], "length");
+    let response = harness.post(COMPLETIONS, body()).await;
+    assert_eq!(response.status, 200, "{}", response.text);
+    assert_eq!(response.json()["choices"][0]["token_ids"], json!(vec![1500; 5]));
+    assert_eq!(response.json()["choices"][0]["finish_reason"], "length");
     assert!(violations(&harness, "too_many_tokens").await >= 1);
 }
 
@@ -146,9 +146,9 @@ async fn a_client_reads_the_routers_own_text() {
             for more in [json!({}), json!({"stream": true}), json!({"guided_regex": "a+"})] {
                 let mut body = body();
                 body.as_object_mut().expect("an object").extend(more.as_object().cloned().expect("an object"));
-                let answer = harness.post(COMPLETIONS, body).await;
-                assert!(!answer.text.contains("secret") && !answer.text.contains("10.0.0.7"), "{}", answer.text);
-                assert!(answer.text.contains("\"error\""), "{status:?}: {}", answer.text);
+                let response = harness.post(COMPLETIONS, body).await;
+                assert!(!response.text.contains("secret") && !response.text.contains("10.0.0.7"), "{}", response.text);
+                assert!(response.text.contains("\"error\""), "{status:?}: {}", response.text);
             }
         }
     }
@@ -167,11 +167,11 @@ async fn the_index_holds_no_more_of_a_group_than_it_has() {
     assert_eq!(violations(&harness, "blocks").await, 1);
     assert!(!allows(&harness, "bad") && allows(&harness, "good"));
     harness.until("it is asked again", |harness| harness.groups[0].watches() == 2).await;
-    for told in [
-        Told::Snapshot(Snapshot { block_hashes: vec![1; 16].into(), last: true }),
-        Told::State(77),
-        Told::Load(Load { prefill_seconds: f64::NAN, ..Load::default() }),
-        Told::Load(Load { blocks_used: u32::MAX, ..Load::default() }),
+    for update in [
+        Update::Snapshot(Snapshot { block_hashes: vec![1; 16].into(), last: true }),
+        Update::State(77),
+        Update::Load(Load { prefill_seconds: f64::NAN, ..Load::default() }),
+        Update::Load(Load { blocks_used: u32::MAX, ..Load::default() }),
     ] {
         let watches = harness.groups[0].watches();
         harness
@@ -179,7 +179,7 @@ async fn the_index_holds_no_more_of_a_group_than_it_has() {
                 harness.router.service().fleet().view().groups().all(|group| group.link.is_watched())
             })
             .await;
-        harness.groups[0].tell(told);
+        harness.groups[0].report(update);
         harness.until("it is asked again", |harness| harness.groups[0].watches() > watches).await;
     }
     assert_eq!((violations(&harness, "order").await, violations(&harness, "load").await), (1, 3));
@@ -319,8 +319,8 @@ async fn requests_wait_for_a_group_that_is_expected() {
     let next = good_as("a", 2, "none");
     put(&harness, next.record()).await;
     for request in requests {
-        let answer = request.await.expect("no panic");
-        assert_eq!(answer.status, 200, "{}", answer.text);
+        let response = request.await.expect("no panic");
+        assert_eq!(response.status, 200, "{}", response.text);
     }
 }
 
@@ -334,14 +334,15 @@ async fn a_wait_for_a_group_has_an_end() {
         vec![],
     )
     .await;
-    let answer = tokio::time::timeout(Duration::from_secs(60), never.post(COMPLETIONS, body())).await.expect("at once");
-    assert_eq!(answer.status, 503);
-    assert!(answer.headers.contains_key("retry-after"));
+    let response =
+        tokio::time::timeout(Duration::from_secs(60), never.post(COMPLETIONS, body())).await.expect("at once");
+    assert_eq!(response.status, 503);
+    assert!(response.headers.contains_key("retry-after"));
     let harness = Harness::with(wait, ModelSpec::new(tokenizer()), vec![good("a")]).await;
-    harness.groups[0].tell(Told::State(bora_proto::v1::State::Draining as i32));
+    harness.groups[0].report(Update::State(bora_proto::v1::State::Draining as i32));
     harness.until("it drains", |harness| !harness.router.service().fleet().is_ready()).await;
     let began = std::time::Instant::now();
-    let answer = harness.post(COMPLETIONS, body()).await;
-    assert_eq!(answer.status, 503, "{}", answer.text);
-    assert!(answer.headers.contains_key("retry-after") && began.elapsed() >= Duration::from_millis(300));
+    let response = harness.post(COMPLETIONS, body()).await;
+    assert_eq!(response.status, 503, "{}", response.text);
+    assert!(response.headers.contains_key("retry-after") && began.elapsed() >= Duration::from_millis(300));
 }

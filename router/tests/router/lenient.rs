@@ -31,10 +31,10 @@ async fn harness(options: RouterOptions) -> Harness {
 #[tokio::test]
 async fn strict_rules_name_the_message_and_the_rule() {
     let harness = harness(strict()).await;
-    let answer = harness.post(CHAT, chat(&denied())).await;
-    let error = &answer.json()["error"];
+    let response = harness.post(CHAT, chat(&denied())).await;
+    let error = &response.json()["error"];
     assert_eq!(
-        (answer.status, &error["param"], &error["code"]),
+        (response.status, &error["param"], &error["code"]),
         (400, &json!("messages[3].role"), &json!("invalid_message_order"))
     );
     assert_eq!(error["message"], "unexpected role 'system' after role 'assistant'");
@@ -43,8 +43,8 @@ async fn strict_rules_name_the_message_and_the_rule() {
 #[tokio::test]
 async fn by_default_a_router_repairs_and_what_was_known_stays_known() {
     let harness = harness(options()).await;
-    let answer = harness.post(CHAT, chat(&denied())).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
+    let response = harness.post(CHAT, chat(&denied())).await;
+    assert_eq!(response.status, 200, "{}", response.text);
     let mut longer = denied();
     for message in [
         json!({"role": "assistant", "content": "I see."}),
@@ -86,8 +86,8 @@ async fn other_apis_are_repaired_as_well() {
     let harness = harness(options()).await;
     let call = json!({"type": "function_call", "call_id": "a", "name": "rm", "arguments": "{}"});
     let input = json!([{"role": "user", "content": "Clean up."}, call, {"role": "user", "content": "Don't."}]);
-    let answer = harness.post("/v1/responses", json!({"model": MODEL, "input": input})).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
+    let response = harness.post("/v1/responses", json!({"model": MODEL, "input": input})).await;
+    assert_eq!(response.status, 200, "{}", response.text);
     let used = json!([{"type": "tool_use", "id": "a", "name": "rm", "input": {}}]);
     let messages = json!([{"role": "user", "content": "Clean up."}, {"role": "assistant", "content": used},
         {"role": "user", "content": "Don't."}]);
@@ -112,9 +112,9 @@ async fn a_tenant_has_its_own_way() {
     let harness = harness(RouterOptions { access, ..options() }).await;
     for (key, status) in [("key", 200), ("abc", 400)] {
         let headers = [("x-api-key", key)];
-        let answer = harness.request("POST", CHAT, &headers, chat(&denied()).to_string()).await;
-        assert_eq!(answer.status, status, "{}", answer.text);
-        let answer = harness.request("POST", "/tokenize", &headers, chat(&denied()).to_string()).await;
-        assert_eq!(answer.status, status, "{}", answer.text);
+        let response = harness.request("POST", CHAT, &headers, chat(&denied()).to_string()).await;
+        assert_eq!(response.status, status, "{}", response.text);
+        let response = harness.request("POST", "/tokenize", &headers, chat(&denied()).to_string()).await;
+        assert_eq!(response.status, status, "{}", response.text);
     }
 }

@@ -195,19 +195,22 @@ async fn every_row_is_refused_in_openais_shape_and_names_its_field() {
     assert!(rows.len() >= 150, "{}", rows.len());
     let mut wrong = Vec::new();
     for (path, body, status, param) in rows {
-        let answer = harness.request("POST", path, &[], body.clone()).await;
+        let response = harness.request("POST", path, &[], body.clone()).await;
         let error: Value =
-            serde_json::from_str::<Value>(&answer.text).map(|json| json["error"].clone()).unwrap_or_default();
+            serde_json::from_str::<Value>(&response.text).map(|json| json["error"].clone()).unwrap_or_default();
         let named = error["param"].as_str().unwrap_or_default();
         let shaped = error["message"].as_str().is_some_and(|message| !message.is_empty())
             && error["type"] == "invalid_request_error"
             && error.get("code").is_some()
-            && answer.headers["content-type"] == "application/json";
+            && response.headers["content-type"] == "application/json";
         // a conversation's error may name the very place within the field
         let placed = named == param || (!param.is_empty() && named.starts_with(param) && param.starts_with("messages"));
-        if answer.status != status || !placed || !shaped {
+        if response.status != status || !placed || !shaped {
             let shown: String = body.chars().take(120).collect();
-            wrong.push(format!("{path} {shown}: expected {status} {param:?}, got {} {}", answer.status, answer.text));
+            wrong.push(format!(
+                "{path} {shown}: expected {status} {param:?}, got {} {}",
+                response.status, response.text
+            ));
         }
     }
     assert!(wrong.is_empty(), "{} rows:\n{}", wrong.len(), wrong.join("\n"));
@@ -225,10 +228,10 @@ async fn unknown_routes_and_methods_have_openais_shape() {
         ("PUT", "/tokenize", 405),
         ("POST", "/v1/embeddings", 404),
     ] {
-        let answer = harness.request(method, path, &[], "").await;
-        assert_eq!(answer.status, status, "{method} {path}");
-        assert_eq!(answer.json()["error"]["type"], "invalid_request_error", "{method} {path}");
-        assert!(answer.headers.contains_key("x-request-id"), "{method} {path}");
+        let response = harness.request(method, path, &[], "").await;
+        assert_eq!(response.status, status, "{method} {path}");
+        assert_eq!(response.json()["error"]["type"], "invalid_request_error", "{method} {path}");
+        assert!(response.headers.contains_key("x-request-id"), "{method} {path}");
     }
 }
 
@@ -240,12 +243,12 @@ async fn a_body_above_the_limit_is_a_413_with_and_without_its_length() {
     let long = completion("prompt", json!("x".repeat(1000)));
     let length = long.len().to_string();
     let announced = harness.request("POST", COMPLETIONS, &[("content-length", &length)], long.clone()).await;
-    let pieces: Vec<Result<String, std::io::Error>> =
-        long.as_bytes().chunks(100).map(|piece| Ok(String::from_utf8_lossy(piece).into_owned())).collect();
-    let streamed = axum::body::Body::from_stream(futures::stream::iter(pieces));
+    let parts: Vec<Result<String, std::io::Error>> =
+        long.as_bytes().chunks(100).map(|chunk| Ok(String::from_utf8_lossy(chunk).into_owned())).collect();
+    let streamed = axum::body::Body::from_stream(futures::stream::iter(parts));
     let unannounced = harness.request("POST", COMPLETIONS, &[], streamed).await;
-    for answer in [announced, unannounced] {
-        assert_eq!((answer.status, answer.json()["error"]["code"].clone()), (413, json!("request_too_large")));
+    for response in [announced, unannounced] {
+        assert_eq!((response.status, response.json()["error"]["code"].clone()), (413, json!("request_too_large")));
     }
 }
 
@@ -268,7 +271,7 @@ async fn what_only_looks_odd_is_served() {
         json!({"messages": [{"role": "user", "content": "the only model needs no name"}]}).to_string(),
         json!({"model": ALIAS, "messages": [{"role": "user", "content": "by its alias"}]}).to_string(),
     ] {
-        let answer = harness.request("POST", CHAT, &[], body.clone()).await;
-        assert_eq!(answer.status, 200, "{body}: {}", answer.text);
+        let response = harness.request("POST", CHAT, &[], body.clone()).await;
+        assert_eq!(response.status, 200, "{body}: {}", response.text);
     }
 }

@@ -41,10 +41,11 @@ async fn a_plain_message_has_anthropics_shape() {
     })
     .await;
     let headers = [("x-request-id", "abc"), ("anthropic-version", "2023-06-01"), ("x-api-key", "any")];
-    let answer = harness.request("POST", PATH, &headers, ask(json!({"metadata": {"user_id": "u"}})).to_string()).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
+    let response =
+        harness.request("POST", PATH, &headers, ask(json!({"metadata": {"user_id": "u"}})).to_string()).await;
+    assert_eq!(response.status, 200, "{}", response.text);
     assert_eq!(
-        (&answer.headers["request-id"], &answer.headers["x-request-id"]),
+        (&response.headers["request-id"], &response.headers["x-request-id"]),
         (&"abc".parse().unwrap(), &"abc".parse().unwrap())
     );
     let prompt = harness.groups[0].seen()[0].token_ids.len();
@@ -55,7 +56,7 @@ async fn a_plain_message_has_anthropics_shape() {
         "usage": {"input_tokens": prompt - 2, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 2,
                   "output_tokens": generated}
     });
-    assert_eq!(answer.json(), expected);
+    assert_eq!(response.json(), expected);
     let metrics = harness.get("/metrics").await.text;
     assert!(metrics.contains("bora_router_requests_total{endpoint=\"messages\",status=\"200\"} 1"), "{metrics}");
     assert!(metrics.contains("bora_router_unknown_fields_total 0"), "{metrics}");
@@ -83,8 +84,8 @@ async fn blocks_are_the_messages_that_they_stand_for() {
     let body = ask(json!({"messages": messages, "system": system, "tools": [tool()]}));
     // a number that JSON readers round
     let text = body.to_string().replace("\"BIG\"", "12345678901234567890123");
-    let answer = harness.request("POST", PATH, &[], text).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
+    let response = harness.request("POST", PATH, &[], text).await;
+    assert_eq!(response.status, 200, "{}", response.text);
     let call = |id: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": "read_file", "arguments": arguments}});
     let chat = json!([
         {"role": "system", "content": "Be brief.\n\nBe kind."},
@@ -115,23 +116,23 @@ async fn blocks_are_the_messages_that_they_stand_for() {
 const PIXEL: &str = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
 
 #[tokio::test]
-async fn pictures_are_shown_by_the_user_also_those_that_tools_return() {
+async fn images_of_tools_are_shown_by_the_user() {
     let harness = Harness::saying("x").await;
-    let picture = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}});
+    let image = json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}});
     let messages = json!([
-        {"role": "user", "content": [picture, {"type": "text", "text": "a"}]},
+        {"role": "user", "content": [image, {"type": "text", "text": "a"}]},
         {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "look", "input": {}}]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [picture]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": [image]},
             {"type": "text", "text": "b"}]}
     ]);
-    let answer = harness.post(PATH, ask(json!({"messages": messages}))).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    let picture = json!({"type": "image_url", "image_url": format!("data:image/png;base64,{PIXEL}")});
+    let response = harness.post(PATH, ask(json!({"messages": messages}))).await;
+    assert_eq!(response.status, 200, "{}", response.text);
+    let image = json!({"type": "image_url", "image_url": format!("data:image/png;base64,{PIXEL}")});
     let chat = json!([
-        {"role": "user", "content": [picture, {"type": "text", "text": "a"}]},
+        {"role": "user", "content": [image, {"type": "text", "text": "a"}]},
         {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "look", "arguments": "{}"}}]},
         {"role": "tool", "tool_call_id": "c", "content": ""},
-        {"role": "user", "content": [picture, {"type": "text", "text": "b"}]}
+        {"role": "user", "content": [image, {"type": "text", "text": "b"}]}
     ]);
     let sent = &harness.groups[0].seen()[0];
     assert_eq!((json!(sent.token_ids), sent.images.len()), (chat_prompt(&harness, chat, json!({})).await, 2));
@@ -204,11 +205,11 @@ async fn it_ends_for_a_reason_and_breaks_with_an_error() {
     let cut = harness.post(PATH, ask(json!({}))).await.json();
     assert_eq!(cut["stop_reason"], "max_tokens");
     for stream in [false, true] {
-        let answer = harness.post(PATH, ask(json!({"stop_sequences": ["STOP"], "stream": stream}))).await;
+        let response = harness.post(PATH, ask(json!({"stop_sequences": ["STOP"], "stream": stream}))).await;
         let end = if stream {
-            answer.events().iter().rev().nth(1).expect("events").1["delta"].clone()
+            response.events().iter().rev().nth(1).expect("events").1["delta"].clone()
         } else {
-            answer.json()
+            response.json()
         };
         assert_eq!((&end["stop_reason"], &end["stop_sequence"]), (&json!("stop_sequence"), &json!("STOP")));
     }
@@ -231,12 +232,12 @@ async fn silence_is_broken_by_pings() {
     });
     let options = RouterOptions { heartbeat_seconds: 0.1, ..options() };
     let harness = Harness::with(options, ModelSpec::new(tokenizer()), vec![group]).await;
-    let answer = harness.post(PATH, ask(json!({"stream": true}))).await;
-    let events = answer.events();
+    let response = harness.post(PATH, ask(json!({"stream": true}))).await;
+    let events = response.events();
     // the message begins when the group has said what it knows of the prompt
     let begins = events.iter().position(|(name, _)| name == "message_start").expect("a message");
-    assert!(begins >= 1 && events[..begins].iter().all(|(name, _)| name == "ping"), "{}", answer.text);
-    assert!(!answer.text.contains(": keep-alive"));
+    assert!(begins >= 1 && events[..begins].iter().all(|(name, _)| name == "ping"), "{}", response.text);
+    assert!(!response.text.contains(": keep-alive"));
 }
 
 #[tokio::test]
@@ -252,8 +253,8 @@ async fn choices_and_forms_reach_the_group() {
         json!({"tool_choice": {"type": "auto", "disable_parallel_tool_use": true}, "tools": [tool()], "top_k": 4}),
         json!({"tool_choice": {"type": "none"}, "tools": [tool()], "thinking": {"type": "enabled", "budget_tokens": 1024}}),
     ] {
-        let answer = harness.post(PATH, ask(extra.clone())).await;
-        assert_eq!(answer.status, 200, "{extra}: {}", answer.text);
+        let response = harness.post(PATH, ask(extra.clone())).await;
+        assert_eq!(response.status, 200, "{extra}: {}", response.text);
     }
     let seen = harness.groups[0].seen();
     let grammar = |at: usize| seen[at].grammar.as_ref().map_or("", |grammar| grammar.source.as_str());
@@ -346,10 +347,10 @@ async fn what_it_refuses_is_named_in_anthropics_form() {
         (json!({"stream": "yes"}), "stream"),
         (json!({"messages": [{"role": "user", "content": "word ".repeat(5_000)}]}), "prompt is too long: "),
     ] {
-        let answer = harness.post(PATH, ask(extra.clone())).await;
+        let response = harness.post(PATH, ask(extra.clone())).await;
         let shown: String = extra.to_string().chars().take(200).collect();
-        let body = answer.json();
-        assert_eq!((answer.status, &body["type"]), (400, &json!("error")), "{shown}: {body}");
+        let body = response.json();
+        assert_eq!((response.status, &body["type"]), (400, &json!("error")), "{shown}: {body}");
         assert_eq!(body["error"]["type"], "invalid_request_error", "{shown}");
         assert!(body["error"]["message"].as_str().is_some_and(|message| message.contains(named)), "{shown}: {body}");
         assert!(body["request_id"].as_str().is_some_and(|id| !id.is_empty()));
@@ -362,13 +363,13 @@ async fn what_it_refuses_is_named_in_anthropics_form() {
         ("GET", PATH, String::new(), 405, "invalid_request_error"),
         ("POST", "/v1/messages/batches", String::new(), 404, "not_found_error"),
     ] {
-        let answer = harness.request(method, path, &[], body).await;
-        let json = answer.json();
-        assert_eq!((answer.status, &json["error"]["type"]), (status, &json!(kind)), "{method} {path}: {json}");
+        let response = harness.request(method, path, &[], body).await;
+        let json = response.json();
+        assert_eq!((response.status, &json["error"]["type"]), (status, &json!(kind)), "{method} {path}: {json}");
     }
     assert!(harness.groups[0].seen().is_empty(), "none of them reached the group");
     let empty = Harness::start(Vec::new()).await;
-    let answer = empty.post(PATH, ask(json!({}))).await;
-    assert_eq!((answer.status, &answer.json()["error"]["type"]), (503, &json!("overloaded_error")));
-    assert!(answer.headers.contains_key("retry-after"));
+    let response = empty.post(PATH, ask(json!({}))).await;
+    assert_eq!((response.status, &response.json()["error"]["type"]), (503, &json!("overloaded_error")));
+    assert!(response.headers.contains_key("retry-after"));
 }

@@ -18,15 +18,15 @@ fn chat(extra: Value) -> Value {
 
 /// What the group is asked for a chat request.
 async fn sent(harness: &Harness, extra: Value) -> GenerateRequest {
-    let answer = harness.post(CHAT, chat(extra.clone())).await;
-    assert_eq!(answer.status, 200, "{extra}: {}", answer.text);
+    let response = harness.post(CHAT, chat(extra.clone())).await;
+    assert_eq!(response.status, 200, "{extra}: {}", response.text);
     harness.groups[0].seen().pop().expect("a request")
 }
 
 async fn refused(harness: &Harness, path: &str, body: Value) -> Value {
-    let answer = harness.post(path, body.clone()).await;
-    assert_eq!(answer.status, 400, "{body}: {}", answer.text);
-    answer.json()["error"].clone()
+    let response = harness.post(path, body.clone()).await;
+    assert_eq!(response.status, 400, "{body}: {}", response.text);
+    response.json()["error"].clone()
 }
 
 #[tokio::test]
@@ -124,9 +124,9 @@ async fn priorities_and_salts() {
         (json!("urgent"), 400),
         (json!(1.5), 400),
     ] {
-        let answer = harness.post(CHAT, chat(json!({"priority": priority}))).await;
-        assert_eq!(answer.status, status, "{priority}: {}", answer.text);
-        assert!(status == 200 || answer.json()["error"]["param"] == "priority");
+        let response = harness.post(CHAT, chat(json!({"priority": priority}))).await;
+        assert_eq!(response.status, status, "{priority}: {}", response.text);
+        assert!(status == 200 || response.json()["error"]["param"] == "priority");
     }
     let salt = keys().cache_salt(CacheScope::Anonymous, "team");
     assert_eq!(sent(&harness, json!({"cache_salt": "team"})).await.cache_salt, salt.as_ref());

@@ -13,13 +13,13 @@ use bora_router::{
     fleet::view::Fleet,
     place::{
         admission::Class,
-        choose::{Placement, Wanted, place},
+        choose::{Placement, PlacementRequest, place},
     },
 };
 
 use crate::{
     support::keys,
-    virtual_time::{MODEL, MOST_SEQUENCES, record},
+    virtual_time::{MAX_SEQUENCES, MODEL, record},
 };
 
 fn fleet(groups: usize, now: Instant) -> Arc<Fleet> {
@@ -38,7 +38,7 @@ fn new_prompt(number: u32) -> Vec<BlockHash> {
 
 fn send(fleet: &Fleet, hashes: &[BlockHash], session: Option<u64>, now: Instant) -> Placement {
     let view = fleet.view();
-    let wanted = Wanted {
+    let wanted = PlacementRequest {
         hashes,
         tokens: hashes.len() * 64 + 9,
         session,
@@ -59,20 +59,20 @@ fn name(placement: &Placement) -> String {
 async fn a_named_conversation_goes_home_as_long_as_home_is_there() {
     let now = Instant::now();
     let fleet = fleet(8, now);
-    let home = name(&send(&fleet, &new_prompt(0), Some(7), now));
+    let affine = name(&send(&fleet, &new_prompt(0), Some(7), now));
     // its history is new each time: nothing but the name says where it belongs
     for turn in 1..20u32 {
         let now = now + Duration::from_secs(120) * turn;
-        assert_eq!(name(&send(&fleet, &new_prompt(turn), Some(7), now)), home, "turn {turn}");
+        assert_eq!(name(&send(&fleet, &new_prompt(turn), Some(7), now)), affine, "turn {turn}");
     }
     let elsewhere: HashSet<String> =
         (20..60u32).map(|number| name(&send(&fleet, &new_prompt(number), None, now))).collect();
     assert!(elsewhere.len() > 4, "those without a name are spread: {elsewhere:?}");
 
-    let link = fleet.view().groups().find(|group| group.record.group == home).map(|group| Arc::clone(&group.link));
+    let link = fleet.view().groups().find(|group| group.record.group == affine).map(|group| Arc::clone(&group.link));
     fleet.remove(&link.expect("its home"));
     let now = now + Duration::from_secs(10_000);
-    fleet.put_unwatched(record(&home, 2), now).expect("an endpoint");
+    fleet.put_unwatched(record(&affine, 2), now).expect("an endpoint");
     let again: HashSet<String> =
         (100..140u32).map(|number| name(&send(&fleet, &new_prompt(number), Some(u64::from(number)), now))).collect();
     assert!(again.len() > 4, "{again:?}");
@@ -83,7 +83,7 @@ async fn one_name_for_everything_does_not_heap_it_on_one_group() {
     let now = Instant::now();
     let fleet = fleet(8, now);
     let running: Vec<Placement> = (0..16u32).map(|number| send(&fleet, &new_prompt(number), Some(7), now)).collect();
-    let most = fleet.view().groups().map(|group| group.link.ledger.busy().sequences).max();
+    let most = fleet.view().groups().map(|group| group.link.load_tracker.busy().sequences).max();
     assert!(most <= Some(4), "{most:?} of {} in one of eight groups", running.len());
 }
 
@@ -92,20 +92,20 @@ async fn one_name_for_everything_does_not_heap_it_on_one_group() {
 async fn a_turn_that_follows_at_once_goes_where_the_conversation_is() {
     let now = Instant::now();
     let fleet = fleet(2, now);
-    let conversations: Vec<Vec<BlockHash>> = (0..2 * MOST_SEQUENCES).map(new_prompt).collect();
+    let conversations: Vec<Vec<BlockHash>> = (0..2 * MAX_SEQUENCES).map(new_prompt).collect();
     let mut running: Vec<Placement> = conversations.iter().map(|hashes| send(&fleet, hashes, None, now)).collect();
-    let homes: Vec<String> = running.iter().map(name).collect();
+    let affine_groups: Vec<String> = running.iter().map(name).collect();
     for group in fleet.view().groups() {
-        let here = || conversations.iter().zip(&homes).filter(|(_, home)| **home == group.record.group);
+        let here = || conversations.iter().zip(&affine_groups).filter(|(_, affine)| **affine == group.record.group);
         let stored: Vec<u8> = here().flat_map(|(hashes, _)| hashes).flat_map(|hash| hash.to_bytes()).collect();
         fleet.index.apply(group.link.slot, &stored, &[]);
-        group.link.ledger.report(Load { running: here().count() as u32, ..Load::default() }, now);
+        group.link.load_tracker.report(Load { running: here().count() as u32, ..Load::default() }, now);
         assert!(!group.has_room(Class::Interactive), "{} is full", group.record.group);
     }
     running.iter_mut().for_each(|placement| placement.booking.received_token(now));
     drop(running);
-    for (hashes, home) in conversations.iter().zip(&homes) {
-        assert_eq!(&name(&send(&fleet, hashes, None, now)), home);
+    for (hashes, affine) in conversations.iter().zip(&affine_groups) {
+        assert_eq!(&name(&send(&fleet, hashes, None, now)), affine);
     }
 }
 

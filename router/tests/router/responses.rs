@@ -30,9 +30,9 @@ async fn a_plain_response_has_openais_shape() {
     let harness = Harness::saying("Hello, world!").await;
     let body = ask(json!({"instructions": "Be brief.", "metadata": {"a": "b"}, "user": "u", "max_output_tokens": 50,
                           "temperature": 0.5, "store": true, "tools": [tool()], "truncation": "auto"}));
-    let answer = harness.request("POST", PATH, &[("x-request-id", "abc")], body.to_string()).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    let got = answer.json();
+    let completion = harness.request("POST", PATH, &[("x-request-id", "abc")], body.to_string()).await;
+    assert_eq!(completion.status, 200, "{}", completion.text);
+    let got = completion.json();
     assert_eq!(
         (&got["id"], &got["object"], &got["status"]),
         (&json!("resp_abc"), &json!("response"), &json!("completed"))
@@ -92,8 +92,8 @@ async fn items_are_the_messages_that_they_stand_for() {
         {"type": "function_call_output", "call_id": "call_1", "output": "one"},
         {"role": "user", "content": "Well?"}
     ]);
-    let answer = harness.post(PATH, ask(json!({"input": items}))).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
+    let completion = harness.post(PATH, ask(json!({"input": items}))).await;
+    assert_eq!(completion.status, 200, "{}", completion.text);
     let call = |id: &str, arguments: &str| json!({"id": id, "type": "function", "function": {"name": "read_file", "arguments": arguments}});
     let messages = json!([
         {"role": "system", "content": "Be brief."},
@@ -109,26 +109,26 @@ async fn items_are_the_messages_that_they_stand_for() {
 }
 
 /// One pixel.
-const PICTURE: &str = "data:image/png;base64,\
+const IMAGE: &str = "data:image/png;base64,\
     iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
 
 #[tokio::test]
-async fn pictures_are_shown_by_the_user_also_those_that_tools_return() {
+async fn images_of_tools_are_shown_by_the_user() {
     let harness = Harness::saying("x").await;
     let items = json!([
-        {"role": "user", "content": [{"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": "a"}]},
+        {"role": "user", "content": [{"type": "input_image", "image_url": IMAGE}, {"type": "input_text", "text": "a"}]},
         {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output":
-            [{"type": "input_text", "text": "seen"}, {"type": "input_image", "image_url": PICTURE}]}
+            [{"type": "input_text", "text": "seen"}, {"type": "input_image", "image_url": IMAGE}]}
     ]);
-    let answer = harness.post(PATH, ask(json!({"input": items}))).await;
-    assert_eq!(answer.status, 200, "{}", answer.text);
-    let picture = json!({"type": "image_url", "image_url": {"url": PICTURE}});
+    let completion = harness.post(PATH, ask(json!({"input": items}))).await;
+    assert_eq!(completion.status, 200, "{}", completion.text);
+    let image = json!({"type": "image_url", "image_url": {"url": IMAGE}});
     let messages = json!([
-        {"role": "user", "content": [picture, {"type": "text", "text": "a"}]},
+        {"role": "user", "content": [image, {"type": "text", "text": "a"}]},
         {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "look", "arguments": "{}"}}]},
         {"role": "tool", "tool_call_id": "c", "content": "seen"},
-        {"role": "user", "content": [picture]}
+        {"role": "user", "content": [image]}
     ]);
     let sent = &harness.groups[0].seen()[0];
     assert_eq!(json!(sent.token_ids), chat_prompt(&harness, messages, Value::Null).await);
@@ -143,9 +143,9 @@ async fn events_come_in_order_and_numbered() {
     let ids = ids.concat();
     let harness = Harness::scripted(move |_| Ok(say_ids(&ids, FinishReason::Stop))).await;
     let body = ask(json!({"stream": true, "tools": [tool()]}));
-    let answer = harness.request("POST", PATH, &[("x-request-id", "s")], body.to_string()).await;
-    assert!(!answer.text.contains("[DONE]"));
-    let events = answer.events();
+    let completion = harness.request("POST", PATH, &[("x-request-id", "s")], body.to_string()).await;
+    assert!(!completion.text.contains("[DONE]"));
+    let events = completion.events();
     for (number, (name, event)) in events.iter().enumerate() {
         assert_eq!((&event["type"], &event["sequence_number"]), (&json!(name), &json!(number)));
     }
@@ -240,8 +240,8 @@ async fn forms_choices_and_logprobs_reach_the_group() {
     .await;
     let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}});
     let format = json!({"type": "json_schema", "name": "n", "schema": schema, "strict": true});
-    let answer = harness.post(PATH, ask(json!({"text": {"format": format}}))).await;
-    assert_eq!(answer.json()["text"]["format"], format);
+    let completion = harness.post(PATH, ask(json!({"text": {"format": format}}))).await;
+    assert_eq!(completion.json()["text"]["format"], format);
     let named = json!({"type": "function", "name": "read_file"});
     harness.post(PATH, ask(json!({"tools": [tool()], "tool_choice": named, "seed": 7, "top_k": 3}))).await;
     for mode in ["required", "auto"] {
@@ -323,16 +323,16 @@ async fn what_it_refuses_is_named_as_the_client_knows_it() {
         (json!({"include": "x"}), "include"),
         (json!({"input": "word ".repeat(5_000)}), "input"),
     ] {
-        let answer = harness.post(PATH, ask(extra.clone())).await;
-        let error = answer.json()["error"].clone();
+        let completion = harness.post(PATH, ask(extra.clone())).await;
+        let error = completion.json()["error"].clone();
         let shown: String = extra.to_string().chars().take(200).collect();
-        assert_eq!((answer.status, &error["param"]), (400, &json!(param)), "{shown}: {error}");
+        assert_eq!((completion.status, &error["param"]), (400, &json!(param)), "{shown}: {error}");
         assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()));
     }
     assert!(harness.groups[0].seen().is_empty(), "none of them reached the group");
     let ignored = ask(json!({"reasoning": {"effort": null, "summary": "auto"}, "service_tier": "auto", "store": null,
         "stream_options": {"include_obfuscation": false}, "prompt_cache_key": "k", "flux": 1}));
-    let answer = harness.post(PATH, ignored).await;
-    assert_eq!((answer.status, &answer.json()["prompt_cache_key"]), (200, &json!("k")));
+    let completion = harness.post(PATH, ignored).await;
+    assert_eq!((completion.status, &completion.json()["prompt_cache_key"]), (200, &json!("k")));
     assert!(harness.get("/metrics").await.text.contains("bora_router_unknown_fields_total 1"));
 }

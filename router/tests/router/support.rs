@@ -26,7 +26,7 @@ use bora_proto::v1::{
     GrammarCompiled, GroupEvent, Load, PositionLogprobs, PromptLogprobs, Snapshot, Started, State, TokenLogprob,
     Tokens, WatchRequest,
     generate_event::Event,
-    group_event::Event as Told,
+    group_event::Event as Update,
     inference_server::{Inference, InferenceServer},
 };
 use bora_router::{ConversationRules, ModelSpec, Router, RouterOptions};
@@ -128,7 +128,7 @@ struct Scripted {
     running: Arc<AtomicUsize>,
     died: mpsc::UnboundedSender<()>,
     /// What is told, and how many numbers are left out before it.
-    events: broadcast::Sender<(u64, Told)>,
+    events: broadcast::Sender<(u64, Update)>,
     watches: Arc<AtomicUsize>,
     /// The load as it was last told.
     reported: Arc<Mutex<Load>>,
@@ -264,22 +264,22 @@ impl Inference for Scripted {
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         self.watches.fetch_add(1, Ordering::SeqCst);
         let first = [
-            Told::Snapshot(Snapshot { block_hashes: Default::default(), last: true }),
-            Told::State(State::Ready as i32),
-            Told::Load(Load { blocks_total: 1000, ..Load::default() }),
+            Update::Snapshot(Snapshot { block_hashes: Default::default(), last: true }),
+            Update::State(State::Ready as i32),
+            Update::Load(Load { blocks_total: 1000, ..Load::default() }),
         ]
-        .map(|told| (0, told));
+        .map(|update| (0, update));
         let reported = Arc::clone(&self.reported);
-        let told = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
-            .filter_map(|told| async move { told.ok() });
+        let update = tokio_stream::wrappers::BroadcastStream::new(self.events.subscribe())
+            .filter_map(|update| async move { update.ok() });
         let every_second = tokio::time::interval(Duration::from_secs(1));
         let signs_of_life =
-            tokio_stream::wrappers::IntervalStream::new(every_second).map(move |_| (0, Told::Load(*reported.lock())));
-        let later = futures::stream::select(told, signs_of_life);
+            tokio_stream::wrappers::IntervalStream::new(every_second).map(move |_| (0, Update::Load(*reported.lock())));
+        let later = futures::stream::select(update, signs_of_life);
         let (mut sequence, epoch) = (0, self.epoch);
-        let events = futures::stream::iter(first).chain(later).map(move |(gap, told)| {
+        let events = futures::stream::iter(first).chain(later).map(move |(gap, update)| {
             sequence += 1 + gap;
-            Ok(GroupEvent { epoch, sequence, event: Some(told) })
+            Ok(GroupEvent { epoch, sequence, event: Some(update) })
         });
         Ok(Response::new(Box::pin(events)))
     }
@@ -408,22 +408,22 @@ impl Group {
     }
 
     /// Tells its watchers.
-    pub fn tell(&self, told: Told) {
-        if let Told::Load(load) = &told {
+    pub fn report(&self, update: Update) {
+        if let Update::Load(load) = &update {
             *self.scripted.reported.lock() = *load;
         }
-        let _ = self.scripted.events.send((0, told));
+        let _ = self.scripted.events.send((0, update));
     }
 
     /// Tells its watchers as if an event had been lost on the way.
-    pub fn tell_after_a_gap(&self, told: Told) {
-        let _ = self.scripted.events.send((1, told));
+    pub fn report_after_a_gap(&self, update: Update) {
+        let _ = self.scripted.events.send((1, update));
     }
 
     /// Reports to its watchers that it holds blocks of these hashes.
     pub fn tell_hashes(&self, hashes: impl Iterator<Item = u128>) {
         let stored: Vec<u8> = hashes.flat_map(u128::to_le_bytes).collect();
-        self.tell(Told::Blocks(BlocksChanged { stored: stored.into(), evicted: Default::default() }));
+        self.report(Update::Blocks(BlocksChanged { stored: stored.into(), evicted: Default::default() }));
     }
 
     /// How often it was asked for its events.
@@ -432,10 +432,10 @@ impl Group {
     }
 
     /// Tells its watchers that it holds the blocks of a prompt.
-    pub fn tell_stored(&self, token_ids: &[u32]) {
+    pub fn report_stored(&self, token_ids: &[u32]) {
         let stored: Vec<u8> =
             hash_blocks(&keys(), salt().as_ref(), &[], token_ids).iter().flat_map(|hash| hash.to_bytes()).collect();
-        self.tell(Told::Blocks(BlocksChanged { stored: stored.into(), evicted: Default::default() }));
+        self.report(Update::Blocks(BlocksChanged { stored: stored.into(), evicted: Default::default() }));
     }
 
     pub fn record(&self) -> GroupRecord {

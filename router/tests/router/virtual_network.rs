@@ -21,11 +21,11 @@ use bora_router::{
     metrics::Metrics,
     place::{
         admission::{Admission, Class},
-        ledger::Busy,
+        load_tracker::LoadEstimate,
     },
     relay::{
         budget::RetryBudget,
-        resume::{Event, Relay, Sequence, SequenceError, Task},
+        failover::{Event, Relay, Sequence, SequenceError, Task},
         stream::Failure,
     },
 };
@@ -38,12 +38,12 @@ use tokio::{
 };
 
 use self::{
-    group::{END, Group, answer},
+    group::{END, Group, response},
     wire::{GOOD, Network, Path, Setting},
 };
 use crate::{
     support::keys,
-    virtual_time::{MODEL, MOST_SEQUENCES},
+    virtual_time::{MAX_SEQUENCES, MODEL},
 };
 
 const SEEDS: Range<u64> = 0..80;
@@ -52,7 +52,7 @@ const CLIENTS: u64 = 8;
 const TROUBLED: Duration = Duration::from_secs(120);
 /// Longer than all groups are away.
 const FAILOVER_WAIT: Duration = Duration::from_secs(60);
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// What groups, clients and their troubles share.
 struct World {
@@ -69,7 +69,7 @@ struct World {
 struct Seen {
     /// All that happened, with its millisecond.
     log: Vec<String>,
-    answers: usize,
+    responses: usize,
     /// Of these, those that a second group went on with.
     moved: usize,
 }
@@ -107,10 +107,10 @@ impl World {
     }
 
     /// A stream to its end, or until its client has heard enough. False where it was refused before it began.
-    async fn answers(self: &Arc<Self>, id: &str, task: &Arc<Task>, enough: usize) -> bool {
+    async fn responses(self: &Arc<Self>, id: &str, task: &Arc<Task>, enough: usize) -> bool {
         let prompt: Vec<u32> = task.ids.iter().collect();
         let seed = task.sampling.seed;
-        let (ids, reason) = answer(&prompt, seed);
+        let (ids, reason) = response(&prompt, seed);
         let mut sequence = match Sequence::place(Arc::clone(&self.relay), Arc::clone(task), id.into(), seed, None) {
             Ok(sequence) => sequence,
             Err(SequenceError::NoGroup(_)) => return false,
@@ -142,7 +142,7 @@ impl World {
             }
         }
         let mut seen = self.seen.lock();
-        seen.answers += 1;
+        seen.responses += 1;
         seen.moved += usize::from(sequence.served_by().len() > 1);
         true
     }
@@ -160,13 +160,13 @@ impl World {
             }
             ids.extend((0..random.random_range(1..200)).map(|_| random.random_range(100..100_000_u32)));
             let seed = random.random();
-            let (said, reason) = answer(&ids, seed);
+            let (said, reason) = response(&ids, seed);
             let max_tokens = if reason == FinishReason::Length { said.len() as u32 } else { 1_000 };
             let task = Arc::new(task(&ids, seed, max_tokens, number));
             let enough = if random.random_bool(0.1) { random.random_range(0..10) } else { usize::MAX };
             let id = format!("{number}/{request}");
-            let asked = timeout(PATIENCE, async {
-                while !self.answers(&id, &task, enough).await {
+            let asked = timeout(TIMEOUT, async {
+                while !self.responses(&id, &task, enough).await {
                     self.note(format_args!("{id}: refused"));
                     sleep(Duration::from_millis(700)).await;
                 }
@@ -193,7 +193,7 @@ fn task(ids: &[u32], seed: u64, max_tokens: u32, tenant: u64) -> Task {
         end_ids: vec![END],
         grammar: None,
         cache_salt: Default::default(),
-        deadline: Instant::now() + 2 * PATIENCE,
+        deadline: Instant::now() + 2 * TIMEOUT,
         deaths: Arc::default(),
         trace: None,
         tracestate: None,
@@ -366,7 +366,7 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
             sleep(Duration::from_millis(100)).await;
         }
     };
-    timeout(PATIENCE, waiting).await.unwrap_or_else(|_| panic!("it did not come true that {what}"));
+    timeout(TIMEOUT, waiting).await.unwrap_or_else(|_| panic!("it did not come true that {what}"));
 }
 
 /// What the router believes is so, and nothing of what was is left.
@@ -389,7 +389,7 @@ async fn check_calm(fleet: &Fleet, places: &[Place]) {
         assert_eq!(fleet.index.held(&[BlockHash(hash)], &slots), so);
     }
     for known in view.groups() {
-        assert_eq!(known.link.ledger.busy(), Busy::default(), "{}", known.link.group);
+        assert_eq!(known.link.load_tracker.busy(), LoadEstimate::default(), "{}", known.link.group);
     }
     assert_eq!((fleet.index.expected(), fleet.room.waiting()), (0, 0));
 }
@@ -437,11 +437,11 @@ async fn begin_streams(world: &Arc<World>, random: &mut StdRng, count: u64) -> (
     let mut streams = JoinSet::new();
     for number in 0..count {
         let ids: Vec<u32> = (0..100).map(|_| random.random_range(100..100_000)).collect();
-        let is_long = |seed: &u64| answer(&ids, *seed).0.len() > 60;
+        let is_long = |seed: &u64| response(&ids, *seed).0.len() > 60;
         let seed = (0..).find(is_long).expect("one of so many");
-        let task = Arc::new(task(&ids, seed, answer(&ids, seed).0.len() as u32, number));
+        let task = Arc::new(task(&ids, seed, response(&ids, seed).0.len() as u32, number));
         let world = Arc::clone(world);
-        streams.spawn(async move { assert!(world.answers(&number.to_string(), &task, usize::MAX).await) });
+        streams.spawn(async move { assert!(world.responses(&number.to_string(), &task, usize::MAX).await) });
     }
     sleep(Duration::from_secs(1)).await;
     (places, streams)
@@ -451,8 +451,8 @@ async fn begin_streams(world: &Arc<World>, random: &mut StdRng, count: u64) -> (
 /// free, and they do not ask in vain while none does. Comes to the longest time for which a place was free.
 async fn follow_one_by_one(seed: u64) -> Duration {
     let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
-    let ([dies, lives], mut streams) = begin_streams(&world, &mut random, 2 * u64::from(MOST_SEQUENCES)).await;
-    assert_eq!((dies.group.running(), lives.group.running()), (MOST_SEQUENCES, MOST_SEQUENCES), "all are taken");
+    let ([dies, lives], mut streams) = begin_streams(&world, &mut random, 2 * u64::from(MAX_SEQUENCES)).await;
+    assert_eq!((dies.group.running(), lives.group.running()), (MAX_SEQUENCES, MAX_SEQUENCES), "all are taken");
     dies.group.kill();
     let (mut free, mut longest) = (Duration::ZERO, Duration::ZERO);
     while !streams.is_empty() {
@@ -460,32 +460,36 @@ async fn follow_one_by_one(seed: u64) -> Duration {
         while let Some(ended) = streams.try_join_next() {
             ended.expect("an answer");
         }
-        let is_free = (lives.group.running() as usize) < streams.len().min(MOST_SEQUENCES as usize);
+        let is_free = (lives.group.running() as usize) < streams.len().min(MAX_SEQUENCES as usize);
         free = if is_free { free + Duration::from_millis(10) } else { Duration::ZERO };
         longest = longest.max(free);
     }
-    assert_eq!(lives.group.refused(), MOST_SEQUENCES, "each was refused once, when its group died");
+    assert_eq!(lives.group.refused(), MAX_SEQUENCES, "each was refused once, when its group died");
     longest
 }
 
 /// A group that was filled by others since it told of its load, and has one place when it tells of it again.
-async fn follow_when_told(seed: u64) {
+async fn follow_when_notified(seed: u64) {
     let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
     let (mut places, mut streams) = begin_streams(&world, &mut random, 1).await;
     places.sort_by_key(|place| place.group.running());
     let [full, dies] = places;
     let known = full.watched().expect("it is known");
-    let reports = known.link.ledger.reports();
-    while known.link.ledger.reports() == reports {
+    let reports = known.link.load_tracker.reports();
+    while known.link.load_tracker.reports() == reports {
         sleep(Duration::from_millis(1)).await;
     }
-    full.group.run_of_others(MOST_SEQUENCES);
+    full.group.run_of_others(MAX_SEQUENCES);
     dies.group.kill();
     sleep(Duration::from_millis(350)).await;
-    assert_eq!((full.group.refused(), known.link.ledger.reports()), (1, reports + 1), "it has told of nothing since");
-    full.group.run_of_others(MOST_SEQUENCES - 1);
+    assert_eq!(
+        (full.group.refused(), known.link.load_tracker.reports()),
+        (1, reports + 1),
+        "it has told of nothing since"
+    );
+    full.group.run_of_others(MAX_SEQUENCES - 1);
     sleep(Duration::from_millis(300)).await;
-    assert_eq!((full.group.refused(), full.group.running()), (1, MOST_SEQUENCES), "it has told of a place");
+    assert_eq!((full.group.refused(), full.group.running()), (1, MAX_SEQUENCES), "it has told of a place");
     streams.join_next().await.expect("one").expect("an answer");
 }
 
@@ -521,9 +525,9 @@ async fn spare_the_silent(seed: u64) {
     for number in 0..40 {
         let ids: Vec<u32> = (0..100).map(|_| random.random_range(100..100_000)).collect();
         let seed = random.random();
-        let task = Arc::new(task(&ids, seed, answer(&ids, seed).0.len() as u32, number));
+        let task = Arc::new(task(&ids, seed, response(&ids, seed).0.len() as u32, number));
         let began = Instant::now();
-        assert!(world.answers(&number.to_string(), &task, usize::MAX).await);
+        assert!(world.responses(&number.to_string(), &task, usize::MAX).await);
         assert!(began.elapsed() < Duration::from_secs(20), "it was not held up by the silent group");
         // also when its breaker would let one through to try
         sleep(Duration::from_secs(2)).await;
@@ -569,13 +573,13 @@ fn in_virtual_time<T>(seed: u64, run: impl AsyncFnOnce(u64) -> T) -> T {
 
 #[test]
 fn whatever_happens_every_answer_is_right_and_nothing_is_left_over() {
-    let (mut answers, mut moved) = (0, 0);
+    let (mut responses, mut moved) = (0, 0);
     for seed in SEEDS {
         let seen = in_virtual_time(seed, run);
-        answers += seen.answers;
+        responses += seen.responses;
         moved += seen.moved;
     }
-    assert!(answers > 8_000 && moved > 2_000, "{moved} of {answers} moved");
+    assert!(responses > 8_000 && moved > 2_000, "{moved} of {responses} moved");
 }
 
 #[test]
@@ -594,7 +598,7 @@ fn a_stream_that_waits_is_taken_as_soon_as_a_full_group_tells_of_room() {
         let free = in_virtual_time(seed, follow_one_by_one);
         // a report comes every half second
         assert!(free < Duration::from_secs(1), "a place was free for {free:?}");
-        in_virtual_time(seed, follow_when_told);
+        in_virtual_time(seed, follow_when_notified);
     }
 }
 

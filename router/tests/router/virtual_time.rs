@@ -1,4 +1,4 @@
-//! Index, fleet, ledger and admission under seeded faults in virtual time: groups come, fill up, evict, fall silent,
+//! Index, fleet, load_tracker and admission under seeded faults in virtual time: groups come, fill up, evict, fall silent,
 //! are restarted and die under their requests, a thousand steps a seed, and after each step what the router believes
 //! is compared with what is so. Nothing is drawn outside of the seed: the same seed takes the same way again.
 
@@ -18,9 +18,9 @@ use bora_router::{
     RouterOptions,
     fleet::view::{Fleet, Link},
     place::{
-        admission::{Admission, Ask, Class},
+        admission::{Admission, Class, QueuedRequest},
         choose::{NoGroup, Placement},
-        ledger::Busy,
+        load_tracker::LoadEstimate,
     },
 };
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
@@ -29,7 +29,7 @@ use tokio::{sync::oneshot, time::Instant};
 use crate::support::keys;
 
 pub(crate) const MODEL: &str = "m";
-pub(crate) const MOST_SEQUENCES: u32 = 4;
+pub(crate) const MAX_SEQUENCES: u32 = 4;
 const STEPS: usize = 1_000;
 
 struct Group {
@@ -82,7 +82,7 @@ pub(crate) fn record(name: &str, epoch: u64) -> GroupRecord {
         host_blocks: 0,
         max_model_len: 1 << 20,
         vocabulary_size: 1 << 17,
-        max_sequences: MOST_SEQUENCES,
+        max_sequences: MAX_SEQUENCES,
         images: false,
         speed: Speed {
             prefill_tokens_per_second: 20_000.0,
@@ -159,7 +159,7 @@ impl World {
 
     fn ask(&mut self, chain: usize, deaths: u32) {
         let hashes = Arc::clone(&self.chains[chain]);
-        let ask = Ask {
+        let ask = QueuedRequest {
             model: MODEL.into(),
             tokens: hashes.len() * 64 + 7,
             hashes,
@@ -181,7 +181,7 @@ impl World {
         self.fleet.index.apply(group.link.slot, &bytes(&new), &[]);
         group.prefill_seconds += new.len() as f64 * 0.003;
         let load = Load { prefill_seconds: group.prefill_seconds, ..Load::default() };
-        group.link.ledger.report(load, Instant::now().into_std());
+        group.link.load_tracker.report(load, Instant::now().into_std());
         self.fleet.room.changed();
     }
 
@@ -278,8 +278,8 @@ impl World {
             assert_eq!(held as usize, so, "{}", group.link.group);
             let there = |flight: &&Flight| Arc::ptr_eq(&flight.placement.group.link, &group.link);
             let running = self.flights.iter().filter(there).count() as u32;
-            assert_eq!(group.link.ledger.busy().sequences, running, "{}", group.link.group);
-            assert!(running <= MOST_SEQUENCES);
+            assert_eq!(group.link.load_tracker.busy().sequences, running, "{}", group.link.group);
+            assert!(running <= MAX_SEQUENCES);
         }
         let seen: Vec<String> = self.fleet.view().groups().map(|group| group.record.group.clone()).collect();
         assert_eq!(seen, self.groups.keys().cloned().collect::<Vec<_>>());
@@ -303,7 +303,7 @@ async fn run(seed: u64) -> u64 {
     }
     assert!(world.waiting.is_empty() && world.flights.is_empty());
     assert_eq!(world.fleet.index.expected(), 0);
-    assert!(world.groups.values().all(|group| group.link.ledger.busy() == Busy::default()));
+    assert!(world.groups.values().all(|group| group.link.load_tracker.busy() == LoadEstimate::default()));
     for name in world.groups.keys().cloned().collect::<Vec<_>>() {
         world.die(&name);
     }

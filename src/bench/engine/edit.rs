@@ -21,7 +21,7 @@ const FILES: [(&str, &str, &str); 4] = [
     (include_str!("../../../worker/src/sample/sampler.rs"), "logits", "scores"),
 ];
 /// Ids of an answer at most.
-const LONGEST_ANSWER: usize = 1_500;
+const MAX_ANSWER: usize = 1_500;
 
 impl Bench {
     /// One file after the other, then all at once.
@@ -34,12 +34,12 @@ impl Bench {
             .iter()
             .map(|(file, name, other)| {
                 let mut prompt = tokenizer.encode(&format!("Rename `{name}` to `{other}` in this file:\n\n{file}\n"));
-                let mut answer = tokenizer.encode(&file.replace(name, other));
-                answer.truncate((LONGEST_ANSWER / self.scale).max(16));
-                prompt.truncate(window.saturating_sub(answer.len()));
-                (prompt, answer)
+                let mut response = tokenizer.encode(&file.replace(name, other));
+                response.truncate((MAX_ANSWER / self.scale).max(16));
+                prompt.truncate(window.saturating_sub(response.len()));
+                (prompt, response)
             })
-            .filter(|(prompt, answer)| prompt.iter().chain(answer).all(|id| *id < self.record.vocabulary_size))
+            .filter(|(prompt, response)| prompt.iter().chain(response).all(|id| *id < self.record.vocabulary_size))
             .collect();
         for at_once in [1, tasks.len()] {
             self.edit_files(&tasks, at_once).await?;
@@ -52,11 +52,11 @@ impl Bench {
         let (mut tokens, mut steps, mut seconds) = (0, 0, 0.0);
         let started = Instant::now();
         for together in tasks.chunks(at_once.max(1)) {
-            let mut answers = JoinSet::new();
-            for (prompt, answer) in together {
-                let mut stream = self.engine.generate(forced(prompt, answer))?;
-                let expected = answer.clone();
-                answers.spawn(async move {
+            let mut responses = JoinSet::new();
+            for (prompt, response) in together {
+                let mut stream = self.engine.generate(forced(prompt, response))?;
+                let expected = response.clone();
+                responses.spawn(async move {
                     let mut ids = Vec::with_capacity(expected.len());
                     let mut timing = None;
                     while let Some(event) = stream.next().await {
@@ -70,8 +70,8 @@ impl Bench {
                     Ok((ids.len(), timing.unwrap_or_default()))
                 });
             }
-            while let Some(answer) = answers.join_next().await {
-                let (count, timing) = answer.context("an answer's task failed")??;
+            while let Some(response) = responses.join_next().await {
+                let (count, timing) = response.context("an answer's task failed")??;
                 tokens += count;
                 steps += timing.steps as usize;
                 seconds += timing.decode_seconds;
@@ -91,13 +91,13 @@ impl Bench {
 }
 
 /// A request whose answer can only be these ids.
-fn forced(prompt: &[u32], answer: &[u32]) -> GenerateRequest {
-    let ids: Vec<String> = answer.iter().map(|id| format!("<[{id}]>")).collect();
+fn forced(prompt: &[u32], response: &[u32]) -> GenerateRequest {
+    let ids: Vec<String> = response.iter().map(|id| format!("<[{id}]>")).collect();
     GenerateRequest {
         request_id: "bench".into(),
         token_ids: prompt.to_vec(),
         sampling: Some(Sampling { temperature: Some(0.0), ..Sampling::default() }),
-        stopping: Some(Stopping { max_tokens: answer.len() as u32, ignore_eos: true, ..Stopping::default() }),
+        stopping: Some(Stopping { max_tokens: response.len() as u32, ignore_eos: true, ..Stopping::default() }),
         grammar: Some(Grammar { kind: grammar::Kind::Lark.into(), source: format!("start: {}", ids.join(" ")) }),
         ..GenerateRequest::default()
     }

@@ -34,7 +34,7 @@ use bora_common::secret::ClusterKeys;
 use bora_common::tokenizer::Tokenizer;
 use bora_proto::v1::{GenerateRequest, Sampling, Stopping};
 use bora_worker::engine::{EngineHandle, EventStream};
-use bora_worker::telemetry::floor::Floors;
+use bora_worker::telemetry::roofline::Rooflines;
 use bora_worker::{KvDtype, SpeculativeOptions, WorkerMetrics, WorkerOptions, WorkerSettings};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
@@ -113,7 +113,7 @@ pub(crate) async fn run(args: EngineArgs) -> anyhow::Result<()> {
         "speed": record.speed,
     }))?;
     let mut bench = Bench {
-        floors: Floors::of(&model, record.ranks.len(), &gpu, kv_bytes),
+        floors: Rooflines::of(&model, record.ranks.len(), &gpu, kv_bytes),
         engine,
         metrics,
         record,
@@ -191,7 +191,7 @@ struct Bench {
     engine: EngineHandle,
     metrics: Arc<WorkerMetrics>,
     record: GroupRecord,
-    floors: Option<Floors>,
+    floors: Option<Rooflines>,
     out: Out,
     random: u64,
     scale: usize,

@@ -17,7 +17,7 @@ const STEPS: usize = 64;
 /// Steps dropped at the window's begin.
 const DROPPED: usize = 4;
 /// Fewer steps say nothing.
-const LEAST_STEPS: usize = 8;
+const MIN_STEPS: usize = 8;
 /// A sequence that brings no id for so long is stuck.
 const SILENCE: Duration = Duration::from_secs(120);
 /// Prompt tokens that each step computes at least while others decode: sequences that were prefilled first go on
@@ -97,7 +97,7 @@ impl Bench {
                 "kind": kind, "batch": batch, "ctx": context, "error": format!("window too short: {} steps", marks.len()),
             }));
         };
-        if marks.len() < LEAST_STEPS {
+        if marks.len() < MIN_STEPS {
             bail!("decode {batch} x {context}: only {} steps with all sequences", marks.len());
         }
         let steps = marks.len() - 1;

@@ -135,7 +135,7 @@ async fn converse(
         let mut stream = submit(engine, prompt.clone(), output)?;
         let (mut first, mut last, mut of_first) = (None, asked, 0);
         let mut gaps = Vec::new();
-        let mut answer = Vec::new();
+        let mut response = Vec::new();
         let mut cached = 0;
         while let Some(event) = stream.next().await {
             match event?.event {
@@ -147,7 +147,7 @@ async fn converse(
                         gaps.push(now.duration_since(last).as_secs_f64() / tokens.token_ids.len() as f64);
                     }
                     last = now;
-                    answer.extend(tokens.token_ids);
+                    response.extend(tokens.token_ids);
                 }
                 Some(Event::Finished(finished)) => cached = finished.cached_tokens as usize,
                 _ => {}
@@ -158,7 +158,7 @@ async fn converse(
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(first) = first {
                 seen.first.push(first.duration_since(asked).as_secs_f64());
-                let rest = answer.len() - of_first;
+                let rest = response.len() - of_first;
                 if rest > 0 {
                     seen.per_token.push(last.duration_since(first).as_secs_f64() / rest as f64);
                 }
@@ -167,12 +167,12 @@ async fn converse(
             seen.whole.push(ended.duration_since(asked).as_secs_f64());
             seen.prompt_tokens += prompt.len();
             seen.cached_tokens += cached;
-            seen.output_tokens += answer.len();
+            seen.output_tokens += response.len();
             seen.requests += 1;
             seen.floor += floor(cached, prompt.len() - cached);
         }
         let Some(more) = additions.next() else { return Ok(()) };
-        prompt.extend(answer);
+        prompt.extend(response);
         prompt.extend(more);
     }
 }

@@ -13,7 +13,7 @@ use super::Request;
 
 /// What the group would tell its watchers.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Told {
+pub(super) struct Update {
     pub(super) stored: Vec<u8>,
     pub(super) evicted: Vec<u8>,
 }
@@ -56,7 +56,7 @@ pub(super) struct SimulatedGroup {
     waiting: VecDeque<Running>,
     prefilling: Option<Prefill>,
     decoding: Vec<Running>,
-    pub(super) told: Told,
+    pub(super) reported: Update,
     /// Seconds spent on prefills.
     pub(super) busy_seconds: f64,
     /// Requests.
@@ -87,7 +87,7 @@ impl SimulatedGroup {
             waiting: VecDeque::new(),
             prefilling: None,
             decoding: Vec::new(),
-            told: Told::default(),
+            reported: Update::default(),
             busy_seconds: 0.0,
             taken: 0,
             held_tokens: 0,
@@ -203,7 +203,7 @@ impl SimulatedGroup {
     fn store(&mut self, hashes: &[BlockHash]) {
         for hash in hashes {
             if self.stamps.insert(*hash, 0).is_none() {
-                self.told.stored.extend(hash.to_bytes());
+                self.reported.stored.extend(hash.to_bytes());
             }
         }
         while self.stamps.len() > self.capacity {
@@ -211,7 +211,7 @@ impl SimulatedGroup {
                 return; // everything is in use
             };
             self.stamps.remove(&oldest);
-            self.told.evicted.extend(oldest.to_bytes());
+            self.reported.evicted.extend(oldest.to_bytes());
         }
     }
 

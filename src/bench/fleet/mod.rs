@@ -1,6 +1,6 @@
 //! `bora bench fleet`: the router's own placement over groups in virtual time, beside other policies.
 //!
-//! Everything that decides is the router's real code (the index, the ledger, the formula); groups, clients
+//! Everything that decides is the router's real code (the index, the load_tracker, the formula); groups, clients
 //! and time are simulated. Groups tell what changed 20 ms later, as over a network. Other policies know the
 //! groups' present load without delay. Timing: two H200 with the 24B model (`docs/performance.md`: vLLM's
 //! 0.226, 1.142 and 8.39 s for 8k, 32k and 128k tokens).
@@ -27,8 +27,8 @@ use bora_router::{
     fleet::view::{Fleet, Link},
     place::{
         admission::Class,
-        choose::{Wanted, place},
-        ledger::Booking,
+        choose::{PlacementRequest, place},
+        load_tracker::Booking,
     },
 };
 use clap::Args;
@@ -286,7 +286,7 @@ impl Simulation {
         for router in &mut self.routers {
             let link = router.fleet.put_unwatched(record(number), now)?;
             // a group's events begin with its load
-            link.ledger.report(group.load(self.now), now);
+            link.load_tracker.report(group.load(self.now), now);
             router.links.push(Some(link));
         }
         self.groups.push(Some(group));
@@ -310,7 +310,7 @@ impl Simulation {
                         booking.accepted();
                     }
                 }
-                Event::News(group) => self.tell(group),
+                Event::News(group) => self.report_load(group),
                 Event::Join => self.join()?,
                 Event::Die(group) => self.die(group),
             }
@@ -407,7 +407,7 @@ impl Simulation {
             Policy::Ours | Policy::OursNamed => {
                 let router = &self.routers[self.flights[flight].router];
                 let view = router.fleet.view();
-                let wanted = Wanted {
+                let wanted = PlacementRequest {
                     hashes: &request.hashes,
                     tokens: request.tokens as usize,
                     session: (self.policy == Policy::OursNamed).then_some(request.session),
@@ -482,16 +482,17 @@ impl Simulation {
     }
 
     /// Routers hear what changed in a group.
-    fn tell(&mut self, group: usize) {
+    fn report_load(&mut self, group: usize) {
         self.news[group] = false;
         let Some(there) = &mut self.groups[group] else {
             return;
         };
-        let (told, load, is_computing) = (std::mem::take(&mut there.told), there.load(self.now), there.is_computing());
+        let (reported, load, is_computing) =
+            (std::mem::take(&mut there.reported), there.load(self.now), there.is_computing());
         for router in &self.routers {
             if let Some(Some(link)) = router.links.get(group) {
-                router.fleet.index.apply(link.slot, &told.stored, &told.evicted);
-                link.ledger.report(load, self.began + Duration::from_secs_f64(self.now));
+                router.fleet.index.apply(link.slot, &reported.stored, &reported.evicted);
+                link.load_tracker.report(load, self.began + Duration::from_secs_f64(self.now));
             }
         }
         if is_computing {

@@ -124,15 +124,15 @@ fn change_bytes(input: &mut Vec<u8>, corpus: &[Vec<u8>], random: &mut StdRng) {
         1 => input[at] = random.random(),
         2 => drop(input.drain(at..(at + random.random_range(1..16)).min(input.len()))),
         3 => {
-            let piece = input[at..(at + random.random_range(1..64)).min(input.len())].to_vec();
-            input.splice(at..at, piece);
+            let chunk = input[at..(at + random.random_range(1..64)).min(input.len())].to_vec();
+            input.splice(at..at, chunk);
         }
         4 => {
             let other = &corpus[random.random_range(0..corpus.len())];
             if !other.is_empty() {
                 let from = random.random_range(0..other.len());
-                let piece = other[from..(from + random.random_range(1..128)).min(other.len())].to_vec();
-                input.splice(at..at, piece);
+                let chunk = other[from..(from + random.random_range(1..128)).min(other.len())].to_vec();
+                input.splice(at..at, chunk);
             }
         }
         5 => input.truncate(at),

@@ -17,12 +17,12 @@
 #include "stream.h"
 
 namespace {
-enum { SUCCESS = 0, SYSTEM = 2, INVALID = 4, IN_PROGRESS = 7, F32 = 7, BF16 = 9, SUM = 0, MOST_RANKS = 16 };
+enum { SUCCESS = 0, SYSTEM = 2, INVALID = 4, IN_PROGRESS = 7, F32 = 7, BF16 = 9, SUM = 0, MAX_RANKS = 16 };
 constexpr size_t SLOT = 1 << 20;
 struct Meeting {
   std::atomic<int> attached;
-  std::atomic<uint64_t> came[MOST_RANKS], left[MOST_RANKS];
-  char slots[MOST_RANKS][SLOT];
+  std::atomic<uint64_t> came[MAX_RANKS], left[MAX_RANKS];
+  char slots[MAX_RANKS][SLOT];
 };
 struct Communicator {
   Meeting* meeting;
@@ -83,7 +83,7 @@ EXPORT Status ncclGetUniqueId(Id* id) {
   return SUCCESS;
 }
 EXPORT Status ncclCommInitRankConfig(Communicator** out, int ranks, Id id, int rank, Config* config) {
-  if (config->magic != 0xcafebeef || config->blocking != 0 || ranks > MOST_RANKS || rank >= ranks) return INVALID;
+  if (config->magic != 0xcafebeef || config->blocking != 0 || ranks > MAX_RANKS || rank >= ranks) return INVALID;
   const int file = shm_open(id.name, O_CREAT | O_RDWR, 0600);
   if (file < 0 || ftruncate(file, sizeof(Meeting)) != 0) return SYSTEM;
   void* memory = mmap(nullptr, sizeof(Meeting), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);

@@ -32,8 +32,8 @@ use bora_common::registry::Speed;
 use serde::Deserialize;
 
 use crate::engine::step::{
-    BlockCopy, BlockId, Drawn, HostMemory, PositionLogprobs, PromptOutput, RunError, Sampled, SequenceFault, Slot,
-    Step, StepOutput, StepRunner, TokenLogprob, Tokens, Work,
+    BlockCopy, BlockId, HostMemory, PositionLogprobs, PromptOutput, RunError, Sampled, SampledToken, SequenceFault,
+    Slot, Step, StepOutput, StepRunner, TokenLogprob, Tokens, Work,
 };
 
 /// What a fake group pretends to be.
@@ -359,7 +359,7 @@ impl FakeRunner {
     /// Draws an id, and one more for each guess that it drew.
     fn sample_along(&mut self, work: &Work) -> Result<Sampled, String> {
         let (slot, drafts) = (work.slot, work.drafts as usize);
-        let guesses = match &work.tokens {
+        let draft_tokens = match &work.tokens {
             Tokens::Ids(ids) if drafts < ids.len() => &ids[ids.len() - drafts..],
             _ if drafts == 0 => &[],
             _ => return Err(format!("slot {slot} has {drafts} guesses and nothing else")),
@@ -367,21 +367,21 @@ impl FakeRunner {
         if let Some(sequence) = &mut self.slots[slot as usize] {
             sequence.context -= drafts;
         }
-        let mut drawn = Vec::new();
+        let mut sampled_tokens = Vec::new();
         loop {
             match self.sample(slot)? {
-                Ok(one) => drawn.push(one),
+                Ok(one) => sampled_tokens.push(one),
                 Err(fault) => return Ok(Sampled { slot, result: Err(fault) }),
             }
-            let guess = guesses.get(drawn.len() - 1).copied();
+            let draft = draft_tokens.get(sampled_tokens.len() - 1).copied();
             match &mut self.slots[slot as usize] {
-                Some(sequence) if guess.is_some() && guess == sequence.last => sequence.context += 1,
-                _ => return Ok(Sampled { slot, result: Ok(drawn) }),
+                Some(sequence) if draft.is_some() && draft == sequence.last => sequence.context += 1,
+                _ => return Ok(Sampled { slot, result: Ok(sampled_tokens) }),
             }
         }
     }
 
-    fn sample(&mut self, slot: Slot) -> Result<Result<Drawn, SequenceFault>, String> {
+    fn sample(&mut self, slot: Slot) -> Result<Result<SampledToken, SequenceFault>, String> {
         let missing = || format!("slot {slot} draws but was not admitted");
         let mut sequence = self.slots[slot as usize].take().ok_or_else(missing)?;
         if sequence.prompt_len == 0 {
@@ -405,7 +405,7 @@ impl FakeRunner {
         let result = if sequence.faulty {
             Err(SequenceFault::NotANumber { position: sequence.context as u32 })
         } else {
-            Ok(Drawn { token_id, logprobs: sequence.logprobs.map(|top| self.logprobs(token_id, top)) })
+            Ok(SampledToken { token_id, logprobs: sequence.logprobs.map(|top| self.logprobs(token_id, top)) })
         };
         self.slots[slot as usize] = Some(sequence);
         Ok(result)

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use bora_common::model::ModelConfig;
 
-use crate::engine::step::{BlockCopy, BlockId, Drawn, SequenceFault, Slot};
+use crate::engine::step::{BlockCopy, BlockId, SampledToken, SequenceFault, Slot};
 use crate::grammar::Mask;
 use crate::parallel::{Abort, Collective};
 use crate::weights::ShardPlan;
@@ -284,7 +284,7 @@ pub enum SampleRequest {
 #[derive(Debug, Default)]
 pub struct SampleResults {
     /// For each `Next`: one id at least, or the fault of its first row.
-    pub drawn: Vec<(Slot, std::result::Result<Vec<Drawn>, SequenceFault>)>,
+    pub sampled: Vec<(Slot, std::result::Result<Vec<SampledToken>, SequenceFault>)>,
     /// For each `Score`.
     pub scored: Vec<crate::engine::step::PositionLogprobs>,
     /// From the start of the step's `execute` to the end of its `sample`, on the device.

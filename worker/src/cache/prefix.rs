@@ -83,7 +83,7 @@ pub struct KvCache {
     reserved: usize,
     changes: Changes,
     /// Blocks that can be found and that watchers hear of when a sequence gives them back.
-    untold: HashSet<BlockHash>,
+    unreported: HashSet<BlockHash>,
     host: HostTier,
     /// Copies that have to be done before the next step writes anything.
     copies: Vec<BlockCopy>,
@@ -100,7 +100,7 @@ impl KvCache {
             contents: vec![None; blocks as usize],
             reserved: 0,
             changes: Changes::default(),
-            untold: HashSet::new(),
+            unreported: HashSet::new(),
             host: HostTier::new(host_blocks),
             copies: Vec::new(),
             being_fetched: Vec::new(),
@@ -270,7 +270,7 @@ impl KvCache {
     /// the next turn, and routers look up what is told at once several times faster than what is told block by block.
     pub fn publish_generated(&mut self, block: BlockId, content: &Arc<BlockContent>) {
         if self.name(block, content) {
-            self.untold.insert(content.hash());
+            self.unreported.insert(content.hash());
         }
     }
 
@@ -295,7 +295,7 @@ impl KvCache {
         if let Some(content) = self.contents[block as usize].take() {
             let hash = content.hash();
             self.by_hash.remove(&hash);
-            if !self.untold.remove(&hash) && !self.host.contains(&hash) {
+            if !self.unreported.remove(&hash) && !self.host.contains(&hash) {
                 self.changes.evicted(hash);
             }
         }
@@ -306,7 +306,7 @@ impl KvCache {
     pub fn release(&mut self, lease: Lease) {
         self.reserved -= lease.reserved;
         for content in lease.blocks.iter().filter_map(|block| self.contents[*block as usize].as_ref()) {
-            if self.untold.remove(&content.hash()) {
+            if self.unreported.remove(&content.hash()) {
                 self.changes.stored(content.hash());
             }
         }
@@ -356,7 +356,7 @@ impl KvCache {
     pub fn snapshot(&self) -> Vec<BlockHash> {
         // in the order of the pool: blocks of one chain were mostly taken one after the other
         let named = self.contents.iter().flatten().map(|content| content.hash());
-        let on_device = named.filter(|hash| !self.untold.contains(hash));
+        let on_device = named.filter(|hash| !self.unreported.contains(hash));
         on_device.chain(self.host.hashes().filter(|hash| !self.by_hash.contains_key(hash))).collect()
     }
 
@@ -384,9 +384,9 @@ impl KvCache {
         }
         for block in self.pool.idle_blocks() {
             let content = self.contents[block as usize].as_ref().expect("an idle block without a name is lost");
-            assert!(!self.untold.contains(&content.hash()), "nobody would ever hear of it");
+            assert!(!self.unreported.contains(&content.hash()), "nobody would ever hear of it");
         }
-        assert!(self.untold.iter().all(|hash| self.by_hash.contains_key(hash) && !self.host.contains(hash)));
+        assert!(self.unreported.iter().all(|hash| self.by_hash.contains_key(hash) && !self.host.contains(hash)));
     }
 }
 

@@ -12,16 +12,16 @@ use bora_common::telemetry::TraceContext;
 use bora_proto::v1;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::admission_permits::AdmissionPermits;
 use super::config::{EngineConfig, EngineConfigError};
 use super::error::EngineError;
-use super::places::Places;
 use super::progress::{LOST_AFTER, Progress, STALLED_AFTER};
 use super::request::Request;
 use super::run::{Command, EngineLoop};
 use super::sequence::Sequence;
 use super::step::{RunError, StepRunner};
 use super::stream::{self, EventStream};
-use super::watch::Watchers;
+use super::watch::Subscribers;
 use crate::grammar::{GrammarError, GrammarSource, Grammars, PrepareError};
 use crate::schedule::Scheduler;
 use crate::telemetry::engine::EngineMetrics;
@@ -83,7 +83,7 @@ pub struct EngineHandle {
 struct Inner {
     config: EngineConfig,
     commands: SyncSender<Command>,
-    places: Arc<Places>,
+    places: Arc<AdmissionPermits>,
     progress: Arc<Progress>,
     load: watch::Receiver<v1::Load>,
     intake: watch::Sender<Intake>,
@@ -126,7 +126,7 @@ impl EngineHandle {
             scheduler,
             runner,
             commands: receiver,
-            watchers: Watchers::new(config.epoch, metrics.clone()),
+            watchers: Subscribers::new(config.epoch, metrics.clone()),
             progress: progress.clone(),
             load,
             metrics: metrics.clone(),

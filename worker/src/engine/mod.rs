@@ -34,11 +34,11 @@
 //! `watch` tells watchers what changed; `progress` is what health is judged by. What runs when is decided
 //! in [`schedule`](crate::schedule).
 
+pub(crate) mod admission_permits;
 mod calibrate;
 mod config;
 pub(crate) mod error;
 mod handle;
-pub(crate) mod places;
 mod progress;
 pub(crate) mod request;
 mod run;

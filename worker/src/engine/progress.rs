@@ -9,7 +9,7 @@ pub const STALLED_AFTER: Duration = Duration::from_secs(5);
 /// The same until the group is given up.
 pub const LOST_AFTER: Duration = Duration::from_secs(30);
 
-/// Written by the loop, read by anybody.
+/// ChatInput by the loop, read by anybody.
 #[derive(Debug)]
 pub(crate) struct Progress {
     base: Instant,

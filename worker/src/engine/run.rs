@@ -13,7 +13,7 @@ use super::error::EngineError;
 use super::progress::Progress;
 use super::sequence::Sequence;
 use super::step::{RunError, StepRunner};
-use super::watch::Watchers;
+use super::watch::Subscribers;
 use crate::schedule::Scheduler;
 use crate::telemetry::engine::{EngineMetrics, StepShape};
 
@@ -51,7 +51,7 @@ pub(crate) struct EngineLoop {
     pub(crate) scheduler: Scheduler,
     pub(crate) runner: Box<dyn StepRunner>,
     pub(crate) commands: Receiver<Command>,
-    pub(crate) watchers: Watchers,
+    pub(crate) watchers: Subscribers,
     pub(crate) progress: Arc<Progress>,
     pub(crate) load: watch::Sender<v1::Load>,
     pub(crate) metrics: Arc<EngineMetrics>,
@@ -62,7 +62,7 @@ pub(crate) struct EngineLoop {
 impl EngineLoop {
     /// Runs until every handle is gone and every sequence ended (`Ok`), or until the group can't go on.
     pub(crate) fn run(mut self) -> Result<(), RunError> {
-        let outcome = self.turn_over();
+        let outcome = self.run_loop();
         if let Err(error) = &outcome {
             tracing::error!(%error, "the group can't go on");
             self.scheduler.fail_all(&EngineError::unavailable(error.to_string()));
@@ -70,7 +70,7 @@ impl EngineLoop {
         outcome
     }
 
-    fn turn_over(&mut self) -> Result<(), RunError> {
+    fn run_loop(&mut self) -> Result<(), RunError> {
         let depth = self.runner.pipeline_depth().max(1);
         loop {
             let connected = self.take_commands();
@@ -92,7 +92,7 @@ impl EngineLoop {
             }
             self.runner.idle();
             match self.commands.recv_timeout(self.watchers.next_load_in(&load)) {
-                Ok(command) => self.obey(command),
+                Ok(command) => self.handle_command(command),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             }
@@ -103,7 +103,7 @@ impl EngineLoop {
     fn take_commands(&mut self) -> bool {
         loop {
             match self.commands.try_recv() {
-                Ok(command) => self.obey(command),
+                Ok(command) => self.handle_command(command),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
@@ -128,7 +128,7 @@ impl EngineLoop {
         self.progress.moved(self.scheduler.oldest_step(), in_flight, self.scheduler.predicted_seconds());
     }
 
-    fn obey(&mut self, command: Command) {
+    fn handle_command(&mut self, command: Command) {
         match command {
             Command::Generate(sequence) => self.scheduler.enqueue(*sequence),
             Command::Watch { watcher, events } => {

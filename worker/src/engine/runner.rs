@@ -357,13 +357,17 @@ impl<B: Backend> ModelRunner<B> {
     fn collect_early(&mut self) -> Result<(), BackendError> {
         let results = self.backend.collect()?;
         let pending = self.pending.iter().filter(|pending| pending.ran).nth(self.collected.len());
-        for ((slot, drawn), number) in results.drawn.iter().zip(pending.iter().flat_map(|pending| &pending.draws)) {
+        for ((slot, sampled_tokens), number) in
+            results.sampled.iter().zip(pending.iter().flat_map(|pending| &pending.draws))
+        {
             // not the sequence that has the slot by now
             let sequence = self.slots[*slot as usize].as_mut().filter(|sequence| sequence.number == *number);
             let Some(grammar) = sequence.and_then(|sequence| sequence.grammar.as_mut()) else { continue };
-            let (SequenceGrammar::Begun(begun), Ok(drawn)) = (grammar, drawn) else { continue };
+            let (SequenceGrammar::Begun(begun), Ok(sampled_tokens)) = (grammar, sampled_tokens) else { continue };
             let Ok(state) = begun.as_mut() else { continue };
-            if let Err(error) = drawn.iter().try_for_each(|drawn| state.accept(drawn.token_id)) {
+            if let Err(error) =
+                sampled_tokens.iter().try_for_each(|sampled_tokens| state.accept(sampled_tokens.token_id))
+            {
                 **begun = Err(error);
             }
         }
@@ -421,7 +425,7 @@ impl<B: Backend> StepRunner for ModelRunner<B> {
         let results = self.collected.pop_front().unwrap_or_default();
         output.seconds = results.seconds;
         output.sampled = results
-            .drawn
+            .sampled
             .into_iter()
             .map(|(slot, result)| match pending.faults.iter().find(|(faulty, _)| *faulty == slot) {
                 Some((_, fault)) => Sampled { slot, result: Err(fault.clone()) },

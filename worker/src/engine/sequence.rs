@@ -7,8 +7,8 @@ use bora_common::blocks::{BLOCK_TOKENS, BlockChain, BlockHash};
 use bora_common::telemetry::TraceContext;
 use bora_proto::v1;
 
+use super::admission_permits::AdmissionPermit;
 use super::config::EngineConfig;
-use super::places::Place;
 use super::request::{Class, Request};
 use super::stream::EventSender;
 use crate::cache::{BlockContent, Lease};
@@ -48,7 +48,7 @@ pub(crate) struct Sequence {
     /// Positions whose KV is computed by the steps submitted so far.
     pub(crate) computed: usize,
     /// Draws submitted and not collected.
-    pub(crate) draws_in_flight: usize,
+    pub(crate) samples_in_flight: usize,
     /// Whether the ranks know it.
     pub(crate) admitted_on_ranks: bool,
     /// What guesses at its ids, once it runs and where that is wanted.
@@ -59,7 +59,7 @@ pub(crate) struct Sequence {
     pub(crate) grammar: Option<Prepared>,
     /// What its work is traced under.
     pub(crate) trace: Option<TraceContext>,
-    place: Place,
+    place: AdmissionPermit,
     created: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
@@ -74,7 +74,7 @@ impl Sequence {
         mut request: Request,
         config: &EngineConfig,
         events: EventSender,
-        place: Place,
+        place: AdmissionPermit,
     ) -> Self {
         let ids = std::mem::take(&mut request.token_ids);
         let mut chain = BlockChain::new(&config.keys, &request.salt, request.images.clone());
@@ -97,7 +97,7 @@ impl Sequence {
             published: 0,
             cached_tokens: 0,
             computed: 0,
-            draws_in_flight: 0,
+            samples_in_flight: 0,
             admitted_on_ranks: false,
             speculator: None,
             events,
@@ -155,7 +155,7 @@ impl Sequence {
 
     /// Ids known or on their way.
     pub(crate) fn expected_len(&self) -> usize {
-        self.ids.len() + self.draws_in_flight
+        self.ids.len() + self.samples_in_flight
     }
 
     /// Whether the next step may compute the id drawn last and draw another.

@@ -147,12 +147,12 @@ pub struct Sampled {
     pub slot: Slot,
     /// One id, and one more for each guess that came true; or what went wrong with this sequence alone (a NaN in its
     /// logits). A fault behind a guess only ends the ids: the next step meets it again.
-    pub result: Result<Vec<Drawn>, SequenceFault>,
+    pub result: Result<Vec<SampledToken>, SequenceFault>,
 }
 
 /// An id and, where asked for, how likely it was.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Drawn {
+pub struct SampledToken {
     /// The id.
     pub token_id: u32,
     /// Present where the sequence asked for logprobs.

@@ -1,4 +1,4 @@
-//! Watchers: a snapshot of the blocks first, then numbered deltas, load and state.
+//! Subscribers: a snapshot of the blocks first, then numbered deltas, load and state.
 //!
 //! Each watcher has a bounded channel. One that does not read is cut off: its stream ends, and it calls
 //! again for a new snapshot.
@@ -30,7 +30,7 @@ struct Watcher {
 
 impl Watcher {
     /// False once the watcher is gone or cut off.
-    fn tell(&mut self, epoch: u64, event: Event) -> bool {
+    fn report(&mut self, epoch: u64, event: Event) -> bool {
         self.sequence += 1;
         let event = v1::GroupEvent { epoch, sequence: self.sequence, event: Some(event) };
         match self.events.try_send(event) {
@@ -45,24 +45,24 @@ impl Watcher {
 }
 
 /// Everybody who watches the group.
-pub(crate) struct Watchers {
+pub(crate) struct Subscribers {
     epoch: u64,
     state: v1::State,
     watchers: Vec<Watcher>,
-    told: v1::Load,
-    told_at: Instant,
+    reported: v1::Load,
+    reported_at: Instant,
     metrics: Arc<EngineMetrics>,
 }
 
-impl Watchers {
+impl Subscribers {
     pub(crate) fn new(epoch: u64, metrics: Arc<EngineMetrics>) -> Self {
         Self {
             metrics,
             epoch,
             state: v1::State::Ready,
             watchers: Vec::new(),
-            told: v1::Load::default(),
-            told_at: Instant::now(),
+            reported: v1::Load::default(),
+            reported_at: Instant::now(),
         }
     }
 
@@ -76,14 +76,14 @@ impl Watchers {
         let mut watcher = Watcher { name, events: sender, sequence: 0 };
         for (index, part) in parts.iter().enumerate() {
             let snapshot = v1::Snapshot { block_hashes: to_bytes(part), last: index + 1 == parts.len() };
-            watcher.tell(self.epoch, Event::Snapshot(snapshot));
+            watcher.report(self.epoch, Event::Snapshot(snapshot));
         }
         if parts.is_empty() {
             let empty = v1::Snapshot { last: true, ..Default::default() };
-            watcher.tell(self.epoch, Event::Snapshot(empty));
+            watcher.report(self.epoch, Event::Snapshot(empty));
         }
-        watcher.tell(self.epoch, Event::State(self.state.into()));
-        watcher.tell(self.epoch, Event::Load(scheduler.load()));
+        watcher.report(self.epoch, Event::State(self.state.into()));
+        watcher.report(self.epoch, Event::Load(scheduler.load()));
         self.watchers.push(watcher);
         receiver
     }
@@ -99,10 +99,10 @@ impl Watchers {
             }));
         }
         let load = scheduler.load();
-        let since = self.told_at.elapsed();
-        if (load != self.told && since >= LOAD_INTERVAL) || since >= HEARTBEAT {
-            self.told = load;
-            self.told_at = Instant::now();
+        let since = self.reported_at.elapsed();
+        if (load != self.reported && since >= LOAD_INTERVAL) || since >= HEARTBEAT {
+            self.reported = load;
+            self.reported_at = Instant::now();
             self.tell_all(&Event::Load(load));
         }
         load
@@ -110,8 +110,8 @@ impl Watchers {
 
     /// How long until a changed load may be told.
     pub(crate) fn next_load_in(&self, load: &v1::Load) -> Duration {
-        let interval = if *load == self.told { HEARTBEAT } else { LOAD_INTERVAL };
-        interval.saturating_sub(self.told_at.elapsed()).max(Duration::from_millis(1))
+        let interval = if *load == self.reported { HEARTBEAT } else { LOAD_INTERVAL };
+        interval.saturating_sub(self.reported_at.elapsed()).max(Duration::from_millis(1))
     }
 
     /// The group's life goes on.
@@ -124,7 +124,7 @@ impl Watchers {
 
     fn tell_all(&mut self, event: &Event) {
         let epoch = self.epoch;
-        self.watchers.retain_mut(|watcher| watcher.tell(epoch, event.clone()));
+        self.watchers.retain_mut(|watcher| watcher.report(epoch, event.clone()));
     }
 }
 
@@ -151,7 +151,7 @@ mod tests {
             grammars: None,
             keys: bora_common::secret::ClusterKeys::derive(&[1; 32]),
         });
-        let mut watchers = Watchers::new(1, Arc::default());
+        let mut watchers = Subscribers::new(1, Arc::default());
         let mut lazy = watchers.add("lazy".into(), &mut scheduler);
         let mut eager = watchers.add("eager".into(), &mut scheduler);
         let mut heard = 0;

@@ -60,16 +60,16 @@ impl GrammarState {
 
     /// The masks of the next id and of those that follow each of `guesses`, as far as they are in the language: one at least.
     /// The state stays where it is.
-    pub fn masks_along(&mut self, guesses: &[u32]) -> Result<Vec<Mask>, GrammarError> {
+    pub fn masks_along(&mut self, draft_tokens: &[u32]) -> Result<Vec<Mask>, GrammarError> {
         let mut masks = vec![self.mask()?];
         let items = self.items;
         let mut accepted = 0;
-        for guess in guesses {
+        for draft in draft_tokens {
             // after the end nothing is accepted, and nothing could be taken back
-            if self.is_stopped() || !allows(&masks[accepted], *guess) {
+            if self.is_stopped() || !allows(&masks[accepted], *draft) {
                 break;
             }
-            self.consume(*guess)?;
+            self.consume(*draft)?;
             accepted += 1;
             masks.push(self.mask()?);
         }

@@ -62,8 +62,8 @@ pub(super) fn introduce(stream: &mut TcpStream, key: &MeshKey, from: usize, to: 
     hello.extend_from_slice(&to.to_le_bytes());
     hello.extend_from_slice(&caller_nonce);
     stream.write_all(&hello)?;
-    let answer: [u8; ANSWER_BYTES] = read_by(stream, deadline)?;
-    let (listener_nonce, proof) = split(&answer);
+    let response: [u8; ANSWER_BYTES] = read_by(stream, deadline)?;
+    let (listener_nonce, proof) = split(&response);
     let transcript = Transcript { from, to, caller_nonce, listener_nonce };
     if transcript.proof(key, Side::Listener) != proof {
         return Err(Error::new(ErrorKind::PermissionDenied, "it is not of this group and epoch"));
@@ -99,9 +99,9 @@ pub(super) fn greet(stream: &mut TcpStream, key: &MeshKey) -> Result<(usize, usi
     Ok((from as usize, to as usize))
 }
 
-fn split(answer: &[u8; ANSWER_BYTES]) -> ([u8; NONCE_BYTES], [u8; PROOF_BYTES]) {
-    let nonce = answer.first_chunk().copied().unwrap_or_default();
-    let proof = answer.last_chunk().copied().unwrap_or_default();
+fn split(response: &[u8; ANSWER_BYTES]) -> ([u8; NONCE_BYTES], [u8; PROOF_BYTES]) {
+    let nonce = response.first_chunk().copied().unwrap_or_default();
+    let proof = response.last_chunk().copied().unwrap_or_default();
     (nonce, proof)
 }
 

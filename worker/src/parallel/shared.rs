@@ -27,7 +27,7 @@ struct Place {
 /// What a rank brings to a call.
 #[derive(Default)]
 struct Offered {
-    numbers: Vec<f32>,
+    elements: Vec<f32>,
     bytes: Vec<u8>,
 }
 
@@ -130,16 +130,16 @@ impl Collective for SharedRank {
 
     fn all_reduce(&mut self, values: &mut [f32]) -> Result<(), CollectiveError> {
         let set = self.meet(|own| {
-            own.numbers.clear();
-            own.numbers.extend_from_slice(values);
+            own.elements.clear();
+            own.elements.extend_from_slice(values);
         })?;
         for rank in 0..self.ranks() {
             self.read(set, rank, |offered| {
-                self.same_length(rank, offered.numbers.len(), values.len())?;
+                self.same_length(rank, offered.elements.len(), values.len())?;
                 if rank == 0 {
-                    values.copy_from_slice(&offered.numbers);
+                    values.copy_from_slice(&offered.elements);
                 } else {
-                    for (sum, number) in values.iter_mut().zip(&offered.numbers) {
+                    for (sum, number) in values.iter_mut().zip(&offered.elements) {
                         *sum += number;
                     }
                 }
@@ -151,13 +151,13 @@ impl Collective for SharedRank {
 
     fn all_gather(&mut self, own: &[f32], all: &mut [f32]) -> Result<(), CollectiveError> {
         let set = self.meet(|place| {
-            place.numbers.clear();
-            place.numbers.extend_from_slice(own);
+            place.elements.clear();
+            place.elements.extend_from_slice(own);
         })?;
         for rank in 0..self.ranks() {
             self.read(set, rank, |offered| {
-                self.same_length(rank, offered.numbers.len(), own.len())?;
-                all[rank * own.len()..(rank + 1) * own.len()].copy_from_slice(&offered.numbers);
+                self.same_length(rank, offered.elements.len(), own.len())?;
+                all[rank * own.len()..(rank + 1) * own.len()].copy_from_slice(&offered.elements);
                 Ok(())
             })?;
         }
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_the_same_bits_on_every_rank() {
+    fn all_reduce_gives_the_same_bits_on_every_rank() {
         let results = run(4, Duration::from_secs(20), |mut rank| {
             let mut all = Vec::new();
             for call in 0..200 {

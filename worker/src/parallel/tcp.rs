@@ -379,11 +379,11 @@ fn read_frame(from: usize, stream: &mut TcpStream) -> Result<Frame, CollectiveEr
     Err(CollectiveError::Lost { rank, reason: String::from_utf8_lossy(reason).into_owned() })
 }
 
-fn to_bytes(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+fn to_bytes(elements: &[f32]) -> Vec<u8> {
+    elements.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
-fn numbers(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
+fn elements(bytes: &[u8]) -> impl Iterator<Item = f32> + '_ {
     bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four))
 }
 
@@ -400,7 +400,7 @@ impl Collective for TcpRank {
         let received = self.meet(to_bytes(values))?;
         for (rank, bytes) in received.iter().enumerate() {
             self.same_length(rank, bytes.len(), values.len() * 4)?;
-            for (value, number) in values.iter_mut().zip(numbers(bytes)) {
+            for (value, number) in values.iter_mut().zip(elements(bytes)) {
                 *value = if rank == 0 { number } else { *value + number };
             }
         }
@@ -411,7 +411,7 @@ impl Collective for TcpRank {
         let received = self.meet(to_bytes(own))?;
         for (rank, bytes) in received.iter().enumerate() {
             self.same_length(rank, bytes.len(), own.len() * 4)?;
-            for (to, number) in all[rank * own.len()..].iter_mut().zip(numbers(bytes)) {
+            for (to, number) in all[rank * own.len()..].iter_mut().zip(elements(bytes)) {
                 *to = number;
             }
         }
@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_the_same_bits_on_every_rank() {
+    fn all_reduce_gives_the_same_bits_on_every_rank() {
         let mesh = loopback_mesh(3, Duration::from_secs(20)).unwrap();
         let results = run(mesh, |mut rank| {
             // larger than the sockets' buffers

@@ -13,9 +13,9 @@ use crate::options::WorkerOptions;
 use crate::parallel::{FollowError, FollowerOptions, follow_and_report};
 
 /// How often a follower looks for its leader.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// How long a follower tries an address from the registry before it looks there again.
-const LOOK_UP_AGAIN_AFTER: Duration = Duration::from_secs(5);
+const RESOLVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Follows the group's leader until the group ends, or `stop` is cancelled and the leader has drained.
 pub(super) async fn follow_leader(
@@ -48,7 +48,7 @@ pub(super) async fn follow_leader(
         tracing::info!(group, leader, epoch, ranks = ?options.local_ranks(), "joining the group");
         // an address from the registry may be that of a leader that has just died: it is looked up again
         let looked_up = options.leader.is_none();
-        let connect_within = if looked_up { LOOK_UP_AGAIN_AFTER } else { options.rendezvous_seconds };
+        let connect_within = if looked_up { RESOLVE_INTERVAL } else { options.rendezvous_seconds };
         let member = member_options(&settings, device, &group, grammars.clone())?;
         let following = FollowerOptions { member, leader, epoch, connect_within };
         let ended = tokio::select! {
@@ -68,7 +68,7 @@ pub(super) async fn follow_leader(
             Err(FollowError::Unreachable { .. } | FollowError::OtherEpoch { .. })
                 if looked_up && Instant::now() < deadline =>
             {
-                sleep(LOOK_AGAIN).await;
+                sleep(POLL_INTERVAL).await;
             }
             Err(error) => return Err(error.into()),
         }
@@ -126,6 +126,6 @@ async fn find_leader(
             }
             return Err(WorkerError::NoLeader { group: group.into(), seconds });
         }
-        sleep(LOOK_AGAIN).await;
+        sleep(POLL_INTERVAL).await;
     }
 }

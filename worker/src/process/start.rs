@@ -24,7 +24,7 @@ use crate::options::WorkerOptions;
 use crate::parallel::{GroupProgress, LeaderOptions, start_group};
 
 /// Longest window where nothing is said: what the models are advertised for.
-const LONGEST_WINDOW: u32 = 262_144;
+const MAX_WINDOW: u32 = 262_144;
 
 /// The ranks of a group, ready to run steps.
 struct Ranks {
@@ -98,7 +98,7 @@ pub(super) fn loading_record(
         block_tokens: BLOCK_TOKENS as u32,
         kv_blocks: 0,
         host_blocks: 0,
-        max_model_len: options.max_model_len.unwrap_or(max_position.min(LONGEST_WINDOW)),
+        max_model_len: options.max_model_len.unwrap_or(max_position.min(MAX_WINDOW)),
         vocabulary_size,
         max_sequences: options.schedule.max_num_seqs,
         images: device == Device::Fake && options.fake.images,
@@ -187,7 +187,7 @@ async fn bring_up(
         }
         peers = Some(listener);
     }
-    let model_len = options.max_model_len.unwrap_or(LONGEST_WINDOW) as usize;
+    let model_len = options.max_model_len.unwrap_or(MAX_WINDOW) as usize;
     let leader = LeaderOptions {
         member: member_options(settings, device, group, grammars)?,
         epoch,
@@ -279,7 +279,7 @@ fn describe(
         }
         Some(asked) => asked,
         None => {
-            let window = facts.max_position.min(LONGEST_WINDOW);
+            let window = facts.max_position.min(MAX_WINDOW);
             if window > room {
                 tracing::warn!(window, room, "the KV cache holds less than the model's window: serving what fits");
             }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::philox::philox4x32_10;
 use super::{SamplingParams, score};
-use crate::engine::step::{Drawn, SequenceFault};
+use crate::engine::step::{SampledToken, SequenceFault};
 use crate::grammar::{Mask, allows};
 
 /// Temperatures below this are greedy (as in vLLM).
@@ -42,17 +42,17 @@ impl SlotState {
 
     /// Draws the id at `position` of the sequence and remembers it as generated. `logits` [V] is scratch
     /// afterwards.
-    pub fn draw(&mut self, logits: &mut [f32], position: u32) -> Result<Drawn, SequenceFault> {
-        self.draw_within(None, logits, position)
+    pub fn sample(&mut self, logits: &mut [f32], position: u32) -> Result<SampledToken, SequenceFault> {
+        self.sample_within(None, logits, position)
     }
 
     /// The same among the ids of a mask.
-    pub fn draw_within(
+    pub fn sample_within(
         &mut self,
         mask: Option<&Mask>,
         logits: &mut [f32],
         position: u32,
-    ) -> Result<Drawn, SequenceFault> {
+    ) -> Result<SampledToken, SequenceFault> {
         check(logits, position)?;
         let raw = self.params.logprobs.map(|top| (top, logits.to_vec()));
         self.adjust(logits);
@@ -64,12 +64,12 @@ impl SlotState {
             }
         }
         let token_id =
-            if self.params.temperature < GREEDY_BELOW { largest(logits) } else { self.draw_random(logits, position) };
+            if self.params.temperature < GREEDY_BELOW { largest(logits) } else { self.sample_random(logits, position) };
         // bias and masks can leave nothing to draw from
         let token_id = token_id.ok_or(SequenceFault::NotANumber { position })?;
         self.remember(token_id);
         let logprobs = raw.map(|(top, raw)| score(&raw, token_id, top));
-        Ok(Drawn { token_id, logprobs })
+        Ok(SampledToken { token_id, logprobs })
     }
 
     fn remember(&mut self, token_id: u32) {
@@ -117,7 +117,7 @@ impl SlotState {
     }
 
     /// Steps 7 to 9. `None` where no id can be drawn.
-    fn draw_random(&self, logits: &[f32], position: u32) -> Option<u32> {
+    fn sample_random(&self, logits: &[f32], position: u32) -> Option<u32> {
         let mut candidates: Vec<(u32, f32)> = (0u32..)
             .zip(logits)
             .map(|(id, logit)| (id, logit / self.params.temperature))

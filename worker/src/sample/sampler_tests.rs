@@ -5,7 +5,7 @@ fn greedy() -> SamplingParams {
 }
 
 fn id_of(state: &mut SlotState, logits: &[f32], position: u32) -> u32 {
-    state.draw(&mut logits.to_vec(), position).unwrap().token_id
+    state.sample(&mut logits.to_vec(), position).unwrap().token_id
 }
 
 /// Chi-square statistic of `draws` positions against `expected` probabilities.
@@ -122,8 +122,8 @@ fn end_ids_are_masked_until_min_tokens_were_generated() {
     let params = SamplingParams { end_ids: vec![2, 9], min_tokens: 3, ..greedy() };
     let logits = [0.0f32, 1.0, 5.0];
     let mut state = SlotState::new(&params, &[], &[7]);
-    let drawn: Vec<u32> = (0..3).map(|i| id_of(&mut state, &logits, i)).collect();
-    assert_eq!(drawn, [1, 1, 2], "the resumed id counts");
+    let sampled: Vec<u32> = (0..3).map(|i| id_of(&mut state, &logits, i)).collect();
+    assert_eq!(sampled, [1, 1, 2], "the resumed id counts");
 }
 
 #[test]
@@ -131,13 +131,13 @@ fn what_is_not_a_number_is_a_fault_of_this_sequence() {
     let fault = Err(SequenceFault::NotANumber { position: 7 });
     for logits in [vec![0.0, f32::NAN], vec![0.0, f32::INFINITY], vec![f32::NEG_INFINITY; 3], vec![]] {
         for params in [greedy(), SamplingParams::default()] {
-            assert_eq!(SlotState::new(&params, &[], &[]).draw(&mut logits.clone(), 7), fault, "{logits:?}");
+            assert_eq!(SlotState::new(&params, &[], &[]).sample(&mut logits.clone(), 7), fault, "{logits:?}");
         }
     }
     let mut state = SlotState::new(&SamplingParams::default(), &[], &[]);
     assert_eq!(id_of(&mut state, &[f32::NEG_INFINITY, -3.0], 0), 1, "a masked id is no fault");
     let masked = SamplingParams { end_ids: vec![0, 1], min_tokens: 1, ..Default::default() };
-    assert_eq!(SlotState::new(&masked, &[], &[]).draw(&mut [0.0, 0.0], 7), fault, "nothing left to draw");
+    assert_eq!(SlotState::new(&masked, &[], &[]).sample(&mut [0.0, 0.0], 7), fault, "nothing left to draw");
 }
 
 #[test]
@@ -170,9 +170,9 @@ fn a_resumed_sequence_draws_the_same() {
 #[test]
 fn logprobs_come_from_the_raw_logits() {
     let params = SamplingParams { logprobs: Some(2), logit_bias: vec![(0, 100.0)], ..greedy() };
-    let drawn = SlotState::new(&params, &[], &[]).draw(&mut [0.0, 1.0, 2.0], 0).unwrap();
-    assert_eq!(drawn.token_id, 0);
-    let logprobs = drawn.logprobs.unwrap();
+    let sampled = SlotState::new(&params, &[], &[]).sample(&mut [0.0, 1.0, 2.0], 0).unwrap();
+    assert_eq!(sampled.token_id, 0);
+    let logprobs = sampled.logprobs.unwrap();
     assert_eq!(logprobs.chosen.rank, 3);
     assert!((logprobs.chosen.logprob - -2.407_606).abs() < 1e-5);
     assert_eq!(logprobs.top.iter().map(|t| t.token_id).collect::<Vec<_>>(), [2, 1]);

@@ -6,7 +6,7 @@ use bora_common::blocks::BLOCK_TOKENS;
 
 use super::budget::Candidate;
 use super::draft::Drafts;
-use super::{Flight, FlightWork, Scheduler};
+use super::{FlightWork, InFlightStep, Scheduler};
 use crate::engine::sequence::Sequence;
 use crate::engine::step::{PromptLogprobs, Slot, Step, Tokens, Work};
 
@@ -45,10 +45,10 @@ impl Scheduler {
             Drafts::Wait => return None,
             Drafts::Of(drafts) => drafts.into_iter(),
         };
-        let guesses = drafts.as_slice().iter().map(Vec::len).sum::<usize>();
+        let draft_tokens = drafts.as_slice().iter().map(Vec::len).sum::<usize>();
         let mean_context = context_sum / decoding.len().max(1);
         let (chunks, prediction) =
-            self.budget.share(decoding.len() + guesses, context_sum + guesses * mean_context, candidates);
+            self.budget.share(decoding.len() + draft_tokens, context_sum + draft_tokens * mean_context, candidates);
         self.last_step += 1;
         let mut step = Step { id: self.last_step, release: std::mem::take(&mut self.releases), ..Default::default() };
         let mut works = Vec::with_capacity(decoding.len() + chunks.len());
@@ -63,12 +63,12 @@ impl Scheduler {
                 step.admit.push(sequence.admission(slot));
                 step.traces.extend(sequence.trace.map(|trace| (slot, trace)));
             }
-            let guessed = if tokens.is_none() { drafts.next().unwrap_or_default() } else { Vec::new() };
-            let guesses = guessed.len();
-            let end = sequence.computed + tokens.unwrap_or(1) + guesses;
+            let drafted = if tokens.is_none() { drafts.next().unwrap_or_default() } else { Vec::new() };
+            let draft_tokens = drafted.len();
+            let end = sequence.computed + tokens.unwrap_or(1) + draft_tokens;
             self.cache.grow(&mut sequence.lease, end.div_ceil(BLOCK_TOKENS));
             let work = match tokens {
-                None => decode(sequence, slot, guessed),
+                None => decode(sequence, slot, drafted),
                 Some(tokens) => chunk(sequence, slot, tokens),
             };
             if let Some(speculator) = &mut sequence.speculator {
@@ -80,7 +80,7 @@ impl Scheduler {
                 sampled: work.sample,
                 scored: work.prompt_logprobs.is_some(),
                 completes_prompt: tokens.is_some() && end == sequence.initial_len,
-                drafts: guesses,
+                drafts: draft_tokens,
             });
             step.work.push(work);
             // steps run in order: whoever is admitted to a later one may read these blocks
@@ -88,21 +88,21 @@ impl Scheduler {
         }
         self.copy_blocks(&mut step, prediction.seconds);
         self.prefill_seconds += prediction.prefill;
-        self.flights.push_back(Flight { id: step.id, works, prediction });
+        self.flights.push_back(InFlightStep { id: step.id, works, prediction });
         Some(step)
     }
 }
 
 /// Computes the id drawn last, and those that are guessed to follow, and draws the next. Only what is certain counts as computed.
-fn decode(sequence: &mut Sequence, slot: Slot, guessed: Vec<u32>) -> Work {
+fn decode(sequence: &mut Sequence, slot: Slot, drafted: Vec<u32>) -> Work {
     let start = sequence.computed as u32;
-    let drafts = guessed.len() as u32;
+    let drafts = drafted.len() as u32;
     let tokens = match sequence.ids.last() {
-        Some(last) if drafts > 0 => Tokens::Ids([&[*last], guessed.as_slice()].concat()),
+        Some(last) if drafts > 0 => Tokens::Ids([&[*last], drafted.as_slice()].concat()),
         _ => Tokens::Sampled,
     };
     sequence.computed += 1;
-    sequence.draws_in_flight += 1;
+    sequence.samples_in_flight += 1;
     sequence.steps += 1;
     Work { slot, start, tokens, new_blocks: unsent_blocks(sequence), sample: true, drafts, prompt_logprobs: None }
 }
@@ -114,7 +114,7 @@ fn chunk(sequence: &mut Sequence, slot: Slot, tokens: usize) -> Work {
     sequence.computed = end;
     sequence.steps += 1;
     let sample = end == sequence.initial_len && sequence.initial_len < sequence.limit_len;
-    sequence.draws_in_flight += usize::from(sample);
+    sequence.samples_in_flight += usize::from(sample);
     let prompt_logprobs = sequence.request.prompt_logprobs.map(|top| PromptLogprobs {
         top,
         targets: sequence.ids[start + 1..(end + 1).min(sequence.initial_len)].to_vec(),

@@ -12,7 +12,7 @@ use crate::engine::request::Class;
 use crate::engine::step::Slot;
 
 /// A prompt always gets this many tokens a step at least, however slow the step already is: it has to end.
-const LEAST_CHUNK: usize = BLOCK_TOKENS;
+const MIN_CHUNK: usize = BLOCK_TOKENS;
 /// Chunks of at least this many tokens end at a multiple of a quarter of it, and so do twice as long ones with twice as much,
 /// and so on: then matrix products fill their tiles, and attention's blocks (one for 32 tokens and a KV head) fill the
 /// multiprocessors of a GPU to 97 % and more. Little is lost by it.
@@ -21,7 +21,7 @@ const MANY_TOKENS: usize = 1_024;
 const STEP_SECONDS: f64 = 0.05;
 /// A large model needs more: room for [`MANY_TOKENS`] of prompts beside a decode step, or its chunks are too small for its matrix
 /// products and it decodes too few sequences a step. So many decode steps at most: streams have to go on.
-const MOST_DECODE_STEPS: f64 = 10.0;
+const MAX_DECODE_STEPS: f64 = 10.0;
 /// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
 pub(crate) const MAX_SCORED_POSITIONS: usize = 256;
 /// Weight of the newest step in the running corrections.
@@ -85,7 +85,7 @@ impl StepBudget {
             idle_step_seconds: options.idle_step_seconds.as_secs_f64(),
             max_tokens: options.max_num_batched_tokens as usize,
             // more would begin another round of attention's blocks
-            least_chunk: (least_chunk / BLOCK_TOKENS * BLOCK_TOKENS).max(LEAST_CHUNK),
+            least_chunk: (least_chunk / BLOCK_TOKENS * BLOCK_TOKENS).max(MIN_CHUNK),
             decode_correction: 1.0,
             prefill_correction: 1.0,
         }
@@ -206,7 +206,7 @@ impl StepBudget {
 fn step_seconds(speed: &Speed) -> f64 {
     let decode = speed.decode_step_seconds;
     let roomy = decode + MANY_TOKENS as f64 / speed.prefill_tokens_per_second.max(1.0);
-    STEP_SECONDS.max(roomy.min(MOST_DECODE_STEPS * decode))
+    STEP_SECONDS.max(roomy.min(MAX_DECODE_STEPS * decode))
 }
 
 fn adapt(correction: &mut f64, taken: f64, predicted: f64) {

@@ -27,21 +27,21 @@ impl Scheduler {
         let mut room = self.rows_left(decoding.len(), scored);
         let mut gain = 0.0;
         let mut in_flight = false;
-        let mut guesses = Vec::with_capacity(decoding.len());
+        let mut draft_tokens = Vec::with_capacity(decoding.len());
         for slot in decoding {
             let mut ids = Vec::new();
             if let Some(sequence) = self.slots[*slot as usize].as_mut()
                 && let Some(speculator) = &mut sequence.speculator
             {
                 // the last id is drawn, never guessed
-                let left = sequence.limit_len - sequence.ids.len() - sequence.draws_in_flight - 1;
-                let proposal = speculator.propose(&sequence.ids, sequence.draws_in_flight, left.min(room), price);
-                in_flight |= sequence.draws_in_flight > 0;
+                let left = sequence.limit_len - sequence.ids.len() - sequence.samples_in_flight - 1;
+                let proposal = speculator.propose(&sequence.ids, sequence.samples_in_flight, left.min(room), price);
+                in_flight |= sequence.samples_in_flight > 0;
                 gain += proposal.gain;
                 room -= proposal.ids.len();
                 ids = proposal.ids;
             }
-            guesses.push(ids);
+            draft_tokens.push(ids);
         }
         if !worthwhile(gain, decoding.len()) {
             for slot in decoding {
@@ -51,7 +51,7 @@ impl Scheduler {
             }
             return Drafts::Of(Vec::new());
         }
-        if in_flight { Drafts::Wait } else { Drafts::Of(guesses) }
+        if in_flight { Drafts::Wait } else { Drafts::Of(draft_tokens) }
     }
 
     /// Rows that guesses may have: of logits, beside one of each sequence and those of scored prompts; of tokens, so that

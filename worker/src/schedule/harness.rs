@@ -11,7 +11,7 @@ use futures::{FutureExt as _, StreamExt as _};
 use super::Scheduler;
 use crate::backend::fake::{FakeMode, FakeOptions, FakeRunner, digest};
 use crate::cache::BlockContent;
-use crate::engine::places::Places;
+use crate::engine::admission_permits::AdmissionPermits;
 use crate::engine::request::Request;
 use crate::engine::sequence::Sequence;
 use crate::engine::step::{Step, StepRunner as _, Tokens};
@@ -21,7 +21,7 @@ pub(super) struct Harness {
     pub(super) scheduler: Scheduler,
     pub(super) config: EngineConfig,
     runner: FakeRunner,
-    places: Arc<Places>,
+    places: Arc<AdmissionPermits>,
     depth: usize,
     next_key: u64,
     /// Every step made.

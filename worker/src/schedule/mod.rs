@@ -34,7 +34,7 @@ pub(crate) use budget::MAX_SCORED_POSITIONS;
 use budget::{Prediction, StepBudget};
 
 /// A step that was submitted and not collected.
-struct Flight {
+struct InFlightStep {
     id: u64,
     works: Vec<FlightWork>,
     prediction: Prediction,
@@ -68,7 +68,7 @@ pub(crate) struct Scheduler {
     releases: Vec<Slot>,
     /// Blocks that running sequences will publish.
     computing: HashMap<BlockHash, Slot>,
-    flights: VecDeque<Flight>,
+    flights: VecDeque<InFlightStep>,
     last_step: u64,
     completed: u64,
     /// Predicted time of all prompt computing so far.

@@ -30,7 +30,10 @@ impl Scheduler {
             let scored = if work.scored { all_scored.next() } else { None };
             let sampled = if work.sampled { all_sampled.next() } else { None };
             let counted = |sampled: &Sampled| {
-                sampled.result.as_ref().is_ok_and(|drawn| !(1..=1 + work.drafts).contains(&drawn.len()))
+                sampled
+                    .result
+                    .as_ref()
+                    .is_ok_and(|sampled_tokens| !(1..=1 + work.drafts).contains(&sampled_tokens.len()))
             };
             if sampled.as_ref().is_some_and(counted) {
                 return Err(RunError::Invalid {
@@ -68,9 +71,9 @@ impl Scheduler {
         }
         let reason = match sampled.map(|sampled| sampled.result) {
             Some(Err(fault)) => return self.fail(work.slot, &fault),
-            Some(Ok(drawn)) => {
-                let accepted = drawn.len() - 1;
-                sequence.draws_in_flight -= 1;
+            Some(Ok(sampled_tokens)) => {
+                let accepted = sampled_tokens.len() - 1;
+                sequence.samples_in_flight -= 1;
                 sequence.computed += accepted;
                 if let Some(speculator) = &mut sequence.speculator {
                     speculator.learn(work.drafts, accepted);
@@ -78,7 +81,9 @@ impl Scheduler {
                 self.drafted += work.drafts as u64;
                 self.accepted += accepted as u64;
                 // what was drawn behind the end is dropped
-                drawn.iter().find_map(|drawn| sequence.push(drawn.token_id, drawn.logprobs.as_ref(), now))
+                sampled_tokens.iter().find_map(|sampled_tokens| {
+                    sequence.push(sampled_tokens.token_id, sampled_tokens.logprobs.as_ref(), now)
+                })
             }
             // nothing to generate: it ends with its prompt
             None if work.completes_prompt => sequence.finish_reason(),

@@ -145,7 +145,7 @@ proptest! {
         max_num_batched_tokens in 6u32..300,
         // with few ids guesses are made, and now and then come true
         vocabulary_size in prop_oneof![Just(1_000u32), Just(950), Just(3)],
-        guesses in prop::option::of(1u32..7),
+        draft_tokens in prop::option::of(1u32..7),
         host_blocks in prop_oneof![Just(0u32), 1u32..40],
         prefix_cache in prop::bool::weighted(0.9),
         tokens_per_second in prop_oneof![Just(1e9), Just(1_000.0), Just(100.0)],
@@ -156,7 +156,7 @@ proptest! {
                 max_num_seqs,
                 max_num_batched_tokens,
                 prefix_cache,
-                speculative: guesses.map(|num_speculative_tokens| SpeculativeOptions {
+                speculative: draft_tokens.map(|num_speculative_tokens| SpeculativeOptions {
                     num_speculative_tokens,
                     prompt_lookup_min: 1,
                     ..Default::default()

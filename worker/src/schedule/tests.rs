@@ -269,7 +269,7 @@ fn a_forged_cached_block_is_computed_again() {
         let blocks = harness.blocks_of(&prompt);
         let mut first = harness.generate(request(prompt.clone(), 2));
         harness.settle();
-        let answer = hear(&mut first).ids;
+        let response = hear(&mut first).ids;
         assert_eq!(harness.scheduler.drain_mismatches(), 0);
         let target = if forge_first { 0 } else { 1 };
         harness.scheduler.cache.forge(blocks[target].forged(&[7; 64]));
@@ -279,7 +279,7 @@ fn a_forged_cached_block_is_computed_again() {
         let heard = hear(&mut again);
         assert_eq!(heard.started.unwrap().cached_tokens, 64 * target as u32, "only what is before it");
         assert_eq!(heard.finished().cached_tokens, 64 * target as u32);
-        assert_eq!(heard.ids, answer);
+        assert_eq!(heard.ids, response);
         assert_eq!(harness.scheduler.drain_mismatches(), 1);
         assert_eq!(harness.scheduler.drain_mismatches(), 0, "reported once");
         harness.assert_empty();
@@ -333,16 +333,16 @@ fn batch_prefill_is_hurried_when_an_interactive_sequence_needs_it() {
     harness.assert_empty();
 }
 
-fn guessing(kv_blocks: u32) -> EngineConfig {
+fn speculating(kv_blocks: u32) -> EngineConfig {
     let plain = config(kv_blocks);
     let speculative = Some(SpeculativeOptions::default());
     EngineConfig { options: EngineOptions { speculative, ..plain.options }, ..plain }
 }
 
 #[test]
-fn what_repeats_is_guessed_and_takes_few_steps() {
+fn drafts_repeated_text_and_takes_few_steps() {
     for depth in [1, 2] {
-        let mut harness = Harness::saying(FakeMode::Echo, guessing(64), depth);
+        let mut harness = Harness::saying(FakeMode::Echo, speculating(64), depth);
         let mut streams: Vec<_> = (0..3).map(|i| harness.generate(request(ids(i, 150), 150))).collect();
         harness.settle();
         for (i, stream) in streams.iter_mut().enumerate() {
@@ -361,7 +361,7 @@ fn what_repeats_is_guessed_and_takes_few_steps() {
 fn ids_behind_the_end_are_dropped_with_their_blocks() {
     for depth in [1, 2] {
         // the echo comes to an end id in the midst of what is guessed
-        let mut harness = Harness::saying(FakeMode::Echo, guessing(64), depth);
+        let mut harness = Harness::saying(FakeMode::Echo, speculating(64), depth);
         let mut prompt = ids(1, 200);
         prompt[100] = 2;
         let mut stream = harness.generate(request(prompt.clone(), 190));
@@ -379,8 +379,8 @@ fn ids_behind_the_end_are_dropped_with_their_blocks() {
 }
 
 #[test]
-fn guesses_leave_room_for_prompts_and_stay_within_the_rows() {
-    let plain = guessing(256);
+fn drafts_leave_room_for_prompts_and_stay_within_the_rows() {
+    let plain = speculating(256);
     let options = EngineOptions { max_num_seqs: 4, max_num_batched_tokens: 70, ..plain.options };
     let mut harness = Harness::saying(FakeMode::Echo, EngineConfig { options, ..plain }, 2);
     let mut streams: Vec<_> = (0..3).map(|i| harness.generate(request(ids(i, 150), 400))).collect();

@@ -17,15 +17,15 @@ const INTERVAL: Duration = Duration::from_millis(250);
 /// Reports until stopped, for the whole server (the empty name) and for `bora.v1.Inference`.
 pub(super) async fn report(mut reporter: HealthReporter, host: Host, stopping: CancellationToken) {
     let names = ["", <InferenceServer<InferenceService> as tonic::server::NamedService>::NAME];
-    let mut told = None;
+    let mut reported = None;
     loop {
         let health = host.group().map(|group| group.engine.health());
         let status = match &health {
             Ok(EngineHealth::Ready) if !stopping.is_cancelled() => ServingStatus::Serving,
             _ => ServingStatus::NotServing,
         };
-        if told != Some(status) {
-            told = Some(status);
+        if reported != Some(status) {
+            reported = Some(status);
             match health {
                 Ok(health) => tracing::info!(?health, %status, "health changed"),
                 Err(_) => tracing::info!(%status, "loading"),

@@ -15,7 +15,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::Host;
-use super::watched::Watched;
+use super::watch_stream::WatchStream;
 use crate::engine::EventStream;
 
 pub(super) struct InferenceService {
@@ -42,7 +42,7 @@ impl Inference for InferenceService {
             "generate"
         );
         let engine = self.host.group()?.engine.clone();
-        let mut watched = Watched::new(engine.metrics(), parent.as_ref(), &request);
+        let mut watched = WatchStream::new(engine.metrics(), parent.as_ref(), &request);
         let trace = watched.context();
         let taken = if request.grammar.is_some() {
             // compiling may take a while
@@ -85,7 +85,7 @@ impl Inference for InferenceService {
 pub(super) struct GenerateStream {
     events: Option<EventStream>,
     deadline: Option<Pin<Box<Sleep>>>,
-    watched: Watched,
+    watched: WatchStream,
 }
 
 impl Stream for GenerateStream {

@@ -7,7 +7,7 @@
 mod admin;
 mod health;
 mod inference;
-mod watched;
+mod watch_stream;
 
 use std::future::Future;
 use std::pin::Pin;

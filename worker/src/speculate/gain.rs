@@ -16,7 +16,7 @@ const FORGETTING_RATE: f64 = 0.01;
 /// A match of so many ids is a long one, with a share of its own.
 const LONG_MATCH: usize = 8;
 /// Guesses for each id that matches: short matches say little about what comes much later.
-const GUESSES_A_MATCHED_ID: usize = 2;
+const DRAFTS_A_MATCHED_TOKEN: usize = 2;
 /// Places that the index takes in for each step: some tens of microseconds.
 const PLACES_A_STEP: usize = 16_384;
 /// What a step with guesses costs beside its rows, in steps: the next one can't be made while it runs.
@@ -38,7 +38,7 @@ pub(crate) struct Speculator {
     /// Share of guesses that came true: after short matches, after long ones.
     shares: [f64; 2],
     /// Which of them the guesses in flight belong to.
-    guessed_by: usize,
+    drafted_by: usize,
 }
 
 /// Guesses and what they promise.
@@ -53,13 +53,13 @@ pub(crate) struct Proposal {
 impl Speculator {
     /// `None` where nothing shall be guessed.
     pub(crate) fn new(options: &SpeculativeOptions) -> Option<Self> {
-        let most = options.num_speculative_tokens.min(super::MOST_DRAFTS) as usize;
+        let most = options.num_speculative_tokens.min(super::MAX_DRAFTS) as usize;
         (most > 0).then(|| Self {
             index: SuffixIndex::new(options.prompt_lookup_min as usize, options.prompt_lookup_max as usize),
             most,
             complete: false,
             shares: [PRIOR; 2],
-            guessed_by: 0,
+            drafted_by: 0,
         })
     }
 
@@ -73,9 +73,9 @@ impl Speculator {
     pub(crate) fn propose(&mut self, ids: &[u32], unknown: usize, room: usize, price: f64) -> Proposal {
         let found = if self.complete { self.index.find(ids) } else { None };
         let Some(found) = found else { return Proposal::default() };
-        self.guessed_by = usize::from(found.length >= LONG_MATCH);
-        let share = self.shares[self.guessed_by];
-        let believable = (found.length * GUESSES_A_MATCHED_ID).min(self.most).min(room);
+        self.drafted_by = usize::from(found.length >= LONG_MATCH);
+        let share = self.shares[self.drafted_by];
+        let believable = (found.length * DRAFTS_A_MATCHED_TOKEN).min(self.most).min(room);
         let (mut count, mut gain, mut likely) = (0, 0.0, share.powi(unknown as i32));
         while count < believable {
             likely *= share;
@@ -90,17 +90,17 @@ impl Speculator {
 
     /// A step was made without guesses.
     pub(crate) fn pass(&mut self) {
-        let share = &mut self.shares[self.guessed_by];
+        let share = &mut self.shares[self.drafted_by];
         *share += FORGETTING_RATE * (PRIOR - *share);
     }
 
     /// Of `guessed` guesses the first `accepted` came true.
-    pub(crate) fn learn(&mut self, guessed: usize, accepted: usize) {
-        let share = &mut self.shares[self.guessed_by];
+    pub(crate) fn learn(&mut self, drafted: usize, accepted: usize) {
+        let share = &mut self.shares[self.drafted_by];
         for _ in 0..accepted {
             *share += LEARNING_RATE * (1.0 - *share);
         }
-        if accepted < guessed {
+        if accepted < drafted {
             *share -= LEARNING_RATE * *share;
         }
     }
@@ -119,18 +119,18 @@ mod tests {
         let ids: Vec<u32> = (0..200).map(|i| i % 50).collect();
         let mut speculator = speculator();
         speculator.catch_up(&ids);
-        let guesses = |price: f64, room: usize| speculator.clone().propose(&ids, 0, room, price).ids.len();
-        assert_eq!(guesses(0.0, 100), 15);
-        assert_eq!(guesses(0.0, 4), 4);
-        assert_eq!(guesses(0.1, 100), 3, "0.6 ^ 4 is less than 1.5 times the price");
-        assert_eq!(guesses(0.5, 100), 0, "above the knee");
+        let draft_tokens = |price: f64, room: usize| speculator.clone().propose(&ids, 0, room, price).ids.len();
+        assert_eq!(draft_tokens(0.0, 100), 15);
+        assert_eq!(draft_tokens(0.0, 4), 4);
+        assert_eq!(draft_tokens(0.1, 100), 3, "0.6 ^ 4 is less than 1.5 times the price");
+        assert_eq!(draft_tokens(0.5, 100), 0, "above the knee");
         let proposal = speculator.propose(&ids, 1, 100, 0.0);
         assert_eq!(proposal.ids[..3], [1, 2, 3], "the id in flight is 0");
         assert!(proposal.gain < 1.0);
     }
 
     #[test]
-    fn who_guesses_wrong_guesses_less_and_tries_again_later() {
+    fn drafts_less_after_rejections_and_probes_again_later() {
         let ids: Vec<u32> = (0..200).map(|i| i % 50).collect();
         let mut speculator = speculator();
         speculator.catch_up(&ids);
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_guessed_without_a_match() {
+    fn drafts_nothing_without_a_match() {
         let mut speculator = speculator();
         let ids: Vec<u32> = (0..100).collect();
         speculator.catch_up(&ids);

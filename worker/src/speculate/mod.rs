@@ -43,7 +43,7 @@ pub enum SpeculativeMethod {
 }
 
 /// Guesses of a sequence in one step, whatever is configured.
-pub const MOST_DRAFTS: u32 = 31;
+pub const MAX_DRAFTS: u32 = 31;
 
 impl Default for SpeculativeOptions {
     fn default() -> Self {
@@ -76,8 +76,8 @@ impl SpeculativeOptions {
     /// The field that can't be as it is, and why.
     pub fn check(&self) -> Result<(), (&'static str, String)> {
         let found = self.num_speculative_tokens;
-        if found > MOST_DRAFTS {
-            return Err(("num_speculative_tokens", format!("expected 0 to {MOST_DRAFTS}, found {found}")));
+        if found > MAX_DRAFTS {
+            return Err(("num_speculative_tokens", format!("expected 0 to {MAX_DRAFTS}, found {found}")));
         }
         if self.prompt_lookup_min == 0 || self.prompt_lookup_min > 16 {
             return Err(("prompt_lookup_min", format!("expected 1 to 16, found {}", self.prompt_lookup_min)));

@@ -9,7 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::floor::Floors;
+use super::roofline::Rooflines;
 use crate::engine::step::{Step, StepOutput, Tokens};
 
 const STEP_BUCKETS: [f64; 16] =
@@ -98,7 +98,7 @@ pub(crate) struct EngineMetrics {
     step_tokens: Histogram,
     step_predicted_seconds: Counter<f64, AtomicU64>,
     step_floor_seconds: Counter<f64, AtomicU64>,
-    floors: OnceLock<Floors>,
+    floors: OnceLock<Rooflines>,
     tokens: Family<KindLabels, Counter>,
     drafted_tokens: Counter,
     accepted_tokens: Counter,
@@ -134,7 +134,7 @@ impl Default for EngineMetrics {
 
 impl EngineMetrics {
     /// What the machine allows is known.
-    pub(crate) fn know_floors(&self, floors: Floors) {
+    pub(crate) fn know_floors(&self, floors: Rooflines) {
         // said once, at the start
         let _ = self.floors.set(floors);
     }
@@ -195,8 +195,9 @@ impl EngineMetrics {
     /// A step ended.
     pub(crate) fn step(&self, shape: &StepShape, output: &StepOutput, predicted: f64) {
         let seconds = output.seconds;
-        let drawn = output.sampled.iter().filter_map(|sampled| sampled.result.as_ref().ok());
-        let (ids, sequences) = drawn.fold((0, 0), |(ids, count), drawn| (ids + drawn.len() as u64, count + 1));
+        let sampled_tokens = output.sampled.iter().filter_map(|sampled| sampled.result.as_ref().ok());
+        let (ids, sequences) =
+            sampled_tokens.fold((0, 0), |(ids, count), sampled_tokens| (ids + sampled_tokens.len() as u64, count + 1));
         if shape.sequences == 0 {
             return;
         }
@@ -238,7 +239,7 @@ impl EngineMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::step::{Drawn, Sampled, Work};
+    use crate::engine::step::{Sampled, SampledToken, Work};
 
     #[test]
     fn a_steps_shape_tells_prompts_from_decodes() {
@@ -254,8 +255,11 @@ mod tests {
         let step =
             Step { id: 1, work: vec![work(99, Tokens::Sampled), work(10, Tokens::Ids(vec![1; 4]))], ..Step::default() };
         let drafted = Work { drafts: 2, ..work(99, Tokens::Ids(vec![1; 3])) };
-        let guessed = StepShape::of(&Step { id: 2, work: vec![drafted], ..Step::default() });
-        assert_eq!((guessed.decoded_tokens, guessed.drafted_tokens, guessed.kind()), (3, 2, "decode"));
+        let draft_matches = StepShape::of(&Step { id: 2, work: vec![drafted], ..Step::default() });
+        assert_eq!(
+            (draft_matches.decoded_tokens, draft_matches.drafted_tokens, draft_matches.kind()),
+            (3, 2, "decode")
+        );
         let shape = StepShape::of(&step);
         assert_eq!((shape.decoded_tokens, shape.prefilled_tokens, shape.sequences), (1, 4, 2));
         assert_eq!((shape.context_tokens, shape.pairs), (100 + 14, 40 + 10));
@@ -269,7 +273,7 @@ mod tests {
         let metrics = EngineMetrics::default();
         let mut registry = Registry::with_prefix("w");
         metrics.register(&mut registry);
-        let token = Drawn { token_id: 1, logprobs: None };
+        let token = SampledToken { token_id: 1, logprobs: None };
         let sampled = vec![Sampled { slot: 0, result: Ok(vec![token.clone(), token]) }];
         let output = StepOutput { id: 1, sampled, seconds: 0.01, ..StepOutput::default() };
         let shape = StepShape { decoded_tokens: 4, drafted_tokens: 3, sequences: 1, ..StepShape::default() };

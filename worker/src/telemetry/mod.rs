@@ -4,9 +4,9 @@
 //! is counted where it happens ([`engine`], [`ranks`]); how things stand is looked at when somebody asks.
 
 pub(crate) mod engine;
-pub mod floor;
 mod port;
 pub(crate) mod ranks;
+pub mod roofline;
 pub(crate) mod spans;
 
 use std::sync::atomic::{AtomicBool, AtomicU64};

@@ -83,7 +83,7 @@ impl Drop for SequenceSpan {
 pub(crate) struct RankSpans {
     rank: usize,
     running: HashMap<Slot, Running>,
-    in_flight: VecDeque<Flight>,
+    in_flight: VecDeque<OpenSpan>,
 }
 
 struct Running {
@@ -93,7 +93,7 @@ struct Running {
     last_end: SystemTime,
 }
 
-struct Flight {
+struct OpenSpan {
     step: u64,
     submitted: SystemTime,
     /// Slot, first position and tokens of prompts (0 = a decode).
@@ -132,7 +132,7 @@ impl RankSpans {
             })
             .collect();
         if !work.is_empty() {
-            self.in_flight.push_back(Flight { step: step.id, submitted: SystemTime::now(), work });
+            self.in_flight.push_back(OpenSpan { step: step.id, submitted: SystemTime::now(), work });
         }
     }
 

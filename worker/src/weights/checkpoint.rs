@@ -12,7 +12,7 @@ use safetensors::SafeTensors;
 use tracing::{info, warn};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::names::{Meaning, Part, Projection, Spelling, meaning};
+use super::names::{CheckpointFormat, Meaning, Part, Projection, meaning};
 use super::shard::ShardPlan;
 use super::slice::{Dtype, Fp8Scales, LinearShard, RowOrder, Slice, Source, VocabularyShard};
 use super::{WeightError, dummy};
@@ -26,7 +26,7 @@ pub struct Weights {
 }
 
 enum Origin {
-    Files { files: Vec<MappedFile>, tensors: HashMap<Part, Tensor>, spelling: Spelling },
+    Files { files: Vec<MappedFile>, tensors: HashMap<Part, Tensor>, checkpoint_format: CheckpointFormat },
     Random { seed: u64 },
 }
 
@@ -52,15 +52,15 @@ impl Weights {
         let paths = weight_files(folder)?;
         let mut files = Vec::with_capacity(paths.len());
         let mut tensors: HashMap<Part, Tensor> = HashMap::new();
-        let mut spelling = Spelling::HuggingFace;
+        let mut checkpoint_format = CheckpointFormat::HuggingFace;
         for path in paths {
             let map = map(&path)?;
             for tensor in read_header(&path, &map, files.len())? {
-                let (meaning, tensor_spelling) = meaning(&tensor.name)
+                let (meaning, tensor_format) = meaning(&tensor.name)
                     .ok_or_else(|| WeightError::Unknown { path: path.clone(), name: tensor.name.clone() })?;
                 match meaning {
                     Meaning::Decoder(part) => {
-                        spelling = tensor_spelling;
+                        checkpoint_format = tensor_format;
                         if let Some(other) = tensors.get(&part) {
                             return Err(WeightError::Twice { first: other.name.clone(), second: tensor.name });
                         }
@@ -76,7 +76,7 @@ impl Weights {
         let tied = config.tie_word_embeddings.unwrap_or(!tensors.contains_key(&Part::Head));
         let fingerprint = fingerprint(config, &files);
         info!(files = files.len(), tensors = tensors.len(), tied, fingerprint, "opened the checkpoint");
-        let origin = Origin::Files { files, tensors, spelling };
+        let origin = Origin::Files { files, tensors, checkpoint_format };
         let weights = Self { config: config.clone(), tied, origin, fingerprint };
         weights.check()?;
         Ok(weights)
@@ -146,7 +146,7 @@ impl Weights {
             Projection::Down => (0..outputs, plan.intermediate.clone()),
         };
         let order = match (projection, &self.origin) {
-            (Projection::Q | Projection::K, Origin::Files { spelling: Spelling::Mistral, .. }) => {
+            (Projection::Q | Projection::K, Origin::Files { checkpoint_format: CheckpointFormat::Mistral, .. }) => {
                 RowOrder::InterleavedPairs { head_dim }
             }
             _ => RowOrder::Plain,

@@ -42,7 +42,7 @@ const SMALLEST_NORMAL: f32 = 1.0 / 64.0;
 static DECODED: [f32; 256] = table();
 
 const fn table() -> [f32; 256] {
-    let mut numbers = [0.0; 256];
+    let mut elements = [0.0; 256];
     let mut code = 0;
     while code < 256 {
         let exponent = (code >> 3) & 0xf;
@@ -54,10 +54,10 @@ const fn table() -> [f32; 256] {
         } else {
             (1.0 + mantissa / 8.0) * f32::from_bits(((exponent + 120) as u32) << 23)
         };
-        numbers[code] = if code & 0x80 != 0 { -magnitude } else { magnitude };
+        elements[code] = if code & 0x80 != 0 { -magnitude } else { magnitude };
         code += 1;
     }
-    numbers
+    elements
 }
 
 #[cfg(test)]

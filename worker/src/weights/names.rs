@@ -63,7 +63,7 @@ pub(super) enum Meaning {
 
 /// How a checkpoint orders the rows of q and k.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Spelling {
+pub(super) enum CheckpointFormat {
     /// Rotary halves.
     HuggingFace,
     /// Rotary pairs.
@@ -71,11 +71,11 @@ pub(super) enum Spelling {
 }
 
 /// Reads a tensor's name; `None` where no model of this family has it.
-pub(super) fn meaning(name: &str) -> Option<(Meaning, Spelling)> {
+pub(super) fn meaning(name: &str) -> Option<(Meaning, CheckpointFormat)> {
     if let Some(meaning) = mistral(name) {
-        return Some((meaning, Spelling::Mistral));
+        return Some((meaning, CheckpointFormat::Mistral));
     }
-    hugging_face(name).map(|meaning| (meaning, Spelling::HuggingFace))
+    hugging_face(name).map(|meaning| (meaning, CheckpointFormat::HuggingFace))
 }
 
 fn hugging_face(name: &str) -> Option<Meaning> {
@@ -208,9 +208,9 @@ mod tests {
         let q = Meaning::Decoder(Part::Weight(3, Projection::Q));
         for prefix in ["model", "model.language_model", "language_model.model"] {
             let name = format!("{prefix}.layers.3.self_attn.q_proj.weight");
-            assert_eq!(meaning(&name), Some((q, Spelling::HuggingFace)));
+            assert_eq!(meaning(&name), Some((q, CheckpointFormat::HuggingFace)));
         }
-        assert_eq!(meaning("layers.3.attention.wq.weight"), Some((q, Spelling::Mistral)));
+        assert_eq!(meaning("layers.3.attention.wq.weight"), Some((q, CheckpointFormat::Mistral)));
         let scale = Meaning::Decoder(Part::WeightScale(0, Projection::Down));
         for name in [
             "model.layers.0.mlp.down_proj.weight_scale_inv",

@@ -167,26 +167,26 @@ impl<'a> Slice<'a> {
 
     /// All numbers as float32, row by row, each times `scale`.
     pub fn to_f32(&self, scale: f32) -> Vec<f32> {
-        let mut numbers = Vec::with_capacity(self.rows * self.columns);
+        let mut elements = Vec::with_capacity(self.rows * self.columns);
         let mut row_bytes = vec![0; self.columns * self.dtype.size()];
         for row in 0..self.rows {
             self.copy_row(row, &mut row_bytes);
-            append_as_f32(self.dtype, &row_bytes, scale, &mut numbers);
+            append_as_f32(self.dtype, &row_bytes, scale, &mut elements);
         }
-        numbers
+        elements
     }
 }
 
-fn append_as_f32(dtype: Dtype, bytes: &[u8], scale: f32, numbers: &mut Vec<f32>) {
+fn append_as_f32(dtype: Dtype, bytes: &[u8], scale: f32, elements: &mut Vec<f32>) {
     match dtype {
-        Dtype::F8E4M3 => numbers.extend(bytes.iter().map(|code| e4m3::decode(*code) * scale)),
+        Dtype::F8E4M3 => elements.extend(bytes.iter().map(|code| e4m3::decode(*code) * scale)),
         Dtype::Bf16 => {
-            numbers.extend(bytes.as_chunks::<2>().0.iter().map(|two| bf16::from_le_bytes(*two).to_f32() * scale));
+            elements.extend(bytes.as_chunks::<2>().0.iter().map(|two| bf16::from_le_bytes(*two).to_f32() * scale));
         }
         Dtype::F16 => {
-            numbers.extend(bytes.as_chunks::<2>().0.iter().map(|two| f16::from_le_bytes(*two).to_f32() * scale));
+            elements.extend(bytes.as_chunks::<2>().0.iter().map(|two| f16::from_le_bytes(*two).to_f32() * scale));
         }
-        Dtype::F32 => numbers.extend(bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four) * scale)),
+        Dtype::F32 => elements.extend(bytes.as_chunks::<4>().0.iter().map(|four| f32::from_le_bytes(*four) * scale)),
     }
 }
 
@@ -263,9 +263,10 @@ mod tests {
         let whole = RandomFill { key: 7, tensor_columns: 300, first_row: 0, first_column: 0, deviation: 2.0 };
         let part = RandomFill { first_row: 10, first_column: 20, ..whole };
         assert_eq!(whole.value(13, 25), part.value(3, 5));
-        let numbers: Vec<f32> = (0..200).flat_map(|row| (0..300).map(move |column| whole.value(row, column))).collect();
-        let mean = numbers.iter().sum::<f32>() / numbers.len() as f32;
-        let variance = numbers.iter().map(|n| n * n).sum::<f32>() / numbers.len() as f32;
+        let elements: Vec<f32> =
+            (0..200).flat_map(|row| (0..300).map(move |column| whole.value(row, column))).collect();
+        let mean = elements.iter().sum::<f32>() / elements.len() as f32;
+        let variance = elements.iter().map(|n| n * n).sum::<f32>() / elements.len() as f32;
         assert!(mean.abs() < 0.05, "{mean}");
         assert!((variance.sqrt() - 2.0).abs() < 0.05, "{variance}");
     }

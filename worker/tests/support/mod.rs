@@ -45,7 +45,7 @@ impl Goldens {
 
 /// One piece of a sequence to compute.
 #[derive(Clone)]
-pub struct Piece<'a> {
+pub struct Chunk<'a> {
     pub slot: u32,
     pub start: usize,
     pub ids: &'a [u32],
@@ -71,32 +71,32 @@ impl Rank {
     }
 
     /// Logits of every token of the pieces, which run as one batch.
-    pub fn run(&mut self, pieces: &[Piece<'_>]) -> Vec<Vec<Vec<f32>>> {
+    pub fn run(&mut self, parts: &[Chunk<'_>]) -> Vec<Vec<Vec<f32>>> {
         let mut batch = Batch::default();
-        for piece in pieces {
+        for part in parts {
             batch.sequences.push(BatchSequence {
-                slot: piece.slot,
+                slot: part.slot,
                 first_row: batch.token_ids.len() as u32,
-                rows: piece.ids.len() as u32,
-                context: (piece.start + piece.ids.len()) as u32,
-                blocks: piece.blocks.clone(),
+                rows: part.ids.len() as u32,
+                context: (part.start + part.ids.len()) as u32,
+                blocks: part.blocks.clone(),
             });
-            batch.token_ids.extend(piece.ids.iter().copied().map(Some));
-            batch.positions.extend((piece.start..piece.start + piece.ids.len()).map(|position| position as u32));
+            batch.token_ids.extend(part.ids.iter().copied().map(Some));
+            batch.positions.extend((part.start..part.start + part.ids.len()).map(|position| position as u32));
         }
         batch.logit_rows = (0..batch.token_ids.len() as u32).collect();
         let model = &self.model;
         let logits = self.backend.execute(&batch, |backend| model.forward(backend)).unwrap();
-        let mut rows = logits.numbers.chunks_exact(logits.columns).map(<[f32]>::to_vec);
-        pieces.iter().map(|piece| rows.by_ref().take(piece.ids.len()).collect()).collect()
+        let mut rows = logits.elements.chunks_exact(logits.columns).map(<[f32]>::to_vec);
+        parts.iter().map(|part| rows.by_ref().take(part.ids.len()).collect()).collect()
     }
 
     /// Logits of every token of a sequence, computed in chunks.
     pub fn run_in_chunks(&mut self, ids: &[u32], blocks: &[u32], chunk: usize) -> Vec<Vec<f32>> {
         let mut logits = Vec::new();
         for (index, ids) in ids.chunks(chunk).enumerate() {
-            let piece = Piece { slot: 0, start: index * chunk, ids, blocks: blocks.to_vec() };
-            logits.extend(self.run(&[piece]).remove(0));
+            let part = Chunk { slot: 0, start: index * chunk, ids, blocks: blocks.to_vec() };
+            logits.extend(self.run(&[part]).remove(0));
         }
         logits
     }
@@ -112,7 +112,7 @@ impl Rank {
             }
             let ids = [*generated.last().unwrap()];
             let start = prompt.len() + generated.len() - 1;
-            last = self.run(&[Piece { slot: 0, start, ids: &ids, blocks: blocks.to_vec() }]).remove(0).remove(0);
+            last = self.run(&[Chunk { slot: 0, start, ids: &ids, blocks: blocks.to_vec() }]).remove(0).remove(0);
         }
     }
 }

@@ -149,7 +149,7 @@ impl<'a> Keeper<'a> {
         tracing::debug!(key = self.kept.key, lease, "announced in etcd");
         let watching = WatchOptions::new().with_start_revision(revision + 1);
         let mut events = within(client.watch(self.kept.key.as_str(), Some(watching))).await?;
-        let (mut keeper, mut answers) = within(client.lease_keep_alive(lease)).await?;
+        let (mut keeper, mut responses) = within(client.lease_keep_alive(lease)).await?;
         let mut beat = tokio::time::interval(self.registry.options.lease_ttl / 3);
         loop {
             tokio::select! {
@@ -164,8 +164,8 @@ impl<'a> Keeper<'a> {
                 }
                 _ = beat.tick() => {
                     within(keeper.keep_alive()).await?;
-                    match within(answers.message()).await? {
-                        Some(answer) if answer.ttl() > 0 => {}
+                    match within(responses.message()).await? {
+                        Some(completion) if completion.ttl() > 0 => {}
                         _ => return Err(Lost::Store("the lease has expired".into())),
                     }
                 }

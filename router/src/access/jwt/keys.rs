@@ -35,9 +35,9 @@ const FETCH_WITHIN: Duration = Duration::from_secs(5);
 /// Shortest time between two fetches.
 const FETCH_EVERY: Duration = Duration::from_secs(10);
 /// How long a request waits for a fetch that it asked for.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(6);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(6);
 /// How often a file is looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Where keys come from.
 pub enum KeySource {
@@ -173,7 +173,7 @@ impl KeyStore {
             return false;
         }
         self.wanted.notify_one();
-        matches!(timeout(REQUEST_PATIENCE, fetched.changed()).await, Ok(Ok(())))
+        matches!(timeout(REQUEST_TIMEOUT, fetched.changed()).await, Ok(Ok(())))
     }
 
     /// Fetches keys, for ever: regularly, soon after a failure, and when asked.
@@ -196,7 +196,7 @@ impl KeyStore {
             // who asked while this fetch ran has been served by it
             let _ = self.wanted.notified().now_or_never();
             if matches!(self.source, KeySource::File(_)) {
-                tokio::time::sleep(LOOK_EVERY).await;
+                tokio::time::sleep(POLL_INTERVAL).await;
                 continue;
             }
             let pause = if failed { FETCH_EVERY.min(self.refresh) } else { self.refresh };

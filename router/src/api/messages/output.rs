@@ -8,7 +8,7 @@ use serde_json::{
 };
 
 use crate::{
-    api::answer::{Answer, Choice},
+    api::completion::{Choice, Completion},
     relay::emit::{CallDelta, Finish, Part, StopReason},
 };
 
@@ -69,8 +69,8 @@ pub struct MessageUsage {
 
 impl MessageUsage {
     /// So far.
-    pub fn of(answer: &Answer) -> Self {
-        let usage = answer.usage();
+    pub fn of(completion: &Completion) -> Self {
+        let usage = completion.usage();
         let cached = usage.prompt_tokens_details.cached_tokens;
         Self {
             input_tokens: usage.prompt_tokens.saturating_sub(cached),
@@ -115,20 +115,20 @@ pub fn stop_reason(choice: &Choice) -> (Option<&'static str>, Option<&str>) {
 
 impl<'a> MessageObject<'a> {
     /// The message as it is now, with this content.
-    pub fn new(answer: &'a Answer, content: Vec<ContentBlock<'a>>) -> Self {
-        let (mut stop_reason, stop_sequence) = stop_reason(&answer.choices[0]);
-        if answer.params.echo_only {
+    pub fn new(completion: &'a Completion, content: Vec<ContentBlock<'a>>) -> Self {
+        let (mut stop_reason, stop_sequence) = stop_reason(&completion.choices[0]);
+        if completion.params.echo_only {
             stop_reason = Some("max_tokens");
         }
         Self {
-            id: &answer.id,
+            id: &completion.id,
             r#type: "message",
             role: "assistant",
-            model: &answer.model,
+            model: &completion.model,
             content,
             stop_reason,
             stop_sequence,
-            usage: MessageUsage::of(answer),
+            usage: MessageUsage::of(completion),
         }
     }
 }
@@ -140,17 +140,17 @@ pub fn tool_use(call: &CallDelta, input: Box<RawValue>) -> ContentBlock<'_> {
 }
 
 /// The plain answer, complete.
-pub fn object(answer: &Answer) -> serde_json::Result<Vec<u8>> {
-    let delta = &answer.choices[0].delta;
+pub fn object(completion: &Completion) -> serde_json::Result<Vec<u8>> {
+    let delta = &completion.choices[0].delta;
     let block = |part| match part {
         Part::Text(text) => ContentBlock::Text { text },
         Part::Call(call) => tool_use(call, input(call)),
     };
     let mut content: Vec<ContentBlock<'_>> = delta.parts().map(block).collect();
-    if content.is_empty() && !answer.params.echo_only {
+    if content.is_empty() && !completion.params.echo_only {
         content.push(ContentBlock::Text { text: "" });
     }
-    serde_json::to_vec(&MessageObject::new(answer, content))
+    serde_json::to_vec(&MessageObject::new(completion, content))
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json, value::RawValue};
 
 use super::output::INVALID_JSON;
 use crate::api::{
-    bounds::Limits,
+    bounds::FieldBounds,
     convert::{
         ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, ChatToolFunction, Conversion, Dialect,
         Origin, Place, Text, entry, is_array, is_object, is_string, missing, refuse_foreign, unsupported,
@@ -195,7 +195,7 @@ pub fn read<'b>(
         return Err(ApiError::invalid("max_tokens", "`max_tokens` is required."));
     }
     refuse_foreign(&fields)?;
-    if let Some(stops) = request.stop_sequences(&Limits { operation, options })? {
+    if let Some(stops) = request.stop_sequences(&FieldBounds { operation, options })? {
         fields.stop = Some(OneOrMany(stops.to_vec()));
     }
     if request.mcp_servers.is_some_and(|servers| !servers.is_empty()) {
@@ -304,7 +304,7 @@ impl<'a> Draft<'a> {
             }
             let Tool { name, description, input_schema, strict, defer_loading, .. } = entry(written, place)?;
             let parameters = Some(Cow::Borrowed(input_schema.ok_or_else(|| missing(place, "input_schema"))?));
-            let (text, description) = (name.map(Text::Written), description.map(Text::Written));
+            let (text, description) = (name.map(Text::ChatInput), description.map(Text::ChatInput));
             let tool = ChatTool {
                 r#type: "function",
                 function: ChatToolFunction { name: text, description, parameters, strict },
@@ -345,7 +345,7 @@ impl<'a> Draft<'a> {
                 self.messages.push((message("system", content), place.into()));
                 return Ok(());
             }
-            self.messages.push((message("system", ChatContent::Written(written)), place.into()));
+            self.messages.push((message("system", ChatContent::ChatInput(written)), place.into()));
             return Ok(());
         }
         let blocks: Vec<&'a RawValue> = entry(written, place)?;
@@ -385,7 +385,7 @@ impl<'a> Draft<'a> {
         };
         if !is_array(content) {
             let prefix = is_last && role == "assistant";
-            let message = ChatMessage { prefix, ..message(role, ChatContent::Written(content)) };
+            let message = ChatMessage { prefix, ..message(role, ChatContent::ChatInput(content)) };
             self.messages.push((message, place.into()));
             return Ok(());
         }
@@ -410,22 +410,22 @@ struct Blocks<'a> {
     parts: Vec<ChatPart<'a>>,
     calls: Vec<ChatCall<'a>>,
     origin: Origin,
-    /// Pictures that tools returned.
-    pictures: Vec<(ChatPart<'a>, Place)>,
+    /// Images that tools returned.
+    images: Vec<(ChatPart<'a>, Place)>,
     has_results: bool,
     has_thought: bool,
 }
 
 impl<'a> Blocks<'a> {
     fn new(place: Place) -> Self {
-        let (parts, calls, pictures) = Default::default();
-        Self { parts, calls, pictures, origin: place.into(), has_results: false, has_thought: false }
+        let (parts, calls, images) = Default::default();
+        Self { parts, calls, images, origin: place.into(), has_results: false, has_thought: false }
     }
 
     fn read(&mut self, block: Block<'a>, role: &str, place: Place, draft: &mut Draft<'a>) -> Result<(), ApiError> {
         match (block.r#type.as_deref(), role) {
             (Some("text"), _) => self.push(ChatPart::text(block.text), place),
-            (Some("image"), "user") => self.push(picture(block.source, place)?, place),
+            (Some("image"), "user") => self.push(image(block.source, place)?, place),
             (Some("document"), "user") => {
                 for part in document(block.source, place)? {
                     self.push(part, place);
@@ -476,7 +476,7 @@ impl<'a> Blocks<'a> {
                         Some("text") => texts.push(ChatPart::text(block.text)),
                         Some("tool_reference") => texts.push(draft.reference(&block, place)?),
                         Some("document") => texts.append(&mut document(block.source, place)?),
-                        Some("image") => self.pictures.push((picture(block.source, place)?, place)),
+                        Some("image") => self.images.push((image(block.source, place)?, place)),
                         kind => return Err(unsupported(place, "blocks", kind)),
                     }
                 }
@@ -486,7 +486,7 @@ impl<'a> Blocks<'a> {
             Some(written) if failed && is_string(written) => {
                 ChatContent::Parts(vec![text(as_error(entry(written, place)?))])
             }
-            Some(written) => ChatContent::Written(written),
+            Some(written) => ChatContent::ChatInput(written),
         };
         let result = ChatMessage { tool_call_id: Some(call_id.into()), ..message("tool", content) };
         draft.messages.push((result, origin));
@@ -494,9 +494,9 @@ impl<'a> Blocks<'a> {
     }
 
     fn finish(mut self, role: &'static str, is_last: bool, draft: &mut Draft<'a>) {
-        if !self.pictures.is_empty() {
-            let (pictures, places): (Vec<_>, Vec<_>) = self.pictures.into_iter().unzip();
-            self.parts.splice(0..0, pictures);
+        if !self.images.is_empty() {
+            let (images, places): (Vec<_>, Vec<_>) = self.images.into_iter().unzip();
+            self.parts.splice(0..0, images);
             self.origin.parts.splice(0..0, places);
         }
         let is_empty = self.parts.is_empty() && self.calls.is_empty();
@@ -545,7 +545,7 @@ fn no_arguments() -> &'static RawValue {
     serde_json::from_str(NO_ARGUMENTS).unwrap_or(RawValue::NULL)
 }
 
-fn picture<'a>(source: Option<&RawValue>, place: Place) -> Result<ChatPart<'a>, ApiError> {
+fn image<'a>(source: Option<&RawValue>, place: Place) -> Result<ChatPart<'a>, ApiError> {
     let wrong = |what: &str| ApiError::invalid(format!("{place}.source"), format!("`{place}.source` {what}."));
     let source: Source<'_> = entry(source.ok_or_else(|| wrong("is required"))?, place)?;
     let url = match (source.r#type.as_deref(), source.media_type, source.data, source.url) {

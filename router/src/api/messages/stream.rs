@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     api::{
-        answer::Answer,
+        completion::Completion,
         error::ApiError,
         sse::{EventWriter, write_named_event},
     },
@@ -82,10 +82,10 @@ impl MessagesWriter {
     }
 
     /// The message begins when the group has said what it found in its cache.
-    fn begin_message(&mut self, answer: &Answer, out: &mut Vec<u8>) {
+    fn begin_message(&mut self, completion: &Completion, out: &mut Vec<u8>) {
         if !std::mem::replace(&mut self.begun, true) {
             let message =
-                MessageObject { stop_reason: None, stop_sequence: None, ..MessageObject::new(answer, vec![]) };
+                MessageObject { stop_reason: None, stop_sequence: None, ..MessageObject::new(completion, vec![]) };
             Event::MessageStart { message }.write(out);
             out.extend_from_slice(MessagesWriter::SIGN_OF_LIFE);
         }
@@ -125,11 +125,11 @@ impl Default for MessagesWriter {
 impl EventWriter for MessagesWriter {
     const SIGN_OF_LIFE: &'static [u8] = b"event: ping\ndata: {\"type\":\"ping\"}\n\n";
 
-    fn begin(&mut self, _answer: &mut Answer, _out: &mut Vec<u8>) {}
+    fn begin(&mut self, _answer: &mut Completion, _out: &mut Vec<u8>) {}
 
-    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
-        self.begin_message(answer, out);
-        let choice = &answer.choices[number];
+    fn progress(&mut self, completion: &mut Completion, number: usize, out: &mut Vec<u8>) {
+        self.begin_message(completion, out);
+        let choice = &completion.choices[number];
         for part in choice.delta.parts() {
             match part {
                 Part::Text(text) => self.add_text(text, out),
@@ -143,19 +143,19 @@ impl EventWriter for MessagesWriter {
         if self.blocks == 0 && choice.finish.is_some() {
             self.add_text("", out);
         }
-        answer.choices[number].delta.clear();
+        completion.choices[number].delta.clear();
     }
 
-    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
+    fn end(&mut self, completion: &mut Completion, out: &mut Vec<u8>) {
         self.end_block(out);
-        let (stop_reason, stop_sequence) = stop_reason(&answer.choices[0]);
+        let (stop_reason, stop_sequence) = stop_reason(&completion.choices[0]);
         let delta = MessageEnd { stop_reason, stop_sequence };
-        Event::MessageDelta { delta, usage: MessageUsage::of(answer) }.write(out);
+        Event::MessageDelta { delta, usage: MessageUsage::of(completion) }.write(out);
         Event::MessageStop.write(out);
     }
 
-    fn failed(&mut self, answer: &mut Answer, error: &ApiError, out: &mut Vec<u8>) {
-        let id = answer.context().request_id.clone();
+    fn failed(&mut self, completion: &mut Completion, error: &ApiError, out: &mut Vec<u8>) {
+        let id = completion.context().request_id.clone();
         out.extend_from_slice(b"event: error\ndata: ");
         out.extend_from_slice(&error_json(error, &id));
         out.extend_from_slice(b"\n\n");

@@ -9,7 +9,7 @@ use super::{
     tools::{INPUT, ToolName, ToolNames},
 };
 use crate::{
-    api::answer::Answer,
+    api::completion::Completion,
     relay::emit::{CallDelta, Delta, Finish, Part},
 };
 
@@ -63,8 +63,8 @@ impl Item {
     }
 
     /// As the client sees it when it begins.
-    pub fn begun<'a>(&'a self, answer: &'a Answer) -> ItemObject<'a> {
-        let mut object = self.object_with(Status::InProgress, answer);
+    pub fn begun<'a>(&'a self, completion: &'a Completion) -> ItemObject<'a> {
+        let mut object = self.object_with(Status::InProgress, completion);
         if let ItemObject::FunctionCall { arguments, .. } = &mut object {
             *arguments = "";
         }
@@ -72,16 +72,16 @@ impl Item {
     }
 
     /// As the client sees it now.
-    pub fn object<'a>(&'a self, answer: &'a Answer) -> ItemObject<'a> {
-        self.object_with(self.status, answer)
+    pub fn object<'a>(&'a self, completion: &'a Completion) -> ItemObject<'a> {
+        self.object_with(self.status, completion)
     }
 
-    fn object_with<'a>(&'a self, status: Status, answer: &'a Answer) -> ItemObject<'a> {
+    fn object_with<'a>(&'a self, status: Status, completion: &'a Completion) -> ItemObject<'a> {
         let id = &self.id;
         match &self.content {
             Content::Message { .. } => {
                 let is_begun = status != Status::InProgress;
-                let content = self.part(answer).filter(|_| is_begun).into_iter().collect();
+                let content = self.part(completion).filter(|_| is_begun).into_iter().collect();
                 ItemObject::Message { id, status, role: "assistant", content }
             }
             Content::Call { call_id, tool, arguments } => {
@@ -96,9 +96,9 @@ impl Item {
     }
 
     /// The text of a message.
-    pub fn part<'a>(&'a self, answer: &'a Answer) -> Option<TextPart<'a>> {
+    pub fn part<'a>(&'a self, completion: &'a Completion) -> Option<TextPart<'a>> {
         let Content::Message { text, logprobs } = &self.content else { return None };
-        Some(TextPart { r#type: "output_text", text, annotations: [], logprobs: logprobs_of(logprobs, answer) })
+        Some(TextPart { r#type: "output_text", text, annotations: [], logprobs: logprobs_of(logprobs, completion) })
     }
 }
 
@@ -142,9 +142,9 @@ impl Items {
     }
 
     /// All of them as the client sees them. One that is still open was cut off.
-    pub fn objects<'a>(&'a self, answer: &'a Answer) -> Vec<ItemObject<'a>> {
+    pub fn objects<'a>(&'a self, completion: &'a Completion) -> Vec<ItemObject<'a>> {
         let status = |item: &Item| if item.status == Status::InProgress { Status::Incomplete } else { item.status };
-        self.list.iter().map(|item| item.object_with(status(item), answer)).collect()
+        self.list.iter().map(|item| item.object_with(status(item), completion)).collect()
     }
 
     /// Adds what was generated. `finish`: nothing follows it.

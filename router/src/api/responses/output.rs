@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     api::{
-        answer::{Answer, Choice},
+        completion::{Choice, Completion},
         error::ApiError,
         response::{ChatLogprob, ChatLogprobs},
     },
@@ -34,9 +34,9 @@ pub enum Status {
 }
 
 /// Logprobs as chat has them; none if none were asked for.
-pub fn logprobs_of<'a>(positions: &[PositionLogprobs], answer: &'a Answer) -> Vec<ChatLogprob<'a>> {
-    match answer.params.top_logprobs {
-        Some(top) => ChatLogprobs::new(positions, top, answer.names()).content,
+pub fn logprobs_of<'a>(positions: &[PositionLogprobs], completion: &'a Completion) -> Vec<ChatLogprob<'a>> {
+    match completion.params.top_logprobs {
+        Some(top) => ChatLogprobs::new(positions, top, completion.names()).content,
         None => Vec::new(),
     }
 }
@@ -197,18 +197,18 @@ pub struct OutputTokensDetails {
 impl<'a> ResponseObject<'a> {
     /// The response as it is now, with these items. Only one that is over has a usage.
     pub fn new(
-        answer: &'a Answer,
+        completion: &'a Completion,
         echo: &'a Echo,
         status: Status,
         output: Vec<ItemObject<'a>>,
         error: Option<&'a ApiError>,
     ) -> Self {
-        let sampling = &answer.params.sampling;
+        let sampling = &completion.params.sampling;
         let is_over = matches!(status, Status::Completed | Status::Incomplete);
         Self {
-            id: &answer.id,
+            id: &completion.id,
             object: "response",
-            created_at: answer.created,
+            created_at: completion.created,
             status,
             background: false,
             error: error.map(|error| ResponseError { code: error.code.unwrap_or(error.kind), message: &error.message }),
@@ -218,7 +218,7 @@ impl<'a> ResponseObject<'a> {
             max_output_tokens: echo.max_output_tokens,
             max_tool_calls: echo.max_tool_calls,
             metadata: &echo.metadata,
-            model: &answer.model,
+            model: &completion.model,
             output,
             parallel_tool_calls: echo.parallel_tool_calls,
             previous_response_id: None,
@@ -231,17 +231,17 @@ impl<'a> ResponseObject<'a> {
             text: &echo.text,
             tool_choice: &echo.tool_choice,
             tools: &echo.tools,
-            top_logprobs: answer.params.top_logprobs.unwrap_or(0),
+            top_logprobs: completion.params.top_logprobs.unwrap_or(0),
             top_p: sampling.top_p.unwrap_or(1.0),
             truncation: "disabled",
-            usage: is_over.then(|| usage(answer)),
+            usage: is_over.then(|| usage(completion)),
             user: echo.user.as_deref(),
         }
     }
 }
 
-fn usage(answer: &Answer) -> ResponseUsage {
-    let usage = answer.usage();
+fn usage(completion: &Completion) -> ResponseUsage {
+    let usage = completion.usage();
     ResponseUsage {
         input_tokens: usage.prompt_tokens,
         input_tokens_details: InputTokensDetails {
@@ -260,17 +260,17 @@ pub fn final_status(choice: &Choice) -> Status {
 }
 
 /// Runs an answer to its end and collects its items.
-pub async fn collect(answer: &mut Answer, echo: &Echo) -> Result<Items, ApiError> {
+pub async fn collect(completion: &mut Completion, echo: &Echo) -> Result<Items, ApiError> {
     let mut items = Items::default();
-    while let Some(step) = std::future::poll_fn(|cx| answer.poll_step(cx)).await {
-        let choice = &mut answer.choices[step?];
-        items.take(&mut choice.delta, choice.finish, &answer.id, &echo.names);
+    while let Some(step) = std::future::poll_fn(|cx| completion.poll_step(cx)).await {
+        let choice = &mut completion.choices[step?];
+        items.take(&mut choice.delta, choice.finish, &completion.id, &echo.names);
     }
     Ok(items)
 }
 
 /// The plain answer, complete.
-pub fn object(answer: &Answer, echo: &Echo, items: &Items) -> serde_json::Result<Vec<u8>> {
-    let status = final_status(&answer.choices[0]);
-    serde_json::to_vec(&ResponseObject::new(answer, echo, status, items.objects(answer), None))
+pub fn object(completion: &Completion, echo: &Echo, items: &Items) -> serde_json::Result<Vec<u8>> {
+    let status = final_status(&completion.choices[0]);
+    serde_json::to_vec(&ResponseObject::new(completion, echo, status, items.objects(completion), None))
 }

@@ -23,7 +23,7 @@ use serde_json::{
 
 use super::tools::{INPUT, Tool, ToolNames, Tools, tool_choice};
 use crate::api::{
-    bounds::Limits,
+    bounds::FieldBounds,
     bounds::at_least,
     convert::{
         ChatCall, ChatContent, ChatFunction, ChatMessage, ChatPart, ChatTool, Conversion, Dialect, Origin, Place, Text,
@@ -223,7 +223,7 @@ pub struct Echo {
 
 /// Reads a request: its conversation, its other fields, and what comes back.
 pub fn read<'b>(bytes: &'b [u8], options: &RouterOptions) -> Result<(Conversion, Body<'b>, Echo), ApiError> {
-    let limits = Limits { operation: Operation::Responses, options };
+    let limits = FieldBounds { operation: Operation::Responses, options };
     let (mut fields, mut request) = Body::parse_with::<ResponsesRequest<'_>>(bytes, limits.operation)?;
     refuse_memory(&request)?;
     refuse_foreign(&fields)?;
@@ -239,7 +239,7 @@ pub fn read<'b>(bytes: &'b [u8], options: &RouterOptions) -> Result<(Conversion,
         if !is_string(instructions) {
             return Err(ApiError::invalid("instructions", "`instructions` must be a string."));
         }
-        let content = Some(ChatContent::Written(instructions));
+        let content = Some(ChatContent::ChatInput(instructions));
         items.messages.push((message("system", content), Place::Field("instructions").into()));
     }
     match request.input {
@@ -391,8 +391,8 @@ impl<'a> Items<'a> {
                 origin.parts = parts.iter().map(|(_, place)| *place).collect();
                 Some(ChatContent::Parts(parts.into_iter().map(|(part, _)| part).collect()))
             }
-            Some(written) => Some(ChatContent::Written(written)),
-            None => Some(ChatContent::Written(RawValue::NULL)).filter(|_| role != "assistant"),
+            Some(written) => Some(ChatContent::ChatInput(written)),
+            None => Some(ChatContent::ChatInput(RawValue::NULL)).filter(|_| role != "assistant"),
         };
         self.messages.push((message(role, content), origin));
         Ok(())
@@ -442,7 +442,7 @@ impl<'a> Items<'a> {
             }
             ChatContent::Parts(texts)
         } else if is_string(output) {
-            ChatContent::Written(output)
+            ChatContent::ChatInput(output)
         } else {
             let message = format!("`{place}.output` must be a string or an array.");
             return Err(ApiError::invalid(format!("{place}.output"), message));
@@ -492,7 +492,7 @@ fn parts<'a>(written: &'a RawValue, index: u32, list: &'static str) -> Result<Ve
                     let message = format!("`{place}.image_url` is required: this server keeps no files.");
                     ApiError::invalid(format!("{place}.image_url"), message)
                 })?;
-                ChatPart::ImageUrl { image_url: Text::Written(url) }
+                ChatPart::ImageUrl { image_url: Text::ChatInput(url) }
             }
             kind => return Err(unsupported(place, "parts", kind)),
         };

@@ -9,7 +9,7 @@ use super::{
     request::Echo,
 };
 use crate::api::{
-    answer::Answer,
+    completion::Completion,
     error::ApiError,
     response::ChatLogprob,
     sse::{EventWriter, write_named_event},
@@ -117,7 +117,7 @@ impl ResponsesWriter {
         Self { echo, items: Items::default(), events: Numbers::default() }
     }
 
-    fn write(&mut self, change: &Change, answer: &Answer, out: &mut Vec<u8>) {
+    fn write(&mut self, change: &Change, completion: &Completion, out: &mut Vec<u8>) {
         let events = &mut self.events;
         let (Change::Added(number) | Change::Text(number, ..) | Change::Arguments(number, _) | Change::Done(number)) =
             change;
@@ -125,9 +125,9 @@ impl ResponsesWriter {
         let Some(item) = self.items.get(output_index) else { return };
         let item_id = item.id();
         match change {
-            Change::Added(_) => added(events, item, output_index, answer, out),
+            Change::Added(_) => added(events, item, output_index, completion, out),
             Change::Text(_, delta, logprobs) => {
-                let logprobs = logprobs_of(logprobs, answer);
+                let logprobs = logprobs_of(logprobs, completion);
                 let event = TextDelta { item_id, output_index, content_index: 0, delta, logprobs };
                 events.write("response.output_text.delta", event, out);
             }
@@ -135,7 +135,7 @@ impl ResponsesWriter {
                 let event = ArgumentsDelta { item_id, output_index, delta };
                 events.write("response.function_call_arguments.delta", event, out);
             }
-            Change::Done(_) => done(events, item, output_index, answer, out),
+            Change::Done(_) => done(events, item, output_index, completion, out),
         }
     }
 
@@ -144,18 +144,18 @@ impl ResponsesWriter {
         name: &'static str,
         status: Status,
         error: Option<&ApiError>,
-        answer: &Answer,
+        completion: &Completion,
         out: &mut Vec<u8>,
     ) {
-        let items = self.items.objects(answer);
-        let response = ResponseObject::new(answer, &self.echo, status, items, error);
+        let items = self.items.objects(completion);
+        let response = ResponseObject::new(completion, &self.echo, status, items, error);
         self.events.write(name, ResponseEvent { response }, out);
     }
 }
 
 /// The events by which an item begins.
-fn added(events: &mut Numbers, item: &Item, output_index: usize, answer: &Answer, out: &mut Vec<u8>) {
-    events.write("response.output_item.added", ItemEvent { output_index, item: item.begun(answer) }, out);
+fn added(events: &mut Numbers, item: &Item, output_index: usize, completion: &Completion, out: &mut Vec<u8>) {
+    events.write("response.output_item.added", ItemEvent { output_index, item: item.begun(completion) }, out);
     if matches!(item.content, Content::Message { .. }) {
         let part = TextPart::empty();
         let event = PartEvent { item_id: item.id(), output_index, content_index: 0, part };
@@ -164,14 +164,14 @@ fn added(events: &mut Numbers, item: &Item, output_index: usize, answer: &Answer
 }
 
 /// The events by which an item ends.
-fn done(events: &mut Numbers, item: &Item, output_index: usize, answer: &Answer, out: &mut Vec<u8>) {
+fn done(events: &mut Numbers, item: &Item, output_index: usize, completion: &Completion, out: &mut Vec<u8>) {
     let item_id = item.id();
     match &item.content {
         Content::Message { text, logprobs } => {
-            let logprobs = logprobs_of(logprobs, answer);
+            let logprobs = logprobs_of(logprobs, completion);
             let done = TextDone { item_id, output_index, content_index: 0, text, logprobs };
             events.write("response.output_text.done", done, out);
-            if let Some(part) = item.part(answer) {
+            if let Some(part) = item.part(completion) {
                 let event = PartEvent { item_id, output_index, content_index: 0, part };
                 events.write("response.content_part.done", event, out);
             }
@@ -187,32 +187,32 @@ fn done(events: &mut Numbers, item: &Item, output_index: usize, answer: &Answer,
             events.write("response.function_call_arguments.done", done, out);
         }
     }
-    events.write("response.output_item.done", ItemEvent { output_index, item: item.object(answer) }, out);
+    events.write("response.output_item.done", ItemEvent { output_index, item: item.object(completion) }, out);
 }
 
 impl EventWriter for ResponsesWriter {
-    fn begin(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
+    fn begin(&mut self, completion: &mut Completion, out: &mut Vec<u8>) {
         for name in ["response.created", "response.in_progress"] {
-            let response = ResponseObject::new(answer, &self.echo, Status::InProgress, Vec::new(), None);
+            let response = ResponseObject::new(completion, &self.echo, Status::InProgress, Vec::new(), None);
             self.events.write(name, ResponseEvent { response }, out);
         }
     }
 
-    fn progress(&mut self, answer: &mut Answer, number: usize, out: &mut Vec<u8>) {
-        let choice = &mut answer.choices[number];
-        let changes = self.items.take(&mut choice.delta, choice.finish, &answer.id, &self.echo.names);
+    fn progress(&mut self, completion: &mut Completion, number: usize, out: &mut Vec<u8>) {
+        let choice = &mut completion.choices[number];
+        let changes = self.items.take(&mut choice.delta, choice.finish, &completion.id, &self.echo.names);
         for change in changes {
-            self.write(&change, answer, out);
+            self.write(&change, completion, out);
         }
     }
 
-    fn end(&mut self, answer: &mut Answer, out: &mut Vec<u8>) {
-        let status = final_status(&answer.choices[0]);
+    fn end(&mut self, completion: &mut Completion, out: &mut Vec<u8>) {
+        let status = final_status(&completion.choices[0]);
         let name = if status == Status::Incomplete { "response.incomplete" } else { "response.completed" };
-        self.over(name, status, None, answer, out);
+        self.over(name, status, None, completion, out);
     }
 
-    fn failed(&mut self, answer: &mut Answer, error: &ApiError, out: &mut Vec<u8>) {
-        self.over("response.failed", Status::Failed, Some(error), answer, out);
+    fn failed(&mut self, completion: &mut Completion, error: &ApiError, out: &mut Vec<u8>) {
+        self.over("response.failed", Status::Failed, Some(error), completion, out);
     }
 }

@@ -162,11 +162,11 @@ impl Tools {
             Some("function") => {
                 let name = match (namespace, tool.name) {
                     (Some(_), _) => Some(Text::Made(self.add(namespace, name(&tool)?, false))),
-                    (None, written) => written.map(Text::Written),
+                    (None, written) => written.map(Text::ChatInput),
                 };
                 let strict = tool.strict.map(|strict| entry(strict, place)).transpose()?;
                 let parameters = tool.parameters.map(Cow::Borrowed);
-                ChatToolFunction { name, description: tool.description.map(Text::Written), parameters, strict }
+                ChatToolFunction { name, description: tool.description.map(Text::ChatInput), parameters, strict }
             }
             Some("custom") => {
                 let name = Some(Text::Made(self.add(namespace, name(&tool)?, true)));

@@ -18,7 +18,7 @@ use bora_proto::v1::{Grammar, grammar::Kind};
 use serde_json::Value;
 
 use super::{error::ApiError, params::Endpoint, request::Body, surrogates::replace_halves_of_text};
-use crate::{access::limits::Limits, models::ModelSpec};
+use crate::{access::limits::TenantLimits, models::ModelSpec};
 
 /// Bytes of a grammar; as in the worker.
 const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
@@ -173,7 +173,7 @@ pub fn structure(
 }
 
 /// Refuses forms that the tenant may not ask for.
-pub fn check_allowed(body: &Body<'_>, limits: &Limits) -> Result<(), ApiError> {
+pub fn check_allowed(body: &Body<'_>, limits: &TenantLimits) -> Result<(), ApiError> {
     let forbidden = |what: &str| match what {
         "grammar" => limits.allow_grammar == Some(false),
         "regex" => limits.allow_regex == Some(false),
@@ -522,7 +522,7 @@ mod tests {
 
     #[test]
     fn tenants_may_be_kept_from_grammars_and_regular_expressions() {
-        let limits = Limits { allow_grammar: Some(false), allow_regex: Some(false), ..Limits::default() };
+        let limits = TenantLimits { allow_grammar: Some(false), allow_regex: Some(false), ..TenantLimits::default() };
         for (body, field) in [
             (json!({"guided_grammar": "start: \"a\""}), "guided_grammar"),
             (json!({"guided_regex": "a"}), "guided_regex"),
@@ -533,7 +533,7 @@ mod tests {
         ] {
             let bytes = body.to_string().into_bytes();
             let body = Body::parse(&bytes, crate::api::declare::Operation::Chat).unwrap();
-            assert!(check_allowed(&body, &Limits::default()).is_ok());
+            assert!(check_allowed(&body, &TenantLimits::default()).is_ok());
             match check_allowed(&body, &limits) {
                 Ok(()) => assert_eq!(field, ""),
                 Err(error) => {

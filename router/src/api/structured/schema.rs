@@ -11,7 +11,7 @@ const MAX_EXACT: i128 = 1 << 53;
 /// The largest double below 2^63: the compiler's integers end there.
 const MAX_INTEGER: f64 = 9_223_372_036_854_774_784.0;
 /// From here on the compiler needs both bounds.
-const LONGEST_OPEN: f64 = 999_999_999_999_999_872.0;
+const MAX_OPEN: f64 = 999_999_999_999_999_872.0;
 /// Members that hold no schemas.
 const DATA: [&str; 5] = ["const", "enum", "default", "example", "examples"];
 /// Members whose members are schemas.
@@ -173,9 +173,9 @@ impl Rewriting {
             object.retain(|key, _| !["exclusiveMinimum", "exclusiveMaximum"].contains(&key.as_str()));
             object.insert("minimum".into(), least);
             object.insert("maximum".into(), most);
-        } else if is_integer && least.is_some_and(|least| least > LONGEST_OPEN) && most.is_none() {
+        } else if is_integer && least.is_some_and(|least| least > MAX_OPEN) && most.is_none() {
             object.insert("maximum".into(), json!(MAX_INTEGER));
-        } else if is_integer && most.is_some_and(|most| most < -LONGEST_OPEN) && least.is_none() {
+        } else if is_integer && most.is_some_and(|most| most < -MAX_OPEN) && least.is_none() {
             object.insert("minimum".into(), json!(-MAX_INTEGER));
         }
         Ok(())

@@ -108,15 +108,15 @@ fn walks_find_runs_and_what_stands_elsewhere() {
 /// Conversations told of a piece at a time, in turn, with pieces of every length, and blocks that are missing.
 #[test]
 fn walks_find_pieces_of_any_length() {
-    for piece in [1, 2, 3, 5, 8, 15, 16, 31, 32, 33, 100, 127, 200, 5_000] {
+    for run in [1, 2, 3, 5, 8, 15, 16, 31, 32, 33, 100, 127, 200, 5_000] {
         let table = BlockTable::default();
         let conversation = |number: u64| (0..3_000u64).map(|at| hash(number * 1_000_000 + at)).collect::<Vec<_>>();
         let conversations: Vec<Vec<BlockHash>> = (0..7).map(conversation).collect();
-        for first in (0..3_000).step_by(piece) {
+        for first in (0..3_000).step_by(run) {
             for (bit, chain) in conversations.iter().enumerate() {
                 // lengths differ from piece to piece
-                let cut = first + (piece / 2) * usize::from((first / piece) % 3 == 1);
-                let end = (first + piece).min(chain.len());
+                let cut = first + (run / 2) * usize::from((first / run) % 3 == 1);
+                let end = (first + run).min(chain.len());
                 table.set(chain[first..cut.min(end)].iter().copied(), bit as u32);
                 table.set(chain[cut.min(end)..end].iter().copied(), bit as u32);
             }
@@ -128,7 +128,7 @@ fn walks_find_pieces_of_any_length() {
         for (bit, chain) in conversations.iter().enumerate() {
             let mut seen = 0;
             table.walk(chain, |place, bits| {
-                assert_eq!(bits, if missing(place) { 0 } else { 1 << bit }, "{piece} {place}");
+                assert_eq!(bits, if missing(place) { 0 } else { 1 << bit }, "{run} {place}");
                 assert_eq!(place, seen);
                 seen += 1;
                 true
@@ -170,7 +170,7 @@ fn pieces_stay_whole_where_others_were() {
         turn
     };
     let mut chains: Vec<Vec<BlockHash>> = (0..128).map(chain_of).collect();
-    let pieces = store(&chains);
+    let runs = store(&chains);
     for round in 0..40u64 {
         let (gone, kept): (Vec<_>, Vec<_>) =
             chains.into_iter().enumerate().partition(|(number, _)| number * 37 % 8 == round as usize % 8);
@@ -183,7 +183,7 @@ fn pieces_stay_whole_where_others_were() {
     }
     assert_eq!(table.len(), 128 * BLOCKS);
     let breaks: usize = chains.iter().map(|chain| breaks(&table, chain)).sum();
-    assert!(breaks < 128 * pieces * 11 / 10, "{breaks} of {} pieces", 128 * pieces);
+    assert!(breaks < 128 * runs * 11 / 10, "{breaks} of {} pieces", 128 * runs);
     assert!(room(&table) < 2 * table.len(), "{} for {}", room(&table), table.len());
 }
 
@@ -195,7 +195,7 @@ fn gaps_that_no_piece_fits_into_are_filled_where_there_are_many() {
     table.unset((0..40_000).filter(|number| number % 4 > 0).map(hash), 1);
     let before = room(&table);
     let added: Vec<BlockHash> = (50_000..60_000).map(hash).collect();
-    added.chunks(15).for_each(|piece| table.set(piece.iter().copied(), 2));
+    added.chunks(15).for_each(|run| table.set(run.iter().copied(), 2));
     assert_eq!(room(&table), before);
     assert_eq!(table.len(), 20_000);
     let mut seen = 0;

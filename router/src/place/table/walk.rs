@@ -15,11 +15,11 @@ use bora_common::blocks::BlockHash;
 use super::{BlockTable, CHUNK, Chunks, Entry, Shards, entry, find, first_slot_of, key_of, place_in, search, shard_of};
 
 /// Behind pieces of so many blocks only the next one is looked for: another long one most likely begins with it.
-const LONG_PIECE: usize = 128;
+const LONG_RUN: usize = 128;
 /// Blocks that are looked for at once: with 32 or 64 it is slower.
 const AHEAD: usize = 16;
 /// Longest way from one block that is looked for ahead to the next.
-const LONGEST_STRIDE: usize = 32;
+const MAX_STRIDE: usize = 32;
 /// Entries of a line of the processor's cache.
 const LINE: usize = 64 / size_of::<Entry>();
 
@@ -31,7 +31,7 @@ impl BlockTable {
         let (shards, chunks) = arrays.now();
         let mut search = Search { shards, chunks, ahead: VecDeque::with_capacity(AHEAD) };
         let mut at = 0;
-        let mut typical = LONG_PIECE;
+        let mut typical = LONG_RUN;
         while at < hashes.len() {
             let Some(place) = search.place_of(hashes, at, typical) else {
                 if !see(at, 0) {
@@ -40,20 +40,20 @@ impl BlockTable {
                 at += 1;
                 continue;
             };
-            let mut piece = 0;
+            let mut run = 0;
             for (entry, hash) in search.entries_from(place).iter().zip(&hashes[at..]) {
                 let Some(bits) = entry.bits_of(key_of(*hash)) else { break };
-                if !see(at + piece, bits) {
+                if !see(at + run, bits) {
                     return;
                 }
-                piece += 1;
+                run += 1;
             }
-            if piece == 0 && !see(at, 0) {
+            if run == 0 && !see(at, 0) {
                 // given to another block since it was found
                 return;
             }
-            at += piece.max(1);
-            typical = (typical + piece) / 2;
+            at += run.max(1);
+            typical = (typical + run) / 2;
         }
     }
 }
@@ -86,18 +86,18 @@ impl Search {
         while self.ahead.front().is_some_and(|block| block.at < at) {
             self.ahead.pop_front();
         }
-        if typical < LONG_PIECE && self.ahead.is_empty() {
+        if typical < LONG_RUN && self.ahead.is_empty() {
             // four to three pieces of that length: a guess goes back to where a piece begins
-            self.look_ahead(hashes, at, (typical * 3 / 4 + 1).min(LONGEST_STRIDE));
+            self.look_ahead(hashes, at, (typical * 3 / 4 + 1).min(MAX_STRIDE));
         }
-        self.guess(hashes, at).or_else(|| {
+        self.predict(hashes, at).or_else(|| {
             let key = key_of(hashes[at]);
             find(&self.shards[shard_of(key)], &self.chunks, key).map(|(place, _)| place)
         })
     }
 
     /// Where block `at` stands, if its piece reaches to the next one that was looked for.
-    fn guess(&self, hashes: &[BlockHash], at: usize) -> Option<usize> {
+    fn predict(&self, hashes: &[BlockHash], at: usize) -> Option<usize> {
         let next = self.ahead.front()?;
         let place = next.place?.checked_sub(next.at - at)?;
         let key = key_of(hashes[at]);

@@ -58,7 +58,7 @@ pub(super) struct Writer {
     chunk: usize,
     place: usize,
     /// Whether the next entry is the first of a piece.
-    piece_begins: bool,
+    run_begins: bool,
 }
 
 impl Default for Writer {
@@ -73,14 +73,14 @@ impl Default for Writer {
             room: 0,
             chunk: 0,
             place: 0,
-            piece_begins: true,
+            run_begins: true,
         }
     }
 }
 
 impl Writer {
     /// Sets a group's bit of a key, the first of `piece` that are to stand together.
-    fn set(&mut self, arrays: &Arrays, key: u64, group: u32, piece: usize) -> Was {
+    fn set(&mut self, arrays: &Arrays, key: u64, group: u32, run: usize) -> Was {
         let bit = 1 << group;
         match locate(&self.slots[shard_of(key)], &self.chunks, key) {
             Ok(Found { entry, .. }) => {
@@ -92,7 +92,7 @@ impl Writer {
                 Was::Others
             }
             Err(free) => {
-                self.put(arrays, key, bit, piece, free);
+                self.put(arrays, key, bit, run, free);
                 self.of_group[group as usize] += 1;
                 Was::Unknown
             }
@@ -100,8 +100,8 @@ impl Writer {
     }
 
     /// A key that is not there yet; `slot` is the first that it could be written to, if it was looked for.
-    fn put(&mut self, arrays: &Arrays, key: u64, bits: u64, piece: usize, slot: Option<usize>) {
-        let place = self.free_place(arrays, piece);
+    fn put(&mut self, arrays: &Arrays, key: u64, bits: u64, run: usize, slot: Option<usize>) {
+        let place = self.free_place(arrays, run);
         if let Some(entry) = entry(&self.chunks, place) {
             entry.bits.store(bits, Ordering::Release);
             entry.key.store(key, Ordering::Release);
@@ -149,10 +149,10 @@ impl Writer {
     }
 
     /// The next free entry: behind the last one, or the first of `piece` free ones.
-    fn free_place(&mut self, arrays: &Arrays, piece: usize) -> usize {
+    fn free_place(&mut self, arrays: &Arrays, run: usize) -> usize {
         let next = self.chunks.get(self.chunk).and_then(|chunk| chunk.get(self.place));
-        if std::mem::take(&mut self.piece_begins) || !next.is_some_and(Entry::is_free) {
-            self.find_gap(arrays, piece);
+        if std::mem::take(&mut self.run_begins) || !next.is_some_and(Entry::is_free) {
+            self.find_gap(arrays, run);
         }
         let place = self.chunk * CHUNK + self.place;
         self.place += 1;
@@ -160,8 +160,8 @@ impl Writer {
     }
 
     /// Goes to where the next entries are written.
-    fn find_gap(&mut self, arrays: &Arrays, piece: usize) {
-        let wanted = if self.gaps_are_many() { 1 } else { piece.clamp(1, LONG_GAP) };
+    fn find_gap(&mut self, arrays: &Arrays, run: usize) {
+        let wanted = if self.gaps_are_many() { 1 } else { run.clamp(1, LONG_GAP) };
         for _ in 0..CHUNKS_TO_TRY {
             if let Some(place) = self.chunks.get(self.chunk).and_then(|chunk| gap(chunk, self.place, wanted)) {
                 self.place = place;
@@ -290,7 +290,7 @@ impl BlockTable {
         group: u32,
         mut again: impl FnMut(u64),
     ) {
-        self.write(hashes, |writer, arrays, live, key, piece| match writer.set(arrays, key, group, piece) {
+        self.write(hashes, |writer, arrays, live, key, run| match writer.set(arrays, key, group, run) {
             Was::Set => again(key),
             Was::Others => {}
             Was::Unknown => *live += 1,
@@ -320,7 +320,7 @@ impl BlockTable {
         let mut hashes = hashes.peekable();
         while hashes.peek().is_some() {
             let mut writer = self.writer.lock();
-            writer.piece_begins = true;
+            writer.run_begins = true;
             let arrays = Arc::clone(&self.arrays.read());
             // only the writer changes it
             let mut live = self.live.load(Ordering::Relaxed);
@@ -337,8 +337,8 @@ impl BlockTable {
                     std::hint::black_box(first_slot_of(&writer.slots[shard_of(*key)], *key));
                 }
                 for (done, key) in keys[..count].iter().enumerate() {
-                    let piece = behind.saturating_sub(done).max(count - done);
-                    change(&mut writer, &arrays, &mut live, *key, piece);
+                    let run = behind.saturating_sub(done).max(count - done);
+                    change(&mut writer, &arrays, &mut live, *key, run);
                 }
             }
             self.live.store(live, Ordering::Relaxed);

@@ -21,7 +21,7 @@ use bora_proto::v1::{
     BlocksChanged, DescribeRequest, DescribeResponse, FinishReason, Finished, GenerateEvent, GenerateRequest,
     GroupEvent, Load, Snapshot, Started, State, Tokens, WatchRequest,
     generate_event::Event as Said,
-    group_event::Event as Told,
+    group_event::Event as Update,
     inference_server::{Inference, InferenceServer},
 };
 use bora_router::RouterOptions;
@@ -38,7 +38,7 @@ use tonic::{Request, Response, Status, metadata::MetadataMap};
 use super::wire::{Network, Path, Setting};
 use crate::{
     support::keys,
-    virtual_time::{MOST_SEQUENCES, record},
+    virtual_time::{MAX_SEQUENCES, record},
 };
 
 pub(super) const END: u32 = 2;
@@ -47,7 +47,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 const STEP: Duration = Duration::from_millis(120);
 
 /// The whole answer to a prompt, and why it ends there.
-pub(super) fn answer(prompt: &[u32], seed: u64) -> (Vec<u32>, FinishReason) {
+pub(super) fn response(prompt: &[u32], seed: u64) -> (Vec<u32>, FinishReason) {
     let mut hasher = DefaultHasher::new();
     (prompt, seed).hash(&mut hasher);
     let mut random = StdRng::seed_from_u64(hasher.finish());
@@ -71,7 +71,7 @@ struct Watcher {
 
 impl Watcher {
     /// False where nobody listens any more.
-    fn tell(&mut self, epoch: u64, event: Told) -> bool {
+    fn report(&mut self, epoch: u64, event: Update) -> bool {
         self.sequence += 1;
         let event = GroupEvent { epoch, sequence: self.sequence, event: Some(event) };
         self.events.send(Ok(event)).is_ok()
@@ -128,7 +128,7 @@ impl Group {
     async fn tells_that_it_lives(self: Arc<Self>) {
         loop {
             self.take(SIGN_OF_LIFE).await;
-            self.tell(Told::Load(Load { running: self.running(), ..Load::default() }));
+            self.report(Update::Load(Load { running: self.running(), ..Load::default() }));
         }
     }
 
@@ -179,7 +179,7 @@ impl Group {
 
     pub(super) fn drain(&self, is_draining: bool) {
         self.is_draining.set(is_draining);
-        self.tell(self.state());
+        self.report(self.state());
     }
 
     /// It has no room for anything new, whatever it tells of its load.
@@ -196,11 +196,11 @@ impl Group {
     pub(super) fn begin_anew(&self, epoch: u64) {
         self.inside.lock().kept.clear();
         self.epoch.set(epoch);
-        self.tell(self.state());
+        self.report(self.state());
     }
 
-    fn state(&self) -> Told {
-        Told::State(if self.is_draining.get() { State::Draining } else { State::Ready } as i32)
+    fn state(&self) -> Update {
+        Update::State(if self.is_draining.get() { State::Draining } else { State::Ready } as i32)
     }
 
     /// Time in which it does something.
@@ -209,14 +209,14 @@ impl Group {
         self.is_frozen.until(|is_frozen| !is_frozen).await;
     }
 
-    fn tell(&self, told: Told) {
+    fn report(&self, reported: Update) {
         let mut inside = self.inside.lock();
         let is_lost = std::mem::take(&mut inside.loses_next);
         let epoch = self.epoch();
         if is_lost {
             return inside.watchers.iter_mut().for_each(|watcher| watcher.sequence += 1);
         }
-        inside.watchers.retain_mut(|watcher| watcher.tell(epoch, told.clone()));
+        inside.watchers.retain_mut(|watcher| watcher.report(epoch, reported.clone()));
     }
 
     /// Keeps blocks and tells of them, and of those that had to go.
@@ -228,7 +228,7 @@ impl Group {
         let evicted: Vec<BlockHash> = inside.kept.drain(..too_many).collect();
         drop(inside);
         let (stored, evicted) = (bytes(&new).into(), bytes(&evicted).into());
-        self.tell(Told::Blocks(BlocksChanged { stored, evicted }));
+        self.report(Update::Blocks(BlocksChanged { stored, evicted }));
     }
 
     /// Says the rest of an answer, for as long as somebody listens.
@@ -237,7 +237,7 @@ impl Group {
         let begun = request.generated_len as usize;
         let prompt = &request.token_ids[..request.token_ids.len() - begun];
         let seed = request.sampling.as_ref().map_or(0, |sampling| sampling.seed);
-        let (ids, reason) = answer(prompt, seed);
+        let (ids, reason) = response(prompt, seed);
         if !ids.starts_with(&request.token_ids[prompt.len()..]) {
             said.send(Err(Status::internal("what was generated before is not what a group says here"))).await.ok()?;
         }
@@ -280,7 +280,7 @@ impl Inference for Leader {
         if group.is_draining.get() {
             return Err(Status::unavailable("draining"));
         }
-        if group.is_closed.get() || group.running() >= MOST_SEQUENCES {
+        if group.is_closed.get() || group.running() >= MAX_SEQUENCES {
             group.inside.lock().refused += 1;
             return Err(Status::resource_exhausted("full"));
         }
@@ -311,18 +311,18 @@ impl Inference for Leader {
         let group = &self.0;
         group.check_identity(request.metadata())?;
         group.take(Duration::ZERO).await;
-        let (events, told) = mpsc::unbounded_channel();
+        let (events, reported) = mpsc::unbounded_channel();
         let mut inside = group.inside.lock();
         let kept: Vec<BlockHash> = inside.kept.iter().copied().collect();
         let (first, rest) = kept.split_at(kept.len() / 2);
-        let snapshot = |part, last| Told::Snapshot(Snapshot { block_hashes: bytes(part).into(), last });
+        let snapshot = |part, last| Update::Snapshot(Snapshot { block_hashes: bytes(part).into(), last });
         let load = Load { running: inside.running + inside.of_others, ..Load::default() };
         let mut watcher = Watcher { events, sequence: 0 };
-        for event in [snapshot(first, false), snapshot(rest, true), group.state(), Told::Load(load)] {
-            watcher.tell(group.epoch(), event);
+        for event in [snapshot(first, false), snapshot(rest, true), group.state(), Update::Load(load)] {
+            watcher.report(group.epoch(), event);
         }
         inside.watchers.push(watcher);
-        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(told))))
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(reported))))
     }
 
     async fn describe(&self, _: Request<DescribeRequest>) -> Result<Response<DescribeResponse>, Status> {

@@ -20,7 +20,7 @@ pub(super) fn attend(
     group: usize,
 ) -> Result<Activations> {
     let head_dim = cache.shape().head_dim;
-    let mut out = vec![0.0; query.numbers.len()];
+    let mut out = vec![0.0; query.elements.len()];
     for sequence in &batch.sequences {
         let first = sequence.first_row as usize;
         let rows = sequence.rows as usize;
@@ -37,19 +37,19 @@ pub(super) fn attend(
                 let mut tile_query = Vec::with_capacity(tile.len() * width);
                 for row in tile.clone() {
                     let start = row * query.columns + column;
-                    tile_query.extend_from_slice(&query.numbers[start..start + width]);
+                    tile_query.extend_from_slice(&query.elements[start..start + width]);
                 }
                 let visible: Vec<usize> =
                     batch.positions[tile.clone()].iter().map(|position| *position as usize + 1).collect();
                 let attended = attend_tile(tile_query, &visible, &keys, &values, group).map_err(device)?;
-                for (numbers, row) in attended.chunks_exact(width).zip(tile) {
+                for (elements, row) in attended.chunks_exact(width).zip(tile) {
                     let start = row * query.columns + column;
-                    out[start..start + width].copy_from_slice(numbers);
+                    out[start..start + width].copy_from_slice(elements);
                 }
             }
         }
     }
-    Ok(Activations { numbers: out, columns: query.columns })
+    Ok(Activations { elements: out, columns: query.columns })
 }
 
 /// `visible[t]`: how many positions token t of the tile sees.

@@ -36,16 +36,16 @@ impl Numbers {
         }
     }
 
-    fn write(&mut self, start: usize, numbers: &[f32]) {
+    fn write(&mut self, start: usize, elements: &[f32]) {
         match self {
-            Numbers::F32(all) => all[start..start + numbers.len()].copy_from_slice(numbers),
+            Numbers::F32(all) => all[start..start + elements.len()].copy_from_slice(elements),
             Numbers::Bf16(all) => {
-                for (to, from) in all[start..].iter_mut().zip(numbers) {
+                for (to, from) in all[start..].iter_mut().zip(elements) {
                     *to = bf16::from_f32(*from).to_bits();
                 }
             }
             Numbers::Fp8(all) => {
-                for (to, from) in all[start..].iter_mut().zip(numbers) {
+                for (to, from) in all[start..].iter_mut().zip(elements) {
                     *to = e4m3::encode(*from);
                 }
             }
@@ -82,8 +82,8 @@ impl Numbers {
 
 impl KvCache {
     pub(super) fn new(shape: KvShape, blocks: usize, dtype: KvDtype) -> Self {
-        let numbers = blocks * shape.kv_heads * BLOCK_TOKENS * shape.head_dim;
-        let layer = |_| Layer { keys: Numbers::zeros(numbers, dtype), values: Numbers::zeros(numbers, dtype) };
+        let elements = blocks * shape.kv_heads * BLOCK_TOKENS * shape.head_dim;
+        let layer = |_| Layer { keys: Numbers::zeros(elements, dtype), values: Numbers::zeros(elements, dtype) };
         Self { shape, layers: (0..shape.layers).map(layer).collect() }
     }
 

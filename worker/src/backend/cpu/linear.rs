@@ -26,7 +26,7 @@ struct Part {
 impl Linear {
     pub(super) fn load(shards: &[LinearShard<'_>], mode: Fp8Mode) -> Result<Self> {
         let inputs = shards.first().map_or(0, |shard| shard.weight.columns);
-        let mut numbers = Vec::new();
+        let mut elements = Vec::new();
         let mut parts: Vec<Part> = Vec::new();
         let mut outputs = 0;
         for shard in shards {
@@ -40,7 +40,7 @@ impl Linear {
                 (Dtype::F8E4M3, Some(scales)) if mode == Fp8Mode::Dequantized => scales.weight,
                 _ => 1.0,
             };
-            numbers.extend(shard.weight.to_f32(factor));
+            elements.extend(shard.weight.to_f32(factor));
             let scales = shard.scales.filter(|_| mode == Fp8Mode::W8a8 && shard.weight.dtype == Dtype::F8E4M3);
             match parts.last_mut() {
                 // neighbours in plain float32 are one product
@@ -50,7 +50,7 @@ impl Linear {
         }
         let weight = match outputs {
             0 => None,
-            _ => Some(Tensor::from_vec(numbers, (outputs, inputs), &Device::Cpu).map_err(device)?),
+            _ => Some(Tensor::from_vec(elements, (outputs, inputs), &Device::Cpu).map_err(device)?),
         };
         Ok(Self { weight, outputs, parts })
     }
@@ -64,39 +64,39 @@ impl Linear {
     pub(super) fn apply(&self, input: &Activations) -> Result<Activations> {
         let rows = input.rows();
         let Some(weight) = self.weight.as_ref().filter(|_| rows > 0) else {
-            return Ok(Activations { numbers: Vec::new(), columns: self.outputs });
+            return Ok(Activations { elements: Vec::new(), columns: self.outputs });
         };
-        let mut numbers = vec![0.0; rows * self.outputs];
+        let mut elements = vec![0.0; rows * self.outputs];
         for part in &self.parts {
-            let (product, factor) = match part.scales {
-                None => (multiply(input.numbers.clone(), rows, weight, part)?, 1.0),
+            let (output, factor) = match part.scales {
+                None => (multiply(input.elements.clone(), rows, weight, part)?, 1.0),
                 Some(scales) => {
-                    let rounded = input.numbers.iter().map(|x| e4m3::round(x / scales.input)).collect();
+                    let rounded = input.elements.iter().map(|x| e4m3::round(x / scales.input)).collect();
                     (multiply(rounded, rows, weight, part)?, scales.input * scales.weight)
                 }
             };
             if part.scales.is_none() && part.rows.len() == self.outputs {
-                return Ok(Activations { numbers: product, columns: self.outputs });
+                return Ok(Activations { elements: output, columns: self.outputs });
             }
             let width = part.rows.len();
-            for (from, to) in product.chunks_exact(width).zip(numbers.chunks_exact_mut(self.outputs)) {
+            for (from, to) in output.chunks_exact(width).zip(elements.chunks_exact_mut(self.outputs)) {
                 for (to, from) in to[part.rows.clone()].iter_mut().zip(from) {
                     *to = from * factor;
                 }
             }
         }
-        Ok(Activations { numbers, columns: self.outputs })
+        Ok(Activations { elements, columns: self.outputs })
     }
 }
 
 fn multiply(input: Vec<f32>, rows: usize, weight: &Tensor, part: &Part) -> Result<Vec<f32>> {
-    let product = || -> candle_core::Result<Vec<f32>> {
+    let output = || -> candle_core::Result<Vec<f32>> {
         let inputs = weight.dim(1)?;
         let input = Tensor::from_vec(input, (rows, inputs), &Device::Cpu)?;
         let weight = weight.narrow(0, part.rows.start, part.rows.len())?;
         input.matmul(&weight.t()?)?.flatten_all()?.to_vec1()
     };
-    product().map_err(device)
+    output().map_err(device)
 }
 
 pub(super) fn device(error: candle_core::Error) -> BackendError {

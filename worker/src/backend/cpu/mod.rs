@@ -17,7 +17,7 @@ use bora_common::model::RopeTable;
 use super::{
     Backend, BackendError, Batch, Fp8Mode, KvBudget, KvDtype, RankSetup, Result, SampleRequest, SampleResults,
 };
-use crate::engine::step::{Admission, BlockCopy, Drawn, SequenceFault, Slot};
+use crate::engine::step::{Admission, BlockCopy, SampledToken, SequenceFault, Slot};
 use crate::grammar::Mask;
 use crate::model::KvShape;
 use crate::sample::{SlotState, score};
@@ -68,20 +68,20 @@ struct StepState {
 #[derive(Clone, Debug)]
 pub struct Activations {
     /// Row-major.
-    pub numbers: Vec<f32>,
+    pub elements: Vec<f32>,
     /// Numbers in a row.
     pub columns: usize,
 }
 
 impl Activations {
     fn rows(&self) -> usize {
-        self.numbers.len().checked_div(self.columns).unwrap_or(0)
+        self.elements.len().checked_div(self.columns).unwrap_or(0)
     }
 }
 
 /// This rank's embedding rows.
 pub struct EmbeddingTable {
-    numbers: Vec<f32>,
+    elements: Vec<f32>,
     first_id: usize,
 }
 
@@ -108,24 +108,24 @@ impl CpuBackend {
 
     fn all_reduce(&mut self, values: &mut Activations) -> Result<()> {
         if self.setup.plan.ranks > 1 {
-            self.setup.collective.all_reduce(&mut values.numbers)?;
+            self.setup.collective.all_reduce(&mut values.elements)?;
         }
         Ok(())
     }
 
     /// To bf16, where the GPU's numbers are wanted.
-    fn round(&self, numbers: &mut [f32]) {
+    fn round(&self, elements: &mut [f32]) {
         if self.options.as_on_gpu {
-            for number in numbers {
+            for number in elements {
                 *number = half::bf16::from_f32(*number).to_f32();
             }
         }
     }
 
     /// The same of what a linear reads; what is rounded to FP8 for it comes from f32.
-    fn round_input(&self, numbers: &mut [f32], next: &Linear) {
+    fn round_input(&self, elements: &mut [f32], next: &Linear) {
         if !next.rounds_its_input() {
-            self.round(numbers);
+            self.round(elements);
         }
     }
 
@@ -155,7 +155,7 @@ impl Backend for CpuBackend {
     }
 
     fn load_embedding(&mut self, rows: &VocabularyShard<'_>) -> Result<EmbeddingTable> {
-        Ok(EmbeddingTable { numbers: rows.rows.to_f32(1.0), first_id: rows.first_id })
+        Ok(EmbeddingTable { elements: rows.rows.to_f32(1.0), first_id: rows.first_id })
     }
 
     fn load_head(&mut self, rows: &VocabularyShard<'_>) -> Result<Linear> {
@@ -233,10 +233,10 @@ impl Backend for CpuBackend {
 
     fn embed(&mut self, table: &EmbeddingTable) -> Result<Activations> {
         let columns = self.setup.config.hidden_size;
-        let mut residual = Activations { numbers: vec![0.0; self.step.token_ids.len() * columns], columns };
-        for (row, id) in residual.numbers.chunks_exact_mut(columns).zip(&self.step.token_ids) {
+        let mut residual = Activations { elements: vec![0.0; self.step.token_ids.len() * columns], columns };
+        for (row, id) in residual.elements.chunks_exact_mut(columns).zip(&self.step.token_ids) {
             let Some(index) = (*id as usize).checked_sub(table.first_id) else { continue };
-            if let Some(embedding) = table.numbers.get(index * columns..(index + 1) * columns) {
+            if let Some(embedding) = table.elements.get(index * columns..(index + 1) * columns) {
                 row.copy_from_slice(embedding);
             }
         }
@@ -253,26 +253,26 @@ impl Backend for CpuBackend {
     ) -> Result<Activations> {
         if let Some(mut partial) = partial {
             self.all_reduce(&mut partial)?;
-            for (sum, part) in residual.numbers.iter_mut().zip(&partial.numbers) {
+            for (sum, part) in residual.elements.iter_mut().zip(&partial.elements) {
                 *sum += part;
             }
         }
         let columns = residual.columns;
-        let mut normed = vec![0.0; residual.numbers.len()];
-        for (row, out) in residual.numbers.chunks_exact(columns).zip(normed.chunks_exact_mut(columns)) {
+        let mut normed = vec![0.0; residual.elements.len()];
+        for (row, out) in residual.elements.chunks_exact(columns).zip(normed.chunks_exact_mut(columns)) {
             self.rms(row, gain, out);
         }
         self.round_input(&mut normed, next);
-        Ok(Activations { numbers: normed, columns })
+        Ok(Activations { elements: normed, columns })
     }
 
     fn linear(&mut self, input: &Activations, weights: &Linear) -> Result<Activations> {
-        let mut product = weights.apply(input)?;
+        let mut output = weights.apply(input)?;
         // its own kernel for few rows leaves sums in f32
-        if product.rows() > FEW_ROWS {
-            self.round(&mut product.numbers);
+        if output.rows() > FEW_ROWS {
+            self.round(&mut output.elements);
         }
-        Ok(product)
+        Ok(output)
     }
 
     fn rotate_and_store(&mut self, qkv: Activations, layer: usize) -> Result<Activations> {
@@ -283,12 +283,12 @@ impl Backend for CpuBackend {
         let step = std::mem::take(&mut self.step);
         let query_scales: Vec<f32> = step.batch.positions.iter().map(|p| self.rope.query_scale_at(*p)).collect();
         let cache = self.cache()?;
-        let mut numbers = qkv.numbers;
+        let mut elements = qkv.elements;
         for sequence in &step.batch.sequences {
             for row in sequence.first_row as usize..(sequence.first_row + sequence.rows) as usize {
                 let position = step.batch.positions[row] as usize;
                 let rotation = &step.rotation[row * (head_dim / 2)..(row + 1) * (head_dim / 2)];
-                let row_numbers = &mut numbers[row * qkv.columns..(row + 1) * qkv.columns];
+                let row_numbers = &mut elements[row * qkv.columns..(row + 1) * qkv.columns];
                 let (q, kv) = row_numbers.split_at_mut(query_columns);
                 let (k, v) = kv.split_at_mut(key_columns);
                 for head in q.chunks_exact_mut(head_dim) {
@@ -304,7 +304,7 @@ impl Backend for CpuBackend {
         }
         self.step = step;
         self.round(&mut query);
-        Ok(Activations { numbers: query, columns: query_columns })
+        Ok(Activations { elements: query, columns: query_columns })
     }
 
     fn attend(&mut self, q: Activations, layer: usize, next: &Linear) -> Result<Activations> {
@@ -313,20 +313,20 @@ impl Backend for CpuBackend {
         let attended = attention::attend(self.cache()?, &step.batch, &q, layer, group);
         self.step = step;
         let mut attended = attended?;
-        self.round_input(&mut attended.numbers, next);
+        self.round_input(&mut attended.elements, next);
         Ok(attended)
     }
 
     fn gated_linear(&mut self, input: &Activations, gate_up: &Linear, next: &Linear) -> Result<Activations> {
         let gate_up = self.linear(input, gate_up)?;
         let columns = gate_up.columns / 2;
-        let mut gated = Vec::with_capacity(gate_up.numbers.len() / 2);
-        for row in gate_up.numbers.chunks_exact(gate_up.columns) {
+        let mut gated = Vec::with_capacity(gate_up.elements.len() / 2);
+        for row in gate_up.elements.chunks_exact(gate_up.columns) {
             let (gate, up) = row.split_at(columns);
             gated.extend(gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up));
         }
         self.round_input(&mut gated, next);
-        Ok(Activations { numbers: gated, columns })
+        Ok(Activations { elements: gated, columns })
     }
 
     fn head(
@@ -341,7 +341,7 @@ impl Backend for CpuBackend {
         let partial = partial.map(|partial| select(&partial, &wanted));
         if wanted.is_empty() {
             // every rank sees the same batch, so none of them enters a collective here
-            return Ok(Activations { numbers: Vec::new(), columns: self.setup.config.vocab_size });
+            return Ok(Activations { elements: Vec::new(), columns: self.setup.config.vocab_size });
         }
         let normed = self.norm(&mut residual, partial, gain, head)?;
         let own = head.apply(&normed)?;
@@ -367,7 +367,7 @@ impl Backend for CpuBackend {
         // drawing changes its row, so scores are read first
         for request in requests {
             if let SampleRequest::Score { row, target, top, .. } = request {
-                let row = &logits.numbers[*row as usize * columns..(*row as usize + 1) * columns];
+                let row = &logits.elements[*row as usize * columns..(*row as usize + 1) * columns];
                 results.scored.push(score(row, *target, *top));
             }
         }
@@ -376,12 +376,12 @@ impl Backend for CpuBackend {
                 let Some(state) = self.slots[*slot as usize].as_mut() else {
                     return Err(BackendError::Device(format!("slot {slot} has no sampler")));
                 };
-                let rows = logits.numbers[*row as usize * columns..].chunks_exact_mut(columns);
-                let drawn = draw_along(state, rows, *position, drafts, masks);
-                if let Some(Drawn { token_id, .. }) = drawn.as_ref().ok().and_then(|drawn| drawn.last()) {
+                let rows = logits.elements[*row as usize * columns..].chunks_exact_mut(columns);
+                let sampled = sample_along(state, rows, *position, drafts, masks);
+                if let Some(SampledToken { token_id, .. }) = sampled.as_ref().ok().and_then(|sampled| sampled.last()) {
                     self.last_ids[*slot as usize] = *token_id;
                 }
-                results.drawn.push((*slot, drawn));
+                results.sampled.push((*slot, sampled));
             }
         }
         results.seconds = self.step.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
@@ -403,7 +403,7 @@ impl CpuBackend {
         let vocabulary = self.setup.config.vocab_size;
         let mut padded = vec![0.0; rows * per_rank];
         if own.columns > 0 {
-            for (from, to) in own.numbers.chunks_exact(own.columns).zip(padded.chunks_exact_mut(per_rank)) {
+            for (from, to) in own.elements.chunks_exact(own.columns).zip(padded.chunks_exact_mut(per_rank)) {
                 to[..own.columns].copy_from_slice(from);
             }
         }
@@ -417,32 +417,32 @@ impl CpuBackend {
                 logits.extend_from_slice(&all[start..start + count]);
             }
         }
-        Ok(Activations { numbers: logits, columns: vocabulary })
+        Ok(Activations { elements: logits, columns: vocabulary })
     }
 }
 
 /// Draws from the first row and, while what is drawn is what was guessed, from the next.
-fn draw_along<'a>(
+fn sample_along<'a>(
     state: &mut SlotState,
     rows: impl Iterator<Item = &'a mut [f32]>,
     position: u32,
     drafts: &[u32],
     masks: &[Mask],
-) -> Result<Vec<Drawn>, SequenceFault> {
-    let mut drawn = Vec::with_capacity(1 + drafts.len());
+) -> Result<Vec<SampledToken>, SequenceFault> {
+    let mut sampled = Vec::with_capacity(1 + drafts.len());
     for (index, row) in rows.take(1 + drafts.len()).enumerate() {
-        let one = match state.draw_within(masks.get(index), row, position + index as u32) {
+        let one = match state.sample_within(masks.get(index), row, position + index as u32) {
             Ok(one) => one,
-            Err(fault) if drawn.is_empty() => return Err(fault),
+            Err(fault) if sampled.is_empty() => return Err(fault),
             Err(_) => break,
         };
-        let guessed = drafts.get(index) == Some(&one.token_id);
-        drawn.push(one);
-        if !guessed {
+        let drafted = drafts.get(index) == Some(&one.token_id);
+        sampled.push(one);
+        if !drafted {
             break;
         }
     }
-    Ok(drawn)
+    Ok(sampled)
 }
 
 /// Rotates one head in place: halves, not interleaved pairs.
@@ -456,11 +456,11 @@ fn rotate(head: &mut [f32], rotation: &[(f32, f32)], scale: f32) {
 
 fn select(from: &Activations, rows: &[u32]) -> Activations {
     let columns = from.columns;
-    let mut numbers = Vec::with_capacity(rows.len() * columns);
+    let mut elements = Vec::with_capacity(rows.len() * columns);
     for row in rows {
-        numbers.extend_from_slice(&from.numbers[*row as usize * columns..(*row as usize + 1) * columns]);
+        elements.extend_from_slice(&from.elements[*row as usize * columns..(*row as usize + 1) * columns]);
     }
-    Activations { numbers, columns }
+    Activations { elements, columns }
 }
 
 #[cfg(test)]

@@ -20,8 +20,8 @@ impl CudaBackend {
         let step = self.inputs.addresses();
         let shape = self.inputs.shape;
         let buffers = self.buffers()?;
-        let (target, partial, log_sums) =
-            (buffers.input.address, buffers.partial_attention.address, buffers.log_sums.address);
+        let (target, partial, log_sum_exp) =
+            (buffers.input.address, buffers.partial_attention.address, buffers.log_sum_exp.address);
         let finished = buffers.finished.address;
         let (suffix, scale, format) = match input_format {
             InputFormat::Bf16 => ("bf16", 1.0, TensorFormat::Bf16),
@@ -71,7 +71,7 @@ impl CudaBackend {
                 .address(step.tables)
                 .address(step.table_start)
                 .address(partial)
-                .address(log_sums)
+                .address(log_sum_exp)
                 .address(finished)
                 .address(target)
                 .f32(scale)
@@ -119,7 +119,7 @@ pub(super) fn cache_place(head_dim: usize, kv: KvDtype, token: usize, dimension:
     if !(head_dim * kv.size()).is_multiple_of(128) {
         return token * head_dim + dimension;
     }
-    let (row, piece) = (128 / kv.size(), 16 / kv.size());
-    let (half, number) = (dimension / row, dimension % row / piece);
-    half * BLOCK_TOKENS * row + token * row + (number ^ (token % 8)) * piece + dimension % piece
+    let (row, segment) = (128 / kv.size(), 16 / kv.size());
+    let (half, number) = (dimension / row, dimension % row / segment);
+    half * BLOCK_TOKENS * row + token * row + (number ^ (token % 8)) * segment + dimension % segment
 }

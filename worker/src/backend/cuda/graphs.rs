@@ -3,7 +3,7 @@
 
 use super::driver::Graph;
 use super::linear::Linear;
-use super::matmul::{Formats, Matmul, Operands, ProductShape};
+use super::matmul::{Formats, GemmShape, Matmul, Operands};
 use super::step::StepInputs;
 use super::{CudaBackend, Logits};
 use crate::backend::{Batch, Result};
@@ -11,7 +11,7 @@ use crate::backend::{Batch, Result};
 /// Largest step that is recorded as a graph.
 const LARGEST_GRAPH: usize = 256;
 /// Graphs of steps with guesses: beyond that, further sizes run without one.
-const MOST_GUESSING_GRAPHS: usize = 96;
+const MAX_SPECULATING_GRAPHS: usize = 96;
 
 /// What a graph is recorded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,7 +32,7 @@ pub(super) enum Recording {
 
 /// A shape of the model's matrix products, with weights to time it on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct KnownProduct {
+pub(super) struct KnownGemm {
     pub(super) outputs: usize,
     pub(super) inputs: usize,
     pub(super) formats: Formats,
@@ -51,31 +51,31 @@ fn graph_rows(rows: usize) -> usize {
 
 impl CudaBackend {
     /// Remembers a linear's shape, so that its products can be timed before the first step.
-    pub(super) fn know_product(&mut self, linear: &Linear, logits: bool) {
+    pub(super) fn register_gemm(&mut self, linear: &Linear, logits: bool) {
         let Some(weight) = linear.weight_address() else { return };
         let formats = linear.formats(logits);
-        let same = |known: &KnownProduct| {
+        let same = |known: &KnownGemm| {
             (known.outputs, known.inputs, known.formats) == (linear.outputs, linear.inputs, formats)
         };
-        if !self.products.iter().any(same) {
-            self.products.push(KnownProduct { outputs: linear.outputs, inputs: linear.inputs, formats, weight });
+        if !self.gemms.iter().any(same) {
+            self.gemms.push(KnownGemm { outputs: linear.outputs, inputs: linear.inputs, formats, weight });
         }
     }
 
     /// Times cuBLASLt's algorithms for the model's shapes, on the model's own weights.
-    pub(super) fn tune_products(&mut self) -> Result<()> {
+    pub(super) fn tune_gemms(&mut self) -> Result<()> {
         let (x, y, logits) = {
             let buffers = self.buffers()?;
-            (buffers.input.address, buffers.product.address, buffers.logits.address)
+            (buffers.input.address, buffers.gemm_output.address, buffers.logits.address)
         };
         self.device.fill(&self.buffers()?.input, 0x38)?; // 1 in e4m3, a small number in bf16
         let most = self.setup.limits.step_tokens.max(self.setup.limits.sequences);
         let most_logits = self.setup.limits.logit_rows.max(self.setup.limits.sequences);
-        for known in self.products.clone() {
+        for known in self.gemms.clone() {
             let (rows, y) = if known.formats == Formats::Bf16ToF32 { (most_logits, logits) } else { (most, y) };
             let operands = Operands { x, w: known.weight, y };
             for m in Matmul::tuned_rows(rows) {
-                let shape = ProductShape { m, n: known.outputs, k: known.inputs, formats: known.formats };
+                let shape = GemmShape { m, n: known.outputs, k: known.inputs, formats: known.formats };
                 self.matmul.tune(&self.device, shape, operands)?;
             }
             if known.formats == Formats::E4m3ToBf16 {
@@ -122,7 +122,7 @@ impl CudaBackend {
         match self.graphs.get(&size) {
             None => {
                 let logits = forward(self)?;
-                if size.items == size.rows || self.graphs.len() < LARGEST_GRAPH + MOST_GUESSING_GRAPHS {
+                if size.items == size.rows || self.graphs.len() < LARGEST_GRAPH + MAX_SPECULATING_GRAPHS {
                     self.graphs.insert(size, Recording::Warm);
                 }
                 Ok(logits)
@@ -148,8 +148,8 @@ impl CudaBackend {
     fn graph_size(&self, batch: &Batch) -> Option<GraphSize> {
         let limits = &self.setup.limits;
         let real = batch.token_ids.len();
-        let guesses = real > batch.sequences.len();
-        let most = if guesses { limits.logit_rows.min(limits.step_tokens) } else { limits.sequences };
+        let draft_tokens = real > batch.sequences.len();
+        let most = if draft_tokens { limits.logit_rows.min(limits.step_tokens) } else { limits.sequences };
         let most = most.min(LARGEST_GRAPH);
         if !self.options.graphs || !StepInputs::is_decode(batch) || !(1..=most).contains(&real) {
             return None;
@@ -157,7 +157,7 @@ impl CudaBackend {
         let rows = graph_rows(real).min(most);
         // each row that fills up is an item of its own
         let items = self.inputs.decode_items(batch) + rows - real;
-        let items = if guesses { items.next_power_of_two().min(rows) } else { rows };
+        let items = if draft_tokens { items.next_power_of_two().min(rows) } else { rows };
         let parts = self.inputs.parts.of(self.inputs.tile_rows(batch));
         Some(GraphSize { rows, items, parts })
     }

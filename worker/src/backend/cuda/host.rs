@@ -39,10 +39,10 @@ unsafe impl Send for HostBlocks {}
 
 /// Where a block lies on the device: `pieces` pieces of `piece` bytes, one every `pitch` bytes.
 #[derive(Clone, Copy)]
-struct Pieces {
+struct Segments {
     first: Address,
-    piece: usize,
-    pieces: usize,
+    segment: usize,
+    segments: usize,
     pitch: usize,
 }
 
@@ -68,7 +68,7 @@ impl HostBlocks {
         })
     }
 
-    fn submit(&self, copy: BlockCopy, device: Pieces, stream: sys::CUstream) -> Result<()> {
+    fn submit(&self, copy: BlockCopy, device: Segments, stream: sys::CUstream) -> Result<()> {
         let (BlockCopy::ToHost { host, .. } | BlockCopy::FromHost { host, .. }) = copy;
         if host as usize >= self.blocks {
             return Err(BackendError::Device(format!("there is no block {host} in host memory")));
@@ -76,7 +76,7 @@ impl HostBlocks {
         let host = self.pointer.cast::<u8>().wrapping_add(host as usize * self.block_bytes).cast::<c_void>();
         let (on_host, on_device) = (sys::CUmemorytype::CU_MEMORYTYPE_HOST, sys::CUmemorytype::CU_MEMORYTYPE_DEVICE);
         let on_the_device = (on_device, std::ptr::null_mut(), device.first, device.pitch);
-        let in_host_memory = (on_host, host, 0, device.piece);
+        let in_host_memory = (on_host, host, 0, device.segment);
         let (from, to) = match copy {
             BlockCopy::ToHost { .. } => (on_the_device, in_host_memory),
             BlockCopy::FromHost { .. } => (in_host_memory, on_the_device),
@@ -96,8 +96,8 @@ impl HostBlocks {
             dstDevice: to.2,
             dstArray: std::ptr::null_mut(),
             dstPitch: to.3,
-            WidthInBytes: device.piece,
-            Height: device.pieces,
+            WidthInBytes: device.segment,
+            Height: device.segments,
         };
         // SAFETY: both ranges lie inside live memory: `host` was checked, the device's place by the caller.
         unsafe { sys::cuMemcpy2DAsync_v2(&raw const request, stream) }.result().map_err(during("copying a block"))
@@ -137,7 +137,8 @@ impl CudaBackend {
     pub(super) fn submit_copies(&mut self, first: &[BlockCopy], beside: &[BlockCopy]) -> Result<()> {
         self.device.make_current()?;
         self.wait_for_copies()?;
-        let places = |copies: &[BlockCopy]| copies.iter().map(|copy| self.pieces_of(*copy)).collect::<Result<Vec<_>>>();
+        let places =
+            |copies: &[BlockCopy]| copies.iter().map(|copy| self.segments_of(*copy)).collect::<Result<Vec<_>>>();
         let (first_places, beside_places) = (places(first)?, places(beside)?);
         let Some(host) = &mut self.host else {
             return Err(BackendError::Device("there is no host memory for blocks".to_owned()));
@@ -169,17 +170,17 @@ impl CudaBackend {
         Ok(())
     }
 
-    fn pieces_of(&self, copy: BlockCopy) -> Result<Pieces> {
+    fn segments_of(&self, copy: BlockCopy) -> Result<Segments> {
         let (BlockCopy::ToHost { block, .. } | BlockCopy::FromHost { block, .. }) = copy;
         let Some(cache) = &self.cache else {
             return Err(BackendError::Device("the KV cache is not allocated".to_owned()));
         };
-        let pieces = 2 * cache.shape.layers;
-        let piece = cache.shape.block_bytes(self.options.kv.size()) / pieces;
+        let segments = 2 * cache.shape.layers;
+        let segment = cache.shape.block_bytes(self.options.kv.size()) / segments;
         let pitch = cache.plane_bytes as usize;
-        if (block as usize + 1) * piece > pitch {
+        if (block as usize + 1) * segment > pitch {
             return Err(BackendError::Device(format!("there is no block {block} in the cache")));
         }
-        Ok(Pieces { first: cache.buffer.address + (block as usize * piece) as u64, piece, pieces, pitch })
+        Ok(Segments { first: cache.buffer.address + (block as usize * segment) as u64, segment, segments, pitch })
     }
 }

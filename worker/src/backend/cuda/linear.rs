@@ -5,7 +5,7 @@ use half::bf16;
 
 use super::driver::{Address, Arguments, Buffer, Device, Shape};
 use super::kernels::Kernels;
-use super::matmul::{Formats, Matmul, Operands, ProductShape};
+use super::matmul::{Formats, GemmShape, Matmul, Operands};
 use crate::backend::{BackendError, Result};
 use crate::weights::{Dtype, LinearShard, Slice, Source};
 
@@ -58,7 +58,7 @@ impl Tensor {
     }
 
     /// As kernels name it.
-    pub(super) fn product_name(&self) -> &'static str {
+    pub(super) fn output_name(&self) -> &'static str {
         match self.format {
             TensorFormat::F32 | TensorFormat::F32Splits(_) => "f32",
             TensorFormat::Bf16 | TensorFormat::E4m3 => "bf16",
@@ -75,7 +75,7 @@ const UNIT_BYTES: usize = 256 << 10;
 /// Bytes of K that the eight warps of a block take at a time.
 const TURN_BYTES: usize = 8 * 128;
 /// Most partial sums: their consumer reads them all.
-const MOST_SPLITS: usize = 8;
+const MAX_SPLITS: usize = 8;
 
 impl Linear {
     pub(super) fn load(device: &Device, kernels: &mut Kernels, parts: &[LinearShard<'_>]) -> Result<Self> {
@@ -122,7 +122,7 @@ impl Linear {
     }
 
     /// Submits `x W^T` into `target`: bf16, or f32 partial sums where the rows are few, or plain f32 where
-    /// `logits`. `target` has room for the padded rows of cuBLASLt and for `MOST_SPLITS` of few rows.
+    /// `logits`. `target` has room for the padded rows of cuBLASLt and for `MAX_SPLITS` of few rows.
     pub(super) fn apply(
         &self,
         tools: (&Device, &mut Kernels, &mut Matmul),
@@ -164,7 +164,7 @@ impl Linear {
         let format = if formats == Formats::Bf16ToF32 { TensorFormat::F32 } else { TensorFormat::Bf16 };
         matmul.run(
             device,
-            ProductShape { m: x.rows, n: self.outputs, k: self.inputs, formats },
+            GemmShape { m: x.rows, n: self.outputs, k: self.inputs, formats },
             Operands { x: x.address, w: weight.address, y: target },
         )?;
         Ok(result(format))
@@ -189,12 +189,12 @@ impl Linear {
         let tiles = self.outputs / UNIT_ROWS;
         let by_size = (UNIT_ROWS * row_bytes).div_ceil(UNIT_BYTES);
         let to_fill = (device.multiprocessors as usize).div_ceil(tiles);
-        by_size.max(to_fill).clamp(1, MOST_SPLITS).min(row_bytes.div_ceil(TURN_BYTES))
+        by_size.max(to_fill).clamp(1, MAX_SPLITS).min(row_bytes.div_ceil(TURN_BYTES))
     }
 
     /// Bytes of the largest product of up to `rows` rows.
-    pub(super) fn product_bytes(outputs: usize, rows: usize) -> usize {
-        let few = rows.min(FEW_ROWS) * outputs * 4 * MOST_SPLITS;
+    pub(super) fn output_bytes(outputs: usize, rows: usize) -> usize {
+        let few = rows.min(FEW_ROWS) * outputs * 4 * MAX_SPLITS;
         few.max(Matmul::padded_rows(rows) * outputs * 2)
     }
 }

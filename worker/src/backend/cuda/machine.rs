@@ -145,10 +145,10 @@ pub(crate) fn memory(ordinal: usize) -> Option<(usize, usize)> {
     let context = unsafe { result::primary_ctx::retain(gpu.device) }.ok()?;
     // SAFETY: the context is retained.
     let bound = unsafe { result::ctx::set_current(context) };
-    let answer = bound.and_then(|()| result::mem_get_info());
+    let response = bound.and_then(|()| result::mem_get_info());
     // SAFETY: retained above; this thread uses no context any more.
     let _ = unsafe { result::ctx::set_current(std::ptr::null_mut()) };
     // SAFETY: retained above.
     let _ = unsafe { result::primary_ctx::release(gpu.device) };
-    answer.ok()
+    response.ok()
 }

@@ -33,7 +33,7 @@ pub(super) enum Formats {
 
 /// `y [m, n] = x [m, k] w [n, k]^T`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct ProductShape {
+pub(super) struct GemmShape {
     pub(super) m: usize,
     pub(super) n: usize,
     pub(super) k: usize,
@@ -52,8 +52,8 @@ pub(super) struct Operands {
 pub(super) struct Matmul {
     handle: sys::cublasLtHandle_t,
     workspace: Buffer,
-    plans: HashMap<ProductShape, Plan>,
-    tuned: Vec<ProductShape>,
+    plans: HashMap<GemmShape, Plan>,
+    tuned: Vec<GemmShape>,
 }
 
 // SAFETY: a cuBLASLt handle may be used from any thread, one at a time.
@@ -104,7 +104,7 @@ impl Matmul {
     }
 
     /// Times the algorithms for a shape. Not to be recorded.
-    pub(super) fn tune(&mut self, device: &Device, shape: ProductShape, operands: Operands) -> Result<()> {
+    pub(super) fn tune(&mut self, device: &Device, shape: GemmShape, operands: Operands) -> Result<()> {
         if !self.plans.contains_key(&shape) {
             let plan = self.choose(device, shape, operands)?;
             self.plans.insert(shape, plan);
@@ -114,8 +114,8 @@ impl Matmul {
     }
 
     /// Submits a product.
-    pub(super) fn run(&mut self, device: &Device, wanted: ProductShape, operands: Operands) -> Result<()> {
-        let shape = ProductShape { m: Self::padded_rows(wanted.m), ..wanted };
+    pub(super) fn run(&mut self, device: &Device, wanted: GemmShape, operands: Operands) -> Result<()> {
+        let shape = GemmShape { m: Self::padded_rows(wanted.m), ..wanted };
         if !self.plans.contains_key(&shape) {
             let plan = self.derive(shape)?;
             self.plans.insert(shape, plan);
@@ -125,10 +125,9 @@ impl Matmul {
 
     /// A plan without timing: the algorithm of the next larger shape that was timed, where it works for this one, else
     /// the library's first proposal.
-    fn derive(&self, shape: ProductShape) -> Result<Plan> {
+    fn derive(&self, shape: GemmShape) -> Result<Plan> {
         let (mut plan, _) = self.propose(shape)?;
-        let near =
-            self.tuned.iter().filter(|tuned| ProductShape { m: shape.m, ..**tuned } == shape && tuned.m > shape.m);
+        let near = self.tuned.iter().filter(|tuned| GemmShape { m: shape.m, ..**tuned } == shape && tuned.m > shape.m);
         if let Some(tuned) = near.min_by_key(|tuned| tuned.m).and_then(|tuned| self.plans.get(tuned)) {
             // SAFETY: a plain struct to be written by the call; handles are live, the algorithm came from the library.
             let works = unsafe {
@@ -180,7 +179,7 @@ impl Matmul {
         .map_err(during("multiplying matrices"))
     }
 
-    fn choose(&self, device: &Device, shape: ProductShape, operands: Operands) -> Result<Plan> {
+    fn choose(&self, device: &Device, shape: GemmShape, operands: Operands) -> Result<Plan> {
         let (mut plan, candidates) = self.propose(shape)?;
         let mut best = f32::INFINITY;
         let (start, end) = (Event::new(true)?, Event::new(true)?);
@@ -210,11 +209,11 @@ impl Matmul {
         }
         plan.algorithm =
             chosen.ok_or_else(|| BackendError::Device(format!("cuBLASLt runs no algorithm for {shape:?}")))?;
-        tracing::debug!(?shape, milliseconds = best, "chose a matrix product");
+        tracing::debug!(?shape, milliseconds = best, "chose a GEMM algorithm");
         Ok(plan)
     }
 
-    fn propose(&self, shape: ProductShape) -> Result<(Plan, Vec<sys::cublasLtMatmulAlgo_t>)> {
+    fn propose(&self, shape: GemmShape) -> Result<(Plan, Vec<sys::cublasLtMatmulAlgo_t>)> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         use sys::cudaDataType_t as Type;
         let (input, output) = match shape.formats {
@@ -223,7 +222,7 @@ impl Matmul {
             Formats::Bf16ToF32 => (Type::CUDA_R_16BF, Type::CUDA_R_32F),
         };
         let description = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Type::CUDA_R_32F)
-            .map_err(during("describing a product"))?;
+            .map_err(during("describing a GEMM"))?;
         let layout = |kind, rows: usize, columns: usize| {
             lt::create_matrix_layout(kind, rows as u64, columns as u64, rows as i64)
                 .map_err(during("describing a matrix"))
@@ -241,26 +240,26 @@ impl Matmul {
                 (&raw const transposed).cast(),
                 4,
             )
-            .map_err(during("describing a product"))?;
+            .map_err(during("describing a GEMM"))?;
             lt::set_matmul_desc_attribute(
                 description,
                 Attribute::CUBLASLT_MATMUL_DESC_TRANSB,
                 (&raw const plain).cast(),
                 4,
             )
-            .map_err(during("describing a product"))?;
+            .map_err(during("describing a GEMM"))?;
             lt::set_matmul_desc_attribute(
                 description,
                 Attribute::CUBLASLT_MATMUL_DESC_FAST_ACCUM,
                 (&raw const fast).cast(),
                 1,
             )
-            .map_err(during("describing a product"))?;
-            let preference = lt::create_matmul_pref().map_err(during("describing a product"))?;
+            .map_err(during("describing a GEMM"))?;
+            let preference = lt::create_matmul_pref().map_err(during("describing a GEMM"))?;
             let bytes = WORKSPACE_BYTES;
             let limit = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             lt::set_matmul_pref_attribute(preference, limit, (&raw const bytes).cast(), 8)
-                .map_err(during("describing a product"))?;
+                .map_err(during("describing a GEMM"))?;
             let mut found: Vec<sys::cublasLtMatmulHeuristicResult_t> = Vec::with_capacity(CANDIDATES);
             let mut count = 0;
             let status = sys::cublasLtMatmulAlgoGetHeuristic(
@@ -276,7 +275,7 @@ impl Matmul {
                 &raw mut count,
             );
             let _ = lt::destroy_matmul_pref(preference);
-            status.result().map_err(during("looking for a product"))?;
+            status.result().map_err(during("selecting a GEMM algorithm"))?;
             found.set_len(count as usize);
             found
                 .into_iter()

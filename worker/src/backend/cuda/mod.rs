@@ -21,13 +21,13 @@ mod matmul;
 mod nccl;
 mod norm;
 mod options;
-mod peers;
+mod p2p_all_reduce;
 mod ranks;
 mod sampler;
-mod shares;
+mod skinny_gemm;
+mod split_kv;
 mod step;
 mod tiles;
-mod wide;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -43,7 +43,7 @@ use crate::weights::{LinearShard, Slice, VocabularyShard};
 
 use decode_kernel::DecodeParts;
 use driver::{Address, Arguments, Buffer, Device, Shape};
-use graphs::{GraphSize, KnownProduct, Recording};
+use graphs::{GraphSize, KnownGemm, Recording};
 use host::HostBlocks;
 use kernels::Kernels;
 use linear::{InputFormat, TensorFormat, load_slice};
@@ -52,11 +52,11 @@ pub(crate) use machine::memory;
 pub use machine::{CudaUnavailable, survey};
 use matmul::Matmul;
 use nccl::Communicator;
-pub use options::{CudaOptions, Sums};
-use peers::Peers;
+pub use options::{AllReduceKind, CudaOptions};
+use p2p_all_reduce::Peers;
 use sampler::Sampler;
+use skinny_gemm::Wide;
 use step::{ITEM_ROWS, StepInputs};
-use wide::Wide;
 
 /// Steps in flight: the CPU prepares one while the GPU runs another.
 const PIPELINE_DEPTH: usize = 2;
@@ -85,7 +85,7 @@ pub struct CudaBackend {
     rope: RopeTable,
     frequencies: Buffer,
     widths: Widths,
-    products: Vec<KnownProduct>,
+    gemms: Vec<KnownGemm>,
     setup: RankSetup,
     options: CudaOptions,
     device: Device,
@@ -109,7 +109,7 @@ struct Cache {
 struct Buffers {
     residual: Buffer,
     input: Buffer,
-    product: Buffer,
+    gemm_output: Buffer,
     /// What SwiGLU leaves of few rows, while their input is still read.
     gated: Buffer,
     query: Buffer,
@@ -117,7 +117,7 @@ struct Buffers {
     /// [ranks][rows][columns of a rank]: the logits of all ranks, where there are several.
     gathered: Buffer,
     partial_attention: Buffer,
-    log_sums: Buffer,
+    log_sum_exp: Buffer,
     finished: Buffer,
     /// Values of a pass of prompts for `hopper_attention` over an e4m3 cache.
     transposed_values: Buffer,
@@ -174,10 +174,12 @@ impl CudaBackend {
             1 => None,
             _ => Some(Communicator::connect(&mut *setup.collective)?),
         };
-        let peers = match options.sums {
+        let peers = match options.all_reduce {
             _ if communicator.is_none() => None,
-            Sums::Nccl => None,
-            Sums::Measured | Sums::Peers => Peers::connect(&device, &mut *setup.collective, setup.config.hidden_size)?,
+            AllReduceKind::Nccl => None,
+            AllReduceKind::Measured | AllReduceKind::Peers => {
+                Peers::connect(&device, &mut *setup.collective, setup.config.hidden_size)?
+            }
         };
         Ok(Self {
             graphs: HashMap::new(),
@@ -195,7 +197,7 @@ impl CudaBackend {
             rope,
             frequencies,
             widths: Widths::default(),
-            products: Vec::new(),
+            gemms: Vec::new(),
             setup,
             options,
             device,
@@ -252,11 +254,11 @@ impl CudaBackend {
         self.buffers = Some(Buffers {
             residual: Buffer::new(rows * config.hidden_size * 4, "the residual stream")?,
             input: Buffer::new(rows * self.widths.input_bytes.max(config.hidden_size * 2), "the inputs of linears")?,
-            product: Buffer::new(
-                Linear::product_bytes(self.widths.outputs, rows).max(rows * config.hidden_size * 4),
-                "the products of linears",
+            gemm_output: Buffer::new(
+                Linear::output_bytes(self.widths.outputs, rows).max(rows * config.hidden_size * 4),
+                "the GEMM outputs",
             )?,
-            gated: Buffer::new(rows.min(wide::MOST_ROWS) * self.widths.outputs / 2, "the gated inputs")?,
+            gated: Buffer::new(rows.min(skinny_gemm::MAX_ROWS) * self.widths.outputs / 2, "the gated inputs")?,
             query: Buffer::new(rows * heads * config.head_dim * 2, "the queries")?,
             logits: Buffer::new(logit_rows * config.vocab_size.max(plan.vocabulary_per_rank) * 4, "the logits")?,
             gathered: match plan.ranks {
@@ -264,7 +266,7 @@ impl CudaBackend {
                 ranks => Buffer::new(logit_rows * ranks * plan.vocabulary_per_rank * 4, "the logits of all ranks")?,
             },
             partial_attention: Buffer::new(partials * config.head_dim * 4, "the partial sums of attention")?,
-            log_sums: Buffer::new(partials * 4, "the partial sums of attention")?,
+            log_sum_exp: Buffer::new(partials * 4, "the partial sums of attention")?,
             finished: Buffer::new(rows * plan.kv_heads.len() * 4, "the counters of attention")?,
             transposed_values: Buffer::new(transposed, "the transposed values")?,
             angles: Buffer::new(rows * config.head_dim * 4, "the rotary angles")?,
@@ -273,7 +275,7 @@ impl CudaBackend {
         });
         // counters are zero between steps
         self.device.fill(&self.buffers()?.finished, 0)?;
-        self.try_sums()
+        self.warm_up_all_reduce()
     }
 
     fn launch(&mut self, name: &str, shape: Shape, arguments: Arguments) -> Result<()> {
@@ -304,7 +306,7 @@ impl Backend for CudaBackend {
         let size = if linear.input_format == InputFormat::Bf16 { 2 } else { 1 };
         self.widths.input_bytes = self.widths.input_bytes.max(linear.inputs * size);
         self.widths.outputs = self.widths.outputs.max(linear.outputs);
-        self.know_product(&linear, false);
+        self.register_gemm(&linear, false);
         Ok(linear)
     }
 
@@ -324,7 +326,7 @@ impl Backend for CudaBackend {
     fn load_head(&mut self, rows: &VocabularyShard<'_>) -> Result<Linear> {
         let shard = LinearShard { weight: rows.rows.clone(), scales: None };
         let linear = Linear::load(&self.device, &mut self.kernels, &[shard])?;
-        self.know_product(&linear, true);
+        self.register_gemm(&linear, true);
         Ok(linear)
     }
 
@@ -368,7 +370,7 @@ impl Backend for CudaBackend {
 
     fn warm_up(&mut self, forward: impl Fn(&mut Self) -> Result<Logits>) -> Result<()> {
         self.device.make_current()?;
-        self.tune_products()?;
+        self.tune_gemms()?;
         self.record_graphs(&forward)?;
         self.time_communication(&forward)
     }
@@ -417,14 +419,14 @@ impl Backend for CudaBackend {
             .address(table.table.address)
             .address(step.ids)
             .address(step.row_slot)
-            .address(self.sampler.last_drawn.address)
+            .address(self.sampler.last_sampled.address)
             .u32(table.first_id)
             .u32(table.count)
             .u32(hidden as u32);
         self.launch("embed", Shape { grid, block: 256, shared: 0 }, embed)?;
         let residual =
             Tensor { address: residual, rows, columns: hidden, format: TensorFormat::F32, part_scales: Vec::new() };
-        self.reduce_over_ranks(residual)
+        self.all_reduce(residual)
     }
 
     fn norm(&mut self, residual: &mut Tensor, partial: Option<Tensor>, gain: &Gain, next: &Linear) -> Result<Tensor> {
@@ -432,7 +434,7 @@ impl Backend for CudaBackend {
     }
 
     fn linear(&mut self, input: &Tensor, weights: &Linear) -> Result<Tensor> {
-        let (target, overlap) = (self.buffers()?.product.address, self.options.overlap);
+        let (target, overlap) = (self.buffers()?.gemm_output.address, self.options.overlap);
         if self.wide.multiplies(weights, input.rows) {
             return self.wide.multiply((&self.device, &mut self.kernels), input, weights, target, overlap);
         }
@@ -465,7 +467,7 @@ impl Backend for CudaBackend {
             .u32(heads as u32)
             .u32(kv_heads as u32)
             .u32(head_dim as u32);
-        let name = format!("rope_{}_kv_{}", qkv.product_name(), self.options.kv.name());
+        let name = format!("rope_{}_kv_{}", qkv.output_name(), self.options.kv.name());
         // few rows: as many blocks as there is work; many rows: a block a row
         let items = (heads + 2 * kv_heads) * head_dim / 4;
         let blocks = if qkv.rows <= 128 { items.div_ceil(256) } else { 1 };
@@ -511,7 +513,7 @@ impl Backend for CudaBackend {
             .f32(scale)
             .u32(width as u32);
         let shape = Shape { grid: [(width / 4).div_ceil(256) as u32, gate_up.rows as u32, 1], block: 256, shared: 0 };
-        self.launch(&format!("gate_{}_to_{suffix}", gate_up.product_name()), shape, arguments)?;
+        self.launch(&format!("gate_{}_to_{suffix}", gate_up.output_name()), shape, arguments)?;
         Ok(Tensor { address: target, rows: gate_up.rows, columns: width, format, part_scales: Vec::new() })
     }
 

@@ -19,7 +19,7 @@ use crate::parallel::{Abort, Collective, CollectiveError};
 /// How long the ranks may take to connect their GPUs.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(120);
 /// How long an abort waits for a call that has not returned.
-const ABORT_PATIENCE: Duration = Duration::from_secs(1);
+const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two looks at a call that is still going on.
 const POLL: Duration = Duration::from_micros(200);
 /// NCCL's marks of a value that is left to it (nccl.h, NCCL_CONFIG_INITIALIZER).
@@ -192,7 +192,7 @@ impl Communicator {
     }
 
     /// Replaces `count` numbers at `address` by their sums over the ranks, in the stream's order.
-    pub(super) fn all_reduce(&self, device: &Device, address: Address, count: usize, numbers: Numbers) -> Result<()> {
+    pub(super) fn all_reduce(&self, device: &Device, address: Address, count: usize, elements: Numbers) -> Result<()> {
         self.submit("ncclAllReduce", |functions, handle| {
             let place = address as *mut c_void;
             // SAFETY: the address is of a live buffer with as many numbers; all ranks make the same calls.
@@ -201,7 +201,7 @@ impl Communicator {
                     place,
                     place,
                     count,
-                    numbers.nccl(),
+                    elements.nccl(),
                     ncclRedOp_t::ncclSum,
                     handle,
                     device.stream.cast(),
@@ -217,7 +217,7 @@ impl Communicator {
         own: Address,
         all: Address,
         count: usize,
-        numbers: Numbers,
+        elements: Numbers,
     ) -> Result<()> {
         self.submit("ncclAllGather", |functions, handle| {
             // SAFETY: as in `all_reduce`; `all` has room for the numbers of every rank.
@@ -226,7 +226,7 @@ impl Communicator {
                     own as *const c_void,
                     all as *mut c_void,
                     count,
-                    numbers.nccl(),
+                    elements.nccl(),
                     handle,
                     device.stream.cast(),
                 )
@@ -301,7 +301,7 @@ impl Shared {
     /// that is gone: only the abort frees that one, so it is not waited for any longer.
     #[allow(clippy::disallowed_methods)] // for a second at most, when all is over
     fn last_call(&self) -> Option<MutexGuard<'_, ()>> {
-        let deadline = Instant::now() + ABORT_PATIENCE;
+        let deadline = Instant::now() + ABORT_TIMEOUT;
         loop {
             match self.calls.try_lock() {
                 Ok(calling) => return Some(calling),

@@ -19,7 +19,7 @@ impl CudaBackend {
         let by_peers =
             partial.is_some() && !self.alone && self.peers.as_ref().is_some_and(|peers| residual.rows <= peers.rows);
         let partial = match partial {
-            Some(partial) if !by_peers => Some(self.reduce_over_ranks(partial)?),
+            Some(partial) if !by_peers => Some(self.all_reduce(partial)?),
             partial => partial,
         };
         let target = self.buffers()?.input.address;
@@ -56,7 +56,7 @@ impl CudaBackend {
             None => (format!("norm_to_{suffix}"), 0, (1, 0), 1.0),
             Some(partial) => {
                 let peer = if by_peers { "peer_" } else { "" };
-                let name = format!("{peer}add_{}_norm_to_{suffix}", partial.product_name());
+                let name = format!("{peer}add_{}_norm_to_{suffix}", partial.output_name());
                 (name, partial.address, partial.splits(), partial.part_scales.first().copied().unwrap_or(1.0))
             }
         };

@@ -14,12 +14,12 @@ pub struct CudaOptions {
     /// Let a kernel start while the one before it ends (programmatic dependent launch).
     pub overlap: bool,
     /// How partial products of few rows are summed over the ranks.
-    pub sums: Sums,
+    pub all_reduce: AllReduceKind,
 }
 
 /// How partial products of few rows are summed over the ranks of a group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Sums {
+pub enum AllReduceKind {
     /// The way that is found faster at the start.
     #[default]
     Measured,
@@ -31,6 +31,6 @@ pub enum Sums {
 
 impl Default for CudaOptions {
     fn default() -> Self {
-        Self { device: 0, kv: KvDtype::Bf16, graphs: true, overlap: true, sums: Sums::Measured }
+        Self { device: 0, kv: KvDtype::Bf16, graphs: true, overlap: true, all_reduce: AllReduceKind::Measured }
     }
 }

@@ -3,19 +3,19 @@
 use super::driver::{Arguments, Event, Graph, Shape};
 use super::linear::{Tensor, TensorFormat};
 use super::nccl::Numbers;
-use super::peers::PEER_ROWS;
-use super::{CudaBackend, Logits, Sums};
+use super::p2p_all_reduce::PEER_ROWS;
+use super::{AllReduceKind, CudaBackend, Logits};
 use crate::backend::{BackendError, Batch, Result};
 
 impl CudaBackend {
     /// Takes what NCCL takes at its first calls (connections, their buffers) before the KV cache is sized, and finds out
     /// up to how many rows sums go faster through the peers' memory.
-    pub(super) fn try_sums(&mut self) -> Result<()> {
+    pub(super) fn warm_up_all_reduce(&mut self) -> Result<()> {
         let (Some(communicator), Some(buffers)) = (&self.communicator, &self.buffers) else { return Ok(()) };
-        for numbers in [Numbers::F32, Numbers::Bf16] {
+        for elements in [Numbers::F32, Numbers::Bf16] {
             // few numbers and many travel by different ways
-            for count in [64, buffers.product.bytes / 8] {
-                communicator.all_reduce(&self.device, buffers.product.address, count, numbers)?;
+            for count in [64, buffers.gemm_output.bytes / 8] {
+                communicator.all_reduce(&self.device, buffers.gemm_output.address, count, elements)?;
             }
         }
         let count = buffers.gathered.bytes / 4 / communicator.ranks();
@@ -24,8 +24,8 @@ impl CudaBackend {
         self.device.synchronize()?;
         communicator.check()?;
         let most =
-            (buffers.product.bytes.min(buffers.residual.bytes) / 4 / self.setup.config.hidden_size).min(PEER_ROWS);
-        if self.options.sums != Sums::Measured || self.peers.is_none() {
+            (buffers.gemm_output.bytes.min(buffers.residual.bytes) / 4 / self.setup.config.hidden_size).min(PEER_ROWS);
+        if self.options.all_reduce != AllReduceKind::Measured || self.peers.is_none() {
             return Ok(());
         }
         let (mut rows, mut faster) = (0, true);
@@ -37,9 +37,9 @@ impl CudaBackend {
             rows = if faster { candidate } else { rows };
         }
         // all ranks do as the first one found
-        let answers = self.setup.collective.exchange(&(rows as u32).to_le_bytes())?;
+        let responses = self.setup.collective.exchange(&(rows as u32).to_le_bytes())?;
         let decided =
-            answers.first().and_then(|answer| answer.first_chunk()).map_or(0, |four| u32::from_le_bytes(*four));
+            responses.first().and_then(|response| response.first_chunk()).map_or(0, |four| u32::from_le_bytes(*four));
         if let Some(peers) = &mut self.peers {
             peers.rows = decided as usize;
             peers.check()?;
@@ -56,24 +56,24 @@ impl CudaBackend {
 
     /// Microseconds of a sum over the ranks of `rows` rows with the norm behind it, recorded as in a step.
     fn time_sum(&mut self, rows: usize, by_peers: bool) -> Result<f32> {
-        const SUMS: usize = 20;
+        const ALL_REDUCES: usize = 20;
         let (buffers, hidden) = (self.buffers()?, self.setup.config.hidden_size);
         let tensor = |address, format| Tensor { address, rows, columns: hidden, format, part_scales: vec![1.0] };
         let residual = tensor(buffers.residual.address, TensorFormat::F32);
-        let partial = tensor(buffers.product.address, TensorFormat::F32);
+        let partial = tensor(buffers.gemm_output.address, TensorFormat::F32);
         // any numbers will do
         let (gain, y) = (buffers.logits.address, tensor(buffers.input.address, TensorFormat::Bf16));
-        let sums = |backend: &mut Self| {
-            for _ in 0..SUMS {
-                let partial = if by_peers { partial.clone() } else { backend.reduce_over_ranks(partial.clone())? };
+        let all_reduces = |backend: &mut Self| {
+            for _ in 0..ALL_REDUCES {
+                let partial = if by_peers { partial.clone() } else { backend.all_reduce(partial.clone())? };
                 backend.launch_norm(by_peers, &residual, Some(&partial), gain, &y, "bf16", 0)?;
             }
             Ok(())
         };
         // loads the kernels, which can't be recorded
-        sums(self)?;
-        let graph = self.record(sums)?;
-        Ok(self.time_graph(&graph)? * 1e3 / SUMS as f32)
+        all_reduces(self)?;
+        let graph = self.record(all_reduces)?;
+        Ok(self.time_graph(&graph)? * 1e3 / ALL_REDUCES as f32)
     }
 
     /// Says what share of a decode step the exchange with the other ranks takes: a step's time beside that of the same step
@@ -120,7 +120,7 @@ impl CudaBackend {
     }
 
     /// Adds up a partial product over the ranks. Every rank has multiplied by the same scales.
-    pub(super) fn reduce_over_ranks(&mut self, partial: Tensor) -> Result<Tensor> {
+    pub(super) fn all_reduce(&mut self, partial: Tensor) -> Result<Tensor> {
         if self.communicator.is_none() || self.alone {
             return Ok(partial);
         }
@@ -128,25 +128,25 @@ impl CudaBackend {
             TensorFormat::F32Splits(splits) if splits > 1 => self.add_splits(partial)?,
             _ => partial,
         };
-        let numbers = match partial.format {
+        let elements = match partial.format {
             TensorFormat::Bf16 => Numbers::Bf16,
             TensorFormat::F32 | TensorFormat::F32Splits(_) => Numbers::F32,
             TensorFormat::E4m3 => return Err(BackendError::Device("a partial sum in e4m3".to_owned())),
         };
         if let Some(communicator) = &self.communicator {
-            communicator.all_reduce(&self.device, partial.address, partial.rows * partial.columns, numbers)?;
+            communicator.all_reduce(&self.device, partial.address, partial.rows * partial.columns, elements)?;
         }
         Ok(partial)
     }
 
     /// Adds up the parts of a product in place of the first.
-    fn add_splits(&mut self, product: Tensor) -> Result<Tensor> {
-        let (splits, stride) = product.splits();
-        let quads = product.rows * product.columns / 4;
-        let arguments = Arguments::default().address(product.address).u32(splits).u64(stride).u32(quads as u32);
+    fn add_splits(&mut self, gemm: Tensor) -> Result<Tensor> {
+        let (splits, stride) = gemm.splits();
+        let quads = gemm.rows * gemm.columns / 4;
+        let arguments = Arguments::default().address(gemm.address).u32(splits).u64(stride).u32(quads as u32);
         let shape = Shape { grid: [quads.div_ceil(256) as u32, 1, 1], block: 256, shared: 0 };
         self.launch("add_splits", shape, arguments)?;
-        Ok(Tensor { format: TensorFormat::F32, ..product })
+        Ok(Tensor { format: TensorFormat::F32, ..gemm })
     }
 
     /// Puts the ranks' parts of `rows` rows of logits together.

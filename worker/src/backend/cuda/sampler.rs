@@ -6,11 +6,11 @@ use super::driver::{Address, Arguments, Buffer, Device, Event, Pinned, Shape};
 use super::kernels::Kernels;
 use super::step::IN_FLIGHT;
 use crate::backend::{BackendError, Limits, Result, SampleRequest, SampleResults};
-use crate::engine::step::{Admission, Drawn, PositionLogprobs, SequenceFault, Slot, TokenLogprob};
+use crate::engine::step::{Admission, PositionLogprobs, SampledToken, SequenceFault, Slot, TokenLogprob};
 use crate::grammar::Mask;
 
 /// Alternatives that an answer has room for (`MAX_TOP` in sample.cu).
-const MOST_ALTERNATIVES: usize = 20;
+const MAX_ALTERNATIVES: usize = 20;
 /// The target of a request that draws; the id of an answer that could not (`FAULT` in sample.cu).
 const FAULT: u32 = u32::MAX;
 
@@ -52,7 +52,7 @@ struct Request {
     /// Draws of the sequence before this one in the step.
     link: u32,
     /// What the next link takes this one to draw.
-    guess: u32,
+    draft: u32,
     /// Links of the chain.
     length: u32,
 }
@@ -60,19 +60,19 @@ struct Request {
 impl Request {
     /// Of row 0, with neither mask nor links.
     const ALONE: Request =
-        Request { row: 0, slot: 0, position: 0, target: FAULT, top: 0, mask: FAULT, link: 0, guess: FAULT, length: 1 };
+        Request { row: 0, slot: 0, position: 0, target: FAULT, top: 0, mask: FAULT, link: 0, draft: FAULT, length: 1 };
 }
 
 /// `Answer` of sample.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Answer {
+struct Response {
     id: u32,
     rank: u32,
     tops: u32,
     logprob: f32,
-    top_ids: [u32; MOST_ALTERNATIVES],
-    top_logprobs: [f32; MOST_ALTERNATIVES],
+    top_ids: [u32; MAX_ALTERNATIVES],
+    top_logprobs: [f32; MAX_ALTERNATIVES],
 }
 
 /// Bytes of an admission on its way to the device.
@@ -105,7 +105,7 @@ enum Kind {
 /// Pinned memory and events of one `sample` call, and of the admissions before it.
 struct Exchange {
     requests: Pinned,
-    answers: Pinned,
+    responses: Pinned,
     /// A sampler and a count of generated ids for each slot, on their way to the device.
     admissions: Pinned,
     /// Slots whose place in `admissions` is in use.
@@ -120,10 +120,10 @@ struct Exchange {
 pub(super) struct Sampler {
     vocabulary: usize,
     samplers: Buffer,
-    pub(super) last_drawn: Buffer,
+    pub(super) last_sampled: Buffer,
     generated: Buffer,
     requests: Buffer,
-    answers: Buffer,
+    responses: Buffer,
     /// [rows of a step, words of a mask]; made when the first mask comes.
     masks: Option<Buffer>,
     mask_words: usize,
@@ -143,7 +143,7 @@ impl Sampler {
         for _ in 0..IN_FLIGHT {
             exchanges.push(Exchange {
                 requests: Pinned::new(rows * size_of::<Request>())?,
-                answers: Pinned::new(rows * size_of::<Answer>())?,
+                responses: Pinned::new(rows * size_of::<Response>())?,
                 admissions: Pinned::new(slots * ADMISSION_BYTES)?,
                 admitted: Vec::new(),
                 masks: None,
@@ -154,10 +154,10 @@ impl Sampler {
         let sampler = Self {
             vocabulary,
             samplers: Buffer::new(slots * size_of::<SlotSampler>(), "the samplers")?,
-            last_drawn: Buffer::new(slots * 4, "the ids drawn last")?,
+            last_sampled: Buffer::new(slots * 4, "the ids drawn last")?,
             generated: Buffer::new(slots * 4, "the counts of ids drawn")?,
             requests: Buffer::new(rows * size_of::<Request>(), "the sampler's requests")?,
-            answers: Buffer::new(rows * size_of::<Answer>(), "the sampler's answers")?,
+            responses: Buffer::new(rows * size_of::<Response>(), "the sampler's answers")?,
             masks: None,
             mask_words: vocabulary.div_ceil(32),
             most_masks: rows,
@@ -168,7 +168,7 @@ impl Sampler {
             next: 0,
             pending: VecDeque::new(),
         };
-        device.fill(&sampler.last_drawn, 0)?;
+        device.fill(&sampler.last_sampled, 0)?;
         device.fill(&sampler.generated, 0)?;
         Ok(sampler)
     }
@@ -281,7 +281,7 @@ impl Sampler {
                     let length = 1 + drafts.len() as u32;
                     for link in 0..length {
                         let mask = if masks.is_empty() { FAULT } else { masked + link };
-                        let guess = drafts.get(link as usize).copied().unwrap_or(FAULT);
+                        let draft = drafts.get(link as usize).copied().unwrap_or(FAULT);
                         let (row, position) = (row + link, position + link);
                         listed.push(Request {
                             row,
@@ -291,7 +291,7 @@ impl Sampler {
                             top: 0,
                             mask,
                             link,
-                            guess,
+                            draft,
                             length,
                         });
                     }
@@ -323,9 +323,9 @@ impl Sampler {
                 .address(self.requests.address)
                 .address(self.samplers.address)
                 .address(masks)
-                .address(self.last_drawn.address)
+                .address(self.last_sampled.address)
                 .address(self.generated.address)
-                .address(self.answers.address)
+                .address(self.responses.address)
                 .u32(self.vocabulary as u32);
             let shape = Shape { grid: [rows as u32, 1, 1], block: 1024, shared: 0 };
             kernels.launch(device, "sample_rows", shape, arguments, false)?;
@@ -333,17 +333,17 @@ impl Sampler {
                 let arguments = Arguments::default()
                     .address(self.requests.address)
                     .u32(rows as u32)
-                    .address(self.answers.address)
+                    .address(self.responses.address)
                     .address(self.samplers.address)
-                    .address(self.last_drawn.address)
+                    .address(self.last_sampled.address)
                     .address(self.generated.address)
                     .u32(self.vocabulary as u32);
                 let shape = Shape { grid: [rows.div_ceil(128) as u32, 1, 1], block: 128, shared: 0 };
                 kernels.launch(device, "settle_drafts", shape, arguments, false)?;
             }
-            let bytes = rows * size_of::<Answer>();
+            let bytes = rows * size_of::<Response>();
             // SAFETY: the buffer holds as many results as the exchange, which is not read before its event.
-            unsafe { device.download_async(&mut exchange.answers.as_mut_slice()[..bytes], self.answers.address) }?;
+            unsafe { device.download_async(&mut exchange.responses.as_mut_slice()[..bytes], self.responses.address) }?;
         }
         exchange.done.record(device)?;
         self.pending.push_back(Pending { ring, kinds });
@@ -361,13 +361,13 @@ impl Sampler {
             seconds: f64::from(exchange.done.since(&exchange.start)?) / 1e3,
             ..SampleResults::default()
         };
-        let mut answers = exchange.answers.as_slice().chunks_exact(size_of::<Answer>()).map(answer_of);
+        let mut responses = exchange.responses.as_slice().chunks_exact(size_of::<Response>()).map(answer_of);
         for kind in &pending.kinds {
             match kind {
-                Kind::Score => results.scored.extend(answers.next().as_ref().map(logprobs_of)),
+                Kind::Score => results.scored.extend(responses.next().as_ref().map(logprobs_of)),
                 Kind::Draw { slot, position, with_logprobs, drafts } => {
-                    let chain: Vec<Answer> = answers.by_ref().take(1 + drafts.len()).collect();
-                    results.drawn.push((*slot, drawn_of(&chain, drafts, *position, *with_logprobs)));
+                    let chain: Vec<Response> = responses.by_ref().take(1 + drafts.len()).collect();
+                    results.sampled.push((*slot, sampled_of(&chain, drafts, *position, *with_logprobs)));
                 }
             }
         }
@@ -376,23 +376,23 @@ impl Sampler {
 }
 
 /// The ids of a chain that count, as `settle_drafts` of sample.cu sees it.
-fn drawn_of(
-    chain: &[Answer],
+fn sampled_of(
+    chain: &[Response],
     drafts: &[u32],
     position: u32,
     with_logprobs: bool,
-) -> std::result::Result<Vec<Drawn>, SequenceFault> {
-    let mut drawn = Vec::with_capacity(chain.len());
-    for (link, answer) in chain.iter().enumerate() {
-        if answer.id == FAULT {
+) -> std::result::Result<Vec<SampledToken>, SequenceFault> {
+    let mut sampled = Vec::with_capacity(chain.len());
+    for (link, response) in chain.iter().enumerate() {
+        if response.id == FAULT {
             break;
         }
-        drawn.push(Drawn { token_id: answer.id, logprobs: with_logprobs.then(|| logprobs_of(answer)) });
-        if drafts.get(link) != Some(&answer.id) {
+        sampled.push(SampledToken { token_id: response.id, logprobs: with_logprobs.then(|| logprobs_of(response)) });
+        if drafts.get(link) != Some(&response.id) {
             break;
         }
     }
-    if drawn.is_empty() { Err(SequenceFault::NotANumber { position }) } else { Ok(drawn) }
+    if sampled.is_empty() { Err(SequenceFault::NotANumber { position }) } else { Ok(sampled) }
 }
 
 /// Rows of logits that a request reads.
@@ -470,10 +470,10 @@ fn count_ids(
     device.synchronize()
 }
 
-fn logprobs_of(answer: &Answer) -> PositionLogprobs {
-    let tops = answer.top_ids.iter().zip(&answer.top_logprobs).zip(1..).take(answer.tops as usize);
+fn logprobs_of(response: &Response) -> PositionLogprobs {
+    let tops = response.top_ids.iter().zip(&response.top_logprobs).zip(1..).take(response.tops as usize);
     PositionLogprobs {
-        chosen: TokenLogprob { token_id: answer.id, logprob: answer.logprob, rank: answer.rank },
+        chosen: TokenLogprob { token_id: response.id, logprob: response.logprob, rank: response.rank },
         top: tops.map(|((id, logprob), rank)| TokenLogprob { token_id: *id, logprob: *logprob, rank }).collect(),
     }
 }
@@ -484,7 +484,7 @@ fn bytes_of<T: Copy>(value: &T) -> &[u8] {
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
 }
 
-fn answer_of(bytes: &[u8]) -> Answer {
+fn answer_of(bytes: &[u8]) -> Response {
     // SAFETY: `bytes` is exactly one answer long (chunks_exact); every bit pattern is a valid Answer.
     unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) }
 }

@@ -6,7 +6,7 @@ use bora_common::blocks::BLOCK_TOKENS;
 
 use super::decode_kernel::DecodeParts;
 use super::driver::{Address, Buffer, Device, Event, Pinned};
-use super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
+use super::split_kv::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use super::tiles::{self, PROMPT_WORDS, Pass, Prompt, TILE_WORDS, tiles_of};
 use crate::backend::{BackendError, Batch, Limits, Result};
 
@@ -14,7 +14,7 @@ use crate::backend::{BackendError, Batch, Limits, Result};
 pub(super) const TILE_ROWS: usize = 128;
 /// The same of a decode item (`DecodeItem` in attention_decode.cu).
 pub(super) const ITEM_ROWS: usize = 16;
-/// A sequence with at most so many rows has them decoded: its keys are split over the GPU (`MOST_NEW_ROWS` in attention_decode.cu).
+/// A sequence with at most so many rows has them decoded: its keys are split over the GPU (`MAX_NEW_ROWS` in attention_decode.cu).
 const FEW_ROWS: usize = 32;
 /// The id that stands for "the one drawn last in this slot" (`SAMPLED` in rows.cu).
 const SAMPLED: u32 = u32::MAX;
@@ -63,7 +63,7 @@ pub(super) struct StepShape {
     pub(super) decode_items: usize,
     /// Pairs of a row and a query head that shares the KV head in the largest of these items.
     pub(super) tile_rows: usize,
-    /// Wanted rows of logits, filled up likewise.
+    /// PlacementRequest rows of logits, filled up likewise.
     pub(super) logit_rows: usize,
 }
 

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::super::{CudaBackend, CudaOptions, survey};
 use super::Outcome;
-use super::peers::PeerFigures;
+use super::p2p_all_reduce::PeerFigures;
 use super::reference::{Random, median};
 use crate::backend::KvDtype;
 use crate::backend::{Backend, KvBudget, Limits, RankSetup};
@@ -177,7 +177,7 @@ fn measure(config: &Path, name: &str, options: CudaOptions, report: &mut dyn FnM
             if index > 0 {
                 let output = driver.runner.collect()?;
                 for sampled in &output.sampled {
-                    equal.extend(sampled.result.clone()?.iter().map(|drawn| drawn.token_id));
+                    equal.extend(sampled.result.clone()?.iter().map(|sampled_tokens| sampled_tokens.token_id));
                 }
                 let now = Instant::now();
                 if index > WARM_STEPS {

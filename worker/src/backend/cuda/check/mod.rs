@@ -4,7 +4,7 @@
 mod engine;
 mod kernels;
 mod models;
-mod peers;
+mod p2p_all_reduce;
 mod reference;
 mod shapes;
 mod timing;
@@ -13,7 +13,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{CudaOptions, Sums};
+use super::{AllReduceKind, CudaOptions};
 use crate::backend::KvDtype;
 
 /// What one check found.
@@ -82,9 +82,9 @@ pub fn run(section: Section, fixtures: &Path, config: Option<&Path>, only: &str,
                     report(Outcome::timing(name, json!({ "not run": reason.to_string() })));
                     continue;
                 }
-                for sums in [Sums::Peers, Sums::Nccl] {
+                for all_reduce in [AllReduceKind::Peers, AllReduceKind::Nccl] {
                     for graphs in [true, false] {
-                        let options = CudaOptions { graphs, sums, ..CudaOptions::default() };
+                        let options = CudaOptions { graphs, all_reduce, ..CudaOptions::default() };
                         models::run(fixtures, options, ranks, only, report);
                     }
                 }

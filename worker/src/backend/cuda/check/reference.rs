@@ -47,16 +47,16 @@ pub(super) fn round(number: f32) -> f32 {
     bf16::from_f32(number).to_f32()
 }
 
-pub(super) fn bf16_bytes(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| bf16::from_f32(*number).to_le_bytes()).collect()
+pub(super) fn bf16_bytes(elements: &[f32]) -> Vec<u8> {
+    elements.iter().flat_map(|number| bf16::from_f32(*number).to_le_bytes()).collect()
 }
 
-pub(super) fn f32_bytes(numbers: &[f32]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+pub(super) fn f32_bytes(elements: &[f32]) -> Vec<u8> {
+    elements.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
-pub(super) fn u32_bytes(numbers: &[u32]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+pub(super) fn u32_bytes(elements: &[u32]) -> Vec<u8> {
+    elements.iter().flat_map(|number| number.to_le_bytes()).collect()
 }
 
 pub(super) fn from_bf16(bytes: &[u8]) -> Vec<f32> {
@@ -79,7 +79,7 @@ pub(super) fn distance(found: &[f32], expected: &[f64]) -> f64 {
 }
 
 /// The middle one.
-pub(super) fn median(mut numbers: Vec<f64>) -> f64 {
-    numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
+pub(super) fn median(mut elements: Vec<f64>) -> f64 {
+    elements.sort_by(f64::total_cmp);
+    elements.get(elements.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -78,7 +78,7 @@ fn check(fixtures: &Path, (heads, kv_heads): (usize, usize), options: CudaOption
     backend.allocate_kv(&KvShape::new(&config, &plan), BLOCKS)?;
     let mut expected = |parts: &[Part<'_>]| -> Result<Vec<f64>, Failure> {
         let logits = backend.execute(&batch(parts), |backend| model.forward(backend))?;
-        Ok(logits.numbers.into_iter().map(f64::from).collect())
+        Ok(logits.elements.into_iter().map(f64::from).collect())
     };
     let wanted_first = expected(&[whole(1)])?;
     expected(&[Part { ..before }])?;
@@ -88,10 +88,10 @@ fn check(fixtures: &Path, (heads, kv_heads): (usize, usize), options: CudaOption
     let mut found = |parts: &[Part<'_>]| -> Result<Vec<f32>, Failure> {
         let model = &rank.model;
         let logits = rank.backend.execute(&batch(parts), |backend| model.forward(backend))?;
-        let numbers = rank.backend.read_logits(&logits)?;
+        let elements = rank.backend.read_logits(&logits)?;
         rank.backend.sample(logits, &[])?;
         rank.backend.collect()?;
-        Ok(numbers)
+        Ok(elements)
     };
     let in_one = found(&[whole(1)])?;
     let mut chunked = Vec::new();

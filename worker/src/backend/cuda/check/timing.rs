@@ -6,9 +6,9 @@ use serde_json::json;
 use super::super::attention::{prefill_kernel, transposes_values, transposing_shape};
 use super::super::decode_kernel::DecodeKernel;
 use super::super::driver::{Address, Arguments, Buffer, Event};
-use super::super::matmul::{Formats, Matmul, Operands, ProductShape};
+use super::super::matmul::{Formats, GemmShape, Matmul, Operands};
 use super::super::sampler::Sampler;
-use super::super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
+use super::super::split_kv::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use super::super::survey;
 use super::super::tiles::{self, Prompt, ROUND_TOKENS};
 use super::Outcome;
@@ -18,7 +18,7 @@ use crate::backend::KvDtype;
 use crate::backend::{Limits, Result, SampleRequest};
 use crate::engine::step::Admission;
 use crate::sample::SamplingParams;
-use crate::telemetry::floor::{Rates, rates};
+use crate::telemetry::roofline::{Rates, rates};
 
 const HIDDEN: usize = 5120;
 const HEADS: usize = 32;
@@ -57,7 +57,7 @@ pub(super) fn run(only: &str, outcome: &mut dyn FnMut(Outcome)) {
     let timings: [(&str, Timing); 6] = [
         ("ceiling", ceiling),
         ("linear", linears),
-        ("product", products),
+        ("gemm", gemms),
         ("rowwise", rowwise),
         ("attention", attention),
         ("sample", sample),
@@ -95,7 +95,7 @@ fn microseconds(bench: &mut Bench, calls: usize, mut body: impl FnMut(&mut Bench
     Ok(f64::from(times[times.len() / 2]) * 1e3 / calls as f64)
 }
 
-fn tell(report: &mut Report<'_>, name: String, microseconds: f64, bytes: f64, operations: f64, by: Arithmetic) {
+fn report_load(report: &mut Report<'_>, name: String, microseconds: f64, bytes: f64, operations: f64, by: Arithmetic) {
     let floor = report.rates.map(|rates| {
         let arithmetic = match by {
             Arithmetic::Fp8 => operations / rates.fp8,
@@ -145,7 +145,7 @@ fn ceiling(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
             let arguments = Arguments::default().address(buffer.address).u64(bytes as u64 / 16).address(out.address);
             bench.launch("read_ceiling", grid, 512, 0, arguments)
         })?;
-        tell(report, format!("read 2 GiB, {blocks} blocks of 512"), us, bytes as f64, 0.0, Arithmetic::Little);
+        report_load(report, format!("read 2 GiB, {blocks} blocks of 512"), us, bytes as f64, 0.0, Arithmetic::Little);
     }
     Ok(())
 }
@@ -190,7 +190,7 @@ fn linears(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                     let shape = super::super::driver::Shape { grid, block: 256, shared };
                     bench.kernels.launch(&bench.device, &name, shape, arguments, true)
                 })?;
-                tell(
+                report_load(
                     report,
                     format!("linear {what} m {m} splits {splits}"),
                     us,
@@ -204,18 +204,18 @@ fn linears(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
         for m in [16usize, 32, 64] {
             bench.matmul.run(
                 &bench.device,
-                ProductShape { m, n, k, formats },
+                GemmShape { m, n, k, formats },
                 Operands { x: x.address, w: at(0), y: y.address },
             )?;
             let us = microseconds(bench, copies.max(4), |bench, call| {
                 bench.matmul.run(
                     &bench.device,
-                    ProductShape { m, n, k, formats },
+                    GemmShape { m, n, k, formats },
                     Operands { x: x.address, w: at(call), y: y.address },
                 )
             })?;
             let operations = 2.0 * m as f64 * n as f64 * k as f64;
-            tell(
+            report_load(
                 report,
                 format!("cublaslt {what} m {m}"),
                 us,
@@ -228,7 +228,7 @@ fn linears(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     Ok(())
 }
 
-fn products(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
+fn gemms(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     for (what, n, k) in [
         ("qkv", 6144, HIDDEN),
         ("o", HIDDEN, 4096),
@@ -242,14 +242,14 @@ fn products(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
             let run = |bench: &mut Bench, _: usize| {
                 bench.matmul.run(
                     &bench.device,
-                    ProductShape { m, n, k, formats: Formats::E4m3ToBf16 },
+                    GemmShape { m, n, k, formats: Formats::E4m3ToBf16 },
                     Operands { x: x.address, w: weights.address, y: y.address },
                 )
             };
             run(bench, 0)?;
             let us = microseconds(bench, 3, run)?;
             let bytes = (n * k + m * k + 2 * m * n) as f64;
-            tell(
+            report_load(
                 report,
                 format!("cublaslt {what} m {m}"),
                 us,
@@ -287,7 +287,7 @@ fn rowwise(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                 .f32(1e-5);
             bench.launch(&format!("add_{input}_norm_to_e4m3"), [rows as u32, 1, 1], 1024, HIDDEN as u32 * 4, arguments)
         })?;
-        tell(
+        report_load(
             report,
             format!("norm rows {rows}"),
             us,
@@ -307,7 +307,7 @@ fn rowwise(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                 .u32(INTERMEDIATE as u32);
             bench.launch(&format!("gate_{input}_to_e4m3"), [32, rows as u32, 1], 256, 0, arguments)
         })?;
-        tell(
+        report_load(
             report,
             format!("gate rows {rows}"),
             us,
@@ -340,7 +340,7 @@ fn rowwise(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                 .u32(D as u32);
             bench.launch(&format!("rope_{input}_kv_bf16"), [rows as u32, if few { 6 } else { 1 }, 1], 256, 0, arguments)
         })?;
-        tell(
+        report_load(
             report,
             format!("rope rows {rows}"),
             us,
@@ -394,7 +394,7 @@ fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
             let tables = bench.upload(&u32_bytes(&(0..(sequences * blocks) as u32).rev().collect::<Vec<_>>()))?;
             let starts = bench.upload(&u32_bytes(&(0..sequences).map(|s| (s * blocks) as u32).collect::<Vec<_>>()))?;
             let partial = bench.poisoned(parts * 2 * KV_HEADS * 16 * D * 4)?;
-            let sums = bench.poisoned(parts * 2 * KV_HEADS * 16 * 4)?;
+            let all_reduce = bench.poisoned(parts * 2 * KV_HEADS * 16 * 4)?;
             let finished = bench.upload(&vec![0; rows * KV_HEADS * 4])?;
             let out = bench.poisoned(rows * HEADS * D)?;
             let us = microseconds(bench, layers.max(4), |bench, call| {
@@ -410,7 +410,7 @@ fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                     .address(tables.address)
                     .address(starts.address)
                     .address(partial.address)
-                    .address(sums.address)
+                    .address(all_reduce.address)
                     .address(finished.address)
                     .address(out.address)
                     .f32(0.02)
@@ -420,7 +420,7 @@ fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                 let grid = [parts as u32, KV_HEADS as u32, 1];
                 bench.launch(&kernel.name("e4m3"), grid, 128, kernel.shared_bytes(), arguments)
             })?;
-            tell(
+            report_load(
                 report,
                 format!("decode attention {} {sequences} x {each} rows context {context}", kv.name()),
                 us,
@@ -475,7 +475,7 @@ fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                 bench.launch(&name, [KV_HEADS as u32, cut.tiles.len() as u32, 1], block, shared, arguments)
             })?;
             let pairs = count as f64 * start as f64 + count as f64 * (count as f64 + 1.0) / 2.0;
-            tell(
+            report_load(
                 report,
                 format!("{name} {count} behind {start}"),
                 us,
@@ -493,11 +493,11 @@ fn sample(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     let limits = Limits { step_tokens: 64, sequences: slots, model_len: 128, logit_rows: slots };
     let mut sampler = Sampler::new(&bench.device, &limits, VOCABULARY)?;
     let logits = Buffer::new(slots * VOCABULARY * 4, "a timing")?;
-    let numbers = bench.random.normals(VOCABULARY, 3.0);
+    let elements = bench.random.normals(VOCABULARY, 3.0);
     for row in 0..slots {
         // SAFETY: the buffer has `slots` rows of the vocabulary.
         unsafe {
-            bench.device.upload(logits.address + (row * VOCABULARY * 4) as u64, &f32_bytes(&numbers), "a timing")?;
+            bench.device.upload(logits.address + (row * VOCABULARY * 4) as u64, &f32_bytes(&elements), "a timing")?;
         }
     }
     let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
@@ -520,7 +520,7 @@ fn sample(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
                 times.push(sampler.collect()?.seconds * 1e6);
             }
             times.sort_by(f64::total_cmp);
-            tell(
+            report_load(
                 report,
                 format!("sample {what} rows {rows}"),
                 times[3],

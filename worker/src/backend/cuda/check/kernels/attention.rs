@@ -3,7 +3,7 @@
 use super::super::super::attention::{cache_place, prefill_kernel, transposes_values, transposing_shape};
 use super::super::super::decode_kernel::DecodeKernel;
 use super::super::super::driver::{Arguments, Buffer};
-use super::super::super::shares::{ITEM_WORDS, PART_WORDS, Share, share_out};
+use super::super::super::split_kv::{ITEM_WORDS, PART_WORDS, Share, share_out};
 use super::super::super::tiles::{self, PROMPT_WORDS, Prompt, ROUND_TOKENS, TILE_WORDS};
 use super::super::reference::{bf16_bytes, distance, from_bf16, round, u32_bytes};
 use super::{Bench, compare_activation};
@@ -65,19 +65,19 @@ impl TestCache {
                 for head in 0..kv_heads {
                     let at = ((block * kv_heads + head) * 64 + token % 64) * d;
                     for i in at..at + d {
-                        let numbers = (bench.random.normal(), bench.random.normal() + common);
+                        let elements = (bench.random.normal(), bench.random.normal() + common);
                         (keys[i], values[i]) = if kv == KvDtype::Fp8 {
-                            (e4m3::round(numbers.0), e4m3::round(numbers.1))
+                            (e4m3::round(elements.0), e4m3::round(elements.1))
                         } else {
-                            (round(numbers.0), round(numbers.1))
+                            (round(elements.0), round(elements.1))
                         };
                     }
                 }
             }
         }
-        let bytes = |numbers: &[f32]| {
-            let mut placed = vec![0f32; numbers.len()];
-            for (tile, target) in numbers.chunks_exact(64 * d).zip(placed.chunks_exact_mut(64 * d)) {
+        let bytes = |elements: &[f32]| {
+            let mut placed = vec![0f32; elements.len()];
+            for (tile, target) in elements.chunks_exact(64 * d).zip(placed.chunks_exact_mut(64 * d)) {
                 for (index, number) in tile.iter().enumerate() {
                     target[cache_place(d, kv, index / d, index % d)] = *number;
                 }
@@ -95,8 +95,8 @@ impl TestCache {
     /// Attention of one query over positions 0..=position.
     fn attend(&self, q: &[f32], sequence: usize, kv_head: usize, kv_heads: usize, position: usize) -> Vec<f64> {
         let d = q.len();
-        let row = |numbers: &[f32], token: usize| -> usize {
-            debug_assert!(!numbers.is_empty());
+        let row = |elements: &[f32], token: usize| -> usize {
+            debug_assert!(!elements.is_empty());
             let block = self.tables[self.starts[sequence] as usize + token / 64] as usize;
             ((block * kv_heads + kv_head) * 64 + token % 64) * d
         };
@@ -170,7 +170,7 @@ impl Case<'_> {
             bench.upload(&u32_bytes(&self.cache.starts))?,
         ];
         let partials = parts * 2 * kv_heads * 16;
-        let (partial, sums) = (bench.poisoned(partials * d * 4)?, bench.poisoned(partials * 4)?);
+        let (partial, all_reduce) = (bench.poisoned(partials * d * 4)?, bench.poisoned(partials * 4)?);
         let counters = items.len() * kv_heads * 4;
         let finished = bench.upload(&vec![0; counters])?;
         let bytes = self.positions.len() * heads * d * self.size();
@@ -184,7 +184,7 @@ impl Case<'_> {
         }
         let arguments = arguments
             .address(partial.address)
-            .address(sums.address)
+            .address(all_reduce.address)
             .address(finished.address)
             .address(out.address)
             .f32(self.scale)

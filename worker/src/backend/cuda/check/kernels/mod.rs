@@ -2,7 +2,7 @@
 //! poisoned with NaN before each launch, and so is what a kernel must not read.
 
 mod attention;
-mod products;
+mod gemms;
 mod rows;
 mod sample;
 
@@ -77,10 +77,10 @@ pub(super) fn run(only: &str, report: &mut dyn FnMut(Outcome)) {
         ("norm", rows::norm),
         ("rope", rows::rope),
         ("gate", rows::gate),
-        ("linear, few rows", products::linear),
-        ("wide products", products::wide),
-        ("matrix products", products::products),
-        ("random weights", products::random_weights),
+        ("linear, few rows", gemms::linear),
+        ("skinny GEMM", gemms::wide),
+        ("matrix GEMM", gemms::gemms),
+        ("random weights", gemms::random_weights),
         ("decode attention", attention::decode_attention),
         ("prefill attention", attention::prefill_attention),
         ("long attention", attention::long_attention),

@@ -13,12 +13,12 @@ pub(super) fn embed(bench: &mut Bench) -> Result<(f64, f64)> {
     let table = bench.random.bf16s(count * hidden, 1.0);
     let ids: Vec<u32> = vec![100, 149, 99, 150, u32::MAX, 120, 0, 131_071, 101];
     let slots: Vec<u32> = vec![0, 0, 0, 0, 3, 0, 0, 0, 0];
-    let drawn: Vec<u32> = vec![1, 2, 3, 117];
-    let (table_buffer, id_buffer, slot_buffer, drawn_buffer) = (
+    let sampled: Vec<u32> = vec![1, 2, 3, 117];
+    let (table_buffer, id_buffer, slot_buffer, sampled_buffer) = (
         bench.upload(&bf16_bytes(&table))?,
         bench.upload(&u32_bytes(&ids))?,
         bench.upload(&u32_bytes(&slots))?,
-        bench.upload(&u32_bytes(&drawn))?,
+        bench.upload(&u32_bytes(&sampled))?,
     );
     let out = bench.poisoned(rows * hidden * 4)?;
     let arguments = Arguments::default()
@@ -26,7 +26,7 @@ pub(super) fn embed(bench: &mut Bench) -> Result<(f64, f64)> {
         .address(table_buffer.address)
         .address(id_buffer.address)
         .address(slot_buffer.address)
-        .address(drawn_buffer.address)
+        .address(sampled_buffer.address)
         .u32(first)
         .u32(count as u32)
         .u32(hidden as u32);
@@ -106,11 +106,11 @@ pub(super) fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
 }
 
 /// A product as kernels take it: bf16, or f32 in several partial sums. Returns its value too.
-fn product(bench: &mut Bench, rows: usize, columns: usize, splits: usize) -> Result<(Buffer, Vec<f32>)> {
+fn gemm(bench: &mut Bench, rows: usize, columns: usize, splits: usize) -> Result<(Buffer, Vec<f32>)> {
     let count = rows * columns;
     if splits == 0 {
-        let numbers = bench.random.bf16s(count, 1.0);
-        return Ok((bench.upload(&bf16_bytes(&numbers))?, numbers));
+        let elements = bench.random.bf16s(count, 1.0);
+        return Ok((bench.upload(&bf16_bytes(&elements))?, elements));
     }
     let parts = bench.random.normals(count * splits, 1.0);
     let sum = (0..count).map(|index| (0..splits).map(|split| parts[split * count + index]).sum()).collect();
@@ -125,7 +125,7 @@ pub(super) fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
             for (suffix, y_scale, listed) in [("bf16", 1.0, false), ("bf16", 1.0, true), ("e4m3", 0.0213, false)] {
                 let residual = bench.random.normals(rows * hidden, 2.0);
                 let gain = bench.random.bf16s(hidden, 1.0);
-                let (partial_buffer, partial) = product(bench, rows, hidden, splits)?;
+                let (partial_buffer, partial) = gemm(bench, rows, hidden, splits)?;
                 let partial_scale = 0.37f32;
                 let list: Vec<u32> = (0..rows as u32).rev().filter(|row| !listed || row % 3 != 1).collect();
                 let outputs = if listed { list.len() } else { rows };
@@ -156,7 +156,7 @@ pub(super) fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                     hidden as u32 * 4,
                     arguments,
                 )?;
-                let sums: Vec<f64> = residual
+                let all_reduce: Vec<f64> = residual
                     .iter()
                     .zip(&partial)
                     .map(|(residual, partial)| {
@@ -166,17 +166,17 @@ pub(super) fn norm(bench: &mut Bench) -> Result<(f64, f64)> {
                     .collect();
                 if !listed {
                     let found = from_f32(&bench.read(&residual_buffer, rows * hidden * 4)?);
-                    worst = worst.max(distance(&found, &sums) * 1e3);
+                    worst = worst.max(distance(&found, &all_reduce) * 1e3);
                 }
                 let mut expected = Vec::with_capacity(outputs * hidden);
                 // `list` is read only where it is used
                 #[allow(clippy::needless_range_loop)]
                 for output in 0..outputs {
                     let row = if listed { list[output] as usize } else { output };
-                    let numbers = &sums[row * hidden..][..hidden];
-                    let mean = numbers.iter().map(|number| number * number).sum::<f64>() / hidden as f64;
+                    let elements = &all_reduce[row * hidden..][..hidden];
+                    let mean = elements.iter().map(|number| number * number).sum::<f64>() / hidden as f64;
                     expected.extend(
-                        numbers
+                        elements
                             .iter()
                             .zip(&gain)
                             .map(|(number, gain)| number / (mean + 1e-5).sqrt() * f64::from(*gain)),
@@ -196,7 +196,7 @@ pub(super) fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
         for (input, splits) in [("bf16", 0), ("f32", 1), ("f32", 4)] {
             for kv in [KvDtype::Bf16, KvDtype::Fp8] {
                 let columns = (heads + 2 * kv_heads) * d;
-                let (qkv_buffer, qkv) = product(bench, rows, columns, splits)?;
+                let (qkv_buffer, qkv) = gemm(bench, rows, columns, splits)?;
                 let scales = [0.5f32, 1.25, 2.0];
                 let angles = bench.random.normals(rows * d, 1.0);
                 let query_scale = bench.random.normals(rows, 1.0);
@@ -245,19 +245,19 @@ pub(super) fn rope(bench: &mut Bench) -> Result<(f64, f64)> {
                     } else {
                         2
                     };
-                    let numbers: Vec<f64> = qkv[row * columns + head * d..][..d]
+                    let elements: Vec<f64> = qkv[row * columns + head * d..][..d]
                         .iter()
                         .map(|x| f64::from(*x) * f64::from(scales[part]))
                         .collect();
                     if part == 2 {
-                        return numbers;
+                        return elements;
                     }
                     let factor = if part == 0 { f64::from(query_scale[row]) } else { 1.0 };
                     let mut rotated = vec![0.0; d];
                     for i in 0..d / 2 {
                         let (cos, sin) = (f64::from(angles[row * d + 2 * i]), f64::from(angles[row * d + 2 * i + 1]));
-                        rotated[i] = (numbers[i] * cos - numbers[i + d / 2] * sin) * factor;
-                        rotated[i + d / 2] = (numbers[i + d / 2] * cos + numbers[i] * sin) * factor;
+                        rotated[i] = (elements[i] * cos - elements[i + d / 2] * sin) * factor;
+                        rotated[i + d / 2] = (elements[i + d / 2] * cos + elements[i] * sin) * factor;
                     }
                     rotated
                 };
@@ -298,7 +298,7 @@ pub(super) fn gate(bench: &mut Bench) -> Result<(f64, f64)> {
     for (rows, width) in [(1, 192), (5, 1536), (3, 32_768), (17, 1028)] {
         for (input, splits) in [("bf16", 0), ("f32", 1), ("f32", 3)] {
             for (suffix, y_scale) in [("bf16", 1.0), ("e4m3", 0.031)] {
-                let (buffer, numbers) = product(bench, rows, 2 * width, splits)?;
+                let (buffer, elements) = gemm(bench, rows, 2 * width, splits)?;
                 let size = if suffix == "bf16" { 2 } else { 1 };
                 let out = bench.poisoned(rows * width * size)?;
                 let (gate_scale, up_scale) = (1.7f32, 0.3f32);
@@ -314,7 +314,7 @@ pub(super) fn gate(bench: &mut Bench) -> Result<(f64, f64)> {
                 let grid = [(width / 4).div_ceil(256) as u32, rows as u32, 1];
                 bench.launch(&format!("gate_{input}_to_{suffix}"), grid, 256, 0, arguments)?;
                 let mut expected = Vec::with_capacity(rows * width);
-                for row in numbers.chunks_exact(2 * width) {
+                for row in elements.chunks_exact(2 * width) {
                     for i in 0..width {
                         let (g, u) = (
                             f64::from(row[i]) * f64::from(gate_scale),

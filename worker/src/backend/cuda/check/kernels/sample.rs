@@ -4,7 +4,7 @@ use super::super::super::sampler::Sampler;
 use super::super::reference::f32_bytes;
 use super::Bench;
 use crate::backend::{Limits, Result, SampleRequest};
-use crate::engine::step::{Admission, Drawn, SequenceFault};
+use crate::engine::step::{Admission, SampledToken, SequenceFault};
 use crate::grammar::Mask;
 use crate::sample::{SamplingParams, SlotState, score};
 
@@ -87,14 +87,14 @@ pub(super) fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
             sampler.step_begins(&bench.device)?;
             sampler.sample(&bench.device, &mut bench.kernels, buffer.address, &requests)?;
             let results = sampler.collect()?;
-            for (slot, (found_slot, found)) in results.drawn.iter().enumerate() {
+            for (slot, (found_slot, found)) in results.sampled.iter().enumerate() {
                 let row = match (step, slot) {
                     (3, 0) => slots + 1,
                     (3, 9) => slots + 2,
                     _ => row_of(slot),
                 };
                 let mut own = logits[row * vocabulary..][..vocabulary].to_vec();
-                let expected = states[slot].draw_within(mask_of(slot).as_ref(), &mut own, 50 + step);
+                let expected = states[slot].sample_within(mask_of(slot).as_ref(), &mut own, 50 + step);
                 let fault = Err(SequenceFault::NotANumber { position: 53 });
                 wrong += match (found, &expected) {
                     _ if *found_slot as usize != slot => 1.0,
@@ -144,33 +144,33 @@ fn chains(bench: &mut Bench, variants: &[SamplingParams]) -> Result<f64> {
         }
         let buffer = bench.upload(&f32_bytes(&logits))?;
         let mut requests = Vec::new();
-        let mut expected: Vec<Vec<Drawn>> = Vec::new();
+        let mut expected: Vec<Vec<SampledToken>> = Vec::new();
         for (slot, state) in states.iter_mut().enumerate() {
             let masks = if (slot + step) % 3 == 1 { vec![mask.clone(); LINKS] } else { Vec::new() };
-            let (first, mut drafts, mut drawn) = (slot * LINKS, Vec::new(), Vec::new());
+            let (first, mut drafts, mut sampled) = (slot * LINKS, Vec::new(), Vec::new());
             let right = (slot + step) % LINKS;
             let mut counts = true;
             for link in 0..LINKS {
                 let mut own = logits[(first + link) * vocabulary..][..vocabulary].to_vec();
                 let at = position[slot] + link as u32;
-                let one = if counts { state.draw_within(masks.get(link), &mut own, at).ok() } else { None };
-                let guess = one.as_ref().map_or(0, |one| one.token_id + u32::from(link >= right));
+                let one = if counts { state.sample_within(masks.get(link), &mut own, at).ok() } else { None };
+                let draft = one.as_ref().map_or(0, |one| one.token_id + u32::from(link >= right));
                 counts = one.is_some() && link < right;
-                drawn.extend(one);
+                sampled.extend(one);
                 if link + 1 < LINKS {
-                    drafts.push(guess % vocabulary as u32);
+                    drafts.push(draft % vocabulary as u32);
                 }
             }
             let (row, slot) = (first as u32, slot as u32);
             requests.push(SampleRequest::Next { row, slot, position: position[slot as usize], drafts, masks });
-            position[slot as usize] += drawn.len() as u32;
-            expected.push(drawn);
+            position[slot as usize] += sampled.len() as u32;
+            expected.push(sampled);
         }
         sampler.step_begins(&bench.device)?;
         sampler.sample(&bench.device, &mut bench.kernels, buffer.address, &requests)?;
         let results = sampler.collect()?;
-        for ((_, found), expected) in results.drawn.iter().zip(&expected) {
-            let ids = |drawn: &[Drawn]| drawn.iter().map(|drawn| drawn.token_id).collect::<Vec<u32>>();
+        for ((_, found), expected) in results.sampled.iter().zip(&expected) {
+            let ids = |sampled: &[SampledToken]| sampled.iter().map(|sampled| sampled.token_id).collect::<Vec<u32>>();
             wrong += if found.as_ref().is_ok_and(|found| ids(found) == ids(expected)) { 0.0 } else { 1.0 };
         }
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Conversation, ConversationError, DataUrls, ImageError, ImageSize, ImageSizes, Json, Rule, image_size};
 use crate::tokenizer::Tokenizer;
 
-/// Pictures from `data:` and `file:` URLs, and `fixture://` URLs from a folder.
+/// Images from `data:` and `file:` URLs, and `fixture://` URLs from a folder.
 struct LocalImages<'a> {
     folder: Option<&'a Path>,
 }

@@ -24,9 +24,9 @@ use crate::{
     http::shutdown::Cut,
     place::{choose::NoGroup, sessions},
     relay::{
-        deaths::Deaths,
+        crash_tracker::Deaths,
         emit::{Delta, Emitter, Finish},
-        resume::{Event, Sequence, SequenceError, Task},
+        failover::{Event, Sequence, SequenceError, Task},
         stream::Failure,
     },
     service::Service,
@@ -59,7 +59,7 @@ impl Choice {
 }
 
 /// A request that is being answered.
-pub struct Answer {
+pub struct Completion {
     /// Parameters.
     pub params: Params,
     /// The name that the client used.
@@ -85,7 +85,7 @@ pub struct Answer {
     cut: Cut,
 }
 
-impl Answer {
+impl Completion {
     /// Places every sequence. Nothing has been sent to a group before this is polled.
     pub fn start(
         service: Arc<Service>,
@@ -95,7 +95,7 @@ impl Answer {
     ) -> Result<Self, ApiError> {
         let Prepared { model, served_model, params, cache_salt, prompts, form: _ } = prepared;
         let deadline = context.arrived + service.options().request_timeout();
-        let mut answer = Self {
+        let mut completion = Self {
             id: format!("{id_prefix}{}", context.request_id),
             created: std::time::SystemTime::now()
                 .duration_since(std::time::UNIX_EPOCH)
@@ -116,9 +116,9 @@ impl Answer {
             context,
         };
         for prompt in prompts {
-            answer.place(prompt, &served_model, cache_salt, deadline)?;
+            completion.place(prompt, &served_model, cache_salt, deadline)?;
         }
-        Ok(answer)
+        Ok(completion)
     }
 
     fn place(
@@ -376,7 +376,7 @@ impl Answer {
     /// It ends in an error response.
     pub fn refused(&mut self, error: ApiError) -> ApiError {
         self.abort();
-        self.context.open.answered(error.status.as_u16());
+        self.context.open.responded(error.status.as_u16());
         error
     }
 
@@ -411,7 +411,7 @@ impl Answer {
                     format!("{deaths} groups that took the request failed while it ran; it is not tried again.");
                 ApiError { is_final: true, ..ApiError::internal(message) }
             }
-            SequenceError::GrammarPoison => {
+            SequenceError::GrammarPoisonPill => {
                 let field = self.params.structure.as_ref().map_or("grammar", |structure| structure.field);
                 let message = format!(
                     "The group that took the request failed while it compiled the form that `{field}` asks for; \
@@ -452,7 +452,7 @@ impl Answer {
     }
 }
 
-impl Drop for Answer {
+impl Drop for Completion {
     /// The client may have left.
     fn drop(&mut self) {
         self.abort();

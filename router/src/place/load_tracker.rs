@@ -35,7 +35,7 @@ const RUNNING: Duration = Duration::from_secs(60);
 
 /// Prompts that a group was given, in seconds of computing.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Given {
+pub struct AssignedWork {
     /// Share of the last minutes.
     pub utilization: f64,
     /// Seconds in the last five minutes; older ones fade.
@@ -46,7 +46,7 @@ pub struct Given {
 
 /// How busy a group is, by its own report and by what was sent to it since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Busy {
+pub struct LoadEstimate {
     /// Prompt tokens that wait to be computed.
     pub queued_tokens: u64,
     /// Sequences that run or wait.
@@ -103,14 +103,14 @@ impl Recent {
 #[derive(Clone, Copy, Default)]
 struct Prefills {
     booked: Recent,
-    told: Recent,
+    update: Recent,
     /// Of the booked ones, those after the last report.
     fresh: Recent,
 }
 
 impl Prefills {
-    fn tell(&mut self, seconds: f64, now: Instant, span: Duration) {
-        self.told.add(seconds, now, span);
+    fn report_load(&mut self, seconds: f64, now: Instant, span: Duration) {
+        self.update.add(seconds, now, span);
         self.fresh = Recent::default();
     }
 
@@ -120,27 +120,27 @@ impl Prefills {
     }
 
     fn at(&self, now: Instant, span: Duration) -> f64 {
-        self.booked.at(now, span).max(self.told.at(now, span) + self.fresh.at(now, span))
+        self.booked.at(now, span).max(self.update.at(now, span) + self.fresh.at(now, span))
     }
 }
 
 /// What is booked on one group.
 #[derive(Default)]
-pub struct Ledger {
+pub struct LoadTracker {
     entry: Mutex<Entry>,
 }
 
-impl Ledger {
+impl LoadTracker {
     /// The group told its load.
     pub fn report(&self, load: Load, now: Instant) {
         let mut entry = self.entry.lock();
         // the first report tells of a past that is as old as the group
-        let told = if entry.report_number == 0 { 0.0 } else { load.prefill_seconds - entry.reported.prefill_seconds };
+        let update = if entry.report_number == 0 { 0.0 } else { load.prefill_seconds - entry.reported.prefill_seconds };
         // what a group says is bounded: nobody computes for longer than there was time
-        let told = told.max(0.0).min(RECENT.as_secs_f64());
-        entry.recent.tell(told, now, RECENT);
-        entry.long.tell(told, now, LONG);
-        entry.short.tell(told, now, SHORT);
+        let update = update.max(0.0).min(RECENT.as_secs_f64());
+        entry.recent.report_load(update, now, RECENT);
+        entry.long.report_load(update, now, LONG);
+        entry.short.report_load(update, now, SHORT);
         let since = entry.reported_at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at)).min(RUNNING);
         let ran = f64::from(entry.reported.running) * since.as_secs_f64();
         entry.ran.add(ran, now, RUNNING);
@@ -155,11 +155,11 @@ impl Ledger {
     }
 
     /// A group that has just come counts as that busy, until that fades.
-    pub fn begin(&self, given: Given, now: Instant) {
+    pub fn begin(&self, given: AssignedWork, now: Instant) {
         let mut entry = self.entry.lock();
-        entry.recent.told.add(given.utilization * RECENT.as_secs_f64(), now, RECENT);
-        entry.long.told.add(given.seconds, now, LONG);
-        entry.short.told.add(given.pace * SHORT.as_secs_f64(), now, SHORT);
+        entry.recent.update.add(given.utilization * RECENT.as_secs_f64(), now, RECENT);
+        entry.long.update.add(given.seconds, now, LONG);
+        entry.short.update.add(given.pace * SHORT.as_secs_f64(), now, SHORT);
     }
 
     /// How many reports came.
@@ -175,13 +175,13 @@ impl Ledger {
     /// The load to reckon with: never less than what this router itself has there, whatever the report's
     /// age, and never less than what is left of the report plus what was sent since. Of prompts that have started the
     /// report knows better: half of a long one may be computed by now.
-    pub fn busy(&self) -> Busy {
+    pub fn busy(&self) -> LoadEstimate {
         let entry = self.entry.lock();
         let reported_sequences = entry.reported.running.saturating_add(entry.reported.waiting);
         let still_queued = entry.reported.queued_prefill_tokens.saturating_sub(entry.computed_tokens);
         let still_there = reported_sequences.saturating_sub(entry.ended_sequences);
         let not_counted = entry.booked_tokens.saturating_sub(entry.counted_tokens);
-        Busy {
+        LoadEstimate {
             queued_tokens: not_counted.max(still_queued.saturating_add(entry.fresh_tokens)),
             sequences: entry.booked_sequences.max(still_there.saturating_add(entry.fresh_sequences)),
         }
@@ -193,9 +193,9 @@ impl Ledger {
     }
 
     /// What the group was given of late.
-    pub fn given(&self, now: Instant) -> Given {
+    pub fn given(&self, now: Instant) -> AssignedWork {
         let entry = self.entry.lock();
-        Given {
+        AssignedWork {
             utilization: entry.recent.at(now, RECENT) / RECENT.as_secs_f64(),
             seconds: entry.long.at(now, LONG),
             pace: entry.short.at(now, SHORT) / SHORT.as_secs_f64(),
@@ -280,7 +280,7 @@ impl Booking {
         expected: Vec<BlockHash>,
         now: Instant,
     ) -> Self {
-        let report_number = link.ledger.book(queued_tokens, seconds, now);
+        let report_number = link.load_tracker.book(queued_tokens, seconds, now);
         index.expect(link.slot, &expected);
         Self { link, index, queued_tokens, report_number, expected, started: None, prefilled_at: None }
     }
@@ -293,7 +293,7 @@ impl Booking {
     /// The group said something of it: it has left the group's queue.
     pub fn accepted(&mut self) {
         if self.started.is_none() {
-            self.started = Some(self.link.ledger.started(self.queued_tokens));
+            self.started = Some(self.link.load_tracker.started(self.queued_tokens));
         }
     }
 
@@ -311,7 +311,7 @@ impl Booking {
 
     fn prefilled(&mut self) {
         if self.queued_tokens > 0 {
-            self.link.ledger.give_back_tokens(self.queued_tokens, self.report_number, self.started);
+            self.link.load_tracker.give_back_tokens(self.queued_tokens, self.report_number, self.started);
             self.queued_tokens = 0;
         }
     }
@@ -320,7 +320,7 @@ impl Booking {
 impl Drop for Booking {
     fn drop(&mut self) {
         self.prefilled();
-        self.link.ledger.give_back_sequence(self.report_number, self.started.is_some());
+        self.link.load_tracker.give_back_sequence(self.report_number, self.started.is_some());
         self.link.room.changed();
         self.index.forget(self.link.slot, &self.expected);
     }
@@ -332,122 +332,127 @@ mod tests {
 
     #[test]
     fn what_was_booked_counts_at_once_and_is_not_counted_twice_after_a_report() {
-        let ledger = Ledger::default();
-        let number = ledger.book(1000, 0.0, Instant::now());
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
+        let load_tracker = LoadTracker::default();
+        let number = load_tracker.book(1000, 0.0, Instant::now());
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 1000, sequences: 1 });
         // the report includes the booking
         let load = Load { running: 3, queued_prefill_tokens: 1500, ..Load::default() };
-        ledger.report(load, Instant::now());
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
-        let later = ledger.book(200, 0.0, Instant::now());
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 1700, sequences: 4 });
-        ledger.give_back_tokens(200, later, Some(ledger.started(200)));
-        ledger.give_back_sequence(later, true);
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 1500, sequences: 3 });
-        ledger.give_back_tokens(1000, number, Some(ledger.started(1000)));
-        ledger.give_back_sequence(number, true);
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 500, sequences: 2 }, "what others sent");
-        ledger.report(Load::default(), Instant::now());
-        assert_eq!(ledger.busy(), Busy::default());
+        load_tracker.report(load, Instant::now());
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 1500, sequences: 3 });
+        let later = load_tracker.book(200, 0.0, Instant::now());
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 1700, sequences: 4 });
+        load_tracker.give_back_tokens(200, later, Some(load_tracker.started(200)));
+        load_tracker.give_back_sequence(later, true);
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 1500, sequences: 3 });
+        load_tracker.give_back_tokens(1000, number, Some(load_tracker.started(1000)));
+        load_tracker.give_back_sequence(number, true);
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 500, sequences: 2 }, "what others sent");
+        load_tracker.report(Load::default(), Instant::now());
+        assert_eq!(load_tracker.busy(), LoadEstimate::default());
     }
 
     /// The report is as old as the group likes: what it counts and this router saw end is not there any more.
     #[test]
     fn what_ended_since_the_last_report_is_taken_off_it() {
-        let ledger = Ledger::default();
-        let numbers: Vec<u64> = (0..3).map(|_| ledger.book(100, 0.0, Instant::now())).collect();
-        ledger.report(Load { running: 3, queued_prefill_tokens: 120, ..Load::default() }, Instant::now());
+        let load_tracker = LoadTracker::default();
+        let numbers: Vec<u64> = (0..3).map(|_| load_tracker.book(100, 0.0, Instant::now())).collect();
+        load_tracker.report(Load { running: 3, queued_prefill_tokens: 120, ..Load::default() }, Instant::now());
         for (left, number) in numbers.iter().enumerate().rev() {
-            ledger.give_back_tokens(100, *number, Some(ledger.started(100)));
-            ledger.give_back_sequence(*number, true);
+            load_tracker.give_back_tokens(100, *number, Some(load_tracker.started(100)));
+            load_tracker.give_back_sequence(*number, true);
             let queued_tokens = 100 * left as u64;
             assert_eq!(
-                ledger.busy(),
-                Busy { queued_tokens, sequences: left as u32 },
+                load_tracker.busy(),
+                LoadEstimate { queued_tokens, sequences: left as u32 },
                 "the report had 20 of each third"
             );
         }
         // what came and went between two reports is in neither
-        let between = ledger.book(100, 0.0, Instant::now());
-        ledger.give_back_tokens(100, between, Some(ledger.started(100)));
-        ledger.give_back_sequence(between, true);
-        assert_eq!(ledger.busy(), Busy::default());
+        let between = load_tracker.book(100, 0.0, Instant::now());
+        load_tracker.give_back_tokens(100, between, Some(load_tracker.started(100)));
+        load_tracker.give_back_sequence(between, true);
+        assert_eq!(load_tracker.busy(), LoadEstimate::default());
         // of the next report nothing is taken off that ended before it
-        ledger.report(Load { running: 2, waiting: 1, queued_prefill_tokens: 50, ..Load::default() }, Instant::now());
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 50, sequences: 3 });
+        load_tracker
+            .report(Load { running: 2, waiting: 1, queued_prefill_tokens: 50, ..Load::default() }, Instant::now());
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 50, sequences: 3 });
     }
 
     #[test]
     fn what_the_group_never_took_is_not_taken_off_its_report() {
-        let ledger = Ledger::default();
-        let number = ledger.book(100, 0.0, Instant::now());
+        let load_tracker = LoadTracker::default();
+        let number = load_tracker.book(100, 0.0, Instant::now());
         // of others: this one is on its way, or was refused
-        ledger.report(Load { running: 1, queued_prefill_tokens: 70, ..Load::default() }, Instant::now());
-        ledger.give_back_tokens(100, number, None);
-        ledger.give_back_sequence(number, false);
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 70, sequences: 1 });
+        load_tracker.report(Load { running: 1, queued_prefill_tokens: 70, ..Load::default() }, Instant::now());
+        load_tracker.give_back_tokens(100, number, None);
+        load_tracker.give_back_sequence(number, false);
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 70, sequences: 1 });
     }
 
     /// More can end than the report has: some of it was on its way when the group told.
     #[test]
     fn a_report_is_never_taken_below_nothing() {
-        let ledger = Ledger::default();
-        let numbers: Vec<u64> = (0..4).map(|_| ledger.book(100, 0.0, Instant::now())).collect();
-        ledger.report(Load { running: 1, queued_prefill_tokens: 100, ..Load::default() }, Instant::now());
+        let load_tracker = LoadTracker::default();
+        let numbers: Vec<u64> = (0..4).map(|_| load_tracker.book(100, 0.0, Instant::now())).collect();
+        load_tracker.report(Load { running: 1, queued_prefill_tokens: 100, ..Load::default() }, Instant::now());
         for number in numbers {
-            ledger.give_back_tokens(100, number, Some(ledger.started(100)));
-            ledger.give_back_sequence(number, true);
+            load_tracker.give_back_tokens(100, number, Some(load_tracker.started(100)));
+            load_tracker.give_back_sequence(number, true);
         }
-        assert_eq!(ledger.busy(), Busy::default());
-        let _ = ledger.book(30, 0.0, Instant::now());
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 30, sequences: 1 }, "what is sent now is not hidden by it");
+        assert_eq!(load_tracker.busy(), LoadEstimate::default());
+        let _ = load_tracker.book(30, 0.0, Instant::now());
+        assert_eq!(
+            load_tracker.busy(),
+            LoadEstimate { queued_tokens: 30, sequences: 1 },
+            "what is sent now is not hidden by it"
+        );
     }
 
     #[test]
     fn utilization_fades() {
-        let ledger = Ledger::default();
+        let load_tracker = LoadTracker::default();
         let now = Instant::now();
-        assert_eq!(ledger.utilization(now), 0.0);
-        ledger.book(1, 60.0, now);
-        assert!((ledger.utilization(now) - 0.5).abs() < 1e-9);
-        let later = ledger.utilization(now + RECENT);
+        assert_eq!(load_tracker.utilization(now), 0.0);
+        load_tracker.book(1, 60.0, now);
+        assert!((load_tracker.utilization(now) - 0.5).abs() < 1e-9);
+        let later = load_tracker.utilization(now + RECENT);
         assert!((later - 0.5 / std::f64::consts::E).abs() < 1e-9, "{later}");
     }
 
     /// The work of other routers is known by the group's word, and this one's is not counted twice.
     #[test]
     fn utilization_is_what_the_group_tells_and_what_was_sent_since() {
-        let ledger = Ledger::default();
+        let load_tracker = LoadTracker::default();
         let now = Instant::now();
-        let told = |prefill_seconds| ledger.report(Load { prefill_seconds, ..Load::default() }, now);
-        let seconds = || ledger.utilization(now) * RECENT.as_secs_f64();
-        told(1e6);
+        let update = |prefill_seconds| load_tracker.report(Load { prefill_seconds, ..Load::default() }, now);
+        let seconds = || load_tracker.utilization(now) * RECENT.as_secs_f64();
+        update(1e6);
         assert_eq!(seconds(), 0.0, "of a past that nobody knows the age of");
-        told(1e6 + 12.0);
+        update(1e6 + 12.0);
         assert!((seconds() - 12.0).abs() < 1e-6);
-        ledger.book(1, 3.0, now);
+        load_tracker.book(1, 3.0, now);
         assert!((seconds() - 15.0).abs() < 1e-6);
-        told(1e6 + 15.0);
+        update(1e6 + 15.0);
         assert!((seconds() - 15.0).abs() < 1e-6);
-        told(0.0);
+        update(0.0);
         assert!((seconds() - 15.0).abs() < 1e-6, "a group that began anew takes nothing back");
-        told(f64::NAN);
+        update(f64::NAN);
         assert!((seconds() - 15.0).abs() < 1e-6);
-        told(f64::INFINITY);
+        update(f64::INFINITY);
         assert!(seconds() < 15.0 + 2.0 * RECENT.as_secs_f64(), "whatever it says");
     }
 
     /// Three spans of the same work: what came at once long ago is still in the longest, and no pace any more.
     #[test]
     fn what_a_group_was_given_fades_over_three_spans() {
-        let ledger = Ledger::default();
+        let load_tracker = LoadTracker::default();
         let now = Instant::now();
-        assert_eq!(ledger.given(now), Given::default());
-        ledger.book(1, 30.0, now);
-        assert_eq!(ledger.given(now), Given { utilization: 0.25, seconds: 30.0, pace: 1.0 });
-        let later = ledger.given(now + RECENT);
+        assert_eq!(load_tracker.given(now), AssignedWork::default());
+        load_tracker.book(1, 30.0, now);
+        assert_eq!(load_tracker.given(now), AssignedWork { utilization: 0.25, seconds: 30.0, pace: 1.0 });
+        let later = load_tracker.given(now + RECENT);
         assert!(later.seconds > 0.6 * 30.0 && later.pace < 0.02, "{later:?}");
-        let other = Ledger::default();
+        let other = LoadTracker::default();
         other.begin(later, now);
         let begun = other.given(now);
         assert!((begun.seconds - later.seconds).abs() < 1e-9 && (begun.pace - later.pace).abs() < 1e-9);
@@ -456,56 +461,56 @@ mod tests {
 
     #[test]
     fn how_many_sequences_run_is_the_mean_of_what_was_told() {
-        let ledger = Ledger::default();
+        let load_tracker = LoadTracker::default();
         let began = Instant::now();
         let after = |seconds| began + Duration::from_secs(seconds);
-        let tell = |running, at| ledger.report(Load { running, ..Load::default() }, at);
-        tell(3, began);
-        assert_eq!(ledger.running(began), 0.0, "for how long is not known yet");
+        let report_load = |running, at| load_tracker.report(Load { running, ..Load::default() }, at);
+        report_load(3, began);
+        assert_eq!(load_tracker.running(began), 0.0, "for how long is not known yet");
         for second in 1..=600 {
-            tell(3, after(second));
+            report_load(3, after(second));
         }
-        assert!((ledger.running(after(600)) - 3.0).abs() < 0.05, "{}", ledger.running(after(600)));
-        tell(0, after(601));
-        tell(0, after(661));
-        assert!((0.9..1.3).contains(&ledger.running(after(661))), "{}", ledger.running(after(661)));
-        tell(u32::MAX, after(661));
-        tell(0, after(5_000));
-        assert!(ledger.running(after(5_000)) <= f64::from(u32::MAX), "whatever it says");
+        assert!((load_tracker.running(after(600)) - 3.0).abs() < 0.05, "{}", load_tracker.running(after(600)));
+        report_load(0, after(601));
+        report_load(0, after(661));
+        assert!((0.9..1.3).contains(&load_tracker.running(after(661))), "{}", load_tracker.running(after(661)));
+        report_load(u32::MAX, after(661));
+        report_load(0, after(5_000));
+        assert!(load_tracker.running(after(5_000)) <= f64::from(u32::MAX), "whatever it says");
     }
 
     /// The group tells what is left of a prompt that it computes; what it has not begun with counts in full.
     #[test]
     fn of_a_prompt_that_has_started_the_report_knows_how_much_is_left() {
-        let ledger = Ledger::default();
-        let queued = || ledger.busy().queued_tokens;
-        let tell = |queued_prefill_tokens| {
-            ledger.report(Load { running: 1, queued_prefill_tokens, ..Load::default() }, Instant::now());
+        let load_tracker = LoadTracker::default();
+        let queued = || load_tracker.busy().queued_tokens;
+        let report_load = |queued_prefill_tokens| {
+            load_tracker.report(Load { running: 1, queued_prefill_tokens, ..Load::default() }, Instant::now());
         };
-        let (long, short) = (ledger.book(8000, 0.0, Instant::now()), ledger.book(300, 0.0, Instant::now()));
-        let began = ledger.started(8000);
+        let (long, short) = (load_tracker.book(8000, 0.0, Instant::now()), load_tracker.book(300, 0.0, Instant::now()));
+        let began = load_tracker.started(8000);
         assert_eq!(queued(), 8300, "no report since");
-        tell(5000);
+        report_load(5000);
         assert_eq!(queued(), 5000);
-        tell(100);
+        report_load(100);
         assert_eq!(queued(), 300, "the other one may still be on its way");
-        let sent = ledger.book(50, 0.0, Instant::now());
+        let sent = load_tracker.book(50, 0.0, Instant::now());
         assert_eq!(queued(), 350);
-        ledger.give_back_tokens(8000, long, Some(began));
+        load_tracker.give_back_tokens(8000, long, Some(began));
         assert_eq!(queued(), 350);
-        ledger.give_back_tokens(50, sent, None);
-        ledger.give_back_tokens(300, short, Some(ledger.started(300)));
+        load_tracker.give_back_tokens(50, sent, None);
+        load_tracker.give_back_tokens(300, short, Some(load_tracker.started(300)));
         assert_eq!(queued(), 0);
-        tell(0);
-        let _ = ledger.book(70, 0.0, Instant::now());
+        report_load(0);
+        let _ = load_tracker.book(70, 0.0, Instant::now());
         assert_eq!(queued(), 70, "nothing is left over of those");
     }
 
     #[test]
     fn an_old_report_never_hides_what_this_router_sent() {
-        let ledger = Ledger::default();
-        let _ = ledger.book(1000, 0.0, Instant::now());
-        ledger.report(Load::default(), Instant::now());
-        assert_eq!(ledger.busy(), Busy { queued_tokens: 1000, sequences: 1 });
+        let load_tracker = LoadTracker::default();
+        let _ = load_tracker.book(1000, 0.0, Instant::now());
+        load_tracker.report(Load::default(), Instant::now());
+        assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 1000, sequences: 1 });
     }
 }

@@ -11,7 +11,7 @@ use super::request::Class;
 
 /// The counters of one engine.
 #[derive(Debug, Default)]
-pub(crate) struct Places {
+pub(crate) struct AdmissionPermits {
     interactive: AtomicU32,
     batch: AtomicU32,
     active: AtomicU32,
@@ -20,20 +20,20 @@ pub(crate) struct Places {
 
 /// A sequence's place: in the queue, then among those that run. Dropping it leaves both.
 #[derive(Debug)]
-pub(crate) struct Place {
-    places: Arc<Places>,
+pub(crate) struct AdmissionPermit {
+    places: Arc<AdmissionPermits>,
     class: Class,
     waiting: bool,
 }
 
-impl Places {
+impl AdmissionPermits {
     /// A place at the end of a queue in which at most `limit` sequences may wait.
-    pub(crate) fn queue(self: &Arc<Self>, class: Class, limit: u32) -> Result<Place, EngineError> {
+    pub(crate) fn queue(self: &Arc<Self>, class: Class, limit: u32) -> Result<AdmissionPermit, EngineError> {
         self.queue_of(class)
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| (waiting < limit).then_some(waiting + 1))
             .map_err(|waiting| EngineError::Exhausted { waiting })?;
         self.active.fetch_add(1, Ordering::AcqRel);
-        Ok(Place { places: self.clone(), class, waiting: true })
+        Ok(AdmissionPermit { places: self.clone(), class, waiting: true })
     }
 
     /// Sequences that wait or run.
@@ -60,7 +60,7 @@ impl Places {
     }
 }
 
-impl Place {
+impl AdmissionPermit {
     /// The sequence begins to run.
     pub(crate) fn leave_queue(&mut self) {
         if std::mem::take(&mut self.waiting) {
@@ -69,7 +69,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for AdmissionPermit {
     fn drop(&mut self) {
         self.leave_queue();
         if self.places.active.fetch_sub(1, Ordering::AcqRel) == 1 {
@@ -84,7 +84,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_full_queue_refuses_and_an_empty_engine_is_noticed() {
-        let places = Arc::new(Places::default());
+        let places = Arc::new(AdmissionPermits::default());
         let mut first = places.queue(Class::Interactive, 1).unwrap();
         let refused = places.queue(Class::Interactive, 1);
         assert_eq!(refused.unwrap_err(), EngineError::Exhausted { waiting: 1 });

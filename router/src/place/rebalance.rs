@@ -11,9 +11,9 @@
 /// A surplus that the others reach within these seconds by what comes to them anyhow is left to that.
 const REACHED_SECONDS: f64 = 30.0;
 /// A smaller share of the mean is no surplus.
-const LEAST_SURPLUS: f64 = 0.03;
+const MIN_IMBALANCE: f64 = 0.03;
 /// Where groups were given less on average (a fiftieth of the five minutes that are looked at), nobody gains by a move.
-const LEAST_GIVEN: f64 = 6.0;
+const MIN_GIVEN: f64 = 6.0;
 
 /// A turn is quick below this share of what is typical. Simulated: at 1 the busiest of 16 groups has 11 % more than the mean,
 /// without any such limit 9 %.
@@ -41,7 +41,7 @@ impl Typical {
 
 /// One group, for one prompt.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Level {
+pub struct GroupShare {
     /// Seconds of prompts that it was given in the last minutes.
     pub given: f64,
     /// Seconds of prompts a second that it is given now.
@@ -53,16 +53,17 @@ pub struct Level {
 }
 
 /// The group that takes the conversation from `home`, if one should: of those that it levels, the one that was given least.
-pub fn leaves_for(home: usize, groups: &[Level]) -> Option<usize> {
+pub fn migration_target(affine: usize, groups: &[GroupShare]) -> Option<usize> {
     let count = groups.len().max(1) as f64;
     let mean = groups.iter().map(|group| group.given).sum::<f64>() / count;
     let pace = groups.iter().map(|group| group.pace).sum::<f64>() / count;
-    let surplus = groups.get(home)?.given - mean;
-    if mean < LEAST_GIVEN || surplus < pace * REACHED_SECONDS || surplus < mean * LEAST_SURPLUS {
+    let imbalance = groups.get(affine)?.given - mean;
+    if mean < MIN_GIVEN || imbalance < pace * REACHED_SECONDS || imbalance < mean * MIN_IMBALANCE {
         return None;
     }
-    let takes =
-        |(at, group): &(usize, &Level)| *at != home && group.is_idle && group.cost <= surplus.min(mean - group.given);
+    let takes = |(at, group): &(usize, &GroupShare)| {
+        *at != affine && group.is_idle && group.cost <= imbalance.min(mean - group.given)
+    };
     let least =
         groups.iter().enumerate().filter(takes).min_by(|(_, one), (_, other)| one.given.total_cmp(&other.given));
     least.map(|(at, _)| at)
@@ -73,27 +74,27 @@ mod tests {
     use super::*;
 
     /// Sixteen groups, all given as much, of which nothing comes now; a move costs half a second.
-    fn groups() -> Vec<Level> {
-        vec![Level { given: 16.0, pace: 0.0, cost: 0.5, is_idle: true }; 16]
+    fn groups() -> Vec<GroupShare> {
+        vec![GroupShare { given: 16.0, pace: 0.0, cost: 0.5, is_idle: true }; 16]
     }
 
     /// The first was given two seconds more than the mean, the last two less.
-    fn uneven() -> Vec<Level> {
+    fn uneven() -> Vec<GroupShare> {
         let mut groups = groups();
-        groups[0] = Level { given: 18.0, cost: 0.03, ..groups[0] };
+        groups[0] = GroupShare { given: 18.0, cost: 0.03, ..groups[0] };
         groups[15].given = 14.0;
         groups
     }
 
     #[test]
     fn nothing_moves_where_all_were_given_as_much_or_there_is_nowhere_to_go() {
-        assert_eq!(leaves_for(0, &groups()), None);
-        assert_eq!(leaves_for(0, &groups()[..1]), None);
-        assert_eq!(leaves_for(0, &[]), None);
+        assert_eq!(migration_target(0, &groups()), None);
+        assert_eq!(migration_target(0, &groups()[..1]), None);
+        assert_eq!(migration_target(0, &[]), None);
         let mut nearly = groups();
         nearly[0].given = 16.4;
         nearly[15].given = 15.0;
-        assert_eq!(leaves_for(0, &nearly), None, "a surplus of less than three in a hundred");
+        assert_eq!(migration_target(0, &nearly), None, "a surplus of less than three in a hundred");
     }
 
     #[test]
@@ -101,7 +102,7 @@ mod tests {
         let with_idle = |idle| {
             let mut groups = uneven();
             groups.iter_mut().for_each(|group| group.given -= idle);
-            leaves_for(0, &groups)
+            migration_target(0, &groups)
         };
         assert_eq!(with_idle(9.0), Some(15));
         assert_eq!(with_idle(11.0), None);
@@ -112,12 +113,12 @@ mod tests {
         let mut groups = uneven();
         groups[7].given = 15.0;
         groups[0].given = 19.0;
-        assert_eq!(leaves_for(0, &groups), Some(15));
-        assert_eq!(leaves_for(3, &groups), None, "that one has no surplus");
+        assert_eq!(migration_target(0, &groups), Some(15));
+        assert_eq!(migration_target(3, &groups), None, "that one has no surplus");
         groups[15].is_idle = false;
-        assert_eq!(leaves_for(0, &groups), Some(7));
+        assert_eq!(migration_target(0, &groups), Some(7));
         groups[7].is_idle = false;
-        assert_eq!(leaves_for(0, &groups), None, "nobody lacks as much as it costs");
+        assert_eq!(migration_target(0, &groups), None, "nobody lacks as much as it costs");
     }
 
     #[test]
@@ -125,13 +126,13 @@ mod tests {
         let with_cost = |cost| {
             let mut groups = uneven();
             groups.iter_mut().skip(1).for_each(|group| group.cost = cost);
-            leaves_for(0, &groups)
+            migration_target(0, &groups)
         };
         assert_eq!(with_cost(1.9), Some(15));
         assert_eq!(with_cost(2.1), None);
         let mut groups = uneven();
         groups[15].given = 15.8;
-        assert_eq!(leaves_for(0, &groups), None, "it lacks 0.3 seconds and a move costs 0.5");
+        assert_eq!(migration_target(0, &groups), None, "it lacks 0.3 seconds and a move costs 0.5");
     }
 
     #[test]
@@ -155,7 +156,7 @@ mod tests {
         let with_pace = |pace| {
             let mut groups = uneven();
             groups.iter_mut().for_each(|group| group.pace = pace);
-            leaves_for(0, &groups)
+            migration_target(0, &groups)
         };
         assert_eq!(with_pace(0.05), Some(15), "1.5 seconds in the next 30");
         assert_eq!(with_pace(0.1), None, "3 seconds in the next 30");
@@ -168,7 +169,7 @@ mod tests {
         groups[0].given = 20.0;
         groups[1].given = 13.5;
         let mut moves = 0;
-        while let Some(to) = leaves_for(0, &groups) {
+        while let Some(to) = migration_target(0, &groups) {
             groups[to].given += groups[to].cost;
             moves += 1;
             assert!(moves < 20, "no end");

@@ -36,9 +36,9 @@ pub fn memory_rate(gpu: &str) -> Option<f64> {
     rates(gpu).map(|rates| rates.bytes)
 }
 
-/// Floors of one model on one group.
+/// Rooflines of one model on one group.
 #[derive(Clone, Copy, Debug)]
-pub struct Floors {
+pub struct Rooflines {
     bytes_per_second: f64,
     fp8: f64,
     /// Operations of attention a second, which multiplies what the cache holds.
@@ -50,7 +50,7 @@ pub struct Floors {
     pair_operations: f64,
 }
 
-impl Floors {
+impl Rooflines {
     /// Of `ranks` such GPUs; `None` where the GPU's rates are not known.
     pub fn of(model: &ModelConfig, ranks: usize, gpu: &str, kv_bytes: f64) -> Option<Self> {
         let Rates { bytes, fp8, bf16 } = rates(gpu)?;
@@ -114,15 +114,15 @@ mod tests {
     fn the_24b_on_an_h100_streams_23_gigabytes_a_step() {
         let config = include_str!("../../../tests/fixtures/configs/devstral-small-2-24b.config.reconstructed.json");
         let model = ModelConfig::from_huggingface(config).unwrap();
-        let floors = Floors::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();
+        let floors = Rooflines::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();
         assert!((floors.decode(1, 0) - 7.04e-3).abs() < 5e-5);
         assert!((floors.prefill(0, 131_072) - 8.6).abs() < 0.2);
-        let narrow = Floors::of(&model, 1, "NVIDIA H100 80GB HBM3", 1.0).unwrap();
+        let narrow = Rooflines::of(&model, 1, "NVIDIA H100 80GB HBM3", 1.0).unwrap();
         assert!((narrow.prefill(0, 131_072) - 5.8).abs() < 0.2);
         let decode = StepShape { decoded_tokens: 1, sequences: 1, ..StepShape::default() };
         assert_eq!(floors.step(&decode), floors.decode(1, 0));
         let chunk = StepShape { prefilled_tokens: 8192, sequences: 1, pairs: 8192 * 8193 / 2, ..StepShape::default() };
         assert!((floors.step(&chunk) - floors.prefill(0, 8192)).abs() < 1e-9);
-        assert!(Floors::of(&model, 1, "another", 2.0).is_none());
+        assert!(Rooflines::of(&model, 1, "another", 2.0).is_none());
     }
 }

@@ -10,13 +10,13 @@ use crate::telemetry::engine::{End, EngineMetrics};
 use crate::telemetry::spans::SequenceSpan;
 
 /// One sequence; what was not told to be over when it is dropped was aborted by its caller.
-pub(super) struct Watched {
+pub(super) struct WatchStream {
     metrics: Arc<EngineMetrics>,
     span: SequenceSpan,
     over: bool,
 }
 
-impl Watched {
+impl WatchStream {
     /// A request came.
     pub(super) fn new(
         metrics: &Arc<EngineMetrics>,
@@ -69,7 +69,7 @@ impl Watched {
     }
 }
 
-impl Drop for Watched {
+impl Drop for WatchStream {
     fn drop(&mut self) {
         self.end(End::Aborted);
     }

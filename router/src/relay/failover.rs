@@ -30,11 +30,11 @@ use tokio::{
 use tonic::{Status, Streaming};
 
 use super::{
+    attempts::Tried,
     budget::RetryBudget,
     codec::Outgoing,
-    deaths::Deaths,
+    crash_tracker::Deaths,
     stream::{self, Failure},
-    tried::Tried,
     watch::Watch,
 };
 use crate::{
@@ -47,18 +47,18 @@ use crate::{
     options::RouterOptions,
     place::{
         Slot,
-        admission::{Admission, Ask, Class},
-        choose::{NoGroup, Placement, Wanted, place},
-        ledger::Booking,
+        admission::{Admission, Class, QueuedRequest},
+        choose::{NoGroup, Placement, PlacementRequest, place},
+        load_tracker::Booking,
     },
 };
 
 /// Groups that a sequence is tried on in all, those included that only drained or refused.
-const MOST_ATTEMPTS: u32 = 32;
+const MAX_ATTEMPTS: u32 = 32;
 /// Of a bound on the answer, what counts as work asked for: most answers end long before theirs.
-const MOST_EXPECTED_TOKENS: u32 = 1024;
+const MAX_EXPECTED_TOKENS: u32 = 1024;
 /// How often a sequence without a group looks for one.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// A group reports each second that it lives. One that is silent for so long does not serve the client that leaves now.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A group accepts a call at once, however long it is queued then: one that has not within this time does not serve.
@@ -132,7 +132,7 @@ pub enum SequenceError {
     },
     /// The group died while it compiled the request's grammar, which is taken for the cause.
     #[error("the group that compiled the request's grammar died")]
-    GrammarPoison,
+    GrammarPoisonPill,
     /// The last group's failure, where no other could go on.
     #[error("{failure} (after {attempts} attempts)")]
     Failed {
@@ -162,10 +162,10 @@ enum Phase {
         booking: Booking,
         events: Box<Streaming<GenerateEvent>>,
         check: StreamCheck,
-        answered: bool,
+        responded: bool,
     },
     Waiting {
-        look_again: Pin<Box<Sleep>>,
+        poll_again: Pin<Box<Sleep>>,
         wait: Wait,
     },
     /// Everything was generated, only the last word was lost.
@@ -284,14 +284,14 @@ impl Sequence {
             }
         }
         let until = longest.map_or(self.task.deadline, |longest| self.task.deadline.min(Instant::now() + longest));
-        let ask = Ask {
+        let ask = QueuedRequest {
             model: self.task.model.clone(),
             hashes: Arc::clone(&self.task.hashes),
             tokens: self.task.ids.len(),
             session: self.task.session,
             class,
             tenant: self.task.tenant,
-            cost: self.task.ids.len() as f64 + f64::from(self.task.stopping.max_tokens.min(MOST_EXPECTED_TOKENS)),
+            cost: self.task.ids.len() as f64 + f64::from(self.task.stopping.max_tokens.min(MAX_EXPECTED_TOKENS)),
             until,
             explain: self.explains(),
         };
@@ -430,7 +430,7 @@ impl Sequence {
                     self.accepted = true;
                     self.tried.accepted();
                     let check = StreamCheck::new(bounds);
-                    self.phase = Phase::Streaming { booking, events: Box::new(events), check, answered: false };
+                    self.phase = Phase::Streaming { booking, events: Box::new(events), check, responded: false };
                     Poll::Ready(Ok(()))
                 }
                 Poll::Ready(Err(status)) => {
@@ -451,9 +451,9 @@ impl Sequence {
                     })
                 }
             },
-            Phase::Waiting { mut look_again, wait } => {
-                if look_again.as_mut().poll(cx).is_pending() {
-                    self.phase = Phase::Waiting { look_again, wait };
+            Phase::Waiting { mut poll_again, wait } => {
+                if poll_again.as_mut().poll(cx).is_pending() {
+                    self.phase = Phase::Waiting { poll_again, wait };
                     return Poll::Pending;
                 }
                 if Instant::now() >= wait.until {
@@ -477,11 +477,11 @@ impl Sequence {
     }
 
     fn receive(&mut self, event: GenerateEvent) -> Result<Option<Event>, SequenceError> {
-        let Phase::Streaming { booking, answered, .. } = &mut self.phase else {
+        let Phase::Streaming { booking, responded, .. } = &mut self.phase else {
             return Ok(None);
         };
-        if !*answered {
-            *answered = true;
+        if !*responded {
+            *responded = true;
             booking.accepted();
             booking.link().breaker.succeeded();
         }
@@ -546,7 +546,7 @@ impl Sequence {
                 group = self.served_by.last(),
                 "a request was stopped: its group died while it compiled the request's grammar"
             );
-            return Err(SequenceError::GrammarPoison);
+            return Err(SequenceError::GrammarPoisonPill);
         }
         self.go_on_elsewhere(failure)
     }
@@ -599,7 +599,7 @@ impl Sequence {
             return Err(SequenceError::Poison { deaths });
         }
         if self.unreached >= self.relay.options.max_attempts
-            || self.attempts >= MOST_ATTEMPTS
+            || self.attempts >= MAX_ATTEMPTS
             || Instant::now() >= self.task.deadline
         {
             return Err(self.given_up(failure));
@@ -608,7 +608,7 @@ impl Sequence {
             self.relay.metrics.retry_refused();
             return Err(self.given_up(failure));
         }
-        self.relay.metrics.sequence_moved(!self.generated.is_empty());
+        self.relay.metrics.sequence_failed_over(!self.generated.is_empty());
         match self.find_group(&self.tried.slots(), None) {
             Ok(placement) => self.open(placement, None),
             // nobody took it yet, and nobody has room: the client is to come back later
@@ -649,13 +649,13 @@ impl Sequence {
     }
 
     fn wait(&mut self, wait: Wait) {
-        self.phase = Phase::Waiting { look_again: Box::pin(tokio::time::sleep(LOOK_AGAIN)), wait };
+        self.phase = Phase::Waiting { poll_again: Box::pin(tokio::time::sleep(POLL_INTERVAL)), wait };
     }
 
     fn find_group(&self, avoid: &[Slot], class: Option<Class>) -> Result<Placement, NoGroup> {
         let view = self.relay.fleet.view();
         let model = view.model(&self.task.model).ok_or(NoGroup::NoneReady)?;
-        let wanted = Wanted {
+        let wanted = PlacementRequest {
             hashes: &self.task.hashes,
             tokens: self.task.ids.len() + self.generated.len(),
             session: self.task.session,
@@ -741,7 +741,7 @@ impl Drop for Sequence {
     fn drop(&mut self) {
         let (booking, accepts_too_late) = match &self.phase {
             Phase::Opening { booking, since, .. } => (booking, since.elapsed() >= ACCEPT_TIMEOUT),
-            Phase::Streaming { booking, answered: false, .. } => (booking, false),
+            Phase::Streaming { booking, responded: false, .. } => (booking, false),
             _ => return,
         };
         let link: &Link = booking.link();

@@ -1,13 +1,13 @@
 //! Requests in, ids out: what `bora tokenize` writes.
 
-use bora_common::conversation::lines;
+use bora_common::conversation::jsonl;
 use serde_json::{Value, json};
 
 use crate::support::{fixture, goldens, tokenizer};
 
 fn run(input: &str) -> Vec<Value> {
     let mut output = Vec::new();
-    lines::run(&tokenizer("tekken-v13-8k.json"), Some(&fixture("images")), input.as_bytes(), &mut output)
+    jsonl::run(&tokenizer("tekken-v13-8k.json"), Some(&fixture("images")), input.as_bytes(), &mut output)
         .expect("runs");
     String::from_utf8(output).expect("text").lines().map(|line| serde_json::from_str(line).expect("json")).collect()
 }

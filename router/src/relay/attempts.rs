@@ -27,22 +27,22 @@ struct Full {
 
 impl Full {
     fn new(link: Arc<Link>) -> Self {
-        Self { reports: link.ledger.reports(), sequences: told_sequences(&link), link }
+        Self { reports: link.load_tracker.reports(), sequences: reported_sequences(&link), link }
     }
 
     /// Whether it has told of room since: a place for one that starts at once, or fewer that run and wait than it had.
     /// What is on its way there counts as if it were there, so that no more ask than have room.
     fn is_over(&mut self, group: &Group) -> bool {
-        self.sequences = self.sequences.max(told_sequences(&self.link));
-        let has_fewer = self.link.ledger.busy().sequences < self.sequences;
-        self.link.ledger.reports() > self.reports && (has_fewer || group.has_room(Class::Interactive))
+        self.sequences = self.sequences.max(reported_sequences(&self.link));
+        let has_fewer = self.link.load_tracker.busy().sequences < self.sequences;
+        self.link.load_tracker.reports() > self.reports && (has_fewer || group.has_room(Class::Interactive))
     }
 }
 
 /// Those that run and wait there by its own word.
-fn told_sequences(link: &Link) -> u32 {
-    let told = link.ledger.reported();
-    told.running.saturating_add(told.waiting)
+fn reported_sequences(link: &Link) -> u32 {
+    let update = link.load_tracker.reported();
+    update.running.saturating_add(update.waiting)
 }
 
 impl Tried {

@@ -13,7 +13,7 @@ use bora_router::{
     fleet::view::{Fleet, Link},
     place::{
         admission::Class,
-        choose::{Placement, Reason, Wanted, place},
+        choose::{Placement, PlacementRequest, Reason, place},
     },
 };
 
@@ -37,9 +37,9 @@ impl World {
         let groups: Vec<Arc<Link>> =
             names.iter().map(|name| fleet.put_unwatched(record(name, 1), began).expect("an endpoint")).collect();
         for (number, link) in groups.iter().enumerate() {
-            link.ledger.report(Load::default(), began);
+            link.load_tracker.report(Load::default(), began);
             let prefill_seconds = if number == 0 { 30.0 } else { 15.0 };
-            link.ledger.report(Load { prefill_seconds, ..Load::default() }, began);
+            link.load_tracker.report(Load { prefill_seconds, ..Load::default() }, began);
         }
         Self { fleet, groups, now: began + Duration::from_secs(200) }
     }
@@ -50,7 +50,7 @@ impl World {
         let hashes = hash_blocks(&keys(), b"", &[], &ids);
         let stored: Vec<u8> = hashes.iter().flat_map(|hash| hash.to_bytes()).collect();
         self.fleet.index.apply(self.groups[holds].slot, &stored, &[]);
-        let wanted = Wanted {
+        let wanted = PlacementRequest {
             hashes: &hashes,
             tokens: ids.len() + 30,
             session: None,

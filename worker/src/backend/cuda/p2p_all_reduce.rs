@@ -1,4 +1,4 @@
-//! Sums over the GPUs of one host through each other's memory: for few rows faster than NCCL, and in one kernel with
+//! AllReduceKind over the GPUs of one host through each other's memory: for few rows faster than NCCL, and in one kernel with
 //! the residual addition, the norm and the quantisation behind it (`peer_add_norm` in norm.cu).
 //!
 //! Each rank has an inbox that the others write to. Ranks of one process reach it by its address, ranks of several
@@ -128,9 +128,10 @@ impl Peers {
                 reach(device, &own, &offer, &mut opened).map_err(|reason| format!("rank {other}: {reason}"))
             })
             .collect();
-        let answer = reached.as_ref().err().map_or(String::new(), |reason| format!("rank {rank} can't reach {reason}"));
-        let answers = collective.exchange(answer.as_bytes())?;
-        if let Some(reason) = answers.iter().find(|answer| !answer.is_empty()) {
+        let response =
+            reached.as_ref().err().map_or(String::new(), |reason| format!("rank {rank} can't reach {reason}"));
+        let responses = collective.exchange(response.as_bytes())?;
+        if let Some(reason) = responses.iter().find(|response| !response.is_empty()) {
             tracing::info!(reason = %String::from_utf8_lossy(reason), "sums over ranks go through NCCL alone");
             return Ok(None);
         }

@@ -10,9 +10,9 @@
 
 use super::error::{ConversationError, Rule};
 use super::image::ImageSizes;
-use super::json::{Json, JsonError};
 use super::layout::{Layout, Part, are_one, runs};
 use super::message::{Counts, ImageSource, Message, ToolCall, read_messages};
+use super::python_json::{Json, JsonError};
 use super::{ConversationOptions, Encoded, TextEncoder, encode_parts, tool, validate};
 use crate::cpu_budget::{self, Stage, Stopped};
 use crate::tokenizer::Tokenizer;

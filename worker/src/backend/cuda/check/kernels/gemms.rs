@@ -1,8 +1,8 @@
 //! Matrix products, and the weights that are drawn at random.
 
 use super::super::super::linear::{InputFormat, Linear, Tensor, TensorFormat, load_slice};
-use super::super::super::matmul::{Formats, Matmul, Operands, ProductShape};
-use super::super::super::wide::Wide;
+use super::super::super::matmul::{Formats, GemmShape, Matmul, Operands};
+use super::super::super::skinny_gemm::Wide;
 use super::super::reference::{bf16_bytes, from_bf16, from_f32};
 use super::{Bench, compare_activation, distance, from_e4m3};
 use crate::backend::{BackendError, Result};
@@ -11,9 +11,9 @@ use crate::weights::{Dtype, Fp8Scales, LinearShard, RandomFill, RowOrder, Slice,
 /// Inputs of a product: values that the format holds exactly, and their bytes.
 fn operand(bench: &mut Bench, count: usize, fp8: bool) -> (Vec<f32>, Vec<u8>) {
     if !fp8 {
-        let numbers = bench.random.bf16s(count, 1.0);
-        let bytes = bf16_bytes(&numbers);
-        return (numbers, bytes);
+        let elements = bench.random.bf16s(count, 1.0);
+        let bytes = bf16_bytes(&elements);
+        return (elements, bytes);
     }
     let bytes: Vec<u8> = bench.random.normals(count, 60.0).into_iter().map(e4m3::encode).collect();
     (from_e4m3(&bytes), bytes)
@@ -61,7 +61,7 @@ pub(super) fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
                 if matches!(layer.input_format, InputFormat::Bf16) { TensorFormat::Bf16 } else { TensorFormat::E4m3 };
             let x_tensor = Tensor { address: input.address, rows: m, columns: k, format, part_scales: Vec::new() };
             for logits in [false, true] {
-                let out = bench.poisoned(Linear::product_bytes(n, m))?;
+                let out = bench.poisoned(Linear::output_bytes(n, m))?;
                 let y = layer.apply(
                     (&bench.device, &mut bench.kernels, &mut bench.matmul),
                     &x_tensor,
@@ -73,10 +73,10 @@ pub(super) fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
                     return Err(BackendError::Device(format!("{m} x {n} x {k} did not take the kernel for few rows")));
                 };
                 let parts = from_f32(&bench.read(&out, splits as usize * m * n * 4)?);
-                let sums: Vec<f32> = (0..m * n)
+                let all_reduce: Vec<f32> = (0..m * n)
                     .map(|index| (0..splits as usize).map(|split| parts[split * m * n + index]).sum())
                     .collect();
-                worst = worst.max(distance(&sums, &expected));
+                worst = worst.max(distance(&all_reduce, &expected));
             }
         }
     }
@@ -86,7 +86,7 @@ pub(super) fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
 
 /// An FP8 linear of parts that share an input, and its weights.
 fn load_fp8(bench: &mut Bench, parts: &[Fp8Scales], rows: usize, k: usize) -> Result<(Linear, Vec<f32>)> {
-    let (numbers, bytes) = operand(bench, parts.len() * rows * k, true);
+    let (elements, bytes) = operand(bench, parts.len() * rows * k, true);
     let shards: Vec<LinearShard<'_>> = parts
         .iter()
         .zip(bytes.chunks_exact(rows * k))
@@ -101,7 +101,7 @@ fn load_fp8(bench: &mut Bench, parts: &[Fp8Scales], rows: usize, k: usize) -> Re
             scales: Some(*scales),
         })
         .collect();
-    Ok((Linear::load(&bench.device, &mut bench.kernels, &shards)?, numbers))
+    Ok((Linear::load(&bench.device, &mut bench.kernels, &shards)?, elements))
 }
 
 pub(super) fn wide(bench: &mut Bench) -> Result<(f64, f64)> {
@@ -148,8 +148,8 @@ pub(super) fn wide(bench: &mut Bench) -> Result<(f64, f64)> {
             Tensor { address: input.address, rows: m, columns: k, format: TensorFormat::E4m3, part_scales: Vec::new() };
         let out = bench.poisoned(m * width)?;
         wide.gate((&bench.device, &mut bench.kernels), &tensor, (&layer, &next), out.address, true)?;
-        let products = multiply(&x, &w, m, 2 * width, k);
-        let expected: Vec<f64> = products
+        let gemms = multiply(&x, &w, m, 2 * width, k);
+        let expected: Vec<f64> = gemms
             .chunks_exact(2 * width)
             .flat_map(|row| {
                 let (gate, up) = row.split_at(width);
@@ -164,7 +164,7 @@ pub(super) fn wide(bench: &mut Bench) -> Result<(f64, f64)> {
     Ok((worst, 1.0))
 }
 
-pub(super) fn products(bench: &mut Bench) -> Result<(f64, f64)> {
+pub(super) fn gemms(bench: &mut Bench) -> Result<(f64, f64)> {
     let mut worst = 0f64;
     for (formats, fp8) in [(Formats::E4m3ToBf16, true), (Formats::Bf16ToBf16, false), (Formats::Bf16ToF32, false)] {
         for (m, n, k) in [(1, 64, 64), (37, 192, 64), (64, 96, 192), (70, 256, 512), (600, 128, 256)] {
@@ -178,7 +178,7 @@ pub(super) fn products(bench: &mut Bench) -> Result<(f64, f64)> {
             let out = bench.poisoned(padded * n * size)?;
             bench.matmul.run(
                 &bench.device,
-                ProductShape { m, n, k, formats },
+                GemmShape { m, n, k, formats },
                 Operands { x: x_buffer.address, w: w_buffer.address, y: out.address },
             )?;
             let bytes = bench.read(&out, m * n * size)?;

@@ -1,4 +1,4 @@
-//! FP8 products for up to 128 rows on our own warpgroup kernels (`linear_wide.cu`): weights are streamed once, near the
+//! FP8 products for up to 128 rows on our own warpgroup kernels (`skinny_gemm.cu`): weights are streamed once, near the
 //! bandwidth of device memory. Gate and up with SwiGLU behind them always, where they are large enough; other products where they
 //! were measured to be faster than cuBLASLt's.
 
@@ -9,21 +9,21 @@ use cudarc::driver::sys;
 use super::driver::{Address, Arguments, Buffer, Device, Event, Shape};
 use super::kernels::Kernels;
 use super::linear::{FEW_ROWS, InputFormat, Linear, Tensor, TensorFormat};
-use super::matmul::{Formats, Matmul, Operands, ProductShape};
+use super::matmul::{Formats, GemmShape, Matmul, Operands};
 use crate::backend::{BackendError, Result};
 
 /// Most rows of x.
-pub(super) const MOST_ROWS: usize = 128;
+pub(super) const MAX_ROWS: usize = 128;
 /// Rows of W in a tile, bytes of K in a box, and room for the ring of stages (the kernels' own numbers).
 const TILE_ROWS: usize = 128;
 const BOX: usize = 128;
 const RING_BYTES: usize = 222 << 10;
-const MOST_STAGES: usize = 12;
+const MAX_STAGES: usize = 12;
 /// Rows of x that there are kernels for, and boxes of each operand in a stage of theirs.
 const GATED: [(usize, usize); 7] = [(8, 1), (16, 1), (32, 2), (48, 2), (64, 2), (96, 1), (128, 1)];
 const PLAIN: [(usize, usize); 5] = [(32, 2), (48, 2), (64, 2), (96, 1), (128, 1)];
 /// Smaller weights stay in the L2 cache while they are timed, and have too few tiles anyway.
-const LEAST_BYTES: usize = 64 << 20;
+const MIN_BYTES: usize = 64 << 20;
 /// Share of the multiprocessors that must have a tile, on average, for gate and up; few rows are multiplied by no better kernel.
 const BUSY: f64 = 0.9;
 const FEW_ROWS_BUSY: f64 = 0.8;
@@ -36,7 +36,7 @@ struct TensorMap([u64; 16]);
 
 /// What the kernels keep between their blocks, and where they are the faster ones.
 pub(super) struct Wide {
-    /// Sums of tiles that two blocks share: [multiprocessors][128][128].
+    /// AllReduceKind of tiles that two blocks share: [multiprocessors][128][128].
     partial: Buffer,
     /// Blocks that have left theirs: zero between products.
     finished: Buffer,
@@ -50,8 +50,8 @@ impl Wide {
     pub(super) fn new(device: &Device) -> Result<Self> {
         let multiprocessors = device.multiprocessors as usize;
         let wide = Self {
-            partial: Buffer::new(multiprocessors * TILE_ROWS * MOST_ROWS * 4, "the partial sums of products")?,
-            finished: Buffer::new(64 << 10, "the counters of products")?,
+            partial: Buffer::new(multiprocessors * TILE_ROWS * MAX_ROWS * 4, "the partial sums of GEMMs")?,
+            finished: Buffer::new(64 << 10, "the counters of GEMMs")?,
             faster: HashSet::new(),
             multiprocessors,
             usable: device.hopper,
@@ -68,7 +68,7 @@ impl Wide {
         self.usable
             && fp8(gate_up)
             && fp8(next)
-            && (1..=MOST_ROWS).contains(&rows)
+            && (1..=MAX_ROWS).contains(&rows)
             && gate_up.outputs.is_multiple_of(TILE_ROWS)
             && gate_up.inputs.is_multiple_of(2 * BOX)
             && busy >= if rows <= FEW_ROWS { FEW_ROWS_BUSY } else { BUSY }
@@ -189,7 +189,7 @@ impl Wide {
         operands: Operands,
         most_rows: usize,
     ) -> Result<()> {
-        if outputs * inputs < LEAST_BYTES {
+        if outputs * inputs < MIN_BYTES {
             return Ok(());
         }
         for (rows, boxes) in PLAIN {
@@ -197,8 +197,8 @@ impl Wide {
                 continue;
             }
             let Operands { x, w, y } = operands;
-            let product = ProductShape { m: rows, n: outputs, k: inputs, formats: Formats::E4m3ToBf16 };
-            let library = median_milliseconds(device, || matmul.run(device, product, operands))?;
+            let gemm = GemmShape { m: rows, n: outputs, k: inputs, formats: Formats::E4m3ToBf16 };
+            let library = median_milliseconds(device, || matmul.run(device, gemm, operands))?;
             let own = median_milliseconds(device, || {
                 self.submit((device, kernels), (x, rows), (w, outputs, inputs), y, false)
             })?;
@@ -220,7 +220,7 @@ fn kernel_for(kernels: &[(usize, usize)], rows: usize) -> Option<(usize, usize)>
 
 fn shape(grid: usize, columns: usize, boxes: usize) -> Shape {
     let stage = boxes * (TILE_ROWS + columns) * BOX;
-    let stages = (RING_BYTES / stage).min(MOST_STAGES);
+    let stages = (RING_BYTES / stage).min(MAX_STAGES);
     Shape { grid: [grid as u32, 1, 1], block: 288, shared: (1024 + stages * stage) as u32 }
 }
 
