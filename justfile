@@ -20,6 +20,10 @@ e2e:
 ci:
     .ci/run
 
+# the documentation as a site, links checked
+docs:
+    scripts/docs build
+
 # the whole cluster on this machine
 quickstart:
     scripts/quickstart
