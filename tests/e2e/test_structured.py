@@ -150,5 +150,5 @@ def test_what_can_not_be_compiled_is_refused(served, body, field):
         times.append(time.monotonic() - begun)
         assert status == 400, answer
         assert answer["error"]["param"] == field and answer["error"]["type"] == "invalid_request_error"
-    # 100 ms are the goal (docs/performance.md has what was measured); this build is slow, and so may the machine be at any moment
+    # 100 ms are the goal (docs/benchmarks.md has what was measured); this build is slow, and so may the machine be at any moment
     assert min(times) < 2, times

@@ -2,7 +2,7 @@
 //! token ids in, token ids out, greedy, prompts of random ids.
 //!
 //! Workloads, counting and names of the JSON fields are those of the baseline that was measured with vLLM (see
-//! docs/performance.md), so that two files can be compared row by row. Beside a figure stand the machine's floor and
+//! docs/benchmarks.md), so that two files can be compared row by row. Beside a figure stand the machine's floor and
 //! the share of it that was reached.
 //!
 //! - `decode`: B sequences at a context of C tokens; steady milliseconds per token of each, from the moment when all

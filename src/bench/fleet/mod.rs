@@ -2,7 +2,7 @@
 //!
 //! Everything that decides is the router's real code (the index, the load_tracker, the formula); groups, clients
 //! and time are simulated. Groups tell what changed 20 ms later, as over a network. Other policies know the
-//! groups' present load without delay. Timing: two H200 with the 24B model (`docs/performance.md`: vLLM's
+//! groups' present load without delay. Timing: two H200 with the 24B model (`docs/benchmarks.md`: vLLM's
 //! 0.226, 1.142 and 8.39 s for 8k, 32k and 128k tokens).
 
 mod group;
