@@ -49,7 +49,11 @@ def test_preview_changes_nothing(changelog):
 
 
 @pytest.mark.parametrize(("name", "text", "reason"), [
-    ("a.md", "Text.", "SUBJECT.KIND.md"), ("a.new.md", "Text.", "SUBJECT.KIND.md"), ("a.added.md", " \n", "empty"), ("a.added.md", "- Text.", "paragraph"), ("a.added.md", "One.\n\nTwo.", "paragraph"),
+    ("a.md", "Text.", "SUBJECT.KIND.md"),
+    ("a.new.md", "Text.", "SUBJECT.KIND.md"),
+    ("a.added.md", " \n", "empty"),
+    ("a.added.md", "- Text.", "paragraph"),
+    ("a.added.md", "One.\n\nTwo.", "paragraph"),
 ])
 def test_rejects_fragments_with_a_wrong_name_or_content(changelog, name, text, reason):
     changelog.add(name, text)

@@ -18,8 +18,12 @@ def check(tmp_path):
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
 
     def run(**files):
-        files = {"README": "# Front\n", "docs/SUMMARY": "[Front](../README.md)\n[Page](page.md)\n", "docs/page": "# Page\n\n## One, two\n\n## One, two\n", **files}
-        for name, text in files.items():
+        valid = {
+            "README": "# Front\n",
+            "docs/SUMMARY": "[Front](../README.md)\n[Page](page.md)\n",
+            "docs/page": "# Page\n\n## One, two\n\n## One, two\n",
+        }
+        for name, text in {**valid, **files}.items():
             path = tmp_path / f"{name}.md"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
