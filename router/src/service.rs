@@ -172,6 +172,12 @@ impl Service {
         self.models.get_key_value(name).map(|(name, _)| name.as_str())
     }
 
+    /// The name of the configured model, if exactly one is configured.
+    pub fn only_configured(&self) -> Option<&str> {
+        let mut names = self.models.keys();
+        names.next().filter(|_| names.next().is_none()).map(String::as_str)
+    }
+
     /// Every name that requests may use, with the configured model that it stands for.
     pub fn configured_names(&self) -> impl Iterator<Item = (&str, &str)> {
         let names = self.models.keys().map(|name| (name.as_str(), name.as_str()));

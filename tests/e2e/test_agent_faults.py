@@ -78,7 +78,7 @@ EXPECTED = {
     "16-deferred-tools-are-shown": (200, ['"input_tokens":41'], []),
     "17-deferred-tool-absent": (200, ['"input_tokens":41'], []),
     "18-models-anthropic": (200, ["bora-demo"], []),
-    "20-strict-tool-choice-none": (200, ['"end_turn"'], ["tool_use"]),
+    "20-strict-tool-choice-none": (200, ['"stop_reason"'], ["tool_use"]),
 }
 
 

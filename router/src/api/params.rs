@@ -228,6 +228,9 @@ pub fn check(
         tokenizer: spec.tokenizer.clone(),
         skip_special: body.skip_special_tokens.unwrap_or(true),
         tool_calls: matches!(choice, ToolChoice::Auto(_) | ToolChoice::Forced(..)),
+        drops_calls: endpoint.is_conversation()
+            && matches!(choice, ToolChoice::Forbidden | ToolChoice::NoTools)
+            && body.skip_special_tokens.unwrap_or(true),
         // in Messages arguments are an object, or what stands for them: that is known at their end
         whole_calls: form.client.mistral || endpoint == Endpoint::Messages,
         function_names: form.function_names,

@@ -97,6 +97,12 @@ impl AllowedModel {
             let mut models = view.models();
             return match (models.next(), models.next()) {
                 (Some(only), None) => allowed(&only.name, only),
+                // no group is known yet, or any more
+                (None, _) if let Some(only) = service.only_configured() => {
+                    policy.allow(only)?;
+                    service.metrics().unserved(only);
+                    Err(ApiError::unavailable(format!("No group serves the model `{only}` now."), 5))
+                }
                 _ => Err(ApiError::invalid("model", "`model` is required.")),
             };
         };

@@ -78,6 +78,13 @@ pub(super) async fn follow(fleet: Weak<Fleet>, link: Weak<Link>) {
         let (Some(strong_fleet), Some(strong_link)) = (fleet.upgrade(), link.upgrade()) else {
             return;
         };
+        if strong_link.bounds.is_unknown() {
+            // The record of a loading group states no sizes and no weights. The record of the loaded group brings a new link.
+            let changed = Arc::clone(&strong_link.changed);
+            drop((strong_fleet, strong_link));
+            let _ = tokio::time::timeout(MAX_PAUSE, changed.notified()).await;
+            continue;
+        }
         let (broken, began) = watch_once(&strong_fleet, strong_link).await;
         let mismatch = broken.mismatch();
         let Some(strong_link) = link.upgrade() else {

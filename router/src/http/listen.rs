@@ -33,7 +33,9 @@ const SHED_TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_ADMIN_CONNECTIONS: usize = 256;
 /// How long responses have to end when the grace period is over.
 const CUT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Pause after a connection could not be accepted: the first, and the longest.
+/// Time for the connections of the backlog when the server stops.
+const LAST_ACCEPT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pauses after a connection that could not be accepted: the first and the longest one.
 const ACCEPT_BACKOFF: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
 /// How often a shortage is logged, and idle connections are closed for it.
 const SHORTAGE_LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -88,17 +90,24 @@ impl Port {
             () = stopped => {}
         }
         shutdown.stop();
-        // those that are connected already would be reset
-        while let Ok(Ok((stream, peer))) = tokio::time::timeout(Duration::ZERO, listener.accept()).await {
-            accepting.take(stream, peer).await;
+        // Connections of the backlog would be reset. A flood of clients, or a lack of open files, must not hold up the end.
+        let last_accept = Instant::now() + LAST_ACCEPT_TIMEOUT;
+        while Instant::now() < last_accept {
+            match tokio::time::timeout(Duration::ZERO, listener.accept()).await {
+                Ok(Ok((stream, peer))) => accepting.take(stream, peer).await,
+                Ok(Err(_)) => tokio::time::sleep(ACCEPT_BACKOFF[0]).await,
+                Err(_) => break,
+            }
         }
         drop(listener);
-        let signal = accepting.signal;
+        let (signal, connections) = (accepting.signal, accepting.port.metrics.connections);
         signal.send_modify(|signal| signal.stopping = true);
-        tracing::info!(connections = signal.receiver_count(), "no new connections, finishing open requests");
+        tracing::info!(connections = connections.get(), "no new connections, finishing open requests");
         if tokio::time::timeout(grace, signal.closed()).await.is_err() {
-            let connections = signal.receiver_count();
-            tracing::warn!(connections, "open responses end with an error: the grace period is over");
+            tracing::warn!(
+                connections = connections.get(),
+                "open responses end with an error: the grace period is over"
+            );
             shutdown.cut();
             let _ = tokio::time::timeout(CUT_TIMEOUT, signal.closed()).await;
         }
@@ -200,7 +209,7 @@ impl Accepting {
         self.shortage.refused += 1;
         if Shortage::is_due(&mut self.shortage.logged, now, SHORTAGE_LOG_INTERVAL) {
             let (port, refused) = (self.port.name, std::mem::take(&mut self.shortage.refused));
-            let (connections, max_open_files) = (self.signal.receiver_count(), self.files.limit);
+            let (connections, max_open_files) = (self.port.metrics.connections.get(), self.files.limit);
             tracing::warn!(port, reason = what, refused, connections, max_open_files, "connections are refused");
         }
     }

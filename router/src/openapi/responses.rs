@@ -155,6 +155,8 @@ pub struct Group {
     pub aliases: Vec<String>,
     #[schemars(with = "DeviceKind")]
     pub device: Device,
+    /// Identifies the key of its block hashes.
+    pub cache_key_id: String,
     pub weight_fingerprint: String,
     pub ranks: Vec<Rank>,
     pub block_tokens: u32,

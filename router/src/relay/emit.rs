@@ -23,6 +23,8 @@ pub struct EmitOptions {
     pub skip_special: bool,
     /// Tools were offered: calls are looked for.
     pub tool_calls: bool,
+    /// No tools were offered, so the text contains no part of a call that the model starts anyhow.
+    pub drops_calls: bool,
     /// A call comes whole, when it is complete or the output ends: the client can't put one together from chunks, or its
     /// API has a form for arguments that are no object.
     pub whole_calls: bool,
@@ -177,7 +179,9 @@ impl Emitter {
     pub fn new(options: Arc<EmitOptions>) -> Self {
         let decode = match &options.tokenizer {
             None => Decode::IdsOnly,
-            Some(tokenizer) if options.tool_calls => Decode::ToolCalls(ToolCallParser::new(Arc::clone(tokenizer))),
+            Some(tokenizer) if options.tool_calls || options.drops_calls => {
+                Decode::ToolCalls(ToolCallParser::new(Arc::clone(tokenizer)))
+            }
             Some(tokenizer) => Decode::Text(IncrementalDecoder::new(Arc::clone(tokenizer), options.skip_special)),
         };
         Self {
@@ -321,6 +325,7 @@ impl Emitter {
                         return true;
                     }
                 }
+                _ if self.options.drops_calls => {}
                 Parsed::CallStart { name, .. } => {
                     self.is_unnameable = !self.options.function_names.allow_call(&name);
                     if self.is_unnameable {

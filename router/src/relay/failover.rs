@@ -268,8 +268,7 @@ impl Sequence {
         };
         if !self.has_ready_group() {
             self.relay.metrics.unserved(&self.task.model);
-            let is_expected = self.relay.fleet.view().model(&self.task.model).is_some_and(|model| model.is_expected());
-            if !is_expected || options.wait_for_group().is_zero() {
+            if !self.awaits_group() {
                 return Err(NoGroup::NoneReady);
             }
             longest = Some(options.wait_for_group());
@@ -300,6 +299,12 @@ impl Sequence {
         self.watch.waits_in_line();
         self.phase = Phase::Queued { placed, since: Instant::now() };
         Ok(())
+    }
+
+    /// Whether a group of the model is expected, and requests wait for it.
+    fn awaits_group(&self) -> bool {
+        let is_expected = self.relay.fleet.view().model(&self.task.model).is_some_and(|model| model.is_expected());
+        is_expected && !self.relay.options.wait_for_group().is_zero()
     }
 
     fn has_ready_group(&self) -> bool {
@@ -611,13 +616,17 @@ impl Sequence {
         self.relay.metrics.sequence_failed_over(!self.generated.is_empty());
         match self.find_group(&self.tried.slots(), None) {
             Ok(placement) => self.open(placement, None),
-            // nobody took it yet, and nobody has room: the client is to come back later
-            Err(_) if !self.accepted && !matches!(failure, Failure::Lost(_)) => {
-                return Err(self.given_up(failure));
-            }
             Err(_) => {
-                let until = Instant::now() + self.relay.options.failover_wait();
-                self.wait(Wait { until: until.min(self.task.deadline), failure });
+                // The group drains or loads and no other one exists: its next start may be near.
+                let awaits_group = !matches!(failure, Failure::Full(_)) && self.awaits_group();
+                // No group accepted the request yet, and no group has room: the client retries later.
+                if !self.accepted && !awaits_group && !matches!(failure, Failure::Lost(_)) {
+                    return Err(self.given_up(failure));
+                }
+                let options = &self.relay.options;
+                let wait_for_group = if awaits_group { options.wait_for_group() } else { Duration::ZERO };
+                let wait = options.failover_wait().max(wait_for_group);
+                self.wait(Wait { until: self.task.deadline.min(Instant::now() + wait), failure });
             }
         }
         Ok(())

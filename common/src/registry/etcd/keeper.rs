@@ -187,10 +187,12 @@ impl<'a> Keeper<'a> {
     /// Waits until the key is absent or may be replaced (then its revision is returned).
     async fn wait_for_name(&self, client: &mut Client) -> Result<Option<i64>, Lost> {
         // the holder, and when its key must have ended without it
-        let mut foreign: Option<(i64, Instant)> = None;
+        let mut foreign: Option<(i64, u64, Instant)> = None;
         loop {
             let found = within(client.get(self.kept.key.as_str(), None)).await?;
             let Some(kv) = found.kvs().first() else { return Ok(None) };
+            // A new leader of etcd, or a restart, gives every lease its whole time again.
+            let term = found.header().map_or(0, |header| header.raft_term());
             let holder = match Owner::of(kv.value(), self.kept.address_field) {
                 // what cannot be read belongs to nobody
                 None => return Ok(Some(kv.mod_revision())),
@@ -198,7 +200,7 @@ impl<'a> Keeper<'a> {
                 Some(holder) => holder,
             };
             match foreign {
-                Some((created, until)) if created == kv.create_revision() => {
+                Some((created, seen_term, until)) if created == kv.create_revision() && seen_term == term => {
                     if Instant::now() >= until {
                         let name = self.kept.key.clone();
                         return Err(Lost::Taken(NameTaken { name, holder: holder.address, epoch: holder.epoch }));
@@ -210,7 +212,8 @@ impl<'a> Keeper<'a> {
                         holder = holder.address,
                         "another owner has our key in etcd, waiting for its lease to end"
                     );
-                    foreign = Some((kv.create_revision(), Instant::now() + self.life_without_owner(client, kv).await?));
+                    let until = Instant::now() + self.life_without_owner(client, kv).await?;
+                    foreign = Some((kv.create_revision(), term, until));
                 }
             }
             sleep(POLL_INTERVAL).await;

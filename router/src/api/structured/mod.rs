@@ -289,7 +289,7 @@ fn json_schema(field: &'static str, value: &Value, strict: bool) -> Result<Gramm
     if !schema.is_object() && !schema.is_boolean() {
         return Err(ApiError::invalid(field, format!("`{field}`: a JSON schema must be an object.")));
     }
-    let source = schema::for_group(schema, strict)
+    let source = schema::for_group(schema, strict, true)
         .map_err(|unkept| ApiError::invalid(field, format!("`{field}`: the schema's {unkept}.")))?;
     Ok(Grammar { kind: Kind::JsonSchema.into(), source })
 }
@@ -353,7 +353,7 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
         let strict = function.get("strict").and_then(Value::as_bool).unwrap_or(false);
         let schema = match function.get("parameters") {
             Some(schema) if schema.as_object().is_some_and(|schema| !schema.is_empty()) => {
-                schema::for_group(schema, strict).map_err(|unkept| {
+                schema::for_group(schema, strict, false).map_err(|unkept| {
                     let message = format!("`tools.{index}.function.parameters`: the schema's {unkept}.");
                     ApiError::invalid("tools", message)
                 })?
@@ -489,7 +489,7 @@ mod tests {
         let wrong = read(&json!({"response_format": {"type": "json_object", "schema": 7}})).unwrap_err();
         assert_eq!(wrong.param.as_deref(), Some("response_format"));
         let any = read(&json!({"response_format": {"type": "json_object"}})).unwrap().unwrap();
-        assert_eq!(any.grammar.source, schema::for_group(&json!({"type": "object"}), false).unwrap());
+        assert_eq!(any.grammar.source, schema::for_group(&json!({"type": "object"}), false, true).unwrap());
     }
 
     #[test]

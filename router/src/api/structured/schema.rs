@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::pattern;
+use super::pattern::{self, Untranslatable};
 
 /// White space between the parts of a JSON text: enough for any indentation, too little to fill the window.
 const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
@@ -28,9 +28,10 @@ pub(super) struct Unkept {
 }
 
 /// The schema as a group takes it. Where it is not strict, what can't be kept is left out; strict, it is an error.
-pub(super) fn for_group(schema: &Value, strict: bool) -> Result<String, Unkept> {
+/// With `refuses_malformed`, a pattern that is no regular expression is an error in any case.
+pub(super) fn for_group(schema: &Value, strict: bool, refuses_malformed: bool) -> Result<String, Unkept> {
     let mut schema = schema.clone();
-    Rewriting { strict, depth: 0, place: String::new() }.schema(&mut schema)?;
+    Rewriting { strict, refuses_malformed, depth: 0, place: String::new() }.schema(&mut schema)?;
     if let Some(object) = schema.as_object_mut() {
         object.insert("x-guidance".into(), json!({"whitespace_pattern": WHITE_SPACE, "lenient": !strict}));
     }
@@ -42,6 +43,7 @@ const MAX_DEPTH: usize = 200;
 
 struct Rewriting {
     strict: bool,
+    refuses_malformed: bool,
     depth: usize,
     /// The JSON pointer to where it is.
     place: String,
@@ -96,6 +98,15 @@ impl Rewriting {
         Err(self.at(key, |below| Unkept { place: below.shown(), reason }))
     }
 
+    /// An error if the schema is strict, or if the pattern is no regular expression and such patterns are refused.
+    fn untranslatable(&mut self, key: &str, reason: &Untranslatable) -> Result<(), Unkept> {
+        let is_refused = self.refuses_malformed && *reason == Untranslatable::Malformed;
+        if is_refused {
+            return Err(self.at(key, |below| Unkept { place: below.shown(), reason: reason.to_string() }));
+        }
+        self.unkept(key, reason.to_string())
+    }
+
     fn shown(&self) -> String {
         self.place.chars().take(200).collect()
     }
@@ -105,7 +116,7 @@ impl Rewriting {
         match pattern::translate(pattern) {
             Ok(translated) => *pattern = translated,
             Err(reason) => {
-                self.unkept("pattern", reason.to_string())?;
+                self.untranslatable("pattern", &reason)?;
                 object.shift_remove("pattern");
             }
         }
@@ -122,7 +133,7 @@ impl Rewriting {
                     translated.insert(pattern, schema);
                 }
                 Err(reason) => {
-                    self.at("patternProperties", |below| below.unkept(&pattern, reason.to_string()))?;
+                    self.at("patternProperties", |below| below.untranslatable(&pattern, &reason))?;
                     left_out = true;
                 }
             }
@@ -228,13 +239,13 @@ mod tests {
     use super::*;
 
     fn kept(schema: &Value) -> Value {
-        let mut schema: Value = serde_json::from_str(&for_group(schema, false).unwrap()).unwrap();
+        let mut schema: Value = serde_json::from_str(&for_group(schema, false, false).unwrap()).unwrap();
         schema.as_object_mut().unwrap().shift_remove("x-guidance");
         schema
     }
 
     fn refused(schema: &Value) -> (String, String) {
-        let unkept = for_group(schema, true).expect_err(&schema.to_string());
+        let unkept = for_group(schema, true, false).expect_err(&schema.to_string());
         (unkept.place, unkept.reason)
     }
 
@@ -355,8 +366,8 @@ mod tests {
         };
         for _ in 0..10_000 {
             let schema = odd(&mut random, 0);
-            let once: Value = serde_json::from_str(&for_group(&schema, false).unwrap()).unwrap();
-            if let Ok(strict) = for_group(&schema, true) {
+            let once: Value = serde_json::from_str(&for_group(&schema, false, false).unwrap()).unwrap();
+            if let Ok(strict) = for_group(&schema, true, false) {
                 let mut strict: Value = serde_json::from_str(&strict).unwrap();
                 let mut lenient = once.clone();
                 for schema in [&mut strict, &mut lenient] {

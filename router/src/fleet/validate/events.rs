@@ -31,6 +31,11 @@ impl GroupBounds {
         Self { kv_blocks: record.kv_blocks, host_blocks: record.host_blocks }
     }
 
+    /// Whether the record states no size, as that of a loading group.
+    pub fn is_unknown(&self) -> bool {
+        self.kv_blocks == 0
+    }
+
     /// Blocks that it can hold in all: more of them are not in the index.
     pub fn blocks(&self) -> usize {
         self.kv_blocks as usize + self.host_blocks as usize
