@@ -23,6 +23,11 @@ def free_port():
         return s.getsockname()[1]
 
 
+def limited(soft, hard, *command):
+    """A command under limits of open files."""
+    return ["sh", "-c", f'ulimit -S -n {soft} && ulimit -H -n {hard} && exec "$@"', "sh", *command]
+
+
 def new_secret(path):
     """A cluster secret's file."""
     path.touch(mode=0o600)
@@ -67,9 +72,10 @@ class Process:
         self.log_path = pathlib.Path(directory) / f"{name}.log"
         self.start()
 
-    def start(self):
+    def start(self, stderr=None):
+        """`stderr`: a file in place of the log."""
         with open(self.log_path, "ab") as log:
-            self.child = subprocess.Popen(self.args, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **(self.env or {})})
+            self.child = subprocess.Popen(self.args, stdout=log, stderr=stderr or log, stdin=subprocess.DEVNULL, env={**os.environ, **(self.env or {})})
 
     def log(self):
         return self.log_path.read_text(errors="replace")
@@ -182,11 +188,12 @@ class Cluster:
         path.write_text(json.dumps(document, indent=1))  # JSON is YAML
         return path
 
-    def start_router(self, name="router", registry_port=None, **options):
-        """`registry_port`: where it finds etcd, if not at its own port. Options of `router:`."""
-        port = free_port()
+    def start_router(self, name="router", registry_port=None, port=None, files=None, **options):
+        """`registry_port`: where it finds etcd, if not at its own port. `files`: how many it may open. Options of `router:`."""
+        port = port or free_port()
         config = self.config(name, registry_port, router=options)
-        process = self.spawn(name, [BORA, "router", "--config", config, "--port", port])
+        command = [BORA, "router", "--config", config, "--port", port]
+        process = self.spawn(name, limited(files, files, *command) if files else command)
         url = f"http://127.0.0.1:{port}"
         wait_until(f"{name} is alive", lambda: process.running() and http("GET", f"{url}/health")[0] == 200)
         self.router_url = self.router_url or url

@@ -8,9 +8,10 @@ from http.client import HTTPConnection
 class Stream:
     """A streamed request. Iterating gives its events (also an error event, which ends up in `error`)."""
 
-    def __init__(self, url, path, body, headers=None, timeout=120):
+    def __init__(self, url, path, body, headers=None, timeout=120, connection=None):
+        """`connection`: one that is open already, in place of a new one to `url`."""
         self.events, self.done, self.error = [], False, None
-        self.connection = HTTPConnection(url.removeprefix("http://"), timeout=timeout)
+        self.connection = connection or HTTPConnection(url.removeprefix("http://"), timeout=timeout)
         self.began, self.first_event_after = time.monotonic(), None
         self.connection.request("POST", path, json.dumps({**body, "stream": True}), {"content-type": "application/json", **(headers or {})})
         self.response = self.connection.getresponse()

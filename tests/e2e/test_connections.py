@@ -9,15 +9,10 @@ import urllib.parse
 
 import pytest
 
-from cluster import BORA, Cluster, free_port, http as ask, wait_until
+from cluster import BORA, Cluster, free_port, http as ask, limited, wait_until
 
 STREAM = {"model": "fake", "prompt": [1000] * 8, "max_tokens": 40, "stream": True, "ignore_eos": True}
 FILES = 160
-
-
-def limited(soft, hard, *command):
-    """A command under limits of open files."""
-    return ["sh", "-c", f'ulimit -S -n {soft} && ulimit -H -n {hard} && exec "$@"', "sh", *command]
 
 
 def start_router(cluster, name, files, worker_address, **http_options):
