@@ -204,3 +204,33 @@ def test_requests_wait_while_the_only_group_restarts():
             wait_until("they wait", lambda: 'bora_router_waiting_sequences{model="tiny",class="interactive"} 20' in http("GET", cluster.router_url + "/metrics")[2], 20)
             workers["a"].start()
             assert [request.result()[0] for request in asked] == [200] * 20
+
+
+def test_a_group_that_becomes_ready_while_etcd_hangs_breaks_no_protocol():
+    # The router knows its loading record alone, which states no sizes and no weights.
+    with Cluster() as cluster:
+        workers = start(cluster, ("a",), wait_for_group_seconds=120, failover_wait_seconds=60)
+        router, first = cluster.processes[1], workers["a"]
+        ask = lambda: http("POST", cluster.router_url + "/v1/completions", {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 3}, timeout=100)
+        first.kill()
+        first.start()
+        wait_until("its start is announced", lambda: cluster.groups().get("a", {}).get("state") in ("loading", "ready"), every=0.005)
+        cluster.etcd.signal(SIGSTOP)
+        time.sleep(3)
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            asked = [pool.submit(ask) for _ in range(10)]
+            time.sleep(2)
+            cluster.etcd.signal(SIGCONT)
+            assert [request.result()[0] for request in asked] == [200] * 10
+        assert "broke the protocol" not in router.log() and "another server" not in router.log()
+
+
+def test_a_request_without_a_model_waits_as_one_with_its_name_does():
+    with Cluster() as cluster:
+        workers = start(cluster, ("a",), wait_for_group_seconds=0.2)
+        ask = lambda: http("POST", cluster.router_url + "/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 3})
+        assert ask()[0] == 200
+        workers["a"].kill()
+        wait_until("it is gone", lambda: not cluster.groups(), 20)
+        status, headers, body = ask()
+        assert status == 503 and headers["retry-after"], body
