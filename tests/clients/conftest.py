@@ -1,5 +1,5 @@
 """One cluster for all clients: etcd, a router with API keys, a bora-demo group, two scripted groups of Devstral's shape that
-answer by heart (`conversations.py`), and a slow group that echoes. None of it is a mock: a fake group is the real worker
+answer by heart (`conversations.py`), one like them with a short context, and a slow group that echoes. None of it is a mock: a fake group is the real worker
 without weights."""
 
 import hashlib
@@ -17,7 +17,8 @@ from cluster import FIXTURES, ROOT, Cluster  # noqa: E402
 import conversations  # noqa: E402
 import scripting  # noqa: E402
 
-DEMO, SCRIPTED, SLOW = "bora-demo", "devstral-small-2", "slow-echo"
+DEMO, SCRIPTED, SHORT, SLOW = "bora-demo", "devstral-small-2", "devstral-short", "slow-echo"
+SHORT_CONTEXT = 65536
 CARD_NAME = "mistralai/Devstral-Small-2-24B-Instruct-2512"
 TEKKEN = FIXTURES / "tokenizers" / "tekken-v13.json"
 TOOLS = ROOT / ".tools" / "clients"
@@ -59,6 +60,7 @@ def cluster():
     models = [
         {"name": DEMO, "path": str(FIXTURES / "bora-demo" / "fp8")},
         {"name": SCRIPTED, "aliases": [CARD_NAME], "path": shape, "tokenizer": str(TEKKEN)},
+        {"name": SHORT, "path": shape, "tokenizer": str(TEKKEN)},
         {"name": SLOW, "path": shape, "tokenizer": str(TEKKEN)},
     ]
     rules = scripting.script(TEKKEN, conversations.ALL)
@@ -67,12 +69,12 @@ def cluster():
         cluster.start_router(access={"keys": str(key_file(cluster.path / "keys.yaml"))}, heartbeat_seconds=0.5)
         cluster.key = KEY
         cluster.start_worker("demo", model=DEMO, kv_cache={"blocks": 1024})
-        for name in ("scripted-one", "scripted-two"):
-            cluster.start_worker(name, model=SCRIPTED, device="fake", max_model_len=262144, kv_cache={"blocks": 8192},
+        for name, model, length in (("scripted-one", SCRIPTED, 262144), ("scripted-two", SCRIPTED, 262144), ("short", SHORT, SHORT_CONTEXT)):
+            cluster.start_worker(name, model=model, device="fake", max_model_len=length, kv_cache={"blocks": 8192},
                                  fake={"script": rules, "time_scale": 0.02, "echo_ids_from": 1000, "images": True})
         cluster.start_worker("slow", model=SLOW, device="fake", kv_cache={"blocks": 4096},
                              fake={"echo_ids_from": 1000, "decode_step_seconds": 0.02})
-        cluster.wait_ready(4, seconds=300)  # a busy machine takes long to read the large tokenizer
+        cluster.wait_ready(5, seconds=300)  # a busy machine takes long to read the large tokenizer
         yield cluster
         for process in cluster.processes:
             assert process.running(), f"{process.name} ended:\n{process.log()[-3000:]}"

@@ -2,6 +2,7 @@
 
 import json
 
+import coding_agents
 from cluster import FIXTURES
 from scripting import Call, Turn
 
@@ -69,6 +70,7 @@ ALL = {
     VIBE_TASK: VIBE_EDIT,
     OPENHANDS_TASK: OPENHANDS_TURNS,
     **{task: mini_turns(name) for name, task in MINI_TASKS.items()},
+    **coding_agents.CONVERSATIONS,
 }
 
 

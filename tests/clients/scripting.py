@@ -37,13 +37,13 @@ class Call:
 
 
 class Turn:
-    """One answer: text, calls, or both."""
+    """One answer: text, calls, or both. With `after`, it follows wherever the prompt holds that text, instead of the answer before it."""
 
-    def __init__(self, text="", *calls):
-        self.text, self.calls = text, calls
+    def __init__(self, text="", *calls, after=None):
+        self.text, self.calls, self.after = text, calls, after
 
     def texts(self):
-        return [part for part in (self.text, *(part for call in self.calls for part in (call.name, call.arguments))) if part]
+        return [part for part in (self.text, self.after, *(part for call in self.calls for part in (call.name, call.arguments))) if part]
 
     def call_ids(self, ids):
         return [i for call in self.calls for i in (TOOL_CALLS, *ids[call.name], ARGS, *ids[call.arguments])]
@@ -63,7 +63,7 @@ def script(tokenizer, conversations):
     rules = []
     for opening, turns in conversations.items():
         for number, turn in reversed(list(enumerate(turns))):
-            contains = turns[number - 1].trace(ids) if number else ids[opening]
+            contains = ids[turn.after or opening] if turn.after or not number else turns[number - 1].trace(ids)
             rules.append((number, {"contains": contains, "emit": turn.ids(ids)}))
     # a later turn's prompt holds the opening too
     return [rule for _, rule in sorted(rules, key=lambda rule: -rule[0])]
