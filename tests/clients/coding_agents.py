@@ -1,43 +1,44 @@
-"""The coding agents of docs/agents, one entry each: what its tools are called, and in which words it asks and reports. How it is installed,
-configured and run stands in its page; `test_coding_agents.py` does as the page says."""
+"""The coding agents of docs/agents, one entry each: the calls of its tools, and in which words it asks and reports. How an agent is installed,
+configured and run stands on its page; `test_coding_agents.py` does as the page says."""
 
 import dataclasses
-import json
+import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable
 
 from cluster import ROOT
 from scripting import Call, Turn
 
-GREETING = {"greeting.py": ('    return "hello"', '    return "good morning"'), "farewell.py": ('    return "bye"', '    return "good night"')}
+WORK = pathlib.Path(tempfile.gettempdir()) / f"bora-agents-{os.getpid()}"  # of the scratch repositories: calls name whole paths
+LINES = {"greeting.py": ('    return "hello"', '    return "good morning"'), "farewell.py": ('    return "bye"', '    return "good night"')}
 DONE = "Done, the functions say what they should"
-SUMMARY = "The notes are read and ask for nothing; what remains of ticket {ticket} is the edit"
 REMINDER = "Every greeting is a whole sentence, says ticket {ticket}"
-NOTES, NOTE_LINES = 20, 240  # more than fits into the context of the test
+SUMMARY = "The notes ask for nothing; what remains of ticket {ticket} is the edit"
+NOTES, NOTE_LINES = 40, 240  # several times the context of the test, read one by one until the agent shortens the conversation
 
 
 @dataclasses.dataclass(frozen=True)
 class Agent:
     name: str
-    # the calls of its tools
     read: Callable[[str], Call]
     edit: Callable[[str, str, str], Call]
-    # what the result says if a file is not there
+    # what the result of reading a missing file says
     not_found: str
-    # the file beside a file, of which the agent reminds the model after it read that file; None: it has no reminders
-    reminders: dict[str, str] = dataclasses.field(default_factory=dict)
-    # in what words it asks for a summary of a conversation; None: it does not shorten one
+    # the file, beside those that are read, of which the agent reminds the model after a result
+    reminder_file: str | None = None
+    # words with which the agent asks for a summary, and the element in which it expects one
     asks_for_summary: str | None = None
+    summary_element: str | None = None
+    # when it shortens a conversation and ends with status 0: near the end of the context that it is configured with (compaction), and if a
+    # request is refused as too long (overflow)
+    compacts: tuple[str, ...] = ("compaction", "overflow")
     # where its commands lie
     commands: str = "node_modules/.bin"
 
-
-def shell(name, argument="command"):
-    """Tools of an agent whose only tool is a shell."""
-    read = lambda path: Call(name, **{argument: f"cat {path}"})
-    edit = lambda path, old, new: Call(name, **{argument: f"sed -i 's/{old.strip()}/{new.strip()}/' {path}"})
-    return {"read": read, "edit": edit}
+    def cases(self):
+        return ["error", "parallel", *(["reminder"] if self.reminder_file else []), *(self.compacts if self.asks_for_summary else [])]
 
 
 def tools(read, path, edit, edit_path, old, new, **others):
@@ -46,15 +47,38 @@ def tools(read, path, edit, edit_path, old, new, **others):
             "edit": lambda file, before, after: Call(edit, **others, **{edit_path: file, old: before, new: after})}
 
 
+OPENCODE = tools("read", "filePath", "edit", "filePath", "oldString", "newString")
 AGENTS = {agent.name: agent for agent in [
-    Agent("codex", **shell("exec_command", "cmd"), not_found="No such file or directory", asks_for_summary=" CONTEXT CHECKPOINT COMPACTION"),
-    Agent("claude-code", **tools("Read", "file_path", "Edit", "file_path", "old_string", "new_string", replace_all=False), not_found="does not exist",
-          reminders={"CLAUDE.md": REMINDER}, asks_for_summary=" create a detailed summary of the conversation so far"),
+    Agent("codex",
+          read=lambda path: Call("exec_command", cmd=f"cat {path}"),
+          edit=lambda path, old, new: Call("exec_command", cmd=f"sed -i 's/{old.strip()}/{new.strip()}/' {path}"),
+          not_found="No such file or directory", asks_for_summary=" CONTEXT CHECKPOINT COMPACTION", compacts=("compaction",)),
+    Agent("claude-code", **tools("Read", "file_path", "Edit", "file_path", "old_string", "new_string", replace_all=False),
+          not_found="does not exist", reminder_file="CLAUDE.md",
+          asks_for_summary=" create a detailed summary of the conversation so far", summary_element="summary"),
+    # before opencode: it asks with the same words, and with these before them
+    Agent("kilo", **OPENCODE, not_found="not found", reminder_file="AGENTS.md", commands="node_modules/@kilocode/cli-linux-x64/bin",
+          asks_for_summary=" standards and best practices.\nYou are a context summarization agent", compacts=("compaction",)),
+    Agent("opencode", **OPENCODE, not_found="not found", reminder_file="AGENTS.md",
+          asks_for_summary=" given a conversation between a user and an agent", compacts=("compaction",)),
+    Agent("cline",
+          read=lambda path: Call("read_files", files=[{"path": path}]),
+          edit=lambda path, old, new: Call("editor", path=path, old_text=old, new_text=new),
+          not_found="ENOENT", asks_for_summary=" session for continuation. Be concise", compacts=("overflow",)),
+    Agent("continue", **tools("Read", "filepath", "Edit", "file_path", "old_string", "new_string"),
+          not_found="does not exist", asks_for_summary=" provide a concise summary of our conversation so far", compacts=("compaction",)),
+    Agent("qwen-code", **tools("read_file", "file_path", "edit", "file_path", "old_string", "new_string"),
+          not_found="not found", asks_for_summary=" produce the <state_snapshot> XML", summary_element="state_snapshot"),
+    Agent("pi",
+          read=lambda path: Call("read", path=path),
+          edit=lambda path, old, new: Call("edit", path=path, edits=[{"oldText": old, "newText": new}]),
+          not_found="ENOENT", asks_for_summary=" PREFIX of a turn that was too large to keep", compacts=("overflow",)),
 ]}
 
 
 def ticket(agent, case):
-    return f"{agent.name}-{case}"
+    """Names a conversation. Both cases of a conversation that does not fit have the same."""
+    return f"{agent.name}-{'long' if case in ('compaction', 'overflow') else case}"
 
 
 def task(agent, case):
@@ -67,48 +91,44 @@ def opening(agent, case):
 
 def turns(agent, case):
     """What the model says. All paths name agent and case, so that no two conversations have a call in common."""
-    folder = ticket(agent, case)
-    read = lambda name: agent.read(f"{folder}/{name}")
-    edit = lambda name: agent.edit(f"{folder}/{name}", *GREETING[name])
+    repository = WORK / ticket(agent, case)
+    read = lambda name: agent.read(f"{repository}/src/{name}")
+    edit = lambda name: agent.edit(f"{repository}/src/{name}", *LINES[name])
     done = Turn(DONE)
     match case:
         case "error":
-            return [Turn("I look at the file first.", read("missing.py")), Turn("", read("greeting.py")), Turn("", edit("greeting.py")), done]
+            return [Turn("I look at the files first.", read("missing.py")), Turn("", read("greeting.py")), Turn("", edit("greeting.py")), done]
         case "parallel":
             return [Turn("I look at both.", read("greeting.py"), read("farewell.py")), Turn("", edit("greeting.py"), edit("farewell.py")), done]
         case "reminder":
             return [Turn("", read("greeting.py")), Turn("", edit("greeting.py")), done]
-        case "compaction":
-            reads = [Turn("", read(f"notes-{number}.txt")) for number in range(NOTES)]
-            summary = SUMMARY.format(ticket=folder)
-            return [Turn("", read("greeting.py")), *reads, Turn(summary, after=agent.asks_for_summary), Turn("", edit("greeting.py"), after=summary[3:]), done]
+    reads = [Turn("", read(f"notes-{number}.txt")) for number in range(NOTES)]
+    summary = SUMMARY.format(ticket=ticket(agent, case))
+    element = agent.summary_element
+    answer = f"<{element}>\n{summary}\n</{element}>" if element else summary
+    shortened = Turn("", read("greeting.py"), after=summary.removeprefix("The"))
+    return [*reads, Turn(answer, after=agent.asks_for_summary), shortened, Turn("", edit("greeting.py")), done]
 
 
 def files(agent, case):
     """The scratch repository: name -> content."""
-    folder = ticket(agent, case)
-    made = {name: f"def greet():\n{before}\n" for name, (before, _) in GREETING.items()}
+    made = {name: f"def greet():\n{before}\n" for name, (before, _) in LINES.items()}
     if case == "reminder":
-        made |= {name: text.format(ticket=folder) + "\n" for name, text in agent.reminders.items()}
-    if case == "compaction":
+        made[agent.reminder_file] = REMINDER.format(ticket=ticket(agent, case)) + "\n"
+    if case in agent.compacts:
         for number in range(NOTES):
             made[f"notes-{number}.txt"] = "".join(f"Remark {number}.{line}: greetings are short, friendly, and are never shouted at anybody.\n" for line in range(NOTE_LINES))
-    return {"README.md": "Greetings.\n", **{f"{folder}/{name}": text for name, text in made.items()}}
+    return {f"src/{name}": text for name, text in made.items()}
 
 
-def cases(agent):
-    return ["error", "parallel", *(["reminder"] if agent.reminders else []), *(["compaction"] if agent.asks_for_summary else [])]
-
-
-CONVERSATIONS = {opening(agent, case): turns(agent, case) for agent in AGENTS.values() for case in cases(agent)}
+CONVERSATIONS = {opening(agent, case): turns(agent, case) for agent in AGENTS.values() for case in agent.cases()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The code blocks of a page: files by their path, and shell commands to install the agent and to run it."""
+    """The code blocks of a page: files by their path, and the commands that run the agent."""
 
     files: dict[str, str]
-    install: str
     run: str
 
 
@@ -116,9 +136,9 @@ BLOCK = re.compile(r"(?:^`(~?[^`\n]+)`:\n\n)?^```(\w+)\n(.*?)^```", re.MULTILINE
 
 
 def recipe(name, **values):
-    """The page of an agent, with values in the place of BASE, KEY, MODEL, CONTEXT and TASK."""
+    """The page of an agent, with values in the place of BASE, KEY, MODEL, CONTEXT and TASK. Its first block of commands installs the agent."""
     page = (ROOT / "docs" / "agents" / f"{name}.md").read_text()
     filled = lambda text: re.sub(rf"\b({'|'.join(values)})\b", lambda found: str(values[found[0]]), text)
     blocks = BLOCK.findall(page)
-    shell = [text for path, language, text in blocks if language == "bash" and not path]
-    return Recipe({path: filled(text) for path, _, text in blocks if path}, shell[0], filled("".join(shell[1:])))
+    commands = [text for path, language, text in blocks if language == "bash" and not path]
+    return Recipe({path: filled(text) for path, _, text in blocks if path}, filled("".join(commands[1:])))

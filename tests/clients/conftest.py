@@ -18,7 +18,7 @@ import conversations  # noqa: E402
 import scripting  # noqa: E402
 
 DEMO, SCRIPTED, SHORT, SLOW = "bora-demo", "devstral-small-2", "devstral-short", "slow-echo"
-SHORT_CONTEXT = 65536
+SHORT_CONTEXT = 98304
 CARD_NAME = "mistralai/Devstral-Small-2-24B-Instruct-2512"
 TEKKEN = FIXTURES / "tokenizers" / "tekken-v13.json"
 TOOLS = ROOT / ".tools" / "clients"

@@ -11,7 +11,7 @@ import urllib.parse
 
 # method, path and body of a request; status and text of its response
 Exchange = collections.namedtuple("Exchange", "method path body status response")
-LIMIT = 60  # requests of one run: an agent that repeats itself is stopped
+LIMIT = 80  # requests of one run: an agent that repeats itself is stopped
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "host", "content-length", "accept-encoding"}
 
 
