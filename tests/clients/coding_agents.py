@@ -22,10 +22,11 @@ NOTES, NOTE_LINES = 40, 240  # several times the context of the test, read one b
 @dataclasses.dataclass(frozen=True)
 class Agent:
     name: str
-    read: Callable[[str], Call]
-    edit: Callable[[str, str, str], Call]
-    # what the result of reading a missing file says
-    not_found: str
+    # the calls of its tools; an agent without tools reads nothing, and its edits are texts
+    read: Callable[[str], Call] | None
+    edit: Callable[[str, str, str], Call | str]
+    # what the result of reading a missing file, or of a text that edits what is not there, says
+    error: str
     # the file, beside those that are read, of which the agent reminds the model after a result
     reminder_file: str | None = None
     # words with which the agent asks for a summary, and the element in which it expects one
@@ -52,27 +53,29 @@ AGENTS = {agent.name: agent for agent in [
     Agent("codex",
           read=lambda path: Call("exec_command", cmd=f"cat {path}"),
           edit=lambda path, old, new: Call("exec_command", cmd=f"sed -i 's/{old.strip()}/{new.strip()}/' {path}"),
-          not_found="No such file or directory", asks_for_summary=" CONTEXT CHECKPOINT COMPACTION", compacts=("compaction",)),
+          error="No such file or directory", asks_for_summary=" CONTEXT CHECKPOINT COMPACTION", compacts=("compaction",)),
     Agent("claude-code", **tools("Read", "file_path", "Edit", "file_path", "old_string", "new_string", replace_all=False),
-          not_found="does not exist", reminder_file="CLAUDE.md",
+          error="does not exist", reminder_file="CLAUDE.md",
           asks_for_summary=" create a detailed summary of the conversation so far", summary_element="summary"),
     # before opencode: it asks with the same words, and with these before them
-    Agent("kilo", **OPENCODE, not_found="not found", reminder_file="AGENTS.md", commands="node_modules/@kilocode/cli-linux-x64/bin",
+    Agent("kilo", **OPENCODE, error="not found", reminder_file="AGENTS.md", commands="node_modules/@kilocode/cli-linux-x64/bin",
           asks_for_summary=" standards and best practices.\nYou are a context summarization agent", compacts=("compaction",)),
-    Agent("opencode", **OPENCODE, not_found="not found", reminder_file="AGENTS.md",
+    Agent("opencode", **OPENCODE, error="not found", reminder_file="AGENTS.md",
           asks_for_summary=" given a conversation between a user and an agent", compacts=("compaction",)),
     Agent("cline",
           read=lambda path: Call("read_files", files=[{"path": path}]),
           edit=lambda path, old, new: Call("editor", path=path, old_text=old, new_text=new),
-          not_found="ENOENT", asks_for_summary=" session for continuation. Be concise", compacts=("overflow",)),
+          error="ENOENT", asks_for_summary=" session for continuation. Be concise", compacts=("overflow",)),
     Agent("continue", **tools("Read", "filepath", "Edit", "file_path", "old_string", "new_string"),
-          not_found="does not exist", asks_for_summary=" provide a concise summary of our conversation so far", compacts=("compaction",)),
+          error="does not exist", asks_for_summary=" provide a concise summary of our conversation so far", compacts=("compaction",)),
     Agent("qwen-code", **tools("read_file", "file_path", "edit", "file_path", "old_string", "new_string"),
-          not_found="not found", asks_for_summary=" produce the <state_snapshot> XML", summary_element="state_snapshot"),
+          error="not found", asks_for_summary=" produce the <state_snapshot> XML", summary_element="state_snapshot"),
     Agent("pi",
           read=lambda path: Call("read", path=path),
           edit=lambda path, old, new: Call("edit", path=path, edits=[{"oldText": old, "newText": new}]),
-          not_found="ENOENT", asks_for_summary=" PREFIX of a turn that was too large to keep", compacts=("overflow",)),
+          error="ENOENT", asks_for_summary=" PREFIX of a turn that was too large to keep", compacts=("overflow",)),
+    Agent("aider", read=None, edit=lambda path, old, new: f"{path}\n```python\n<<<<<<< SEARCH\n{old}\n=======\n{new}\n>>>>>>> REPLACE\n```",
+          error="failed to match", asks_for_summary=" summarize this partial conversation about programming", compacts=("compaction",), commands="bin"),
 ]}
 
 
@@ -91,6 +94,8 @@ def opening(agent, case):
 
 def turns(agent, case):
     """What the model says. All paths name agent and case, so that no two conversations have a call in common."""
+    if not agent.read:
+        return texts(agent, case)
     repository = WORK / ticket(agent, case)
     read = lambda name: agent.read(f"{repository}/src/{name}")
     edit = lambda name: agent.edit(f"{repository}/src/{name}", *LINES[name])
@@ -110,11 +115,26 @@ def turns(agent, case):
     return [*reads, Turn(answer, after=agent.asks_for_summary), shortened, Turn("", edit("greeting.py")), done]
 
 
+def texts(agent, case):
+    """What the model says to an agent without tools."""
+    said = lambda *names, **how: Turn("\n\n".join([f"{DONE} ({ticket(agent, case)})", *(agent.edit(f"src/{name}", *LINES[name]) for name in names)]), **how)
+    match case:
+        case "error":
+            return [Turn(agent.edit("src/greeting.py", "    return nothing", "    return more")), said("greeting.py")]
+        case "parallel":
+            return [said("greeting.py", "farewell.py")]
+    summary = SUMMARY.format(ticket=ticket(agent, case))
+    return [Turn(summary, after=agent.asks_for_summary), said("greeting.py", after=summary.removeprefix("The"))]
+
+
 def files(agent, case):
     """The scratch repository: name -> content."""
     made = {name: f"def greet():\n{before}\n" for name, (before, _) in LINES.items()}
     if case == "reminder":
         made[agent.reminder_file] = REMINDER.format(ticket=ticket(agent, case)) + "\n"
+    if case in agent.compacts and not agent.read:  # the conversation that is too long is an earlier one
+        earlier = "".join(f"#### What is remark {line}?\n\nRemark {line}: greetings are short, friendly, and are never shouted.\n\n" for line in range(1000))
+        return {".aider.chat.history.md": earlier, ".aider.conf.yml": "restore-chat-history: true\n", **{f"src/{name}": text for name, text in made.items()}}
     if case in agent.compacts:
         for number in range(NOTES):
             made[f"notes-{number}.txt"] = "".join(f"Remark {number}.{line}: greetings are short, friendly, and are never shouted at anybody.\n" for line in range(NOTE_LINES))
@@ -136,7 +156,7 @@ BLOCK = re.compile(r"(?:^`(~?[^`\n]+)`:\n\n)?^```(\w+)\n(.*?)^```", re.MULTILINE
 
 
 def recipe(name, **values):
-    """The page of an agent, with values in the place of BASE, KEY, MODEL, CONTEXT and TASK. Its first block of commands installs the agent."""
+    """The page of an agent, with values in the place of BASE, KEY, MODEL, CONTEXT, TASK and FILES. Its first block of commands installs the agent."""
     page = (ROOT / "docs" / "agents" / f"{name}.md").read_text()
     filled = lambda text: re.sub(rf"\b({'|'.join(values)})\b", lambda found: str(values[found[0]]), text)
     blocks = BLOCK.findall(page)

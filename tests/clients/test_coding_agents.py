@@ -17,7 +17,7 @@ from recorder import Recorder
 
 CHOSEN = os.environ.get("BORA_AGENTS", "").split() or list(AGENTS)
 CASES = [pytest.param(AGENTS[name], case, id=f"{name}-{case}") for name in CHOSEN for case in AGENTS[name].cases()]
-SECONDS = 120
+SECONDS = 180
 
 
 def write(root, files):
@@ -71,7 +71,7 @@ def test_it_edits_a_file(cluster, tmp_path, repository, agent, case):
     long = case in agent.compacts
     with Recorder(cluster.router_url) as recorder:
         recipe = coding_agents.recipe(agent.name, BASE=recorder.url, KEY=KEY, MODEL=SHORT if long else SCRIPTED,
-                                      CONTEXT=SHORT_CONTEXT if case == "compaction" else 200000, TASK=coding_agents.task(agent, case))
+                                      CONTEXT=SHORT_CONTEXT if case == "compaction" else 200000, TASK=coding_agents.task(agent, case), FILES=" ".join(f"src/{name}" for name in LINES))
         write(tmp_path, {path.removeprefix("~/"): text for path, text in recipe.files.items()})
         status, output = run(agent, recipe.run, tmp_path, repository, recorder.url)
     if record := os.environ.get("BORA_RECORD"):
@@ -86,5 +86,5 @@ def test_it_edits_a_file(cluster, tmp_path, repository, agent, case):
     assert DONE in output or (agent.name, case) == ("pi", "overflow"), shown
     # an agent that knows how much fits sends nothing that is too long
     assert {one.status for one in requests} == ({200, 400} if case == "overflow" else {200}), shown
-    expected = {"error": agent.not_found, "reminder": REMINDER.format(ticket=coding_agents.ticket(agent, case))}.get(case)
+    expected = {"error": agent.error, "reminder": REMINDER.format(ticket=coding_agents.ticket(agent, case))}.get(case)
     assert not expected or any(expected in json.dumps(one.body, ensure_ascii=False) for one in requests), f"{expected}\n{shown}"
