@@ -2,6 +2,7 @@
 configured and run stands on its page; `test_coding_agents.py` does as the page says."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from scripting import Call, Turn
 WORK = pathlib.Path(tempfile.gettempdir()) / f"bora-agents-{os.getpid()}"  # of the scratch repositories: calls name whole paths
 LINES = {"greeting.py": ('    return "hello"', '    return "good morning"'), "farewell.py": ('    return "bye"', '    return "good night"')}
 DONE = "Done, the functions say what they should"
-REMINDER = "Every greeting is a whole sentence, says ticket {ticket}"
+RULE, REMARK = "Every greeting is a whole sentence", "Greetings need no full stop"  # of a folder's rules, and of a hook
 SUMMARY = "The notes ask for nothing; what remains of ticket {ticket} is the edit"
 NOTES, NOTE_LINES = 40, 240  # several times the context of the test, read one by one until the agent shortens the conversation
 
@@ -27,8 +28,8 @@ class Agent:
     edit: Callable[[str, str, str], Call | str]
     # what the result of reading a missing file, or of a text that edits what is not there, says
     error: str
-    # the file, beside those that are read, of which the agent reminds the model after a result
-    reminder_file: str | None = None
+    # files with RULE or REMARK, of which the agent reminds the model after a result
+    reminders: dict[str, str] = dataclasses.field(default_factory=dict)
     # words with which the agent asks for a summary, and the element in which it expects one
     asks_for_summary: str | None = None
     summary_element: str | None = None
@@ -39,7 +40,7 @@ class Agent:
     commands: str = "node_modules/.bin"
 
     def cases(self):
-        return ["error", "parallel", *(["reminder"] if self.reminder_file else []), *(self.compacts if self.asks_for_summary else [])]
+        return ["error", "parallel", *(["reminder"] if self.reminders else []), *(self.compacts if self.asks_for_summary else [])]
 
 
 def tools(read, path, edit, edit_path, old, new, **others):
@@ -48,6 +49,8 @@ def tools(read, path, edit, edit_path, old, new, **others):
             "edit": lambda file, before, after: Call(edit, **others, **{edit_path: file, old: before, new: after})}
 
 
+SAID = json.dumps({"hookSpecificOutput": {"hookEventName": "PostToolUse", "additionalContext": REMARK}})
+HOOK = json.dumps({"hooks": {"PostToolUse": [{"hooks": [{"type": "command", "command": f"echo '{SAID}'"}]}]}})
 OPENCODE = tools("read", "filePath", "edit", "filePath", "oldString", "newString")
 AGENTS = {agent.name: agent for agent in [
     Agent("codex",
@@ -55,12 +58,12 @@ AGENTS = {agent.name: agent for agent in [
           edit=lambda path, old, new: Call("exec_command", cmd=f"sed -i 's/{old.strip()}/{new.strip()}/' {path}"),
           error="No such file or directory", asks_for_summary=" CONTEXT CHECKPOINT COMPACTION", compacts=("compaction",)),
     Agent("claude-code", **tools("Read", "file_path", "Edit", "file_path", "old_string", "new_string", replace_all=False),
-          error="does not exist", reminder_file="CLAUDE.md",
+          error="does not exist", reminders={"src/CLAUDE.md": RULE, ".claude/settings.json": HOOK},
           asks_for_summary=" create a detailed summary of the conversation so far", summary_element="summary"),
     # before opencode: it asks with the same words, and with these before them
-    Agent("kilo", **OPENCODE, error="not found", reminder_file="AGENTS.md", commands="node_modules/@kilocode/cli-linux-x64/bin",
+    Agent("kilo", **OPENCODE, error="not found", reminders={"src/AGENTS.md": RULE}, commands="node_modules/@kilocode/cli-linux-x64/bin",
           asks_for_summary=" standards and best practices.\nYou are a context summarization agent", compacts=("compaction",)),
-    Agent("opencode", **OPENCODE, error="not found", reminder_file="AGENTS.md",
+    Agent("opencode", **OPENCODE, error="not found", reminders={"src/AGENTS.md": RULE},
           asks_for_summary=" given a conversation between a user and an agent", compacts=("compaction",)),
     Agent("cline",
           read=lambda path: Call("read_files", files=[{"path": path}]),
@@ -69,7 +72,7 @@ AGENTS = {agent.name: agent for agent in [
     Agent("continue", **tools("Read", "filepath", "Edit", "file_path", "old_string", "new_string"),
           error="does not exist", asks_for_summary=" provide a concise summary of our conversation so far", compacts=("compaction",)),
     Agent("qwen-code", **tools("read_file", "file_path", "edit", "file_path", "old_string", "new_string"),
-          error="not found", asks_for_summary=" produce the <state_snapshot> XML", summary_element="state_snapshot"),
+          error="not found", reminders={".qwen/settings.json": HOOK}, asks_for_summary=" produce the <state_snapshot> XML", summary_element="state_snapshot"),
     Agent("pi",
           read=lambda path: Call("read", path=path),
           edit=lambda path, old, new: Call("edit", path=path, edits=[{"oldText": old, "newText": new}]),
@@ -116,29 +119,30 @@ def turns(agent, case):
 
 
 def texts(agent, case):
-    """What the model says to an agent without tools."""
+    """What the model says to an agent without tools, which asks at last for the message of its commit."""
+    commit = Turn("greetings: say what they should", after=" generates concise, one-line Git commit messages")
     said = lambda *names, **how: Turn("\n\n".join([f"{DONE} ({ticket(agent, case)})", *(agent.edit(f"src/{name}", *LINES[name]) for name in names)]), **how)
     match case:
         case "error":
-            return [Turn(agent.edit("src/greeting.py", "    return nothing", "    return more")), said("greeting.py")]
+            return [Turn(agent.edit("src/greeting.py", "    return nothing", "    return more")), said("greeting.py"), commit]
         case "parallel":
-            return [said("greeting.py", "farewell.py")]
+            return [said("greeting.py", "farewell.py"), commit]
     summary = SUMMARY.format(ticket=ticket(agent, case))
-    return [Turn(summary, after=agent.asks_for_summary), said("greeting.py", after=summary.removeprefix("The"))]
+    return [Turn(summary, after=agent.asks_for_summary), said("greeting.py", after=summary.removeprefix("The")), commit]
 
 
 def files(agent, case):
     """The scratch repository: name -> content."""
-    made = {name: f"def greet():\n{before}\n" for name, (before, _) in LINES.items()}
+    made = {f"src/{name}": f"def greet():\n{before}\n" for name, (before, _) in LINES.items()}
     if case == "reminder":
-        made[agent.reminder_file] = REMINDER.format(ticket=ticket(agent, case)) + "\n"
+        return made | agent.reminders
     if case in agent.compacts and not agent.read:  # the conversation that is too long is an earlier one
         earlier = "".join(f"#### What is remark {line}?\n\nRemark {line}: greetings are short, friendly, and are never shouted.\n\n" for line in range(1000))
-        return {".aider.chat.history.md": earlier, ".aider.conf.yml": "restore-chat-history: true\n", **{f"src/{name}": text for name, text in made.items()}}
+        return made | {".aider.chat.history.md": earlier, ".aider.conf.yml": "restore-chat-history: true\n"}
     if case in agent.compacts:
         for number in range(NOTES):
-            made[f"notes-{number}.txt"] = "".join(f"Remark {number}.{line}: greetings are short, friendly, and are never shouted at anybody.\n" for line in range(NOTE_LINES))
-    return {f"src/{name}": text for name, text in made.items()}
+            made[f"src/notes-{number}.txt"] = "".join(f"Remark {number}.{line}: greetings are short, friendly, and are never shouted at anybody.\n" for line in range(NOTE_LINES))
+    return made
 
 
 CONVERSATIONS = {opening(agent, case): turns(agent, case) for agent in AGENTS.values() for case in agent.cases()}
