@@ -102,6 +102,7 @@ pub(crate) async fn serve(
     let mut router = Router::new(options, keys, models, registry.watch())?;
     let presence = registry.join(record(&listener.local_addr()?));
     router.share_limits(presence.live());
+    router.service().metrics().set_vllm_names(config.telemetry.vllm_names);
     if let Some(beside) = beside {
         router.service().metrics().add_source(beside);
     }

@@ -94,6 +94,7 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
         let group_stop = CancellationToken::new();
         let registry = config.registry.open(&config.cluster, None)?;
         let metrics = WorkerMetrics::new();
+        metrics.set_vllm_names(config.telemetry.vllm_names);
         let settings = WorkerSettings {
             cluster: config.cluster.clone(),
             options: config.worker.clone(),

@@ -99,6 +99,7 @@ pub(crate) fn run(args: WorkerArgs) -> anyhow::Result<()> {
             config.registry.open(&config.cluster, connector)?
         };
         let metrics = WorkerMetrics::new();
+        metrics.set_vllm_names(config.telemetry.vllm_names);
         let identity = Identity {
             service: "bora-worker",
             version: env!("CARGO_PKG_VERSION"),

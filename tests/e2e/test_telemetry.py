@@ -178,3 +178,33 @@ def test_a_collector_is_spoken_to_over_tls(tmp_path):
         missing = cluster.start_worker("other", device="fake", env={"OTEL_EXPORTER_OTLP_CERTIFICATE": str(tmp_path / "nowhere.crt")})
         assert missing.wait_exit(30) != 0
         assert "telemetry.otlp_ca_file" in missing.log() and "nowhere.crt" in missing.log()
+
+
+@pytest.mark.parametrize("vllm_names", [True, False])
+def test_vllm_s_names_are_exported_by_one_part_each_and_can_be_turned_off(vllm_names):
+    with Cluster() as cluster:
+        cluster.sections = {"telemetry": {"vllm_names": vllm_names}}
+        cluster.start_etcd()
+        cluster.start_router()
+        admin = f"127.0.0.1:{free_port()}"
+        cluster.start_worker("alone", admin=admin)
+        cluster.wait_ready(1)
+        ask = {"model": "tiny", "prompt": [1000] * 130, "max_tokens": 5, "ignore_eos": True}
+        for _ in range(2):
+            assert cluster.post("/v1/completions", ask)[0] == 200
+        texts = [http("GET", url + "/metrics")[2] for url in (cluster.router_url, f"http://{admin}")]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("vllm:")]
+    names = [{line.split("{")[0] for line in text.splitlines() if line.startswith("vllm:")} for text in texts]
+    assert all(text.endswith("# EOF\n") for text in texts) and not names[0] & names[1]
+    if not vllm_names:
+        assert lines == []
+        return
+    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+    model = '{model_name="tiny"}'
+    assert values["vllm:prompt_tokens_total" + model] == 260 and values["vllm:generation_tokens_total" + model] == 10
+    assert values["vllm:prefix_cache_queries_total" + model] == 260 and values["vllm:prefix_cache_hits_total" + model] == 128
+    assert values['vllm:request_success_total{model_name="tiny",finished_reason="length"}'] == 2
+    assert values["vllm:time_to_first_token_seconds_count" + model] == 2 == values["vllm:e2e_request_latency_seconds_count" + model]
+    assert values["vllm:inter_token_latency_seconds_count" + model] >= 2
+    assert values["vllm:num_requests_running" + model] == 0 == values["vllm:num_requests_waiting" + model]
+    assert 0 <= values["vllm:kv_cache_usage_perc" + model] < 1

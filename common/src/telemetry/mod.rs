@@ -37,6 +37,8 @@ pub struct TelemetryOptions {
     pub sample_ratio: f64,
     /// Whether metrics are sent to the collector as well (they are at `/metrics` in any case).
     pub metrics: bool,
+    /// Whether `/metrics` has the quantities that vLLM exports under vLLM's names (`vllm:...`) as well.
+    pub vllm_names: bool,
     /// How often.
     #[serde(deserialize_with = "seconds")]
     pub metrics_seconds: Duration,
@@ -49,6 +51,7 @@ impl Default for TelemetryOptions {
             otlp_ca_file: None,
             sample_ratio: 0.01,
             metrics: true,
+            vllm_names: true,
             metrics_seconds: Duration::from_secs(30),
         }
     }

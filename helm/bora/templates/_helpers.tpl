@@ -236,17 +236,20 @@ grpc:
 {{- end }}
 {{- end -}}
 
-{{- /* The `telemetry` section, where a collector is named. */ -}}
+{{- /* The `telemetry` section, if it differs from the defaults. */ -}}
 {{- define "bora.telemetry" -}}
 {{- with .Values.telemetry }}
-{{- if .otlpEndpoint -}}
+{{- if or .otlpEndpoint (not .vllmNames) -}}
 telemetry:
+  vllm_names: {{ .vllmNames }}
+  {{- if .otlpEndpoint }}
   otlp_endpoint: {{ .otlpEndpoint | quote }}
   {{- if .otlpCaSecret }}
   otlp_ca_file: /etc/bora/otlp-tls/ca.crt
   {{- end }}
   sample_ratio: {{ .sampleRatio }}
   metrics: {{ .metrics }}
+  {{- end }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -272,7 +272,11 @@ impl Completion {
             Event::Tokens(tokens) => {
                 if !std::mem::replace(&mut self.first_token, true) {
                     let seconds = self.context.arrived.elapsed().as_secs_f64();
-                    self.service.metrics().first_token(seconds, self.context.trace.as_ref());
+                    self.service.metrics().first_token(
+                        &self.tasks[choice.prompt].model,
+                        seconds,
+                        self.context.trace.as_ref(),
+                    );
                 }
                 choice.generated += tokens.token_ids.len() as u64;
                 self.context.generated(tokens.token_ids.len() as u64);
@@ -309,11 +313,23 @@ impl Completion {
     fn sequence_over(&mut self, number: usize) {
         self.release(number);
         self.running -= 1;
+        let choice = &self.choices[number];
+        let model = &self.tasks[choice.prompt].model;
+        if let Some(finish) = choice.finish {
+            self.service.metrics().finished_sequence(model, finish);
+        }
         if self.running == 0 {
             self.context.audit.finished();
             let usage = self.usage();
             let cached = usage.prompt_tokens_details.cached_tokens;
-            self.service.metrics().tokens(usage.prompt_tokens.into(), cached.into(), usage.completion_tokens.into());
+            let seconds = self.context.arrived.elapsed().as_secs_f64();
+            self.service.metrics().finished_request(
+                model,
+                seconds,
+                usage.prompt_tokens.into(),
+                cached.into(),
+                usage.completion_tokens.into(),
+            );
             if let Some(span) = &mut self.context.open.span {
                 span.set("gen_ai.usage.input_tokens", i64::from(usage.prompt_tokens));
                 span.set("gen_ai.usage.output_tokens", i64::from(usage.completion_tokens));

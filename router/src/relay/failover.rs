@@ -514,7 +514,7 @@ impl Sequence {
             }
             Some(Sent::Tokens(tokens)) => {
                 booking.received_token(Instant::now().into_std());
-                self.watch.tokens(tokens.token_ids.len(), &self.relay.metrics);
+                self.watch.tokens(&self.task.model, tokens.token_ids.len(), &self.relay.metrics);
                 if self.weights.is_none() {
                     self.weights = Some(Arc::clone(&booking.link().weights));
                 }

@@ -84,10 +84,10 @@ impl Watch {
     }
 
     /// Tokens came.
-    pub(super) fn tokens(&mut self, count: usize, metrics: &Metrics) {
+    pub(super) fn tokens(&mut self, model: &str, count: usize, metrics: &Metrics) {
         let now = Instant::now();
         match self.last_tokens.replace(now) {
-            Some(last) => metrics.next_tokens((now - last).as_secs_f64(), count),
+            Some(last) => metrics.next_tokens(model, (now - last).as_secs_f64(), count),
             None => {
                 let took: Duration = now - self.placed_at;
                 metrics.prediction(self.predicted_seconds, took.as_secs_f64());

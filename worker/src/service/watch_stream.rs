@@ -41,7 +41,7 @@ impl WatchStream {
     pub(super) fn event(&mut self, event: Option<&Result<v1::GenerateEvent, EngineError>>) {
         match event {
             Some(Ok(v1::GenerateEvent { event: Some(Event::Started(started)) })) => {
-                self.metrics.started(started.cached_tokens, started.queued_seconds);
+                self.metrics.started(started.prompt_tokens, started.cached_tokens, started.queued_seconds);
                 self.span.started(started);
             }
             Some(Ok(v1::GenerateEvent { event: Some(Event::Finished(finished)) })) => {

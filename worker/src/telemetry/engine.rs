@@ -108,6 +108,10 @@ pub(crate) struct EngineMetrics {
     stored_blocks: Counter,
     evicted_blocks: Counter,
     mismatched_blocks: Counter,
+    /// Prompt tokens looked up in the prefix cache.
+    queried_tokens: Counter,
+    /// Of those, the ones that the prefix cache held.
+    hit_tokens: Counter,
 }
 
 impl Default for EngineMetrics {
@@ -128,6 +132,8 @@ impl Default for EngineMetrics {
             stored_blocks: Counter::default(),
             evicted_blocks: Counter::default(),
             mismatched_blocks: Counter::default(),
+            queried_tokens: Counter::default(),
+            hit_tokens: Counter::default(),
         }
     }
 }
@@ -192,6 +198,20 @@ impl EngineMetrics {
         }
     }
 
+    /// Registers what vLLM's engine counts as well, under its names.
+    pub(super) fn register_vllm_names(&self, registry: &mut Registry) {
+        registry.register(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache",
+            self.queried_tokens.clone(),
+        );
+        registry.register(
+            "vllm:prefix_cache_hits",
+            "Prompt tokens that the prefix cache held",
+            self.hit_tokens.clone(),
+        );
+    }
+
     /// A step ended.
     pub(crate) fn step(&self, shape: &StepShape, output: &StepOutput, predicted: f64) {
         let seconds = output.seconds;
@@ -222,7 +242,9 @@ impl EngineMetrics {
     }
 
     /// A sequence left the queue.
-    pub(crate) fn started(&self, cached_tokens: u32, queued_seconds: f64) {
+    pub(crate) fn started(&self, prompt_tokens: u32, cached_tokens: u32, queued_seconds: f64) {
+        self.queried_tokens.inc_by(u64::from(prompt_tokens));
+        self.hit_tokens.inc_by(u64::from(cached_tokens));
         self.tokens.get_or_create(&KindLabels { kind: "cached" }).inc_by(u64::from(cached_tokens));
         self.queue_seconds.observe(queued_seconds);
     }
@@ -278,7 +300,7 @@ mod tests {
         let output = StepOutput { id: 1, sampled, seconds: 0.01, ..StepOutput::default() };
         let shape = StepShape { decoded_tokens: 4, drafted_tokens: 3, sequences: 1, ..StepShape::default() };
         metrics.step(&shape, &output, 0.02);
-        metrics.started(64, 0.5);
+        metrics.started(100, 64, 0.5);
         metrics.ended(End::Aborted);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();

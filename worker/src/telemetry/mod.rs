@@ -43,7 +43,7 @@ struct MemoryLabels {
     state: &'static str,
 }
 
-type Seconds = Gauge<f64, AtomicU64>;
+type FloatGauge = Gauge<f64, AtomicU64>;
 
 /// The metrics of one worker process. Cheap to share; says nothing before its group is known.
 #[derive(Default)]
@@ -51,6 +51,7 @@ pub struct WorkerMetrics {
     state: Mutex<Option<State>>,
     /// Whether the whole group runs, as this process knows it.
     group_runs: AtomicBool,
+    hides_vllm_names: AtomicBool,
 }
 
 struct State {
@@ -60,6 +61,9 @@ struct State {
     gpu_memory: Family<MemoryLabels, Gauge>,
     announcement: Option<Announced>,
     leader: Option<Leader>,
+    /// The leader's metrics under vLLM's names; `None` in processes without the leader.
+    vllm: Option<Registry>,
+    model: String,
 }
 
 /// Whether the group can be found.
@@ -77,9 +81,10 @@ struct Leader {
     running: Gauge,
     waiting: Gauge,
     queued_tokens: Gauge,
-    queued_seconds: Seconds,
+    queued_seconds: FloatGauge,
     kv_blocks: Family<StateLabels, Gauge>,
     rank_steps: Family<RankLabels, Gauge>,
+    kv_cache_usage: FloatGauge,
 }
 
 impl WorkerMetrics {
@@ -91,6 +96,11 @@ impl WorkerMetrics {
     /// Whether the whole group runs: every rank is there and has loaded.
     pub(crate) fn group_runs(&self) -> &AtomicBool {
         &self.group_runs
+    }
+
+    /// Exports the leader's metrics under vLLM's names, too (as it does from the start), or does not.
+    pub fn set_vllm_names(&self, enabled: bool) {
+        self.hides_vllm_names.store(!enabled, Ordering::Relaxed);
     }
 
     /// Their text without its end, for a process that has other metrics too.
@@ -114,6 +124,9 @@ impl WorkerMetrics {
             state.look();
             // writing to a String can't fail
             let _ = encode_registry(&mut text, &state.registry);
+            if let Some(vllm) = state.vllm.as_ref().filter(|_| !self.hides_vllm_names.load(Ordering::Relaxed)) {
+                let _ = encode_registry(&mut text, vllm);
+            }
         }
         text
     }
@@ -130,8 +143,15 @@ impl WorkerMetrics {
             gpu_memory.clone(),
         );
         let gpus = if device == Device::Cuda { local_ranks.iter().copied().zip(0..).collect() } else { Vec::new() };
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(State { registry, gpus, gpu_memory, announcement: None, leader: None });
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(State {
+            registry,
+            gpus,
+            gpu_memory,
+            announcement: None,
+            leader: None,
+            vllm: None,
+            model: model.to_owned(),
+        });
     }
 
     /// The group is being announced.
@@ -173,9 +193,10 @@ impl WorkerMetrics {
             running: Gauge::default(),
             waiting: Gauge::default(),
             queued_tokens: Gauge::default(),
-            queued_seconds: Seconds::default(),
+            queued_seconds: FloatGauge::default(),
             kv_blocks: Family::default(),
             rank_steps: Family::default(),
+            kv_cache_usage: FloatGauge::default(),
         };
         let registry = &mut state.registry;
         registry.register("running_sequences", "Sequences that run", leader.running.clone());
@@ -196,6 +217,17 @@ impl WorkerMetrics {
             "Steps that each rank of the group has completed, those of other processes as of their last heartbeat",
             leader.rank_steps.clone(),
         );
+        // Dashboards and gateways made for vLLM read these: https://docs.vllm.ai, "Production Metrics".
+        let mut vllm = Registry::with_labels([("model_name".into(), state.model.clone().into())].into_iter());
+        vllm.register("vllm:num_requests_running", "Sequences that run", leader.running.clone());
+        vllm.register("vllm:num_requests_waiting", "Sequences in the group's queue", leader.waiting.clone());
+        vllm.register(
+            "vllm:kv_cache_usage_perc",
+            "Share of the KV cache's blocks that running sequences use (1 is all)",
+            leader.kv_cache_usage.clone(),
+        );
+        leader.observer.metrics.register_vllm_names(&mut vllm);
+        state.vllm = Some(vllm);
         state.leader = Some(leader);
     }
 }
@@ -221,6 +253,7 @@ impl State {
         leader.waiting.set(i64::from(load.waiting));
         leader.queued_tokens.set(load.queued_prefill_tokens as i64);
         leader.queued_seconds.set(load.queued_prefill_tokens as f64 / leader.prefill_tokens_per_second);
+        leader.kv_cache_usage.set(f64::from(load.blocks_used) / f64::from(load.blocks_total.max(1)));
         let free = load.blocks_total.saturating_sub(load.blocks_used).saturating_sub(load.blocks_cached);
         for (state, blocks) in [("used", load.blocks_used), ("cached", load.blocks_cached), ("free", free)] {
             leader.kv_blocks.get_or_create(&StateLabels { state }).set(i64::from(blocks));

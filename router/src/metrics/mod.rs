@@ -1,5 +1,7 @@
 //! What the router counts, in Prometheus' text form at `/metrics`.
 
+mod vllm;
+
 use std::{
     collections::{BTreeSet, HashMap},
     sync::Arc,
@@ -13,12 +15,15 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use vllm::VllmMetrics;
+
 use crate::{
     fleet::{gauges::GroupGauges, view::Fleet},
     place::{
         admission::{Class, Queue},
         choose::Reason,
     },
+    relay::emit::Finish,
 };
 
 /// Labels of a finished HTTP request. Both come from fixed lists.
@@ -103,6 +108,7 @@ pub struct Metrics {
     indexed_blocks: Gauge,
     index_bytes: Gauge,
     group_gauges: GroupGauges,
+    vllm: VllmMetrics,
     others: Mutex<Option<MetricsSource>>,
 }
 
@@ -291,6 +297,7 @@ impl Metrics {
             indexed_blocks,
             index_bytes,
             group_gauges,
+            vllm: VllmMetrics::new(),
             others: Mutex::default(),
         })
     }
@@ -369,20 +376,35 @@ impl Metrics {
         self.failed_over[usize::from(mid_stream)].inc();
     }
 
-    pub(crate) fn tokens(&self, prompt: u64, cached: u64, completion: u64) {
+    /// Exports the metrics under vLLM's names, too, or does not.
+    pub fn set_vllm_names(&self, enabled: bool) {
+        self.vllm.set_enabled(enabled);
+    }
+
+    /// A sequence of the model ended.
+    pub(crate) fn finished_sequence(&self, model: &str, finish: Finish) {
+        self.vllm.finished_sequence(model, finish);
+    }
+
+    /// A request of the model ended after `seconds`, with these tokens.
+    pub(crate) fn finished_request(&self, model: &str, seconds: f64, prompt: u64, cached: u64, completion: u64) {
+        self.vllm.finished_request(model, seconds, prompt, completion);
         self.prompt_tokens.inc_by(prompt);
         self.cached_tokens.inc_by(cached);
         self.completion_tokens.inc_by(completion);
     }
 
-    pub(crate) fn first_token(&self, seconds: f64, trace: Option<&TraceContext>) {
+    pub(crate) fn first_token(&self, model: &str, seconds: f64, trace: Option<&TraceContext>) {
+        self.vllm.first_token(model, seconds);
         let exemplar = trace.filter(|trace| trace.sampled).map(|trace| Exemplar { trace_id: trace.trace_id_hex() });
         self.first_token_seconds.observe(seconds, exemplar, None);
     }
 
     /// Tokens came after the first ones.
-    pub(crate) fn next_tokens(&self, seconds: f64, tokens: usize) {
-        self.inter_token_seconds.observe(seconds / tokens.max(1) as f64);
+    pub(crate) fn next_tokens(&self, model: &str, seconds: f64, tokens: usize) {
+        let seconds = seconds / tokens.max(1) as f64;
+        self.inter_token_seconds.observe(seconds);
+        self.vllm.next_tokens(model, seconds);
     }
 
     pub(crate) fn placed(&self, reason: Reason) {
@@ -438,6 +460,7 @@ impl Metrics {
         // writing to a String can't fail
         let _ = encode_registry(&mut text, &registry);
         drop(registry);
+        self.vllm.write(&mut text);
         if let Some(others) = &*self.others.lock() {
             text.push_str(&others());
         }
