@@ -45,7 +45,7 @@ enum What {
     Doctor(doctor::DoctorArgs),
     /// Groups, ranks, queues, cache and rates of a cluster, on a terminal or as text
     Top(top::TopArgs),
-    /// Reads one OpenAI-style request a line and writes its token ids, one JSON object a line
+    /// Reads one OpenAI-style request a line and writes its token IDs, one JSON object a line
     Tokenize(tokenize::TokenizeArgs),
     /// Measures
     Bench(bench::BenchArgs),

@@ -120,7 +120,7 @@ pub(crate) async fn serve(
     if !loopback && router.service().access().is_open() {
         warn_of_open_door(config.log.format, listener.local_addr()?);
     }
-    // ends with the router: probes and scrapes are answered while open requests finish
+    // ends with the router: probes and scrapes are served while open requests finish
     let admin = admin.map(|listener| tokio::spawn(router.serve_admin(listener)));
     let service = Arc::downgrade(router.service());
     let reload_access = move || {
@@ -188,7 +188,7 @@ fn open_model(model: &ModelOptions) -> anyhow::Result<ModelSpec> {
         vocabulary_size: checkpoint.as_ref().map(|model| model.vocab_size as u32),
         weight_fingerprint: model.weight_fingerprint.clone(),
     };
-    // both say which ids end a sequence; the checkpoint of another model format has neither
+    // both say which token IDs end a sequence; the checkpoint of another model format has neither
     for name in ["config.json", "generation_config.json"] {
         let path = model.path.join(name);
         if path.is_file() {

@@ -25,7 +25,7 @@ pub(crate) struct ServeArgs {
     /// tokenizer file or directory, where it is not in --model
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// serve token ids only: the checkpoint has no tokenizer
+    /// serve token IDs only: the checkpoint has no tokenizer
     #[arg(long)]
     skip_tokenizer_init: bool,
     /// names to serve it under; --model as given where absent

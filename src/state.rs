@@ -64,7 +64,7 @@ fn read(path: &Path) -> anyhow::Result<Option<ClusterKeys>> {
 
 fn check_owner(file: &File) -> anyhow::Result<()> {
     let metadata = file.metadata()?;
-    // belongs to the effective user; where there is no /proc the mode has to do
+    // belongs to the effective user; if there is no /proc the mode has to do
     if let Ok(process) = std::fs::metadata("/proc/self")
         && process.uid() != metadata.uid()
     {

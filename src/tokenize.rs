@@ -1,4 +1,4 @@
-//! `bora tokenize`: token ids of requests, one a line.
+//! `bora tokenize`: token IDs of requests, one a line.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ pub(crate) struct TokenizeArgs {
     /// tekken.json, or the directory that holds it
     #[arg(long)]
     tokenizer: PathBuf,
-    /// directory of pictures that requests name as fixture://images/NAME
+    /// directory of images that requests name as fixture://images/NAME
     #[arg(long)]
     images: Option<PathBuf>,
 }

@@ -1,8 +1,8 @@
-//! How fast texts become ids: `cargo run --release -p bora-common --example encode_bench -- TOKENIZER FILE...`
+//! How fast texts become token IDs: `cargo run --release -p bora-common --example encode_bench -- TOKENIZER FILE...`
 //!
-//! Each file is cut into pieces of 300 KB. Printed are MB/s on one thread: for the first piece a thread ever
-//! encodes, the median of the pieces after it (text never seen, vocabulary warm), and the best of twenty runs
-//! over the first piece (text seen before). Besides that the time to load, the first call on a fresh thread,
+//! Each file is cut into chunks of 300 KB. Printed are MB/s on one thread: for the first chunk a thread ever
+//! encodes, the median of the chunks after it (text never seen, vocabulary warm), and the best of twenty runs
+//! over the first chunk (text seen before). Besides that the time to load, the first call on a fresh thread,
 //! many short texts, texts that make careless encoders quadratic, and the names of a prompt's blocks (beside XXH3-128, which has
 //! no key, over the same bytes).
 
@@ -112,7 +112,7 @@ fn rate(bytes: usize, elapsed: Duration) -> f64 {
     bytes as f64 / 1e6 / elapsed.as_secs_f64()
 }
 
-/// At least one piece, each of whole characters.
+/// At least one chunk, each of whole characters.
 fn segments(text: &str) -> Vec<&str> {
     let mut segments = Vec::new();
     let mut rest = text;

@@ -209,7 +209,7 @@ impl BlockChain {
                 hasher.update(&(image.length as u64).to_le_bytes());
             }
             if image.offset + image.length > self.position {
-                break; // goes on in the next block
+                break; // continues in the next block
             }
             self.next_image += 1;
         }

@@ -427,7 +427,7 @@ pub struct ModelOptions {
     /// Directory or file of the tokenizer (`tekken.json`, `tokenizer.json`) where it is not in `path`.
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
-    /// Serve token ids only: the checkpoint has no tokenizer.
+    /// Serve token IDs only: the checkpoint has no tokenizer.
     #[serde(default)]
     pub skip_tokenizer_init: bool,
     /// Longest prompt plus output that routers let pass, whatever its groups say; what the checkpoint says if absent.

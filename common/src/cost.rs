@@ -1,5 +1,5 @@
 //! How long a group takes: seconds for a prefill and for a decode step, from its measured [`Speed`]. One
-//! model for the scheduler (how large may this chunk be), the router (who answers soonest) and whoever
+//! model for the scheduler (how large may this chunk be), the router (who responds soonest) and whoever
 //! scales the fleet.
 //!
 //! A token costs its share of the linear layers (the same wherever it stands) and its attention, which
@@ -87,7 +87,7 @@ pub struct GroupLoad {
     /// How much of the conversation is new to the group and would come there with its later turns: 1 where the group
     /// holds nothing of it, 0 where it holds all.
     pub uncached_share: f64,
-    /// Whether the conversation's last turn went there, by the client's own word.
+    /// Whether the conversation's last turn went there, as the client states.
     pub is_affine: bool,
 }
 

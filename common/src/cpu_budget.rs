@@ -1,4 +1,4 @@
-//! The CPU time that one piece of work may take, and whether anybody still waits for it.
+//! The CPU time that one chunk of work may take, and whether anybody still waits for it.
 //!
 //! Reading, checking and encoding a request is work for one thread from its beginning to its end, in loops over lists
 //! that the client wrote. Each such loop calls [`check`] between two entries. [`CpuBudget::run`] sets the budget for the
@@ -69,7 +69,7 @@ pub fn thread_cpu_time() -> Duration {
     Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// The CPU time for one piece of work.
+/// The CPU time for one chunk of work.
 #[derive(Clone, Debug)]
 pub struct CpuBudget {
     limit: Duration,
@@ -112,7 +112,7 @@ impl CpuBudget {
     }
 }
 
-/// Says whether the work on this thread may go on. Call it between the entries of every list that a client wrote.
+/// Says whether the work on this thread may continue. Call it between the entries of every list that a client wrote.
 pub fn check(stage: Stage) -> Result<(), Stopped> {
     RUNNING.with_borrow_mut(|running| match running {
         Some(running) => running.check(stage),

@@ -97,7 +97,7 @@ fn group_events() -> [(&'static str, GroupEvent); 4] {
                     blocks_used: 5,
                     blocks_cached: 6,
                     steps: 7,
-                    prefill_seconds: 0.0, // 0.1 does not tell it
+                    prefill_seconds: 0.0, // 0.1 does not report it
                     draft_tokens: 8,
                     accepted_draft_tokens: 9,
                     // came later: what is not said is 0

@@ -1,8 +1,21 @@
-//! The router: OpenAI's API on one side, groups of workers on the other.
+//! The router: an HTTP server for the OpenAI and Anthropic APIs in front of groups of workers.
 //!
-//! A request is read and checked (`api`), encoded to token ids (`encode`), placed on the group that would
-//! answer it soonest (`place`, from what `fleet` knows) and relayed as a stream that survives the death of
-//! its group (`relay`). The router keeps nothing that matters: kill it and another answers the same.
+//! The router is stateless. If a replica dies, any other replica serves the same requests the same way.
+//!
+//! The path of a request through the modules, from top to bottom:
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`http`] | connections, deadlines, limits of bytes and open files |
+//! | [`server`] | routes and middleware; [`request_id`] identifies a request |
+//! | [`access`] | API keys and tokens, tenants, quotas, the audit log |
+//! | [`api`] | one file or folder per protocol: parses, validates, writes responses; [`openapi`] describes them |
+//! | [`encode`] | conversations to token IDs and block hashes, with a cache of known conversations |
+//! | [`relay`] | one sequence over changing groups: failover, retry budget, text and tool calls from tokens |
+//! | [`place`] | policy: which group gets a sequence, admission, the prefix index |
+//! | [`fleet`] | state: the groups, their event streams, validation of what they send |
+//!
+//! [`service`] is what all requests share. [`metrics`] are exported at `/metrics`; [`console`] is a page for people.
 #![forbid(unsafe_code)]
 
 pub mod access;

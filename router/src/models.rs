@@ -41,7 +41,7 @@ impl DefaultSampling {
     }
 }
 
-/// The ids that `generation_config.json` (or `config.json`) names as ends of a sequence.
+/// The token IDs that `generation_config.json` (or `config.json`) names as ends of a sequence.
 pub fn end_ids_of_config(config: &Value) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match config.get("eos_token_id") {
@@ -54,7 +54,7 @@ pub fn end_ids_of_config(config: &Value) -> Vec<u32> {
 /// A model that this router may serve.
 #[derive(Clone, Default)]
 pub struct ModelSpec {
-    /// None: token ids in, token ids out (`--skip-tokenizer-init`).
+    /// None: token IDs in, token IDs out (`--skip-tokenizer-init`).
     pub tokenizer: Option<Arc<Tokenizer>>,
     /// Other names that requests may use.
     pub aliases: Vec<String>,

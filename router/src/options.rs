@@ -23,7 +23,7 @@ pub enum ConversationRules {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RouterOptions {
-    /// Largest request body in bytes; a larger one is answered with 413.
+    /// Largest request body in bytes; a larger one is served with 413.
     pub max_body_bytes: usize,
     /// Seconds from a request's arrival to its last token; then its streams are aborted.
     pub request_timeout_seconds: f64,
@@ -33,7 +33,7 @@ pub struct RouterOptions {
     pub max_choices: u32,
     /// Most sequences that one request may start (prompts times `n`).
     pub max_sequences_per_request: u32,
-    /// Most stop strings (and stop token ids) of a request.
+    /// Most stop strings (and stop token IDs) of a request.
     pub max_stop_strings: usize,
     /// Largest `top_logprobs`, `logprobs` and `prompt_logprobs`.
     pub max_logprobs: u32,
@@ -56,14 +56,14 @@ pub struct RouterOptions {
     /// The same for all tenants together.
     pub retries: u32,
     /// Requests that may wait for a group with room. Tenants share a full queue equally and interactive requests displace
-    /// batch ones; what has no place is answered with 429.
+    /// batch ones; what has no place is served with 429.
     pub max_waiting: usize,
     /// Seconds that an interactive request waits for a group with room; a batch one waits until its deadline.
     pub max_waiting_seconds: f64,
     /// Seconds that a request waits for a group of its model to become ready, if one is expected: it loads, drains or does
-    /// not respond, or the last one left within the last ten minutes. 0 = such a request is answered with 503 at once.
+    /// not respond, or the last one left within the last ten minutes. 0 = such a request is served with 503 at once.
     pub wait_for_group_seconds: f64,
-    /// Seconds that a broken stream waits for a group that can go on with it.
+    /// Seconds that a broken stream waits for a group that can continue with it.
     pub failover_wait_seconds: f64,
     /// HTTP/2 connections to each group.
     pub connections_per_group: usize,
@@ -75,7 +75,7 @@ pub struct RouterOptions {
     pub encode_queue: usize,
     /// Bodies up to this size go before longer ones, and have one of the threads (of two or more) to themselves.
     pub short_body_bytes: usize,
-    /// Bytes for the ids of conversations seen before.
+    /// Bytes for the token IDs of conversations seen before.
     pub conversation_cache_bytes: usize,
     /// Whether faulty conversations are refused or repaired; a tenant may have its own.
     pub conversation: ConversationRules,

@@ -65,7 +65,7 @@ pub fn routes(service: Arc<Service>) -> Router {
         .with_state(service)
 }
 
-/// What a connection is told that is one too many: probes are answered as always.
+/// What a connection is notified that is one too many: probes are served as always.
 pub fn shed_routes(service: Arc<Service>) -> Router {
     let mut document = Document::new(service.options().clone());
     document
@@ -200,7 +200,7 @@ async fn no_method(request: Request) -> Response<Body> {
         .get(header::UPGRADE)
         .is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(b"websocket"))
     {
-        // Codex tries a WebSocket first, and goes on with POST at once if it is told so by this status
+        // Codex tries a WebSocket first, and continues with POST at once if it is notified so by this status
         let mut response = ApiError::no_websocket(request.uri().path()).into_response();
         response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("HTTP/1.1"));
         return response;

@@ -161,7 +161,7 @@ impl Service {
         &self.pool
     }
 
-    /// A model's tokenizer and defaults; a model that this router was told nothing of takes and gives ids.
+    /// A model's tokenizer and defaults; a model that this router was given nothing of takes and gives token IDs.
     pub fn spec(&self, model: &str) -> Arc<ModelSpec> {
         Arc::clone(self.models.get(model).unwrap_or(&self.ids_only))
     }

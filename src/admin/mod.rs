@@ -70,7 +70,7 @@ enum What {
     },
 }
 
-/// Asks once, and prints the answer.
+/// Asks once, and prints the response.
 pub(crate) fn run(args: AdminArgs) -> anyhow::Result<()> {
     let config = match &args.config {
         Some(path) => Config::read(path)?,

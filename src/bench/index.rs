@@ -1,7 +1,7 @@
 //! `bora bench index`: memory and lookup time of the router's prefix index, full.
 //!
-//! Groups hold conversations as long as the prompt that is looked up, no two alike. They tell of them a piece at a
-//! time, all conversations in turn, so that no two pieces of one stand together; and then conversations are evicted
+//! Groups hold conversations as long as the prompt that is looked up, no two alike. They report them a run at a
+//! time, all conversations in turn, so that no two runs of one stand together; and then conversations are evicted
 //! and others come in their place, as in a fleet that has run for a while.
 
 use std::time::Instant;
@@ -29,13 +29,13 @@ pub(crate) struct IndexArgs {
     /// blocks of the prompt that is looked up (64 tokens each)
     #[arg(long, default_value_t = 4096)]
     prompt: u64,
-    /// blocks that a group tells of at once
+    /// blocks that a group reports at once
     #[arg(long, default_value_t = 4096)]
     block_run: u64,
-    /// of each piece, the last so many blocks one by one, as groups that tell of an answer while they generate it
+    /// of each run, the last so many blocks one by one, as groups that report a response while they generate it
     #[arg(long, default_value_t = 0)]
     singly: u64,
-    /// pieces differ: half as long to one and a half times as long
+    /// runs differ: half as long to one and a half times as long
     #[arg(long)]
     vary: bool,
     /// how often every conversation is replaced by another before prompts are looked up
@@ -74,7 +74,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Tells of these conversations, a piece of each in turn.
+    /// Reports these conversations, a run of each in turn.
     fn store(&self, some: &[Conversation]) {
         let mut first = 0;
         while first < self.args.prompt {

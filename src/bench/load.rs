@@ -43,7 +43,7 @@ pub(crate) struct LoadArgs {
     /// requests in flight at once
     #[arg(long, default_value_t = 1)]
     concurrency: usize,
-    /// tokens of each answer
+    /// tokens of each response
     #[arg(long, default_value_t = 16)]
     max_tokens: u32,
     /// ask for streams
@@ -52,7 +52,7 @@ pub(crate) struct LoadArgs {
     /// how the conversations of successive requests relate
     #[arg(long, value_enum, default_value_t = Conversation::Same)]
     conversation: Conversation,
-    /// file of a JSON schema that every answer keeps; one that is longer than the answer
+    /// file of a JSON schema that every response keeps; one that is longer than the response
     #[arg(long, value_name = "FILE", value_parser = read_file)]
     json_schema: Option<String>,
     /// requests of every connection that are not counted, before all others: the first turns of growing conversations

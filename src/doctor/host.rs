@@ -111,7 +111,7 @@ fn memory(config: Option<&Config>) -> Check {
     Check::good(NAME, found)
 }
 
-/// What others are told must lead to this node.
+/// What others are given must lead to this node.
 fn address(advertised: &Option<HostPort>) -> Option<Check> {
     use std::net::ToSocketAddrs as _;
     const NAME: &str = "worker.advertise";

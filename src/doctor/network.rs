@@ -15,7 +15,7 @@ use crate::config::Config;
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// Reads that are timed.
 const READS: usize = 5;
-/// etcd on the same network answers within this.
+/// etcd on the same network responses within this.
 const SLOW: Duration = Duration::from_millis(50);
 /// Clocks may be apart by this much; HTTP dates are whole seconds.
 const SKEW: Duration = Duration::from_secs(3);
@@ -92,7 +92,7 @@ async fn read_registry(config: &Config) -> Result<Check, String> {
     Ok(Check::good("etcd", found))
 }
 
-/// etcd says the time with every answer.
+/// etcd says the time with every response.
 async fn clock(endpoint: &HostPort) -> Option<Check> {
     const NAME: &str = "clock of etcd";
     let date = tokio::time::timeout(TIMEOUT, date_of(endpoint)).await.ok()?.ok()??;

@@ -25,7 +25,7 @@ use tonic::transport::Endpoint;
 const ROUTER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a leader may take: it may not be reachable from here at all.
 const LEADER_TIMEOUT: Duration = Duration::from_millis(500);
-/// Bytes of an answer; a fleet of thousands of groups stays far below.
+/// Bytes of a response; a fleet of thousands of groups stays far below.
 const MAX_ANSWER: usize = 64 << 20;
 
 /// A group as the router lists it.
@@ -51,7 +51,7 @@ impl Group {
     }
 }
 
-/// What a group last told of itself.
+/// What a group last reported itself.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 pub(super) struct Load {
     pub(super) running: u32,
@@ -82,7 +82,7 @@ pub(super) struct Look {
     pub(super) version: String,
     pub(super) groups: Vec<Group>,
     pub(super) metrics: Vec<Family>,
-    /// By group; none where its leader was not asked or did not answer.
+    /// By group; none where its leader was not asked or did not respond.
     pub(super) ranks: BTreeMap<String, Vec<RankStatus>>,
 }
 
@@ -151,7 +151,7 @@ impl Asker {
         })
     }
 
-    /// One answer of the router, within its time.
+    /// One response of the router, within its time.
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<String> {
         tokio::time::timeout(ROUTER_TIMEOUT, self.connect_and_get(path))
             .await

@@ -46,7 +46,7 @@ fn seconds(text: &str) -> Result<f64, String> {
     if (0.1..=3600.0).contains(&value) { Ok(value) } else { Err("expected 0.1 to 3600 seconds".into()) }
 }
 
-/// Shows the cluster until it is told to stop.
+/// Shows the cluster until it is asked to stop.
 pub(crate) fn run(args: TopArgs) -> anyhow::Result<()> {
     let interval = Duration::from_secs_f64(args.interval);
     let runtime = crate::runtime()?;

@@ -1,4 +1,4 @@
-//! What grammars cost: reading a vocabulary, compiling each of a file's schemas, and the masks along an answer that follows it.
+//! What grammars cost: reading a vocabulary, compiling each of a file's schemas, and the masks along a response that follows it.
 //!
 //! ```text
 //! cargo run --workspace --example grammar_bench -- TOKENIZER SCHEMAS
@@ -13,7 +13,7 @@ use bora_worker::grammar::{GrammarKind, GrammarSource, Grammars};
 
 /// Times that a schema is compiled; the median is printed.
 const COMPILED: usize = 7;
-/// Ids of an answer at most.
+/// Ids of a response at most.
 const LONGEST: usize = 300;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -1,4 +1,4 @@
-// Attention for single rows and for few rows of a sequence that follow each other (decode; guesses that are verified; the end
+// Attention for single rows and for few rows of a sequence that follow each other (decode; draft tokens that are verified; the end
 // of a prompt). All items' keys, one after the other, are cut into equal parts, one for each block that the GPU runs at once: a
 // long context among short ones costs what its keys cost. Where an item lies in several parts, each leaves a partial result, and the
 // block that finishes last adds them up. The query heads that share a KV head are packed into the 16 rows of the tensor cores' tile, and
@@ -12,7 +12,7 @@ constexpr u32 DECODE_WARPS = 4, WARP_TOKENS = 16;
 template <u32 D, typename Kv, bool FEW>
 constexpr bool copied_whole() { return D == 128 && (sizeof(Kv) == 2 || FEW); }
 // Bytes of a token in a warp's tile: other bf16 rows are padded, so that 8 rows of one 16-byte column lie in different banks; e4m3
-// rows are not, the pieces of some are exchanged.
+// rows are not, the chunks of some are exchanged.
 template <u32 D, typename Kv, bool FEW>
 constexpr u32 stored_row() { return sizeof(Kv) == 2 && !copied_whole<D, Kv, FEW>() ? D * 2 + 16 : D * sizeof(Kv); }
 template <typename Kv, bool FEW>
@@ -24,8 +24,8 @@ constexpr u32 decode_shared_bytes() {
   const u32 merge = DECODE_WARPS * 16 * (D + 2) * 4;
   return ring > merge ? ring : merge;
 }
-// Places of a 16-byte piece in a warp's tiles. e4m3 keys are read two rows and four pieces at a time, e4m3 values eight rows
-// and one piece at a time: each from all banks where rows are as long as the banks.
+// Places of a 16-byte chunk in a warp's tiles. e4m3 keys are read two rows and four chunks at a time, e4m3 values eight rows
+// and one chunk at a time: each from all banks where rows are as long as the banks.
 template <u32 D, typename Kv, bool FEW>
 __device__ __forceinline__ u32 key_place(u32 token, u32 piece) {
   if (copied_whole<D, Kv, FEW>()) return piece / 8 * (WARP_TOKENS * 128) + token * 128 + ((piece % 8 ^ token % 8) << 4);
@@ -158,7 +158,7 @@ __device__ __forceinline__ void e4m3_attention(const LimbQueries& queries, const
 
 // q [rows][query heads][D], scaled by s(p); caches [block][kv head][64][D]. A row of position p reads keys 0..=p.
 // `items` lists the rows of the batch that are decoded here, `parts` [grid.x + 1] how their keys are shared out. Output [row][query
-// heads * D]. Scratch, for each part twice (an item that began before it, an item that goes on behind it), each KV head and each of 16
+// heads * D]. Scratch, for each part twice (an item that began before it, an item that continues behind it), each KV head and each of 16
 // rows: partial [part][2][kv head][16][D] (normalised) and log_sum [part][2][kv head][16] (base 2); finished [item][kv head] counts the
 // blocks that are done: zero before and after.
 // Launch: grid (parts <= 400, kv heads), block (128), dynamic shared memory
@@ -358,7 +358,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
       if constexpr (NARROW) {
 #pragma unroll
         for (u32 n = 0; n < D / 16; n += 2) {
-          // two tokens of two neighbouring dimensions in each word: even dimensions make one tile of the product, odd ones another
+          // two tokens of two neighbouring dimensions in each word: even dimensions make one tile of the GEMM, odd ones another
           u32 b[4];
           load_matrices_transposed(b, v_tile + value_place<D, Kv, FEW>(lane / 8 % 2 * 8 + lane % 8, n + lane / 16));
 #pragma unroll
@@ -452,7 +452,7 @@ __device__ __forceinline__ void decode_attention(const bf16* q, const Kv* k_cach
       __syncthreads();
       if (ticket == item.parts - 1) {
         __threadfence();
-        // the item began in its first part, and goes on behind it
+        // the item began in its first part, and continues behind it
         auto place_of = [&](u32 p, u32 r) { return scratch_place(item.first_part + p, p == 0, r); };
         float* weights = reinterpret_cast<float*>(shared);  // [tile row][parts]
         for (u32 r = warp; r < tile_rows; r += DECODE_WARPS) {

@@ -1,18 +1,18 @@
 // Causal attention for chunks of a prompt, heads of 128, on Hopper's warpgroup matrix instructions, in the manner of
 // FlashAttention-3: one warpgroup brings keys and values, two compute 64 rows each, 128 keys at a time. A computing
-// warpgroup's products with the values of one round run under its softmax of the next, and the two take turns at the matrix
+// warpgroup's GEMMs with the values of one round run under its softmax of the next, and the two take turns at the matrix
 // unit, so that one multiplies while the other exponentiates.
 //
-// Rows of shared memory have 128 bytes, the pieces of a row exchanged by its number, as the cache's tiles lie: they are copied whole.
+// Rows of shared memory have 128 bytes, the chunks of a row exchanged by its number, as the cache's tiles lie: they are copied whole.
 // bf16: a round's keys (and values) are two halves of 64 numbers each, [half][128 tokens][64]. e4m3: keys are [128 tokens][128];
-// the matrix unit wants values of one byte as [128 numbers][128 tokens], so `transpose_values` brings those of the chunk's
+// the tensor core wants values of one byte as [128 numbers][128 tokens], so `transpose_values` brings those of the chunk's
 // sequences into that form first. Queries (each row by its own scale) and weights are then e4m3 too. Its sums are kept to some
-// thirteen bits, which a long context would show: products of a round with its values are added to the output in f32.
+// thirteen bits, which a long context would show: GEMMs of a round with its values are added to the output in f32.
 #include "device.cuh"
 
 constexpr u32 D = 128, ROUND = 2 * KV_BLOCK, GROUP_THREADS = 128, COMPUTING = 2;
 constexpr u32 HALF_BYTES = ROUND * 128, TILE_HALF = KV_BLOCK * 128;
-// Numbers of barriers: turns at the matrix unit of the two, the last values cleared, the queries of each computing group.
+// Numbers of barriers: turns at the tensor core of the two, the last values cleared, the queries of each computing group.
 constexpr u32 TURN = 1, CLEARED = 3, QUERIES = 4;
 
 // What depends on the numbers in the cache.
@@ -204,7 +204,7 @@ __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cach
       if (lane == 0) barrier_arrive(empty);
     };
     auto values_of = [&](u32 round) { return v_stages + round % F::STAGES * F::STAGE_BYTES; };
-    // A round of scores, the first turn at the matrix unit.
+    // A round of scores, the first turn at the tensor core.
     auto first_scores = [&] {
       if (worker == 1) meet_later(TURN, COMPUTING * GROUP_THREADS);  // the first turn is the other's
       barrier_wait(&barriers.keys_full[0], 0);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cach
       release(&barriers.keys_empty[0]);
       softmax(0);
     };
-    // Scores of round + 1 and products with the values of `round`, one behind the other; waits for the scores.
+    // Scores of round + 1 and GEMMs with the values of `round`, one behind the other; waits for the scores.
     auto turn = [&](u32 round, auto start_values) {
       barrier_wait(&barriers.keys_full[(round + 1) % F::STAGES], phase(round + 1));
       meet(TURN + worker, COMPUTING * GROUP_THREADS);
@@ -224,7 +224,7 @@ __device__ __forceinline__ void hopper_attention(const bf16* q, const Kv* k_cach
       barrier_wait(&barriers.values_full[round % F::STAGES], phase(round));
       start_values(round);
       meet_later(TURN + (worker ^ 1), COMPUTING * GROUP_THREADS);
-      matrix_unit_wait_but_one();  // the products with the values run on under the softmax
+      matrix_unit_wait_but_one();  // the GEMMs with the values run on under the softmax
       settle(scores);
       release(&barriers.keys_empty[(round + 1) % F::STAGES]);
     };
@@ -347,9 +347,9 @@ HOPPER(hopper_attention_bf16_to_e4m3, bf16, e4m3)
 HOPPER(hopper_attention_e4m3_to_bf16, e4m3, bf16)
 HOPPER(hopper_attention_e4m3_to_e4m3, e4m3, e4m3)
 
-// Values of e4m3 for the matrix unit: prompts [count][3] lists sequences by the place of their first block in `tables`, the tokens that
+// Values of e4m3 for the tensor core: prompts [count][3] lists sequences by the place of their first block in `tables`, the tokens that
 // are stored, and their first round of the output; values behind the last token are 0. Output [round][kv head][128 numbers][128
-// tokens], the pieces of a row exchanged by its number, and every sixteen tokens in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: what
+// tokens], the chunks of a row exchanged by its number, and every sixteen tokens in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: what
 // a lane has of the scores of sixteen keys then follows each other.
 // Launch: grid (rounds, kv heads), block (256).
 KERNEL __launch_bounds__(256) transpose_values(const e4m3* v_cache, const u32* prompts, u32 count, const u32* tables, u8* out) {

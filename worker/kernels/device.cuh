@@ -221,20 +221,20 @@ __device__ __forceinline__ void mma_e4m3(float (&c)[4], const u32 (&a)[4], u32 b
 }
 
 
-// ---- warpgroup matrix products: Hopper only (sm_90a), elsewhere these trap and the host takes another kernel -------------
+// ---- warpgroup GEMMs: Hopper only (sm_90a), elsewhere these trap and the host takes another kernel -------------
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HOPPER_ASM(text) asm volatile(text ::: "memory")
 #else
 #define HOPPER_ASM(text) __trap()
 #endif
-// Between writing registers or accumulators and the first product; after the last product; until all products are done.
+// Between writing registers or accumulators and the first GEMM; after the last GEMM; until all GEMMs are done.
 __device__ __forceinline__ void matrix_unit_begin() { HOPPER_ASM("wgmma.fence.sync.aligned;"); }
 __device__ __forceinline__ void matrix_unit_commit() { HOPPER_ASM("wgmma.commit_group.sync.aligned;"); }
 __device__ __forceinline__ void matrix_unit_wait() { HOPPER_ASM("wgmma.wait_group.sync.aligned 0;"); }
 // Until at most the group committed last is under way.
 __device__ __forceinline__ void matrix_unit_wait_but_one() { HOPPER_ASM("wgmma.wait_group.sync.aligned 1;"); }
-// Tells the compiler that these registers change here: nothing that reads them moves to before a wait, nothing that
+// Reports the compiler that these registers change here: nothing that reads them moves to before a wait, nothing that
 // writes them to behind a begin.
 template <u32 N>
 __device__ __forceinline__ void settle(float (&c)[N][4]) {
@@ -243,7 +243,7 @@ __device__ __forceinline__ void settle(float (&c)[N][4]) {
 #pragma unroll
     for (u32 i = 0; i < 4; i++) asm volatile("" : "+f"(c[j][i])::"memory");
 }
-// To be called by each thread between its writes to shared memory and the barrier before products that read them.
+// To be called by each thread between its writes to shared memory and the barrier before GEMMs that read them.
 __device__ __forceinline__ void show_shared_to_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ u8* align_shared_1024(u8* p) {
   const u32 address = shared_address(p);
@@ -253,7 +253,7 @@ __device__ __forceinline__ u8* align_shared_1024(u8* p) {
 __device__ __forceinline__ u64 matrix_descriptor(const u8* start, u32 leading, u32 stride) {
   return (u64)((shared_address(start) & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
 }
-// Accumulators of a warpgroup's products (four warps): 64 rows, and eight columns for each four numbers of a thread.
+// Accumulators of a warpgroup's GEMMs (four warps): 64 rows, and eight columns for each four numbers of a thread.
 #define ACC1(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define ACC2(c, j) ACC1(c, j), ACC1(c, j + 1)
 #define ACC4(c, j) ACC2(c, j), ACC2(c, j + 2)
@@ -342,8 +342,8 @@ __device__ __forceinline__ void take_registers() {
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-// Where piece `piece` (16 bytes) of token `token` lies in a KV head's tile of a cache block. Rows of 128 and 256 bytes lie
-// as the warpgroup's matrix instructions want them in shared memory: rows (two halves) of 128 bytes, the pieces of a row
+// Where chunk `chunk` (16 bytes) of token `token` lies in a KV head's tile of a cache block. Rows of 128 and 256 bytes lie
+// as the warpgroup's matrix instructions want them in shared memory: rows (two halves) of 128 bytes, the chunks of a row
 // exchanged by its number. All others lie row by row.
 __device__ __forceinline__ u32 cache_place(u32 row_bytes, u32 token, u32 piece) {
   if (row_bytes % 128) return token * row_bytes + piece * 16;
@@ -368,10 +368,10 @@ __device__ __forceinline__ void store4(e4m3* p, float4 v) {
   *reinterpret_cast<u32*>(p) = (u32)pack_e4m3(v.x, v.y) | ((u32)pack_e4m3(v.z, v.w) << 16);
 }
 
-// Most partial sums of a product (MAX_SPLITS in linear.rs).
+// Most partial sums of a GEMM (MAX_SPLITS in linear.rs).
 constexpr u32 MAX_SPLITS = 8;
 
-// A product that may still lie in several partial sums (split K): [splits][rows][columns]. A bf16 product is one sum.
+// A GEMM that may still lie in several partial sums (split K): [splits][rows][columns]. A bf16 GEMM is one sum.
 template <typename T>
 struct Product {
   const T* data;
@@ -395,7 +395,7 @@ struct Product {
 };
 
 // What the next linear reads: bf16, or e4m3 divided by the linear's static activation scale. The division is exact
-// (not a product with the reciprocal), so that rounding falls as in the reference.
+// (not a GEMM with the reciprocal), so that rounding falls as in the reference.
 template <typename Out>
 __device__ __forceinline__ void store_activation4(Out* p, float4 v, float scale);
 template <>

@@ -26,7 +26,7 @@ KERNEL random_bf16(bf16* p, u32 columns, u64 key, u64 tensor_columns, u64 first_
     *reinterpret_cast<u32*>(p + row * columns + i) = pack_bf16(random_number(key, index, deviation), random_number(key, index + 1, deviation));
   }
 }
-// Reads `count` pieces of 16 bytes, eight in flight a thread: the ceiling of everything that streams weights.
+// Reads `count` chunks of 16 bytes, eight in flight a thread: the ceiling of everything that streams weights.
 KERNEL __launch_bounds__(512) read_ceiling(const uint4* p, u64 count, u32* out) {
   u32 sum = 0;
   const u64 step = (u64)gridDim.x * blockDim.x * 8;

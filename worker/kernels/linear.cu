@@ -1,4 +1,4 @@
-// Matrix products for a few rows (M <= 32): y = x W^T with W streamed once, near the bandwidth of device memory.
+// GEMMs for a few rows (M <= 32): y = x W^T with W streamed once, near the bandwidth of device memory.
 // cuBLASLt reaches 58 to 87 % of it at these sizes.
 //
 // Each warp keeps its own ring of stages in shared memory, filled by asynchronous copies; a stage holds 128 bytes of K
@@ -20,8 +20,8 @@ __device__ __forceinline__ void multiply<bf16>(float (&c)[4], const u32 (&a)[4],
   mma_bf16(c, a, b0, b1);
 }
 
-// Place of a 16-byte piece in a stage: rows of 128 bytes; odd rows have their halves exchanged, so that the eight lanes
-// of one phase (two rows, four pieces each) read from all banks.
+// Place of a 16-byte chunk in a stage: rows of 128 bytes; odd rows have their halves exchanged, so that the eight lanes
+// of one phase (two rows, four chunks each) read from all banks.
 __device__ __forceinline__ u32 piece_offset(u32 row, u32 piece) { return row * STAGE_BYTES_OF_K + ((piece ^ ((row & 1) << 2)) << 4); }
 
 // y[split][m][n] (f32, without any scale); W [n][row_bytes], x [m][row_bytes]; n % 32 == 0, row_bytes % 128 == 0,

@@ -69,7 +69,7 @@ struct Peers {
 };
 
 // As add_norm, of a partial that is summed over the ranks of a host first. Each block pushes its row of this rank's
-// partial into the inboxes of the others, tells them, and waits until theirs are here; sums are made in the order of the
+// partial into the inboxes of the others, reports them, and waits until theirs are here; sums are made in the order of the
 // ranks, so that all ranks have the same bits. A row's place alternates with its turn: a rank that pushes turn t + 2 has
 // seen the others come to turn t + 1, and who came there has read what turn t brought.
 // Launch as add_norm; rows <= PEER_ROWS, ranks <= 32 and <= block.
@@ -124,7 +124,7 @@ PEER_NORM(peer_add_bf16_norm_to_e4m3, bf16, e4m3)
 PEER_NORM(peer_add_f32_norm_to_bf16, float, bf16)
 PEER_NORM(peer_add_f32_norm_to_e4m3, float, e4m3)
 
-// The parts of a product, [splits][rows * columns], added up in place of the first. grid (quads / 256), block (256).
+// The parts of a GEMM, [splits][rows * columns], added up in place of the first. grid (quads / 256), block (256).
 KERNEL add_splits(float* product, u32 splits, u64 split_stride, u32 quads) {
   let_next_kernel_start();
   wait_for_previous_kernel();

@@ -1,4 +1,4 @@
-// Splits the product of q/k/v, rotates q and k, scales q by s(p), stores k and v in the cache.
+// Splits the GEMM of q/k/v, rotates q and k, scales q by s(p), stores k and v in the cache.
 #include "device.cuh"
 
 __device__ __forceinline__ void store2(bf16* p, float a, float b) { *reinterpret_cast<u32*>(p) = pack_bf16(a, b); }

@@ -1,11 +1,11 @@
-// What a step needs once before the first layer: embeddings of its ids, and for every row its rotary angles, its query
+// What a step needs once before the first layer: embeddings of its token IDs, and for every row its rotary angles, its query
 // scale and its place in the KV cache.
 #include "device.cuh"
 
 constexpr u32 SAMPLED = 0xffffffffu;
 
 // residual[row] = table[id[row] - first_id], zeros where this rank does not hold the id; an id SAMPLED stands for the
-// one drawn last in the row's slot.
+// one sampled last in the row's slot.
 // grid (rows), block (256); hidden % 4 == 0.
 KERNEL embed(float* residual, const bf16* table, const u32* ids, const u32* row_slot, const u32* last_drawn, u32 first_id,
              u32 id_count, u32 hidden) {

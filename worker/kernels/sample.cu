@@ -1,4 +1,4 @@
-// Draws the next id of a row of logits, or scores a known one, by the recipe of worker/src/sample/mod.rs. Sums that
+// Samples the next id of a row of logits, or scores a known one, by the recipe of worker/src/sample/mod.rs. Sums that
 // decide anything are taken in integers: the same on every rank, whatever the order of the threads.
 #include "device.cuh"
 
@@ -21,11 +21,11 @@ constexpr u32 IN_PROMPT = 0x80000000u;
 
 struct Request {
   u32 row, slot, position;
-  u32 target;  // FAULT: draw; otherwise score this id
+  u32 target;  // FAULT: sample; otherwise score this id
   u32 top;     // alternatives of a score
-  u32 mask;    // which of `masks` bounds the draw; FAULT: none
-  u32 link;    // draws of this sequence before this one in the step: only if each drew its request's `guess`
-  u32 guess;   // what the next link takes this one to draw
+  u32 mask;    // which of `masks` bounds the sample; FAULT: none
+  u32 link;    // samples of this sequence before this one in the step: only if each drew its request's `draft token`
+  u32 guess;   // what the next link takes this one to sample
   u32 length;  // links of the chain; of more than one, `settle_drafts` says which count
 };
 
@@ -118,7 +118,7 @@ __device__ __forceinline__ float gumbel_of(u32 id, const Request& request, const
 }
 
 // Sums of 45-bit weights by bin, each in three native 32-bit counters of 15 bits: exact, and the same in any order. A row has
-// fewer than 2^17 + 1 ids.
+// fewer than 2^17 + 1 token IDs.
 struct Histogram {
   u32 parts[3][256];
   __device__ __forceinline__ void add(u32 bin, u64 weight) {
@@ -182,8 +182,8 @@ __device__ __forceinline__ u32 select_threshold(const float* x, u32 vocabulary, 
 }
 
 // Launch: grid (requests), block (1024). `logits` [rows][vocabulary] raw; `work` [requests][vocabulary] scratch.
-// Answers [requests]; a drawn id also becomes last_drawn[slot] and is counted. id FAULT = the logits hold no numbers.
-// `masks` [draws with a grammar][ceil(vocabulary / 32)]: bit i % 32 of word i / 32 lets id i be drawn.
+// Responses [requests]; a sampled id also becomes last_drawn[slot] and is counted. id FAULT = the logits hold no numbers.
+// `masks` [samples with a grammar][ceil(vocabulary / 32)]: bit i % 32 of word i / 32 lets id i be sampled.
 KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, const Request* requests, SlotSampler* samplers,
                                            const u32* masks, u32* last_drawn, u32* generated, Answer* answers,
                                            u32 vocabulary) {
@@ -344,7 +344,7 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
   }
 }
 
-// Of each chain of draws, remembers those that count: up to the first that is not what was guessed. Launch: grid
+// Of each chain of samples, remembers those that count: up to the first that is not what was drafted. Launch: grid
 // (requests / 128, rounded up), block (128), after sample_rows.
 KERNEL settle_drafts(const Request* requests, u32 count, const Answer* answers, SlotSampler* samplers, u32* last_drawn,
                      u32* generated, u32 vocabulary) {
@@ -368,7 +368,7 @@ KERNEL settle_drafts(const Request* requests, u32 count, const Answer* answers, 
   }
 }
 
-// seen[id] |= IN_PROMPT for the ids of the prompt; += 1 for ids generated elsewhere. Launch: grid (any), block (256).
+// seen[id] |= IN_PROMPT for the token IDs of the prompt; += 1 for token IDs generated elsewhere. Launch: grid (any), block (256).
 KERNEL count_ids(u32* seen, const u32* prompt, u32 prompt_count, const u32* generated, u32 generated_count, u32 vocabulary) {
   wait_for_previous_kernel();
   const u32 stride = gridDim.x * blockDim.x;

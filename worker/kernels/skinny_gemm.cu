@@ -1,11 +1,11 @@
-// FP8 matrix products for up to 128 rows: y = x W^T with W streamed once, near the bandwidth of device memory, on Hopper's
+// FP8 GEMMs for up to 128 rows: y = x W^T with W streamed once, near the bandwidth of device memory, on Hopper's
 // warpgroup matrix instructions: W's rows are the rows of the instruction, x's its columns.
 //
 // One thread brings boxes of W and x through a ring of stages (bulk tensor copies, which also swizzle them), two warpgroups
 // multiply. Two kinds:
 // - plain: the work (all tiles of W, all of K) is cut into as many equal parts as there are blocks. A part may begin inside a
 //   tile; then its block leaves the sums of that tile to the block that began it, which adds them up in their order.
-// - gated: W is gate above up, y = silu(gate) * up in the form that the next product reads. Whole tiles; groups of eight rows of
+// - gated: W is gate above up, y = silu(gate) * up in the form that the next GEMM reads. Whole tiles; groups of eight rows of
 //   gate and of up take turns within a tile, so that each thread holds both numbers that belong together.
 #include "device.cuh"
 

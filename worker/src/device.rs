@@ -50,7 +50,7 @@ fn gpus_of(options: &WorkerOptions) -> Range<usize> {
     0..options.local_ranks().len()
 }
 
-/// What the backends are told.
+/// What the backends are given.
 pub(crate) fn options_of(device: Device, options: &WorkerOptions) -> Result<DeviceOptions, WorkerError> {
     let kv = options.kv_cache.dtype;
     if device == Device::Cuda {

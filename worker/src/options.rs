@@ -47,7 +47,7 @@ pub struct WorkerOptions {
     /// Which state of its deployment this process is of, for example the hash of a pod's template. A group is of one: in a
     /// rolling update its followers join no leader of the next or the last one.
     pub revision: String,
-    /// Sums over the ranks go through NCCL alone, also where the GPUs reach each other's memory.
+    /// All-reduce go through NCCL alone, also where the GPUs reach each other's memory.
     pub disable_custom_all_reduce: bool,
     /// How long the ranks wait for each other at the start.
     #[serde(deserialize_with = "seconds")]
@@ -125,7 +125,7 @@ pub enum DeviceChoice {
     Cpu,
     /// NVIDIA GPUs.
     Cuda,
-    /// No model at all: scripted ids and a timing model.
+    /// No model at all: scripted token IDs and a timing model.
     Fake,
 }
 
@@ -135,7 +135,7 @@ pub enum DeviceChoice {
 pub struct KvCacheOptions {
     /// Blocks of 64 tokens; by `memory` where it is absent.
     pub blocks: Option<u32>,
-    /// Memory on each rank; where it is absent, 1 GiB on a CPU and what `device_share` leaves on a GPU.
+    /// Memory on each rank; if it is absent, 1 GiB on a CPU and what `device_share` leaves on a GPU.
     pub memory: Option<ByteSize>,
     /// Share of a GPU's memory that the rank uses, weights included.
     pub device_share: f32,

@@ -194,7 +194,7 @@ fn variants() -> Vec<(&'static str, v1::GenerateRequest)> {
     let greedy = || v1::Sampling { temperature: Some(0.0), ..Default::default() };
     let sampled = || v1::Sampling { temperature: Some(0.7), top_p: Some(0.9), seed: 77, ..Default::default() };
     let request = |sampling| v1::GenerateRequest { sampling: Some(sampling), ..Default::default() };
-    // a few ids that are likely everywhere: what is drawn repeats
+    // a few token IDs that are likely everywhere: what is sampled repeats
     let few = |weight: f32| (300..304).map(|id| (id, weight)).collect();
     let schema = r#"{"type": "array", "items": {"enum": ["alpha", "beta"]}, "minItems": 12, "maxItems": 20}"#;
     let grammar = v1::Grammar { kind: v1::grammar::Kind::JsonSchema.into(), source: schema.into() };
@@ -323,7 +323,7 @@ async fn conversations_of_three_times_the_cache_come_back_from_host_memory() {
             }
         }
     }
-    // what a router was told is what is there
+    // what a router was given is what is there
     let mut held = std::collections::HashSet::new();
     while let Ok(event) = watched.try_recv() {
         match event.event.unwrap() {

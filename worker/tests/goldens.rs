@@ -155,7 +155,7 @@ fn any_batch_mix_gives_the_same_logits() {
         .collect();
     let plain: Vec<Vec<Vec<f32>>> =
         prompts.iter().zip(&tables).map(|(ids, table)| rank.run_in_chunks(ids, table, ids.len())).collect();
-    // each advances by its own chunk, so that every step mixes decodes with pieces of prompts
+    // each advances by its own chunk, so that every step mixes decodes with chunks of prompts
     let chunks = [1, 5, 37, 200];
     let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); prompts.len()];
     loop {

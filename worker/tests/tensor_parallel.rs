@@ -8,7 +8,7 @@ use bora_worker::backend::cpu::CpuOptions;
 use bora_worker::parallel::{Collective, loopback_mesh};
 use support::{Goldens, Rank, Shape, blocks, difference, fixture, over, single, threads};
 
-/// Sums over ranks are made in another order than the whole product.
+/// All-reduce are made in another order than the whole product.
 const SPLIT: f32 = 1e-3;
 
 fn logits(rank: &mut Rank, ids: &[u32]) -> Vec<Vec<f32>> {

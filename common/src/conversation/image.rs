@@ -1,4 +1,4 @@
-//! How many placeholders a picture takes, and how large a picture is: its header tells, no pixel is decoded.
+//! How many placeholders an image takes, and how large an image is: its header reports, no pixel is decoded.
 
 use base64::Engine as _;
 use base64::alphabet;
@@ -6,7 +6,7 @@ use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 
 use crate::tokenizer::ImageGeometry;
 
-/// A picture's size in pixels.
+/// An image's size in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageSize {
     /// Columns of pixels.
@@ -15,7 +15,7 @@ pub struct ImageSize {
     pub height: u32,
 }
 
-/// Why a picture cannot be used.
+/// Why an image cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ImageError {
     /// The URL's scheme is not one that is resolved here.
@@ -27,20 +27,20 @@ pub enum ImageError {
     /// The payload is not base64.
     #[error("invalid data URL: the payload is not valid base64")]
     Base64,
-    /// The bytes are not a picture of a supported format.
+    /// The bytes are not an image of a supported format.
     #[error("the payload is not a readable image (supported: PNG, JPEG, WebP, GIF, BMP, TIFF)")]
     Format,
-    /// Getting the picture failed.
+    /// Getting the image failed.
     #[error("the image cannot be read: {0}")]
     Unavailable(String),
 }
 
-/// Tells how large the pictures of a conversation are.
+/// Reports how large the images of a conversation are.
 ///
-/// It is asked for every picture, `data:` URLs included; [`data_url_size`] answers for those. Whoever
-/// fetches pictures does so before and looks the sizes up here.
+/// It is asked for every image, `data:` URLs included; [`data_url_size`] responds for those. Whoever
+/// fetches images does so before and looks the sizes up here.
 pub trait ImageSizes {
-    /// The size of the picture behind a URL.
+    /// The size of the image behind a URL.
     fn size(&self, url: &str) -> Result<ImageSize, ImageError>;
 }
 
@@ -79,12 +79,12 @@ fn scheme(url: &str) -> String {
     url.split(':').next().unwrap_or_default().chars().take(32).collect()
 }
 
-/// The size of the picture in a `data:` URL.
+/// The size of the image in a `data:` URL.
 pub fn data_url_size(url: &str) -> Result<ImageSize, ImageError> {
     image_size(&data_url_bytes(url)?)
 }
 
-/// The size of an encoded picture, from its header.
+/// The size of an encoded image, from its header.
 pub fn image_size(bytes: &[u8]) -> Result<ImageSize, ImageError> {
     use imagesize::ImageType;
     match imagesize::image_type(bytes) {
@@ -98,7 +98,7 @@ pub fn image_size(bytes: &[u8]) -> Result<ImageSize, ImageError> {
     }
 }
 
-/// Columns and rows of a picture's placeholders.
+/// Columns and rows of an image's placeholders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageGrid {
     /// Placeholders that carry features, in one row.
@@ -108,7 +108,7 @@ pub struct ImageGrid {
 }
 
 impl ImageGrid {
-    /// The grid of a picture: shrunk to the longest side allowed (each side rounded half to even), then
+    /// The grid of an image: shrunk to the longest side allowed (each side rounded half to even), then
     /// covered with squares of patch size times merge size.
     pub fn of(size: ImageSize, geometry: ImageGeometry) -> Self {
         let longest = f64::from(geometry.max_image_size);
@@ -122,7 +122,7 @@ impl ImageGrid {
         Self { columns: squares(shrink(size.width)), rows: squares(shrink(size.height)) }
     }
 
-    /// Number of ids: a row of placeholders and its break, for each row.
+    /// Number of token IDs: a row of placeholders and its break, for each row.
     pub fn length(self) -> usize {
         (self.columns as usize + 1) * self.rows as usize
     }

@@ -1,7 +1,7 @@
 //! Conversations that grow: what follows a beginning that was read, checked and laid out before.
 //!
 //! An agent sends its whole conversation again with every turn. What was seen before need not be read
-//! again: of each message only its [`Outline`] (its role and the ids of its calls) takes part in the rules
+//! again: of each message only its [`Outline`] (its role and the token IDs of its calls) takes part in the rules
 //! for what follows. A *run* is what the layout makes one: neighbours of the same role. The beginning must
 //! end where a run ends.
 //!
@@ -57,7 +57,7 @@ impl Outline {
 /// Why what follows can't be read behind what is known.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotGrown {
-    /// The last known run goes on: it must be read again.
+    /// The last known run continues: it must be read again.
     #[error("the known part ends within a run of messages")]
     WithinRun,
     /// The whole conversation is to be read and judged.
@@ -76,7 +76,7 @@ pub enum NotGrown {
 pub struct Run {
     /// What later rules need of its messages.
     pub outlines: Vec<Outline>,
-    /// Whether the model goes on with it: then it does not end as it will when it is part of a longer
+    /// Whether the model continues with it: then it does not end as it will when it is part of a longer
     /// conversation.
     pub is_continued: bool,
     parts: Vec<Part>,
@@ -143,7 +143,7 @@ impl Growth {
         Ok(Self { runs: laid_out, images })
     }
 
-    /// The ids of one of its runs; offsets of pictures count from the run's first id.
+    /// The token IDs of one of its runs; offsets of images count from the run's first id.
     pub fn encode(
         &self,
         run: &Run,

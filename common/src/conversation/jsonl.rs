@@ -1,4 +1,4 @@
-//! Requests in, ids out, one a line: what `bora tokenize` does.
+//! Requests in, token IDs out, one a line: what `bora tokenize` does.
 
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};

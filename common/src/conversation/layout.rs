@@ -1,14 +1,14 @@
-//! Messages, tools and pictures in the order and between the markers that the model was trained on
+//! Messages, tools and images in the order and between the markers that the model was trained on
 //! (mistral-common's tokenizer version 13).
 //!
 //! ```text
-//! <s> [SYSTEM_PROMPT]text[/SYSTEM_PROMPT]* [AVAILABLE_TOOLS]json[/AVAILABLE_TOOLS] [INST]user[/INST] answer</s> ...
+//! <s> [SYSTEM_PROMPT]text[/SYSTEM_PROMPT]* [AVAILABLE_TOOLS]json[/AVAILABLE_TOOLS] [INST]user[/INST] response</s> ...
 //! assistant:     text [TOOL_CALLS]name[ARGS]json [TOOL_CALLS]name[ARGS]json </s>
 //! tool results:  [TOOL_RESULTS]text[/TOOL_RESULTS] for each call, in the order of the calls
 //! ```
 //!
 //! Each bracketed name is one id; nothing is added between them. Every text between two of them is
-//! tokenised on its own, so the ids of a text do not depend on its neighbours and may be cached by text.
+//! tokenised on its own, so the token IDs of a text do not depend on its neighbours and may be cached by text.
 
 use std::collections::HashMap;
 
@@ -86,21 +86,21 @@ impl Special {
     }
 }
 
-/// A piece of a prompt.
+/// A chunk of a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Segment {
     /// One marker.
     Special(Special),
     /// Text, tokenised on its own.
     Text(String),
-    /// A picture's placeholders; an index into the conversation's pictures.
+    /// An image's placeholders; an index into the conversation's images.
     Image(usize),
 }
 
 /// A message as the prompt shows it, after merging and sorting: a prompt is a list of these.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// Its pieces in order. The first part of a prompt starts with `<s>`; the tools stand in front of the
+    /// Its chunks in order. The first part of a prompt starts with `<s>`; the tools stand in front of the
     /// first user message, in its part.
     pub segments: Vec<Segment>,
 }
@@ -149,7 +149,7 @@ impl<'t> Layout<'t> {
         Self { tools: (!tools.is_empty()).then_some(tools), call_ids: Vec::new(), begun: false }
     }
 
-    /// Behind these messages, of which only roles and the ids of calls count.
+    /// Behind these messages, of which only roles and the token IDs of calls count.
     pub(super) fn after<'m>(known: impl Iterator<Item = &'m Message>, tools: &'t [Tool]) -> Self {
         let mut layout = Self::new(tools);
         for message in known {
@@ -193,7 +193,7 @@ impl<'t> Layout<'t> {
             parts.push(assistant(merged, &At::root("messages").index(index))?);
         }
         if !results.is_empty() {
-            // A call's place is its last one in the list: ids of earlier, unanswered calls may repeat.
+            // A call's place is its last one in the list: token IDs of earlier, unanswered calls may repeat.
             let places: HashMap<&str, usize> =
                 self.call_ids.iter().enumerate().map(|(place, id)| (id.as_str(), place)).collect();
             results.sort_by_key(|(id, _)| places.get(id.as_str()).copied().unwrap_or(usize::MAX));
@@ -258,7 +258,7 @@ fn tool_result(content: Vec<Chunk>) -> Part {
 
 fn user(contents: Vec<Vec<Chunk>>, tools: Option<&[Tool]>) -> Part {
     let mut content = join(contents);
-    // Text followed by the only picture: the model saw the picture first.
+    // Text followed by the only image: the model saw the image first.
     if matches!(content.as_slice(), [Chunk::Text(_), Chunk::Image(_)]) {
         content.reverse();
     }

@@ -9,12 +9,12 @@ use super::python_json::{Json, JsonError, dump_string};
 use super::validate::{self, FunctionNames};
 use crate::cpu_budget::{self, Stage};
 
-/// A piece of a message's content.
+/// A chunk of a message's content.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Chunk {
     /// Text.
     Text(String),
-    /// A picture, by its URL; an index into the conversation's pictures.
+    /// An image, by its URL; an index into the conversation's images.
     Image(usize),
     /// Reasoning of the assistant; `closed` when it is complete.
     Thinking {
@@ -25,7 +25,7 @@ pub enum Chunk {
     },
 }
 
-/// A picture that a message shows.
+/// An image that a message shows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageSource {
     /// Its URL as the client wrote it: `data:`, `http(s):` or another scheme that the server resolves.
@@ -55,7 +55,7 @@ pub enum Message {
     },
     /// What the user says or shows.
     User {
-        /// Text and pictures.
+        /// Text and images.
         content: Vec<Chunk>,
     },
     /// What the model said and called.
@@ -64,12 +64,12 @@ pub enum Message {
         content: Vec<Chunk>,
         /// Calls, in order.
         tool_calls: Vec<ToolCall>,
-        /// Whether the model is to go on with this message instead of answering it.
+        /// Whether the model is to continue with this message instead of answering it.
         prefix: bool,
     },
     /// The result of a call.
     Tool {
-        /// The call it answers.
+        /// The call whose result this is.
         call_id: String,
         /// Text.
         content: Vec<Chunk>,
@@ -149,7 +149,7 @@ pub(super) fn within(count: usize, limit: usize, what: &str, at: &At<'_>) -> Res
     Err(at.error(Rule::TooLong, format!("a request may have at most {limit} {what}")))
 }
 
-/// Reads the `messages` array; pictures are collected in `images` in the order of the request.
+/// Reads the `messages` array; images are collected in `images` in the order of the request.
 pub(super) fn read_messages(
     messages: &Json<'_>,
     names: FunctionNames,

@@ -1,9 +1,9 @@
-//! Conversations to token ids, and generated ids back to content and tool calls.
+//! Conversations to token IDs, and generated token IDs back to content and tool calls.
 //!
 //! [`Conversation::parse`] reads and checks OpenAI-style messages and tools (`message`, `tool`, `validate`)
-//! and lays them out between the model's markers (`layout`); [`Conversation::encode`] turns that into ids.
-//! [`ToolCallParser`] reads what the model answers, on ids. The rules are those of mistral-common's tokenizer
-//! version 13; other layouts are refused rather than guessed.
+//! and lays them out between the model's markers (`layout`); [`Conversation::encode`] turns that into token IDs.
+//! [`ToolCallParser`] reads the output of the model, on token IDs. The rules are those of mistral-common's tokenizer
+//! version 13; other layouts are refused rather than drafted.
 
 mod brackets;
 mod error;
@@ -38,7 +38,7 @@ use error::At;
 /// What a request says about its conversation besides messages and tools.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ConversationOptions {
-    /// The model goes on with the last message, which is the assistant's (`continue_final_message`).
+    /// The model continues with the last message, which is the assistant's (`continue_final_message`).
     pub continue_final_message: bool,
     /// Which names functions may have.
     pub function_names: FunctionNames,
@@ -74,8 +74,8 @@ pub struct Conversation {
     tools: Vec<Tool>,
 }
 
-/// Turns a text into ids: the tokenizer, or a cache in front of it. Every text of a conversation is
-/// tokenised on its own, so its ids depend on nothing else.
+/// Turns a text into token IDs: the tokenizer, or a cache in front of it. Every text of a conversation is
+/// tokenised on its own, so its token IDs depend on nothing else.
 pub trait TextEncoder {
     /// Appends the token IDs of a text. After an error only a part of them may have been appended.
     fn encode_into(&self, text: &str, token_ids: &mut Vec<u32>) -> Result<(), Stopped>;
@@ -87,18 +87,18 @@ impl TextEncoder for Tokenizer {
     }
 }
 
-/// A prompt in ids.
+/// A prompt in token IDs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Encoded {
-    /// The ids.
+    /// The token IDs.
     pub token_ids: Vec<u32>,
-    /// The pictures, in the order of their placeholders.
+    /// The images, in the order of their placeholders.
     pub images: Vec<EncodedImage>,
-    /// For each [`Part`] (a message after merging and sorting), the number of ids up to its end.
+    /// For each [`Part`] (a message after merging and sorting), the number of token IDs up to its end.
     pub message_ends: Vec<usize>,
 }
 
-/// A picture's place in a prompt.
+/// An image's place in a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EncodedImage {
     /// Which of [`Conversation::images`] it is.
@@ -107,7 +107,7 @@ pub struct EncodedImage {
     pub source: ImageSource,
     /// Index of its first placeholder id.
     pub offset: usize,
-    /// Number of its placeholder ids, row breaks included.
+    /// Number of its placeholder token IDs, row breaks included.
     pub length: usize,
     /// Placeholders in a row.
     pub columns: u32,
@@ -179,7 +179,7 @@ impl Conversation {
         Self::parse_json(messages, request.get("tools"), options)
     }
 
-    /// The pictures in the order of the request, to be fetched before [`Conversation::encode`].
+    /// The images in the order of the request, to be fetched before [`Conversation::encode`].
     pub fn images(&self) -> &[ImageSource] {
         &self.images
     }
@@ -194,12 +194,12 @@ impl Conversation {
         &self.parts
     }
 
-    /// The prompt's ids.
+    /// The prompt's token IDs.
     pub fn encode(&self, tokenizer: &Tokenizer, sizes: &dyn ImageSizes) -> Result<Encoded, ConversationError> {
         self.encode_with(tokenizer, tokenizer, sizes)
     }
 
-    /// The prompt's ids, where the ids of texts come from `texts` (a cache) and markers from `tokenizer`.
+    /// The prompt's token IDs, where the token IDs of texts come from `texts` (a cache) and markers from `tokenizer`.
     pub fn encode_with(
         &self,
         tokenizer: &Tokenizer,
@@ -210,7 +210,7 @@ impl Conversation {
     }
 }
 
-/// The ids of parts, whose pictures are in `images`.
+/// The token IDs of parts, whose images are in `images`.
 fn encode_parts(
     parts: &[Part],
     images: &[ImageSource],
@@ -266,7 +266,7 @@ fn encode_image(
     Ok(())
 }
 
-/// The ids of the layout's markers in one tokenizer.
+/// The token IDs of the layout's markers in one tokenizer.
 struct Markers {
     ids: [Option<u32>; Special::ALL.len()],
     image: Option<ImageGeometry>,

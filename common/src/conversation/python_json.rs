@@ -227,7 +227,7 @@ fn dump_float(number: f64, out: &mut String) {
 }
 
 /// Eight bytes of a string at once: the lowest bit that is set is the highest one of the first byte that a string can't
-/// hold as it is (a quote, a backslash, a control character). What stands behind that byte may be told wrongly.
+/// hold as it is (a quote, a backslash, a control character). What stands behind that byte may be given wrongly.
 fn special_bytes(word: u64) -> u64 {
     const ONES: u64 = u64::MAX / 255;
     const HIGH: u64 = ONES << 7;

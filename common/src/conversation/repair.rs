@@ -1,14 +1,14 @@
 //! Conversations that the reference refuses, made into the nearest ones that it takes.
 //!
-//! Agents send histories that the model was never trained on: an answer that says nothing, a call whose tool was denied
-//! and never answered, a reminder in the role `system` behind an answer. [`repair`] mends a fixed list of such cases
+//! Agents send histories that the model was never trained on: a response that says nothing, a call whose tool was denied
+//! and never served, a reminder in the role `system` behind a response. [`repair`] mends a fixed list of such cases
 //! ([`Repair`]); everything else stays as it is, for [`Conversation`](super::Conversation) to judge.
 //!
 //! Two things hold, and tests keep them:
 //!
 //! - What is valid gives the same prompt as without repair.
-//! - A conversation that grows keeps its beginning, so that caches of prompts go on to work. A *turn* is one answer of
-//!   the assistant (neighbouring messages are one answer) and all that follows up to the next one; requests are sent at
+//! - A conversation that grows keeps its beginning, so that caches of prompts continue to work. A *turn* is one response of
+//!   the assistant (neighbouring messages are one response) and all that follows up to the next one; requests are sent at
 //!   the end of a turn. What a turn becomes depends on that turn alone. (A last message that is continued ends later.)
 //!
 //! A result without a call is dropped rather than shown as a user's words: what tools return is not to be obeyed.
@@ -30,13 +30,13 @@ pub enum Repair {
     SplitCalls,
     /// A call without a result gets one that says it was not run.
     MissingResult,
-    /// A result that answers no call of the turn, or one that has its result, is dropped.
+    /// A result that responds no call of the turn, or one that has its result, is dropped.
     OrphanResult,
     /// A result behind a user or system message moves to its call.
     LateResult,
     /// Calls without an id, or with the same one, and their results get ids of their own. No id is part of a prompt.
     CallId,
-    /// A system message behind an answer or a tool's result is a user's message.
+    /// A system message behind a response or a tool's result is a user's message.
     LateSystem,
     /// Content that is absent or `null` is empty.
     NoContent,
@@ -94,7 +94,7 @@ pub struct Repaired {
     pub messages: Vec<RepairedMessage>,
     /// What was done, by the message of the request that it was done to.
     pub repairs: Vec<(usize, Repair)>,
-    /// Whether the model goes on with the last message, for `continue_final_message` as for `prefix`.
+    /// Whether the model continues with the last message, for `continue_final_message` as for `prefix`.
     pub continue_final_message: bool,
 }
 
@@ -210,7 +210,7 @@ fn usable_id<'v>(id: Option<&'v Json<'_>>) -> Option<&'v str> {
     id.and_then(Json::as_str).filter(|id| !id.is_empty() && *id != "null")
 }
 
-/// An answer and what follows it; the first turn may have no answer.
+/// A response and what follows it; the first turn may have no response.
 #[derive(Default)]
 struct Turn<'a> {
     response: Vec<Item<'a>>,
@@ -301,7 +301,7 @@ impl<'a> Work<'a> {
         speaking
     }
 
-    /// All calls of an answer are made by its last message. A message of which nothing is left is dropped.
+    /// All calls of a response are made by its last message. A message of which nothing is left is dropped.
     fn join_calls(&mut self, response: &mut Vec<Item<'a>>) {
         let Some((last, before)) = response.split_last_mut() else { return };
         if before.iter().all(|item| item.calls().is_empty()) {
@@ -362,7 +362,7 @@ impl<'a> Work<'a> {
 
     /// The results of the turn's calls in the order they came, and all messages that are no results.
     fn match_results(&mut self, rest: Vec<Item<'a>>, calls: &mut [Call]) -> (Vec<Item<'a>>, Vec<Item<'a>>) {
-        // the reference lets a conversation begin with a result, whatever it answers
+        // the reference lets a conversation begin with a result of no call
         let is_tool = |item: &Item<'_>| item.role() == "tool" && item.index > 0;
         let mut responses = vec![None; rest.len()];
         // calls that have no result yet, by the name that the client gave them

@@ -72,7 +72,7 @@ pub(super) fn call_id(id: &str, at: &At<'_>) -> Result<(), ConversationError> {
     Err(at.error(Rule::ToolCallId, "a tool call id must be a non-empty string other than 'null'"))
 }
 
-/// The meta-schema of draft 7. No text is held to its format. Regular expressions in particular come in every dialect (the
+/// The meta-schema of draft 7. No text is bound by its format. Regular expressions in particular come in every dialect (the
 /// reference takes Python's), and nobody but a form that is forced has to read them.
 static META_SCHEMA: LazyLock<Option<Validator>> = LazyLock::new(|| {
     draft7::options()
@@ -138,7 +138,7 @@ fn role_order(messages: &[&Message], at: &At<'_>) -> Result<(), ConversationErro
     Ok(())
 }
 
-/// Each assistant message's calls must be answered exactly once each before the next assistant message and
+/// Each assistant message's calls must be served exactly once each before the next assistant message and
 /// before the end. As in the reference, the first message's own calls are not counted.
 fn tool_pairing(messages: &[&Message], at: &At<'_>) -> Result<(), ConversationError> {
     let mut expected: HashSet<&str> = HashSet::new();

@@ -32,7 +32,7 @@ pub(super) fn read(text: &str) -> Result<ModelConfig, ModelConfigError> {
     read_decoder(&root, &root, None)
 }
 
-/// The end ids of `generation_config.json`.
+/// The end token IDs of `generation_config.json`.
 pub(super) fn generation_end_ids(text: &str) -> Result<Vec<u32>, ModelConfigError> {
     const GENERATION_FILE: &str = "generation_config.json";
     let value = parse(GENERATION_FILE, text)?;

@@ -1,6 +1,6 @@
 //! Mistral's own `params.json`, which stands beside `consolidated*.safetensors`.
 //!
-//! The file says less than `config.json`: the begin and end ids are those of every tekken vocabulary (1 and
+//! The file says less than `config.json`: the begin and end token IDs are those of every tekken vocabulary (1 and
 //! 2), positions end where YaRN's stretched range ends, and whether YaRN's attention factor applies follows
 //! `yarn.apply_scale` or, where that is absent, the rule of the authors' conversion script: it applies to
 //! models without a vision part.

@@ -72,7 +72,7 @@ pub struct VisionConfig {
     pub intermediate_size: usize,
     /// Side of a patch, pixels.
     pub patch_size: usize,
-    /// Longest side of a picture, pixels.
+    /// Longest side of an image, pixels.
     pub image_size: usize,
     /// Colours.
     pub num_channels: usize,
@@ -135,7 +135,7 @@ pub enum ModelConfigError {
 
 impl ModelConfig {
     /// Reads the description from a checkpoint's folder: `config.json` where there is one, else
-    /// `params.json`. `generation_config.json` adds its end ids.
+    /// `params.json`. `generation_config.json` adds its end token IDs.
     pub fn from_dir(folder: &Path) -> Result<Self, ModelConfigError> {
         let mut config = match read_if_present(&folder.join("config.json"))? {
             Some(text) => Self::from_huggingface(&text)?,

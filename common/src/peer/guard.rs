@@ -100,7 +100,7 @@ impl Guard {
     }
 }
 
-/// A router of contract 1 takes FAILED_PRECONDITION for its client's fault: it is told to try elsewhere.
+/// A router of contract 1 takes FAILED_PRECONDITION for its client's fault: it is asked to try elsewhere.
 fn refusal(path: &str, mismatch: Mismatch) -> Status {
     match mismatch {
         Mismatch::Contract(skew) if path.starts_with("/bora.v1.Inference/") => Status::unavailable(skew.to_string()),

@@ -6,7 +6,7 @@
 //! of its owner. A `/` or `%` in a name is percent-encoded.
 //!
 //! etcd away is no outage: an announcement is kept by a task that grants a new lease and puts the record
-//! again once etcd answers ([`keeper`]); a watch reads everything anew and reports only what differs.
+//! again once etcd responds ([`keeper`]); a watch reads everything anew and reports only what differs.
 //!
 //! `.../groups/{model}/{group}/duplicate/{endpoint}` stands for two minutes after a group was refused because its name is
 //! taken.
@@ -57,7 +57,7 @@ pub struct EtcdCredentials {
     pub password_file: PathBuf,
 }
 
-/// One answer of etcd; a dead member is noticed by this.
+/// One response of etcd; a dead member is noticed by this.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// etcd closes connections that ping more often than every 5 s (its --grpc-keepalive-min-time).
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);

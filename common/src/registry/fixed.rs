@@ -69,7 +69,7 @@ impl Registry for FixedRegistry {
     }
 }
 
-/// Which endpoint has which name: of two groups of one name the first that answers keeps it, for as long as it does.
+/// Which endpoint has which name: of two groups of one name the first that responds keeps it, for as long as it does.
 #[derive(Debug, Default)]
 struct Names {
     holders: Mutex<BTreeMap<String, String>>,

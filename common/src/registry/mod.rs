@@ -16,12 +16,12 @@ pub use fixed::FixedRegistry;
 pub use memory::MemoryRegistry;
 pub use record::{Device, GroupRecord, GroupState, RankRecord, RendezvousRecord, RouterRecord, Speed};
 
-/// What a watcher is told.
+/// What a watcher is given.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GroupChange {
     /// A group is new or its record changed.
     Put(Box<GroupRecord>),
-    /// A group is no longer announced. It may still answer: whoever has a live connection to it decides.
+    /// A group is no longer announced. It may still respond: whoever has a live connection to it decides.
     Gone {
         /// Its model.
         model: String,
@@ -103,10 +103,10 @@ pub trait Registry: Send + Sync {
     async fn announce(&self, record: GroupRecord) -> Result<Announcement, RegistryError>;
 
     /// All groups announced now, as [`GroupChange::Put`], then every change. The stream never ends while it
-    /// is read; it is silent while the store is away, and tells the difference once it is back.
+    /// is read; it is silent while the store is away, and reports the difference once it is back.
     fn watch(&self) -> mpsc::Receiver<GroupChange>;
 
-    /// Counts a router among those that live until the presence ends, and tells how many there are. Only etcd
+    /// Counts a router among those that live until the presence ends, and reports how many there are. Only etcd
     /// knows of other routers: elsewhere this one is the only one.
     fn join(&self, router: RouterRecord) -> RouterPresence {
         tracing::debug!(router = router.router, "this registry does not count routers");

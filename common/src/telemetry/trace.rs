@@ -1,7 +1,7 @@
 //! Traces: W3C trace context, and spans that are recorded when they have ended.
 //!
 //! Nothing is made for a request that is not traced: whether it is, is decided once, where it arrives. A span's
-//! ids are known before it begins (they travel in `traceparent`), its times are those of the work itself, and it
+//! token IDs are known before it begins (they travel in `traceparent`), its times are those of the work itself, and it
 //! goes to OpenTelemetry's own batch processor as a whole when it is over. That queue is bounded and never waits.
 
 use std::fmt;
@@ -189,7 +189,7 @@ impl Span {
         })
     }
 
-    /// The side of a call that answers; its parent is another process.
+    /// The side of a call that responds; its parent is another process.
     pub fn server(mut self) -> Self {
         self.kind = SpanKind::Server;
         self.parent_is_remote = true;

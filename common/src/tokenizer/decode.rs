@@ -72,7 +72,7 @@ pub(super) fn push(tokenizer: &Tokenizer, id: u32, skip_special: bool, pending: 
     }
 }
 
-/// Turns generated ids into text as they come.
+/// Turns generated token IDs into text as they come.
 #[derive(Clone, Debug)]
 pub struct IncrementalDecoder {
     tokenizer: Arc<Tokenizer>,
@@ -81,7 +81,7 @@ pub struct IncrementalDecoder {
 }
 
 impl IncrementalDecoder {
-    /// `skip_special` drops special ids instead of printing their names.
+    /// `skip_special` drops special token IDs instead of printing their names.
     pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
         Self { tokenizer, skip_special, pending: PendingBytes::default() }
     }

@@ -1,4 +1,4 @@
-//! Text to ids. The one place that knows which library does it.
+//! Text to token IDs. The one place that knows which library does it.
 
 use std::convert::Infallible;
 
@@ -10,7 +10,7 @@ pub(super) enum Encoder {
         tokenizer: Box<fastokens::Tokenizer>,
         /// Id of rank 0.
         first_id: u32,
-        /// Whether a text may be cut in front of certain lines: see [`piece`].
+        /// Whether a text may be cut in front of certain lines: see [`segment`].
         cuts_at_lines: bool,
     },
     /// A `tokenizer.json` of any kind.
@@ -50,7 +50,7 @@ impl Encoder {
                     rest = behind;
                     match tokenizer.encode_ordinary(segment) {
                         Ok(ranks) => {
-                            // what follows is likely to have as many ids a byte: the list moves once
+                            // what follows is likely to have as many token IDs a byte: the list moves once
                             let behind =
                                 (ranks.len() + ranks.len() / 16) as f64 / segment.len() as f64 * rest.len() as f64;
                             ids.reserve(ranks.len() + behind as usize);
@@ -85,7 +85,7 @@ const TEKKEN_PATTERN: &str = concat!(
 /// serves requests and spin for a while after each text.
 const LIBRARY_SPREADS_FROM: usize = 64 << 10;
 
-/// Length of the first piece of a text that may be encoded by itself.
+/// Length of the first segment of a text that may be encoded by itself.
 fn segment(text: &str) -> usize {
     if text.len() < LIBRARY_SPREADS_FROM {
         return text.len();
@@ -107,7 +107,7 @@ fn segment(text: &str) -> usize {
 mod tests {
     use super::*;
 
-    /// The ids of a text that is not cut.
+    /// The token IDs of a text that is not cut.
     fn whole_of(library: &fastokens::Tokenizer, first_id: u32, text: &str) -> Vec<u32> {
         library.encode_ordinary(text).expect("ids").into_iter().map(|rank| rank + first_id).collect()
     }

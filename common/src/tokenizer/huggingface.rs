@@ -1,7 +1,7 @@
 //! Hugging Face's `tokenizer.json`, for other models than Mistral's: small ones in tests, mostly.
 //!
-//! The library splits, normalises and merges; here is only what it does not tell directly: the bytes of an
-//! id, and which ids begin and end a text (`tokenizer_config.json` or `generation_config.json` beside it).
+//! The library splits, normalises and merges; here is only what it does not report directly: the bytes of an
+//! id, and which token IDs begin and end a text (`tokenizer_config.json` or `generation_config.json` beside it).
 
 use std::path::Path;
 
@@ -106,7 +106,7 @@ fn byte_of(character: char) -> Option<u8> {
     (0..=u8::MAX).filter(|byte| !printable(*byte)).nth(index)
 }
 
-/// SentencePiece's pieces: U+2581 is a space, `<0xNN>` a byte.
+/// SentencePiece's segments: U+2581 is a space, `<0xNN>` a byte.
 fn from_sentence_piece(token: &str) -> Vec<u8> {
     let byte = token
         .strip_prefix("<0x")

@@ -1,8 +1,8 @@
-//! The tokenizer of a model: text to token ids, ids to bytes, and nothing about roles or layout.
+//! The tokenizer of a model: text to token IDs, token IDs to bytes, and nothing about roles or layout.
 //!
 //! [`Tokenizer`] reads Mistral's `tekken.json` ([`tekken`](self)) or a Hugging Face `tokenizer.json`, and
 //! looks the same for both. Text is always ordinary text: a special token's name inside it is encoded as
-//! the characters it is made of, so nobody can write control ids into a prompt. The ids of special tokens
+//! the characters it is made of, so nobody can write control token IDs into a prompt. The token IDs of special tokens
 //! are looked up by name and placed by `conversation`.
 
 mod decode;
@@ -58,12 +58,12 @@ pub enum TokenizerFormat {
     HuggingFace,
 }
 
-/// How pictures become placeholder ids, as the tokenizer file says (absent for models that read no pictures).
+/// How images become placeholder token IDs, as the tokenizer file says (absent for models that read no images).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageGeometry {
     /// Side of a square patch in pixels.
     pub patch_size: u32,
-    /// A picture's longer side is shrunk to this many pixels at most.
+    /// An image's longer side is shrunk to this many pixels at most.
     pub max_image_size: u32,
     /// Patches merged into one placeholder along each side.
     pub spatial_merge_size: u32,
@@ -96,7 +96,7 @@ impl Tokenizer {
         Self::from_file(file_in(directory.as_ref())?)
     }
 
-    /// The ids of a text; special-token names in it are plain text.
+    /// The token IDs of a text; special-token names in it are plain text.
     ///
     /// The first call on a thread fills that thread's word cache (about 0.1 s and 30 MB for the full
     /// vocabulary): encode on a few threads that live as long as the process, not on a pool that grows and
@@ -107,7 +107,7 @@ impl Tokenizer {
         ids
     }
 
-    /// Appends the ids of a text to `ids`.
+    /// Appends the token IDs of a text to `ids`.
     pub fn encode_into(&self, text: &str, ids: &mut Vec<u32>) {
         self.encoder.encode_into(text, ids);
     }
@@ -118,7 +118,7 @@ impl Tokenizer {
         self.encoder.encode_checked(text, ids, || cpu_budget::check(Stage::Encode))
     }
 
-    /// Number of ids, special ones included; every id is below it.
+    /// Number of token IDs, special ones included; every id is below it.
     pub fn vocabulary_size(&self) -> usize {
         self.vocabulary.len()
     }
@@ -128,17 +128,17 @@ impl Tokenizer {
         self.bos_id
     }
 
-    /// The id that ends an answer.
+    /// The id that ends a response.
     pub fn eos_id(&self) -> u32 {
         self.vocabulary.eos_id
     }
 
-    /// The bytes of an ordinary id, which need not be whole characters; `None` for special and unknown ids.
+    /// The bytes of an ordinary id, which need not be whole characters; `None` for special and unknown token IDs.
     pub fn token_bytes(&self, id: u32) -> Option<&[u8]> {
         self.vocabulary.ordinary(id)
     }
 
-    /// The name of a special id, such as `[INST]`; `None` for ordinary and unknown ids.
+    /// The name of a special id, such as `[INST]`; `None` for ordinary and unknown token IDs.
     pub fn special_name(&self, id: u32) -> Option<&str> {
         self.vocabulary.special_name(id)
     }
@@ -163,13 +163,13 @@ impl Tokenizer {
         self.version.as_deref()
     }
 
-    /// How pictures become placeholder ids, if the tokenizer file says so.
+    /// How images become placeholder token IDs, if the tokenizer file says so.
     pub fn image_geometry(&self) -> Option<ImageGeometry> {
         self.image
     }
 
-    /// The text of ids. Bytes that are not UTF-8 become U+FFFD, as in Python's `decode(errors="replace")`;
-    /// special ids are dropped or print their names; unknown ids are dropped.
+    /// The text of token IDs. Bytes that are not UTF-8 become U+FFFD, as in Python's `decode(errors="replace")`;
+    /// special token IDs are dropped or print their names; unknown token IDs are dropped.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         let mut text = String::with_capacity(ids.len() * 4);
         let mut pending = decode::PendingBytes::default();

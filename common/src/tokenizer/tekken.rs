@@ -1,7 +1,7 @@
 //! Mistral's `tekken.json`: byte-pair ranks in base64, the pattern that splits text into words, the names
-//! of the special ids, and how pictures become placeholders.
+//! of the special token IDs, and how images become placeholders.
 //!
-//! Special ids come first, `0..default_num_special_tokens`; rank `r` has the id that many higher. The file
+//! Special token IDs come first, `0..default_num_special_tokens`; rank `r` has the id that many higher. The file
 //! may hold more ranks than the model knows: only the first `default_vocab_size` minus the special ones
 //! count. Source: mistral-common 1.13.
 
@@ -152,7 +152,7 @@ pub(super) fn parse(text: &str) -> Result<Tekken, String> {
     })
 }
 
-/// The names of ids `0..count`; ids that the file does not name print as `<SPECIAL_n>`.
+/// The names of token IDs `0..count`; token IDs that the file does not name print as `<SPECIAL_n>`.
 fn special_names(tokens: Option<Vec<SpecialToken>>, count: usize) -> Result<Vec<String>, String> {
     let mut names: Vec<Option<String>> = vec![None; count];
     let mut put = |id: usize, name: String| match names.get_mut(id) {

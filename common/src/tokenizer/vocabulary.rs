@@ -1,12 +1,12 @@
-//! What each id stands for: bytes for ordinary ids, a name for special ones.
+//! What each id stands for: bytes for ordinary token IDs, a name for special ones.
 
 use std::collections::HashMap;
 
-/// All ids of a tokenizer in one flat buffer.
+/// All token IDs of a tokenizer in one flat buffer.
 pub struct Vocabulary {
     pub(super) eos_id: u32,
     bytes: Vec<u8>,
-    /// Where the bytes of id `i` begin; one entry more than there are ids.
+    /// Where the bytes of id `i` begin; one entry more than there are token IDs.
     starts: Vec<u32>,
     special: Vec<bool>,
     special_ids: HashMap<String, u32>,
@@ -45,8 +45,8 @@ impl Vocabulary {
         Ok(vocabulary)
     }
 
-    /// Number of ids, special ones included; every id is below it.
-    #[allow(clippy::len_without_is_empty)] // a tokenizer without ids can't be loaded
+    /// Number of token IDs, special ones included; every id is below it.
+    #[allow(clippy::len_without_is_empty)] // a tokenizer without token IDs can't be loaded
     pub fn len(&self) -> usize {
         self.special.len()
     }
@@ -58,18 +58,18 @@ impl Vocabulary {
         Some((self.bytes.get(range)?, special))
     }
 
-    /// The id that ends an answer.
+    /// The id that ends a response.
     pub fn eos_id(&self) -> u32 {
         self.eos_id
     }
 
-    /// The bytes of an ordinary id, which need not be whole characters; `None` for special and unknown ids.
+    /// The bytes of an ordinary id, which need not be whole characters; `None` for special and unknown token IDs.
     pub fn ordinary(&self, id: u32) -> Option<&[u8]> {
         let (bytes, special) = self.entry(id)?;
         (!special && !bytes.is_empty()).then_some(bytes)
     }
 
-    /// The name of a special id; `None` for ordinary and unknown ids.
+    /// The name of a special id; `None` for ordinary and unknown token IDs.
     pub fn special_name(&self, id: u32) -> Option<&str> {
         let (bytes, special) = self.entry(id)?;
         if !special {

@@ -1,4 +1,4 @@
-//! Conversations to ids: every golden of the reference, and every request that it refuses.
+//! Conversations to token IDs: every golden of the reference, and every request that it refuses.
 
 use crate::support::{FixtureImages, fixture, goldens, ids, lines, tokenizer};
 use bora_common::conversation::{Conversation, ConversationOptions, Json};
@@ -203,7 +203,7 @@ fn errors_name_the_field() {
     assert_eq!((error.param.as_str(), error.code()), ("tools[0].function.parameters", "invalid_function_parameters"));
 }
 
-/// Random requests, each with the ids of the reference or its refusal.
+/// Random requests, each with the token IDs of the reference or its refusal.
 #[test]
 fn random_requests_are_encoded_or_refused_as_by_the_reference() {
     let tokenizer = tokenizer("tekken-v13-8k.json");

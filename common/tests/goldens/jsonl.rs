@@ -1,4 +1,4 @@
-//! Requests in, ids out: what `bora tokenize` writes.
+//! Requests in, token IDs out: what `bora tokenize` writes.
 
 use bora_common::conversation::jsonl;
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! What must hold for any text and any ids, tried on seeded random ones.
+//! What must hold for any text and any token IDs, tried on seeded random ones.
 
 use std::time::{Duration, Instant};
 

@@ -54,7 +54,7 @@ impl ImageSizes for FixtureImages {
     }
 }
 
-/// The ids of a JSON array.
+/// The token IDs of a JSON array.
 pub(crate) fn ids(value: &Value) -> Vec<u32> {
     let id = |id: &Value| u32::try_from(id.as_u64().expect("id")).expect("id");
     value.as_array().expect("array of ids").iter().map(id).collect()

@@ -1,4 +1,4 @@
-//! Text to ids and back: every golden of the reference, and what must hold for any text.
+//! Text to token IDs and back: every golden of the reference, and what must hold for any text.
 
 use serde_json::Value;
 

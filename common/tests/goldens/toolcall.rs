@@ -1,4 +1,4 @@
-//! Generated ids to tool calls: every golden, in every way of cutting the stream.
+//! Generated token IDs to tool calls: every golden, in every way of cutting the stream.
 
 use crate::support::{goldens, ids, tokenizer};
 use bora_common::conversation::{CallError, Delta, ToolCallParser, new_call_id};

@@ -1,5 +1,5 @@
 //! One line a request for the log target `bora::audit`: who asked for what, and what came of it. It is written when the
-//! last byte of the answer was made, or when the client was gone. It holds no key, and no prompt unless that was asked
+//! last byte of the response was made, or when the client was gone. It holds no key, and no prompt unless that was asked
 //! for (`router.access.audit_bodies`).
 
 use std::{
@@ -114,7 +114,7 @@ impl Audit {
         self.0.completion_tokens.fetch_add(tokens, Ordering::Relaxed);
     }
 
-    /// The answer came to its end.
+    /// The response came to its end.
     pub fn finished(&self) {
         self.0.finished.store(true, Ordering::Relaxed);
     }

@@ -33,7 +33,7 @@ use super::limits::TenantLimits;
 /// The SHA-256 of a key.
 ///
 /// Digests are compared in constant time, also by the maps that they are the keys of. Where such a map looks depends on a
-/// SipHash of the digest under a secret that is drawn anew in each process, so the time of a look-up says nothing about the
+/// SipHash of the digest under a secret that is sampled anew in each process, so the time of a look-up says nothing about the
 /// digests in it. Even a whole digest would be of no use: what has to be sent is a key that has it.
 #[derive(Clone, Copy)]
 pub struct Digest([u8; 32]);

@@ -38,9 +38,9 @@ pub struct TenantLimits {
     pub cache_salt: Option<String>,
     /// Whether its faulty conversations are refused or repaired; absent: as the router does.
     pub conversation: Option<ConversationRules>,
-    /// Whether it may ask for answers of a grammar of its own (`guided_grammar`); absent: it may.
+    /// Whether it may ask for responses of a grammar of its own (`guided_grammar`); absent: it may.
     pub allow_grammar: Option<bool>,
-    /// Whether it may ask for answers of a regular expression (`guided_regex`); absent: it may.
+    /// Whether it may ask for responses of a regular expression (`guided_regex`); absent: it may.
     pub allow_regex: Option<bool>,
 }
 

@@ -98,7 +98,7 @@ impl Bounded for f64 {
             let message = format!("`{field}` must be between {least} and {most}, got {self}.");
             return Err(ApiError::invalid(field, message));
         }
-        // what 32 bits can't tell from it is as good as the least
+        // what 32 bits can't report from it is as good as the least
         if bounds.above && *self as f32 <= *least as f32 {
             return Err(ApiError::invalid(field, format!("`{field}` must be above {least} and at most {most}.")));
         }

@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions`: the answer as one object or as chunks.
+//! `POST /v1/chat/completions`: the response as one object or as chunks.
 
 use super::{
     completion::{Choice, Completion},
@@ -12,7 +12,7 @@ use crate::relay::emit::{CallDelta, Finish};
 
 const CHUNK: &str = "chat.completion.chunk";
 
-/// The plain answer, complete.
+/// The plain response, complete.
 pub fn object(completion: &Completion) -> serde_json::Result<Vec<u8>> {
     let names = completion.names();
     let params = &completion.params;
@@ -58,7 +58,7 @@ fn logprobs<'a>(choice: &Choice, top: Option<u32>, names: TokenNames<'a>) -> Opt
     top.map(|top| ChatLogprobs::new(&choice.delta.logprobs, top, names))
 }
 
-/// Writes the chunks of a streamed answer.
+/// Writes the chunks of a streamed response.
 #[derive(Default)]
 pub struct ChatWriter {
     finished: usize,
@@ -106,7 +106,7 @@ impl EventWriter for ChatWriter {
             token_ids: completion.params.return_token_ids.then_some(delta.token_ids.as_slice()),
         };
         let mut chunk = chunk(completion, [chunk_choice]);
-        // Mistral's client asks for no usage and reads it from the chunk that ends the answer
+        // Mistral's client asks for no usage and reads it from the chunk that ends the response
         let last_for_mistral =
             completion.mistral_client() && completion.is_over() && self.finished == completion.choices.len();
         if completion.params.continuous_usage || last_for_mistral {

@@ -1,5 +1,5 @@
-//! The answer to one generation request while it comes into being: its sequences, and what each has said
-//! so far. Plain and streamed answers are both made from this.
+//! The response to one generation request while it comes into being: its sequences, and what each has said
+//! so far. Plain and streamed responses are both made from this.
 
 use std::{
     future::Future,
@@ -32,11 +32,11 @@ use crate::{
     service::Service,
 };
 
-/// One choice of the answer.
+/// One choice of the response.
 pub struct Choice {
     sequence: Option<Sequence>,
     emitter: Emitter,
-    /// Which prompt it answers.
+    /// The prompt that it completes.
     pub prompt: usize,
     /// What is new (streamed) or everything (plain).
     pub delta: Delta,
@@ -58,7 +58,7 @@ impl Choice {
     }
 }
 
-/// A request that is being answered.
+/// A request that is being served.
 pub struct Completion {
     /// Parameters.
     pub params: Params,
@@ -213,7 +213,7 @@ impl Completion {
         }
     }
 
-    /// The number of a choice that has something new; `None` when all are over. After an error the answer
+    /// The number of a choice that has something new; `None` when all are over. After an error the response
     /// is over as well.
     pub fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<usize, ApiError>>> {
         if self.running == 0 {
@@ -302,7 +302,7 @@ impl Completion {
         }
     }
 
-    /// Ends a sequence. If it still runs, dropping it tells its group; what that generated and nobody read is counted.
+    /// Ends a sequence. If it still runs, dropping it notifies its group; what that generated and nobody read is counted.
     fn release(&mut self, number: usize) {
         if let Some(mut sequence) = self.choices[number].sequence.take() {
             self.served_by.extend_from_slice(sequence.served_by());
@@ -401,7 +401,7 @@ impl Completion {
         &mut self.context
     }
 
-    /// Whether the answer goes to a client of Mistral's API with no word on how it wants its usage.
+    /// Whether the response goes to a client of Mistral's API with no word on how it wants its usage.
     pub fn mistral_client(&self) -> bool {
         self.context.client.mistral && !self.params.include_usage
     }

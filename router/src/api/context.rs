@@ -34,7 +34,7 @@ const SESSION_HEADERS: [HeaderName; 2] =
 pub struct RequestContext {
     /// Its id: the client's own or a new one.
     pub request_id: String,
-    /// Whom the answer is for.
+    /// Whom the response is for.
     pub client: Client,
     /// W3C trace context that its work is done under: its own span's, or the client's.
     pub trace: Option<TraceContext>,

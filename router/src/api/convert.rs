@@ -2,7 +2,7 @@
 //!
 //! `/v1/responses` and `/v1/messages` say in other words what a chat completion says. Their requests are written as
 //! chat messages once ([`Conversion`]), and everything behind is the same: rules, prompt, placement, failover. A rule
-//! that such a message breaks is told by the name that the client knows ([`Conversion::in_words_of_client`]).
+//! that such a message breaks is given by the name that the client knows ([`Conversion::in_words_of_client`]).
 //!
 //! Texts, arguments and schemas are copied as JSON, unread: what reaches the prompt is what the client wrote.
 
@@ -57,10 +57,10 @@ pub struct ChatMessage<'a> {
     /// What it calls.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ChatCall<'a>>,
-    /// The call that it answers.
+    /// The call whose result this is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tool_call_id: Option<Cow<'a, str>>,
-    /// Whether the model goes on with it.
+    /// Whether the model continues with it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub prefix: bool,
 }
@@ -71,7 +71,7 @@ pub struct ChatMessage<'a> {
 pub enum ChatContent<'a> {
     /// As the client wrote it.
     ChatInput(&'a RawValue),
-    /// Texts and pictures.
+    /// Texts and images.
     Parts(Vec<ChatPart<'a>>),
 }
 
@@ -85,7 +85,7 @@ impl ChatContent<'_> {
     }
 }
 
-/// A text or a picture.
+/// A text or an image.
 #[derive(Debug, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ChatPart<'a> {
@@ -94,7 +94,7 @@ pub enum ChatPart<'a> {
         /// The text.
         text: Text<'a>,
     },
-    /// A picture.
+    /// An image.
     ImageUrl {
         /// Where it is.
         image_url: Text<'a>,
@@ -214,7 +214,7 @@ pub fn is_object(written: &RawValue) -> bool {
     written.get().starts_with('{')
 }
 
-/// Refuses what other APIs have and one with a single answer has not.
+/// Refuses what other APIs have and one with a single response has not.
 pub fn refuse_foreign(fields: &Body<'_>) -> Result<(), ApiError> {
     let is_above_one = |number: &Option<Integer>| number.is_some_and(|Integer(number)| number != 1);
     for (name, is_there) in [
@@ -296,7 +296,7 @@ impl Conversion {
         fields
     }
 
-    /// An error of the chat request, told by the names of the client's.
+    /// An error of the chat request, reported by the names of the client's.
     pub fn in_words_of_client(&self, mut error: ApiError) -> ApiError {
         let Some(param) = error.param.take() else { return error };
         if let (Some(no_images), Some(NO_IMAGES)) = (self.dialect.no_images, error.code)

@@ -4,7 +4,7 @@
 //! [`fields!`] makes three things of a list of such declarations: the struct that a body is read into ([`Fields::read`]), an
 //! accessor for each field with bounds that refuses what is beyond them, and the entries of the description at
 //! `/openapi.json` ([`object`]). So nothing can be read that is not described, nor described that is not read, nor checked
-//! against other limits than those that are told. That is why the description is made by `schemars` and not by
+//! against other limits than those that are given. That is why the description is made by `schemars` and not by
 //! annotations of handlers: what can be derived is a schema of a type, and these schemas depend on the operation and on
 //! what the operator set.
 
@@ -45,7 +45,7 @@ impl Operation {
         }
     }
 
-    /// Whether it is answered by a group.
+    /// Whether it is served by a group.
     pub fn generates(self) -> bool {
         matches!(self, Self::Chat | Self::Completions | Self::Responses | Self::Messages)
     }

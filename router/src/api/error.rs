@@ -46,7 +46,7 @@ pub struct ApiError {
     pub is_final: bool,
 }
 
-/// Tells the clients of OpenAI and Anthropic whether to send the request again.
+/// Notifies the clients of OpenAI and Anthropic whether to send the request again.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 #[derive(Serialize)]

@@ -299,7 +299,7 @@ impl<'de> Deserialize<'de> for Biases {
     }
 }
 
-/// A text, several, token ids, or several lists of them.
+/// A text, several, token IDs, or several lists of them.
 #[derive(Clone, Debug, PartialEq, Eq, JsonSchema)]
 #[schemars(untagged)]
 pub enum Prompt {
@@ -307,7 +307,7 @@ pub enum Prompt {
     Text(String),
     /// Several.
     Texts(Vec<String>),
-    /// One list of token ids.
+    /// One list of token IDs.
     Ids(Vec<u32>),
     /// Several.
     IdLists(Vec<Vec<u32>>),

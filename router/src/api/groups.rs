@@ -36,7 +36,7 @@ struct GroupObject {
     load: LoadObject,
 }
 
-/// What the group last told of itself.
+/// What the group last reported itself.
 #[derive(Serialize)]
 struct LoadObject {
     running: u32,

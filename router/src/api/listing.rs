@@ -124,7 +124,7 @@ pub async fn list(
     json(&List { object: "list", data })
 }
 
-/// `GET /v1/models/{id}`; ids may contain slashes.
+/// `GET /v1/models/{id}`; token IDs may contain slashes.
 pub async fn one(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Option<Caller>>,

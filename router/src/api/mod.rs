@@ -1,7 +1,7 @@
 //! The HTTP surface: OpenAI's API with vLLM's additions, and Anthropic's Messages. A request is read ([`request`], by fields that
 //! are declared once: [`declare`]), made
 //! a chat request where it came by another API ([`convert`], [`responses`], [`messages`]), checked ([`params`]), encoded
-//! ([`prepare`]), placed and run ([`answer`]), and written as an object or as events ([`chat`], [`completions`], [`sse`]).
+//! ([`prepare`]), placed and run ([`response`]), and written as an object or as events ([`chat`], [`completions`], [`sse`]).
 
 pub mod bounds;
 pub mod chat;

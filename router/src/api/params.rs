@@ -21,7 +21,7 @@ use crate::{
     relay::emit::EmitOptions,
 };
 
-/// What calls are written with: a model that is kept from the first must not go on with the others, or half a call is its answer.
+/// What calls are written with: a model that is kept from the first must not continue with the others, or half a call is its response.
 const CALL_TOKENS: [&str; 3] = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"];
 /// A bias that no logit outweighs.
 const FORBIDDEN: f32 = -1_000.0;
@@ -42,7 +42,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// What ids of answers begin with.
+    /// What token IDs of responses begin with.
     pub fn id_prefix(self) -> &'static str {
         match self {
             Self::Chat => "chatcmpl-",
@@ -60,7 +60,7 @@ impl Endpoint {
 
 /// A request's parameters, checked.
 pub struct Params {
-    /// Answer with events.
+    /// Response with events.
     pub stream: bool,
     /// Usage in a last chunk of its own.
     pub include_usage: bool,
@@ -86,17 +86,17 @@ pub struct Params {
     pub top_logprobs: Option<u32>,
     /// Alternatives at prompt positions that the client sees.
     pub prompt_logprobs: Option<u32>,
-    /// The prompt comes back in front of the answer.
+    /// The prompt comes back in front of the response.
     pub echo: bool,
     /// `max_tokens: 0`, with `echo` or in Messages: nothing is generated, at most the prompt comes back.
     pub echo_only: bool,
-    /// Ids come back, of prompt and answer.
+    /// Ids come back, of prompt and response.
     pub return_token_ids: bool,
     /// Logprobs name tokens as `token_id:7`.
     pub tokens_as_ids: bool,
     /// The name of the conversation or, failing that, of who has it, as a hash.
     pub session: Option<u64>,
-    /// What the answer has to look like.
+    /// What the response has to look like.
     pub structure: Option<Structure>,
     /// How urgent it is.
     pub class: Class,
@@ -104,10 +104,10 @@ pub struct Params {
     pub emit: Arc<EmitOptions>,
 }
 
-/// Whom the answer is for, as far as the form of the answer depends on it.
+/// Whom the response is for, as far as the form of the response depends on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Client {
-    /// Clients of Mistral's API ask for no usage and need it, and can't read a tool call in pieces.
+    /// Clients of Mistral's API ask for no usage and need it, and can't read a tool call in chunks.
     pub mistral: bool,
 }
 
@@ -127,7 +127,7 @@ pub struct OutputForm {
     pub function_names: FunctionNames,
 }
 
-/// Refuses what would change the answer and is not served.
+/// Refuses what would change the response and is not served.
 pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
     if let Some((refused, _)) = body.refused.iter().find(|(refused, value)| !refused.harmless.includes(value)) {
         return Err(refused.error());
@@ -311,7 +311,7 @@ pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, w
     Ok(bound)
 }
 
-/// Refuses ids that the model does not have.
+/// Refuses token IDs that the model does not have.
 pub fn check_ids(field: &str, ids: &[u32], vocabulary_size: u32) -> Result<(), ApiError> {
     match ids.iter().find(|id| **id >= vocabulary_size) {
         Some(id) => Err(no_such_id(field, *id, vocabulary_size)),

@@ -33,7 +33,7 @@ use crate::{
     service::Service,
 };
 
-/// How an answer is written, with what it repeats of its request.
+/// How a response is written, with what it repeats of its request.
 #[derive(Default)]
 pub enum Form {
     /// A chat completion.
@@ -49,9 +49,9 @@ pub enum Form {
 
 /// A request that is ready to be placed.
 pub struct Prepared {
-    /// How its answer is written.
+    /// How its response is written.
     pub form: Form,
-    /// The name that the client used; it comes back in the answer.
+    /// The name that the client used; it comes back in the response.
     pub model: String,
     /// The groups' name of it.
     pub served_model: String,
@@ -67,7 +67,7 @@ pub struct Prepared {
 pub struct PreparedPrompt {
     /// Ids, images and blocks.
     pub encoded: EncodedPrompt,
-    /// Most ids that it generates.
+    /// Most token IDs that it generates.
     pub output_bound: u32,
     /// Its text, where it is to be echoed.
     pub text: Option<String>,
@@ -150,7 +150,7 @@ pub fn prepare(
     }
 }
 
-/// The rules that a request's conversation is held to.
+/// The rules that a request's conversation is bound by.
 #[derive(Clone, Copy)]
 pub struct Rules {
     /// What becomes of a conversation that breaks them.
@@ -374,7 +374,7 @@ fn completion_prompts(
     }
 }
 
-/// The ids of a plain text.
+/// The token IDs of a plain text.
 pub fn text_ids(text: &str, model: &AllowedModel, special: bool) -> Result<Vec<u32>, ApiError> {
     let Some(tokenizer) = &model.spec.tokenizer else {
         return Err(ApiError::invalid("prompt", "This model is served without a tokenizer: give token ids."));

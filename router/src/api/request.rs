@@ -59,9 +59,9 @@ fields! {
     /// All fields that mean something to Bora.
     #[allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
     pub struct Body<'de> {
-        /// Fields that ask for a form of the answer, in the order they came.
+        /// Fields that ask for a form of the response, in the order they came.
         pub structured: Vec<(&'static str, Value)>,
-        /// Fields that would change the answer and are not served, in the order they came.
+        /// Fields that would change the response and are not served, in the order they came.
         pub refused: Vec<(&'static Refused, Value)>,
         /// Fields that were ignored because the operation does not know them.
         pub unknown: u32,
@@ -111,7 +111,7 @@ fields! {
     presence_penalty: f64, GENERATION, within |_| (-2.0..=2.0).into();
     frequency_penalty: f64, GENERATION, within |_| (-2.0..=2.0).into();
     repetition_penalty: f64, GENERATION, within |_| (0.01..=10.0).into();
-    /// From token ids to what is added to their logits.
+    /// From token IDs to what is added to their logits.
     logit_bias: Biases, GENERATION, within |_| Biasing { most: MAX_BIASES, range: -100..=100 };
     /// Whether there are any (chat), or how many alternatives (completions).
     logprobs: LogprobsField, OWN_WORDS, within |limits| match limits.operation {
@@ -120,14 +120,14 @@ fields! {
     };
     top_logprobs: Integer, Uses::of(&[Chat, Responses]), within alternatives;
     prompt_logprobs: Integer, OWN_WORDS, within alternatives;
-    /// The prompt comes back in front of the answer.
+    /// The prompt comes back in front of the response.
     echo: bool, Uses::of(&[Completions]);
     skip_special_tokens: bool, GENERATION;
     return_token_ids: bool, OWN_WORDS;
     return_tokens_as_token_ids: bool, Uses::of(&[Chat, Completions, Responses]);
     return_token_strs: bool, Uses::of(&[Tokenize]);
     add_generation_prompt: bool, Uses::of(&[Chat, Tokenize]);
-    /// The model goes on with the last message, which is the assistant's.
+    /// The model continues with the last message, which is the assistant's.
     continue_final_message: bool, Uses::of(&[Chat, Tokenize]);
     add_special_tokens: bool, Uses::of(&[Completions, Tokenize]);
     /// Separates cached prefixes.
@@ -142,7 +142,7 @@ fields! {
     priority: PriorityField, GENERATION;
 }
 
-/// Fields that say what an answer has to look like.
+/// Fields that say what a response has to look like.
 const STRUCTURED: [Declared; 6] = [
     Declared::new::<requests::ResponseFormat>("response_format", "", GENERATION),
     Declared::new::<Map<String, Value>>("guided_json", "A JSON schema that the answer keeps (vLLM's).", GENERATION),

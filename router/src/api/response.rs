@@ -26,7 +26,7 @@ pub struct Usage {
     pub prompt_tokens: u32,
     /// Both.
     pub total_tokens: u32,
-    /// Generated ids of all choices.
+    /// Generated token IDs of all choices.
     pub completion_tokens: u32,
     /// What of the prompt was found in a cache.
     pub prompt_tokens_details: PromptTokensDetails,
@@ -39,7 +39,7 @@ pub struct PromptTokensDetails {
     pub cached_tokens: u32,
 }
 
-/// A chat answer, or a chunk of one.
+/// A chat response, or a chunk of one.
 #[derive(Serialize, JsonSchema)]
 #[schemars(rename = "ChatCompletion")]
 pub struct ChatObject<'a, C> {
@@ -60,7 +60,7 @@ pub struct ChatObject<'a, C> {
     pub prompt_token_ids: Option<&'a PackedIds>,
 }
 
-/// One choice of a plain chat answer.
+/// One choice of a plain chat response.
 #[derive(Serialize, JsonSchema)]
 pub struct ChatChoice<'a> {
     pub index: u32,
@@ -109,7 +109,7 @@ pub struct ChatDelta<'a> {
     pub tool_calls: Option<Vec<ToolCallObject<'a>>>,
 }
 
-/// A tool call, or a piece of one: then it has an index, and a head in its first piece only.
+/// A tool call, or a chunk of one: then it has an index, and a head in its first chunk only.
 #[derive(Serialize, JsonSchema)]
 #[schemars(rename = "MadeCall")]
 pub struct ToolCallObject<'a> {
@@ -274,7 +274,7 @@ impl<'a> CompletionLogprobs<'a> {
         self.top_logprobs.push(None);
     }
 
-    /// One position; `offset` goes on over chunks.
+    /// One position; `offset` continues over chunks.
     pub fn push(&mut self, position: &PositionLogprobs, top: u32, offset: &mut TextOffset, names: TokenNames<'a>) {
         let Some(chosen) = &position.chosen else {
             return;
@@ -329,7 +329,7 @@ impl TextOffset {
     }
 }
 
-/// Alternatives by name. Two ids of one name: the likelier one counts.
+/// Alternatives by name. Two token IDs of one name: the likelier one counts.
 struct TopLogprobs<'a>(Vec<(Cow<'a, str>, f32)>);
 
 impl Serialize for TopLogprobs<'_> {
@@ -344,7 +344,7 @@ impl Serialize for TopLogprobs<'_> {
     }
 }
 
-/// As [`PromptLogprobList`] is described: its names are ids.
+/// As [`PromptLogprobList`] is described: its names are token IDs.
 type DescribedPromptLogprobs = Vec<Option<BTreeMap<String, PromptToken<'static>>>>;
 
 /// vLLM's `prompt_logprobs`: `null` for the first token, then `{id: {logprob, rank, decoded_token}}`.

@@ -1,5 +1,5 @@
-//! Answers as server-sent events: what is new as it comes, a sign of life in every long silence, and at the end what the
-//! API says there. An answer that breaks never ends as one that is complete.
+//! Responses as server-sent events: what is new as it comes, a sign of life in every long silence, and at the end what the
+//! API says there. A response that breaks never ends as one that is complete.
 
 use std::{
     convert::Infallible,
@@ -35,7 +35,7 @@ pub trait EventWriter: Send + Unpin + 'static {
     fn progress(&mut self, completion: &mut Completion, number: usize, out: &mut Vec<u8>);
     /// All choices are over.
     fn end(&mut self, completion: &mut Completion, out: &mut Vec<u8>);
-    /// The answer ends here, unfinished.
+    /// The response ends here, unfinished.
     fn failed(&mut self, _answer: &mut Completion, error: &ApiError, out: &mut Vec<u8>) {
         write_error(error, out);
     }

@@ -1,4 +1,4 @@
-//! `POST /tokenize` and `/detokenize`, as in vLLM: the ids of a conversation or a text, and back.
+//! `POST /tokenize` and `/detokenize`, as in vLLM: the token IDs of a conversation or a text, and back.
 
 use std::sync::Arc;
 
@@ -57,10 +57,10 @@ pub struct Metered<T> {
     pub tokens: usize,
 }
 
-/// Makes an answer of a body's bytes.
+/// Makes a response of a body's bytes.
 type Work<T> = fn(&Service, &Policy, &[u8]) -> Result<Metered<T>, ApiError>;
 
-/// Reads a body, does the work where it keeps nobody waiting, and answers with what comes of it.
+/// Reads a body, does the work where it keeps nobody waiting, and responds with what comes of it.
 pub async fn run<T: Serialize + Send + 'static>(
     service: Arc<Service>,
     operation: Operation,
@@ -100,7 +100,7 @@ pub fn tokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
             let rules = Rules::of(service, policy, Operation::Tokenize);
-            // images have ids whether or not the model's groups can look at them
+            // images have token IDs whether or not the model's groups can look at them
             let prompt = chat_prompt(service, &model, &body, true, rules)?;
             let mut ids: Vec<u32> = prompt.ids.iter().collect();
             if body.add_special_tokens == Some(true)
@@ -117,7 +117,7 @@ pub fn tokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result
                 return Err(ApiError::invalid("prompt", "`prompt` must be a string here."));
             };
             match &spec.tokenizer {
-                // an empty text has ids, even if they are none
+                // an empty text has token IDs, even if they are none
                 Some(_) if text.is_empty() && !special => Vec::new(),
                 _ => text_ids(&text, &model, special)?,
             }

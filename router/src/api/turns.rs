@@ -1,9 +1,9 @@
 //! The turns of a conversation that came by another API, in the order that the model's format has.
 //!
 //! Responses and Messages allow what chat's rules do not: neighbouring assistant messages that call tools, messages between
-//! calls and their results, instructions anywhere. A *turn* is one answer of the assistant and all that follows up to the
-//! next one. In a turn the answer comes first, and its last message makes all of its calls; then come the results, then
-//! everything else; instructions right behind an answer or a result are a user message, because the format has no other
+//! calls and their results, instructions anywhere. A *turn* is one response of the assistant and all that follows up to the
+//! next one. In a turn the response comes first, and its last message makes all of its calls; then come the results, then
+//! everything else; instructions right behind a response or a result are a user message, because the format has no other
 //! place for them. What a turn becomes depends on that turn alone, so a conversation that grows keeps its beginning.
 
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use super::convert::{ChatContent, ChatMessage, Origin};
 /// A message and where it comes from.
 pub type Entry<'a> = (ChatMessage<'a>, Origin);
 
-/// An answer and what follows it.
+/// A response and what follows it.
 #[derive(Default)]
 struct Turn<'a> {
     completion: Vec<Entry<'a>>,
@@ -58,7 +58,7 @@ pub fn order(messages: Vec<Entry<'_>>) -> Vec<Entry<'_>> {
                 turn.last_result = turn.last_result.max(last_result);
                 turn.completion.push(entry);
             }
-            // nothing precedes the first answer that it could be sorted by
+            // nothing precedes the first response that it could be sorted by
             _ if turn.completion.is_empty() => ordered.push(entry),
             "tool" => turn.results.push(entry),
             _ => turn.others.push(entry),
@@ -68,7 +68,7 @@ pub fn order(messages: Vec<Entry<'_>>) -> Vec<Entry<'_>> {
     ordered
 }
 
-/// For each message the place of the last result that answers one of its calls, or 0.
+/// For each message the place of the last result that responses one of its calls, or 0.
 fn last_results(messages: &[Entry<'_>]) -> Vec<usize> {
     let mut last = vec![0; messages.len()];
     let mut open: HashMap<&str, usize> = HashMap::new();
@@ -83,7 +83,7 @@ fn last_results(messages: &[Entry<'_>]) -> Vec<usize> {
     last
 }
 
-/// All calls of an answer are made by its last message. A message of which nothing is left is dropped.
+/// All calls of a response are made by its last message. A message of which nothing is left is dropped.
 fn join_calls(completion: &mut Vec<Entry<'_>>) {
     let Some((last, before)) = completion.split_last_mut() else { return };
     if before.iter().all(|(message, _)| message.tool_calls.is_empty()) {

@@ -1,4 +1,4 @@
-//! What is known of conversations seen before: their ids and block hashes, message by message.
+//! What is known of conversations seen before: their token IDs and block hashes, message by message.
 //!
 //! A conversation is a path: each *turn* (neighbouring messages of one role) hangs on the turn before it and
 //! is found by a hash over every byte up to its end, the tools and the tenant's salt. An agent's next
@@ -6,7 +6,7 @@
 //! encoded and hashed. Texts are kept besides by their own hash, so that a message whose past was rewritten
 //! (a client that shortens its history) is not encoded again either.
 //!
-//! Tenants with different salts share nothing, so nobody learns from the time an answer takes what another
+//! Tenants with different salts share nothing, so nobody learns from the time a response takes what another
 //! one asked. The hash is keyed with a number that no client knows. Both parts are bounded in bytes.
 
 use std::{cell::RefCell, ops::Range, sync::Arc};
@@ -49,7 +49,7 @@ pub struct ChatInput<'a> {
     pub keys: &'a ClusterKeys,
     /// Separates tenants.
     pub salt: CacheSalt,
-    /// The model goes on with the last message.
+    /// The model continues with the last message.
     pub continue_final_message: bool,
     /// Which names functions may have.
     pub function_names: FunctionNames,
@@ -76,7 +76,7 @@ struct Turn {
     /// Ids up to its end.
     tokens: usize,
     outlines: Vec<Outline>,
-    /// Its own ids, packed, and their number.
+    /// Its own token IDs, packed, and their number.
     packed: Bytes,
     count: usize,
     hashes: Box<[BlockHash]>,
@@ -106,7 +106,7 @@ impl Drop for Turn {
 /// The cache of one router.
 pub struct ConversationCache {
     turns: Generations<Arc<Turn>>,
-    /// Their ids, packed.
+    /// Their token IDs, packed.
     texts: Generations<Bytes>,
     seed: u64,
 }
@@ -182,7 +182,7 @@ impl ConversationCache {
         Some(EncodedPrompt { ids: ids.finish(), images, hashes, reused_tokens })
     }
 
-    /// Packs the ids of a turn, and keeps those of its texts that were not known.
+    /// Packs the token IDs of a turn, and keeps those of its texts that were not known.
     fn pack(&self, token_ids: &[u32], new: Vec<(u128, Range<usize>)>) -> Bytes {
         let (packed, ranges) = pack_with_parts(token_ids, new.iter().map(|(_, range)| range.clone()));
         for ((key, _), range) in new.into_iter().zip(ranges) {
@@ -221,7 +221,7 @@ impl ConversationCache {
 
     /// The last turn of the longest known path. The whole path is in use with it.
     fn longest_known(&self, keys: &[u128], written: &ChatInput<'_>) -> Option<Arc<Turn>> {
-        // the message that the model goes on with is never a known turn
+        // the message that the model continues with is never a known turn
         let most = written.messages.len() - usize::from(written.continue_final_message && !written.messages.is_empty());
         let (turn, mut aged) = keys.get(1..=most)?.iter().rev().find_map(|key| self.turns.get(*key))?;
         let mut path = turn.before.as_ref();
@@ -266,7 +266,7 @@ impl Prompt {
             path.push(one);
             turn = one.before.as_ref();
         }
-        // room for an answer's worth of new ids, so that the copy is made once
+        // room for a response's worth of new token IDs, so that the copy is made once
         let tokens = known.map_or(0, |turn| turn.tokens) + 1024;
         let hashes = Vec::with_capacity(tokens / BLOCK_TOKENS);
         let mut prompt = Self { ids: Packer::default(), hashes, images: Vec::new() };
@@ -285,7 +285,7 @@ struct Texts<'a> {
     cache: &'a ConversationCache,
     /// Of model, tenant and router: models differ in their tokenizers.
     salt: u128,
-    /// Texts that were not known: their keys, and where their ids stand in the turn.
+    /// Texts that were not known: their keys, and where their token IDs stand in the turn.
     new: RefCell<Vec<(u128, Range<usize>)>>,
 }
 
@@ -448,7 +448,7 @@ mod tests {
         }
     }
 
-    /// Two models with tokenizers of their own, one long text: neither gets the other's ids.
+    /// Two models with tokenizers of their own, one long text: neither gets the other's token IDs.
     #[test]
     fn models_share_no_text() {
         let cache = ConversationCache::new(1 << 20);
@@ -465,7 +465,7 @@ mod tests {
         assert_eq!(text(&other, &second), text(tokenizer(), &first));
     }
 
-    /// Neighbours of one role become one part of the prompt: a turn that goes on is not the one known.
+    /// Neighbours of one role become one part of the prompt: a turn that continues is not the one known.
     #[test]
     fn a_turn_that_goes_on_is_read_again() {
         let cache = ConversationCache::new(1 << 20);
@@ -481,7 +481,7 @@ mod tests {
         }
     }
 
-    /// A client that rewrites the past: its texts are known, and give the ids that the tokenizer gave.
+    /// A client that rewrites the past: its texts are known, and give the token IDs that the tokenizer gave.
     #[test]
     fn texts_are_known_when_their_past_is_not() {
         let cache = ConversationCache::new(1 << 20);

@@ -1,4 +1,4 @@
-//! Requests to prompts: messages or texts become token ids and block hashes, on threads of their own
+//! Requests to prompts: messages or texts become token IDs and block hashes, on threads of their own
 //! ([`pool`]), and what was seen before is not encoded again ([`cache`]).
 
 pub mod cache;
@@ -96,7 +96,7 @@ pub fn conversation(
     Ok(EncodedPrompt::new(&encoded.token_ids, images, written.keys, written.salt))
 }
 
-/// A picture as groups take it; `begin` is where the ids that its offset counts from stand in the prompt.
+/// An image as groups take it; `begin` is where the token IDs that its offset counts from stand in the prompt.
 fn shown_image(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image {
     // its size was read from the same URL a moment ago
     let data = Bytes::from(data_url_bytes(&image.source.url).unwrap_or_default());
@@ -108,7 +108,7 @@ fn shown_image(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image 
     }
 }
 
-/// The ids of a plain text, after the id that begins a prompt if `special` ids are wanted.
+/// The token IDs of a plain text, after the id that begins a prompt if `special` token IDs are wanted.
 pub fn text(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Vec<u32>, Stopped> {
     let mut token_ids = Vec::with_capacity(text.len() / 3 + 1);
     if special {

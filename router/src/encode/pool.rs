@@ -2,8 +2,8 @@
 //!
 //! They are permanent: the tokenizer keeps a cache in every thread that it runs on, which takes a tenth of a
 //! second and 30 MB to fill. Each thread fills its own before the router serves. Tenants take turns, and a tenant's
-//! short bodies go before its long ones ([`queue`](super::queue)); where there are several threads, short bodies have
-//! one to themselves. Each piece of work has a budget of CPU time and ends early when its caller is gone.
+//! short bodies go before its long ones ([`queue`](super::queue)); if there are several threads, short bodies have
+//! one to themselves. Each segment of work has a budget of CPU time and ends early when its caller is gone.
 
 use std::{
     collections::HashMap,
@@ -66,7 +66,7 @@ pub struct EncodePool {
     cpu_limit: Duration,
 }
 
-/// Tells the work that its caller is gone.
+/// Reports the work that its caller is gone.
 struct CancelOnDrop(Arc<AtomicBool>);
 
 impl Drop for CancelOnDrop {
@@ -301,7 +301,7 @@ mod tests {
         assert_eq!(pool.run(1, 1, work).await, Ok(Stopped::Exceeded { stage: Stage::Validate, limit }));
     }
 
-    /// One thread and one tenant with a queue full of work: another tenant's work waits for one piece of it at most.
+    /// One thread and one tenant with a queue full of work: another tenant's work waits for one segment of it at most.
     #[tokio::test]
     async fn tenants_share_threads_and_queue() {
         let pool = pool(1, 8);

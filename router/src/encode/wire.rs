@@ -1,15 +1,15 @@
-//! Token ids as they go to a group: packed varints, as protobuf has them. Through a general encoder, one call each,
-//! the ids of a long conversation cost more than everything else that the router does with it. They are packed
-//! here in one pass, branch-free for ids that real vocabularies have, and kept with the turns that they are of, so
+//! Token token IDs as they go to a group: packed varints, as protobuf has them. Through a general encoder, one call each,
+//! the token IDs of a long conversation cost more than everything else that the router does with it. They are packed
+//! here in one pass, branch-free for token IDs that real vocabularies have, and kept with the turns that they are of, so
 //! that a conversation that grew is put together from bytes: of long turns nothing is copied before it is written
-//! to the group's connection. Two bytes and a half an id, where a list of ids takes four.
+//! to the group's connection. Two bytes and a half an id, where a list of token IDs takes four.
 
 use std::ops::Range;
 
 use bytes::Bytes;
 use serde::{Serialize, Serializer};
 
-/// Pieces of at least so many bytes are shared, smaller ones copied: that is about what counting one owner more costs.
+/// Segments of at least so many bytes are shared, smaller ones copied: that is about what counting one owner more costs.
 const SHARED_FROM: usize = 4 << 10;
 /// Ids that are packed in one go.
 const AT_ONCE: usize = 64;
@@ -23,10 +23,10 @@ pub fn pack(ids: &[u32]) -> Vec<u8> {
     packed
 }
 
-/// Bytes that ids take.
+/// Bytes that token IDs take.
 pub(super) fn packed_length(ids: &[u32]) -> usize {
     let is_from = |id: u32, bits: u32| u32::from(id >= 1 << bits);
-    // sums of 32 bits are done for several ids at once
+    // sums of 32 bits are done for several token IDs at once
     let of_some = |some: &[u32]| -> u32 {
         let most: u32 = some.iter().map(|id| 1 + is_from(*id, 7) + is_from(*id, 14)).sum();
         if are_usual(some) {
@@ -37,7 +37,7 @@ pub(super) fn packed_length(ids: &[u32]) -> usize {
     ids.chunks(1024).map(|some| of_some(some) as usize).sum()
 }
 
-/// Whether three bytes hold each of these. Without an early end, so that it is done for several ids at once.
+/// Whether three bytes hold each of these. Without an early end, so that it is done for several token IDs at once.
 fn are_usual(ids: &[u32]) -> bool {
     ids.iter().fold(0, |all, id| all | id) < 1 << 21
 }
@@ -55,7 +55,7 @@ pub(super) fn pack_into(ids: &[u32], packed: &mut Vec<u8>) {
     }
 }
 
-/// Appends the varints of the first `count` of a block's ids.
+/// Appends the varints of the first `count` of a block's token IDs.
 #[inline(always)]
 fn pack_block(block: &[u32; AT_ONCE], count: usize, packed: &mut Vec<u8>) {
     if !are_usual(block) {
@@ -81,7 +81,7 @@ fn pack_block(block: &[u32; AT_ONCE], count: usize, packed: &mut Vec<u8>) {
     packed.extend_from_slice(&bytes[..end]);
 }
 
-/// The ids of varints that [`pack`] wrote.
+/// The token IDs of varints that [`pack`] wrote.
 pub(super) fn unpack(packed: &[u8]) -> impl Iterator<Item = u32> + '_ {
     let mut bytes = packed.iter();
     std::iter::from_fn(move || {
@@ -97,7 +97,7 @@ pub(super) fn unpack(packed: &[u8]) -> impl Iterator<Item = u32> + '_ {
     })
 }
 
-/// The ids of a prompt, packed, in pieces that may be parts of what is kept of a conversation.
+/// The token IDs of a prompt, packed, in segments that may be parts of what is kept of a conversation.
 #[derive(Clone, Debug, Default)]
 pub struct PackedIds {
     segments: Vec<Bytes>,
@@ -106,13 +106,13 @@ pub struct PackedIds {
 }
 
 impl PackedIds {
-    /// Packs ids.
+    /// Packs token IDs.
     pub fn of(ids: &[u32]) -> Self {
         let packed = Bytes::from(pack(ids));
         Self { count: ids.len(), size: packed.len(), segments: vec![packed] }
     }
 
-    /// Number of ids.
+    /// Number of token IDs.
     pub fn len(&self) -> usize {
         self.count
     }
@@ -122,24 +122,24 @@ impl PackedIds {
         self.count == 0
     }
 
-    /// Bytes of all pieces.
+    /// Bytes of all segments.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// The bytes, one piece behind the other.
+    /// The bytes, one segment behind the other.
     pub fn segments(&self) -> &[Bytes] {
         &self.segments
     }
 
-    /// The ids.
+    /// The token IDs.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.segments.iter().flat_map(|segment| unpack(segment))
     }
 }
 
 impl PartialEq for PackedIds {
-    /// The same ids, whatever the pieces.
+    /// The same token IDs, whatever the segments.
     fn eq(&self, other: &Self) -> bool {
         self.count == other.count && self.iter().eq(other.iter())
     }
@@ -156,12 +156,12 @@ impl Serialize for PackedIds {
 #[derive(Default)]
 pub(super) struct Packer {
     ids: PackedIds,
-    /// Small pieces, copied.
+    /// Small segments, copied.
     small: Vec<u8>,
 }
 
 impl Packer {
-    /// Appends `count` ids.
+    /// Appends `count` token IDs.
     pub(super) fn push(&mut self, packed: &Bytes, count: usize) {
         self.ids.count += count;
         self.ids.size += packed.len();
@@ -226,7 +226,7 @@ mod tests {
         single.into_iter().chain(blocks).collect()
     }
 
-    /// The general encoder's bytes, whatever the ids.
+    /// The general encoder's bytes, whatever the token IDs.
     #[test]
     fn packed_ids_are_protobufs() {
         for ids in samples() {
@@ -253,7 +253,7 @@ mod tests {
         }
     }
 
-    /// Long turns are shared and short ones copied; the ids are those of all of them.
+    /// Long turns are shared and short ones copied; the token IDs are those of all of them.
     #[test]
     fn turns_are_put_together() {
         let turns: Vec<Vec<u32>> = [10, 20, 5_000, 1, 6_000, 7_000, 3, 4].map(|length| (0..length).collect()).to_vec();

@@ -1,7 +1,7 @@
 //! What the router knows of each group, as gauges at `/metrics`: how long the queue is in the cost model's own
 //! seconds, how full the KV cache is. Autoscalers, alerts and dashboards read these.
 //!
-//! All routers tell the same of a group (it told them), so a query takes the `max` over routers before it adds
+//! All routers report the same of a group (it reported them), so a query takes the `max` over routers before it adds
 //! up groups. A group that is gone is gone from here: the label values are those of the groups known now.
 
 use prometheus_client::{

@@ -1,6 +1,6 @@
 //! A group's breaker: connections that reset or time out open it, a refusal (full, loading, draining) is
 //! neutral, and so is what a request itself causes. When it has been open for its time, one request is
-//! let through to try; if that one told nothing either way, the next one is.
+//! let through to try; if that one reported nothing either way, the next one is.
 
 use std::time::Duration;
 
@@ -53,7 +53,7 @@ impl Breaker {
         }
     }
 
-    /// The group answered.
+    /// The group served.
     pub fn succeeded(&self) {
         self.succeeded_at(Instant::now());
     }
@@ -75,7 +75,7 @@ impl Breaker {
         *self.state.lock() = State { open_until, pause: VIOLATION_PAUSE, probing_since: None, is_held: true };
     }
 
-    /// It answered, but not so that a probe learned whether it serves: it refused, or the request was at fault.
+    /// It served, but not so that a probe learned whether it serves: it refused, or the request was at fault.
     pub fn undecided(&self) {
         self.state.lock().probing_since = None;
     }

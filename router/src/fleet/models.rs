@@ -121,7 +121,7 @@ impl View {
     }
 }
 
-/// Groups of one model must have the same weights: a sequence that one began another one goes on with. Those of the
+/// Groups of one model must have the same weights: a sequence that one began another one continues with. Those of the
 /// majority serve, of two equal parties the one with the older group: so all routers choose the same.
 /// Returns how many were excluded that were not before.
 fn agree_on_weights(groups: &[Arc<Group>]) -> usize {

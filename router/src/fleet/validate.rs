@@ -2,7 +2,7 @@
 //! ([`stream`]), the events of the group ([`events`]) and its record ([`record`]).
 //!
 //! A message that breaks the contract is a [`Violation`]. It ends the stream that it came on, is counted by kind, and
-//! opens the group's breaker. What a client is told of it is the router's own text.
+//! opens the group's breaker. What a client is notified of it is the router's own text.
 
 pub mod events;
 pub mod record;

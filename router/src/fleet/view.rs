@@ -135,12 +135,12 @@ pub struct Link {
     pub channels: Channels,
     /// What is booked there.
     pub load_tracker: LoadTracker,
-    /// Whether it answers.
+    /// Whether it responds.
     pub breaker: Breaker,
-    /// Told when it may have got room.
+    /// Reported when it may have got room.
     pub room: Arc<Room>,
     index: Arc<Index>,
-    /// `State` as its event stream told it; unspecified while there is no such stream.
+    /// `State` as its event stream reported it; unspecified while there is no such stream.
     reported_state: AtomicU8,
     announced: AtomicBool,
     watched: AtomicBool,
@@ -149,7 +149,7 @@ pub struct Link {
     /// Its weights are not those of the model's other groups.
     excluded: AtomicBool,
     heard_at: Mutex<tokio::time::Instant>,
-    /// Told when its record changed: it may be worth another try.
+    /// Reported when its record changed: it may be worth another try.
     pub(super) changed: Arc<Notify>,
     mismatched: AtomicBool,
     watcher: Mutex<Option<tokio::task::AbortHandle>>,
@@ -160,7 +160,7 @@ impl Link {
         State::try_from(i32::from(self.reported_state.load(Ordering::Relaxed))).unwrap_or(State::Unspecified)
     }
 
-    /// The group told its state.
+    /// The group reported its state.
     pub fn tell_state(&self, state: State) {
         self.reported_state.store(state as u8, Ordering::Relaxed);
         self.room.changed();
@@ -286,7 +286,7 @@ pub struct Fleet {
     view: RwLock<Arc<View>>,
     /// Who holds which block.
     pub index: Arc<Index>,
-    /// Told when a group may have got room.
+    /// Reported when a group may have got room.
     pub room: Arc<Room>,
     /// Where sessions are at home.
     pub sessions: Sessions,
@@ -337,7 +337,7 @@ impl Fleet {
         Self::with(options, keys, StdRng::from_os_rng(), dial, limits)
     }
 
-    /// One that draws the same from the same seed, for simulations.
+    /// One that samples the same from the same seed, for simulations.
     pub fn seeded(options: RouterOptions, keys: &ClusterKeys, seed: u64) -> Arc<Self> {
         let dial = dial_tcp(&options);
         Self::with(options, keys, StdRng::seed_from_u64(seed), dial, HashMap::new())
@@ -446,7 +446,7 @@ impl Fleet {
             return;
         }
         let link = match known {
-            Some(known) if known.link.epoch > record.epoch => return, // an older start, told late
+            Some(known) if known.link.epoch > record.epoch => return, // an older start, reported late
             Some(known) if known.is_same_server(&record) => Arc::clone(&known.link),
             _ => match self.connect(&record) {
                 Ok(link) => link,
@@ -506,7 +506,7 @@ impl Fleet {
     /// The group is of a release that this router is not made for, of another cluster secret, or its record cannot be.
     fn refuse(&self, record: &GroupRecord, reason: &dyn Display) {
         let mut refused = self.refused.lock();
-        // records are told again whenever they change
+        // records are given again whenever they change
         if refused.len() < MAX_GROUPS && refused.insert((clip(&record.model), clip(&record.group))) {
             let (group, endpoint) = (clip(&record.group), clip(&record.endpoint));
             tracing::error!(group, endpoint, %reason, "group refused");
@@ -532,7 +532,7 @@ impl Fleet {
         Ok(link)
     }
 
-    /// Adds a group that this router does not watch: whoever calls tells what it holds and how busy it is. For
+    /// Adds a group that this router does not watch: whoever calls reports what it holds and how busy it is. For
     /// simulations, where groups are no processes.
     pub fn put_unwatched(&self, record: GroupRecord, now: Instant) -> Result<Arc<Link>, tonic::transport::Error> {
         let link = self.link(&record)?;

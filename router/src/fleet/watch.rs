@@ -23,7 +23,7 @@ const MAX_PAUSE: Duration = Duration::from_secs(2);
 /// Longest wait for a watch to begin.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A group tells its load at least once a second: one that is silent for longer is stuck.
+/// A group reports its load at least once a second: one that is silent for longer is stuck.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a stream of events ended.

@@ -21,7 +21,7 @@ use crate::api::error::ApiError;
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const SEC_FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
 const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
-/// How long browsers may keep the answer to a preflight.
+/// How long browsers may keep the response to a preflight.
 const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
 /// Names of hosts: one, those below one (`*.example`), or all (`*`).

@@ -46,7 +46,7 @@ const MIN_RECLAIMED_IDLE: Duration = Duration::from_secs(1);
 /// How long a client that still sends is listened to, so that it sees the response.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What all connections of a port are told.
+/// What all connections of a port are given.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Signal {
     /// No further requests.
@@ -163,7 +163,7 @@ async fn close<S: AsyncRead + AsyncWrite + Unpin>(
         }
         std::io::Result::Ok(())
     };
-    // whatever it is, the client has been told, or is gone
+    // whatever it is, the client has been given, or is gone
     let _ = timeout(LINGER_TIMEOUT, closing).await;
 }
 

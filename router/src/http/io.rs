@@ -26,7 +26,7 @@ pub(super) struct Exchange {
     opened: Instant,
     /// Requests so far.
     requests: AtomicU32,
-    /// Whether one of them is not answered yet.
+    /// Whether one of them is not served yet.
     busy: AtomicBool,
     /// Milliseconds from the opening to the end of the last response.
     idle_since: AtomicU64,
@@ -45,7 +45,7 @@ impl Exchange {
         })
     }
 
-    /// A request has come; it is answered when the guard is dropped.
+    /// A request has come; it is served when the guard is dropped.
     pub(super) fn begin(self: &Arc<Self>) -> ExchangeGuard {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.busy.store(true, Ordering::Relaxed);
@@ -76,7 +76,7 @@ impl Exchange {
     }
 }
 
-/// A request that is being answered.
+/// A request that is being served.
 pub(super) struct ExchangeGuard(Arc<Exchange>);
 
 impl Drop for ExchangeGuard {

@@ -1,5 +1,5 @@
-//! A port: it takes connections until the server stops, as many as there may be. One that is too many is answered with
-//! 503 (probes are answered as always), and connections without a request make room. Some open files are kept for the
+//! A port: it takes connections until the server stops, as many as there may be. One that is too many is served with
+//! 503 (probes are served as always), and connections without a request make room. Some open files are kept for the
 //! admin port and for the groups, so that a flood of clients is not taken for a broken server.
 
 use std::{
@@ -247,7 +247,7 @@ impl OpenFiles {
         Self { limit, reserved: (limit / 8).clamp(32, 1024) }
     }
 
-    /// The system gives each file the lowest free number, so the number tells how many are open at least.
+    /// The system gives each file the lowest free number, so the number reports how many are open at least.
     fn is_reserved(&self, stream: &TcpStream) -> bool {
         stream.as_raw_fd() as u64 >= self.limit.saturating_sub(self.reserved)
     }

@@ -2,7 +2,7 @@
 //! bodies ([`body`]), protection from web pages ([`browser`]), and the end of the server ([`shutdown`]).
 //!
 //! Every state of a connection has a deadline: the TLS handshake, idle, a head, a body, a response that the client does
-//! not take. Every resource has a bound: connections, open files, memory for bodies. What is refused is answered in the
+//! not take. Every resource has a bound: connections, open files, memory for bodies. What is refused is served in the
 //! form of the API.
 
 pub mod body;

@@ -36,7 +36,7 @@ pub struct HttpOptions {
     pub allowed_origins: Vec<String>,
     /// Networks of the proxies whose `Forwarded` and `X-Forwarded-For` name the client in the audit log.
     pub trusted_proxies: Vec<IpNet>,
-    /// Connections of the API's port; more are answered with 503.
+    /// Connections of the API's port; more are served with 503.
     pub max_connections: usize,
     /// Seconds that a connection without a request is kept open. Longer than the idle time of a load balancer.
     pub keep_alive_seconds: f64,
@@ -48,9 +48,9 @@ pub struct HttpOptions {
     pub body_timeout_seconds: f64,
     /// Slowest average rate of a request's body, after the first `read_timeout_seconds`; 0 = none.
     pub min_body_bytes_per_second: u64,
-    /// Memory for the bodies of all requests that are read or wait to be encoded; more are answered with 503.
+    /// Memory for the bodies of all requests that are read or wait to be encoded; more are served with 503.
     pub max_body_memory: ByteSize,
-    /// The same for one tenant; more are answered with 429.
+    /// The same for one tenant; more are served with 429.
     pub max_tenant_body_memory: ByteSize,
 }
 

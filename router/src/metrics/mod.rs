@@ -470,7 +470,7 @@ impl Metrics {
     }
 }
 
-/// A request that is being answered.
+/// A request that is being served.
 pub struct OpenRequest {
     metrics: Arc<Metrics>,
     endpoint: &'static str,
@@ -480,7 +480,7 @@ pub struct OpenRequest {
 }
 
 impl OpenRequest {
-    /// The status it was answered with; without one the client left first (499).
+    /// The status it was served with; without one the client left first (499).
     pub fn responded(&mut self, status: u16) {
         self.status = status;
     }

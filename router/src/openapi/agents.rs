@@ -1,4 +1,4 @@
-//! What stands in fields of OpenAI's Responses and Anthropic's Messages. The fields are declared where they are read, and answers are
+//! What stands in fields of OpenAI's Responses and Anthropic's Messages. The fields are declared where they are read, and responses are
 //! derived from what is written ([`crate::api::responses`], [`crate::api::messages`]); but an entry of a conversation is read by one
 //! structure whatever its kind, so that a refusal can name the field: here stands which of its fields belong together.
 
@@ -45,7 +45,7 @@ pub enum InputContent {
     Parts(Vec<InputPart>),
 }
 
-/// A text or a picture (`data:` URLs only).
+/// A text or an image (`data:` URLs only).
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum InputPart {
@@ -100,7 +100,7 @@ pub enum AgentDocument {
     Content { content: String },
 }
 
-/// Where a picture is.
+/// Where an image is.
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum AgentImage {

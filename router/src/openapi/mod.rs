@@ -1,9 +1,9 @@
-//! `GET /openapi.json`: what the API takes and answers, for people and for tools.
+//! `GET /openapi.json`: what the API takes and responses, for people and for tools.
 //!
 //! A [`Route`] is what serves a path and what is said of it, in one: nothing is served without a description. Fields of
 //! requests are described by the declarations that they are read and bounded by ([`crate::api::declare`]), with the limits
-//! that this router has; generated answers by the types that are written; the rest by the types of [`responses`]. What stands in
-//! messages, tools and forms of answers is described by hand ([`requests`], [`agents`]); `tests/e2e/test_openapi.py` asks the real
+//! that this router has; generated responses by the types that are written; the rest by the types of [`responses`]. What stands in
+//! messages, tools and forms of responses is described by hand ([`requests`], [`agents`]); `tests/e2e/test_openapi.py` asks the real
 //! server.
 
 pub mod agents;
@@ -47,7 +47,7 @@ struct Completion {
     schema: Option<Describe>,
 }
 
-/// What a request for an answer of a model may be refused with.
+/// What a request for a response of a model may be refused with.
 pub const REQUEST_ERRORS: &[u16] = &[400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504];
 /// What a request that only looks may be refused with.
 pub const KEY_ERRORS: &[u16] = &[401, 403, 503];
@@ -92,14 +92,14 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
         self
     }
 
-    /// The answer.
+    /// The response.
     pub fn returns<T: JsonSchema>(mut self) -> Self {
         self.completions
             .push(Completion { kind: "application/json", schema: Some(|generator| generator.subschema_for::<T>()) });
         self
     }
 
-    /// An answer, or another one, that is text.
+    /// A response, or another one, that is text.
     pub fn returns_text(mut self, kind: &'static str) -> Self {
         self.completions.push(Completion { kind, schema: Some(|generator| generator.subschema_for::<String>()) });
         self

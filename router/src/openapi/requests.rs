@@ -1,4 +1,4 @@
-//! What stands in fields of requests and is read where it is used: messages and tools by the conversation's reader, forms of answers
+//! What stands in fields of requests and is read where it is used: messages and tools by the conversation's reader, forms of responses
 //! by [`crate::api::structured`]. The fields themselves are declared where they are read: [`crate::api::request`].
 
 #![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 #[schemars(inline)]
 pub struct OneOrMore<T>(#[schemars(length(min = 1))] pub Vec<T>);
 
-/// The form of the answer.
+/// The form of the response.
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ResponseFormat {
@@ -37,10 +37,10 @@ pub struct Message {
     pub content: Option<Content>,
     /// The assistant's.
     pub tool_calls: Option<Vec<ToolCall>>,
-    /// Of a tool's answer.
+    /// Of a tool's response.
     pub tool_call_id: Option<String>,
     pub name: Option<String>,
-    /// The model goes on with this message (Mistral's).
+    /// The model continues with this message (Mistral's).
     pub prefix: Option<bool>,
 }
 
@@ -63,7 +63,7 @@ pub enum Content {
     Chunks(Vec<Chunk>),
 }
 
-/// A text or a picture (`data:` URLs only).
+/// A text or an image (`data:` URLs only).
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Chunk {
@@ -71,7 +71,7 @@ pub enum Chunk {
     ImageUrl { image_url: ImageUrl },
 }
 
-/// Where a picture is.
+/// Where an image is.
 #[derive(JsonSchema)]
 #[serde(untagged)]
 pub enum ImageUrl {

@@ -1,4 +1,4 @@
-//! Answers, as the document describes them, that are not described by the types that are written ([`crate::api::response`]).
+//! Responses, as the document describes them, that are not described by the types that are written ([`crate::api::response`]).
 
 #![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
 
@@ -23,7 +23,7 @@ pub struct ErrorFields {
     pub code: Option<String>,
 }
 
-/// Why an answer is over.
+/// Why a response is over.
 #[derive(JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
@@ -92,7 +92,7 @@ pub struct Capabilities {
     pub vision: bool,
 }
 
-/// Answer of `/tokenize`.
+/// Response of `/tokenize`.
 #[derive(JsonSchema)]
 pub struct Tokenized {
     pub count: usize,
@@ -101,7 +101,7 @@ pub struct Tokenized {
     pub token_strs: Option<Vec<String>>,
 }
 
-/// Answer of `/detokenize`.
+/// Response of `/detokenize`.
 #[derive(JsonSchema)]
 pub struct Detokenized {
     pub prompt: String,
@@ -206,7 +206,7 @@ pub struct Speed {
     pub decode_step_seconds: f64,
 }
 
-/// What a group last told of itself.
+/// What a group last reported itself.
 #[derive(JsonSchema)]
 pub struct Load {
     pub running: u32,

@@ -28,7 +28,7 @@ use crate::{fairness::share, fleet::view::Fleet};
 
 /// Requests that are tried in vain before the others are left for the next time.
 const TRIES: usize = 32;
-/// What nobody tells of (a deadline, a breaker that closes) is seen within this time.
+/// What nobody reports (a deadline, a breaker that closes) is seen within this time.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How urgent a request is.
@@ -62,7 +62,7 @@ impl Class {
     }
 }
 
-/// Told when a group may have got room. Costs nothing while nobody waits.
+/// Reported when a group may have got room. Costs nothing while nobody waits.
 #[derive(Default)]
 pub struct Room {
     waiting: AtomicUsize,
@@ -70,7 +70,7 @@ pub struct Room {
 }
 
 impl Room {
-    /// A sequence ended, a group told its load or its state, or one came.
+    /// A sequence ended, a group reported its load or its state, or one came.
     pub fn changed(&self) {
         if self.waiting.load(Ordering::Relaxed) > 0 {
             self.changed.notify_one();
@@ -165,7 +165,7 @@ impl Admission {
         state.tenants.values().any(|tenant| tenant.waiting[..=last].iter().any(|queue| !queue.is_empty()))
     }
 
-    /// Stands in line; the answer comes when a group can start the request, its time is over, or it has to make room
+    /// Stands in line; the response comes when a group can start the request, its time is over, or it has to make room
     /// for another one in a full queue.
     pub fn wait(&self, ask: QueuedRequest) -> Result<oneshot::Receiver<Result<Placement, NoGroup>>, NoGroup> {
         let (completion, placed) = oneshot::channel();

@@ -60,7 +60,7 @@ pub struct PlacementRequest<'a> {
     pub session: Option<u64>,
     /// Groups that failed it already.
     pub avoid: &'a [Slot],
-    /// Fingerprint of the weights that generated its tokens so far: only the same ones can go on with it.
+    /// Fingerprint of the weights that generated its tokens so far: only the same ones can continue with it.
     pub weights: Option<&'a str>,
     /// To be placed only where it can start now. None: at once, as a stream that lost its group.
     pub class: Option<Class>,
@@ -86,7 +86,7 @@ pub struct Placement {
 
 /// What placements have in common, one after the other.
 pub struct PlacerState {
-    /// Draws one of several equal groups, and pauses.
+    /// Samples one of several equal groups, and pauses.
     pub random: StdRng,
     /// How long prompts of each model take.
     typical: HashMap<String, Typical>,
@@ -224,8 +224,8 @@ pub fn place(fleet: &Fleet, model: &ModelGroups, wanted: &PlacementRequest<'_>) 
     Ok(Placement { group, booking, reason, predicted_seconds, explanation })
 }
 
-/// Where the prompt goes in place of the group that would answer soonest and holds most of it, if it should move.
-/// Streams that go on elsewhere are in a hurry, and do not.
+/// Where the prompt goes in place of the group that would respond soonest and holds most of it, if it should move.
+/// Streams that continue elsewhere are in a hurry, and do not.
 fn migration(
     candidates: &[&Arc<Group>],
     matched: &[u32],

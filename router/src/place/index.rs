@@ -1,4 +1,4 @@
-//! Which group holds which block, exactly: fed by the groups' own events, never guessed.
+//! Which group holds which block, exactly: fed by the groups' own events, never estimated.
 //!
 //! A plane serves 64 groups: a [`BlockTable`] from a block's hash to a bit for each group that holds it.
 //! Beside the facts stand the *expected* blocks: those of requests that were just placed and are not stored
@@ -159,7 +159,7 @@ impl Index {
         lengths
     }
 
-    /// How far the chain goes on in a group behind `held` blocks, with what it is expected to store.
+    /// How far the chain continues in a group behind `held` blocks, with what it is expected to store.
     pub fn with_expected(&self, hashes: &[BlockHash], slot: Slot, held: u32) -> u32 {
         let Some((plane, bit)) = self.plane(slot) else {
             return held;

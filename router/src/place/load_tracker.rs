@@ -4,7 +4,7 @@
 //! back on every way out, because it does so when it is dropped.
 //!
 //! A report is 50 ms old by the time the next one comes, a second where nothing changes. What was booked since is
-//! added to it, and what it counts and has ended since is taken off: else a group that has just answered would
+//! added to it, and what it counts and has ended since is taken off: else a group that has just served would
 //! look busier than one that knows nothing of the conversation, to the turn that follows at once. Of a prompt that the
 //! group has begun with its report has what is left: a router that counted its own prompts in full until their first token
 //! would send others away from a group that is nearly done.
@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use super::index::Index;
 use crate::fleet::view::Link;
 
-/// Blocks that a group stored are told well within this time after the first token; what is not was never kept.
+/// Blocks that a group stored are given well within this time after the first token; what is not was never kept.
 const CONFIRMED_WITHIN: Duration = Duration::from_secs(2);
 
 /// What was booked this long ago counts a third in the utilization.
@@ -131,10 +131,10 @@ pub struct LoadTracker {
 }
 
 impl LoadTracker {
-    /// The group told its load.
+    /// The group reported its load.
     pub fn report(&self, load: Load, now: Instant) {
         let mut entry = self.entry.lock();
-        // the first report tells of a past that is as old as the group
+        // the first report reports a past that is as old as the group
         let update = if entry.report_number == 0 { 0.0 } else { load.prefill_seconds - entry.reported.prefill_seconds };
         // what a group says is bounded: nobody computes for longer than there was time
         let update = update.max(0.0).min(RECENT.as_secs_f64());
@@ -167,7 +167,7 @@ impl LoadTracker {
         self.entry.lock().report_number
     }
 
-    /// What the group last told.
+    /// What the group last reported.
     pub fn reported(&self) -> Load {
         self.entry.lock().reported
     }
@@ -257,7 +257,7 @@ impl LoadTracker {
 }
 
 /// One placed sequence: its prompt tokens count as queued until its first token, it counts as running and
-/// its blocks as held until the group must have told of them, or this is dropped.
+/// its blocks as held until the group must have reported them, or this is dropped.
 pub struct Booking {
     link: Arc<Link>,
     index: Arc<Index>,
@@ -297,7 +297,7 @@ impl Booking {
         }
     }
 
-    /// A token came: the prompt is computed, and soon the group has told what it stored.
+    /// A token came: the prompt is computed, and soon the group has reported what it stored.
     pub fn received_token(&mut self, now: Instant) {
         self.accepted();
         let Some(prefilled_at) = self.prefilled_at else {
@@ -389,7 +389,7 @@ mod tests {
         assert_eq!(load_tracker.busy(), LoadEstimate { queued_tokens: 70, sequences: 1 });
     }
 
-    /// More can end than the report has: some of it was on its way when the group told.
+    /// More can end than the report has: some of it was on its way when the group reported.
     #[test]
     fn a_report_is_never_taken_below_nothing() {
         let load_tracker = LoadTracker::default();
@@ -479,7 +479,7 @@ mod tests {
         assert!(load_tracker.running(after(5_000)) <= f64::from(u32::MAX), "whatever it says");
     }
 
-    /// The group tells what is left of a prompt that it computes; what it has not begun with counts in full.
+    /// The group reports what is left of a prompt that it computes; what it has not begun with counts in full.
     #[test]
     fn of_a_prompt_that_has_started_the_report_knows_how_much_is_left() {
         let load_tracker = LoadTracker::default();

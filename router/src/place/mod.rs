@@ -1,5 +1,5 @@
 //! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`load_tracker`]),
-//! which one would answer soonest ([`choose`]), when a
+//! which one would respond soonest ([`choose`]), when a
 //! conversation leaves a group that was given too much ([`level`]), where its session is at home ([`sessions`]), and who waits while none
 //! can start it ([`admission`]).
 

@@ -1,11 +1,11 @@
-//! When a conversation leaves a group that holds it, though it would be answered soonest there: where a group was given
+//! When a conversation leaves a group that holds it, though it would be served soonest there: where a group was given
 //! more than the others, its conversations turned out to be the long ones, and new ones can't make up for it.
 //!
 //! Computing a conversation anew takes a hundred times as long as its next turn, so few may move, and only where it
 //! helps: away from a group whose surplus the others will not reach soon by what comes to them anyhow, for less than
 //! that surplus, and to a group that computes nothing now and lacks as much as the move costs it. So a move brings
-//! both nearer to the mean, and moves end by themselves, however many routers decide on them: all go by what groups tell.
-//! A turn that would be answered quickly stays: it would wait a hundred times as long, where one that waits anyhow, or is long
+//! both nearer to the mean, and moves end by themselves, however many routers decide on them: all go by what groups report.
+//! A turn that would be served quickly stays: it would wait a hundred times as long, where one that waits anyhow, or is long
 //! itself, is hardly slower for the move ([`Typical`]).
 
 /// A surplus that the others reach within these seconds by what comes to them anyhow is left to that.
@@ -21,7 +21,7 @@ const QUICK: f64 = 0.8;
 /// How far each turn moves what is typical.
 const STEP: f64 = 0.02;
 
-/// The running median of the seconds until the first token, of one model's prompts as they would be answered soonest. A
+/// The running median of the seconds until the first token, of one model's prompts as they would be served soonest. A
 /// step up for each that is above it and down for each below ("frugal streaming": Ma, Muthukrishnan and Sandler, 2013).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Typical(Option<f64>);

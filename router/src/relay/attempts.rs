@@ -1,5 +1,5 @@
 //! The groups that a sequence was tried on in vain. Those that failed it are avoided until it has no time left to wait
-//! for others. One that was full has not failed: it is as good as any as soon as it tells of room.
+//! for others. One that was full has not failed: it is as good as any as soon as it reports room.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ struct Full {
     link: Arc<Link>,
     /// How many reports of it had come: it was full whatever they say.
     reports: u64,
-    /// The most sequences that it told of, in the last of these and since.
+    /// The most sequences that it reported, in the last of these and since.
     sequences: u32,
 }
 
@@ -30,7 +30,7 @@ impl Full {
         Self { reports: link.load_tracker.reports(), sequences: reported_sequences(&link), link }
     }
 
-    /// Whether it has told of room since: a place for one that starts at once, or fewer that run and wait than it had.
+    /// Whether it has reported room since: a place for one that starts at once, or fewer that run and wait than it had.
     /// What is on its way there counts as if it were there, so that no more ask than have room.
     fn is_over(&mut self, group: &Group) -> bool {
         self.sequences = self.sequences.max(reported_sequences(&self.link));
@@ -39,14 +39,14 @@ impl Full {
     }
 }
 
-/// Those that run and wait there by its own word.
+/// Those that run and wait there as the group reports it.
 fn reported_sequences(link: &Link) -> u32 {
     let update = link.load_tracker.reported();
     update.running.saturating_add(update.waiting)
 }
 
 impl Tried {
-    /// A group did not go on with it.
+    /// A group did not continue with it.
     pub(super) fn add(&mut self, link: Arc<Link>, failure: &Failure) {
         self.full.retain(|full| full.link.slot != link.slot);
         match failure {
@@ -65,7 +65,7 @@ impl Tried {
         self.failed.iter().chain(self.full.iter().map(|full| &full.link)).map(|link| link.slot).collect()
     }
 
-    /// Those that are left when the ones are forgotten that have told of room.
+    /// Those that are left when the ones are forgotten that have reported room.
     pub(super) fn slots_without_room(&mut self, view: &View) -> Vec<Slot> {
         self.full.retain_mut(|full| {
             // one that is gone is not asked anyway

@@ -1,4 +1,4 @@
-//! The upstream call's messages on the wire. A request is little more than its token ids, a quarter of a million
+//! The upstream call's messages on the wire. A request is little more than its token IDs, a quarter of a million
 //! of them at most: they are packed where prompts are encoded (`encode::wire`), and copied here as they are. The
 //! bytes are those of any other protobuf encoder.
 
@@ -20,14 +20,14 @@ use crate::{
 /// Field 2, length-delimited: `GenerateRequest.token_ids`.
 const TOKEN_IDS_KEY: u8 = 2 << 3 | 2;
 
-/// A request and its ids, which are packed already.
+/// A request and its token IDs, which are packed already.
 #[derive(Clone, Debug, Default)]
 pub struct Outgoing {
-    /// Everything but the ids.
+    /// Everything but the token IDs.
     pub request: GenerateRequest,
-    /// The prompt's ids.
+    /// The prompt's token IDs.
     pub prompt: PackedIds,
-    /// The ids generated so far.
+    /// The token IDs generated so far.
     pub generated: Vec<u8>,
 }
 

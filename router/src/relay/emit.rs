@@ -1,6 +1,6 @@
-//! What generated ids mean to the client: text without stop strings, tool calls, logprobs, and why it ended.
+//! What generated token IDs mean to the client: text without stop strings, tool calls, logprobs, and why it ended.
 //!
-//! An [`Emitter`] turns each batch of ids into an addition to a [`Delta`]. A streamed answer sends and clears
+//! An [`Emitter`] turns each batch of token IDs into an addition to a [`Delta`]. A streamed response sends and clears
 //! the delta after every batch, a plain one lets it grow to the end: both say the same, because nothing that was
 //! emitted is taken back.
 
@@ -17,7 +17,7 @@ use super::stop::StopMatcher;
 /// How a request wants its output.
 #[derive(Clone, Default)]
 pub struct EmitOptions {
-    /// None: ids in, ids out, no text at all.
+    /// None: token IDs in, token IDs out, no text at all.
     pub tokenizer: Option<Arc<Tokenizer>>,
     /// Special tokens are left out of the text.
     pub skip_special: bool,
@@ -36,13 +36,13 @@ pub struct EmitOptions {
     pub stops: Vec<String>,
     /// The stop string (or token) is part of the output.
     pub keep_stop: bool,
-    /// No stop string counts before that many ids.
+    /// No stop string counts before that many token IDs.
     pub min_tokens: u32,
     /// Ids that end a sequence; their own text is not part of it.
     pub end_ids: Vec<u32>,
     /// Of those, the ones that the request named.
     pub stop_token_ids: Vec<u32>,
-    /// The client wants token ids.
+    /// The client wants token IDs.
     pub token_ids: bool,
 }
 
@@ -51,9 +51,9 @@ pub struct EmitOptions {
 pub struct Delta {
     /// Text.
     pub text: String,
-    /// Pieces of tool calls, at most one for each call.
+    /// Chunks of tool calls, at most one for each call.
     pub calls: Vec<CallDelta>,
-    /// The ids, if wanted.
+    /// The token IDs, if wanted.
     pub token_ids: Vec<u32>,
     /// Their logprobs, if wanted.
     pub logprobs: Vec<PositionLogprobs>,
@@ -141,7 +141,7 @@ impl Finish {
     }
 }
 
-/// What stopped a sequence, as vLLM's `stop_reason` tells it.
+/// What stopped a sequence, as vLLM's `stop_reason` reports it.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(untagged)]
 pub enum StopReason {
@@ -157,7 +157,7 @@ enum Decode {
     ToolCalls(ToolCallParser),
 }
 
-/// Turns the ids of one sequence into output.
+/// Turns the token IDs of one sequence into output.
 pub struct Emitter {
     options: Arc<EmitOptions>,
     decode: Decode,
@@ -212,7 +212,7 @@ impl Emitter {
         self.stop_reason.as_ref()
     }
 
-    /// Adds a batch of ids. Returns true when a stop string was completed: then the sequence is over,
+    /// Adds a batch of token IDs. Returns true when a stop string was completed: then the sequence is over,
     /// whatever else its group may still send.
     pub fn push(&mut self, tokens: Tokens, delta: &mut Delta) -> bool {
         let mut logprobs = tokens.logprobs.into_iter();
@@ -256,7 +256,7 @@ impl Emitter {
         self.how_it_ended(reason)
     }
 
-    /// A stop string was found: tells how the sequence ended. No call is open then: calls have no stop strings.
+    /// A stop string was found: reports how the sequence ended. No call is open then: calls have no stop strings.
     pub fn finish_at_stop_string(&self) -> Finish {
         self.how_it_ended(FinishReason::Stop)
     }

@@ -1,7 +1,7 @@
 //! One sequence, from its placement to its end, whatever happens to the groups under it.
 //!
-//! The ids generated so far are kept. When a group dies, drains or refuses, the sequence is placed again as
-//! prompt + those ids on another group, which goes on where the first one stopped (sampling depends on seed
+//! The token IDs generated so far are kept. When a group dies, drains or refuses, the sequence is placed again as
+//! prompt + those token IDs on another group, which continues where the first one stopped (sampling depends on seed
 //! and position alone): the client sees a pause, never an error and never a token twice. A request under
 //! whose sequences `max_attempts` groups died is taken for the cause and given no other. Groups that drain or
 //! refuse do not count: a long stream may outlive many of them. A request whose group died before its grammar had compiled is
@@ -55,7 +55,7 @@ use crate::{
 
 /// Groups that a sequence is tried on in all, those included that only drained or refused.
 const MAX_ATTEMPTS: u32 = 32;
-/// Of a bound on the answer, what counts as work asked for: most answers end long before theirs.
+/// Of a bound on the response, what counts as work asked for: most responses end long before theirs.
 const MAX_EXPECTED_TOKENS: u32 = 1024;
 /// How often a sequence without a group looks for one.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -64,7 +64,7 @@ const SILENCE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A group accepts a call at once, however long it is queued then: one that has not within this time does not serve.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A prompt and how it goes on: what all `n` sequences of it share.
+/// A prompt and how it continues: what all `n` sequences of it share.
 pub struct Task {
     /// Of the HTTP request.
     pub request_id: String,
@@ -82,7 +82,7 @@ pub struct Task {
     pub class: Class,
     /// Who asks.
     pub tenant: u64,
-    /// How ids are drawn; each sequence has a seed of its own.
+    /// How token IDs are sampled; each sequence has a seed of its own.
     pub sampling: Sampling,
     /// When it ends.
     pub stopping: Stopping,
@@ -102,7 +102,7 @@ pub struct Task {
     pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
 }
 
-/// What a sequence tells, in this order.
+/// What a sequence reports, in this order.
 #[derive(Debug)]
 pub enum Event {
     /// It left the queue. Once.
@@ -112,7 +112,7 @@ pub enum Event {
     },
     /// Logprobs of prompt positions, each once.
     PromptLogprobs(PromptLogprobs),
-    /// Generated ids.
+    /// Generated token IDs.
     Tokens(Tokens),
     /// The end.
     Finished(Finished),
@@ -133,7 +133,7 @@ pub enum SequenceError {
     /// The group died while it compiled the request's grammar, which is taken for the cause.
     #[error("the group that compiled the request's grammar died")]
     GrammarPoisonPill,
-    /// The last group's failure, where no other could go on.
+    /// The last group's failure, where no other could continue.
     #[error("{failure} (after {attempts} attempts)")]
     Failed {
         /// What it was.
@@ -173,7 +173,7 @@ enum Phase {
     Done,
 }
 
-/// It has lost its group, and no other can go on with it now.
+/// It has lost its group, and no other can continue with it now.
 struct Wait {
     until: Instant,
     /// What it ends with, if none can until then.
@@ -395,7 +395,7 @@ impl Sequence {
         }
     }
 
-    /// What the group that has it says next, if that is anything to tell.
+    /// What the group that has it says next, if that is anything to report.
     fn poll_stream(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Event>, SequenceError>> {
         let Phase::Streaming { events, check, .. } = &mut self.phase else { return Poll::Ready(Ok(None)) };
         Poll::Ready(match ready!(Pin::new(&mut **events).poll_next(cx)) {
@@ -408,7 +408,7 @@ impl Sequence {
         })
     }
 
-    /// Goes on with opening, or with looking for a group.
+    /// Continues with opening, or with looking for a group.
     fn poll_phase(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SequenceError>> {
         match std::mem::replace(&mut self.phase, Phase::Done) {
             Phase::Queued { mut placed, since } => match Pin::new(&mut placed).poll(cx) {
@@ -533,14 +533,14 @@ impl Sequence {
         }
     }
 
-    /// The present group failed: notes it, and goes on elsewhere if that can help.
+    /// The present group failed: notes it, and continues elsewhere if that can help.
     fn failed(&mut self, failure: Failure) -> Result<(), SequenceError> {
         let is_lost = matches!(failure, Failure::Lost(_));
         if let Phase::Streaming { booking, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
             if is_lost {
                 self.task.deaths.add(booking.link());
             }
-            // one that every group answers with nonsense does not go through all of them
+            // one that every group responds with nonsense does not go through all of them
             self.unreached += u32::from(matches!(failure, Failure::Violation(_)));
             self.leave(booking, &failure);
         }
@@ -585,7 +585,7 @@ impl Sequence {
     }
 
     fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), SequenceError> {
-        // before everything else: an answer that is complete needs no group, so no retry, and is no error
+        // before everything else: a response that is complete needs no group, so no retry, and is no error
         if let Some(finished) = self.already_finished() {
             self.phase = finished;
             return Ok(());

@@ -1,5 +1,5 @@
 //! The streams between client and group: one upstream call ([`stream`]), the sequence that survives the
-//! death of its group ([`resume`], as often as [`budget`] and [`deaths`] allow), and what its token ids mean to the client
+//! death of its group ([`resume`], as often as [`budget`] and [`deaths`] allow), and what its token IDs mean to the client
 //! ([`emit`]).
 
 mod attempts;

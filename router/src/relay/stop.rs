@@ -2,7 +2,7 @@
 //!
 //! Text that may be the beginning of a stop string is held back until it is known not to be one.
 
-/// Looks for stop strings in text that comes in pieces.
+/// Looks for stop strings in text that comes in chunks.
 pub struct StopMatcher {
     stops: Vec<String>,
     keep_stop: bool,

@@ -131,7 +131,7 @@ impl From<&Status> for Failure {
         }
         // the group's own text: for logs and traces, never for clients
         let message = clip(status.message());
-        // A status that came over the wire has no source; one that tells of a broken connection has.
+        // A status that came over the wire has no source; one that reports a broken connection has.
         let of_the_connection = status.source().is_some();
         if let Some(part) = identity::mismatch_of(status) {
             return Failure::Refused(format!("another server is at its address: {part} differs"));

@@ -164,7 +164,7 @@ async fn send_into_full(harness: &Arc<Harness>, tenant: &str, text: &str, class:
     tokio::spawn(async move { for_task.request("POST", CHAT, &[("authorization", &key)], body.to_string()).await })
 }
 
-/// What became of requests when the group goes on: texts that ran, in their order, and how many were refused.
+/// What became of requests when the group continues: texts that ran, in their order, and how many were refused.
 async fn end(harness: &Harness, gate: &Gate, sent: Vec<Sent>) -> (Vec<String>, usize) {
     gate.open(ALL);
     let mut refused = 0;

@@ -1,4 +1,4 @@
-//! The shapes of answers, plain and streamed, over scripted groups.
+//! The shapes of responses, plain and streamed, over scripted groups.
 
 use crate::support::*;
 use bora_proto::v1::FinishReason;

@@ -338,7 +338,7 @@ async fn the_end_of_the_grace_period_ends_streams_with_an_error_and_requests_wit
     served.until("all run", |served| served.groups[0].running() == 3).await;
     served.until("all are there", |served| served.metrics().contains("bora_router_http_connections 5")).await;
     served.stop();
-    // a request that was on its way is answered, and its client is told that there is no next one
+    // a request that was on its way is served, and its client is notified that there is no next one
     tokio::time::sleep(Duration::from_millis(50)).await;
     idle.write_all(b"GET /ready HTTP/1.1\r\nhost: localhost\r\n\r\n").await.expect("sent");
     let ready = Reply::read(&mut idle).await;

@@ -5,7 +5,7 @@ use crate::support::*;
 use bora_router::{ModelSpec, RouterOptions};
 use serde_json::{Value, json};
 
-/// Each operation's path, the name of its schema, and a request that is answered.
+/// Each operation's path, the name of its schema, and a request that is served.
 fn operations() -> [(&'static str, &'static str, Value); 7] {
     let messages = json!([{"role": "user", "content": "Hi"}]);
     [

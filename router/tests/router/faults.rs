@@ -24,7 +24,7 @@ fn chat(stream: bool) -> Value {
     json!({"model": MODEL, "stream": stream, "messages": [{"role": "user", "content": "Hi"}]})
 }
 
-/// What a group without faults goes on with: the ids of the text after those already generated.
+/// What a group without faults continues with: the token IDs of the text after those already generated.
 fn go_on(text: &'static str) -> impl Fn(&bora_proto::v1::GenerateRequest) -> Result<Vec<Act>, Status> {
     move |request| {
         let ids = [tokenizer().encode(text), vec![EOS]].concat();
@@ -76,7 +76,7 @@ async fn a_full_fleet_is_a_429_with_a_time_and_a_stream_gets_the_status_too() {
     assert_eq!(harness.groups[0].seen().len() + harness.groups[1].seen().len(), 4, "each group once a request");
 }
 
-/// Its client has been told that it is answered: where nobody has room for it now, it waits.
+/// Its client has been notified that it is served: where nobody has room for it now, it waits.
 #[tokio::test]
 async fn what_was_accepted_waits_for_room_elsewhere() {
     let was_asked = AtomicBool::new(false);
@@ -88,14 +88,14 @@ async fn what_was_accepted_waits_for_room_elsewhere() {
     let full = |_: &bora_proto::v1::GenerateRequest| Err(Status::resource_exhausted("queue"));
     let harness = Harness::start(vec![Group::start("breaks", breaks_at_first), Group::start("full", full)]).await;
     prefer(&harness, 1).await;
-    // and full, by its own word too: it is not asked again while the stream waits
+    // and full, as the group reports it too: it is not asked again while the stream waits
     harness.groups[1].report(Update::Load(Load { running: 64, queued_prefill_tokens: 1_000_000, ..Load::default() }));
     let completion = harness.post(CHAT, chat(true)).await;
     assert!(completion.is_done(), "{}", completion.text);
     assert_eq!((completion.content(0), harness.groups[1].seen().len()), ("fine".into(), 1));
 }
 
-/// It waits for the group that was full, asks it no more than it tells of room, and the one that failed not at all.
+/// It waits for the group that was full, asks it no more than it reports room, and the one that failed not at all.
 #[tokio::test]
 async fn what_waits_asks_a_full_group_again_when_it_tells_of_room() {
     let breaks = |_: &bora_proto::v1::GenerateRequest| {
@@ -145,7 +145,7 @@ async fn what_waits_asks_a_full_group_again_when_it_tells_of_room() {
     assert_eq!(harness.groups[0].seen().len(), 1, "what failed is not asked again");
 }
 
-/// What a group said long ago is not held against it, whatever it told since.
+/// What a group said long ago is not held against it, whatever it reported since.
 #[tokio::test]
 async fn a_group_that_was_full_before_another_took_the_stream_is_asked_at_once() {
     let (gate, was_asked) = (Gate::closed(), AtomicBool::new(false));
@@ -798,7 +798,7 @@ async fn a_recycled_address_never_serves_another_model() {
     assert_eq!(second.seen().len(), 1);
 }
 
-/// The stream that a group died under goes on elsewhere, and not on whoever came to its address.
+/// The stream that a group died under continues elsewhere, and not on whoever came to its address.
 #[tokio::test]
 async fn a_stream_moves_past_a_recycled_address() {
     let gate = Gate::closed();

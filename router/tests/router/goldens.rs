@@ -1,4 +1,4 @@
-//! The reference tokenizer's goldens through `/tokenize`: every conversation gives exactly its ids, every
+//! The reference tokenizer's goldens through `/tokenize`: every conversation gives exactly its token IDs, every
 //! text too, and every conversation that the reference refuses is refused.
 
 use std::sync::Arc;
@@ -26,7 +26,7 @@ async fn serving(tokenizer_file: &str) -> Harness {
     Harness::with(options, ModelSpec::new(Arc::new(tokenizer)), vec![group]).await
 }
 
-/// A golden's request as a client would send it: pictures as data URLs, the served model's name. Nothing
+/// A golden's request as a client would send it: images as data URLs, the served model's name. Nothing
 /// else may change, not even the way its numbers are written.
 fn as_sent(request: &str) -> String {
     let mut sent = String::new();

@@ -1,4 +1,4 @@
-//! Groups that break the contract: what they send reaches neither clients nor the index, another group goes on, and what
+//! Groups that break the contract: what they send reaches neither clients nor the index, another group continues, and what
 //! they claim to be does not become true.
 
 use std::{sync::Arc, time::Duration};
@@ -40,7 +40,7 @@ fn hostile(name: &str, events: Vec<Event>) -> Group {
     Group::start(name, move |_| Ok(acts.clone()))
 }
 
-/// A group that has the right answer: 1500 and so on.
+/// A group that has the right response: 1500 and so on.
 fn good(name: &str) -> Group {
     good_as(name, 1, "none")
 }

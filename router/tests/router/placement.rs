@@ -87,7 +87,7 @@ async fn one_name_for_everything_does_not_heap_it_on_one_group() {
     assert!(most <= Some(4), "{most:?} of {} in one of eight groups", running.len());
 }
 
-/// A group tells its load fifty milliseconds apart: until then it looks as full as it was before the answers ended.
+/// A group reports its load fifty milliseconds apart: until then it looks as full as it was before the responses ended.
 #[tokio::test]
 async fn a_turn_that_follows_at_once_goes_where_the_conversation_is() {
     let now = Instant::now();
@@ -109,7 +109,7 @@ async fn a_turn_that_follows_at_once_goes_where_the_conversation_is() {
     }
 }
 
-/// Siblings are placed by them at once; what the group has not told two seconds after the first token, it did not keep.
+/// Siblings are placed by them at once; what the group has not reported two seconds after the first token, it did not keep.
 #[tokio::test]
 async fn expected_blocks_that_the_group_does_not_confirm_in_time_are_dropped() {
     let began = Instant::now();

@@ -1,4 +1,4 @@
-//! `/v1/responses`: what its requests become, the shapes of its answers and events, and what it refuses.
+//! `/v1/responses`: what its requests become, the shapes of its responds and events, and what it refuses.
 
 use crate::support::*;
 use bora_proto::v1::FinishReason;

@@ -1,4 +1,4 @@
-//! A router over scripted groups: real gRPC over loopback, token ids as the test writes them, failures on
+//! A router over scripted groups: real gRPC over loopback, token IDs as the test writes them, failures on
 //! command. A group lives on a runtime of its own, so that it can die like a process does.
 
 #![allow(missing_docs, unreachable_pub)] // of tests
@@ -66,7 +66,7 @@ pub enum Act {
     /// Like `Ids`, each with a logprob of -0.5 and one alternative (id 1500 at -1.5).
     IdsWithLogprobs(Vec<u32>),
     Pause(Duration),
-    /// Goes on when the test opens the gate for one more.
+    /// Continues when the test opens the gate for one more.
     Hold(Gate),
     Finish(FinishReason),
     /// An event as it is, whatever the request allows.
@@ -78,7 +78,7 @@ pub enum Act {
     Die,
 }
 
-/// Holds sequences until the test lets them go on.
+/// Holds sequences until the test lets them continue.
 #[derive(Clone, Debug)]
 pub struct Gate(Arc<Semaphore>);
 
@@ -87,7 +87,7 @@ impl Gate {
         Self(Arc::new(Semaphore::new(0)))
     }
 
-    /// Lets as many more go on, whenever they come.
+    /// Lets as many more continue, whenever they come.
     pub fn open(&self, count: usize) {
         self.0.add_permits(count);
     }
@@ -108,7 +108,7 @@ pub fn say(text: &str) -> Vec<Act> {
     acts
 }
 
-/// These ids one at a time, then the end.
+/// These token IDs one at a time, then the end.
 pub fn say_ids(ids: &[u32], reason: FinishReason) -> Vec<Act> {
     let mut acts = vec![Act::Start { cached: 0 }];
     acts.extend(ids.iter().map(|id| Act::Ids(vec![*id])));
@@ -127,10 +127,10 @@ struct Scripted {
     cancelled: Arc<AtomicUsize>,
     running: Arc<AtomicUsize>,
     died: mpsc::UnboundedSender<()>,
-    /// What is told, and how many numbers are left out before it.
+    /// What is given, and how many numbers are left out before it.
     events: broadcast::Sender<(u64, Update)>,
     watches: Arc<AtomicUsize>,
-    /// The load as it was last told.
+    /// The load as it was last reported.
     reported: Arc<Mutex<Load>>,
 }
 
@@ -407,7 +407,7 @@ impl Group {
         self.scripted.running.load(Ordering::SeqCst)
     }
 
-    /// Tells its watchers.
+    /// Notifies its watchers.
     pub fn report(&self, update: Update) {
         if let Update::Load(load) = &update {
             *self.scripted.reported.lock() = *load;
@@ -415,7 +415,7 @@ impl Group {
         let _ = self.scripted.events.send((0, update));
     }
 
-    /// Tells its watchers as if an event had been lost on the way.
+    /// Notifies its watchers as if an event had been lost on the way.
     pub fn report_after_a_gap(&self, update: Update) {
         let _ = self.scripted.events.send((1, update));
     }
@@ -431,7 +431,7 @@ impl Group {
         self.scripted.watches.load(Ordering::SeqCst)
     }
 
-    /// Tells its watchers that it holds the blocks of a prompt.
+    /// Notifies its watchers that it holds the blocks of a prompt.
     pub fn report_stored(&self, token_ids: &[u32]) {
         let stored: Vec<u8> =
             hash_blocks(&keys(), salt().as_ref(), &[], token_ids).iter().flat_map(|hash| hash.to_bytes()).collect();
@@ -481,7 +481,7 @@ pub struct Harness {
     pub groups: Vec<Group>,
 }
 
-/// An answer, read to its end.
+/// A response, read to its end.
 #[derive(Debug)]
 pub struct Answered {
     pub status: u16,
@@ -533,7 +533,7 @@ impl Answered {
     }
 }
 
-/// The ids of calls, as the model writes them.
+/// The token IDs of calls, as the model writes them.
 pub fn call_ids(calls: &[(&str, &str)]) -> Vec<u32> {
     let tokenizer = tokenizer();
     let mut ids = Vec::new();

@@ -1,6 +1,6 @@
 //! A whole router, all of its own code from the registry's changes to the last token, over groups that speak real gRPC
 //! through a network in memory, in virtual time: groups die, freeze, are cut off, come late, begin anew and lose events
-//! while clients talk. Every answer must be whole and right, and once it is calm the router must know what is so and
+//! while clients talk. Every response must be whole and right, and once it is calm the router must know what is so and
 //! have nothing left over. What goes wrong, and when, is drawn from the seed: the same seed takes the same way again.
 
 mod group;
@@ -70,7 +70,7 @@ struct Seen {
     /// All that happened, with its millisecond.
     log: Vec<String>,
     responses: usize,
-    /// Of these, those that a second group went on with.
+    /// Of these, those that a second group continued with.
     moved: usize,
 }
 
@@ -147,7 +147,7 @@ impl World {
         true
     }
 
-    /// Conversations that grow, one request at a time. Some clients leave in the middle of an answer.
+    /// Conversations that grow, one request at a time. Some clients leave in the middle of a response.
     async fn client(self: Arc<Self>, number: u64, mut random: StdRng) {
         let mut ids: Vec<u32> = Vec::new();
         for request in 0.. {
@@ -257,7 +257,7 @@ impl Place {
         self
     }
 
-    /// Where it was or elsewhere; the registry may notice or not, and tell of the old one late.
+    /// Where it was or elsewhere; the registry may notice or not, and report the old one late.
     async fn die_and_come_again(&mut self) {
         self.note("dies");
         self.group.kill();
@@ -328,7 +328,7 @@ impl Place {
         self.note("is announced");
     }
 
-    /// Behind the same connection: its events tell of it before the registry does.
+    /// Behind the same connection: its events report it before the registry does.
     async fn begin_anew(&mut self) {
         self.note("begins anew");
         let (watched, before) = (self.watched(), self.group.holds());
@@ -376,7 +376,7 @@ async fn check_calm(fleet: &Fleet, places: &[Place]) {
             && places.iter().all(|place| place.watched().is_some_and(|known| known.link.epoch == place.group.epoch()))
     })
     .await;
-    sleep(Duration::from_secs(3)).await; // the last load is told
+    sleep(Duration::from_secs(3)).await; // the last load is given
     let view = fleet.view();
     let slots: Vec<_> = view.groups().map(|known| known.link.slot).collect();
     // in the order of names, both
@@ -427,7 +427,7 @@ async fn run(seed: u64) -> Seen {
     std::mem::take(&mut *world.seen.lock())
 }
 
-/// Two groups that the router knows, and streams that go on for some seconds.
+/// Two groups that the router knows, and streams that continue for some seconds.
 async fn begin_streams(world: &Arc<World>, random: &mut StdRng, count: u64) -> ([Place; 2], JoinSet<()>) {
     let places = ["a", "b"].map(|name| Place::new(world, name.into(), StdRng::from_rng(random)));
     for place in &places {
@@ -468,7 +468,7 @@ async fn follow_one_by_one(seed: u64) -> Duration {
     longest
 }
 
-/// A group that was filled by others since it told of its load, and has one place when it tells of it again.
+/// A group that was filled by others since it reported its load, and has one place when it reports it again.
 async fn follow_when_notified(seed: u64) {
     let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
     let (mut places, mut streams) = begin_streams(&world, &mut random, 1).await;
@@ -493,7 +493,7 @@ async fn follow_when_notified(seed: u64) {
     streams.join_next().await.expect("one").expect("an answer");
 }
 
-/// A group that tells of room and has none is asked once a report, as often as it takes. That is not held against the
+/// A group that reports room and has none is asked once a report, as often as it takes. That is not held against the
 /// stream when it has to move once more.
 async fn outlive_refusals(seed: u64) {
     let (world, mut random) = (World::new(seed), StdRng::seed_from_u64(seed));
@@ -554,7 +554,7 @@ async fn give_up_on_the_silent(seed: u64) {
     assert!(!known.link.breaker.allows());
 }
 
-/// Tells which seed it was.
+/// Reports which seed it was.
 struct Seed(u64);
 
 impl Drop for Seed {

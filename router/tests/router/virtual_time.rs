@@ -174,7 +174,7 @@ impl World {
         self.waiting.push(Waiting { chain, deaths, placed });
     }
 
-    /// The group stores what it computed and tells it, in order.
+    /// The group stores what it computed and reports it, in order.
     fn store(&mut self, name: &str, hashes: &[BlockHash]) {
         let Some(group) = self.groups.get_mut(name) else { return };
         let new: Vec<BlockHash> = hashes.iter().copied().filter(|hash| group.holds.insert(hash.0)).collect();

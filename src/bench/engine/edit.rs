@@ -1,6 +1,6 @@
-//! Answers that repeat their prompt, as an agent's do that edits code: real source files, each asked for once more with a name
-//! changed throughout. A model with random weights would say something else, so the answer's ids are forced by a grammar; how they
-//! are guessed, computed and verified is as in earnest. Reported apart from the baseline's workloads: those have random ids.
+//! Responses that repeat their prompt, as an agent's do that edits code: real source files, each asked for once more with a name
+//! changed throughout. A model with random weights would say something else, so the response's token IDs are forced by a grammar; how they
+//! are drafted, computed and verified is as in earnest. Reported apart from the baseline's workloads: those have random token IDs.
 
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ const FILES: [(&str, &str, &str); 4] = [
     (include_str!("../../../worker/src/schedule/admit.rs"), "sequence", "request"),
     (include_str!("../../../worker/src/sample/sampler.rs"), "logits", "scores"),
 ];
-/// Ids of an answer at most.
+/// Ids of a response at most.
 const MAX_ANSWER: usize = 1_500;
 
 impl Bench {
@@ -90,7 +90,7 @@ impl Bench {
     }
 }
 
-/// A request whose answer can only be these ids.
+/// A request whose response can only be these token IDs.
 fn forced(prompt: &[u32], response: &[u32]) -> GenerateRequest {
     let ids: Vec<String> = response.iter().map(|id| format!("<[{id}]>")).collect();
     GenerateRequest {

@@ -1,5 +1,5 @@
 //! `bora bench engine`: the engine as it serves (scheduler, prefix cache, loop, ranks), without router and network:
-//! token ids in, token ids out, greedy, prompts of random ids.
+//! token IDs in, token IDs out, greedy, prompts of random token IDs.
 //!
 //! Workloads, counting and names of the JSON fields are those of the baseline that was measured with vLLM (see
 //! docs/benchmarks.md), so that two files can be compared row by row. Beside a figure stand the machine's floor and
@@ -10,7 +10,7 @@
 //! - `prefill`: seconds from a prompt to its first id; the best of several.
 //! - `agentic`: conversations whose turns each add to the one before; `throughput`: many prompts at once that share
 //!   their first half.
-//! - `edit`: answers that repeat their prompt; `mixed`: one long context decoded among many short ones; `revisit`: prompts that come
+//! - `edit`: responses that repeat their prompt; `mixed`: one long context decoded among many short ones; `revisit`: prompts that come
 //!   again when others have been computed in between. Not in the baseline.
 //!
 //! A line `steps` behind each says what kinds of steps it took and how long they were, by the engine's own metrics.
@@ -239,7 +239,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Random ids, no control ids among them.
+    /// Random token IDs, no control token IDs among them.
     fn tokens(&mut self, count: usize) -> Vec<u32> {
         let first = 1000.min(self.record.vocabulary_size / 2);
         let span = u64::from(self.record.vocabulary_size - first);
@@ -256,7 +256,7 @@ impl Bench {
     }
 }
 
-/// Begins a greedy sequence of exactly `output` ids.
+/// Begins a greedy sequence of exactly `output` token IDs.
 fn submit(engine: &EngineHandle, prompt: Vec<u32>, output: usize) -> anyhow::Result<EventStream> {
     Ok(engine.generate(GenerateRequest {
         request_id: "bench".into(),

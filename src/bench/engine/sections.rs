@@ -20,11 +20,11 @@ const DROPPED: usize = 4;
 const MIN_STEPS: usize = 8;
 /// A sequence that brings no id for so long is stuck.
 const SILENCE: Duration = Duration::from_secs(120);
-/// Prompt tokens that each step computes at least while others decode: sequences that were prefilled first go on
-/// decoding until all are there, and need ids for that.
+/// Prompt tokens that each step computes at least while others decode: sequences that were prefilled first continue
+/// decoding until all are there, and need token IDs for that.
 const SLOWEST_FILL: usize = 256;
 
-/// One sequence's ids arrived.
+/// One sequence's token IDs arrived.
 struct Arrival {
     sequence: usize,
     at: Instant,
@@ -89,7 +89,7 @@ impl Bench {
         drop(arrivals);
         self.engine_is_idle().await;
         self.engine.flush().await?;
-        // a step has ended when all its ids have come
+        // a step has ended when all its token IDs have come
         let marks: Vec<Instant> = ids.chunks_exact(batch).map(|step| step[batch - 1]).skip(DROPPED).collect();
         let fill = all_at.map(|at| at.duration_since(begun).as_secs_f64());
         let (Some(fill), Some(first), Some(last)) = (fill, marks.first(), marks.last()) else {

@@ -52,7 +52,7 @@ impl Bench {
         self.trace("throughput", turns, output, info).await
     }
 
-    /// `count` conversations of `turns` turns: each turn's prompt is the last one, its answer, and `more` new tokens.
+    /// `count` conversations of `turns` turns: each turn's prompt is the last one, its response, and `more` new tokens.
     pub(super) async fn agentic(
         &mut self,
         count: usize,

@@ -11,7 +11,7 @@ use bora_proto::v1::Load;
 
 use super::Request;
 
-/// What the group would tell its watchers.
+/// What the group would report its watchers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Update {
     pub(super) stored: Vec<u8>,

@@ -1,7 +1,7 @@
 //! `bora bench fleet`: the router's own placement over groups in virtual time, beside other policies.
 //!
 //! Everything that decides is the router's real code (the index, the load_tracker, the formula); groups, clients
-//! and time are simulated. Groups tell what changed 20 ms later, as over a network. Other policies know the
+//! and time are simulated. Groups report what changed 20 ms later, as over a network. Other policies know the
 //! groups' present load without delay. Timing: two H200 with the 24B model (`docs/benchmarks.md`: vLLM's
 //! 0.226, 1.142 and 8.39 s for 8k, 32k and 128k tokens).
 
@@ -41,7 +41,7 @@ use workload::{Session, Workload};
 const MODEL: &str = "simulated";
 /// From a change in a group to the routers that hear of it.
 const NEWS_DELAY: f64 = 0.02;
-/// How often a group that computes tells how much of it is left.
+/// How often a group that computes reports how much of it is left.
 const NEWS_INTERVAL: f64 = 0.05;
 const MAX_SEQUENCES: u32 = 128;
 /// 1,480,320 tokens.
@@ -101,7 +101,7 @@ enum Policy {
     /// The same, the first turn where the fewest seconds of prompts were computed or wait: nobody's, but what can be
     /// had with perfect knowledge and without moving a conversation.
     StickyLeastWork,
-    /// Bora's, which is told nothing of sessions.
+    /// Bora's, which is given nothing of sessions.
     Ours,
     /// Bora's, where clients name their session.
     OursNamed,
@@ -338,7 +338,7 @@ impl Simulation {
         })
     }
 
-    /// Chooses a group and sends the request there; where there is no room now it waits in its router.
+    /// Chooses a group and sends the request there; if there is no room now it waits in its router.
     fn send(&mut self, flight: usize) {
         let request = self.request(flight);
         match self.choose(flight, &request) {

@@ -1,5 +1,5 @@
 //! What comes in: the shapes of traffic that a fleet of coding agents and batches sees. Numbers of the
-//! agents: published percentiles of 219 real sessions (growth of 632 tokens a turn, answers of 317, gaps of
+//! agents: published percentiles of 219 real sessions (growth of 632 tokens a turn, responses of 317, gaps of
 //! 2 s, 24 s and 11 min at the 50th, 90th and 99th percentile); they begin shorter here, so that a fleet of
 //! 16 groups holds them.
 

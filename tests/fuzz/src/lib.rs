@@ -129,7 +129,7 @@ pub fn tool_calls(input: &[u8]) {
     }
 }
 
-/// A whole chat request as a conversation: laid out and encoded twice to the same ids, with an end for each part.
+/// A whole chat request as a conversation: laid out and encoded twice to the same token IDs, with an end for each part.
 pub fn conversation(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else { return };
     let Ok(request) = Json::parse(text) else { return };

@@ -285,7 +285,7 @@ inline void mma_e4m3(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
   emulator::mma<4>(c, a, b0, b1, [](unsigned w, int e) { return emulator::e4m3_value(w >> (8 * e) & 255); });
 }
 
-// ---- warpgroup matrix products, done by each warp at once ------------------------------------------------------------
+// ---- warpgroup GEMMs, done by each warp at once ------------------------------------------------------------
 inline void matrix_unit_begin() {}
 inline void matrix_unit_commit() {}
 inline void matrix_unit_wait() {}

@@ -1,4 +1,4 @@
-// A stand-in for libcuda and libcublasLt (nccl.cpp: and libnccl) that runs the kernels of this folder in the emulator and matrix products in
+// A stand-in for libcuda and libcublasLt (nccl.cpp: and libnccl) that runs the kernels of this folder in the emulator and GEMMs in
 // plain loops, as much of both as backend/cuda calls. With it the whole CUDA backend, host code and kernels, is tested
 // on machines without a GPU: see scripts/gpu/emulator. Streams are synchronous; captured graphs are replayed.
 #include "../device.cuh"

@@ -1,18 +1,18 @@
-//! A group without a model: the same engine, scheduler and gRPC service, but ids come from the prompt or
+//! A group without a model: the same engine, scheduler and gRPC service, but token IDs come from the prompt or
 //! from a script, and time from a formula. For tests and benchmarks of router and fleet. It calls itself
 //! `fake` wherever it is announced, so that it can never pass for a model.
 //!
-//! # Which ids
+//! # Which token IDs
 //!
-//! The fake keeps the ids themselves in its KV cache and reads them back through the block tables, so a
+//! The fake keeps the token IDs themselves in its KV cache and reads them back through the block tables, so a
 //! mistake in paging or prefix caching changes what it says.
 //!
 //! - **Echo** (the default): generated id `i` is `prompt[(echo_offset + i) % prompt_len]`; see [`echo`].
-//!   With `echo_ids_from` above 0, ids below it (the tokenizer's special ids) are lifted over it. Depends on
+//!   With `echo_ids_from` above 0, token IDs below it (the tokenizer's special token IDs) are lifted over it. Depends on
 //!   nothing but the prompt and `i`: a stream that moved to another group can be checked id by id.
-//! - **Digest**: id `i` is a hash of all ids before it and of the seed; see [`digest`]. One wrong id anywhere
+//! - **Digest**: id `i` is a hash of all token IDs before it and of the seed; see [`digest`]. One wrong id anywhere
 //!   changes all that follow. Costs a pass over the sequence each token: for tests of the scheduler.
-//! - **Script**: the first rule whose condition the prompt fulfils gives its ids, then the end-of-sequence
+//! - **Script**: the first rule whose condition the prompt fulfils gives its token IDs, then the end-of-sequence
 //!   id, whatever the mode.
 //!
 //! Sampling parameters are ignored, but for the number of logprobs.
@@ -54,11 +54,11 @@ pub struct FakeOptions {
     pub mode: FakeMode,
     /// Where in the prompt the echo begins.
     pub echo_offset: usize,
-    /// Echoed ids below this are lifted by this much; 0 echoes everything.
+    /// Echoed token IDs below this are lifted by this much; 0 echoes everything.
     pub echo_ids_from: u32,
     /// Tried in order.
     pub script: Vec<ScriptRule>,
-    /// Ends scripted answers.
+    /// Ends scripted responses.
     pub eos_id: u32,
     /// Prompt tokens computed per second.
     pub prefill_tokens_per_second: f64,
@@ -76,7 +76,7 @@ pub struct FakeOptions {
     pub stall_at_step: Option<u64>,
     /// A sequence whose prompt holds this id fails alone, as by a NaN.
     pub faulty_id: Option<u32>,
-    /// The group says that it takes pictures. It sees their ids, as it sees all others.
+    /// The group says that it takes images. It sees their token IDs, as it sees all others.
     pub images: bool,
 }
 
@@ -118,14 +118,14 @@ pub enum FakeMode {
     Digest,
 }
 
-/// An answer known by heart.
+/// A response known by heart.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ScriptRule {
-    /// The prompt holds these ids in one piece (none: always).
+    /// The prompt holds these token IDs in one chunk (none: always).
     #[serde(default)]
     pub contains: Vec<u32>,
-    /// The prompt ends with these ids.
+    /// The prompt ends with these token IDs.
     #[serde(default)]
     pub ends_with: Vec<u32>,
     /// Said, followed by the end-of-sequence id.
@@ -163,7 +163,7 @@ fn lift(id: u32, options: &FakeOptions) -> u32 {
 
 /// The id that a digesting fake generates after `ids`.
 pub fn digest(ids: impl IntoIterator<Item = u32>, seed: u64, vocabulary_size: u32) -> u32 {
-    // splitmix64 over the ids
+    // splitmix64 over the token IDs
     let mut state = seed;
     for id in ids {
         state = (state ^ u64::from(id)).wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -181,7 +181,7 @@ struct FakeSlot {
     seed: u64,
     logprobs: Option<u32>,
     resumed_len: usize,
-    /// Known from the first draw on.
+    /// Known from the first sample on.
     prompt_len: usize,
     script: Option<usize>,
     faulty: bool,
@@ -196,7 +196,7 @@ struct Pending {
 /// A whole group that only pretends. See the module's documentation.
 pub struct FakeRunner {
     options: FakeOptions,
-    /// The ids in each block, 64 a block.
+    /// The token IDs in each block, 64 a block.
     memory: Vec<u32>,
     /// The same of host memory.
     host: Vec<u32>,
@@ -316,7 +316,7 @@ impl FakeRunner {
         seconds * options.time_scale
     }
 
-    /// Stores the work's ids, after checking everything that the scheduler promises of a step.
+    /// Stores the work's token IDs, after checking everything that the scheduler promises of a step.
     fn compute(&mut self, work: &Work) -> Result<(), String> {
         let slot = work.slot;
         let sequence = self.slots.get_mut(slot as usize).and_then(Option::as_mut);
@@ -356,7 +356,7 @@ impl FakeRunner {
         self.memory[block * BLOCK_TOKENS + position % BLOCK_TOKENS]
     }
 
-    /// Draws an id, and one more for each guess that it drew.
+    /// Samples an id, and one more for each draft token that it drew.
     fn sample_along(&mut self, work: &Work) -> Result<Sampled, String> {
         let (slot, drafts) = (work.slot, work.drafts as usize);
         let draft_tokens = match &work.tokens {
@@ -411,7 +411,7 @@ impl FakeRunner {
         Ok(result)
     }
 
-    /// The first draw: the prompt is complete.
+    /// The first sample: the prompt is complete.
     fn read_prompt(&self, sequence: &mut FakeSlot) {
         sequence.prompt_len = sequence.context.saturating_sub(sequence.resumed_len).max(1);
         if self.options.script.is_empty() && self.options.faulty_id.is_none() {

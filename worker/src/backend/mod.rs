@@ -4,7 +4,7 @@
 //! A backend belongs to one rank and one thread. It is given this rank's shard of every weight, the
 //! group's [`Collective`](crate::parallel::Collective) where there are several ranks, and then runs
 //! batches. The operations are as coarse as the fused kernels of a GPU: `norm` takes the all-reduce and
-//! the residual addition before it, and whatever feeds a linear is told which linear, so that it can
+//! the residual addition before it, and whatever feeds a linear is given which linear, so that it can
 //! write its output in the form that this linear reads (FP8 with its static activation scale).
 //!
 //! Shapes: T = tokens of the batch, h = hidden size, d = head_dim, H and K = query and KV heads **of this
@@ -69,7 +69,7 @@ pub enum KvBudget {
 /// One step's work, flattened over its sequences in the order of `Step::work`.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
-    /// [T] ids; `None` where the id is the one sampled last for that slot.
+    /// [T] token IDs; `None` where the id is the one sampled last for that slot.
     pub token_ids: Vec<Option<u32>>,
     /// [T] absolute positions.
     pub positions: Vec<u32>,
@@ -95,7 +95,7 @@ pub struct BatchSequence {
     pub blocks: Vec<BlockId>,
 }
 
-/// A backend failed; the rank can't go on.
+/// A backend failed; the rank can't continue.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// The device said no.
@@ -181,7 +181,7 @@ pub trait Backend: Send + Sized + 'static {
         forward: impl FnOnce(&mut Self) -> Result<Self::Logits>,
     ) -> Result<Self::Logits>;
 
-    /// Rows of the embedding for the batch's ids: the residual stream [T, h]. With vocabulary-parallel
+    /// Rows of the embedding for the batch's token IDs: the residual stream [T, h]. With vocabulary-parallel
     /// rows the ranks' parts are summed.
     fn embed(&mut self, table: &Self::Embedding) -> Result<Self::Tensor>;
 
@@ -235,7 +235,7 @@ pub trait Backend: Send + Sized + 'static {
     fn admit(&mut self, admission: &crate::engine::step::Admission) -> Result<()>;
     /// The sequence in `slot` ended.
     fn release(&mut self, slot: Slot);
-    /// Draws the next ids of each request and remembers the last one as the slot's. May return before the
+    /// Samples the next token IDs of each request and remembers the last one as the slot's. May return before the
     /// device is done; results come from [`collect`](Self::collect), in order.
     fn sample(&mut self, logits: Self::Logits, requests: &[SampleRequest]) -> Result<()>;
     /// Waits for the oldest `sample`.
@@ -253,18 +253,18 @@ pub trait Backend: Send + Sized + 'static {
 /// What to read from one row of the logits.
 #[derive(Clone, Debug)]
 pub enum SampleRequest {
-    /// Draw the next id of a sequence, and, as long as the ids drawn are those of `drafts`, the id after it from the next
+    /// Sample the next id of a sequence, and, as long as the token IDs sampled are those of `drafts`, the id after it from the next
     /// row.
     Next {
         /// Index of the first row among the wanted rows; those of the drafts follow it.
         row: u32,
         /// The sequence.
         slot: Slot,
-        /// The position that the first id drawn will have (counts the random stream).
+        /// The position that the first id sampled will have (counts the random stream).
         position: u32,
-        /// Guesses at what is drawn: `drafts[i]` is the token of row `row + 1 + i`.
+        /// Draft tokens at what is sampled: `drafts[i]` is the token of row `row + 1 + i`.
         drafts: Vec<u32>,
-        /// `masks[i]` holds the ids that may be drawn from row `row + i`: one for each row, or none (all ids).
+        /// `masks[i]` holds the token IDs that may be sampled from row `row + i`: one for each row, or none (all token IDs).
         masks: Vec<Mask>,
     },
     /// Report the logprob of a known id (a prompt position).
@@ -280,7 +280,7 @@ pub enum SampleRequest {
     },
 }
 
-/// Answers to the requests of one `sample` call, each kind in the order of its requests.
+/// Responses to the requests of one `sample` call, each kind in the order of its requests.
 #[derive(Debug, Default)]
 pub struct SampleResults {
     /// For each `Next`: one id at least, or the fault of its first row.

@@ -140,7 +140,7 @@ impl KvCache {
         }
     }
 
-    /// Reserves `total` blocks, of which the first are those of `blocks` that are there (in one piece from
+    /// Reserves `total` blocks, of which the first are those of `blocks` that are there (in one chunk from
     /// the start). `None` where they do not fit now.
     pub fn admit(&mut self, blocks: &[Arc<BlockContent>], total: usize) -> Option<Lease> {
         let held: Vec<Option<BlockId>> = blocks
@@ -266,8 +266,8 @@ impl KvCache {
         }
     }
 
-    /// The same of a block that generated ids filled. Watchers hear of it when a sequence gives it back: who asks for it is
-    /// the next turn, and routers look up what is told at once several times faster than what is told block by block.
+    /// The same of a block that generated token IDs filled. Watchers hear of it when a sequence gives it back: who asks for it is
+    /// the next turn, and routers look up what is notified at once several times faster than what is given block by block.
     pub fn publish_generated(&mut self, block: BlockId, content: &Arc<BlockContent>) {
         if self.name(block, content) {
             self.unreported.insert(content.hash());

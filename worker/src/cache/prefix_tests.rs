@@ -59,7 +59,7 @@ fn a_prefix_is_found_shared_and_given_up_end_first() {
     cache.check();
 }
 
-/// The prompt is told at once, the answer in one piece when it is whole; what nobody heard of goes unheard.
+/// The prompt is notified at once, the response in one chunk when it is whole; what nobody heard of goes unheard.
 #[test]
 fn generated_blocks_are_found_at_once_and_told_when_they_are_given_back() {
     let mut cache = KvCache::new(8, 0);

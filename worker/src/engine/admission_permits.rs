@@ -1,4 +1,4 @@
-//! How many sequences wait and run, counted where a request is accepted, so that a full queue answers at
+//! How many sequences wait and run, counted where a request is accepted, so that a full queue responds at
 //! once and not after the step that happens to run.
 
 use std::sync::Arc;

@@ -86,7 +86,7 @@ impl Probe<'_> {
             prompt_ids: Vec::new(),
             generated_ids: Vec::new(),
         });
-        // ids below every vocabulary; which ones does not matter for the time
+        // token IDs below every vocabulary; which ones does not matter for the time
         self.work(step, Tokens::Ids((0..count).map(|i| (i % 7) as u32).collect()))
     }
 

@@ -1,4 +1,4 @@
-//! What an engine is told at its start.
+//! What an engine is given at its start.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,7 +32,7 @@ pub struct EngineOptions {
     pub max_waiting: u32,
     /// Whether computed blocks are found again.
     pub prefix_cache: bool,
-    /// How ids are guessed; where absent, a CPU guesses as [`SpeculativeOptions`] do by themselves, other devices do not.
+    /// How token IDs are drafted; if absent, a CPU draft tokens as [`SpeculativeOptions`] do by themselves, other devices do not.
     pub speculative: Option<SpeculativeOptions>,
 }
 

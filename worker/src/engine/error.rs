@@ -1,6 +1,6 @@
 //! Why a sequence can't be run or came to a bad end, in the terms of the gRPC contract.
 
-/// What a caller is told; [`service`](crate::service) makes gRPC codes of it.
+/// What a caller is given; [`service`](crate::service) makes gRPC codes of it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
     /// It can never run here.

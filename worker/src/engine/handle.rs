@@ -250,7 +250,7 @@ impl EngineHandle {
         &self.inner.metrics
     }
 
-    /// For whoever tells of the engine without using it.
+    /// For whoever reports the engine without using it.
     pub(crate) fn observer(&self) -> EngineObserver {
         EngineObserver { load: self.inner.load.clone(), metrics: self.inner.metrics.clone() }
     }

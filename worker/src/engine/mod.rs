@@ -24,14 +24,14 @@
 //! - [`EngineHandle::generate`] checks a request, queues it and returns the stream of its events.
 //! - [`EngineHandle::watch`], [`load`](EngineHandle::load), [`flush`](EngineHandle::flush),
 //!   [`drain`](EngineHandle::drain), [`resume`](EngineHandle::resume), [`health`](EngineHandle::health): for routers and operators.
-//! - [`EngineHandle::failed`] completes when the group can't go on; the process then ends, so that the
-//!   group is created again. Every stream has been told `UNAVAILABLE` by then.
+//! - [`EngineHandle::failed`] completes when the group can't continue; the process then ends, so that the
+//!   group is created again. Every stream has been given `UNAVAILABLE` by then.
 //!
 //! # Inside
 //!
 //! [`run`](self) is the loop, on a plain thread; `sequence` is one request's life; `stream` carries its
 //! events out without ever blocking; `places` counts who waits, so that a full queue refuses at once;
-//! `watch` tells watchers what changed; `progress` is what health is judged by. What runs when is decided
+//! `watch` reports watchers what changed; `progress` is what health is judged by. What runs when is decided
 //! in [`schedule`](crate::schedule).
 
 pub(crate) mod admission_permits;

@@ -12,7 +12,7 @@ use crate::sample::SamplingParams;
 pub(crate) const MAX_REQUEST_ID: usize = 256;
 /// Bytes of a cache salt.
 pub(crate) const MAX_CACHE_SALT: usize = 256;
-/// Stop ids of a request.
+/// Stop token IDs of a request.
 pub(crate) const MAX_STOP_IDS: usize = 256;
 /// Pairs of a logit bias.
 pub(crate) const MAX_LOGIT_BIAS: usize = 1_024;
@@ -41,9 +41,9 @@ pub(crate) struct Request {
     pub token_ids: Vec<u32>,
     /// Length of the prompt alone.
     pub prompt_len: usize,
-    /// How ids are drawn.
+    /// How token IDs are sampled.
     pub sampling: SamplingParams,
-    /// Generated ids at most, those of another group included.
+    /// Generated token IDs at most, those of another group included.
     pub max_tokens: u32,
     /// Ids that end it, but not before `sampling.min_tokens` were generated.
     pub end_ids: Vec<u32>,

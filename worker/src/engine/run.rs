@@ -1,4 +1,4 @@
-//! The loop: takes requests in, hands steps to the ranks, gives ids out. One thread, never blocked by a
+//! The loop: takes requests in, hands steps to the ranks, gives token IDs out. One thread, never blocked by a
 //! caller; it waits only for the device, or for something to do.
 
 use std::collections::VecDeque;
@@ -25,13 +25,13 @@ const LONG_STEPS_SECONDS: f64 = 0.1;
 pub(crate) enum Command {
     /// Run a sequence.
     Generate(Box<Sequence>),
-    /// Tell somebody of everything that changes.
+    /// Report somebody of everything that changes.
     Watch { watcher: String, events: oneshot::Sender<mpsc::Receiver<v1::GroupEvent>> },
     /// Forget cached blocks; how many they were.
     Flush { blocks: oneshot::Sender<u32> },
-    /// End what waits, tell the watchers; how many go on running.
+    /// End what waits, report the watchers; how many continue running.
     Drain { running: oneshot::Sender<u32> },
-    /// Tell the watchers that sequences are taken again.
+    /// Report the watchers that sequences are taken again.
     Resume,
     /// End everything.
     EndAll { reason: String },
@@ -60,7 +60,7 @@ pub(crate) struct EngineLoop {
 }
 
 impl EngineLoop {
-    /// Runs until every handle is gone and every sequence ended (`Ok`), or until the group can't go on.
+    /// Runs until every handle is gone and every sequence ended (`Ok`), or until the group can't continue.
     pub(crate) fn run(mut self) -> Result<(), RunError> {
         let outcome = self.run_loop();
         if let Err(error) = &outcome {

@@ -1,9 +1,9 @@
 //! Runs steps on one rank: keeps each slot's block table, checks the step, makes the batch, and hands it to
 //! the backend.
 //!
-//! Where a sequence has a grammar, its mask for the next draw depends on the id drawn last. The forward pass of a step is
-//! therefore submitted first, and while the device computes it, the ids of the step before are waited for, the
-//! grammars move on and masks are made; then the drawing is submitted.
+//! Where a sequence has a grammar, its mask for the next sample depends on the id sampled last. The forward pass of a step is
+//! therefore submitted first, and while the device computes it, the token IDs of the step before are waited for, the
+//! grammars move on and masks are made; then the sampling is submitted.
 //!
 //! A step that does not fit what this rank knows is a bug of whoever made it, and ends the group with
 //! [`RunError::Invalid`]; it never reaches the backend.
@@ -63,7 +63,7 @@ struct Sequence {
     grammar: Option<SequenceGrammar>,
 }
 
-/// The grammar of a sequence. It is begun beside the steps: until the first draw nobody waits for it.
+/// The grammar of a sequence. It is begun beside the steps: until the first sample nobody waits for it.
 enum SequenceGrammar {
     Beginning(Receiver<Result<GrammarState, GrammarError>>),
     Begun(Box<Result<GrammarState, GrammarError>>),
@@ -95,9 +95,9 @@ struct Pending {
     ran: bool,
     /// Slot, first position and number of entries of each prompt's logprobs.
     prompts: Vec<(Slot, u32, usize)>,
-    /// Number of the sequence of each draw, in order.
+    /// Number of the sequence of each sample, in order.
     draws: Vec<u64>,
-    /// Sequences whose grammar can't go on.
+    /// Sequences whose grammar can't continue.
     faults: Vec<(Slot, SequenceFault)>,
 }
 
@@ -120,7 +120,7 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
-    /// With what compiles grammars; without it, a sequence that has one fails at its first draw.
+    /// With what compiles grammars; without it, a sequence that has one fails at its first sample.
     pub fn with_grammars(mut self, grammars: Option<Arc<Grammars>>) -> Self {
         self.grammars = grammars;
         self
@@ -191,7 +191,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok((batch, requests, pending))
     }
 
-    /// Checks a piece of work and changes its sequence's table.
+    /// Checks a chunk of work and changes its sequence's table.
     fn accept(&mut self, work: &Work, worked: &mut [bool]) -> Result<(), String> {
         let bounds = self.bounds;
         let vocabulary = bounds.vocabulary_size;
@@ -249,7 +249,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(())
     }
 
-    /// Adds an accepted piece of work to the batch.
+    /// Adds an accepted chunk of work to the batch.
     fn append(
         &self,
         work: &Work,
@@ -314,7 +314,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(faults)
     }
 
-    /// Gives the draws of sequences with a grammar their masks.
+    /// Gives the samples of sequences with a grammar their masks.
     fn mask(&mut self, requests: &mut [SampleRequest]) -> Result<Vec<(Slot, SequenceFault)>, BackendError> {
         let constrained = |request: &SampleRequest| match request {
             SampleRequest::Next { slot, .. } => {
@@ -353,7 +353,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(faults)
     }
 
-    /// Waits for the draws of the oldest step that were not collected, and moves the grammars on.
+    /// Waits for the samples of the oldest step that were not collected, and moves the grammars on.
     fn collect_early(&mut self) -> Result<(), BackendError> {
         let results = self.backend.collect()?;
         let pending = self.pending.iter().filter(|pending| pending.ran).nth(self.collected.len());
@@ -455,7 +455,7 @@ impl Masking<'_> {
         let Ok(state) = &mut self.grammar else { return };
         match state.masks_along(self.drafts) {
             Ok(masks) => {
-                // behind a guess that the grammar forbids nothing is drawn
+                // behind a draft token that the grammar forbids nothing is sampled
                 self.drafts.truncate(masks.len() - 1);
                 *self.masks = masks;
             }

@@ -22,7 +22,7 @@ pub(crate) struct Sequence {
     pub(crate) key: u64,
     /// What was asked for; its `token_ids` are moved to `ids`.
     pub(crate) request: Request,
-    /// Prompt, resumed and drawn ids, as far as they are known.
+    /// Prompt, resumed and sampled token IDs, as far as they are known.
     pub(crate) ids: Vec<u32>,
     /// Ids known from the start: what prefill computes.
     pub(crate) initial_len: usize,
@@ -47,11 +47,11 @@ pub(crate) struct Sequence {
     pub(crate) cached_tokens: usize,
     /// Positions whose KV is computed by the steps submitted so far.
     pub(crate) computed: usize,
-    /// Draws submitted and not collected.
+    /// Samples submitted and not collected.
     pub(crate) samples_in_flight: usize,
     /// Whether the ranks know it.
     pub(crate) admitted_on_ranks: bool,
-    /// What guesses at its ids, once it runs and where that is wanted.
+    /// What draft tokens at its token IDs, once it runs and where that is wanted.
     pub(crate) speculator: Option<Speculator>,
     /// Where its events go.
     pub(crate) events: EventSender,
@@ -111,7 +111,7 @@ impl Sequence {
         }
     }
 
-    /// Blocks that hold everything it can ever need: the last drawn id is never computed.
+    /// Blocks that hold everything it can ever need: the last sampled id is never computed.
     pub(crate) fn blocks_needed(&self) -> usize {
         self.initial_len.max(self.limit_len - 1).div_ceil(BLOCK_TOKENS)
     }
@@ -158,7 +158,7 @@ impl Sequence {
         self.ids.len() + self.samples_in_flight
     }
 
-    /// Whether the next step may compute the id drawn last and draw another.
+    /// Whether the next step may compute the id sampled last and sample another.
     pub(crate) fn decodes(&self) -> bool {
         !self.prefills() && self.computed < self.expected_len() && self.expected_len() < self.limit_len
     }
@@ -175,7 +175,7 @@ impl Sequence {
         }
     }
 
-    /// A drawn id became known; tells the caller, and says why the sequence ends, if it does.
+    /// A sampled id became known; notifies the caller, and says why the sequence ends, if it does.
     pub(crate) fn push(
         &mut self,
         token_id: u32,
@@ -193,7 +193,7 @@ impl Sequence {
         self.finish_reason()
     }
 
-    /// Why a sequence with the ids known so far ends, if it does.
+    /// Why a sequence with the token IDs known so far ends, if it does.
     pub(crate) fn finish_reason(&self) -> Option<v1::FinishReason> {
         let generated = &self.ids[self.request.prompt_len..];
         if let Some(last) = generated.last()

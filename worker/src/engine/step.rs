@@ -1,7 +1,7 @@
 //! What one step is: the only thing that the leader's scheduler says to the ranks.
 //!
 //! The leader makes a [`Step`]; every rank runs it and rank 0 reads a [`StepOutput`]. All ranks sample
-//! (their gathered logits are equal bit for bit), so a step never waits for the ids of the one before it:
+//! (their gathered logits are equal bit for bit), so a step never waits for the token IDs of the one before it:
 //! [`Tokens::Sampled`] names the id that is still on the device.
 
 use bora_common::telemetry::TraceContext;
@@ -69,9 +69,9 @@ pub struct Step {
 pub struct Admission {
     /// Its slot until it is released.
     pub slot: Slot,
-    /// How its ids are drawn.
+    /// How its token IDs are sampled.
     pub sampling: crate::sample::SamplingParams,
-    /// Prompt ids, as far as the sampler needs them (repetition penalty); empty otherwise.
+    /// Prompt token IDs, as far as the sampler needs them (repetition penalty); empty otherwise.
     pub prompt_ids: Vec<u32>,
     /// Ids generated before by another group (failover): penalties and the grammar count them.
     pub generated_ids: Vec<u32>,
@@ -91,17 +91,17 @@ pub struct Work {
     pub new_blocks: Vec<BlockId>,
     /// Sample the id that follows the last token of this work.
     pub sample: bool,
-    /// How many of the last tokens are only guessed. The id that follows the last token before them is sampled, and as
-    /// long as the next token is what was sampled, the id behind that one too. Only with `sample` and known ids.
+    /// How many of the last tokens are only drafted. The id that follows the last token before them is sampled, and as
+    /// long as the next token is what was sampled, the id behind that one too. Only with `sample` and known token IDs.
     pub drafts: u32,
     /// Report logprobs of what follows each token of this work (a prompt with `prompt_logprobs`).
     pub prompt_logprobs: Option<PromptLogprobs>,
 }
 
-/// The tokens of a piece of work.
+/// The tokens of a chunk of work.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Tokens {
-    /// Known ids: a chunk of a prompt, or a resumed id.
+    /// Known token IDs: a chunk of a prompt, or a resumed id.
     Ids(Vec<u32>),
     /// The one id that the step before sampled for this slot.
     Sampled,
@@ -140,13 +140,13 @@ pub struct StepOutput {
     pub seconds: f64,
 }
 
-/// The ids drawn for a sequence.
+/// The token IDs sampled for a sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
     /// Which sequence.
     pub slot: Slot,
-    /// One id, and one more for each guess that came true; or what went wrong with this sequence alone (a NaN in its
-    /// logits). A fault behind a guess only ends the ids: the next step meets it again.
+    /// One id, and one more for each draft token that came true; or what went wrong with this sequence alone (a NaN in its
+    /// logits). A fault behind a draft token only ends the token IDs: the next step meets it again.
     pub result: Result<Vec<SampledToken>, SequenceFault>,
 }
 
@@ -200,7 +200,7 @@ pub enum SequenceFault {
         /// Where.
         position: u32,
     },
-    /// Its grammar can't go on.
+    /// Its grammar can't continue.
     #[error("the grammar failed at position {position}: {reason}")]
     Grammar {
         /// Where.
@@ -236,7 +236,7 @@ pub trait StepRunner: Send {
     fn idle(&mut self) {}
 }
 
-/// The group can't go on: every sequence of it has to be placed elsewhere.
+/// The group can't continue: every sequence of it has to be placed elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RunError {
     /// A device error, on this rank.

@@ -2,7 +2,7 @@
 //!
 //! Delivering never blocks and never fails: events gather in a buffer that is no larger than what the
 //! sequence can generate, since tokens that were not read yet are put together in one event. Dropping the
-//! [`EventStream`] tells the loop that nobody reads any more.
+//! [`EventStream`] notifies the loop that nobody reads any more.
 
 use std::collections::VecDeque;
 use std::pin::Pin;

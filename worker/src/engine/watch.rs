@@ -17,9 +17,9 @@ use crate::telemetry::engine::EngineMetrics;
 const CAPACITY: usize = 4_096;
 /// Hashes in one part of a snapshot: 256 KiB.
 const SNAPSHOT_PART: usize = 16_384;
-/// Load is told when it changed, but not more often than this.
+/// Load is notified when it changed, but not more often than this.
 const LOAD_INTERVAL: Duration = Duration::from_millis(50);
-/// Load is told at least this often, as a sign of life.
+/// Load is given at least this often, as a sign of life.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
 
 struct Watcher {
@@ -66,7 +66,7 @@ impl Subscribers {
         }
     }
 
-    /// A new watcher, who is first told everything that is.
+    /// A new watcher, who is first reported everything that is.
     pub(crate) fn add(&mut self, name: String, scheduler: &mut Scheduler) -> mpsc::Receiver<v1::GroupEvent> {
         // the others hear of what the snapshot already has
         self.tell_changes(scheduler);
@@ -88,7 +88,7 @@ impl Subscribers {
         receiver
     }
 
-    /// Tells what changed since the last call. Returns the load as it is now.
+    /// Reports what changed since the last call. Returns the load as it is now.
     pub(crate) fn tell_changes(&mut self, scheduler: &mut Scheduler) -> v1::Load {
         let delta = scheduler.drain_changes();
         self.metrics.blocks(delta.stored.len(), delta.evicted.len(), scheduler.drain_mismatches());
@@ -108,13 +108,13 @@ impl Subscribers {
         load
     }
 
-    /// How long until a changed load may be told.
+    /// How long until a changed load may be given.
     pub(crate) fn next_load_in(&self, load: &v1::Load) -> Duration {
         let interval = if *load == self.reported { HEARTBEAT } else { LOAD_INTERVAL };
         interval.saturating_sub(self.reported_at.elapsed()).max(Duration::from_millis(1))
     }
 
-    /// The group's life goes on.
+    /// The group's life continues.
     pub(crate) fn set_state(&mut self, state: v1::State) {
         if self.state != state {
             self.state = state;

@@ -1,11 +1,11 @@
-//! Structured output: which ids a sequence may draw next, by a grammar (a JSON schema, a regular expression,
+//! Structured output: which token IDs a sequence may sample next, by a grammar (a JSON schema, a regular expression,
 //! or llguidance's Lark).
 //!
 //! llguidance compiles the grammar against the bytes of the model's tokens and computes, at each position, the
-//! set of ids that can still lead to a text of the language. Every rank keeps the state of its sequences
-//! ([`GrammarState`]) and computes the same masks from the same ids, so masks never travel.
+//! set of token IDs that can still lead to a text of the language. Every rank keeps the state of its sequences
+//! ([`GrammarState`]) and computes the same masks from the same token IDs, so masks never travel.
 //!
-//! A grammar comes from a client that may be hostile. Before it is compiled it is held to [`limits`]; compiling is queued
+//! A grammar comes from a client that may be hostile. Before it is compiled it is bound by [`limits`]; compiling is queued
 //! ([`compile`]) and bounded by fuel; what was compiled or refused is kept by its bytes ([`kept`]); and the tables that grow while
 //! a sequence runs are measured at each token ([`memory`]). The engine compiles before the step loop sees the request
 //! ([`Grammars::prepare_then`]), ranks begin a sequence's grammar beside their steps ([`Grammars::begin_later`]).
@@ -143,7 +143,7 @@ struct Compiler {
 }
 
 impl Grammars {
-    /// Reads the vocabulary of a tokenizer file or model directory. A second of processor time for 131,072 ids, most of it for
+    /// Reads the vocabulary of a tokenizer file or model directory. A second of processor time for 131,072 token IDs, most of it for
     /// what llguidance prepares once: see [`PendingGrammars`].
     pub fn load(tokenizer: &Path) -> Result<Self, TokenizerError> {
         let vocabulary = Vocabulary::load(tokenizer)?;

@@ -32,7 +32,7 @@ impl PendingGrammars {
             // set in any case: somebody waits for it
             let _ = outcome.set(match loaded {
                 Ok(Ok(grammars)) => Ok(Some(Arc::new(grammars))),
-                // ids in, ids out: the router says whether it needs one
+                // token IDs in, token IDs out: the router says whether it needs one
                 Ok(Err(TokenizerError::Missing(_))) => Ok(None),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err(format!("{}: reading it failed", tokenizer.display())),

@@ -11,7 +11,7 @@ use llguidance::{TokenParser, panic_utils};
 use super::GrammarError;
 use super::memory::{self, LiveBytes, MAX_STATE_BYTES};
 
-/// One bit for each id of the vocabulary, from the lowest bit of the first word on; 1 = may be drawn. Ids
+/// One bit for each id of the vocabulary, from the lowest bit of the first word on; 1 = may be sampled. Ids
 /// beyond its end may not.
 pub type Mask = Arc<[u32]>;
 
@@ -35,7 +35,7 @@ impl GrammarState {
         state
     }
 
-    /// An id was drawn. After the end of the text, whatever follows is ignored: the sequence is about to be
+    /// An id was sampled. After the end of the text, whatever follows is ignored: the sequence is about to be
     /// released.
     pub fn accept(&mut self, id: u32) -> Result<(), GrammarError> {
         if self.is_stopped() && self.failed.is_none() {
@@ -45,12 +45,12 @@ impl GrammarState {
         self.check_memory()
     }
 
-    /// Accepts ids that another group drew.
+    /// Accepts token IDs that another group drew.
     pub(super) fn resume(&mut self, ids: &[u32]) -> Result<(), GrammarError> {
         ids.iter().try_for_each(|id| self.consume(*id).and_then(|()| self.check_memory()))
     }
 
-    /// The ids that may come next: those of the language, and the end-of-sequence id where the text may end
+    /// The token IDs that may come next: those of the language, and the end-of-sequence id where the text may end
     /// (it alone where it must).
     pub fn mask(&mut self) -> Result<Mask, GrammarError> {
         let mask = self.compute_mask()?;
@@ -58,7 +58,7 @@ impl GrammarState {
         Ok(mask.as_slice().into())
     }
 
-    /// The masks of the next id and of those that follow each of `guesses`, as far as they are in the language: one at least.
+    /// The masks of the next id and of those that follow each of `draft tokens`, as far as they are in the language: one at least.
     /// The state stays where it is.
     pub fn masks_along(&mut self, draft_tokens: &[u32]) -> Result<Vec<Mask>, GrammarError> {
         let mut masks = vec![self.mask()?];
@@ -151,7 +151,7 @@ impl GrammarState {
     }
 }
 
-/// Whether `mask` lets `id` be drawn.
+/// Whether `mask` lets `id` be sampled.
 pub(crate) fn allows(mask: &Mask, id: u32) -> bool {
     mask.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
 }

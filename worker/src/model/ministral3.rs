@@ -1,7 +1,7 @@
 //! The decoder of Devstral 2 (Ministral 3 architecture), said once for every backend.
 //!
 //! ```text
-//! x0 = E[ids]
+//! x0 = E[token IDs]
 //! for each layer:  x <- x + Wo attn(rms(x, g1));   x <- x + Wdown(silu(Wgate n) . (Wup n)),  n = rms(x, g2)
 //! logits = Wlm rms(xL, gf)
 //! ```

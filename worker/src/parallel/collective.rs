@@ -22,7 +22,7 @@ pub trait Collective: Send {
     fn all_gather(&mut self, own: &[f32], all: &mut [f32]) -> Result<(), CollectiveError>;
 
     /// Hands each rank's bytes (of any length) to all ranks, in the order of the ranks. For what is small
-    /// and rare: addresses, ids of communicators, memory handles.
+    /// and rare: addresses, token IDs of communicators, memory handles.
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
 
     /// Waits until all ranks are here.
@@ -40,7 +40,7 @@ pub trait Abort: Send + Sync {
     fn abort(&self, reason: &str);
 }
 
-/// The ranks are no longer together; the group can't go on.
+/// The ranks are no longer together; the group can't continue.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CollectiveError {
     /// A rank's end of the line is closed, or it said that it failed.

@@ -375,7 +375,7 @@ impl Link {
         sent.map_err(|_| self.gone("its stream is closed".to_owned()))
     }
 
-    /// Tells the leader what failed here and waits a moment for its last word, which names the cause where
+    /// Notifies the leader what failed here and waits a moment for its last word, which names the cause where
     /// this was only the echo of a failure elsewhere.
     async fn give_up(&mut self, failure: RunError) -> Result<String, FollowError> {
         let (rank, step) = match &failure {

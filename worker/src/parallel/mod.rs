@@ -2,7 +2,7 @@
 //! numbers are summed, and what happens when one of them dies.
 //!
 //! The leader's process calls [`start_group`]; every other process of the group calls [`follow`]. Ranks of
-//! one process are threads that sum in shared memory ([`SharedRank`]); where there are several processes all
+//! one process are threads that sum in shared memory ([`SharedRank`]); if there are several processes all
 //! ranks are tied together over TCP ([`TcpRank`]).
 //!
 //! ```text

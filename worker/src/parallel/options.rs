@@ -1,4 +1,4 @@
-//! What a process is told about its group.
+//! What a process is given about its group.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use crate::backend::{KvBudget, Limits};
 use crate::grammar::PendingGrammars;
 use crate::weights::LoadFormat;
 
-/// What every process of a group is told; leader and followers alike.
+/// What every process of a group is given; leader and followers alike.
 #[derive(Clone, Debug)]
 pub struct MemberOptions {
     /// Name of the cluster.
@@ -49,19 +49,19 @@ pub struct MemberOptions {
     pub tls: Option<GrpcTls>,
 }
 
-/// What the leader is told besides.
+/// What the leader is given besides.
 pub struct LeaderOptions {
     /// As every process.
     pub member: MemberOptions,
     /// Of this start of the group: larger than that of the start before (milliseconds since 1970 will do).
     pub epoch: u64,
-    /// The largest step that the scheduler will make; followers are told.
+    /// The largest step that the scheduler will make; followers are given.
     pub limits: Limits,
     /// Where followers join; needed where not all ranks are local.
     pub peers: Option<tokio::net::TcpListener>,
 }
 
-/// What a follower is told besides.
+/// What a follower is given besides.
 #[derive(Clone, Debug)]
 pub struct FollowerOptions {
     /// As every process.

@@ -60,7 +60,7 @@ where
 
     fn start(mut self: Box<Self>, kv_blocks: usize) -> Result<Box<dyn StepRunner>, BackendError> {
         self.backend.allocate_kv(&self.shape, kv_blocks)?;
-        // the same on every rank: all are told the same bytes and have equally large blocks
+        // the same on every rank: all are given the same bytes and have equally large blocks
         let host_blocks = (self.host_bytes / self.backend.block_bytes(&self.shape) as u64).min(u64::from(u32::MAX) - 1);
         let mut host = HostMemory::default();
         if host_blocks > 0 {

@@ -3,7 +3,7 @@
 //! Every pair of ranks shares one connection (the higher rank dials). A reader thread for each peer takes
 //! what arrives off the socket at once, so that two ranks that send a large tensor to each other never
 //! block each other. A peer that dies closes its connections, which is noticed at once; one that stands
-//! still is noticed by the time-out. Whoever notices tells the others which rank it was, so that all name
+//! still is noticed by the time-out. Whoever notices reports the others which rank it was, so that all name
 //! the same one.
 
 use std::collections::VecDeque;
@@ -43,7 +43,7 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
     let mut streams: Vec<Vec<Option<TcpStream>>> =
         options.local_ranks.iter().map(|_| (0..ranks).map(|_| None).collect()).collect();
     listener.set_nonblocking(true).map_err(|error| listener_failed(options, &error))?;
-    // both at once: who is dialled answers, and may be this process itself
+    // both at once: who is dialled responses, and may be this process itself
     std::thread::scope(|scope| {
         let dialling = scope.spawn(|| dial_all(options));
         accept_all(scope, listener, options, &mut streams)?;
@@ -297,7 +297,7 @@ impl TcpRank {
         Ok(received.into_iter().flatten().collect())
     }
 
-    /// Remembers the first error, tells the others which rank it was, and hangs up.
+    /// Remembers the first error, reports the others which rank it was, and hangs up.
     fn fail(&mut self, error: CollectiveError) -> CollectiveError {
         if let Some(reason) = self.ended.reason.get() {
             let ended = CollectiveError::Aborted(reason.clone());
@@ -584,7 +584,7 @@ mod tests {
 
     #[test]
     fn a_rank_that_is_called_by_an_impostor_says_nothing_of_the_key() {
-        // the impostor answers with a proof of its own and hears no proof in return
+        // the impostor responds with a proof of its own and hears no proof in return
         let (listener, address) = listen();
         let impostor = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();

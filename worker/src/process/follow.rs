@@ -75,7 +75,7 @@ pub(super) async fn follow_leader(
     }
 }
 
-/// Completes when a follower that was told to stop may go. All processes of a group are told so at the same
+/// Completes when a follower that was asked to stop may go. All processes of a group are notified so at the same
 /// time, and the leader lets running sequences finish before it says goodbye: until then it needs its ranks.
 async fn drained(stop: &CancellationToken, drain: Duration) {
     stop.cancelled().await;

@@ -23,7 +23,7 @@ use crate::service::{self, Host, Listener, RankSource, ServiceOptions};
 /// How long the registry may take to forget a group that failed.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(1);
 
-/// Leads a group until `stop` is cancelled, then drains it; an error where the group can't go on.
+/// Leads a group until `stop` is cancelled, then drains it; an error where the group can't continue.
 pub(super) async fn lead(
     settings: WorkerSettings,
     device: Device,
@@ -97,7 +97,7 @@ pub(super) async fn lead(
     };
     if let Some(reason) = reason {
         tracing::error!(group, reason, "the group failed, ending so that it can be started again");
-        // streams are told "retry elsewhere" by the engine; give the words a moment to leave
+        // streams are given "retry elsewhere" by the engine; give the words a moment to leave
         withdraw_soon(announcement).await;
         return Err(WorkerError::GroupFailed { group, reason });
     }

@@ -25,7 +25,7 @@ use crate::service::ServeError;
 use crate::telemetry::{self, WorkerMetrics};
 pub use start::open_engine;
 
-/// What a process is told.
+/// What a process is given.
 #[derive(Clone)]
 pub struct WorkerSettings {
     /// Name of the cluster.
@@ -34,7 +34,7 @@ pub struct WorkerSettings {
     pub options: WorkerOptions,
     /// The model it runs.
     pub model: ModelOptions,
-    /// What it tells of itself.
+    /// What it reports itself.
     pub metrics: Arc<WorkerMetrics>,
     /// Of the cluster: what blocks and images are named under.
     pub keys: ClusterKeys,
@@ -102,7 +102,7 @@ pub enum WorkerError {
     /// The port can't be served any more.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// The group can't go on.
+    /// The group can't continue.
     #[error("group `{group}` failed: {reason}")]
     GroupFailed {
         /// The group.

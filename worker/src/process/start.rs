@@ -134,7 +134,7 @@ pub(super) async fn open(
     );
     let mut config =
         EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone(), settings.keys.clone());
-    // on GPUs by request, until it was measured there; a fake keeps the pace that it was told
+    // on GPUs by request, until it was measured there; a fake keeps the pace that it was given
     if device == Device::Cpu {
         config.options.speculative.get_or_insert_default();
     }
@@ -181,7 +181,7 @@ async fn bring_up(
         };
         match registry.offer_rendezvous(record).await {
             Ok(offer) => _offer = Some(offer),
-            // followers are told the address by their configuration
+            // followers are given the address by their configuration
             Err(RegistryError::Unsupported { .. }) => {}
             Err(error) => return Err(error.into()),
         }

@@ -1,10 +1,10 @@
-//! How likely ids are: the natural logarithm of the softmax of the raw logits.
+//! How likely token IDs are: the natural logarithm of the softmax of the raw logits.
 
 use std::cmp::Ordering;
 
 use crate::engine::step::{PositionLogprobs, TokenLogprob};
 
-/// The logprob of `target` and the `top` most likely ids of one position.
+/// The logprob of `target` and the `top` most likely token IDs of one position.
 ///
 /// Ids are ordered by logit, of equal ones the lower id first; an id's rank is its place in that order,
 /// from 1. A `target` outside the vocabulary has probability 0. Logits that hold a NaN give logprobs that
@@ -43,7 +43,7 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
     f64::from(largest) + sum.ln()
 }
 
-/// The first `count` ids in the order of [`score`].
+/// The first `count` token IDs in the order of [`score`].
 fn most_likely(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     let count = count.min(logits.len());
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
@@ -51,7 +51,7 @@ fn most_likely(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
         return best;
     }
     for (logit, id) in logits.iter().copied().zip(0u32..) {
-        // ids come in ascending order: an equal logit stands behind those already listed
+        // token IDs come in ascending order: an equal logit stands behind those already listed
         if best.len() == count && best.last().is_some_and(|(_, last)| logit <= *last) {
             continue;
         }

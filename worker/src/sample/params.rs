@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::grammar::GrammarSource;
 
-/// How a sequence's ids are drawn, already checked. Order of application, as in vLLM: logit bias and
+/// How a sequence's token IDs are sampled, already checked. Order of application, as in vLLM: logit bias and
 /// masks, penalties, temperature, min-p, top-k, top-p.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
@@ -14,23 +14,23 @@ pub struct SamplingParams {
     pub top_k: u32,
     /// [0, 1]; 0 = off.
     pub min_p: f32,
-    /// Subtracted once from ids that were generated before.
+    /// Subtracted once from token IDs that were generated before.
     pub presence_penalty: f32,
     /// Subtracted for every time an id was generated before.
     pub frequency_penalty: f32,
-    /// Divides positive and multiplies negative logits of ids in prompt or output; 1 = off.
+    /// Divides positive and multiplies negative logits of token IDs in prompt or output; 1 = off.
     pub repetition_penalty: f32,
-    /// Added to the logits of these ids.
+    /// Added to the logits of these token IDs.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Key of the random stream; the position of the drawn token is its counter.
+    /// Key of the random stream; the position of the sampled token is its counter.
     pub seed: u64,
-    /// Ids masked until `min_tokens` ids were generated (end of sequence and stop ids).
+    /// Ids masked until `min_tokens` token IDs were generated (end of sequence and stop token IDs).
     pub end_ids: Vec<u32>,
-    /// See `end_ids`; generated ids of an earlier group count.
+    /// See `end_ids`; generated token IDs of an earlier group count.
     pub min_tokens: u32,
-    /// Logprobs of drawn ids with this many alternatives; `None` = no logprobs.
+    /// Logprobs of sampled token IDs with this many alternatives; `None` = no logprobs.
     pub logprobs: Option<u32>,
-    /// What the generated ids must match; `None` = anything.
+    /// What the generated token IDs must match; `None` = anything.
     pub grammar: Option<GrammarSource>,
 }
 

@@ -27,7 +27,7 @@ pub struct SlotState {
 }
 
 impl SlotState {
-    /// A sequence begins, or is resumed with the ids that it generated elsewhere.
+    /// A sequence begins, or is resumed with the token IDs that it generated elsewhere.
     pub fn new(params: &SamplingParams, prompt_ids: &[u32], generated_ids: &[u32]) -> Self {
         let mut state =
             Self { params: params.clone(), prompt_ids: HashSet::new(), generated: HashMap::new(), generated_len: 0 };
@@ -40,13 +40,13 @@ impl SlotState {
         state
     }
 
-    /// Draws the id at `position` of the sequence and remembers it as generated. `logits` [V] is scratch
+    /// Samples the id at `position` of the sequence and remembers it as generated. `logits` [V] is scratch
     /// afterwards.
     pub fn sample(&mut self, logits: &mut [f32], position: u32) -> Result<SampledToken, SequenceFault> {
         self.sample_within(None, logits, position)
     }
 
-    /// The same among the ids of a mask.
+    /// The same among the token IDs of a mask.
     pub fn sample_within(
         &mut self,
         mask: Option<&Mask>,
@@ -65,7 +65,7 @@ impl SlotState {
         }
         let token_id =
             if self.params.temperature < GREEDY_BELOW { largest(logits) } else { self.sample_random(logits, position) };
-        // bias and masks can leave nothing to draw from
+        // bias and masks can leave nothing to sample from
         let token_id = token_id.ok_or(SequenceFault::NotANumber { position })?;
         self.remember(token_id);
         let logprobs = raw.map(|(top, raw)| score(&raw, token_id, top));
@@ -116,7 +116,7 @@ impl SlotState {
         }
     }
 
-    /// Steps 7 to 9. `None` where no id can be drawn.
+    /// Steps 7 to 9. `None` where no id can be sampled.
     fn sample_random(&self, logits: &[f32], position: u32) -> Option<u32> {
         let mut candidates: Vec<(u32, f32)> = (0u32..)
             .zip(logits)
@@ -131,7 +131,7 @@ impl SlotState {
 }
 
 impl SamplingParams {
-    /// Whether the ids generated so far change the logits.
+    /// Whether the token IDs generated so far change the logits.
     pub fn has_penalties(&self) -> bool {
         self.presence_penalty != 0.0 || self.frequency_penalty != 0.0 || self.repetition_penalty != 1.0
     }
@@ -190,7 +190,7 @@ fn keep_top_p(candidates: &mut Vec<(u32, f32)>, top_p: f32) {
     let weight = |scaled: f32| f64::from((scaled - largest).exp());
     let total: f64 = candidates.iter().map(|(_, scaled)| weight(*scaled)).sum();
     let wanted = f64::from(top_p) * total;
-    // ids this unlikely can't be among those kept even if all n of them were; spares most of the sorting
+    // token IDs this unlikely can't be among those kept even if all n of them were; spares most of the sorting
     let hopeless = (total - wanted) / candidates.len() as f64 * 0.5;
     let mut values: Vec<f32> =
         candidates.iter().map(|(_, scaled)| *scaled).filter(|scaled| weight(*scaled) >= hopeless).collect();
@@ -207,12 +207,12 @@ fn keep_top_p(candidates: &mut Vec<(u32, f32)>, top_p: f32) {
     candidates.retain(|(_, scaled)| *scaled >= threshold);
 }
 
-/// Step 9: the winner of the Gumbel-max race; `candidates` have ascending ids.
+/// Step 9: the winner of the Gumbel-max race; `candidates` have ascending token IDs.
 fn race(candidates: &[(u32, f32)], seed: u64, position: u32) -> Option<u32> {
     let mut best: Option<(u32, f32)> = None;
     let mut words = (u32::MAX, [0; 4]);
     for (id, scaled) in candidates {
-        // can't win whatever its random number: spares drawing one for the long tail
+        // can't win whatever its random number: spares sampling one for the long tail
         if best.is_some_and(|(_, score)| scaled + LARGEST_GUMBEL < score) {
             continue;
         }

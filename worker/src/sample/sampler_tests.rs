@@ -8,7 +8,7 @@ fn id_of(state: &mut SlotState, logits: &[f32], position: u32) -> u32 {
     state.sample(&mut logits.to_vec(), position).unwrap().token_id
 }
 
-/// Chi-square statistic of `draws` positions against `expected` probabilities.
+/// Chi-square statistic of `samples` positions against `expected` probabilities.
 fn chi_square(params: &SamplingParams, logits: &[f32], expected: &[f64], draws: u32) -> f64 {
     let mut counts = vec![0f64; logits.len()];
     for position in 0..draws {

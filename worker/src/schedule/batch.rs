@@ -93,7 +93,7 @@ impl Scheduler {
     }
 }
 
-/// Computes the id drawn last, and those that are guessed to follow, and draws the next. Only what is certain counts as computed.
+/// Computes the id sampled last, and those that are drafted to follow, and samples the next. Only what is certain counts as computed.
 fn decode(sequence: &mut Sequence, slot: Slot, drafted: Vec<u32>) -> Work {
     let start = sequence.computed as u32;
     let drafts = drafted.len() as u32;
@@ -107,7 +107,7 @@ fn decode(sequence: &mut Sequence, slot: Slot, drafted: Vec<u32>) -> Work {
     Work { slot, start, tokens, new_blocks: unsent_blocks(sequence), sample: true, drafts, prompt_logprobs: None }
 }
 
-/// Computes the next tokens of a prompt; the last chunk draws the first id.
+/// Computes the next tokens of a prompt; the last chunk samples the first id.
 fn chunk(sequence: &mut Sequence, slot: Slot, tokens: usize) -> Work {
     let start = sequence.computed;
     let end = start + tokens;

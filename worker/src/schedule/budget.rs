@@ -20,7 +20,7 @@ const MANY_TOKENS: usize = 1_024;
 /// What a step that decodes may take where nothing else is configured, at least.
 const STEP_SECONDS: f64 = 0.05;
 /// A large model needs more: room for [`MANY_TOKENS`] of prompts beside a decode step, or its chunks are too small for its matrix
-/// products and it decodes too few sequences a step. So many decode steps at most: streams have to go on.
+/// products and it decodes too few sequences a step. So many decode steps at most: streams have to continue.
 const MAX_DECODE_STEPS: f64 = 10.0;
 /// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
 pub(crate) const MAX_SCORED_POSITIONS: usize = 256;

@@ -1,4 +1,4 @@
-//! Which ids a step guesses: see [`speculate`](crate::speculate).
+//! Which token IDs a step verifies as draft tokens: see [`speculate`](crate::speculate).
 
 use super::Scheduler;
 use super::budget::MAX_SCORED_POSITIONS;
@@ -7,14 +7,14 @@ use crate::speculate::worthwhile;
 
 /// What is decided for the next step.
 pub(super) enum Drafts {
-    /// It is not made yet: the ids in flight are worth waiting for.
+    /// It is not made yet: the token IDs in flight are worth waiting for.
     Wait,
-    /// The guesses of each decoding sequence, in their order; none at all where it is not worth while.
+    /// The draft tokens of each decoding sequence, in their order; none at all where it is not worth while.
     Of(Vec<Vec<u32>>),
 }
 
 impl Scheduler {
-    /// Guesses for the next step of the sequences that decode, whose contexts sum to `context_sum`.
+    /// Draft tokens for the next step of the sequences that decode, whose contexts sum to `context_sum`.
     pub(super) fn drafts(&mut self, decoding: &[Slot], context_sum: usize, scored: bool) -> Drafts {
         if self.config.options.speculative.is_none() || decoding.is_empty() {
             return Drafts::Of(Vec::new());
@@ -33,7 +33,7 @@ impl Scheduler {
             if let Some(sequence) = self.slots[*slot as usize].as_mut()
                 && let Some(speculator) = &mut sequence.speculator
             {
-                // the last id is drawn, never guessed
+                // the last id is sampled, never estimated
                 let left = sequence.limit_len - sequence.ids.len() - sequence.samples_in_flight - 1;
                 let proposal = speculator.propose(&sequence.ids, sequence.samples_in_flight, left.min(room), price);
                 in_flight |= sequence.samples_in_flight > 0;
@@ -54,7 +54,7 @@ impl Scheduler {
         if in_flight { Drafts::Wait } else { Drafts::Of(draft_tokens) }
     }
 
-    /// Rows that guesses may have: of logits, beside one of each sequence and those of scored prompts; of tokens, so that
+    /// Rows that draft tokens may have: of logits, beside one of each sequence and those of scored prompts; of tokens, so that
     /// prompts keep half of the step.
     fn rows_left(&self, decoding: usize, scored: bool) -> usize {
         let options = &self.config.options;

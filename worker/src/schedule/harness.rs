@@ -70,7 +70,7 @@ impl Heard {
     }
 }
 
-/// A small group that digests: any mistake changes its ids.
+/// A small group that digests: any mistake changes its token IDs.
 pub(super) fn config(kv_blocks: u32) -> EngineConfig {
     let options = FakeOptions { time_scale: 1.0, ..Default::default() };
     EngineConfig {
@@ -98,7 +98,7 @@ pub(super) fn request(token_ids: Vec<u32>, max_tokens: u32) -> v1::GenerateReque
     }
 }
 
-/// What a digesting group generates after `ids` (prompt and resumed ids).
+/// What a digesting group generates after `ids` (prompt and resumed token IDs).
 pub(super) fn expected(
     ids: &[u32],
     prompt_len: usize,

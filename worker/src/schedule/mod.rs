@@ -1,18 +1,18 @@
-//! What runs next. The scheduler is plain data: it is told of sequences and outcomes, and makes steps. It
+//! What runs next. The scheduler is plain data: it is notified of sequences and outcomes, and makes steps. It
 //! owns the KV cache's bookkeeping; it knows neither threads nor clocks (whoever calls says what time it
 //! is) nor the device.
 //!
 //! - `admit`: who leaves the queue. Blocks are reserved to the sequence's end, so nothing that runs is ever
 //!   evicted.
 //! - `budget`: how many tokens of which prompt fit into a step.
-//! - `draft`: which ids are guessed, and verified in the step that would draw them.
+//! - `draft`: which token IDs are drafted, and verified in the step that would sample them.
 //! - `host`: blocks that go to host memory and come back.
 //! - `batch`: makes the step; `outcome`: takes in what came of it.
 //!
-//! With a pipeline of two, step n + 1 is made before the ids of step n are known: a decode refers to the id
+//! With a pipeline of two, step n + 1 is made before the token IDs of step n are known: a decode refers to the id
 //! on the device. A sequence that turns out to have ended with step n has then one overrun token in
 //! step n + 1, which is dropped; its blocks and its slot can be reused at once, since steps run in order.
-//! Guesses need the ids before them: the step after one with guesses waits for its outcome, and so does one before it.
+//! Draft tokens need the token IDs before them: the step after one with draft tokens waits for its outcome, and so does one before it.
 
 mod admit;
 mod batch;
@@ -48,7 +48,7 @@ struct FlightWork {
     scored: bool,
     /// It computed the last known token.
     completes_prompt: bool,
-    /// Ids that it guessed.
+    /// Ids that it drafted.
     drafts: usize,
 }
 
@@ -75,7 +75,7 @@ pub(crate) struct Scheduler {
     prefill_seconds: f64,
     /// Cached blocks that had the name of a sequence's block and held something else, since they were last asked for.
     mismatches: u64,
-    /// Guesses made, and those that came true.
+    /// Draft tokens made, and those that came true.
     drafted: u64,
     accepted: u64,
 }
@@ -146,7 +146,7 @@ impl Scheduler {
         }
     }
 
-    /// The hashes of all blocks that can be found and are told.
+    /// The hashes of all blocks that can be found and are given.
     pub(crate) fn snapshot(&self) -> Vec<BlockHash> {
         self.cache.snapshot()
     }
@@ -166,7 +166,7 @@ impl Scheduler {
         self.cache.flush()
     }
 
-    /// Publishes the blocks of a sequence whose ids are known and whose KV is computed.
+    /// Publishes the blocks of a sequence whose token IDs are known and whose KV is computed.
     fn publish_full_blocks(&mut self, slot: Slot) {
         let Some(sequence) = self.slots[slot as usize].as_mut() else { return };
         let full = (sequence.computed / bora_common::blocks::BLOCK_TOKENS).min(sequence.blocks.len());

@@ -1,4 +1,4 @@
-//! Takes in what came of a step: ids for the callers, blocks that are full, sequences that ended.
+//! Takes in what came of a step: token IDs for the callers, blocks that are full, sequences that ended.
 
 use std::time::{Duration, Instant};
 
@@ -80,7 +80,7 @@ impl Scheduler {
                 }
                 self.drafted += work.drafts as u64;
                 self.accepted += accepted as u64;
-                // what was drawn behind the end is dropped
+                // what was sampled behind the end is dropped
                 sampled_tokens.iter().find_map(|sampled_tokens| {
                     sequence.push(sampled_tokens.token_id, sampled_tokens.logprobs.as_ref(), now)
                 })
@@ -106,7 +106,7 @@ impl Scheduler {
             self.cache.forget(*block);
         }
         if let Some(sequence) = self.remove(slot) {
-            // a grammar that can't go on is the request's fault, a number that is none is ours
+            // a grammar that can't continue is the request's fault, a number that is none is ours
             sequence.events.end(Err(match fault {
                 SequenceFault::Grammar { position, reason } => {
                     tracing::info!(request_id = sequence.request.request_id, position, "grammar failed");

@@ -143,7 +143,7 @@ proptest! {
         kv_blocks in 6u32..24,
         max_num_seqs in 1u32..6,
         max_num_batched_tokens in 6u32..300,
-        // with few ids guesses are made, and now and then come true
+        // with few token IDs draft tokens are made, and now and then come true
         vocabulary_size in prop_oneof![Just(1_000u32), Just(950), Just(3)],
         draft_tokens in prop::option::of(1u32..7),
         host_blocks in prop_oneof![Just(0u32), 1u32..40],

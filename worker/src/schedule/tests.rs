@@ -50,7 +50,7 @@ fn a_prefix_is_computed_once_also_what_was_generated() {
     harness.settle();
     assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 192, "the last token is always computed");
 
-    // the next turn of the conversation: prompt, answer, and a new question
+    // the next turn of the conversation: prompt, response, and a new question
     let mut turn = prompt;
     turn.extend(&first.ids);
     let computed = turn.len() - 1;
@@ -162,7 +162,7 @@ fn a_resumed_sequence_equals_an_undisturbed_one() {
             if cut == whole.len() {
                 let checked = crate::engine::request::Request::check(resumed.clone(), &harness.config).unwrap();
                 assert_eq!(checked.prompt_len, 200);
-                continue; // answered without the scheduler: see the engine's tests
+                continue; // served without the scheduler: see the engine's tests
             }
             let mut stream = harness.generate(resumed);
             harness.settle();
@@ -259,7 +259,7 @@ fn tenants_with_different_salts_share_nothing() {
     }
 }
 
-/// A cached block with the name of a prompt's block and another content serves nobody: the prompt is computed, counted and answered
+/// A cached block with the name of a prompt's block and another content serves nobody: the prompt is computed, counted and served
 /// as if the forged one were not there.
 #[test]
 fn a_forged_cached_block_is_computed_again() {
@@ -360,7 +360,7 @@ fn drafts_repeated_text_and_takes_few_steps() {
 #[test]
 fn ids_behind_the_end_are_dropped_with_their_blocks() {
     for depth in [1, 2] {
-        // the echo comes to an end id in the midst of what is guessed
+        // the echo comes to an end id in the midst of what is drafted
         let mut harness = Harness::saying(FakeMode::Echo, speculating(64), depth);
         let mut prompt = ids(1, 200);
         prompt[100] = 2;

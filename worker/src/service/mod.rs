@@ -1,7 +1,7 @@
 //! The gRPC border of a group's leader: `bora.v1.Inference`, `bora.v1.Admin`, `grpc.health.v1` and
 //! reflection. Messages in, messages out; every decision is the engine's.
 //!
-//! The port opens at once: until the engine is there, [`Host`] answers `UNAVAILABLE` and health says "not
+//! The port opens at once: until the engine is there, [`Host`] responses `UNAVAILABLE` and health says "not
 //! serving". Other services (the group's `Peers`) can share the port through [`ServiceOptions::routes`].
 
 mod admin;
@@ -28,13 +28,13 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::engine::{EngineError, EngineHandle, EngineHealth};
 
-/// A prompt of 262,144 ids takes at most 1.3 MB; the rest is for images.
+/// A prompt of 262,144 token IDs takes at most 1.3 MB; the rest is for images.
 const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
 /// What a stream may send before it waits for the reader: a long prompt arrives without a pause.
 const STREAM_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 /// The same for all streams of a connection together.
 const CONNECTION_WINDOW_BYTES: u32 = 64 * 1024 * 1024;
-/// A long prompt comes in few pieces: each costs the router a system call and this side a wake-up. What else the
+/// A long prompt comes in few chunks: each costs the router a system call and this side a wake-up. What else the
 /// connection carries waits for one of them at most, a fifth of a millisecond at 10 Gbit/s.
 const FRAME_BYTES: u32 = 256 * 1024;
 /// Streams of one connection (a router has one, and every request of it is a stream).
@@ -43,7 +43,7 @@ const MAX_STREAMS: u32 = 16_384;
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often that is tried.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// How long open streams may go on after the server was told to stop.
+/// How long open streams may continue after the server was asked to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 
 /// Says how the ranks are, for [`Admin::Status`](v1::admin_server::Admin::status).
@@ -78,7 +78,7 @@ impl Host {
     /// The group is ready from now on. Only the first call counts.
     pub fn ready(&self, engine: EngineHandle, record: GroupRecord, ranks: RankSource) {
         self.identity.set_weights(&record.weight_fingerprint);
-        // a second group behind one port is a bug of the caller, and the first one goes on serving
+        // a second group behind one port is a bug of the caller, and the first one continues serving
         if self.group.set(Group { engine, record, ranks }).is_err() {
             tracing::error!("a second group was offered to one port; ignored");
         }

@@ -1,4 +1,4 @@
-//! What is counted and traced of one sequence, from what its caller is told of it.
+//! What is counted and traced of one sequence, from what its caller is notified of it.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::engine::EngineError;
 use crate::telemetry::engine::{End, EngineMetrics};
 use crate::telemetry::spans::SequenceSpan;
 
-/// One sequence; what was not told to be over when it is dropped was aborted by its caller.
+/// One sequence; what was not reported to be over when it is dropped was aborted by its caller.
 pub(super) struct WatchStream {
     metrics: Arc<EngineMetrics>,
     span: SequenceSpan,

@@ -1,57 +1,57 @@
-//! How many guesses are worth their rows.
+//! How many draft tokens are worth their rows.
 //!
-//! A step of B sequences takes S seconds and each further row c: a row costs `B c / S` ids that the step could have brought
-//! instead (the price). A guess comes true if all before it do, so with the share r of guesses that came true, the k-th brings
-//! `r^k` ids. Guesses are made while that is more than the price.
+//! A step of B sequences takes S seconds and each further row c: a row costs `B c / S` token IDs that the step could have brought
+//! instead (the price). A draft token comes true if all before it do, so with the share r of draft tokens that came true, the k-th brings
+//! `r^k` token IDs. Draft tokens are made while that is more than the price.
 
 use super::index::continuation;
 use super::{SpeculativeOptions, SuffixIndex};
 
-/// Share of guesses that come true, where nothing is known.
+/// Share of draft tokens that come true, where nothing is known.
 const PRIOR: f64 = 0.6;
-/// Weight of the newest guess in the running share.
+/// Weight of the newest draft token in the running share.
 const LEARNING_RATE: f64 = 0.1;
-/// How fast a sequence that stopped guessing believes in it again, with each step.
+/// How fast a sequence that stopped speculation believes in it again, with each step.
 const FORGETTING_RATE: f64 = 0.01;
-/// A match of so many ids is a long one, with a share of its own.
+/// A match of so many token IDs is a long one, with a share of its own.
 const LONG_MATCH: usize = 8;
-/// Guesses for each id that matches: short matches say little about what comes much later.
+/// Draft tokens for each id that matches: short matches say little about what comes much later.
 const DRAFTS_A_MATCHED_TOKEN: usize = 2;
 /// Places that the index takes in for each step: some tens of microseconds.
 const PLACES_A_STEP: usize = 16_384;
-/// What a step with guesses costs beside its rows, in steps: the next one can't be made while it runs.
+/// What a step with draft tokens costs beside its rows, in steps: the next one can't be made while it runs.
 const OVERHEAD: f64 = 0.05;
 /// Rows cost more than the model of prompts says, and matrix products grow in jumps.
 const SAFETY: f64 = 1.5;
 
-/// Whether the ids that `gain` promises for a step of `sequences` are more than what it costs to look.
+/// Whether the token IDs that `gain` promises for a step of `sequences` are more than what it costs to look.
 pub(crate) fn worthwhile(gain: f64, sequences: usize) -> bool {
     gain > OVERHEAD * sequences as f64
 }
 
-/// What one sequence knows about guessing.
+/// What one sequence knows about speculation.
 #[derive(Clone, Debug)]
 pub(crate) struct Speculator {
     index: SuffixIndex,
     most: usize,
     complete: bool,
-    /// Share of guesses that came true: after short matches, after long ones.
+    /// Share of draft tokens that came true: after short matches, after long ones.
     shares: [f64; 2],
-    /// Which of them the guesses in flight belong to.
+    /// Which of them the draft tokens in flight belong to.
     drafted_by: usize,
 }
 
-/// Guesses and what they promise.
+/// Draft tokens and what they promise.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Proposal {
-    /// What is guessed to come.
+    /// What is drafted to come.
     pub(crate) ids: Vec<u32>,
     /// Ids more than one that a step brings, expected, less the price of the rows.
     pub(crate) gain: f64,
 }
 
 impl Speculator {
-    /// `None` where nothing shall be guessed.
+    /// `None` where nothing shall be drafted.
     pub(crate) fn new(options: &SpeculativeOptions) -> Option<Self> {
         let most = options.num_speculative_tokens.min(super::MAX_DRAFTS) as usize;
         (most > 0).then(|| Self {
@@ -68,7 +68,7 @@ impl Speculator {
         self.complete = self.index.catch_up(ids, PLACES_A_STEP);
     }
 
-    /// What comes after `ids`, in at most `room` guesses. The first `unknown` of them are being drawn already: they bring
+    /// What comes after `ids`, in at most `room` draft tokens. The first `unknown` of them are being sampled already: they bring
     /// nothing, but have to come true.
     pub(crate) fn propose(&mut self, ids: &[u32], unknown: usize, room: usize, price: f64) -> Proposal {
         let found = if self.complete { self.index.find(ids) } else { None };
@@ -88,13 +88,13 @@ impl Speculator {
         Proposal { ids: continuation(ids, found.next, unknown + count).split_off(unknown), gain }
     }
 
-    /// A step was made without guesses.
+    /// A step was made without draft tokens.
     pub(crate) fn pass(&mut self) {
         let share = &mut self.shares[self.drafted_by];
         *share += FORGETTING_RATE * (PRIOR - *share);
     }
 
-    /// Of `guessed` guesses the first `accepted` came true.
+    /// Of `drafted` draft tokens the first `accepted` came true.
     pub(crate) fn learn(&mut self, drafted: usize, accepted: usize) {
         let share = &mut self.shares[self.drafted_by];
         for _ in 0..accepted {

@@ -1,4 +1,4 @@
-//! Where the last ids of a sequence stood before: chains of the places at which each run of a few ids occurred, newest first,
+//! Where the last token IDs of a sequence stood before: chains of the places at which each run of a few token IDs occurred, newest first,
 //! in the manner of a compressor's dictionary.
 
 /// No place.
@@ -8,7 +8,7 @@ const CANDIDATES: usize = 16;
 /// Ids of the table at first.
 const FIRST_TABLE: usize = 1 << 10;
 
-/// An index over the ids of one sequence, which grow at their end. It does not hold the ids: callers bring the same ones, grown,
+/// An index over the token IDs of one sequence, which grow at their end. It does not hold the token IDs: callers bring the same ones, grown,
 /// every time.
 #[derive(Clone, Debug)]
 pub(crate) struct SuffixIndex {
@@ -22,12 +22,12 @@ pub(crate) struct SuffixIndex {
     older: Vec<u32>,
 }
 
-/// A place where the last ids stood before.
+/// A place where the last token IDs stood before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Match {
     /// Index of the id that followed them.
     pub(crate) next: usize,
-    /// How many of the last ids stand before it.
+    /// How many of the last token IDs stand before it.
     pub(crate) length: usize,
 }
 
@@ -101,12 +101,12 @@ impl SuffixIndex {
     }
 }
 
-/// How many ids at their ends two slices have in common, counted up to `most`.
+/// How many token IDs at their ends two slices have in common, counted up to `most`.
 fn common_end(a: &[u32], b: &[u32], most: usize) -> usize {
     a.iter().rev().zip(b.iter().rev()).take(most).take_while(|(a, b)| a == b).count()
 }
 
-/// `count` ids from `next` on; behind the last known one they repeat, as what is copied may overlap its copy.
+/// `count` token IDs from `next` on; behind the last known one they repeat, as what is copied may overlap its copy.
 pub(crate) fn continuation(ids: &[u32], next: usize, count: usize) -> Vec<u32> {
     let period = ids.len() - next;
     (0..count).map(|i| ids[next + i % period]).collect()

@@ -1,15 +1,15 @@
-//! Speculation without a draft model: an agent's answers repeat much of what stands before them (the file that it edits, the
-//! call that it makes again), so the ids that followed the last few ids the time before are good guesses at what comes now.
+//! Speculation without a draft model: an agent's responses repeat much of what stands before them (the file that it edits, the
+//! call that it makes again), so the token IDs that followed the last few token IDs the time before are good draft tokens at what comes now.
 //!
-//! The guesses ("drafts") are computed as further rows of the sequence's decode step. At each row the id is drawn as it would be
-//! drawn without them: by the same seed, position, penalties and grammar, given the ids before it. The guesses are kept as long
-//! as they are what was drawn, so the ids are those of a run without speculation, greedy or not; only the number of steps
+//! The draft tokens ("drafts") are computed as further rows of the sequence's decode step. At each row the id is sampled as it would be
+//! sampled without them: by the same seed, position, penalties and grammar, given the token IDs before it. The draft tokens are kept as long
+//! as they are what was sampled, so the token IDs are those of a run without speculation, greedy or not; only the number of steps
 //! differs. What a rejected row left in the KV cache lies behind the sequence's end and is written over by its next step.
 //!
-//! - [`index`](SuffixIndex): where the last ids stood before. Constant time and eight bytes an id, for running sequences only,
+//! - [`index`](SuffixIndex): where the last token IDs stood before. Constant time and eight bytes an id, for running sequences only,
 //!   so it is bounded by the KV cache.
-//! - [`gain`](Speculator): how many guesses are worth their rows, by how many of this sequence's came true of late and by what a
-//!   row costs beside the step. In a large batch a row costs as much as it can bring, and nothing is guessed.
+//! - [`gain`](Speculator): how many draft tokens are worth their rows, by how many of this sequence's came true of late and by what a
+//!   row costs beside the step. In a large batch a row costs as much as it can bring, and nothing is drafted.
 
 mod gain;
 mod index;
@@ -19,13 +19,13 @@ use serde::Deserialize;
 pub(crate) use gain::{Speculator, worthwhile};
 use index::SuffixIndex;
 
-/// How ids are guessed; fields are named as in vLLM's `--speculative-config`.
+/// How token IDs are drafted; fields are named as in vLLM's `--speculative-config`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SpeculativeOptions {
-    /// Where guesses come from.
+    /// Where draft tokens come from.
     pub method: SpeculativeMethod,
-    /// Guesses of a sequence in one step, at most; 0 = no speculation.
+    /// Draft tokens of a sequence in one step, at most; 0 = no speculation.
     pub num_speculative_tokens: u32,
     /// Ids that must have stood before in this order; at least 1.
     pub prompt_lookup_min: u32,
@@ -33,16 +33,16 @@ pub struct SpeculativeOptions {
     pub prompt_lookup_max: u32,
 }
 
-/// Where guesses come from.
+/// Where draft tokens come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SpeculativeMethod {
-    /// What followed the same ids before, in the prompt or in the answer.
+    /// What followed the same token IDs before, in the prompt or in the response.
     #[default]
     Ngram,
 }
 
-/// Guesses of a sequence in one step, whatever is configured.
+/// Draft tokens of a sequence in one step, whatever is configured.
 pub const MAX_DRAFTS: u32 = 31;
 
 impl Default for SpeculativeOptions {

@@ -53,9 +53,9 @@ impl End {
 /// What one step carries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct StepShape {
-    /// Tokens computed of sequences that decode, guessed ones included.
+    /// Tokens computed of sequences that decode, drafted ones included.
     pub(crate) decoded_tokens: u64,
-    /// Of those, the guessed ones.
+    /// Of those, the drafted ones.
     pub(crate) drafted_tokens: u64,
     pub(crate) prefilled_tokens: u64,
     pub(crate) sequences: u64,

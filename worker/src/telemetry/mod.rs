@@ -1,4 +1,4 @@
-//! What a worker process tells of itself at `/metrics`, and the spans of its ranks.
+//! What a worker process reports itself at `/metrics`, and the spans of its ranks.
 //!
 //! Every process has a port for it (`worker.admin`), the ones that hold no rank 0 too. What changes with every step
 //! is counted where it happens ([`engine`], [`ranks`]); how things stand is looked at when somebody asks.

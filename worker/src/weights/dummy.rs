@@ -1,6 +1,6 @@
 //! `--load-format dummy`: random weights of the real shapes, so that speed can be measured without a
-//! checkpoint. Their spread is that of real weights (products neither vanish nor overflow, and a GPU draws
-//! the power that it would draw), equal on every device and for every number of ranks.
+//! checkpoint. Their spread is that of real weights (products neither vanish nor overflow, and a GPU samples
+//! the power that it would sample), equal on every device and for every number of ranks.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 

@@ -1,6 +1,6 @@
 //! Weights: from the files of a checkpoint (or from nothing, for benchmarks) to the slices that one rank holds.
 //!
-//! [`Weights`] is the front: open once a process, then ask for each piece as seen by a rank
+//! [`Weights`] is the front: open once a process, then ask for each chunk as seen by a rank
 //! ([`ShardPlan`]). What comes back are views ([`Slice`]) into the memory map; nothing is copied and only
 //! the pages of this rank's slices are read.
 

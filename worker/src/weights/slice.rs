@@ -35,7 +35,7 @@ pub struct Slice<'a> {
     pub name: &'a str,
     /// Format of the numbers.
     pub dtype: Dtype,
-    /// Rows of the slice (outputs of a linear, ids of an embedding).
+    /// Rows of the slice (outputs of a linear, token IDs of an embedding).
     pub rows: usize,
     /// Columns of the slice (inputs of a linear, width of an embedding).
     pub columns: usize,
@@ -218,7 +218,7 @@ pub struct Fp8Scales {
 }
 
 /// This rank's rows of a table over the vocabulary (embedding or head). Every rank but the last ones holds
-/// `rows_per_rank` rows; where the vocabulary does not divide, the last ones hold fewer (or none).
+/// `rows_per_rank` rows; if the vocabulary does not divide, the last ones hold fewer (or none).
 #[derive(Clone, Debug)]
 pub struct VocabularyShard<'a> {
     /// [rows of this rank, hidden size].

@@ -43,7 +43,7 @@ impl Goldens {
     }
 }
 
-/// One piece of a sequence to compute.
+/// One chunk of a sequence to compute.
 #[derive(Clone)]
 pub struct Chunk<'a> {
     pub slot: u32,
@@ -70,7 +70,7 @@ impl Rank {
         Self { backend, model, config }
     }
 
-    /// Logits of every token of the pieces, which run as one batch.
+    /// Logits of every token of the chunks, which run as one batch.
     pub fn run(&mut self, parts: &[Chunk<'_>]) -> Vec<Vec<Vec<f32>>> {
         let mut batch = Batch::default();
         for part in parts {
@@ -101,7 +101,7 @@ impl Rank {
         logits
     }
 
-    /// The ids that follow the prompt, each the most likely one.
+    /// The token IDs that follow the prompt, each the most likely one.
     pub fn greedy(&mut self, prompt: &[u32], blocks: &[u32], count: usize) -> Vec<u32> {
         let mut last = self.run_in_chunks(prompt, blocks, prompt.len()).pop().unwrap();
         let mut generated = Vec::new();

@@ -22,7 +22,7 @@ use crate::{
     service::Service,
 };
 
-/// The answer.
+/// The response.
 #[derive(Serialize, JsonSchema)]
 pub struct TokenCount {
     /// Ids of the whole prompt: system, tools, messages.

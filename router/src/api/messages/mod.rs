@@ -1,6 +1,6 @@
 //! `POST /v1/messages` and `/v1/messages/count_tokens`, Anthropic's Messages API.
 //!
-//! A request becomes a chat request ([`request`]), and the answer is written as content blocks ([`output`]), whole or as
+//! A request becomes a chat request ([`request`]), and the response is written as content blocks ([`output`]), whole or as
 //! events ([`stream`]). Whatever is refused on these paths has Anthropic's form ([`error`]).
 
 pub mod count;

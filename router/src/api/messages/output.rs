@@ -1,4 +1,4 @@
-//! The answer as a message: blocks of text and of tool use.
+//! The response as a message: blocks of text and of tool use.
 
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -98,7 +98,7 @@ pub fn empty() -> Box<RawValue> {
     RawValue::from_string("{}".to_owned()).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }
 
-/// Why an answer ended, in Anthropic's words.
+/// Why a response ended, in Anthropic's words.
 pub fn stop_reason(choice: &Choice) -> (Option<&'static str>, Option<&str>) {
     let sequence = match choice.stop_reason() {
         Some(StopReason::Text(text)) => Some(text.as_str()),
@@ -139,7 +139,7 @@ pub fn tool_use(call: &CallDelta, input: Box<RawValue>) -> ContentBlock<'_> {
     ContentBlock::ToolUse { id: format!("toolu_{id}"), name, input }
 }
 
-/// The plain answer, complete.
+/// The plain response, complete.
 pub fn object(completion: &Completion) -> serde_json::Result<Vec<u8>> {
     let delta = &completion.choices[0].delta;
     let block = |part| match part {

@@ -1,7 +1,7 @@
 //! The body of `POST /v1/messages`, and the chat request that it becomes.
 //!
 //! A user's message may hold results of tools: they come first, as the model saw it in training, and what else the
-//! message says follows; pictures that tools returned are shown there too, because the model looks at pictures in a
+//! message says follows; images that tools returned are shown there too, because the model looks at images in a
 //! user's message only. Neighbouring messages of one role are one turn, and a system message may stand anywhere
 //! ([`turns`](crate::api::turns)). A last message of the assistant's is continued. Thinking is left out: this model does not
 //! think.
@@ -62,11 +62,11 @@ fields! {
     tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
     /// Whether and which.
     tool_choice: ToolChoice, USES;
-    /// Texts that end the answer.
+    /// Texts that end the response.
     stop_sequences: Vec<String>, USES, within stops;
-    /// The form of the answer.
+    /// The form of the response.
     output_config: OutputConfig, USES;
-    /// The form of the answer, under its older name.
+    /// The form of the response, under its older name.
     output_format: Value as Map<String, Value>, USES;
     /// Ignored: this model does not think.
     thinking: IgnoredAny as Map<String, Value>, USES;

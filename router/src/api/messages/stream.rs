@@ -1,4 +1,4 @@
-//! The answer as events: the message begins, its blocks begin, grow and end, the message ends.
+//! The response as events: the message begins, its blocks begin, grow and end, the message ends.
 
 use serde::Serialize;
 

@@ -1,5 +1,5 @@
-//! The items of an answer while it comes into being: what is generated is added to them, and each addition is a list of
-//! changes. A stream writes them as events, a plain answer only keeps the items: both hold the same.
+//! The items of a response while it comes into being: what is generated is added to them, and each addition is a list of
+//! changes. A stream writes them as events, a plain response only keeps the items: both hold the same.
 
 use bora_common::conversation::Json;
 use bora_proto::v1::PositionLogprobs;
@@ -13,7 +13,7 @@ use crate::{
     relay::emit::{CallDelta, Delta, Finish, Part},
 };
 
-/// An item of the answer.
+/// An item of the response.
 pub struct Item {
     id: String,
     status: Status,

@@ -1,4 +1,4 @@
-//! The answer as a response object: a list of items, each a message or a call, and what the request asked for.
+//! The response as a response object: a list of items, each a message or a call, and what the request asked for.
 
 use bora_proto::v1::PositionLogprobs;
 use schemars::JsonSchema;
@@ -254,12 +254,12 @@ fn usage(completion: &Completion) -> ResponseUsage {
     }
 }
 
-/// How an answer ended.
+/// How a response ended.
 pub fn final_status(choice: &Choice) -> Status {
     if choice.finish == Some(Finish::Length) { Status::Incomplete } else { Status::Completed }
 }
 
-/// Runs an answer to its end and collects its items.
+/// Runs a response to its end and collects its items.
 pub async fn collect(completion: &mut Completion, echo: &Echo) -> Result<Items, ApiError> {
     let mut items = Items::default();
     while let Some(step) = std::future::poll_fn(|cx| completion.poll_step(cx)).await {
@@ -269,7 +269,7 @@ pub async fn collect(completion: &mut Completion, echo: &Echo) -> Result<Items, 
     Ok(items)
 }
 
-/// The plain answer, complete.
+/// The plain response, complete.
 pub fn object(completion: &Completion, echo: &Echo, items: &Items) -> serde_json::Result<Vec<u8>> {
     let status = final_status(&completion.choices[0]);
     serde_json::to_vec(&ResponseObject::new(completion, echo, status, items.objects(completion), None))

@@ -1,7 +1,7 @@
 //! The body of `POST /v1/responses`, and the chat request that it becomes.
 //!
 //! `instructions` is a system message in front. Items follow each other as messages, whose turns are put in order
-//! ([`turns`](crate::api::turns)). Reasoning is left out (this model has none to go on with), and so are the calls of tools that
+//! ([`turns`](crate::api::turns)). Reasoning is left out (this model has none to continue with), and so are the calls of tools that
 //! a server runs. What needs a memory of ours is refused by name: `previous_response_id`, `conversation`, `background`,
 //! `prompt`, references to items.
 
@@ -69,19 +69,19 @@ fields! {
     tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
     /// Whether and which.
     tool_choice: Value as agents::ResponsesChoice, USES;
-    /// What else the answer is to hold: `message.output_text.logprobs`.
+    /// What else the response is to hold: `message.output_text.logprobs`.
     include: Vec<String>, USES;
     /// Its effort is taken, without effect: this model does not reason.
     reasoning: Reasoning, USES;
-    /// Comes back in the answer.
+    /// Comes back in the response.
     metadata: Map<String, Value>, USES;
-    /// Comes back in the answer.
+    /// Comes back in the response.
     user: String, USES;
-    /// Comes back in the answer.
+    /// Comes back in the response.
     prompt_cache_key: String, USES;
-    /// Comes back in the answer.
+    /// Comes back in the response.
     safety_identifier: String, USES;
-    /// Comes back in the answer: it counts the calls of tools that a server runs, and this one runs none.
+    /// Comes back in the response: it counts the calls of tools that a server runs, and this one runs none.
     max_tool_calls: Integer, USES;
     /// Nothing is kept, whatever it says.
     store: bool, USES;
@@ -142,7 +142,7 @@ pub struct TextOptions {
     /// `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "name", "schema", "strict"}`.
     #[schemars(with = "Option<Map<String, Value>>")]
     pub format: Option<Value>,
-    /// Comes back in the answer.
+    /// Comes back in the response.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verbosity: Option<String>,
 }
@@ -192,7 +192,7 @@ struct Part<'a> {
     image_url: Option<&'a RawValue>,
 }
 
-/// What of a request comes back in its answer.
+/// What of a request comes back in its response.
 #[derive(Debug, Default)]
 pub struct Echo {
     /// As it came.

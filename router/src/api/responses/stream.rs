@@ -1,4 +1,4 @@
-//! The answer as typed events, each with its number: the response begins, items are added, grow and are done, the
+//! The response as typed events, each with its number: the response begins, items are added, grow and are done, the
 //! response is over.
 
 use serde::Serialize;

@@ -1,8 +1,8 @@
-//! What an answer has to look like: `response_format`, vLLM's `guided_*` and `structured_outputs`, and
+//! What a response has to look like: `response_format`, vLLM's `guided_*` and `structured_outputs`, and
 //! `tool_choice`, made into one grammar for the group.
 //!
 //! A forced call is written in the model's own format, `[TOOL_CALLS]name[ARGS]{...}`, with the special tokens
-//! as ids, so that no text can pass for one. The group compiles the grammar and refuses what it can't; such a
+//! as token IDs, so that no text can pass for one. The group compiles the grammar and refuses what it can't; such a
 //! refusal names the field that the grammar came from ([`Structure::field`]).
 
 mod pattern;
@@ -28,7 +28,7 @@ const ANY_OBJECT: &str =
 /// Texts of `guided_choice`.
 const MAX_CHOICES: usize = 4_096;
 
-/// What an answer has to look like.
+/// What a response has to look like.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Structure {
     /// For the group.
@@ -120,7 +120,7 @@ fn is_empty_array(json: &str) -> bool {
     json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
 }
 
-/// The grammar of an answer; `None` where anything will do.
+/// The grammar of a response; `None` where anything will do.
 pub fn structure(
     body: &Body<'_>,
     endpoint: Endpoint,
@@ -143,7 +143,7 @@ pub fn structure(
                 let grammar = lark(format!("start: {}\n{}", calls.start, calls.rules));
                 Some(Structure { grammar, field: "tool_choice" })
             }
-            // an answer in the wanted form, or calls
+            // a response in the wanted form, or calls
             (ToolChoice::Auto(names), Some(Structure { grammar, field })) if grammar.kind() == Kind::JsonSchema => {
                 let calls = calls(body, names.as_deref(), body.parallel_tool_calls != Some(false), spec)?;
                 let source = &grammar.source;

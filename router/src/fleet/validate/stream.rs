@@ -193,7 +193,7 @@ impl StreamCheck {
 
     fn finish(&mut self, finished: &Finished) -> Result<(), Violation> {
         match FinishReason::try_from(finished.reason) {
-            // whatever it counted: another group goes on
+            // whatever it counted: another group continues
             Ok(FinishReason::Aborted) => return Ok(()),
             Ok(FinishReason::Stop | FinishReason::Length) => {}
             Ok(FinishReason::Unspecified) | Err(_) => {

@@ -1,13 +1,13 @@
 //! From a block's hash to 64 bits, one for each group of a plane: read without locks by every placement,
 //! written by the groups' events.
 //!
-//! Entries stand in chunks, in the order in which they came: groups tell of blocks in the order of their chain,
+//! Entries stand in chunks, in the order in which they came: groups report blocks in the order of their chain,
 //! so the entry of a prompt's next block most often stands behind that of the block before it, and a walk reads
 //! memory from front to back instead of missing the processor's cache with every block. A map of 64 shards (open
 //! addressing; half of a slot is part of the key, the other half the entry's place) finds what stands elsewhere: a
-//! conversation that was told of in pieces stands in as many places.
+//! conversation that was notified of in runs stands in as many places.
 //!
-//! There is one writer at a time ([`writer`]), for a batch of blocks, so that a group that tells of all its blocks does
+//! There is one writer at a time ([`writer`]), for a batch of blocks, so that a group that reports all its blocks does
 //! not keep the others waiting. Readers ([`walk`]) never wait: they hold the arrays that they look into, which change
 //! in place or are replaced by larger ones. The key is half of the hash: that two blocks of a fleet share it has a
 //! chance of one in a hundred thousand with 19 million blocks, and costs one placement that expects too much.
@@ -161,7 +161,7 @@ impl Default for Arrays {
 }
 
 impl Arrays {
-    /// The map and the entries as they are now, the entries of all that the map tells of now among them.
+    /// The map and the entries as they are now, the entries of all that the map reports now among them.
     fn now(&self) -> (Arc<Shards>, Arc<Chunks>) {
         let shards = Arc::clone(&self.shards.read());
         (shards, Arc::clone(&self.chunks.read()))

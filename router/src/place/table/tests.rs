@@ -41,7 +41,7 @@ fn it_is_a_map() {
     assert_eq!(table.len(), map.values().filter(|bits| **bits != 0).count());
 }
 
-/// Keys that no slot tells apart: one shard, and searches that begin at one slot. Few are left, so that slots are freed
+/// Keys that no slot distinguishes: one shard, and searches that begin at one slot. Few are left, so that slots are freed
 /// in all orders, and readers find all that is there.
 #[test]
 fn keys_that_share_all_that_slots_know_are_told_apart() {
@@ -66,7 +66,7 @@ fn keys_that_share_all_that_slots_know_are_told_apart() {
     assert!(table.bytes() < 200_000, "slots that were freed are used again: {}", table.bytes());
 }
 
-/// A chain whose blocks stand one behind the other, in pieces, and not at all in order.
+/// A chain whose blocks stand one behind the other, in runs, and not at all in order.
 #[test]
 fn walks_find_runs_and_what_stands_elsewhere() {
     let table = BlockTable::default();
@@ -105,7 +105,7 @@ fn walks_find_runs_and_what_stands_elsewhere() {
     });
 }
 
-/// Conversations told of a piece at a time, in turn, with pieces of every length, and blocks that are missing.
+/// Conversations reported a run at a time, in turn, with runs of every length, and blocks that are missing.
 #[test]
 fn walks_find_pieces_of_any_length() {
     for run in [1, 2, 3, 5, 8, 15, 16, 31, 32, 33, 100, 127, 200, 5_000] {
@@ -114,7 +114,7 @@ fn walks_find_pieces_of_any_length() {
         let conversations: Vec<Vec<BlockHash>> = (0..7).map(conversation).collect();
         for first in (0..3_000).step_by(run) {
             for (bit, chain) in conversations.iter().enumerate() {
-                // lengths differ from piece to piece
+                // lengths differ from run to run
                 let cut = first + (run / 2) * usize::from((first / run) % 3 == 1);
                 let end = (first + run).min(chain.len());
                 table.set(chain[first..cut.min(end)].iter().copied(), bit as u32);
@@ -153,7 +153,7 @@ fn breaks(table: &BlockTable, chain: &[BlockHash]) -> usize {
     chain.windows(2).filter(|two| place(&two[1]) != place(&two[0]) + 1).count()
 }
 
-/// Conversations grow in turn, a piece at a time, in the place of others that went.
+/// Conversations grow in turn, a run at a time, in the place of others that went.
 #[test]
 fn pieces_stay_whole_where_others_were() {
     const BLOCKS: usize = 300;
@@ -187,7 +187,7 @@ fn pieces_stay_whole_where_others_were() {
     assert!(room(&table) < 2 * table.len(), "{} for {}", room(&table), table.len());
 }
 
-/// No piece fits into gaps of three, but they are not left empty for it.
+/// No run fits into gaps of three, but they are not left empty for it.
 #[test]
 fn gaps_that_no_piece_fits_into_are_filled_where_there_are_many() {
     let table = BlockTable::default();

@@ -1,9 +1,9 @@
 //! How the table is read: block by block along a chain.
 //!
-//! A walk goes on from entry to entry as long as the next one is the next block's. Where a piece ends, the next one has
-//! to be found by the map: a slot, then the entry, each of them far from everything else. So behind short pieces a walk
+//! A walk continues from entry to entry as long as the next one is the next block's. Where a run ends, the next one has
+//! to be found by the map: a slot, then the entry, each of them far from everything else. So behind short runs a walk
 //! looks ahead: it asks for the slots of many blocks that are still to come, at once, and then for their entries, so
-//! that it waits for memory once and not with every piece ([`Ahead`]).
+//! that it waits for memory once and not with every run ([`Ahead`]).
 
 use std::{
     collections::VecDeque,
@@ -14,7 +14,7 @@ use bora_common::blocks::BlockHash;
 
 use super::{BlockTable, CHUNK, Chunks, Entry, Shards, entry, find, first_slot_of, key_of, place_in, search, shard_of};
 
-/// Behind pieces of so many blocks only the next one is looked for: another long one most likely begins with it.
+/// Behind runs of so many blocks only the next one is looked for: another long one most likely begins with it.
 const LONG_RUN: usize = 128;
 /// Blocks that are looked for at once: with 32 or 64 it is slower.
 const AHEAD: usize = 16;
@@ -81,13 +81,13 @@ impl Search {
         chunk.and_then(|chunk| chunk.get(place % CHUNK..)).unwrap_or_default()
     }
 
-    /// Where block `at` stands, if pieces have about `typical` blocks.
+    /// Where block `at` stands, if runs have about `typical` blocks.
     fn place_of(&mut self, hashes: &[BlockHash], at: usize, typical: usize) -> Option<usize> {
         while self.ahead.front().is_some_and(|block| block.at < at) {
             self.ahead.pop_front();
         }
         if typical < LONG_RUN && self.ahead.is_empty() {
-            // four to three pieces of that length: a guess goes back to where a piece begins
+            // four to three runs of that length: a draft token goes back to where a run begins
             self.look_ahead(hashes, at, (typical * 3 / 4 + 1).min(MAX_STRIDE));
         }
         self.predict(hashes, at).or_else(|| {
@@ -96,7 +96,7 @@ impl Search {
         })
     }
 
-    /// Where block `at` stands, if its piece reaches to the next one that was looked for.
+    /// Where block `at` stands, if its run reaches to the next one that was looked for.
     fn predict(&self, hashes: &[BlockHash], at: usize) -> Option<usize> {
         let next = self.ahead.front()?;
         let place = next.place?.checked_sub(next.at - at)?;

@@ -1,6 +1,6 @@
 //! How the table is written: where a new entry stands, and when arrays are replaced by larger or smaller ones.
 //!
-//! What a group tells of at once is a piece of a chain, and a walk is as fast as pieces are whole. So a piece goes
+//! What a group reports at once is a run of a chain, and a walk is as fast as runs are whole. So a run goes
 //! where as many entries behind each other are free as it needs, also where that leaves smaller gaps behind; only
 //! where gaps have become a good part of the table they are filled as they come.
 
@@ -20,7 +20,7 @@ const TOGETHER: usize = 16;
 const BATCH: usize = 1024;
 /// A chunk is filled again when so many of its entries are free: enough for long runs.
 const WORTH_FILLING: usize = CHUNK / 4;
-/// Free entries that are enough for a piece of any length.
+/// Free entries that are enough for a run of any length.
 const LONG_GAP: usize = 128;
 /// Chunks that are looked through for a gap before a new one is begun.
 const CHUNKS_TO_TRY: usize = 2;
@@ -57,7 +57,7 @@ pub(super) struct Writer {
     /// Where the next entry is looked for.
     chunk: usize,
     place: usize,
-    /// Whether the next entry is the first of a piece.
+    /// Whether the next entry is the first of a run.
     run_begins: bool,
 }
 
@@ -79,7 +79,7 @@ impl Default for Writer {
 }
 
 impl Writer {
-    /// Sets a group's bit of a key, the first of `piece` that are to stand together.
+    /// Sets a group's bit of a key, the first of `run` that are to stand together.
     fn set(&mut self, arrays: &Arrays, key: u64, group: u32, run: usize) -> Was {
         let bit = 1 << group;
         match locate(&self.slots[shard_of(key)], &self.chunks, key) {
@@ -148,7 +148,7 @@ impl Writer {
         *arrays.chunks.write() = Arc::clone(&self.chunks);
     }
 
-    /// The next free entry: behind the last one, or the first of `piece` free ones.
+    /// The next free entry: behind the last one, or the first of `run` free ones.
     fn free_place(&mut self, arrays: &Arrays, run: usize) -> usize {
         let next = self.chunks.get(self.chunk).and_then(|chunk| chunk.get(self.place));
         if std::mem::take(&mut self.run_begins) || !next.is_some_and(Entry::is_free) {
@@ -247,7 +247,7 @@ fn first_free(slots: &Slots, key: u64) -> Option<usize> {
 }
 
 /// Gives a slot free; the number of slots that are again as if never used. No search goes beyond a slot that was never
-/// used, so one before such a slot, and those removed before it, need not say that searches go on.
+/// used, so one before such a slot, and those removed before it, need not say that searches continue.
 fn free_slot(slots: &Slots, number: usize) -> usize {
     let before = |number: usize| number.checked_sub(1).unwrap_or(slots.len() - 1);
     slots[number].store(REMOVED, Ordering::Release);

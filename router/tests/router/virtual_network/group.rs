@@ -1,5 +1,5 @@
 //! A group that computes nothing: what it says to a prompt is drawn from the prompt and the seed. It speaks real gRPC,
-//! has a prefix cache of which it tells, and goes wrong on command.
+//! has a prefix cache of which it reports, and goes wrong on command.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -46,7 +46,7 @@ const KEPT_BLOCKS: usize = 60;
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 const STEP: Duration = Duration::from_millis(120);
 
-/// The whole answer to a prompt, and why it ends there.
+/// The whole response to a prompt, and why it ends there.
 pub(super) fn response(prompt: &[u32], seed: u64) -> (Vec<u32>, FinishReason) {
     let mut hasher = DefaultHasher::new();
     (prompt, seed).hash(&mut hasher);
@@ -182,7 +182,7 @@ impl Group {
         self.report(self.state());
     }
 
-    /// It has no room for anything new, whatever it tells of its load.
+    /// It has no room for anything new, whatever it reports its load.
     pub(super) fn close(&self, is_closed: bool) {
         self.is_closed.set(is_closed);
     }
@@ -219,7 +219,7 @@ impl Group {
         inside.watchers.retain_mut(|watcher| watcher.report(epoch, reported.clone()));
     }
 
-    /// Keeps blocks and tells of them, and of those that had to go.
+    /// Keeps blocks and reports them, and of those that had to go.
     fn store(&self, hashes: &[BlockHash]) {
         let mut inside = self.inside.lock();
         let new: Vec<BlockHash> = hashes.iter().copied().filter(|hash| !inside.kept.contains(hash)).collect();
@@ -231,7 +231,7 @@ impl Group {
         self.report(Update::Blocks(BlocksChanged { stored, evicted }));
     }
 
-    /// Says the rest of an answer, for as long as somebody listens.
+    /// Says the rest of a response, for as long as somebody listens.
     async fn say(&self, request: &GenerateRequest, said: &mpsc::Sender<Result<GenerateEvent, Status>>) -> Option<()> {
         let say = async |event| said.send(Ok(GenerateEvent { event: Some(event) })).await.ok();
         let begun = request.generated_len as usize;

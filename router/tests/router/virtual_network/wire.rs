@@ -53,7 +53,7 @@ const BUFFER: usize = 64 << 10;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Path {
     pub(super) delay: Duration,
-    /// Nothing comes through, and nobody is told.
+    /// Nothing comes through, and nobody is given.
     pub(super) is_cut: bool,
 }
 

@@ -1,5 +1,5 @@
 //! Causal attention over the paged cache: for each sequence and KV head, gather the keys and values once,
-//! then two matrix products for each tile of queries, with the softmax between them in float32.
+//! then two GEMMs for each tile of queries, with the softmax between them in float32.
 
 use candle_core::{Device, Tensor};
 

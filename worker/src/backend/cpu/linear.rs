@@ -43,7 +43,7 @@ impl Linear {
             elements.extend(shard.weight.to_f32(factor));
             let scales = shard.scales.filter(|_| mode == Fp8Mode::W8a8 && shard.weight.dtype == Dtype::F8E4M3);
             match parts.last_mut() {
-                // neighbours in plain float32 are one product
+                // neighbours in plain float32 are one GEMM
                 Some(last) if last.scales.is_none() && scales.is_none() => last.rows.end = rows.end,
                 _ => parts.push(Part { rows, scales }),
             }

@@ -1,7 +1,7 @@
 //! The reference backend: float32 on the CPU. Slow and plain, and the oracle that other backends are
 //! measured against.
 //!
-//! Matrix products go through candle; what is between them (norms, rotation, paged attention's gathering
+//! GEMMs go through candle; what is between them (norms, rotation, paged attention's gathering
 //! and masking, the gate) is written out here, because it works on rows of plain numbers in place.
 
 mod attention;
@@ -26,7 +26,7 @@ use crate::weights::{LinearShard, Slice, VocabularyShard};
 use kv::KvCache;
 use linear::Linear;
 
-/// Rows of products that the CUDA backend's own kernel computes.
+/// Rows of GEMMs that the CUDA backend's own kernel computes.
 const FEW_ROWS: usize = 16;
 
 /// How the CPU backend computes.
@@ -364,7 +364,7 @@ impl Backend for CpuBackend {
     fn sample(&mut self, mut logits: Activations, requests: &[SampleRequest]) -> Result<()> {
         let columns = logits.columns;
         let mut results = SampleResults::default();
-        // drawing changes its row, so scores are read first
+        // sampling changes its row, so scores are read first
         for request in requests {
             if let SampleRequest::Score { row, target, top, .. } = request {
                 let row = &logits.elements[*row as usize * columns..(*row as usize + 1) * columns];
@@ -421,7 +421,7 @@ impl CpuBackend {
     }
 }
 
-/// Draws from the first row and, while what is drawn is what was guessed, from the next.
+/// Samples from the first row and, while what is sampled is what was drafted, from the next.
 fn sample_along<'a>(
     state: &mut SlotState,
     rows: impl Iterator<Item = &'a mut [f32]>,

@@ -1,5 +1,5 @@
 //! Decode steps as recorded graphs: one for each size that a batch is filled up to. Those of single tokens are all recorded
-//! before the first request; those that verify guesses when a size comes for the second time.
+//! before the first request; those that verify draft tokens when a size comes for the second time.
 
 use super::driver::Graph;
 use super::linear::Linear;
@@ -10,7 +10,7 @@ use crate::backend::{Batch, Result};
 
 /// Largest step that is recorded as a graph.
 const LARGEST_GRAPH: usize = 256;
-/// Graphs of steps with guesses: beyond that, further sizes run without one.
+/// Graphs of steps with draft tokens: beyond that, further sizes run without one.
 const MAX_SPECULATING_GRAPHS: usize = 96;
 
 /// What a graph is recorded for.
@@ -25,12 +25,12 @@ pub(super) struct GraphSize {
 
 /// A step size's graph.
 pub(super) enum Recording {
-    /// It ran once: kernels are loaded and matrix products chosen.
+    /// It ran once: kernels are loaded and GEMMs chosen.
     Warm,
     Recorded(Graph),
 }
 
-/// A shape of the model's matrix products, with weights to time it on.
+/// A shape of the model's GEMMs, with weights to time it on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct KnownGemm {
     pub(super) outputs: usize,
@@ -50,7 +50,7 @@ fn graph_rows(rows: usize) -> usize {
 }
 
 impl CudaBackend {
-    /// Remembers a linear's shape, so that its products can be timed before the first step.
+    /// Remembers a linear's shape, so that its GEMMs can be timed before the first step.
     pub(super) fn register_gemm(&mut self, linear: &Linear, logits: bool) {
         let Some(weight) = linear.weight_address() else { return };
         let formats = linear.formats(logits);

@@ -37,7 +37,7 @@ pub(super) struct HostBlocks {
 // SAFETY: memory, a stream and events with one owner.
 unsafe impl Send for HostBlocks {}
 
-/// Where a block lies on the device: `pieces` pieces of `piece` bytes, one every `pitch` bytes.
+/// Where a block lies on the device: `chunks` chunks of `chunk` bytes, one every `pitch` bytes.
 #[derive(Clone, Copy)]
 struct Segments {
     first: Address,

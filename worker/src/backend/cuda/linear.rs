@@ -23,7 +23,7 @@ pub struct Linear {
     pub(super) outputs: usize,
     pub(super) inputs: usize,
     pub(super) input_format: InputFormat,
-    /// Of each part: what its product is to be multiplied by.
+    /// Of each part: what its GEMM is to be multiplied by.
     pub(super) part_scales: Vec<f32>,
 }
 
@@ -192,7 +192,7 @@ impl Linear {
         by_size.max(to_fill).clamp(1, MAX_SPLITS).min(row_bytes.div_ceil(TURN_BYTES))
     }
 
-    /// Bytes of the largest product of up to `rows` rows.
+    /// Bytes of the largest GEMM of up to `rows` rows.
     pub(super) fn output_bytes(outputs: usize, rows: usize) -> usize {
         let few = rows.min(FEW_ROWS) * outputs * 4 * MAX_SPLITS;
         few.max(Matmul::padded_rows(rows) * outputs * 2)

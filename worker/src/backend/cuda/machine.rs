@@ -99,7 +99,7 @@ pub fn survey(ordinals: Range<usize>, ranks: usize) -> Result<Vec<String>, CudaU
     Ok(names)
 }
 
-/// Loads the library for large matrix products.
+/// Loads the library for large GEMMs.
 pub(super) fn load_cublaslt() -> Result<(), CudaUnavailable> {
     let found = libraries::load("libcublasLt.so.13", "cu13/lib");
     found.map(|_| ()).map_err(|reason| CudaUnavailable::NoCublasLt { reason })

@@ -1,8 +1,8 @@
-//! Matrix products through cuBLASLt: `y [m, n] = x [m, k] w [n, k]^T`, all row-major.
+//! GEMMs through cuBLASLt: `y [m, n] = x [m, k] w [n, k]^T`, all row-major.
 //!
-//! cuBLASLt is column-major, and its FP8 products on Hopper exist only with the first operand transposed;
+//! cuBLASLt is column-major, and its FP8 GEMMs on Hopper exist only with the first operand transposed;
 //! with w as that operand nothing has to be repacked. Scales are left out: the kernel that consumes the
-//! product multiplies by them, each part of a stack by its own.
+//! GEMM multiplies by them, each part of a stack by its own.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -20,7 +20,7 @@ const CANDIDATES: usize = 8;
 /// Timings of a candidate; the median counts.
 const TIMINGS: usize = 3;
 
-/// Formats of a product.
+/// Formats of a GEMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Formats {
     /// e4m3 times e4m3 to bf16.
@@ -40,7 +40,7 @@ pub(super) struct GemmShape {
     pub(super) formats: Formats,
 }
 
-/// Addresses of a product's matrices.
+/// Addresses of a GEMM's matrices.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Operands {
     pub(super) x: Address,
@@ -83,7 +83,7 @@ impl Matmul {
         })
     }
 
-    /// Rows that a product of `m` rows is computed with: shapes are few, so that each can be tuned once. The
+    /// Rows that a GEMM of `m` rows is computed with: shapes are few, so that each can be tuned once. The
     /// rows behind `m` are read and written too; buffers have room for them.
     pub(super) fn padded_rows(m: usize) -> usize {
         match m {
@@ -113,7 +113,7 @@ impl Matmul {
         Ok(())
     }
 
-    /// Submits a product.
+    /// Submits a GEMM.
     pub(super) fn run(&mut self, device: &Device, wanted: GemmShape, operands: Operands) -> Result<()> {
         let shape = GemmShape { m: Self::padded_rows(wanted.m), ..wanted };
         if !self.plans.contains_key(&shape) {

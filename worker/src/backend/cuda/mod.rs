@@ -1,6 +1,6 @@
 //! The CUDA backend: one rank on one NVIDIA GPU of compute capability 9.0 or later.
 //!
-//! Kernels come from `worker/kernels`, large matrix products from cuBLASLt, both loaded at run time. The
+//! Kernels come from `worker/kernels`, large GEMMs from cuBLASLt, both loaded at run time. The
 //! residual stream is f32, everything between kernels bf16 or, before FP8 linears, e4m3. All memory is taken
 //! before the first step. All work goes through one stream; steps of single tokens are replayed from graphs.
 
@@ -105,7 +105,7 @@ struct Cache {
     shape: KvShape,
 }
 
-/// Activations. Each step uses them over again: a linear's input, its product, the queries, the residual.
+/// Activations. Each step uses them over again: a linear's input, its GEMM, the queries, the residual.
 struct Buffers {
     residual: Buffer,
     input: Buffer,
@@ -248,7 +248,7 @@ impl CudaBackend {
         let rows = Matmul::padded_rows(limits.step_tokens.max(limits.sequences));
         let logit_rows = Matmul::padded_rows(limits.logit_rows.max(limits.sequences));
         let heads = plan.heads.len();
-        // a part of the keys leaves the rows of two tiles: an item's that began before it, and one's that goes on behind it
+        // a part of the keys leaves the rows of two tiles: an item's that began before it, and one's that continues behind it
         let partials = self.inputs.parts.max() * 2 * plan.kv_heads.len() * ITEM_ROWS;
         let transposed = self.inputs.room.unwrap_or(0) * tiles::ROUND_TOKENS * plan.kv_heads.len() * config.head_dim;
         self.buffers = Some(Buffers {

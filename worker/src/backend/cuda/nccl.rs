@@ -20,7 +20,7 @@ use crate::parallel::{Abort, Collective, CollectiveError};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(120);
 /// How long an abort waits for a call that has not returned.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Between two looks at a call that is still going on.
+/// Between two looks at a call that is still continuing.
 const POLL: Duration = Duration::from_micros(200);
 /// NCCL's marks of a value that is left to it (nccl.h, NCCL_CONFIG_INITIALIZER).
 const UNDEFINED: c_int = c_int::MIN;
@@ -191,7 +191,7 @@ impl Communicator {
         Ok(communicator)
     }
 
-    /// Replaces `count` numbers at `address` by their sums over the ranks, in the stream's order.
+    /// Replaces `count` numbers at `address` by their all-reduce, in the stream's order.
     pub(super) fn all_reduce(&self, device: &Device, address: Address, count: usize, elements: Numbers) -> Result<()> {
         self.submit("ncclAllReduce", |functions, handle| {
             let place = address as *mut c_void;

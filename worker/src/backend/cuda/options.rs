@@ -13,11 +13,11 @@ pub struct CudaOptions {
     pub graphs: bool,
     /// Let a kernel start while the one before it ends (programmatic dependent launch).
     pub overlap: bool,
-    /// How partial products of few rows are summed over the ranks.
+    /// How partial GEMMs of few rows are summed over the ranks.
     pub all_reduce: AllReduceKind,
 }
 
-/// How partial products of few rows are summed over the ranks of a group.
+/// How partial GEMMs of few rows are summed over the ranks of a group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AllReduceKind {
     /// The way that is found faster at the start.

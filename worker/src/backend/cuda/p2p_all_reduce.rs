@@ -2,7 +2,7 @@
 //! the residual addition, the norm and the quantisation behind it (`peer_add_norm` in norm.cu).
 //!
 //! Each rank has an inbox that the others write to. Ranks of one process reach it by its address, ranks of several
-//! processes of a host by CUDA's IPC handles; where any rank can't reach any other, all leave it to NCCL. Up to which
+//! processes of a host by CUDA's IPC handles; if any rank can't reach any other, all leave it to NCCL. Up to which
 //! number of rows it is the faster way is measured at the start.
 
 use std::mem::MaybeUninit;
@@ -101,7 +101,7 @@ impl Offer {
 
 impl Peers {
     /// Opens the way to all other ranks; `None` where one of them can't be reached. All ranks come here and all get the
-    /// same answer.
+    /// same response.
     pub(super) fn connect(device: &Device, collective: &mut dyn Collective, hidden: usize) -> Result<Option<Self>> {
         let (rank, ranks) = (collective.rank(), collective.ranks());
         let bytes = ranks * PEER_ROWS * 4 + 2 * ranks * PEER_ROWS * hidden * 4;
@@ -175,7 +175,7 @@ impl Peers {
     }
 }
 
-/// Tells hosts apart, also where containers share a host's name.
+/// Reports hosts apart, also where containers share a host's name.
 fn host_identity() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }

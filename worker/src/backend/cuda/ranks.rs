@@ -1,4 +1,4 @@
-//! What the ranks of a group exchange on their GPUs: sums of partial products and parts of the logits.
+//! What the ranks of a group exchange on their GPUs: sums of partial GEMMs and parts of the logits.
 
 use super::driver::{Arguments, Event, Graph, Shape};
 use super::linear::{Tensor, TensorFormat};
@@ -119,7 +119,7 @@ impl CudaBackend {
         Ok(end.since(&start)? / RUNS as f32)
     }
 
-    /// Adds up a partial product over the ranks. Every rank has multiplied by the same scales.
+    /// Adds up a partial GEMM over the ranks. Every rank has multiplied by the same scales.
     pub(super) fn all_reduce(&mut self, partial: Tensor) -> Result<Tensor> {
         if self.communicator.is_none() || self.alone {
             return Ok(partial);
@@ -139,7 +139,7 @@ impl CudaBackend {
         Ok(partial)
     }
 
-    /// Adds up the parts of a product in place of the first.
+    /// Adds up the parts of a GEMM in place of the first.
     fn add_splits(&mut self, gemm: Tensor) -> Result<Tensor> {
         let (splits, stride) = gemm.splits();
         let quads = gemm.rows * gemm.columns / 4;

@@ -1,4 +1,4 @@
-//! Drawing ids on the device: what each slot's sampler is told, and how answers come back.
+//! Sampling token IDs on the device: what each slot's sampler is given, and how responses come back.
 
 use std::collections::VecDeque;
 
@@ -9,9 +9,9 @@ use crate::backend::{BackendError, Limits, Result, SampleRequest, SampleResults}
 use crate::engine::step::{Admission, PositionLogprobs, SampledToken, SequenceFault, Slot, TokenLogprob};
 use crate::grammar::Mask;
 
-/// Alternatives that an answer has room for (`MAX_TOP` in sample.cu).
+/// Alternatives that a response has room for (`MAX_TOP` in sample.cu).
 const MAX_ALTERNATIVES: usize = 20;
-/// The target of a request that draws; the id of an answer that could not (`FAULT` in sample.cu).
+/// The target of a request that samples; the id of a response that could not (`FAULT` in sample.cu).
 const FAULT: u32 = u32::MAX;
 
 /// `SlotSampler` of sample.cu.
@@ -47,11 +47,11 @@ struct Request {
     position: u32,
     target: u32,
     top: u32,
-    /// Which of the step's masks bounds the draw; `FAULT` = none.
+    /// Which of the step's masks bounds the sample; `FAULT` = none.
     mask: u32,
-    /// Draws of the sequence before this one in the step.
+    /// Samples of the sequence before this one in the step.
     link: u32,
-    /// What the next link takes this one to draw.
+    /// What the next link takes this one to sample.
     draft: u32,
     /// Links of the chain.
     length: u32,
@@ -63,7 +63,7 @@ impl Request {
         Request { row: 0, slot: 0, position: 0, target: FAULT, top: 0, mask: FAULT, link: 0, draft: FAULT, length: 1 };
 }
 
-/// `Answer` of sample.cu.
+/// `Response` of sample.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Response {
@@ -85,14 +85,14 @@ struct SlotMemory {
     lists: Option<Buffer>,
 }
 
-/// A `sample` call whose answers are on their way.
+/// A `sample` call whose responses are on their way.
 struct Pending {
     ring: usize,
     kinds: Vec<Kind>,
 }
 
 enum Kind {
-    /// One answer, and one more for each guess.
+    /// One response, and one more for each draft token.
     Draw {
         slot: Slot,
         position: u32,
@@ -106,7 +106,7 @@ enum Kind {
 struct Exchange {
     requests: Pinned,
     responses: Pinned,
-    /// A sampler and a count of generated ids for each slot, on their way to the device.
+    /// A sampler and a count of generated token IDs for each slot, on their way to the device.
     admissions: Pinned,
     /// Slots whose place in `admissions` is in use.
     admitted: Vec<Slot>,
@@ -174,7 +174,7 @@ impl Sampler {
     }
 
     /// A sequence begins in a slot. Waits for the device only where it needs memory of its own: penalties, biases, end
-    /// ids that are masked.
+    /// token IDs that are masked.
     pub(super) fn admit(&mut self, device: &Device, kernels: &mut Kernels, admission: &Admission) -> Result<()> {
         let slot = admission.slot as usize;
         let params = &admission.sampling;
@@ -247,7 +247,7 @@ impl Sampler {
         self.exchanges[self.next].start.record(device)
     }
 
-    /// Submits the drawing of the next ids from `logits` [rows, vocabulary].
+    /// Submits the sampling of the next token IDs from `logits` [rows, vocabulary].
     pub(super) fn sample(
         &mut self,
         device: &Device,
@@ -375,7 +375,7 @@ impl Sampler {
     }
 }
 
-/// The ids of a chain that count, as `settle_drafts` of sample.cu sees it.
+/// The token IDs of a chain that count, as `settle_drafts` of sample.cu sees it.
 fn sampled_of(
     chain: &[Response],
     drafts: &[u32],
@@ -411,7 +411,7 @@ fn masks_of(requests: &[SampleRequest]) -> Vec<&Mask> {
     masks.collect()
 }
 
-/// Sends the masks of a step, one behind the other; where they lie on the device.
+/// Sends the masks of a step, one behind the other; if they lie on the device.
 fn upload_masks(
     device: &Device,
     masks: &[&Mask],
@@ -432,7 +432,7 @@ fn upload_masks(
         None => exchange.masks.insert(Pinned::new(most * words * 4)?),
     };
     for (mask, bytes) in masks.iter().zip(pinned.as_mut_slice().chunks_exact_mut(words * 4)) {
-        // ids of the model beyond the tokenizer's are never drawn, nor are the tokenizer's beyond the model's
+        // token IDs of the model beyond the tokenizer's are never sampled, nor are the tokenizer's beyond the model's
         let all = mask.iter().copied().chain(std::iter::repeat(0));
         for (word, bytes) in all.zip(bytes.chunks_exact_mut(4)) {
             bytes.copy_from_slice(&word.to_le_bytes());
@@ -485,6 +485,6 @@ fn bytes_of<T: Copy>(value: &T) -> &[u8] {
 }
 
 fn answer_of(bytes: &[u8]) -> Response {
-    // SAFETY: `bytes` is exactly one answer long (chunks_exact); every bit pattern is a valid Answer.
+    // SAFETY: `bytes` is exactly one response long (chunks_exact); every bit pattern is a valid Response.
     unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) }
 }

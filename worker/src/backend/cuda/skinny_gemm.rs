@@ -1,5 +1,5 @@
-//! FP8 products for up to 128 rows on our own warpgroup kernels (`skinny_gemm.cu`): weights are streamed once, near the
-//! bandwidth of device memory. Gate and up with SwiGLU behind them always, where they are large enough; other products where they
+//! FP8 GEMMs for up to 128 rows on our own warpgroup kernels (`skinny_gemm.cu`): weights are streamed once, near the
+//! bandwidth of device memory. Gate and up with SwiGLU behind them always, where they are large enough; other GEMMs where they
 //! were measured to be faster than cuBLASLt's.
 
 use std::collections::HashSet;
@@ -27,7 +27,7 @@ const MIN_BYTES: usize = 64 << 20;
 /// Share of the multiprocessors that must have a tile, on average, for gate and up; few rows are multiplied by no better kernel.
 const BUSY: f64 = 0.9;
 const FEW_ROWS_BUSY: f64 = 0.8;
-/// Timings of a product; the median counts.
+/// Timings of a GEMM; the median counts.
 const TIMINGS: usize = 5;
 
 /// A tensor map as the driver writes it.
@@ -38,7 +38,7 @@ struct TensorMap([u64; 16]);
 pub(super) struct Wide {
     /// AllReduceKind of tiles that two blocks share: [multiprocessors][128][128].
     partial: Buffer,
-    /// Blocks that have left theirs: zero between products.
+    /// Blocks that have left theirs: zero between GEMMs.
     finished: Buffer,
     /// (outputs, inputs, rows that the kernel is for).
     faster: HashSet<(usize, usize, usize)>,
@@ -74,13 +74,13 @@ impl Wide {
             && busy >= if rows <= FEW_ROWS { FEW_ROWS_BUSY } else { BUSY }
     }
 
-    /// Whether another product of `rows` rows is.
+    /// Whether another GEMM of `rows` rows is.
     pub(super) fn multiplies(&self, linear: &Linear, rows: usize) -> bool {
         kernel_for(&PLAIN, rows)
             .is_some_and(|(columns, _)| self.faster.contains(&(linear.outputs, linear.inputs, columns)))
     }
 
-    /// Whether there is a kernel for a product.
+    /// Whether there is a kernel for a GEMM.
     fn fits(&self, outputs: usize, inputs: usize, boxes: usize) -> bool {
         self.usable
             && outputs.is_multiple_of(TILE_ROWS)
@@ -181,7 +181,7 @@ impl Wide {
         kernels.launch(device, &format!("linear_wide_{columns}"), shape(grid, columns, boxes), arguments, overlap)
     }
 
-    /// Times a product's kernels beside cuBLASLt's, up to `most_rows`, and remembers where they are the faster ones.
+    /// Times a GEMM's kernels beside cuBLASLt's, up to `most_rows`, and remembers where they are the faster ones.
     pub(super) fn compare(
         &mut self,
         (device, kernels, matmul): (&Device, &mut Kernels, &mut Matmul),

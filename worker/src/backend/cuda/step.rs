@@ -1,4 +1,4 @@
-//! What a step's kernels read besides weights and activations: ids, positions, block tables and tiles, in
+//! What a step's kernels read besides weights and activations: token IDs, positions, block tables and tiles, in
 //! one device buffer of fixed places (recorded graphs read the same places every time), filled by one copy
 //! from pinned memory.
 
@@ -16,7 +16,7 @@ pub(super) const TILE_ROWS: usize = 128;
 pub(super) const ITEM_ROWS: usize = 16;
 /// A sequence with at most so many rows has them decoded: its keys are split over the GPU (`MAX_NEW_ROWS` in attention_decode.cu).
 const FEW_ROWS: usize = 32;
-/// The id that stands for "the one drawn last in this slot" (`SAMPLED` in rows.cu).
+/// The id that stands for "the one sampled last in this slot" (`SAMPLED` in rows.cu).
 const SAMPLED: u32 = u32::MAX;
 /// Steps whose pinned copies exist at once: one more than may be in flight.
 pub(super) const IN_FLIGHT: usize = 3;

@@ -1,5 +1,5 @@
 //! The tiny models against the goldens of the reference implementation: logits at the listed positions, the
-//! most likely id everywhere, greedy continuations; the prompt in one piece, in ragged chunks, and decoded
+//! most likely id everywhere, greedy continuations; the prompt in one chunk, in ragged chunks, and decoded
 //! token by token in a batch; graphs on; by one rank, or by several whose sums travel through NCCL.
 
 use std::path::Path;
@@ -31,7 +31,7 @@ pub(super) const BLOCKS: usize = 128;
 /// e4m3 step a number falls, so that two right computations differ from each other as much as from the reference.
 const MEDIAN_SHARE: (f64, f64) = (1.3, 0.005);
 const MAX_SHARE: (f64, f64) = (2.5, 0.1);
-/// By how much fewer best ids may agree, besides one.
+/// By how much fewer best token IDs may agree, besides one.
 const AGREEMENT_LOSS: f64 = 0.1;
 
 pub(super) type Failure = Box<dyn std::error::Error>;
@@ -249,7 +249,7 @@ fn check_case(
         // each may be off the reference to its own side
         && most_oracle <= most_rounded + MAX_SHARE.0 * most_rounded + MAX_SHARE.1
         && moved == 0.0
-        // other products compute several rows: an id may differ only where the reference's already did
+        // other GEMMs compute several rows: an id may differ only where the reference's already did
         && drafted_equal >= same;
     let details = json!({
         "tokens": ids.len(),
@@ -344,7 +344,7 @@ fn moved_through_host(rank: &mut Rank, ids: &[u32]) -> Result<f64, BackendError>
     Ok(differences.fold(0.0, |most, one| if one.is_nan() { f64::INFINITY } else { most.max(one) }))
 }
 
-/// The reference's greedy ids as guesses, some of them wrong, one to nine at a time, beside a sequence that decodes.
+/// The reference's greedy token IDs as draft tokens, some of them wrong, one to nine at a time, beside a sequence that decodes.
 fn decode_speculating(rank: Rank, ids: &[u32], greedy: &[u32]) -> Result<Vec<u32>, Failure> {
     let bounds = Bounds { limits: LIMITS, kv_blocks: BLOCKS, vocabulary_size: rank.config.vocab_size };
     let mut runner = ModelRunner::new(rank.backend, rank.model, 0, bounds);

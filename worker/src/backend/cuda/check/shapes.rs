@@ -17,7 +17,7 @@ use crate::model::{KvShape, Ministral3};
 use crate::parallel::SingleRank;
 use crate::weights::{ShardPlan, Weights};
 
-/// ||found - expected|| / ||expected|| of logits: bf16 between kernels; where the cache is e4m3, queries and the weights of attention too.
+/// ||found - expected|| / ||expected|| of logits: bf16 between kernels; if the cache is e4m3, queries and the weights of attention too.
 const BF16_DISTANCE: f64 = 0.01;
 const E4M3_DISTANCE: f64 = 0.02;
 

@@ -354,7 +354,7 @@ fn rowwise(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
 
 fn attention(bench: &mut Bench, report: &mut Report<'_>) -> Result<()> {
     for kv in [KvDtype::Bf16, KvDtype::Fp8] {
-        // sequences, rows of each (more than one: guesses that are verified), context
+        // sequences, rows of each (more than one: draft tokens that are verified), context
         for (sequences, each, context) in [
             (1usize, 1usize, 1024usize),
             (8, 1, 1024),

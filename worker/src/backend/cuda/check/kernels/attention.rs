@@ -290,7 +290,7 @@ pub(super) fn decode_attention(bench: &mut Bench) -> Result<(f64, f64)> {
             {
                 let Some(tile_rows) = tile_rows else { continue };
                 let contexts = [1, 63, 64, 65, 200, 1500, 130, 66, 9, 1000];
-                // rows of each sequence: guesses that are verified, within a block and across blocks
+                // rows of each sequence: draft tokens that are verified, within a block and across blocks
                 let counts = [1, 1, 1, 1, 1, 1, 5, 4, 9, 2];
                 let cache = TestCache::new(bench, &contexts, shape, 0.0)?;
                 let step = tile_rows / shape.group();

@@ -1,4 +1,4 @@
-//! Matrix products, and the weights that are drawn at random.
+//! GEMMs, and the weights that are sampled at random.
 
 use super::super::super::linear::{InputFormat, Linear, Tensor, TensorFormat, load_slice};
 use super::super::super::matmul::{Formats, GemmShape, Matmul, Operands};
@@ -8,7 +8,7 @@ use super::{Bench, compare_activation, distance, from_e4m3};
 use crate::backend::{BackendError, Result};
 use crate::weights::{Dtype, Fp8Scales, LinearShard, RandomFill, RowOrder, Slice, Source, e4m3};
 
-/// Inputs of a product: values that the format holds exactly, and their bytes.
+/// Inputs of a GEMM: values that the format holds exactly, and their bytes.
 fn operand(bench: &mut Bench, count: usize, fp8: bool) -> (Vec<f32>, Vec<u8>) {
     if !fp8 {
         let elements = bench.random.bf16s(count, 1.0);
@@ -80,7 +80,7 @@ pub(super) fn linear(bench: &mut Bench) -> Result<(f64, f64)> {
             }
         }
     }
-    // f32 sums of exact products; the tensor cores keep at least 13 bits behind the leading one of a sum
+    // f32 sums of exact GEMMs; the tensor cores keep at least 13 bits behind the leading one of a sum
     Ok((worst, 1e-3))
 }
 

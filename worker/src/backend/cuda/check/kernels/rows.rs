@@ -105,7 +105,7 @@ pub(super) fn prepare_rows(bench: &mut Bench) -> Result<(f64, f64)> {
     Ok((worst, 3e-7))
 }
 
-/// A product as kernels take it: bf16, or f32 in several partial sums. Returns its value too.
+/// A GEMM as kernels take it: bf16, or f32 in several partial sums. Returns its value too.
 fn gemm(bench: &mut Bench, rows: usize, columns: usize, splits: usize) -> Result<(Buffer, Vec<f32>)> {
     let count = rows * columns;
     if splits == 0 {

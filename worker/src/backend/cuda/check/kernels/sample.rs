@@ -1,4 +1,4 @@
-//! Drawing and scoring, against the CPU's sampler.
+//! Sampling and scoring, against the CPU's sampler.
 
 use super::super::super::sampler::Sampler;
 use super::super::reference::f32_bytes;
@@ -8,10 +8,10 @@ use crate::engine::step::{Admission, SampledToken, SequenceFault};
 use crate::grammar::Mask;
 use crate::sample::{SamplingParams, SlotState, score};
 
-/// Rows of a sequence that is drawn along guesses.
+/// Rows of a sequence that is sampled along draft tokens.
 const LINKS: usize = 5;
 
-/// Draws of the device against those of the CPU's sampler: wrong ones, and wrong logprobs.
+/// Samples of the device against those of the CPU's sampler: wrong ones, and wrong logprobs.
 pub(super) fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
     let plain = SamplingParams { seed: 0xfeed_beef_1234, ..SamplingParams::default() };
     let variants = [
@@ -64,7 +64,7 @@ pub(super) fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
             logits[5] = f32::NEG_INFINITY;
             let buffer = bench.upload(&f32_bytes(&logits))?;
             let row_of = |slot: usize| slots - 1 - slot;
-            // some slots draw within a mask in some steps, as if they had a grammar
+            // some slots sample within a mask in some steps, as if they had a grammar
             let mask: Mask = (0..vocabulary.div_ceil(32))
                 .map(|word| 0x5a5a_1234 ^ (word as u32).wrapping_mul(0x9e37_79b9))
                 .collect();
@@ -119,7 +119,7 @@ pub(super) fn sample(bench: &mut Bench) -> Result<(f64, f64)> {
     Ok((wrong, 0.0))
 }
 
-/// Draws along guesses: all right, wrong at once, wrong in the middle; what is drawn next must know what counted.
+/// Samples along draft tokens: all right, wrong at once, wrong in the middle; what is sampled next must know what counted.
 fn chains(bench: &mut Bench, variants: &[SamplingParams]) -> Result<f64> {
     let (vocabulary, slots) = (9191usize, variants.len());
     let rows = slots * LINKS;
