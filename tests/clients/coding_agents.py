@@ -61,9 +61,9 @@ AGENTS = {agent.name: agent for agent in [
           error="does not exist", reminders={"src/CLAUDE.md": RULE, ".claude/settings.json": HOOK},
           asks_for_summary=" create a detailed summary of the conversation so far", summary_element="summary"),
     # before opencode: it asks with the same words, and with these before them
-    Agent("kilo", **OPENCODE, error="not found", reminders={"src/AGENTS.md": RULE}, commands="node_modules/@kilocode/cli-linux-x64/bin",
+    Agent("kilo", **OPENCODE, error="File not found", reminders={"src/AGENTS.md": RULE}, commands="node_modules/@kilocode/cli-linux-x64/bin",
           asks_for_summary=" standards and best practices.\nYou are a context summarization agent", compacts=("compaction",)),
-    Agent("opencode", **OPENCODE, error="not found", reminders={"src/AGENTS.md": RULE},
+    Agent("opencode", **OPENCODE, error="File not found", reminders={"src/AGENTS.md": RULE},
           asks_for_summary=" given a conversation between a user and an agent", compacts=("compaction",)),
     Agent("cline",
           read=lambda path: Call("read_files", files=[{"path": path}]),
