@@ -22,7 +22,7 @@ QUESTIONS = [("Count from 1 to 60.", 150), ("Count from 3 to 30.", 40), ("Who ar
              ("The code of the green locker is KX-4821. What is the code of the green locker?", 30)]
 TEXTS = [("1, 2, 3, 4, 5,", 60), ("Count from 1 to 9: 1, 2,", 30), ("7, 8, 9, 10,", 25)]
 # a slow response is right: this ends a run in which something hangs
-PATIENCE = 300
+TIMEOUT = 300
 
 
 class Incomplete(Exception):
@@ -166,7 +166,7 @@ class Wire:
             if connection.sock is not None and not select.select([connection.sock], [], [], 0)[0]:
                 return connection, True
             connection.close()
-        connection = HTTPConnection(router.url.removeprefix("http://"), timeout=PATIENCE)
+        connection = HTTPConnection(router.url.removeprefix("http://"), timeout=TIMEOUT)
         connection.connect()
         return connection, False
 

@@ -80,4 +80,4 @@ def test_a_group_of_two_threads(flags):
             assert answer(cluster, case) == (case.greedy, "gpus"), case.name
         assert worker.log().count("connected the GPUs") == 2
         # the two ways of a sum are measured and said where there is a choice
-        assert ("sums over ranks: rows" in worker.log()) == (not flags)
+        assert ("all-reduce: rows" in worker.log()) == (not flags)

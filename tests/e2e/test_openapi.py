@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cluster import BORA, FIXTURES, Cluster, http, serve
+from cluster import FIXTURES, Cluster, http, serve
 
 KEY = "openapi-key"
 # an answer that takes longer belongs to a test of its own

@@ -7,10 +7,8 @@ import re
 import subprocess
 import tempfile
 
-import yaml
 
-import cluster
-from chart import CHART, named, objects, parse, render_text
+from chart import named, parse, render_text
 from cluster import Cluster, free_port, http, wait_until
 
 MODEL = "tiny"

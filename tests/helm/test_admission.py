@@ -10,7 +10,7 @@ import yaml
 
 import admission
 import definitions
-from chart import CHART, PRESETS, helm, named, objects, parse, preset, render_text, run
+from chart import CHART, PRESETS, helm, named, objects, parse, preset, run
 
 EXISTING = {"builtin": {"tls": {"source": "existing", "existingSecret": "given"}}}
 LONG_RELEASE = "a-very-long-release-name-that-fills-all-53-characters"
@@ -143,7 +143,7 @@ def test_the_judge_sees_what_is_wrong():
     ({"workers": {"autoscaling": {"scaleUp": {"periodSeconds": 0}}}}, "schema"),
     ({"commonLabels": {"a": "not a label"}}, "schema"),
     ({"fullnameOverride": "with.dots"}, "schema"),
-    # these select, or are told apart by
+    # these select, or are distinguished by
     ({"router": {"podLabels": {"app.kubernetes.io/component": "x"}}}, "schema"),
     ({"workers": {"podLabels": {"bora/model": "x"}}}, "schema"),
     ({"commonLabels": {"app.kubernetes.io/name": "x"}}, "schema"),

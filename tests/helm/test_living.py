@@ -3,7 +3,6 @@ the question of `helm test`, and the downloads. Only addresses, ports and direct
 
 import base64
 import hashlib
-import json
 import os
 import re
 import shutil

@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from chart import BORA, CHART, PRESETS, ROOT, Loader, named, objects, parse, preset, render_text, run, schema, values
+from chart import BORA, CHART, PRESETS, ROOT, Loader, objects, parse, preset, render_text, run, schema, values
 from living import GPU_METRICS, etcd_metrics, router_metrics, worker_metrics
 
 RULES = CHART / "files" / "rules"

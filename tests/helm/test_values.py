@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 import admission
-from chart import CHART, PRESETS, helm, named, objects, parse, preset, render_text, run, schema, values
+from chart import CHART, PRESETS, helm, named, objects, parse, render_text, run, schema, values
 
 # what must be on for a value to matter; the first that shows a difference is enough
 MODEL = {"storage": {}, "download": {}, "workers": {}}

@@ -7,13 +7,13 @@ constexpr u32 SAMPLED = 0xffffffffu;
 // residual[row] = table[id[row] - first_id], zeros where this rank does not hold the id; an id SAMPLED stands for the
 // one sampled last in the row's slot.
 // grid (rows), block (256); hidden % 4 == 0.
-KERNEL embed(float* residual, const bf16* table, const u32* ids, const u32* row_slot, const u32* last_drawn, u32 first_id,
+KERNEL embed(float* residual, const bf16* table, const u32* ids, const u32* row_slot, const u32* last_sampled, u32 first_id,
              u32 id_count, u32 hidden) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const u32 row = blockIdx.x;
   u32 id = ids[row];
-  if (id == SAMPLED) id = last_drawn[row_slot[row]];
+  if (id == SAMPLED) id = last_sampled[row_slot[row]];
   const u32 local = id - first_id;  // wraps to something large below first_id
   for (u32 i = threadIdx.x * 4; i < hidden; i += blockDim.x * 4) {
     const float4 v = local < id_count ? load4(table + (u64)local * hidden + i) : make_float4(0.f, 0.f, 0.f, 0.f);

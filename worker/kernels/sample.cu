@@ -25,7 +25,7 @@ struct Request {
   u32 top;     // alternatives of a score
   u32 mask;    // which of `masks` bounds the sample; FAULT: none
   u32 link;    // samples of this sequence before this one in the step: only if each drew its request's `draft token`
-  u32 guess;   // what the next link takes this one to sample
+  u32 draft;   // what the next link takes this one to sample
   u32 length;  // links of the chain; of more than one, `settle_drafts` says which count
 };
 
@@ -182,10 +182,10 @@ __device__ __forceinline__ u32 select_threshold(const float* x, u32 vocabulary, 
 }
 
 // Launch: grid (requests), block (1024). `logits` [rows][vocabulary] raw; `work` [requests][vocabulary] scratch.
-// Responses [requests]; a sampled id also becomes last_drawn[slot] and is counted. id FAULT = the logits hold no numbers.
+// Responses [requests]; a sampled id also becomes last_sampled[slot] and is counted. id FAULT = the logits hold no numbers.
 // `masks` [samples with a grammar][ceil(vocabulary / 32)]: bit i % 32 of word i / 32 lets id i be sampled.
 KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, const Request* requests, SlotSampler* samplers,
-                                           const u32* masks, u32* last_drawn, u32* generated, Answer* answers,
+                                           const u32* masks, u32* last_sampled, u32* generated, Answer* answers,
                                            u32 vocabulary) {
   wait_for_previous_kernel();
   __shared__ u64 scratch64[33];
@@ -213,7 +213,7 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
       answer.id = drawing ? FAULT : request.target, answer.rank = 0, answer.tops = 0;
       answer.logprob = __int_as_float(0x7fc00000);
       // the sequence is dead, but a step that is already on its way may read this
-      if (drawing && request.length == 1) last_drawn[request.slot] = 0;
+      if (drawing && request.length == 1) last_sampled[request.slot] = 0;
     }
     return;
   }
@@ -240,9 +240,9 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
       for_each(x, vocabulary, [&](float v, u32 i) {
         if (sampler.seen) {
           // what the links before this one drew, if it counts at all
-          u32 guessed = 0;
-          for (u32 j = 1; j <= request.link; j++) guessed += requests[blockIdx.x - j].guess == i;
-          const u32 seen = sampler.seen[i] + guessed, count = seen & ~IN_PROMPT;
+          u32 drafted = 0;
+          for (u32 j = 1; j <= request.link; j++) drafted += requests[blockIdx.x - j].draft == i;
+          const u32 seen = sampler.seen[i] + drafted, count = seen & ~IN_PROMPT;
           if (seen && sampler.repetition != 1.f) v = v > 0.f ? __fdiv_rn(v, sampler.repetition) : __fmul_rn(v, sampler.repetition);
           if (count) v = __fadd_rn(__fadd_rn(v, -__fmul_rn(sampler.frequency, (float)count)), -sampler.presence);
         }
@@ -337,7 +337,7 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
   if (threadIdx.x == 0) {
     answer.id = id;
     if (drawing && request.length == 1) {
-      last_drawn[request.slot] = id == FAULT ? 0 : id;
+      last_sampled[request.slot] = id == FAULT ? 0 : id;
       generated[request.slot] += 1;
       if (sampler.seen && id < vocabulary) sampler.seen[id] += 1;
     }
@@ -346,7 +346,7 @@ KERNEL __launch_bounds__(1024) sample_rows(const float* logits, float* work, con
 
 // Of each chain of samples, remembers those that count: up to the first that is not what was drafted. Launch: grid
 // (requests / 128, rounded up), block (128), after sample_rows.
-KERNEL settle_drafts(const Request* requests, u32 count, const Answer* answers, SlotSampler* samplers, u32* last_drawn,
+KERNEL settle_drafts(const Request* requests, u32 count, const Answer* answers, SlotSampler* samplers, u32* last_sampled,
                      u32* generated, u32 vocabulary) {
   wait_for_previous_kernel();
   const u32 first = blockIdx.x * blockDim.x + threadIdx.x;
@@ -358,13 +358,13 @@ KERNEL settle_drafts(const Request* requests, u32 count, const Answer* answers, 
     const u32 id = answers[first + link].id;
     if (id == FAULT) {
       // met again by the next step, unless it was the first
-      if (link == 0) last_drawn[request.slot] = 0;
+      if (link == 0) last_sampled[request.slot] = 0;
       return;
     }
-    last_drawn[request.slot] = id;
+    last_sampled[request.slot] = id;
     generated[request.slot] += 1;
     if (seen && id < vocabulary) seen[id] += 1;
-    if (id != requests[first + link].guess) return;
+    if (id != requests[first + link].draft) return;
   }
 }
 

@@ -100,7 +100,7 @@ __device__ __forceinline__ R start_ring(u8* stages, u64* full, u64* empty) {
 // finished [n / (64 TILES)], zero before and after.
 // Launch: grid (at most the multiprocessors, as blocks wait for each other, and at most all tiles' steps), block (288), dynamic shared memory 1024 + STAGES * STAGE.
 template <u32 N, u32 TILES, u32 BOXES>
-__device__ __forceinline__ void linear_wide(const TensorMap& w, const TensorMap& x, bf16* y, float* partial, u32* finished, u32 m, u32 n,
+__device__ __forceinline__ void skinny_gemm(const TensorMap& w, const TensorMap& x, bf16* y, float* partial, u32* finished, u32 m, u32 n,
                                             u32 row_bytes) {
   using R = Ring<N, TILES, BOXES>;
   DYNAMIC_SHARED(shared);
@@ -208,9 +208,9 @@ __device__ __forceinline__ void linear_gated(const TensorMap& w, const TensorMap
 
 #define WIDE(N, TILES, BOXES)                                                                                                    \
   KERNEL __launch_bounds__(288, 1)                                                                                               \
-      linear_wide_##N(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, bf16* y, float* partial,         \
+      skinny_gemm_##N(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, bf16* y, float* partial,         \
                       u32* finished, u32 m, u32 n, u32 row_bytes) {                                                              \
-    linear_wide<N, TILES, BOXES>(w, x, y, partial, finished, m, n, row_bytes);                                                   \
+    skinny_gemm<N, TILES, BOXES>(w, x, y, partial, finished, m, n, row_bytes);                                                   \
   }
 #define GATED(N, TILES, BOXES)                                                                                                   \
   KERNEL __launch_bounds__(288, 1)                                                                                               \

@@ -284,7 +284,7 @@ async fn speculation_changes_the_steps_and_nothing_else() {
         assert_eq!(hear(speculating.generate(resumed).unwrap()).await.ids, expected.ids[cut..], "{name}, resumed");
     }
     // these do not repeat themselves
-    assert_eq!(without_effect, ["greedy", "sampled"], "nothing was guessed");
+    assert_eq!(without_effect, ["greedy", "sampled"], "nothing was drafted");
     assert_eq!(plain.load().draft_tokens, 0);
     let load = speculating.load();
     assert!(load.accepted_draft_tokens > 0 && load.accepted_draft_tokens <= load.draft_tokens);

@@ -411,7 +411,7 @@ impl Fleet {
                 None => break,
             }
         }
-        tracing::warn!("the registry's stream ended, going on with the groups known");
+        tracing::warn!("the registry's stream ended, keeping the known groups");
     }
 
     fn put(self: &Arc<Self>, record: GroupRecord) {

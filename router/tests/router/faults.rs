@@ -134,7 +134,7 @@ async fn what_waits_asks_a_full_group_again_when_it_tells_of_room() {
         harness.until("it was refused again", |_| full.seen().len() == 2).await;
         has_room.store(true, Ordering::SeqCst);
         tokio::time::sleep(Duration::from_millis(300)).await;
-        assert_eq!(full.seen().len(), 2, "it has told of nothing since");
+        assert_eq!(full.seen().len(), 2, "it has reported nothing since");
         report(63, 0);
     };
     let began = tokio::time::Instant::now();

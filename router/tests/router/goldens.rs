@@ -35,7 +35,7 @@ fn as_sent(request: &str) -> String {
         sent.push_str(&rest[..at]);
         let url = &rest[at + "\"fixture://".len()..];
         let end = url.find('"').expect("the end of a string");
-        let bytes = std::fs::read(format!("{FIXTURES}/{}", &url[..end])).expect("a picture");
+        let bytes = std::fs::read(format!("{FIXTURES}/{}", &url[..end])).expect("an image");
         sent.push_str("\"data:image/png;base64,");
         base64::engine::general_purpose::STANDARD.encode_string(bytes, &mut sent);
         rest = &url[end..];

@@ -485,11 +485,11 @@ async fn follow_when_notified(seed: u64) {
     assert_eq!(
         (full.group.refused(), known.link.load_tracker.reports()),
         (1, reports + 1),
-        "it has told of nothing since"
+        "it has reported nothing since"
     );
     full.group.run_of_others(MAX_SEQUENCES - 1);
     sleep(Duration::from_millis(300)).await;
-    assert_eq!((full.group.refused(), full.group.running()), (1, MAX_SEQUENCES), "it has told of a place");
+    assert_eq!((full.group.refused(), full.group.running()), (1, MAX_SEQUENCES), "it has reported a place");
     streams.join_next().await.expect("one").expect("an answer");
 }
 

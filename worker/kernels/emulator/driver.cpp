@@ -22,7 +22,7 @@ namespace hopper {
 #include "../gate.cu"
 #include "../linear.cu"
 namespace wide {
-#include "../linear_wide.cu"
+#include "../skinny_gemm.cu"
 }
 #include "../norm.cu"
 #include "../rope.cu"

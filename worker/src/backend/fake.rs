@@ -329,7 +329,7 @@ impl FakeRunner {
         let start = work.start as usize;
         let first_work = sequence.context == 0;
         if start != sequence.context && !(first_work && start.is_multiple_of(BLOCK_TOKENS)) {
-            return Err(format!("slot {slot} goes on at {start} where {} are computed", sequence.context));
+            return Err(format!("slot {slot} continues at {start} where {} are computed", sequence.context));
         }
         let sampled;
         let ids = match &work.tokens {
@@ -362,7 +362,7 @@ impl FakeRunner {
         let draft_tokens = match &work.tokens {
             Tokens::Ids(ids) if drafts < ids.len() => &ids[ids.len() - drafts..],
             _ if drafts == 0 => &[],
-            _ => return Err(format!("slot {slot} has {drafts} guesses and nothing else")),
+            _ => return Err(format!("slot {slot} has {drafts} draft tokens and nothing else")),
         };
         if let Some(sequence) = &mut self.slots[slot as usize] {
             sequence.context -= drafts;

@@ -64,7 +64,7 @@ impl EngineLoop {
     pub(crate) fn run(mut self) -> Result<(), RunError> {
         let outcome = self.run_loop();
         if let Err(error) = &outcome {
-            tracing::error!(%error, "the group can't go on");
+            tracing::error!(%error, "the group can't continue");
             self.scheduler.fail_all(&EngineError::unavailable(error.to_string()));
         }
         outcome

@@ -234,7 +234,7 @@ impl<B: Backend> ModelRunner<B> {
         }
         let drafts = work.drafts as usize;
         if drafts > 0 && (drafts >= count || !work.sample || work.prompt_logprobs.is_some()) {
-            return Err(format!("{drafts} guesses among {count} tokens of which nothing else is wanted"));
+            return Err(format!("{drafts} draft tokens among {count} tokens of which nothing else is wanted"));
         }
         if let Some(prompt) = &work.prompt_logprobs {
             if prompt.targets.len() != count && prompt.targets.len() + 1 != count {

@@ -121,7 +121,7 @@ impl GrammarState {
             return Err(self.fail(GrammarError(reason)));
         }
         if grew && self.live.exceeds_total() {
-            let reason = "the grammars that are in use take too much memory for this one to go on";
+            let reason = "the grammars that are in use take too much memory for this one to continue";
             return Err(self.fail(GrammarError(reason.into())));
         }
         Ok(())

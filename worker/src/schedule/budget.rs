@@ -14,7 +14,7 @@ use crate::engine::step::Slot;
 /// A prompt always gets this many tokens a step at least, however slow the step already is: it has to end.
 const MIN_CHUNK: usize = BLOCK_TOKENS;
 /// Chunks of at least this many tokens end at a multiple of a quarter of it, and so do twice as long ones with twice as much,
-/// and so on: then matrix products fill their tiles, and attention's blocks (one for 32 tokens and a KV head) fill the
+/// and so on: then GEMMs fill their tiles, and attention's blocks (one for 32 tokens and a KV head) fill the
 /// multiprocessors of a GPU to 97 % and more. Little is lost by it.
 const MANY_TOKENS: usize = 1_024;
 /// What a step that decodes may take where nothing else is configured, at least.

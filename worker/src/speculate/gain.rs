@@ -21,7 +21,7 @@ const DRAFTS_A_MATCHED_TOKEN: usize = 2;
 const PLACES_A_STEP: usize = 16_384;
 /// What a step with draft tokens costs beside its rows, in steps: the next one can't be made while it runs.
 const OVERHEAD: f64 = 0.05;
-/// Rows cost more than the model of prompts says, and matrix products grow in jumps.
+/// Rows cost more than the model of prompts says, and GEMMs grow in jumps.
 const SAFETY: f64 = 1.5;
 
 /// Whether the token IDs that `gain` promises for a step of `sequences` are more than what it costs to look.

@@ -163,11 +163,11 @@ impl EngineMetrics {
         }
         registry.register(
             "tokens",
-            "Tokens of prompts that were computed (prefill) or found in the prefix cache (cached), and tokens drawn (decode)",
+            "Tokens of prompts that were computed (prefill) or found in the prefix cache (cached), and sampled tokens (decode)",
             self.tokens.clone(),
         );
-        registry.register("drafted_tokens", "Tokens that were guessed ahead and verified", self.drafted_tokens.clone());
-        registry.register("accepted_tokens", "Of those, the ones that came true", self.accepted_tokens.clone());
+        registry.register("drafted_tokens", "Draft tokens that were verified", self.drafted_tokens.clone());
+        registry.register("accepted_tokens", "Of those, the accepted ones", self.accepted_tokens.clone());
         registry.register("queue_seconds", "From a sequence's arrival to its first step", self.queue_seconds.clone());
         registry.register(
             "prefill_seconds",

@@ -67,7 +67,7 @@ impl ShardPlan {
             let rule = "the ranks must divide the KV heads, or be a multiple of them";
             return Err(ShardError::Uneven { what: "KV heads", count: kv_heads, ranks, rule });
         };
-        // whole eights: matrix products of a GPU want them
+        // whole eights: GEMMs of a GPU want them
         let vocabulary_per_rank = config.vocab_size.div_ceil(ranks).next_multiple_of(8);
         let first_id = (rank * vocabulary_per_rank).min(config.vocab_size);
         let end_id = (first_id + vocabulary_per_rank).min(config.vocab_size);

@@ -155,7 +155,7 @@ mod tests {
         assert_eq!(kind(&mut large, snapshot(5, true)), Some(Kind::Blocks));
         let mut endless = check();
         let first = (0..100).find_map(|_| kind(&mut endless, snapshot(0, false)));
-        assert_eq!(first, Some(Kind::Blocks), "parts without blocks do not go on for ever");
+        assert_eq!(first, Some(Kind::Blocks), "parts without blocks do not continue for ever");
         assert_eq!(kind(&mut check(), changed(1, 0)), Some(Kind::Order));
         let odd = Event::Snapshot(Snapshot { block_hashes: vec![1; 17].into(), last: true });
         assert_eq!(kind(&mut check(), odd), Some(Kind::Malformed));

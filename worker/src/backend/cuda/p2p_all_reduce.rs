@@ -132,7 +132,7 @@ impl Peers {
             reached.as_ref().err().map_or(String::new(), |reason| format!("rank {rank} can't reach {reason}"));
         let responses = collective.exchange(response.as_bytes())?;
         if let Some(reason) = responses.iter().find(|response| !response.is_empty()) {
-            tracing::info!(reason = %String::from_utf8_lossy(reason), "sums over ranks go through NCCL alone");
+            tracing::info!(reason = %String::from_utf8_lossy(reason), "all-reduce goes through NCCL alone");
             return Ok(None);
         }
         let Ok(addresses) = reached else { return Ok(None) };

@@ -45,12 +45,7 @@ impl CudaBackend {
             peers.check()?;
         }
         let rank = self.setup.plan.rank;
-        tracing::info!(
-            rank,
-            rows = decided,
-            times = found.join(", "),
-            "sums over ranks: rows, us by NCCL/by peer memory"
-        );
+        tracing::info!(rank, rows = decided, times = found.join(", "), "all-reduce: rows, us by NCCL/by peer memory");
         Ok(())
     }
 

@@ -178,7 +178,7 @@ impl Wide {
             .u32(inputs as u32);
         let steps = outputs / TILE_ROWS * (inputs / (boxes * BOX));
         let grid = steps.min(self.multiprocessors);
-        kernels.launch(device, &format!("linear_wide_{columns}"), shape(grid, columns, boxes), arguments, overlap)
+        kernels.launch(device, &format!("skinny_gemm_{columns}"), shape(grid, columns, boxes), arguments, overlap)
     }
 
     /// Times a GEMM's kernels beside cuBLASLt's, up to `most_rows`, and remembers where they are the faster ones.
@@ -202,7 +202,7 @@ impl Wide {
             let own = median_milliseconds(device, || {
                 self.submit((device, kernels), (x, rows), (w, outputs, inputs), y, false)
             })?;
-            tracing::debug!(outputs, inputs, rows, own, library, "compared a matrix product");
+            tracing::debug!(outputs, inputs, rows, own, library, "compared a GEMM");
             if own < library {
                 self.faster.insert((outputs, inputs, rows));
             }

@@ -57,7 +57,7 @@ fn no_more_tokens_pass_than_were_asked_for() {
     assert_eq!(first_violation(bounds(), nothing), Some((1, Kind::Count)));
     let mut check = StreamCheck::new(bounds());
     let unknown = (0..1_000).find(|_| check.check(&GenerateEvent { event: None }).is_err());
-    assert_eq!(unknown, Some(MAX_UNKNOWN_EVENTS as usize), "events of unknown kinds do not go on for ever");
+    assert_eq!(unknown, Some(MAX_UNKNOWN_EVENTS as usize), "events of unknown kinds do not continue for ever");
 }
 
 #[test]
