@@ -205,6 +205,37 @@ fn errors_name_the_field() {
 
 /// Random requests, each with the token IDs of the reference or its refusal.
 #[test]
+fn encodes_or_refuses_odd_tool_schemas_as_the_reference_does() {
+    let tokenizer = tokenizer("tekken-v13-8k.json");
+    let (mut encoded, mut refused, mut patterns) = (0, 0, 0);
+    for golden in goldens("odd_schemas.jsonl") {
+        let request = golden["request"].as_str().expect("request");
+        let outcome = Conversation::parse_request(&Json::parse(request).expect("json"))
+            .and_then(|conversation| conversation.encode(&tokenizer, &FixtureImages));
+        match golden.get("token_ids") {
+            Some(expected) => {
+                let outcome = outcome.unwrap_or_else(|error| panic!("{request}: {error}"));
+                assert_eq!(outcome.token_ids, ids(expected), "{request}");
+                encoded += 1;
+            }
+            // a pattern that Python can't compile is no reason to refuse a tool that nobody is forced to call
+            None if golden["pattern"] == true => {
+                assert!(outcome.is_ok(), "{request}: {}", golden["refused"]);
+                patterns += 1;
+            }
+            None => {
+                assert!(outcome.is_err(), "{request} must be refused: {}", golden["refused"]);
+                refused += 1;
+            }
+        }
+    }
+    assert!(
+        encoded >= 150 && refused >= 50 && patterns >= 5,
+        "{encoded} encoded, {refused} refused, {patterns} patterns"
+    );
+}
+
+#[test]
 fn random_requests_are_encoded_or_refused_as_by_the_reference() {
     let tokenizer = tokenizer("tekken-v13-8k.json");
     let (mut encoded, mut refused) = (0, 0);

@@ -9,7 +9,7 @@ pub(crate) mod ranks;
 pub mod roofline;
 pub(crate) mod spans;
 
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bora_common::registry::{Device, GroupRecord, Standing};
