@@ -1,26 +1,26 @@
-//! Compiles `kernels/*.cu` with nvcc, each to its own fat binary, and writes a list of them for
-//! `backend/cuda/kernels.rs` to embed.
+//! Compiles `kernels/*.cu` with nvcc, each to its own fat binary, and writes the list that `backend/cuda/kernels.rs`
+//! embeds.
 //!
-//! nvcc is looked for in $NVCC, $CUDA_HOME, $CUDA_PATH, PATH, `.tools/cuda` (where `scripts/cuda-toolchain`
-//! puts it), $VIRTUAL_ENV (NVIDIA's wheels) and /usr/local/cuda. Where there is none the build succeeds
-//! without kernels, and `--device cuda` says so. Unchanged kernels are not compiled again.
+//! Looks for nvcc in $NVCC, $CUDA_HOME, $CUDA_PATH, PATH, `.tools/cuda` (the target of `scripts/cuda-toolchain`),
+//! $VIRTUAL_ENV (NVIDIA's wheels) and /usr/local/cuda. Without nvcc the build succeeds without kernels, and `--device
+//! cuda` fails with an error. Unchanged kernels are not compiled again.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::{env, fs};
 
-/// Compilers that run at the same time.
+/// Compilers that run in parallel.
 const PARALLEL: usize = 2;
 
 const FLAGS: [&str; 11] = [
     "-fatbin",
-    // a sixth of the size; the driver unpacks it when it loads a module
+    // reduces the size to a sixth; the driver decompresses the binary when it loads a module
     "-Xfatbin=-compress-all",
     "-O3",
     "-std=c++17",
     "--expt-relaxed-constexpr",
     "-lineinfo",
-    // machine code for Hopper; an intermediate form that drivers compile for what comes after it
+    // machine code for Hopper, and PTX that drivers compile for later architectures
     "-gencode=arch=compute_90a,code=sm_90a",
     "-gencode=arch=compute_90,code=compute_90",
     "-Werror",
@@ -36,14 +36,15 @@ fn main() {
         println!("cargo:rerun-if-env-changed={variable}");
     }
     let toolchain = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/cuda/nvidia/cu13/bin/nvcc");
-    // a path that does not exist must not be named: cargo would rerun each time; who puts nvcc there touches this file
+    // cargo would rerun the script each time if a missing path were named; scripts/cuda-toolchain touches this file
+    // instead
     println!(
         "cargo:rerun-if-changed={}",
         if toolchain.is_file() { toolchain.display().to_string() } else { "build.rs".into() }
     );
 
     let mut list = String::from(
-        "/// (file, fat binary) of each kernel file; empty where the build found no nvcc.\npub(super) static FAT_BINARIES: &[(&str, &[u8])] = &[\n",
+        "/// (file, fat binary) of each kernel file; empty if the build found no nvcc.\npub(super) static FAT_BINARIES: &[(&str, &[u8])] = &[\n",
     );
     if let Some(nvcc) = find_nvcc(&toolchain) {
         for (name, image) in compile(&nvcc, &out) {
@@ -73,7 +74,7 @@ fn find_nvcc(toolchain: &Path) -> Option<PathBuf> {
     candidates.into_iter().find(|path| path.is_file())
 }
 
-/// Compiles what changed; returns (file stem, fat binary) in the order of the names.
+/// Compiles changed kernels; returns (file stem, fat binary) in the order of the names.
 fn compile(nvcc: &Path, out: &Path) -> Vec<(String, PathBuf)> {
     let mut sources: Vec<PathBuf> = fs::read_dir("kernels")
         .expect("kernels is a folder")
@@ -88,7 +89,7 @@ fn compile(nvcc: &Path, out: &Path) -> Vec<(String, PathBuf)> {
     for source in sources {
         let name = source.file_stem().expect("a .cu file has a name").to_string_lossy().into_owned();
         let image = out.join(format!("{name}.fatbin"));
-        // what the image was made from, beside it
+        // the stamp file beside the fat binary holds everything that the binary depends on
         let mut made_from = fs::read(&source).expect("a listed file is readable");
         made_from.extend_from_slice(&shared);
         made_from.extend_from_slice(format!("{} {FLAGS:?}", nvcc.display()).as_bytes());

@@ -1,19 +1,21 @@
-//! What grammars cost: reading a vocabulary, compiling each of a file's schemas, and the masks along a response that follows it.
+//! Measures grammars: the time to read a vocabulary, to compile each schema of a file, and to make the masks of an
+//! output that matches it.
 //!
 //! ```text
 //! cargo run --workspace --example grammar_bench -- TOKENIZER SCHEMAS
 //! ```
 //!
-//! SCHEMAS is a JSON list of `{"name", "schema"}`, such as `tests/fixtures/tool_schemas.json`. Prints a line for each.
+//! SCHEMAS is a JSON list of `{"name", "schema"}`, such as `tests/fixtures/tool_schemas.json`. Prints one line per
+//! schema.
 
 use std::path::Path;
 use std::time::Instant;
 
 use bora_worker::grammar::{GrammarKind, GrammarSource, Grammars};
 
-/// Times that a schema is compiled; the median is printed.
+/// Compilations per schema; the median is printed.
 const COMPILED: usize = 7;
-/// Ids of a response at most.
+/// Maximum tokens of an output.
 const LONGEST: usize = 300;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -25,14 +27,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let grammars = Grammars::load(Path::new(tokenizer))?;
     println!("vocabulary: {:.0} ms", milliseconds(started));
     let entries: Vec<serde_json::Value> = serde_json::from_str(&std::fs::read_to_string(schemas)?)?;
-    println!("{:24}{:>11}{:>8}{:>10}{:>10}{:>10}", "schema", "compile ms", "masks", "p50 us", "p99 us", "most us");
+    println!("{:24}{:>11}{:>8}{:>10}{:>10}{:>10}", "schema", "compile ms", "masks", "p50 us", "p99 us", "max us");
     let mut all = Vec::new();
     for entry in &entries {
         let name = entry["name"].as_str().ok_or("a schema without a name")?;
         let mut compiled = Vec::new();
         let mut state = None;
         for number in 0..COMPILED {
-            // another title each time: what was compiled is kept
+            // a new title each time, because compiled grammars are cached
             let mut schema = entry["schema"].clone();
             schema["title"] = format!("{name} {number}").into();
             let source = GrammarSource { kind: GrammarKind::JsonSchema, text: schema.to_string() };
@@ -54,7 +56,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let id = allowed[(random >> 33) as usize % allowed.len()];
             state.accept(id)?;
-            // the end of the text
+            // end of the output
             if id == 2 {
                 break;
             }

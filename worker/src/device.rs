@@ -1,4 +1,4 @@
-//! What a worker's ranks compute on: which device it is, and what the options mean for it.
+//! The device of a worker's ranks: chooses it and derives its options.
 
 use std::ops::Range;
 
@@ -13,14 +13,15 @@ use crate::parallel::DeviceOptions;
 use crate::process::WorkerError;
 use crate::telemetry::roofline::Rooflines;
 
-/// KV cache of a CPU rank where nothing is said.
+/// Default KV cache of a CPU rank, bytes.
 const CPU_KV_BYTES: u64 = 1 << 30;
-/// Prompt tokens of each calibration chunk on a CPU: enough to see a rate, little enough for a slow one.
+/// Prompt tokens of each calibration chunk on a CPU: enough for a stable rate, few enough for a slow CPU.
 const CPU_CALIBRATION_TOKENS: usize = 128;
-/// The same on a GPU, where fewer tokens cost the same as these: the weights are read once for all.
+/// Prompt tokens of each calibration chunk on a GPU. Fewer tokens take as long, because the weights are read once for
+/// all of them.
 const GPU_CALIBRATION_TOKENS: usize = 2_048;
 
-/// The device that the options ask for, found usable.
+/// Chooses the requested device and checks that it is usable.
 pub(crate) fn choose(options: &WorkerOptions) -> Result<Device, WorkerError> {
     let gpus = gpus_of(options);
     match options.device {
@@ -38,24 +39,24 @@ pub(crate) fn choose(options: &WorkerOptions) -> Result<Device, WorkerError> {
                 Ok(Device::Cuda)
             }
             Err(reason) => {
-                tracing::info!(%reason, "computing on the CPU");
+                tracing::info!(%reason, "found no usable GPU, using the CPU");
                 Ok(Device::Cpu)
             }
         },
     }
 }
 
-/// The GPUs of this process: one for each local rank, from the first that the driver shows.
+/// The GPUs of this process: one per local rank, counted from the first visible GPU.
 fn gpus_of(options: &WorkerOptions) -> Range<usize> {
     0..options.local_ranks().len()
 }
 
-/// What the backends are given.
+/// Options of the backends.
 pub(crate) fn options_of(device: Device, options: &WorkerOptions) -> Result<DeviceOptions, WorkerError> {
     let kv = options.kv_cache.dtype;
     if device == Device::Cuda {
         if kv == KvDtype::F32 {
-            let reason = "worker.kv_cache.dtype: f32 is for the CPU, a GPU takes bf16 or fp8";
+            let reason = "worker.kv_cache.dtype: f32 is only allowed on a CPU; a GPU supports bf16 and fp8";
             return Err(WorkerError::Options(reason.to_owned()));
         }
         let all_reduce = if options.disable_custom_all_reduce { AllReduceKind::Nccl } else { AllReduceKind::default() };
@@ -64,7 +65,7 @@ pub(crate) fn options_of(device: Device, options: &WorkerOptions) -> Result<Devi
     Ok(DeviceOptions::Cpu(CpuOptions { fp8: options.cpu_fp8, kv, ..CpuOptions::default() }))
 }
 
-/// How much KV cache each rank makes.
+/// Size of each rank's KV cache.
 pub(crate) fn kv_budget(device: Device, options: &WorkerOptions) -> KvBudget {
     let cache = &options.kv_cache;
     match (cache.blocks, cache.memory) {
@@ -75,7 +76,7 @@ pub(crate) fn kv_budget(device: Device, options: &WorkerOptions) -> KvBudget {
     }
 }
 
-/// What the machine allows, where its datasheet and the checkpoint's number format are known.
+/// Rooflines of the device, if its datasheet and the checkpoint's number format are known.
 pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfig) -> Option<Rooflines> {
     if device != Device::Cuda || model.quantization != Quantization::Fp8Static {
         return None;
@@ -85,7 +86,7 @@ pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfi
     Rooflines::of(model, options.tensor_parallel_size as usize, &gpu, kv_bytes)
 }
 
-/// Tokens of the prompts that the group's speed is measured with.
+/// Prompt tokens of each calibration chunk.
 pub(crate) fn calibration_tokens(device: Device) -> usize {
     if device == Device::Cuda { GPU_CALIBRATION_TOKENS } else { CPU_CALIBRATION_TOKENS }
 }

@@ -1,21 +1,39 @@
-//! The worker: one process of a tensor-parallel group. The process that holds rank 0 leads the group: it runs the scheduler,
-//! the block table and the gRPC service.
+//! One process of a group: the ranks that it holds and, on the leader (rank 0), the scheduler, the block table and the
+//! gRPC service.
 //!
-//! The path of a request through the modules, from top to bottom:
+//! # Layers
 //!
-//! | module | what it does |
-//! |---|---|
-//! | `process` | from the command line to running ranks: forms the group, loads weights, announces the group |
-//! | [`service`] | gRPC: `Generate`, `Watch`, `Describe`, health, administration |
-//! | [`engine`] | the loop that submits steps, the handle that callers use, event streams |
-//! | `schedule` | plain data: which sequences run next, chunked prefill, preemption, draft tokens of a step |
-//! | [`cache`] | KV cache blocks, the prefix cache, blocks in host memory |
-//! | [`model`] | the layers of the model, for any backend |
-//! | [`backend`] | CPU (reference), CUDA (Hopper kernels), fake (time and outputs by a formula) |
-//! | [`parallel`] | group formation and collectives: shared memory, TCP; NCCL is in the CUDA backend |
-//! | [`sample`], [`grammar`], [`speculate`] | sampling, masks of structured output, draft tokens |
-//! | [`weights`] | checkpoints: formats, shards, FP8 scales |
-//! | [`telemetry`] | metrics, the roofline, spans |
+//! From the outside inwards. Each module uses only the modules below it, [`options`] and [`telemetry`].
+//!
+//! - `process`: the life of the process: start, registration, drain, end.
+//! - [`service`]: the gRPC services `Inference`, `Admin` and health, on the leader.
+//! - [`engine`]: the loop that schedules, runs and samples; `engine::step` defines what a step is.
+//! - `schedule`: the scheduler: admission, chunked prefill, draft tokens, outcomes. It has no threads and no clock.
+//! - [`cache`]: the bookkeeping of the paged KV cache and of the prefix cache.
+//! - [`grammar`]: structured output: compiled grammars and masks.
+//! - [`speculate`]: proposers of draft tokens.
+//! - [`parallel`]: tensor parallelism: rendezvous, steps to the ranks, collectives, failures.
+//! - [`model`]: the models, in terms of backend operations.
+//! - [`sample`]: the sampler.
+//! - [`backend`]: the devices: `cpu` (the oracle), `cuda`, and `fake` for tests without a model.
+//! - [`weights`]: checkpoints, and the shard of each rank.
+//!
+//! Across the layers: `device` chooses the device, [`options`] is the `worker` section of the configuration, and
+//! [`telemetry`] holds metrics and spans.
+//!
+//! # The way of a request
+//!
+//! 1. [`service`] receives a `Generate` call and passes it to [`engine::EngineHandle::generate`].
+//! 2. The handle checks the request, takes a permit for a place in the queue and, if the request has a grammar,
+//!    compiles the grammar.
+//! 3. The engine loop gives the sequence to the scheduler. The scheduler reserves all blocks that the sequence can
+//!    need, looks up the prefix cache and plans a [`engine::step::Step`].
+//! 4. A [`engine::step::StepRunner`] runs the step. For a real model, [`parallel`] sends the step to every rank, and
+//!    [`engine::runner::ModelRunner`] runs the model on the backend and samples.
+//! 5. The scheduler applies the [`engine::step::StepOutput`]: new tokens enter the stream of the sequence, full blocks
+//!    enter the prefix cache, and ended sequences release their blocks.
+//! 6. [`service`] relays the events of the stream to the caller. Watchers of the group receive the changed blocks and
+//!    the load.
 
 pub mod backend;
 pub mod cache;

@@ -14,69 +14,69 @@ use crate::engine::EngineOptions;
 use crate::speculate::SpeculativeOptions;
 use crate::weights::LoadFormat;
 
-/// One worker process and the group it belongs to. Every process of a group is given the same section but
-/// for `ranks`, `listen` and `advertise`.
+/// One worker process and its group. All processes of a group have the same section except for `ranks`, `listen` and
+/// `advertise`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WorkerOptions {
-    /// The group's name, unique in the cluster; the host name and the listening port where it is absent.
+    /// Name of the group, unique in the cluster. Default: the host name and the listening port.
     pub group: Option<String>,
-    /// Which of the configured models it runs; the only one where it is absent.
+    /// Which of the configured models the group runs. Default: the only one.
     pub model: Option<String>,
-    /// What it runs on.
+    /// Device that the ranks run on.
     pub device: DeviceChoice,
-    /// Ranks (GPUs) that one copy of the model is split over.
+    /// Number of ranks (GPUs) of one copy of the model.
     pub tensor_parallel_size: u32,
-    /// The ranks that this process holds, each on a thread and a device of its own; all where it is absent.
+    /// Ranks of this process; each has its own thread and device. Default: all ranks.
     pub ranks: Option<Vec<u32>>,
-    /// Where the leader's `Inference` and `Admin` services listen.
+    /// Address on which the leader serves `Inference` and `Admin`.
     pub listen: HostPort,
-    /// Where the leader waits for the processes that hold the other ranks.
+    /// Address on which the leader accepts the processes that hold the other ranks.
     pub peers: HostPort,
-    /// Where `/metrics` and `/health` are served, by every process of the group; nowhere where it is absent.
+    /// Address on which every process serves `/metrics` and `/health`. Default: not served.
     pub admin: Option<HostPort>,
-    /// Where the leader serves `grpc.health.v1` alone and without TLS, for probes that speak none; nowhere else where
-    /// it is absent.
+    /// Address on which the leader serves only `grpc.health.v1`, without TLS, for probes that do not support TLS.
+    /// Default: no such address.
     pub health: Option<HostPort>,
-    /// How routers reach `listen`; the listening address where it is absent.
+    /// Address at which routers reach `listen`. Default: the listening address.
     pub advertise: Option<HostPort>,
-    /// Name or address under which the group's other processes reach this one; the listening host where it is absent.
+    /// Name or address at which the other processes of the group reach this one. Default: the listening host.
     pub host: Option<String>,
-    /// `host:port` of the leader's `peers`, where no registry says it.
+    /// `host:port` of the leader's `peers`, if no registry provides it.
     pub leader: Option<HostPort>,
-    /// Which state of its deployment this process is of, for example the hash of a pod's template. A group is of one: in a
-    /// rolling update its followers join no leader of the next or the last one.
+    /// Revision of the deployment, for example the hash of the pod template. All processes of a group have the same
+    /// revision: in a rolling update a follower never joins a leader of another revision.
     pub revision: String,
-    /// All-reduce go through NCCL alone, also where the GPUs reach each other's memory.
+    /// Uses NCCL for every all-reduce, even if the GPUs have peer access.
     pub disable_custom_all_reduce: bool,
     /// How long the ranks wait for each other at the start.
     #[serde(deserialize_with = "seconds")]
     pub rendezvous_seconds: Duration,
-    /// A process of the group that is silent for so long is dead.
+    /// Heartbeat timeout: a process of the group that is silent for this long counts as dead.
     #[serde(deserialize_with = "seconds")]
     pub heartbeat_seconds: Duration,
-    /// A rank that keeps the others waiting for so long within a step is dead.
+    /// Collective timeout: a rank that keeps the others waiting within a step for this long counts as dead.
     #[serde(deserialize_with = "seconds")]
     pub collective_seconds: Duration,
-    /// How long a draining worker lets its sequences run.
+    /// How long a draining worker lets its running sequences continue.
     #[serde(deserialize_with = "seconds")]
     pub drain_seconds: Duration,
-    /// Longest prompt plus output in tokens; the model's own limit, at most 262,144, where it is absent.
+    /// Maximum tokens of prompt plus output. Default: the model's own limit, at most 262,144.
     pub max_model_len: Option<u32>,
-    /// Where weights come from.
+    /// Source of the weights.
     pub load_format: LoadFormat,
-    /// How FP8 weights are multiplied on the CPU.
+    /// How the CPU backend multiplies FP8 weights.
     pub cpu_fp8: Fp8Mode,
-    /// The KV cache.
+    /// KV cache.
     pub kv_cache: KvCacheOptions,
-    /// The scheduler.
+    /// Scheduler.
     pub schedule: EngineOptions,
-    /// The timing model and the scripts of a fake group.
+    /// Timing model and scripts of a fake group.
     pub fake: FakeOptions,
-    /// Mutual TLS (`grpc.tls` of the file); plain text where it is absent.
+    /// Mutual TLS (`grpc.tls` of the file). `None` means plain text.
     #[serde(skip)]
     pub tls: Option<GrpcTls>,
-    /// Serves callers of the same process in place of `listen` (`bora serve`).
+    /// Serves callers in the same process instead of `listen` (`bora serve`).
     #[serde(skip)]
     pub in_process: Option<LocalListener>,
 }
@@ -114,34 +114,34 @@ impl Default for WorkerOptions {
     }
 }
 
-/// What a worker is asked to run on.
+/// Requested device of a worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceChoice {
-    /// CUDA where there is a GPU, else the CPU.
+    /// CUDA if there is a GPU, else the CPU.
     #[default]
     Auto,
-    /// The reference backend.
+    /// The CPU backend.
     Cpu,
     /// NVIDIA GPUs.
     Cuda,
-    /// No model at all: scripted token IDs and a timing model.
+    /// No model: scripted tokens and a timing model.
     Fake,
 }
 
-/// The KV cache of a group.
+/// KV cache of a group.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvCacheOptions {
-    /// Blocks of 64 tokens; by `memory` where it is absent.
+    /// Blocks of 64 tokens. Default: as many as `memory` holds.
     pub blocks: Option<u32>,
-    /// Memory on each rank; if it is absent, 1 GiB on a CPU and what `device_share` leaves on a GPU.
+    /// Memory on each rank. Default: 1 GiB on a CPU, and what `device_share` leaves on a GPU.
     pub memory: Option<ByteSize>,
     /// Share of a GPU's memory that the rank uses, weights included.
     pub device_share: f32,
-    /// Type of its numbers.
+    /// Element type.
     pub dtype: KvDtype,
-    /// Memory of the host for each rank that cached blocks go to before they are given up; none where it is absent.
+    /// Host memory of each rank to which evicted blocks are offloaded. Default: none.
     pub host_memory: Option<ByteSize>,
 }
 
@@ -152,14 +152,14 @@ impl Default for KvCacheOptions {
 }
 
 impl WorkerOptions {
-    /// The ranks of this process, ascending.
+    /// The ranks of this process, in ascending order.
     pub fn local_ranks(&self) -> Vec<u32> {
         let mut ranks = self.ranks.clone().unwrap_or_else(|| (0..self.tensor_parallel_size).collect());
         ranks.sort_unstable();
         ranks
     }
 
-    /// Values that don't go together.
+    /// Refuses values that do not fit together. The error names the key and the allowed range.
     pub fn check(&self) -> Result<(), ConfigError> {
         let conflict = |text: String| Err(ConfigError::Conflict(text));
         if self.tensor_parallel_size == 0 {
@@ -167,7 +167,7 @@ impl WorkerOptions {
         }
         let ranks = self.local_ranks();
         if ranks.is_empty() || ranks.windows(2).any(|pair| pair[0] == pair[1]) {
-            return conflict("worker.ranks: expected at least one rank, each once".into());
+            return conflict("worker.ranks: expected at least one rank and no duplicates".into());
         }
         if let Some(rank) = ranks.iter().find(|rank| **rank >= self.tensor_parallel_size) {
             return conflict(format!(
@@ -176,15 +176,15 @@ impl WorkerOptions {
             ));
         }
         if ranks.windows(2).any(|pair| pair[1] != pair[0] + 1) {
-            return conflict(format!("worker.ranks: expected neighbours, found {ranks:?}"));
+            return conflict(format!("worker.ranks: expected consecutive ranks, found {ranks:?}"));
         }
         let schedule = &self.schedule;
         if schedule.max_num_seqs == 0 || schedule.max_num_batched_tokens == 0 || schedule.max_waiting == 0 {
-            return conflict("worker.schedule: every limit is at least 1".into());
+            return conflict("worker.schedule: every limit must be at least 1".into());
         }
         if schedule.max_num_batched_tokens < schedule.max_num_seqs {
             return conflict(format!(
-                "worker.schedule.max_num_batched_tokens = {} is below max_num_seqs = {}: a step could not carry one token of each",
+                "worker.schedule.max_num_batched_tokens = {} is below max_num_seqs = {}: a step must hold one token of each running sequence",
                 schedule.max_num_batched_tokens, schedule.max_num_seqs
             ));
         }
@@ -202,7 +202,7 @@ impl WorkerOptions {
             return conflict("worker.max_model_len: expected at least 1".into());
         }
         if self.device == DeviceChoice::Fake && self.tensor_parallel_size > 1 && self.ranks.is_some() {
-            return conflict("worker.ranks: a fake group is one process".into());
+            return conflict("worker.ranks: a fake group has one process, which holds all ranks".into());
         }
         Ok(())
     }

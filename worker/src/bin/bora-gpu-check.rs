@@ -1,6 +1,6 @@
 //! Checks and times the CUDA backend on this machine: `bora-gpu-check SECTION [--fixtures DIR] [--config FOLDER]
-//! [--only TEXT]`, with SECTION one of kernels, models, ranks, timing, engine. One JSON line an outcome, a table at
-//! the end, exit status 1 if anything is wrong.
+//! [--only TEXT]`. SECTION is one of kernels, models, ranks, timing, engine. Prints one JSON line per outcome and a
+//! summary; the exit status is 1 if a check failed.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

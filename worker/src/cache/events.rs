@@ -1,4 +1,4 @@
-//! What changed in the set of blocks that can be found by their hash, as watchers hear of it.
+//! Changes of the set of cached blocks, as watchers receive them.
 
 use std::collections::HashMap;
 
@@ -10,23 +10,23 @@ enum Change {
     Evicted,
 }
 
-/// Changes since the last [`drain`](Changes::drain). A hash that came and went (or went and came back)
-/// in between is not mentioned, so the two lists of a delta have no hash in common. They stand in the order
-/// in which they happened, which is that of their chains: an index of many groups finds neighbours faster.
-/// At most one entry for each block of the pool and each change: bounded by what one step can do.
+/// Net changes since the last [`drain`](Changes::drain). A hash that was stored and evicted in between (or the reverse)
+/// is omitted, so the two lists of a delta are disjoint. The lists keep the order of the changes, which is the order of
+/// the chains: an index of many groups finds neighbours faster. There is at most one entry for each block of the pool,
+/// which bounds the size by the work of one step.
 #[derive(Debug, Default)]
 pub(super) struct Changes {
-    /// Each with its number.
+    /// Change of each hash, with its order.
     net: HashMap<BlockHash, (Change, u64)>,
     next: u64,
 }
 
-/// A delta of the set of blocks.
+/// Changes of the set of cached blocks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Delta {
-    /// Can be found from now on.
+    /// Blocks that can now be found.
     pub stored: Vec<BlockHash>,
-    /// Can't be found any more.
+    /// Blocks that can no longer be found.
     pub evicted: Vec<BlockHash>,
 }
 
@@ -38,12 +38,12 @@ impl Delta {
 }
 
 impl Changes {
-    /// A block can be found.
+    /// Records that a block can be found.
     pub(super) fn stored(&mut self, hash: BlockHash) {
         self.note(hash, Change::Stored);
     }
 
-    /// A block was given up.
+    /// Records that a block was evicted.
     pub(super) fn evicted(&mut self, hash: BlockHash) {
         self.note(hash, Change::Evicted);
     }
@@ -55,7 +55,7 @@ impl Changes {
         }
     }
 
-    /// The net changes; starts over.
+    /// Takes the net changes.
     pub(super) fn drain(&mut self) -> Delta {
         let mut changes: Vec<(u64, BlockHash, Change)> =
             self.net.drain().map(|(hash, (change, number))| (number, hash, change)).collect();
@@ -71,7 +71,7 @@ impl Changes {
     }
 }
 
-/// Hashes one after the other, as `bora.v1` carries them.
+/// Concatenates hashes in the encoding of `bora.v1`.
 pub fn to_bytes(hashes: &[BlockHash]) -> bytes::Bytes {
     hashes.iter().flat_map(|hash| hash.to_bytes()).collect::<Vec<u8>>().into()
 }
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_came_and_went_is_not_mentioned() {
+    fn omits_blocks_that_were_stored_and_evicted() {
         let [a, b, c] = [1, 2, 3].map(BlockHash);
         let mut changes = Changes::default();
         changes.stored(a);

@@ -1,8 +1,8 @@
-//! Host memory as a second home of cached blocks: what the device gives up for lack of room is copied there before, and comes
-//! back when it is asked for. Here are only numbers, as for the device; the copies are part of the steps.
+//! Host memory as a second tier of the cache: blocks are copied there before they are evicted from the device, and
+//! fetched when a sequence needs them. This module only keeps block numbers; the copies are part of the steps.
 //!
-//! A block's content never changes while it has its name, so a block that came back keeps its copy here until the room is needed,
-//! and giving it up again before costs nothing.
+//! The content of a block never changes while the block has its name. A fetched block therefore keeps its copy here
+//! until the room is needed, and evicting it from the device again costs nothing.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use super::content::BlockContent;
 use super::pool::BlockPool;
 use crate::engine::step::HostBlock;
 
-/// Which block of host memory holds what. A block is pinned while a copy from it is wanted or on its way; otherwise the one that
-/// was used longest ago is given up first.
+/// Which host block holds which content. A block is pinned while a copy from it is required or in flight; otherwise the
+/// least recently used one is evicted first.
 #[derive(Debug)]
 pub(super) struct HostTier {
     pool: BlockPool,
@@ -22,16 +22,16 @@ pub(super) struct HostTier {
     contents: Vec<Option<Arc<BlockContent>>>,
 }
 
-/// A place for a block's content.
+/// A host block for a block's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stored {
     pub(super) place: HostBlock,
-    /// What was given up for it.
+    /// The block that was evicted for it.
     pub(super) given_up: Option<BlockHash>,
 }
 
 impl HostTier {
-    /// `blocks` empty blocks; none is no host memory at all.
+    /// A tier of `blocks` empty blocks; 0 means no host memory.
     pub(super) fn new(blocks: u32) -> Self {
         Self { pool: BlockPool::new(blocks), by_hash: HashMap::new(), contents: vec![None; blocks as usize] }
     }
@@ -40,23 +40,23 @@ impl HostTier {
         self.by_hash.contains_key(hash)
     }
 
-    /// Whether this very block is here; `None` if there is no block of its name.
+    /// Whether this block is here with equal content; `None` if there is no block of its name.
     pub(super) fn holds(&self, content: &BlockContent) -> Option<bool> {
         let place = self.by_hash.get(&content.hash())?;
         Some(self.contents[*place as usize].as_deref() == Some(content))
     }
 
-    /// The hashes of all blocks here.
+    /// The hashes of all blocks in the tier.
     pub(super) fn hashes(&self) -> impl Iterator<Item = BlockHash> + '_ {
         self.by_hash.keys().copied()
     }
 
-    /// All blocks, and those that hold something.
+    /// Number of blocks, and of blocks in use.
     pub(super) fn usage(&self) -> (usize, usize) {
         (self.pool.total(), self.by_hash.len())
     }
 
-    /// A place for the content of a block whose name is not here; `None` if all places are pinned.
+    /// Reserves a host block for a block whose name is not in the tier; `None` if all host blocks are pinned.
     pub(super) fn store(&mut self, content: Arc<BlockContent>) -> Option<Stored> {
         let hash = content.hash();
         let place = match self.pool.take_free() {
@@ -72,31 +72,32 @@ impl HostTier {
         Some(Stored { place, given_up })
     }
 
-    /// Keeps the block with this name until it is unpinned.
+    /// Pins the block with this name until it is unpinned.
     pub(super) fn pin(&mut self, hash: &BlockHash) -> Option<HostBlock> {
         let place = *self.by_hash.get(hash)?;
         self.pool.refer(place);
         Some(place)
     }
 
-    /// Its content was copied to the device: here it is the first to go.
+    /// Records that a block was copied to the device; its copy here is evicted first.
     pub(super) fn fetched(&mut self, place: HostBlock) {
         self.pool.release_as_oldest(place);
     }
 
-    /// The device gave up the block with this name: here it is now the last to go. False where it is not here.
+    /// Records that the device evicted the block with this name; its copy here is evicted last. False if there is no
+    /// copy.
     pub(super) fn touch(&mut self, hash: &BlockHash) -> bool {
         let Some(place) = self.pin(hash) else { return false };
         self.unpin(place);
         true
     }
 
-    /// Its content is no longer wanted.
+    /// Unpins a block.
     pub(super) fn unpin(&mut self, place: HostBlock) {
         self.pool.release(place, true);
     }
 
-    /// Forgets whatever is not pinned.
+    /// Drops all blocks that are not pinned.
     pub(super) fn flush(&mut self) -> Vec<BlockHash> {
         let idle: Vec<HostBlock> = self.pool.idle_blocks().collect();
         let mut forgotten = Vec::with_capacity(idle.len());
@@ -110,7 +111,7 @@ impl HostTier {
         forgotten
     }
 
-    /// Checks every invariant; for tests.
+    /// Checks all invariants; for tests.
     #[cfg(test)]
     pub(super) fn check(&self) {
         self.pool.check();

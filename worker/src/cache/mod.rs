@@ -1,12 +1,12 @@
-//! The paged KV cache as the leader sees it: which block holds what, who refers to it and what can be
-//! found again. The bytes are the backend's; here are only numbers.
+//! The bookkeeping of the paged KV cache on the leader: which block holds what, which sequences refer to it, and which
+//! blocks a later sequence can reuse. It handles block numbers; the backend holds the bytes.
 //!
-//! Where there is host memory for it, blocks that are given up go there (`host`) and are fetched when they are asked for again.
+//! [`KvCache`] is the interface. A sequence is admitted with a [`Lease`] on all blocks that it can need, grows into it,
+//! publishes the blocks that it fills, and releases the lease at its end.
 //!
 //! A block is found by its name and used only if its content is equal ([`BlockContent`]).
 //!
-//! [`KvCache`] is the front: a sequence is admitted with a [`Lease`] on all blocks that it can ever need,
-//! grows into it, publishes the blocks that it filled and gives the lease back at its end.
+//! With host memory, blocks are copied there before they are evicted, and fetched when a sequence needs them (`host`).
 
 mod content;
 mod events;

@@ -1,12 +1,12 @@
-//! The blocks themselves: who refers to which, which are free, and in what order those that nobody refers
-//! to any more but whose content may be wanted again are given up.
+//! The pool of blocks: their reference counts, the free blocks, and the eviction order of unreferenced blocks with
+//! content that may be reused.
 //!
-//! A block is in exactly one of three places: *used* (reference count above 0), *idle* (unreferenced, but
-//! its content is worth keeping; oldest first) or *free*.
+//! A block is in exactly one of three states: *used* (reference count above 0), *idle* (unreferenced, with content
+//! worth keeping; least recently used first) or *free*.
 
 use crate::engine::step::BlockId;
 
-/// No neighbour in the list of idle blocks.
+/// End of the linked list of idle blocks.
 const NONE: BlockId = BlockId::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +34,11 @@ pub(super) struct BlockPool {
 }
 
 impl BlockPool {
-    /// `blocks` free blocks.
+    /// A pool of `blocks` free blocks.
     pub(super) fn new(blocks: u32) -> Self {
         Self {
             entries: vec![Entry { place: Place::Free, older: NONE, newer: NONE }; blocks as usize],
-            // taken from the end: low numbers first
+            // taken from the end, so low numbers come first
             free: (0..blocks).rev().collect(),
             oldest: NONE,
             newest: NONE,
@@ -46,27 +46,27 @@ impl BlockPool {
         }
     }
 
-    /// All blocks.
+    /// Number of all blocks.
     pub(super) fn total(&self) -> usize {
         self.entries.len()
     }
 
-    /// Blocks that nobody refers to: those that hold nothing and those that can be given up.
+    /// Number of unreferenced blocks, free or idle.
     pub(super) fn available(&self) -> usize {
         self.free.len() + self.idle
     }
 
-    /// Blocks that hold nothing.
+    /// Number of free blocks.
     pub(super) fn free(&self) -> usize {
         self.free.len()
     }
 
-    /// Unreferenced blocks whose content is kept.
+    /// Number of idle blocks.
     pub(super) fn idle(&self) -> usize {
         self.idle
     }
 
-    /// References to a block.
+    /// Reference count of a block.
     pub(super) fn references(&self, block: BlockId) -> u32 {
         match self.entries[block as usize].place {
             Place::Used(count) => count,
@@ -74,14 +74,14 @@ impl BlockPool {
         }
     }
 
-    /// A free block, now with one reference.
+    /// Takes a free block with one reference.
     pub(super) fn take_free(&mut self) -> Option<BlockId> {
         let block = self.free.pop()?;
         self.entries[block as usize].place = Place::Used(1);
         Some(block)
     }
 
-    /// The idle block that was used longest ago, now with one reference: its content is lost.
+    /// Takes the least recently used idle block with one reference; its content is lost.
     pub(super) fn take_oldest(&mut self) -> Option<BlockId> {
         if self.oldest == NONE {
             return None;
@@ -92,7 +92,7 @@ impl BlockPool {
         Some(block)
     }
 
-    /// One more reference to a block that is used or idle.
+    /// Adds a reference to a used or idle block.
     pub(super) fn refer(&mut self, block: BlockId) {
         match self.entries[block as usize].place {
             Place::Used(count) => self.entries[block as usize].place = Place::Used(count + 1),
@@ -104,7 +104,7 @@ impl BlockPool {
         }
     }
 
-    /// One reference less. The last one makes the block idle where `keep`, else free.
+    /// Removes a reference. The last one makes the block idle if `keep`, else free.
     pub(super) fn release(&mut self, block: BlockId, keep: bool) {
         match self.entries[block as usize].place {
             Place::Used(1) if keep => self.append(block),
@@ -117,7 +117,7 @@ impl BlockPool {
         }
     }
 
-    /// The last reference less; the block becomes idle and is the next to be given up.
+    /// Removes the last reference; the block becomes idle and is evicted next.
     pub(super) fn release_as_oldest(&mut self, block: BlockId) {
         if self.entries[block as usize].place != Place::Used(1) {
             return self.release(block, true);
@@ -131,7 +131,7 @@ impl BlockPool {
         self.idle += 1;
     }
 
-    /// The content of a block is no longer wanted: frees it if it is idle.
+    /// Frees an idle block, because its content is no longer needed.
     pub(super) fn discard(&mut self, block: BlockId) {
         if self.entries[block as usize].place == Place::Idle {
             self.unlink(block);
@@ -140,7 +140,7 @@ impl BlockPool {
         }
     }
 
-    /// Idle blocks, oldest first.
+    /// Idle blocks, least recently used first.
     pub(super) fn idle_blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         let first = (self.oldest != NONE).then_some(self.oldest);
         std::iter::successors(first, |block| {
@@ -172,7 +172,7 @@ impl BlockPool {
         self.idle -= 1;
     }
 
-    /// Checks that every block is in exactly one place; for tests.
+    /// Checks that every block is in exactly one state; for tests.
     #[cfg(test)]
     pub(super) fn check(&self) {
         let idle: Vec<BlockId> = self.idle_blocks().collect();
@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_idle_block_goes_first_and_a_reference_keeps_it() {
+    fn evicts_the_oldest_idle_block_and_keeps_referenced_ones() {
         let mut pool = BlockPool::new(3);
         let blocks: Vec<_> = (0..3).map(|_| pool.take_free().unwrap()).collect();
         assert_eq!(blocks, [0, 1, 2]);

@@ -1,4 +1,5 @@
-//! The prefix cache: full blocks found again by the hash of everything up to their end, and used if they hold the same.
+//! The prefix cache: full blocks are found by the hash of all tokens up to their end, and used if their content is
+//! equal.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -11,70 +12,69 @@ use super::host::HostTier;
 use super::pool::BlockPool;
 use crate::engine::step::{BlockCopy, BlockId, HostBlock};
 
-/// A running sequence's blocks: those it has, in the order of its positions, and how many more it may
-/// take. Has to be given back with [`KvCache::release`].
+/// Blocks of a running sequence in the order of its positions, and the number of blocks that it may still take. The
+/// lease must be returned with [`KvCache::release`].
 #[derive(Debug, Default)]
 pub struct Lease {
     /// Block `p / 64` holds position `p`.
     pub blocks: Vec<BlockId>,
-    /// Blocks that it may still take.
+    /// Blocks that the lease may still take.
     pub reserved: usize,
-    /// Blocks of the lease whose content is in host memory, in their order, and has to be copied before anything reads it.
+    /// Blocks whose content is in host memory, in order. Their content must be copied before it is read.
     pub fetches: VecDeque<Fetch>,
 }
 
-/// A block that comes back from host memory.
+/// A block that is fetched from host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fetch {
-    /// Where it is.
+    /// Source.
     pub from: HostBlock,
-    /// Where it goes.
+    /// Target.
     pub to: BlockId,
 }
 
-/// How much of a chain can be found.
+/// Cached part of a chain of blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// Leading blocks that are on the device.
+    /// Leading blocks on the device.
     pub on_device: usize,
-    /// Leading blocks that are on the device or in host memory.
+    /// Leading blocks on the device or in host memory.
     pub total: usize,
-    /// Of those, the ones that are in host memory alone.
+    /// Leading blocks in host memory alone.
     pub in_host: usize,
-    /// The block behind them has the name of a cached one that holds something else.
+    /// Whether the next block has the name of a cached block with another content.
     pub mismatch: bool,
 }
 
-/// Where a block is.
+/// Location of a block.
 enum Location {
     Device(BlockId),
     Host,
-    /// Another block has its name.
+    /// Another block has the same name.
     Taken,
     Nowhere,
 }
 
-/// How many blocks are what.
+/// Number of blocks by state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// All.
+    /// All blocks.
     pub total: usize,
     /// Referenced by a running sequence.
     pub used: usize,
-    /// Unreferenced, but found again by their hash.
+    /// Unreferenced, but cached.
     pub cached: usize,
-    /// Promised to running sequences and not yet taken.
+    /// Reserved by running sequences and not yet taken.
     pub reserved: usize,
-    /// All of host memory.
+    /// All blocks of host memory.
     pub host_total: usize,
-    /// Of host memory, those that hold a block.
+    /// Blocks of host memory in use.
     pub host_cached: usize,
 }
 
-/// The KV cache of a group, as its leader sees it: which block holds what. The same on every rank.
+/// The KV cache of a group, as its leader keeps it: which block holds what. It is the same on every rank.
 ///
-/// Reservations are promises: `reserved <= available` holds always, so a sequence that was admitted never
-/// waits for a block and none is ever taken away from it.
+/// `reserved <= available` always holds. An admitted sequence therefore never waits for a block and never loses one.
 #[derive(Debug)]
 pub struct KvCache {
     pool: BlockPool,
@@ -82,12 +82,12 @@ pub struct KvCache {
     contents: Vec<Option<Arc<BlockContent>>>,
     reserved: usize,
     changes: Changes,
-    /// Blocks that can be found and that watchers hear of when a sequence gives them back.
+    /// Blocks that can be found and that are reported when a sequence releases them.
     unreported: HashSet<BlockHash>,
     host: HostTier,
-    /// Copies that have to be done before the next step writes anything.
+    /// Copies that must complete before the next step writes to the cache.
     copies: Vec<BlockCopy>,
-    /// Places in host memory that the step made last reads from.
+    /// Host blocks that the last step reads from.
     being_fetched: Vec<HostBlock>,
 }
 
@@ -107,7 +107,7 @@ impl KvCache {
         }
     }
 
-    /// How many of the first blocks of a chain are there.
+    /// Finds how many of the first blocks of a chain are cached.
     pub fn find(&self, blocks: &[Arc<BlockContent>]) -> Found {
         let mut found = Found::default();
         for block in blocks {
@@ -127,7 +127,7 @@ impl KvCache {
         matches!(self.locate(block), Location::Device(_) | Location::Host)
     }
 
-    /// Where a block is. The cached one of its name is compared: a name is no proof.
+    /// Finds a block. The content of the cached block with the same name is compared, because a name is no proof.
     fn locate(&self, block: &BlockContent) -> Location {
         if let Some(held) = self.by_hash.get(&block.hash()) {
             let same = self.contents[*held as usize].as_deref() == Some(block);
@@ -140,8 +140,8 @@ impl KvCache {
         }
     }
 
-    /// Reserves `total` blocks, of which the first are those of `blocks` that are there (in one chunk from
-    /// the start). `None` where they do not fit now.
+    /// Reserves `total` blocks. The first of them are the leading cached blocks of `blocks`. `None` if they do not fit
+    /// now.
     pub fn admit(&mut self, blocks: &[Arc<BlockContent>], total: usize) -> Option<Lease> {
         let held: Vec<Option<BlockId>> = blocks
             .iter()
@@ -163,7 +163,7 @@ impl KvCache {
         }
         self.reserved += to_reserve;
         let mut lease = Lease { reserved: to_reserve, ..Lease::default() };
-        // all are pinned before the first block is taken, which may move another one there
+        // all are pinned before the first block is taken, because taking one may evict another to host memory
         let absent = found.iter().zip(&held).filter(|(_, held)| held.is_none());
         let mut places: VecDeque<HostBlock> = absent.filter_map(|(block, _)| self.host.pin(&block.hash())).collect();
         for held in held {
@@ -181,8 +181,8 @@ impl KvCache {
         Some(lease)
     }
 
-    /// Takes up to `most` of the copies that a lease waits for; the step that is being made does them beside its work. Those
-    /// of the step before are done by then.
+    /// Takes up to `most` of the copies that a lease waits for; the current step runs them beside its work. The copies
+    /// of the previous step are complete by then.
     pub fn fetch(&mut self, lease: &mut Lease, most: usize) -> Vec<BlockCopy> {
         let count = lease.fetches.len().min(most);
         let fetches = lease.fetches.drain(..count).map(|Fetch { from, to }| {
@@ -192,15 +192,15 @@ impl KvCache {
         fetches.collect()
     }
 
-    /// A step is being made: what the one before it fetched may be given up again.
+    /// Begins a step: host blocks that the previous step fetched may be evicted again.
     pub fn begin_step(&mut self) {
         for place in std::mem::take(&mut self.being_fetched) {
             self.host.fetched(place);
         }
     }
 
-    /// Copies to host memory, at most `most`, of what will be given up first if the next step takes `wanted` blocks. Nobody
-    /// writes there during the step that is being made.
+    /// Copies to host memory, at most `most`, of the blocks that are evicted first if the next step takes `wanted`
+    /// blocks. The current step does not write to them.
     pub fn spill(&mut self, wanted: usize, most: usize) -> Vec<BlockCopy> {
         let doomed = wanted.saturating_sub(self.pool.free());
         let oldest: Vec<BlockId> = self.pool.idle_blocks().take(doomed).collect();
@@ -214,7 +214,7 @@ impl KvCache {
         copies
     }
 
-    /// What the next step has to copy before anything else.
+    /// Takes the copies that the next step must complete before its work.
     pub fn take_copies(&mut self) -> Vec<BlockCopy> {
         std::mem::take(&mut self.copies)
     }
@@ -229,9 +229,8 @@ impl KvCache {
         Some(BlockCopy::ToHost { block, host: stored.place })
     }
 
-    /// Appends blocks to the lease, from its reservation, until it has `blocks` of them. Gives up the
-    /// longest unused cached blocks where no free ones are left. A lease that asks for more than it
-    /// reserved gets no more than that.
+    /// Appends blocks to the lease, from its reservation, until it has `blocks` of them. Evicts the least recently used
+    /// cached blocks if no free ones are left. A lease gets no more blocks than it reserved.
     pub fn grow(&mut self, lease: &mut Lease, blocks: usize) {
         while lease.blocks.len() < blocks && lease.reserved > 0 {
             let Some(block) = self.take() else {
@@ -258,23 +257,24 @@ impl KvCache {
         Some(block)
     }
 
-    /// A referenced block is full: from now on it can be found. Where another block already has that
-    /// name, this one stays unnamed.
+    /// Publishes a full referenced block, so that it can be found. If another block already has the name, this block
+    /// stays unnamed.
     pub fn publish(&mut self, block: BlockId, content: &Arc<BlockContent>) {
         if self.name(block, content) {
             self.changes.stored(content.hash());
         }
     }
 
-    /// The same of a block that generated token IDs filled. Watchers hear of it when a sequence gives it back: who asks for it is
-    /// the next turn, and routers look up what is notified at once several times faster than what is given block by block.
+    /// Publishes a block that generated tokens filled. The block is reported when a sequence releases it: only the next
+    /// turn needs it, and routers look up blocks that were reported together several times faster than blocks that were
+    /// reported one by one.
     pub fn publish_generated(&mut self, block: BlockId, content: &Arc<BlockContent>) {
         if self.name(block, content) {
             self.unreported.insert(content.hash());
         }
     }
 
-    /// Whether the block has got the name, and it is news.
+    /// Names the block; returns whether watchers must be informed.
     fn name(&mut self, block: BlockId, content: &Arc<BlockContent>) -> bool {
         let hash = content.hash();
         if self.by_hash.contains_key(&hash) || self.contents[block as usize].is_some() {
@@ -285,7 +285,7 @@ impl KvCache {
         !self.host.contains(&hash)
     }
 
-    /// The content of a block is not to be trusted: it can't be found any more.
+    /// Removes a block whose content is invalid from the cache.
     pub fn forget(&mut self, block: BlockId) {
         self.unname(block);
         self.pool.discard(block);
@@ -301,8 +301,7 @@ impl KvCache {
         }
     }
 
-    /// The sequence ended: gives back its blocks and what it did not take. The end of a prefix is given up
-    /// before its start.
+    /// Releases the blocks and the reservation of an ended sequence. The end of a prefix is evicted before its start.
     pub fn release(&mut self, lease: Lease) {
         self.reserved -= lease.reserved;
         for content in lease.blocks.iter().filter_map(|block| self.contents[*block as usize].as_ref()) {
@@ -325,7 +324,7 @@ impl KvCache {
         self.host.pinned()
     }
 
-    /// Forgets every block that no sequence refers to, here and in host memory; returns how many that were.
+    /// Drops every block that no sequence refers to, on the device and in host memory; returns their number.
     pub fn flush(&mut self) -> usize {
         let idle: Vec<BlockId> = self.pool.idle_blocks().collect();
         for block in &idle {
@@ -340,7 +339,7 @@ impl KvCache {
         idle.len() + spilled.len()
     }
 
-    /// How many blocks are what.
+    /// Number of blocks by state.
     pub fn usage(&self) -> Usage {
         Usage {
             total: self.pool.total(),
@@ -352,7 +351,7 @@ impl KvCache {
         }
     }
 
-    /// The hashes of all blocks that can be found, but for those that watchers will hear of.
+    /// The hashes of all blocks that can be found, except those that are not reported yet.
     pub fn snapshot(&self) -> Vec<BlockHash> {
         // in the order of the pool: blocks of one chain were mostly taken one after the other
         let named = self.contents.iter().flatten().map(|content| content.hash());
@@ -360,19 +359,19 @@ impl KvCache {
         on_device.chain(self.host.hashes().filter(|hash| !self.by_hash.contains_key(hash))).collect()
     }
 
-    /// What changed since the last call.
+    /// Changes since the last call.
     pub fn drain_changes(&mut self) -> Delta {
         self.changes.drain()
     }
 
-    /// Replaces what a findable block is known to hold, as a forger of names would; for tests.
+    /// Replaces the content of a cached block, as a forger of names would; for tests.
     #[cfg(test)]
     pub(crate) fn forge(&mut self, content: Arc<BlockContent>) {
         let block = self.by_hash[&content.hash()];
         self.contents[block as usize] = Some(content);
     }
 
-    /// Checks every invariant; for tests.
+    /// Checks all invariants; for tests.
     #[cfg(test)]
     pub(crate) fn check(&self) {
         self.pool.check();

@@ -16,12 +16,12 @@ fn hashes_of(blocks: &[Arc<BlockContent>]) -> Vec<BlockHash> {
     blocks.iter().map(|block| block.hash()).collect()
 }
 
-/// How many of the first blocks are there.
+/// Number of leading cached blocks.
 fn found(cache: &KvCache, blocks: &[Arc<BlockContent>]) -> usize {
     cache.find(blocks).total
 }
 
-/// Total, used, cached, reserved.
+/// Total, used, cached and reserved blocks.
 fn usage(cache: &KvCache) -> [usize; 4] {
     let usage = cache.usage();
     [usage.total, usage.used, usage.cached, usage.reserved]
@@ -35,7 +35,7 @@ fn fill(cache: &mut KvCache, lease: &mut Lease, hashes: &[Arc<BlockContent>]) {
 }
 
 #[test]
-fn a_prefix_is_found_shared_and_given_up_end_first() {
+fn finds_shares_and_evicts_a_prefix_from_its_end() {
     let mut cache = KvCache::new(4, 0);
     let hashes = chain(1, 3);
     let mut first = cache.admit(&hashes, 4).unwrap();
@@ -59,9 +59,9 @@ fn a_prefix_is_found_shared_and_given_up_end_first() {
     cache.check();
 }
 
-/// The prompt is notified at once, the response in one chunk when it is whole; what nobody heard of goes unheard.
+/// Blocks of the prompt are reported immediately, blocks of the output together when they are released.
 #[test]
-fn generated_blocks_are_found_at_once_and_told_when_they_are_given_back() {
+fn finds_generated_blocks_immediately_and_reports_them_on_release() {
     let mut cache = KvCache::new(8, 0);
     let hashes = chain(1, 4);
     let mut first = cache.admit(&hashes, 4).unwrap();
@@ -79,13 +79,13 @@ fn generated_blocks_are_found_at_once_and_told_when_they_are_given_back() {
     cache.release(second);
     assert_eq!(cache.drain_changes(), Delta { stored: hashes_of(&hashes[1..3]), evicted: vec![] });
     cache.release(first);
-    assert!(cache.drain_changes().is_empty(), "told once");
+    assert!(cache.drain_changes().is_empty(), "reported once");
     assert_eq!(cache.snapshot().len(), 3);
     cache.check();
 }
 
 #[test]
-fn blocks_that_hold_the_same_are_named_once() {
+fn names_equal_blocks_once() {
     let mut cache = KvCache::new(4, 0);
     let hashes = chain(1, 2);
     let mut first = cache.admit(&[], 2).unwrap();
@@ -94,7 +94,7 @@ fn blocks_that_hold_the_same_are_named_once() {
     fill(&mut cache, &mut second, &hashes);
     assert_eq!(cache.drain_changes().stored.len(), 2);
     cache.release(second);
-    assert_eq!(cache.usage().cached, 0, "the unnamed copies are free at once");
+    assert_eq!(cache.usage().cached, 0, "the unnamed copies are free immediately");
     cache.release(first);
     assert_eq!(cache.usage().cached, 2);
     assert_eq!(cache.flush(), 2);
@@ -103,7 +103,7 @@ fn blocks_that_hold_the_same_are_named_once() {
 }
 
 #[test]
-fn forgotten_blocks_are_not_found_but_stay_with_their_users() {
+fn keeps_forgotten_blocks_for_their_sequences_only() {
     let mut cache = KvCache::new(2, 0);
     let hashes = chain(1, 2);
     let mut lease = cache.admit(&hashes, 2).unwrap();
@@ -116,9 +116,10 @@ fn forgotten_blocks_are_not_found_but_stay_with_their_users() {
     cache.check();
 }
 
-/// What a forger of names would reach: a block with a wanted name and another content, on the device and in host memory.
+/// The state that a forger of names would reach: a cached block with a given name and another content, on the device
+/// and in host memory.
 #[test]
-fn a_block_of_the_same_name_that_holds_something_else_is_a_miss() {
+fn misses_a_block_of_the_same_name_and_other_content() {
     let blocks = chain(1, 3);
     let other = *chain(2, 1)[0].token_ids();
     for forged in [blocks[1].forged(&other), blocks[1].behind_another_prefix()] {
@@ -134,13 +135,13 @@ fn a_block_of_the_same_name_that_holds_something_else_is_a_miss() {
         assert!(!cache.contains(&blocks[1]) && cache.contains(&forged));
         let mut lease = cache.admit(&blocks, 3).unwrap();
         assert_eq!(lease.blocks.len(), 1, "nothing behind it is used either");
-        // what is computed instead has the name only when the other one is gone
+        // the recomputed block gets the name only after the other block is evicted
         fill(&mut cache, &mut lease, &blocks);
         assert_eq!(cache.find(&blocks), miss);
         cache.release(lease);
         cache.check();
 
-        // both go to host memory, where one name has one place
+        // both go to host memory, which has one block per name
         let lease = cache.admit(&chain(3, 4), 4).map(|mut lease| {
             cache.grow(&mut lease, 4);
             lease
@@ -153,7 +154,7 @@ fn a_block_of_the_same_name_that_holds_something_else_is_a_miss() {
     }
 }
 
-/// What the blocks of device and host hold.
+/// Simulated content of the blocks of device and host.
 struct Memory {
     device: Vec<Option<BlockHash>>,
     host: Vec<Option<BlockHash>>,
@@ -175,32 +176,32 @@ impl Memory {
 }
 
 #[test]
-fn what_the_device_gives_up_comes_back_from_host_memory_and_its_oldest_goes_first() {
+fn fetches_evicted_blocks_from_host_memory_and_evicts_its_oldest() {
     let mut cache = KvCache::new(3, 3);
     let (first, second, third) = (chain(1, 2), chain(2, 3), chain(3, 3));
     let mut lease = cache.admit(&first, 3).unwrap();
     fill(&mut cache, &mut lease, &first);
     cache.release(lease);
-    // copied ahead of its end: the later block of the prefix first, at most one a step
+    // copied in advance: the later block of the prefix first, at most one per step
     assert_eq!(cache.spill(3, 1), [BlockCopy::ToHost { block: 1, host: 0 }]);
     let mut lease = cache.admit(&second, 3).unwrap();
     fill(&mut cache, &mut lease, &second);
-    // taking the third block moved the first one: that was not copied ahead
+    // taking the third block evicted the first one, which was not copied in advance
     assert_eq!(cache.take_copies(), [BlockCopy::ToHost { block: 0, host: 1 }]);
     cache.release(lease);
     assert_eq!(cache.find(&first), Found { on_device: 0, total: 2, in_host: 2, mismatch: false });
     assert_eq!(cache.drain_changes().stored.len(), 5);
 
-    // back again: the device's oldest makes room, and host memory's oldest that nobody needs
+    // fetched again: the oldest blocks of the device and unpinned blocks of host memory make room
     let mut lease = cache.admit(&first, 2).unwrap();
     assert_eq!(lease.blocks.len(), 2);
     assert_eq!(cache.take_copies().len(), 2, "into the one place that was left: what the lease wants is pinned");
     assert_eq!(cache.drain_changes().evicted, hashes_of(&second[2..]), "neither here nor there");
     assert_eq!(cache.fetch(&mut lease, 1).len(), 1);
-    assert_eq!(cache.host_pinned(), 2, "one on its way, one still wanted");
+    assert_eq!(cache.host_pinned(), 2, "one in flight, one still required");
     cache.begin_step();
     assert_eq!(cache.host_pinned(), 1);
-    // its caller leaves
+    // the caller disconnects
     cache.release(lease);
     assert_eq!(cache.host_pinned(), 0);
     assert_eq!(found(&cache, &first), 2, "its copies stay");
@@ -238,9 +239,9 @@ fn actions() -> impl Strategy<Value = Vec<Action>> {
 
 proptest! {
     #[test]
-    fn no_block_is_lost_or_given_twice(blocks in 1u32..24, host_blocks in prop_oneof![Just(0u32), 1u32..20], actions in actions()) {
+    fn loses_no_block_and_hands_none_out_twice(blocks in 1u32..24, host_blocks in prop_oneof![Just(0u32), 1u32..20], actions in actions()) {
         let mut cache = KvCache::new(blocks, host_blocks);
-        // what each block holds: by the copies that steps do
+        // content of each block, according to the copies of the steps
         let mut memory = Memory::new(blocks, host_blocks);
         let mut running: Vec<(Lease, Vec<Arc<BlockContent>>)> = Vec::new();
         let mut watched: HashSet<BlockHash> = HashSet::new();
@@ -248,10 +249,10 @@ proptest! {
             match action {
                 Action::Admit { family, length } => {
                     let hashes = chain(u32::from(family), length);
-                    // as the scheduler does: the last block is always computed
+                    // like the scheduler: the last block is always computed
                     if let Some(mut lease) = cache.admit(&hashes[..length - 1], length) {
                         prop_assert_eq!(lease.blocks.len() + lease.reserved, length);
-                        // a step or two until all is there
+                        // one or two steps until all blocks are fetched
                         memory.copy(&cache.take_copies());
                         while !lease.fetches.is_empty() {
                             cache.begin_step();

@@ -1,5 +1,5 @@
-//! How many sequences wait and run, counted where a request is accepted, so that a full queue responds at
-//! once and not after the step that happens to run.
+//! Counts waiting and running sequences when a request is accepted, so that a full queue refuses it immediately and not
+//! after the current step.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 use super::error::EngineError;
 use super::request::Class;
 
-/// The counters of one engine.
+/// Counters of one engine.
 #[derive(Debug, Default)]
 pub(crate) struct AdmissionPermits {
     interactive: AtomicU32,
@@ -18,7 +18,7 @@ pub(crate) struct AdmissionPermits {
     empty: Notify,
 }
 
-/// A sequence's place: in the queue, then among those that run. Dropping it leaves both.
+/// Permit of one sequence: counted in the queue, then among the running sequences. Dropping it ends both.
 #[derive(Debug)]
 pub(crate) struct AdmissionPermit {
     places: Arc<AdmissionPermits>,
@@ -27,7 +27,7 @@ pub(crate) struct AdmissionPermit {
 }
 
 impl AdmissionPermits {
-    /// A place at the end of a queue in which at most `limit` sequences may wait.
+    /// A permit at the end of a queue that holds at most `limit` sequences.
     pub(crate) fn queue(self: &Arc<Self>, class: Class, limit: u32) -> Result<AdmissionPermit, EngineError> {
         self.queue_of(class)
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| (waiting < limit).then_some(waiting + 1))
@@ -36,12 +36,12 @@ impl AdmissionPermits {
         Ok(AdmissionPermit { places: self.clone(), class, waiting: true })
     }
 
-    /// Sequences that wait or run.
+    /// Number of waiting and running sequences.
     pub(crate) fn active(&self) -> u32 {
         self.active.load(Ordering::Acquire)
     }
 
-    /// Until no sequence waits or runs.
+    /// Completes when no sequence waits or runs.
     pub(crate) async fn until_empty(&self) {
         loop {
             let empty = self.empty.notified();
@@ -61,7 +61,7 @@ impl AdmissionPermits {
 }
 
 impl AdmissionPermit {
-    /// The sequence begins to run.
+    /// Counts the sequence as running instead of waiting.
     pub(crate) fn leave_queue(&mut self) {
         if std::mem::take(&mut self.waiting) {
             self.places.queue_of(self.class).fetch_sub(1, Ordering::AcqRel);
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_full_queue_refuses_and_an_empty_engine_is_noticed() {
+    async fn refuses_at_the_limit_and_reports_an_empty_engine() {
         let places = Arc::new(AdmissionPermits::default());
         let mut first = places.queue(Class::Interactive, 1).unwrap();
         let refused = places.queue(Class::Interactive, 1);

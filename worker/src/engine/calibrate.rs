@@ -1,4 +1,5 @@
-//! How fast a group is, measured at its start: what its record says, and what chunks are cut by.
+//! Measures the speed of a group at its start. The group's record announces the speed, and the scheduler sizes chunks
+//! by it.
 
 use std::time::Instant;
 
@@ -8,21 +9,21 @@ use bora_common::registry::Speed;
 use super::step::{Admission, RunError, Step, StepRunner, Tokens, Work};
 use crate::sample::SamplingParams;
 
-/// Steps of a kind that are timed; the fastest counts.
+/// Timed steps of each kind; the fastest counts.
 const REPEATS: usize = 3;
-/// Context of the first attempt at timing attention.
+/// Context of the first attempt to time attention.
 const NEAR_CONTEXT: usize = 4_096;
-/// Attention is timed well where it makes a step longer by this share.
+/// Attention is timed reliably if it makes a step longer by this share.
 const VISIBLE: f64 = 0.25;
-/// No longer context is tried once a step takes this long.
+/// Longer contexts are not tried after a step takes this long.
 const LONG_STEP_SECONDS: f64 = 0.5;
 
-/// Times steps of an idle runner whose sequences may have `positions` positions: a prompt's first `chunk` tokens,
-/// decode steps, and `chunk` tokens so far into a prompt that attention shows. Returns its speed and the number of
-/// steps that it has run by then.
+/// Times steps of an idle runner whose sequences may have `positions` positions: the first `chunk` tokens of a prompt,
+/// decode steps, and `chunk` tokens after a context that is long enough for attention to be measurable. Returns the
+/// speed and the number of steps that were run.
 ///
-/// The far tokens attend to whatever the cache holds; nobody looks at what they say. A device's first step pays for
-/// what later ones find ready, and is not counted.
+/// The tokens after a long context attend to arbitrary cache contents; their output is ignored. The first step of each
+/// kind is a warm-up and is not counted.
 pub fn calibrate(runner: &mut dyn StepRunner, chunk: usize, positions: usize) -> Result<(Speed, u64), RunError> {
     let chunk = chunk.min(positions.saturating_sub(REPEATS)).max(1);
     let mut probe = Probe { runner, steps: 0, position: 0, blocks: 0, release: false };
@@ -45,7 +46,7 @@ pub fn calibrate(runner: &mut dyn StepRunner, chunk: usize, positions: usize) ->
     }
     probe.submit(Step { release: vec![0], ..Step::default() })?;
     let tokens = chunk as f64;
-    // the first chunk has its pairs with itself
+    // the first chunk includes the attention of its own tokens to each other
     let linear = (first - seconds_per_pair * tokens * tokens / 2.0).max(first * 0.1);
     let speed = Speed {
         prefill_tokens_per_second: tokens / linear.max(1e-9),
@@ -73,7 +74,8 @@ impl Probe<'_> {
         Ok(fastest)
     }
 
-    /// Seconds of `count` tokens of a new sequence after `context` tokens, as if those had been found in the cache.
+    /// Seconds of `count` tokens of a new sequence after `context` tokens, as if the context had been found in the
+    /// cache.
     fn prompt(&mut self, count: usize, context: usize) -> Result<f64, RunError> {
         let mut step = Step::default();
         if std::mem::replace(&mut self.release, true) {
@@ -86,7 +88,7 @@ impl Probe<'_> {
             prompt_ids: Vec::new(),
             generated_ids: Vec::new(),
         });
-        // token IDs below every vocabulary; which ones does not matter for the time
+        // token IDs below every vocabulary size; the values do not matter for the time
         self.work(step, Tokens::Ids((0..count).map(|i| (i % 7) as u32).collect()))
     }
 
@@ -127,7 +129,7 @@ mod tests {
     use crate::backend::fake::{FakeOptions, FakeRunner};
 
     #[test]
-    fn a_fake_group_is_as_fast_as_it_was_told_to_be() {
+    fn measures_the_configured_speed_of_a_fake_group() {
         let options = FakeOptions {
             prefill_tokens_per_second: 20_000.0,
             prefill_seconds_per_token_pair: 2e-7,
@@ -138,19 +140,19 @@ mod tests {
         let mut runner = FakeRunner::new(options);
         let (speed, steps) = calibrate(&mut runner, 1024, 6_400).unwrap();
         assert_eq!(steps, 11);
-        // the machine may be slow, never fast
+        // a slow machine may be slower than configured, never faster
         let share = speed.prefill_tokens_per_second / 20_000.0;
         assert!(share < 1.3 && share > 0.2, "{speed:?}");
         let share = speed.prefill_seconds_per_token_pair / 2e-7;
         assert!(share > 0.5 && share < 2.0, "{speed:?}");
         assert!(speed.decode_step_seconds >= 0.0099 && speed.decode_step_seconds < 0.05, "{speed:?}");
-        // and it runs on from there
+        // the engine continues from this step
         runner.submit(Step { id: steps + 1, ..Step::default() }).unwrap();
         assert_eq!(runner.collect().unwrap().id, steps + 1);
     }
 
     #[test]
-    fn a_tiny_cache_is_enough() {
+    fn fits_into_a_tiny_cache() {
         let mut runner = FakeRunner::new(FakeOptions { time_scale: 0.0, kv_blocks: 2, ..FakeOptions::default() });
         assert!(calibrate(&mut runner, 4096, 128).is_ok());
     }

@@ -1,4 +1,4 @@
-//! What an engine is given at its start.
+//! Configuration of an engine.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,26 +13,26 @@ use crate::engine::step::HostMemory;
 use crate::grammar::Grammars;
 use crate::speculate::SpeculativeOptions;
 
-/// What an operator may tune.
+/// Options that an operator may tune.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineOptions {
-    /// Sequences that run at once.
+    /// Maximum sequences that run at the same time.
     pub max_num_seqs: u32,
-    /// Tokens in a step, whatever the time they take; at least `max_num_seqs`.
+    /// Maximum tokens of a step, at least `max_num_seqs`.
     pub max_num_batched_tokens: u32,
-    /// Predicted time of a step while streams are being decoded: prompts are cut into chunks that fit. Where absent 50 ms, or
-    /// where that is longer what a decode step and 1,024 tokens of prompts take, at most ten decode steps.
+    /// Target time of a step while sequences decode: prompts are cut into chunks that fit. Default: 50 ms, or the time
+    /// of a decode step plus 1,024 prompt tokens if that is longer, limited to ten decode steps.
     #[serde(deserialize_with = "some_seconds")]
     pub step_seconds: Option<Duration>,
-    /// The same while nothing is being decoded: how long a new request or an abort may have to wait.
+    /// Target time of a step while no sequence decodes: bounds how long a new request or an abort waits.
     #[serde(deserialize_with = "seconds")]
     pub idle_step_seconds: Duration,
-    /// Sequences that may wait, for each priority class; one more is refused.
+    /// Maximum waiting sequences of each priority class; further ones are refused.
     pub max_waiting: u32,
-    /// Whether computed blocks are found again.
+    /// Whether later sequences reuse computed blocks.
     pub prefix_cache: bool,
-    /// How token IDs are drafted; if absent, a CPU draft tokens as [`SpeculativeOptions`] do by themselves, other devices do not.
+    /// Speculative decoding. Default: on a CPU as in [`SpeculativeOptions::default`], on other devices off.
     pub speculative: Option<SpeculativeOptions>,
 }
 
@@ -51,50 +51,50 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// Rows of a step whose logits are wanted, at most: backends size their buffers by it.
+    /// Maximum rows of logits in a step; backends size their buffers by it.
     pub fn max_logit_rows(&self) -> usize {
         (self.max_num_seqs as usize + crate::schedule::MAX_SCORED_POSITIONS).min(self.max_num_batched_tokens as usize)
     }
 }
 
-/// Everything the engine has to know of its group.
+/// Everything that the engine needs to know of its group.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
-    /// What an operator may tune.
+    /// Options that an operator may tune.
     pub options: EngineOptions,
-    /// Changes with every start of the group; in every event.
+    /// Epoch of the group, part of every event.
     pub epoch: u64,
     /// Blocks of KV cache.
     pub kv_blocks: u32,
-    /// Host memory that blocks may go to.
+    /// Host memory for offloaded blocks.
     pub host: HostMemory,
-    /// Longest prompt plus output, tokens.
+    /// Maximum tokens of prompt plus output.
     pub max_model_len: u32,
-    /// Ids are below this.
+    /// Vocabulary size: token IDs are below it.
     pub vocabulary_size: u32,
-    /// Ids that end a sequence unless it ignores them.
+    /// Token IDs that end a sequence unless it ignores them.
     pub eos_ids: Vec<u32>,
-    /// Whether images are taken.
+    /// Whether the group accepts images.
     pub images: bool,
-    /// How fast the group is, for the time of a chunk.
+    /// Measured speed, from which the time of a chunk is predicted.
     pub speed: Speed,
-    /// Prompts get this many tokens of a step, however slow it already is.
+    /// Minimum prompt tokens of a step, however long the step takes.
     pub least_chunk: usize,
-    /// Steps that the runner ran before: the first one of the engine follows them.
+    /// Number of steps that the runner has run already; the engine's first step follows them.
     pub steps_run: u64,
-    /// What compiles grammars; `None` refuses them.
+    /// Compiler of grammars; `None` refuses requests with a grammar.
     pub grammars: Option<Arc<Grammars>>,
-    /// What blocks and images are named under.
+    /// Keys of block and image names.
     pub keys: ClusterKeys,
 }
 
-/// The engine can't start like this.
+/// Why the engine can't start with a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("engine: {0}")]
 pub struct EngineConfigError(String);
 
 impl EngineConfig {
-    /// As announced in the group's record.
+    /// The configuration that the group's record announces.
     pub fn of_group(record: &GroupRecord, eos_ids: Vec<u32>, options: EngineOptions, keys: ClusterKeys) -> Self {
         Self {
             options: EngineOptions { max_num_seqs: record.max_sequences, ..options },
@@ -113,7 +113,7 @@ impl EngineConfig {
         }
     }
 
-    /// Refuses what can't work.
+    /// Refuses an invalid configuration. The error names the key and the limit.
     pub fn check(&self) -> Result<(), EngineConfigError> {
         let wrong = |reason: String| Err(EngineConfigError(reason));
         let options = &self.options;
@@ -134,7 +134,7 @@ impl EngineConfig {
             return wrong("max_waiting must be at least 1".into());
         }
         if self.max_model_len < 2 {
-            return wrong("max_model_len must be at least 2: one token in, one token out".into());
+            return wrong("max_model_len must be at least 2: one prompt token and one output token".into());
         }
         if u64::from(self.max_model_len) > self.kv_tokens() {
             return wrong(format!(
@@ -145,7 +145,10 @@ impl EngineConfig {
             ));
         }
         if let Some(id) = self.eos_ids.iter().find(|id| **id >= self.vocabulary_size) {
-            return wrong(format!("end-of-sequence id {id} lies outside the vocabulary of {}", self.vocabulary_size));
+            return wrong(format!(
+                "end-of-sequence token ID {id} lies outside the vocabulary of {}",
+                self.vocabulary_size
+            ));
         }
         Ok(())
     }

@@ -1,29 +1,29 @@
-//! Why a sequence can't be run or came to a bad end, in the terms of the gRPC contract.
+//! Errors of a sequence, in the terms of the gRPC contract.
 
-/// What a caller is given; [`service`](crate::service) makes gRPC codes of it.
+/// Why a sequence was refused or failed; [`service`](crate::service) maps it to a gRPC code.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// It can never run here.
+    /// The request can never run on this group.
     #[error("{field}: {reason}")]
     Invalid {
-        /// The field of the request.
+        /// Field of the request.
         field: &'static str,
-        /// What is wrong with it, and the limit.
+        /// What is wrong with the field, and the limit.
         reason: String,
     },
     /// The queue is full.
     #[error("{waiting} sequences of this priority are waiting already; try another group or later")]
     Exhausted {
-        /// How many wait.
+        /// Sequences in the queue.
         waiting: u32,
     },
-    /// The group is loading, draining or dead: another one may take it.
+    /// The group is loading, draining or dead; another group may accept the request.
     #[error("{reason}; retry elsewhere")]
     Unavailable {
         /// Why.
         reason: String,
     },
-    /// This sequence alone failed.
+    /// Only this sequence failed.
     #[error("{reason}")]
     Internal {
         /// Why.

@@ -1,4 +1,4 @@
-//! What everybody else sees of the engine.
+//! The interface of the engine: handles, health and drain.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -26,54 +26,54 @@ use crate::grammar::{GrammarError, GrammarSource, Grammars, PrepareError};
 use crate::schedule::Scheduler;
 use crate::telemetry::engine::EngineMetrics;
 
-/// Commands besides requests that may be under way.
+/// Capacity for pending commands other than requests.
 const SPARE_COMMANDS: usize = 64;
-/// How often a command is tried again that did not fit.
+/// Retry interval of a command that did not fit.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// What a group's engine is up to.
+/// Health of a group's engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EngineHealth {
-    /// Takes requests.
+    /// Accepts requests.
     Ready,
-    /// Takes nothing new.
+    /// Refuses new requests.
     Draining,
-    /// A step takes much longer than predicted; not ready until it is done.
+    /// A step takes much longer than predicted; the engine is not ready until the step completes.
     Stalled {
         /// The step.
         step: u64,
-        /// How much longer than predicted.
+        /// Time beyond the prediction.
         overdue: Duration,
     },
-    /// The loop ended, or a step takes so long that it will never end.
+    /// The loop ended, or a step has been overdue for [`LOST_AFTER`](super::LOST_AFTER).
     Failed {
-        /// In the ranks' words.
+        /// Reason, as the ranks report it.
         reason: String,
     },
 }
 
-/// Whether new sequences are taken.
+/// Whether new sequences are accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Intake {
     Open,
-    /// Until [`EngineHandle::resume`].
+    /// Refused until [`EngineHandle::resume`].
     Drained,
-    /// For good: the process ends.
+    /// Refused for good, because the process ends.
     Closed,
 }
 
-/// The group can't take sequences again.
+/// Why the group can't accept sequences again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResumeError {
-    /// Its process ends.
+    /// The process is ending.
     #[error("the process of the group is ending")]
     Ending,
-    /// The engine is gone.
+    /// The engine ended.
     #[error(transparent)]
     Engine(#[from] EngineError),
 }
 
-/// Started and running; cheap to clone. The loop ends when the last clone is gone and the last sequence
+/// Handle of a running engine; cheap to clone. The loop ends when the last handle is dropped and the last sequence has
 /// ended.
 #[derive(Clone)]
 pub struct EngineHandle {
@@ -93,24 +93,24 @@ struct Inner {
     metrics: Arc<EngineMetrics>,
 }
 
-/// Looks at an engine without keeping it alive.
+/// Observes an engine without keeping it alive.
 #[derive(Clone)]
 pub(crate) struct EngineObserver {
     load: watch::Receiver<v1::Load>,
-    /// What it counts.
+    /// Metrics of the engine.
     pub(crate) metrics: Arc<EngineMetrics>,
 }
 
 impl EngineObserver {
-    /// How busy the group is, as of its last step.
+    /// Load of the group as of its last step.
     pub(crate) fn load(&self) -> v1::Load {
         *self.load.borrow()
     }
 }
 
 impl EngineHandle {
-    /// Starts the loop on a thread of its own. The thread ends with the error that ended the group, or
-    /// with `Ok` when the last handle is gone.
+    /// Starts the loop on its own thread. The thread returns the error that ended the group, or `Ok` after the last
+    /// handle was dropped.
     pub fn start(
         config: EngineConfig,
         runner: Box<dyn StepRunner>,
@@ -137,7 +137,7 @@ impl EngineHandle {
         let thread = std::thread::Builder::new().name("engine".into()).spawn({
             let failure = failure.clone();
             move || {
-                // says "failed" when dropped, also by a panic
+                // reports the failure when it is dropped, even by a panic
                 let ended = EndOfLoop { failure, failed: failed_sender };
                 let outcome = engine.run();
                 if let Err(error) = &outcome {
@@ -161,18 +161,19 @@ impl EngineHandle {
         Ok((Self { inner: Arc::new(inner) }, thread))
     }
 
-    /// What the engine was started with.
+    /// Configuration of the engine.
     pub fn config(&self) -> &EngineConfig {
         &self.inner.config
     }
 
-    /// Queues a request; returns at once. The stream begins with `GrammarCompiled`, when its grammar has, then `Started`, when
-    /// the sequence leaves the queue, and ends with `Finished` or an error. Dropping it aborts the sequence within a step.
+    /// Queues a request and returns without waiting. The stream begins with `GrammarCompiled` (if the request has a
+    /// grammar), then `Started` (when the sequence leaves the queue), and ends with `Finished` or an error. Dropping
+    /// the stream aborts the sequence within a step.
     pub fn generate(&self, request: v1::GenerateRequest) -> Result<EventStream, EngineError> {
         self.generate_under(request, None)
     }
 
-    /// The same, traced on every rank under `trace`.
+    /// Like [`Self::generate`], with spans under `trace` on every rank.
     pub fn generate_under(
         &self,
         request: v1::GenerateRequest,
@@ -212,7 +213,8 @@ impl EngineHandle {
         }
     }
 
-    /// The sequence waits in its place of the queue until its grammar has compiled. Its stream says when, or ends with why not.
+    /// Holds the sequence's place in the queue until its grammar has compiled. The stream reports the compilation, or
+    /// ends with its error.
     fn enqueue_when_compiled(&self, mut sequence: Sequence, source: &GrammarSource, grammars: &Grammars) {
         let inner = &self.inner;
         let (commands, intake) = (inner.commands.clone(), inner.intake.subscribe());
@@ -233,7 +235,7 @@ impl EngineHandle {
                                 command.refuse(EngineError::Exhausted { waiting });
                                 return;
                             }
-                            // dropping it ends its stream
+                            // dropping the command ends its stream
                             Err(TrySendError::Disconnected(_)) => return,
                         }
                     }
@@ -245,38 +247,39 @@ impl EngineHandle {
         );
     }
 
-    /// What it counts.
+    /// Metrics of the engine.
     pub(crate) fn metrics(&self) -> &Arc<EngineMetrics> {
         &self.inner.metrics
     }
 
-    /// For whoever reports the engine without using it.
+    /// An observer, which does not keep the engine alive.
     pub(crate) fn observer(&self) -> EngineObserver {
         EngineObserver { load: self.inner.load.clone(), metrics: self.inner.metrics.clone() }
     }
 
-    /// How busy the group is, as of its last step.
+    /// Load of the group as of its last step.
     pub fn load(&self) -> v1::Load {
         *self.inner.load.borrow()
     }
 
-    /// Everything the group holds, then everything that changes. The stream ends when its reader is too
-    /// slow, and when the engine ends: watch again.
+    /// Sends a snapshot of the group, then every change. The stream ends if its reader is too slow or the engine ends;
+    /// the caller should watch again.
     pub async fn watch(&self, watcher: String) -> Result<mpsc::Receiver<v1::GroupEvent>, EngineError> {
         let (events, receiver) = oneshot::channel();
         self.command(Command::Watch { watcher, events }).await?;
         receiver.await.map_err(|_| self.gone())
     }
 
-    /// Forgets every cached block that no running sequence uses; returns how many.
+    /// Drops every cached block that no running sequence uses; returns their number.
     pub async fn flush(&self) -> Result<u32, EngineError> {
         let (blocks, receiver) = oneshot::channel();
         self.command(Command::Flush { blocks }).await?;
         receiver.await.map_err(|_| self.gone())
     }
 
-    /// Takes nothing new until [`Self::resume`], sends what waits elsewhere, lets what runs finish within `timeout` and
-    /// sends the rest elsewhere. Returns how many finished and how many did not.
+    /// Refuses new sequences until [`Self::resume`], ends waiting sequences as unavailable, lets running sequences
+    /// continue for `timeout` and then ends the rest as unavailable. Returns the number of sequences that finished and
+    /// that did not.
     pub async fn drain(&self, timeout: Duration) -> Result<(u32, u32), EngineError> {
         self.inner.intake.send_if_modified(|intake| {
             let is_open = *intake == Intake::Open;
@@ -294,7 +297,7 @@ impl EngineHandle {
         self.run_empty(timeout).await
     }
 
-    /// Takes sequences again after [`Self::drain`]; without one it changes nothing.
+    /// Accepts sequences again after [`Self::drain`]; otherwise changes nothing.
     pub async fn resume(&self) -> Result<(), ResumeError> {
         let mut ending = false;
         self.inner.intake.send_if_modified(|intake| {
@@ -318,12 +321,12 @@ impl EngineHandle {
         self.command(Command::Drain { running }).await?;
         let begun = match tokio::time::timeout_at(deadline, receiver).await {
             Ok(running) => running.map_err(|_| self.gone())?,
-            // a step takes longer than there is time
+            // a step takes longer than the timeout
             Err(_) => self.inner.places.active(),
         };
         let in_time = tokio::select! {
             emptied = tokio::time::timeout_at(deadline, self.inner.places.until_empty()) => emptied.is_ok(),
-            // resumed: what runs now runs on
+            // resumed: running sequences continue
             _ = intake.wait_for(|intake| *intake == Intake::Open) => true,
         };
         if in_time {
@@ -334,7 +337,7 @@ impl EngineHandle {
         Ok((begun.saturating_sub(unfinished), unfinished))
     }
 
-    /// Whether the group gets on.
+    /// Health of the group, derived from the progress of its steps.
     pub fn health(&self) -> EngineHealth {
         if let Some(reason) = self.failure() {
             return EngineHealth::Failed { reason };
@@ -349,14 +352,14 @@ impl EngineHandle {
         }
     }
 
-    /// Completes with the reason when the loop ended or a step will never end: then the process should end
-    /// too. Owns no handle, so it does not keep the engine alive.
+    /// Completes with the reason if the loop ended or a step never completes; the process should then exit. The future
+    /// holds no handle, so it does not keep the engine alive.
     pub fn failed(&self) -> impl Future<Output = String> + Send + 'static {
         let (progress, failure) = (self.inner.progress.clone(), self.inner.failure.clone());
         let mut failed = self.inner.failed.clone();
         async move {
             loop {
-                // an error means that the sender is gone: the loop ended
+                // an error means that the sender was dropped, so the loop ended
                 let ended = tokio::time::timeout(Duration::from_secs(1), failed.wait_for(|failed| *failed)).await;
                 if ended.is_ok() {
                     return failure.get().cloned().unwrap_or_else(|| "the engine ended".into());
@@ -393,13 +396,13 @@ impl EngineHandle {
     }
 }
 
-/// The engine can't start.
+/// Why the engine can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineStartError {
-    /// The configuration can't work.
+    /// The configuration is invalid.
     #[error(transparent)]
     Config(#[from] EngineConfigError),
-    /// No thread.
+    /// The thread could not be started.
     #[error("engine thread: {0}")]
     Thread(#[from] std::io::Error),
 }

@@ -1,9 +1,9 @@
-//! The engine: one loop per group on its leader, and what a step is.
+//! The engine: the loop on the leader that schedules, runs and samples, and the definition of a step.
 //!
-//! # The front
+//! # Interface
 //!
-//! Whoever has a [`StepRunner`](step::StepRunner) (the ranks of a real model, or the
-//! [fake](crate::backend::fake)) starts the engine with it and serves the handle:
+//! A caller starts the engine with a [`StepRunner`](step::StepRunner) (the ranks of a real model, or the
+//! [fake](crate::backend::fake)) and serves the handle:
 //!
 //! ```no_run
 //! # use bora_worker::{backend::fake::{FakeOptions, FakeRunner}, engine::{EngineConfig, EngineHandle, EngineOptions}};
@@ -21,18 +21,23 @@
 //! # Ok(()) }
 //! ```
 //!
-//! - [`EngineHandle::generate`] checks a request, queues it and returns the stream of its events.
+//! - [`EngineHandle::generate`] checks a request, queues it and returns its event stream.
 //! - [`EngineHandle::watch`], [`load`](EngineHandle::load), [`flush`](EngineHandle::flush),
-//!   [`drain`](EngineHandle::drain), [`resume`](EngineHandle::resume), [`health`](EngineHandle::health): for routers and operators.
-//! - [`EngineHandle::failed`] completes when the group can't continue; the process then ends, so that the
-//!   group is created again. Every stream has been given `UNAVAILABLE` by then.
+//!   [`drain`](EngineHandle::drain), [`resume`](EngineHandle::resume) and [`health`](EngineHandle::health) serve
+//!   routers and operators.
+//! - [`EngineHandle::failed`] completes if the group fails. Every stream has ended with `UNAVAILABLE` by then. The
+//!   process should exit, so that the group is started again.
 //!
-//! # Inside
+//! # Parts
 //!
-//! [`run`](self) is the loop, on a plain thread; `sequence` is one request's life; `stream` carries its
-//! events out without ever blocking; `places` counts who waits, so that a full queue refuses at once;
-//! `watch` reports watchers what changed; `progress` is what health is judged by. What runs when is decided
-//! in [`schedule`](crate::schedule).
+//! - [`run`](self): the loop, on its own thread.
+//! - `sequence`: the state of one sequence, from the queue to its last token.
+//! - `stream`: the events of a sequence on their way to the caller; it never blocks the loop.
+//! - `admission_permits`: counts waiting and running sequences, so that a full queue refuses a request immediately.
+//! - `watch`: reports changes to watchers.
+//! - `progress`: completed steps, from which health is derived.
+//!
+//! [`schedule`](crate::schedule) decides what runs when.
 
 pub(crate) mod admission_permits;
 mod calibrate;

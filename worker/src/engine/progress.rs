@@ -1,24 +1,24 @@
-//! Whether the engine gets on: health is progress, not an open port.
+//! Progress of the engine's steps. Health is derived from progress, not from an open port.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Without a completed step for this long (on top of what the steps in flight are predicted to take) while
-/// work is queued, a group is not ready.
+/// A group is not ready if no step completes for this long (beyond the predicted time of the steps in flight) while
+/// work is queued.
 pub const STALLED_AFTER: Duration = Duration::from_secs(5);
-/// The same until the group is given up.
+/// A group counts as failed if no step completes for this long, measured in the same way.
 pub const LOST_AFTER: Duration = Duration::from_secs(30);
 
-/// ChatInput by the loop, read by anybody.
+/// Written by the loop, read by any thread.
 #[derive(Debug)]
 pub(crate) struct Progress {
     base: Instant,
     busy: AtomicBool,
-    /// Milliseconds after `base`.
+    /// Time of the last progress, in milliseconds after `base`.
     last: AtomicU64,
-    /// Milliseconds that the steps in flight are predicted to take.
+    /// Predicted time of the steps in flight, milliseconds.
     predicted: AtomicU64,
-    /// The step that runs.
+    /// Step that runs.
     step: AtomicU64,
 }
 
@@ -37,7 +37,7 @@ impl Progress {
         self.base.elapsed().as_millis() as u64
     }
 
-    /// A step was handed in, or came to its end.
+    /// Records that a step was submitted or completed.
     pub(crate) fn moved(&self, step: u64, in_flight: usize, predicted_seconds: f64) {
         self.predicted.store((predicted_seconds * 1e3) as u64, Ordering::Relaxed);
         self.step.store(step, Ordering::Relaxed);
@@ -45,7 +45,7 @@ impl Progress {
         self.busy.store(in_flight > 0, Ordering::Release);
     }
 
-    /// The oldest step that is not complete, and how much longer than predicted it has been running.
+    /// The oldest incomplete step, and its time beyond the prediction.
     pub(crate) fn overdue(&self) -> Option<(u64, Duration)> {
         if !self.busy.load(Ordering::Acquire) {
             return None;

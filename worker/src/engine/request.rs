@@ -1,4 +1,4 @@
-//! A request that was checked against everything that could make it impossible to run here.
+//! A checked request: everything that could make it impossible to run on this group has been refused.
 
 use bora_common::blocks::ImageSpan;
 use bora_proto::v1;
@@ -8,57 +8,57 @@ use super::error::EngineError;
 use crate::grammar::{GrammarError, GrammarSource};
 use crate::sample::SamplingParams;
 
-/// Bytes of a request id.
+/// Maximum bytes of a request ID.
 pub(crate) const MAX_REQUEST_ID: usize = 256;
-/// Bytes of a cache salt.
+/// Maximum bytes of a cache salt.
 pub(crate) const MAX_CACHE_SALT: usize = 256;
-/// Stop token IDs of a request.
+/// Maximum stop token IDs of a request.
 pub(crate) const MAX_STOP_IDS: usize = 256;
-/// Pairs of a logit bias.
+/// Maximum entries of a logit bias.
 pub(crate) const MAX_LOGIT_BIAS: usize = 1_024;
-/// Alternatives listed at a position.
+/// Maximum logprob alternatives per position.
 pub(crate) const MAX_LOGPROBS: u32 = 20;
-/// Images of a request.
+/// Maximum images of a request.
 pub(crate) const MAX_IMAGES: usize = 256;
-/// Bytes of an encoded image.
+/// Maximum bytes of an encoded image.
 pub(crate) const MAX_IMAGE_BYTES: usize = 20 * 1024 * 1024;
 
-/// Which queue a sequence waits in.
+/// Priority class, which is also the queue that a sequence waits in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Class {
-    /// Somebody is waiting for it.
+    /// A user is waiting for the response.
     Interactive,
-    /// It gets what interactive sequences leave.
+    /// Runs with the capacity that interactive sequences leave.
     Batch,
 }
 
-/// A request as the scheduler needs it.
+/// A request in the form that the scheduler needs.
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
-    /// For the logs.
+    /// Request ID for logs.
     pub request_id: String,
-    /// The prompt, then what was generated elsewhere.
+    /// The prompt, then tokens that another group generated.
     pub token_ids: Vec<u32>,
-    /// Length of the prompt alone.
+    /// Tokens of the prompt alone.
     pub prompt_len: usize,
-    /// How token IDs are sampled.
+    /// Sampling parameters.
     pub sampling: SamplingParams,
-    /// Generated token IDs at most, those of another group included.
+    /// Maximum generated tokens, those of another group included.
     pub max_tokens: u32,
-    /// Ids that end it, but not before `sampling.min_tokens` were generated.
+    /// Token IDs that end the sequence once `sampling.min_tokens` tokens were generated.
     pub end_ids: Vec<u32>,
-    /// Alternatives at each prompt position, where prompt logprobs are wanted.
+    /// Alternatives at each prompt position, if prompt logprobs are requested.
     pub prompt_logprobs: Option<u32>,
     /// Images within the prompt.
     pub images: Vec<ImageSpan>,
-    /// Separates tenants.
+    /// Cache salt, which separates tenants.
     pub salt: Vec<u8>,
-    /// Which queue it waits in.
+    /// Priority class.
     pub class: Class,
 }
 
 impl Request {
-    /// Checks everything; the error names the field and the limit.
+    /// Checks a request against the group's configuration. The error names the field and the limit.
     pub(crate) fn check(request: v1::GenerateRequest, config: &EngineConfig) -> Result<Self, EngineError> {
         let class = match request.priority() {
             v1::Priority::Batch => Class::Batch,
@@ -100,7 +100,10 @@ impl Request {
         }
         sampling.grammar = request.grammar.map(|grammar| check_grammar(grammar, config)).transpose()?;
         if sampling.grammar.is_some() && sampling.min_tokens > 0 {
-            return Err(EngineError::invalid("stopping.min_tokens", "can't be kept where a grammar ends the text"));
+            return Err(EngineError::invalid(
+                "stopping.min_tokens",
+                "is not supported with a grammar, which may end the output earlier",
+            ));
         }
         Ok(Self {
             request_id: request.request_id,
@@ -108,7 +111,7 @@ impl Request {
             sampling,
             max_tokens: stopping.max_tokens,
             end_ids,
-            // a resumed request has had them already
+            // a resumed request received them from its first group
             prompt_logprobs: logprobs.prompt_top.filter(|_| request.generated_len == 0),
             token_ids: request.token_ids,
             images,
@@ -118,7 +121,7 @@ impl Request {
     }
 }
 
-/// A grammar within its limits; it is compiled later.
+/// Checks the limits of a grammar; it is compiled later.
 fn check_grammar(grammar: v1::Grammar, config: &EngineConfig) -> Result<GrammarSource, EngineError> {
     let invalid = |GrammarError(reason): GrammarError| EngineError::invalid("grammar", reason);
     if config.grammars.is_none() {
@@ -138,7 +141,7 @@ fn outside(field: &'static str, id: u32, config: &EngineConfig) -> EngineError {
     EngineError::invalid(field, format!("id {id} lies outside the vocabulary (0..{})", config.vocabulary_size))
 }
 
-/// Returns the length of the prompt alone.
+/// Returns the number of prompt tokens.
 fn check_token_ids(request: &v1::GenerateRequest, config: &EngineConfig) -> Result<usize, EngineError> {
     let total = request.token_ids.len();
     let generated = request.generated_len as usize;
@@ -147,7 +150,7 @@ fn check_token_ids(request: &v1::GenerateRequest, config: &EngineConfig) -> Resu
         return Err(EngineError::invalid("token_ids", reason));
     }
     let prompt_len = total - generated;
-    // one token at least has to fit behind the prompt
+    // at least one token must fit after the prompt
     let longest = config.max_model_len as usize - 1;
     if prompt_len > longest || total > config.max_model_len as usize {
         return Err(EngineError::invalid(
@@ -172,7 +175,7 @@ fn check_images(images: &[v1::Image], prompt_len: usize, config: &EngineConfig) 
         let Ok(hash) = <[u8; 16]>::try_from(&image.hash[..]) else {
             return Err(EngineError::invalid("images.hash", "must have 16 bytes"));
         };
-        // a block is as good as its images: their names are not taken on trust
+        // the content of a block depends on its images, so their hashes are verified
         if config.keys.image_hash(&image.data) != u128::from_le_bytes(hash) {
             return Err(EngineError::invalid("images.hash", "is not that of the data under this cluster's keys"));
         }

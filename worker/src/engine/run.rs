@@ -1,5 +1,5 @@
-//! The loop: takes requests in, hands steps to the ranks, gives token IDs out. One thread, never blocked by a
-//! caller; it waits only for the device, or for something to do.
+//! The engine loop: receives commands, submits steps to the ranks, delivers tokens. It runs on one thread, never blocks
+//! on a caller, and waits only for the device or for commands.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,28 +17,28 @@ use super::watch::Subscribers;
 use crate::schedule::Scheduler;
 use crate::telemetry::engine::{EngineMetrics, StepShape};
 
-/// While the steps in flight take longer than this, the next one is not made ahead: making it takes so much less
-/// that the device would not notice, and who comes meanwhile would wait for one more step.
+/// If the steps in flight take longer than this, the next step is not planned ahead. Planning takes so much less time
+/// that the device would hardly idle, and a new request would otherwise wait for one more step.
 const LONG_STEPS_SECONDS: f64 = 0.1;
 
-/// What the loop is asked to do.
+/// A command to the loop.
 pub(crate) enum Command {
     /// Run a sequence.
     Generate(Box<Sequence>),
-    /// Report somebody of everything that changes.
+    /// Report every change to a watcher.
     Watch { watcher: String, events: oneshot::Sender<mpsc::Receiver<v1::GroupEvent>> },
-    /// Forget cached blocks; how many they were.
+    /// Drop cached blocks; returns their number.
     Flush { blocks: oneshot::Sender<u32> },
-    /// End what waits, report the watchers; how many continue running.
+    /// End waiting sequences and report the drain to watchers; returns the number of running sequences.
     Drain { running: oneshot::Sender<u32> },
-    /// Report the watchers that sequences are taken again.
+    /// Report to watchers that sequences are accepted again.
     Resume,
-    /// End everything.
+    /// End all sequences.
     EndAll { reason: String },
 }
 
 impl Command {
-    /// Ends the sequence that the loop has no room for.
+    /// Refuses the command if it starts a sequence, because the loop's channel is full.
     pub(crate) fn refuse(self, error: EngineError) {
         if let Self::Generate(sequence) = self {
             sequence.events.end(Err(error));
@@ -46,7 +46,7 @@ impl Command {
     }
 }
 
-/// What the loop works with.
+/// State of the loop.
 pub(crate) struct EngineLoop {
     pub(crate) scheduler: Scheduler,
     pub(crate) runner: Box<dyn StepRunner>,
@@ -55,16 +55,16 @@ pub(crate) struct EngineLoop {
     pub(crate) progress: Arc<Progress>,
     pub(crate) load: watch::Sender<v1::Load>,
     pub(crate) metrics: Arc<EngineMetrics>,
-    /// Of the steps in flight, the oldest first.
+    /// Shapes of the steps in flight, oldest first.
     pub(crate) shapes: VecDeque<StepShape>,
 }
 
 impl EngineLoop {
-    /// Runs until every handle is gone and every sequence ended (`Ok`), or until the group can't continue.
+    /// Runs until every handle is dropped and every sequence has ended (`Ok`), or until the group fails.
     pub(crate) fn run(mut self) -> Result<(), RunError> {
         let outcome = self.run_loop();
         if let Err(error) = &outcome {
-            tracing::error!(%error, "the group can't continue");
+            tracing::error!(%error, "group failed");
             self.scheduler.fail_all(&EngineError::unavailable(error.to_string()));
         }
         outcome
@@ -99,7 +99,7 @@ impl EngineLoop {
         }
     }
 
-    /// Takes in whatever has come; false once nobody can send any more.
+    /// Receives all pending commands; false if all senders were dropped.
     fn take_commands(&mut self) -> bool {
         loop {
             match self.commands.try_recv() {
@@ -134,7 +134,7 @@ impl EngineLoop {
             Command::Watch { watcher, events } => {
                 tracing::info!(watcher, "watched");
                 let receiver = self.watchers.add(watcher, &mut self.scheduler);
-                // whoever asked may be gone: then nobody reads, and the next event finds that out
+                // if the caller is gone, the next event finds the channel closed
                 let _ = events.send(receiver);
             }
             Command::Flush { blocks } => {

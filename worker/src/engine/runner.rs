@@ -1,12 +1,12 @@
-//! Runs steps on one rank: keeps each slot's block table, checks the step, makes the batch, and hands it to
-//! the backend.
+//! Runs steps on one rank: keeps the block table of each slot, checks the step, builds the batch and submits it to the
+//! backend.
 //!
-//! Where a sequence has a grammar, its mask for the next sample depends on the id sampled last. The forward pass of a step is
-//! therefore submitted first, and while the device computes it, the token IDs of the step before are waited for, the
-//! grammars move on and masks are made; then the sampling is submitted.
+//! If a sequence has a grammar, its next mask depends on its last token. The forward pass of a step is therefore
+//! submitted first. While the device computes it, the runner collects the tokens of the previous step, advances the
+//! grammars and makes the masks; then it submits the sampling.
 //!
-//! A step that does not fit what this rank knows is a bug of whoever made it, and ends the group with
-//! [`RunError::Invalid`]; it never reaches the backend.
+//! A step that contradicts the tables of this rank is a bug of the scheduler. It ends the group with
+//! [`RunError::Invalid`] and never reaches the backend.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -37,33 +37,33 @@ pub struct ModelRunner<B: Backend> {
     admitted: u64,
     last_step: u64,
     pending: VecDeque<Pending>,
-    /// Of the oldest pending steps that ran: collected from the backend before anybody asked.
+    /// Results of the oldest pending steps, collected from the backend before the caller asked for them.
     collected: VecDeque<SampleResults>,
 }
 
-/// What steps are checked against.
+/// Bounds that steps are checked against.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     /// Sizes that the backend was built for.
     pub limits: Limits,
     /// Blocks of the KV cache.
     pub kv_blocks: usize,
-    /// Ids 0..vocabulary_size.
+    /// Vocabulary size: token IDs are below it.
     pub vocabulary_size: usize,
 }
 
 #[derive(Default)]
 struct Sequence {
-    /// Unique: a slot is reused, a number is not.
+    /// Unique number: a slot is reused, a number is not.
     number: u64,
     blocks: Vec<BlockId>,
-    /// Positions in the KV cache; unknown until the first work, which may begin behind cached blocks.
+    /// Positions in the KV cache; `None` until the first work, which may begin after cached blocks.
     computed: Option<u32>,
     has_sampled: bool,
     grammar: Option<SequenceGrammar>,
 }
 
-/// The grammar of a sequence. It is begun beside the steps: until the first sample nobody waits for it.
+/// The grammar of a sequence. It is prepared in the background, because it is not needed before the first sample.
 enum SequenceGrammar {
     Beginning(Receiver<Result<GrammarState, GrammarError>>),
     Begun(Box<Result<GrammarState, GrammarError>>),
@@ -88,16 +88,16 @@ impl SequenceGrammar {
     }
 }
 
-/// A submitted step whose results are awaited.
+/// A submitted step that is not collected.
 struct Pending {
     id: u64,
-    /// Whether the backend was given anything.
+    /// Whether the step submitted work to the backend.
     ran: bool,
     /// Slot, first position and number of entries of each prompt's logprobs.
     prompts: Vec<(Slot, u32, usize)>,
-    /// Number of the sequence of each sample, in order.
+    /// Sequence number of each sample, in order.
     draws: Vec<u64>,
-    /// Sequences whose grammar can't continue.
+    /// Sequences whose grammar failed.
     faults: Vec<(Slot, SequenceFault)>,
 }
 
@@ -120,19 +120,19 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
-    /// With what compiles grammars; without it, a sequence that has one fails at its first sample.
+    /// Adds the compiler of grammars. Without it, a sequence with a grammar fails at its first sample.
     pub fn with_grammars(mut self, grammars: Option<Arc<Grammars>>) -> Self {
         self.grammars = grammars;
         self
     }
 
-    /// With host memory that the backend has taken.
+    /// Adds host memory that the backend has allocated.
     pub fn with_host_memory(mut self, host: HostMemory) -> Self {
         self.host = host;
         self
     }
 
-    /// Checks a step against the tables and changes them; returns what the backend shall do.
+    /// Checks a step against the tables and updates them; returns the work of the backend.
     fn prepare(&mut self, step: &Step) -> Result<(Batch, Vec<SampleRequest>, Pending), String> {
         if step.id != self.last_step + 1 {
             return Err(format!("its id follows {}: a step was lost or came twice", self.last_step));
@@ -142,7 +142,9 @@ impl<B: Backend> ModelRunner<B> {
             let (BlockCopy::ToHost { block, host } | BlockCopy::FromHost { host, block }) = *copy;
             if block as usize >= self.bounds.kv_blocks || host >= self.host.blocks {
                 let (blocks, host_blocks) = (self.bounds.kv_blocks, self.host.blocks);
-                return Err(format!("{copy:?} where there are {blocks} blocks and {host_blocks} in host memory"));
+                return Err(format!(
+                    "{copy:?} lies outside the {blocks} blocks and {host_blocks} blocks of host memory"
+                ));
             }
         }
         for slot in &step.release {
@@ -177,7 +179,7 @@ impl<B: Backend> ModelRunner<B> {
         }
         if batch.logit_rows.len() > limits.logit_rows {
             return Err(format!(
-                "it wants {} rows of logits, at most {} fit",
+                "it requests {} rows of logits, at most {} fit",
                 batch.logit_rows.len(),
                 limits.logit_rows
             ));
@@ -191,7 +193,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok((batch, requests, pending))
     }
 
-    /// Checks a chunk of work and changes its sequence's table.
+    /// Checks the work of a sequence and updates the sequence's table.
     fn accept(&mut self, work: &Work, worked: &mut [bool]) -> Result<(), String> {
         let bounds = self.bounds;
         let vocabulary = bounds.vocabulary_size;
@@ -224,17 +226,17 @@ impl<B: Backend> ModelRunner<B> {
         match &work.tokens {
             Tokens::Ids(ids) => {
                 if let Some(id) = ids.iter().find(|id| **id as usize >= vocabulary) {
-                    return Err(format!("id {id} is not in the vocabulary of {vocabulary}"));
+                    return Err(format!("token ID {id} is not in the vocabulary of {vocabulary}"));
                 }
             }
             Tokens::Sampled if !sequence.has_sampled => {
-                return Err("it continues a sampled id, but nothing was sampled".to_owned());
+                return Err("it continues a sampled token, but no token was sampled".to_owned());
             }
             Tokens::Sampled => {}
         }
         let drafts = work.drafts as usize;
         if drafts > 0 && (drafts >= count || !work.sample || work.prompt_logprobs.is_some()) {
-            return Err(format!("{drafts} draft tokens among {count} tokens of which nothing else is wanted"));
+            return Err(format!("{drafts} draft tokens among {count} tokens, which must be known and sampled"));
         }
         if let Some(prompt) = &work.prompt_logprobs {
             if prompt.targets.len() != count && prompt.targets.len() + 1 != count {
@@ -249,7 +251,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(())
     }
 
-    /// Adds an accepted chunk of work to the batch.
+    /// Adds accepted work to the batch.
     fn append(
         &self,
         work: &Work,
@@ -291,7 +293,7 @@ impl<B: Backend> ModelRunner<B> {
         }
     }
 
-    /// Returns the sequences whose grammar failed.
+    /// Submits the batch and the sampling; returns the sequences whose grammar failed.
     fn run(
         &mut self,
         step: &Step,
@@ -314,7 +316,7 @@ impl<B: Backend> ModelRunner<B> {
         Ok(faults)
     }
 
-    /// Gives the samples of sequences with a grammar their masks.
+    /// Adds masks to the samples of sequences with a grammar.
     fn mask(&mut self, requests: &mut [SampleRequest]) -> Result<Vec<(Slot, SequenceFault)>, BackendError> {
         let constrained = |request: &SampleRequest| match request {
             SampleRequest::Next { slot, .. } => {
@@ -353,14 +355,14 @@ impl<B: Backend> ModelRunner<B> {
         Ok(faults)
     }
 
-    /// Waits for the samples of the oldest step that were not collected, and moves the grammars on.
+    /// Collects the samples of the oldest uncollected step and advances the grammars.
     fn collect_early(&mut self) -> Result<(), BackendError> {
         let results = self.backend.collect()?;
         let pending = self.pending.iter().filter(|pending| pending.ran).nth(self.collected.len());
         for ((slot, sampled_tokens), number) in
             results.sampled.iter().zip(pending.iter().flat_map(|pending| &pending.draws))
         {
-            // not the sequence that has the slot by now
+            // not the sequence that occupies the slot now
             let sequence = self.slots[*slot as usize].as_mut().filter(|sequence| sequence.number == *number);
             let Some(grammar) = sequence.and_then(|sequence| sequence.grammar.as_mut()) else { continue };
             let (SequenceGrammar::Begun(begun), Ok(sampled_tokens)) = (grammar, sampled_tokens) else { continue };
@@ -455,7 +457,7 @@ impl Masking<'_> {
         let Ok(state) = &mut self.grammar else { return };
         match state.masks_along(self.drafts) {
             Ok(masks) => {
-                // behind a draft token that the grammar forbids nothing is sampled
+                // nothing is sampled after a draft token that the grammar forbids
                 self.drafts.truncate(masks.len() - 1);
                 *self.masks = masks;
             }

@@ -1,4 +1,4 @@
-//! One sequence, from the queue to its last token.
+//! State of one sequence, from the queue to its last token.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,59 +16,59 @@ use crate::engine::step::{Admission, PositionLogprobs, Slot, TokenLogprob};
 use crate::grammar::Prepared;
 use crate::speculate::Speculator;
 
-/// A sequence that waits or runs.
+/// A waiting or running sequence.
 pub(crate) struct Sequence {
     /// Unique within the engine: a slot is reused, a key is not.
     pub(crate) key: u64,
-    /// What was asked for; its `token_ids` are moved to `ids`.
+    /// The request; its `token_ids` are moved to `ids`.
     pub(crate) request: Request,
-    /// Prompt, resumed and sampled token IDs, as far as they are known.
+    /// Known tokens: the prompt, tokens of another group, and sampled tokens.
     pub(crate) ids: Vec<u32>,
-    /// Ids known from the start: what prefill computes.
+    /// Tokens known from the start, which prefill computes.
     pub(crate) initial_len: usize,
-    /// Length at which it ends for lack of room.
+    /// Length at which the sequence ends because it has no more room.
     pub(crate) limit_len: usize,
     chain: BlockChain,
     /// All full blocks of `ids`.
     pub(crate) blocks: Vec<Arc<BlockContent>>,
-    /// Class that decides its turn: raised while a more urgent sequence waits for its blocks.
+    /// Effective class: raised while a more urgent sequence waits for a block of this one.
     pub(crate) class: Class,
-    /// Where it waits for a block that another sequence computes: that block.
+    /// The block that another sequence computes and this one waits for.
     pub(crate) waits_for: Option<BlockHash>,
-    /// Tokens it adds to the queue, as estimated when it came.
+    /// Estimated tokens that the sequence adds to the queue.
     pub(crate) queued_tokens: usize,
-    /// Its blocks.
+    /// Blocks of the sequence.
     pub(crate) lease: Lease,
-    /// Blocks of the lease that the ranks know.
+    /// Blocks of the lease that were sent to the ranks.
     pub(crate) sent_blocks: usize,
     /// Leading blocks that were found or published.
     pub(crate) published: usize,
-    /// Tokens found in the cache.
+    /// Prompt tokens found in the prefix cache.
     pub(crate) cached_tokens: usize,
     /// Positions whose KV is computed by the steps submitted so far.
     pub(crate) computed: usize,
     /// Samples submitted and not collected.
     pub(crate) samples_in_flight: usize,
-    /// Whether the ranks know it.
+    /// Whether the ranks have admitted the sequence.
     pub(crate) admitted_on_ranks: bool,
-    /// What draft tokens at its token IDs, once it runs and where that is wanted.
+    /// Proposer of draft tokens while the sequence runs, if speculation is enabled.
     pub(crate) speculator: Option<Speculator>,
-    /// Where its events go.
+    /// Sender of the sequence's events.
     pub(crate) events: EventSender,
-    /// Keeps its grammar from being compiled again.
+    /// Keeps the compiled grammar in the cache.
     pub(crate) grammar: Option<Prepared>,
-    /// What its work is traced under.
+    /// Trace context of the sequence's spans.
     pub(crate) trace: Option<TraceContext>,
     place: AdmissionPermit,
     created: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
-    /// Steps it took part in.
+    /// Steps that included the sequence.
     pub(crate) steps: u32,
 }
 
 impl Sequence {
-    /// Hashes the whole prompt: a few milliseconds for a very long one, on the caller's thread.
+    /// Hashes the whole prompt on the caller's thread: a few milliseconds for a very long prompt.
     pub(crate) fn new(
         key: u64,
         mut request: Request,
@@ -111,13 +111,13 @@ impl Sequence {
         }
     }
 
-    /// Blocks that hold everything it can ever need: the last sampled id is never computed.
+    /// Number of blocks for everything that the sequence can need. The last sampled token is never computed.
     pub(crate) fn blocks_needed(&self) -> usize {
         self.initial_len.max(self.limit_len - 1).div_ceil(BLOCK_TOKENS)
     }
 
-    /// Blocks that may come from the cache: the last known token is always computed, since somebody has to
-    /// say what follows it, and a prompt whose logprobs are wanted is computed whole.
+    /// Blocks that may come from the cache. The last known token is always computed, because its logits are needed, and
+    /// a prompt with prompt logprobs is computed whole.
     pub(crate) fn cacheable(&self) -> &[Arc<BlockContent>] {
         if self.request.prompt_logprobs.is_some() {
             return &[];
@@ -125,9 +125,9 @@ impl Sequence {
         &self.blocks[..(self.initial_len - 1) / BLOCK_TOKENS]
     }
 
-    /// Leaves the queue with its lease, of which the first blocks were found in the cache.
+    /// Leaves the queue with a lease whose first blocks were found in the cache.
     pub(crate) fn start(&mut self, lease: Lease, now: Instant) {
-        // what is still to be fetched can't be found by others yet
+        // other sequences can't find blocks that are still to be fetched
         let first_fetched = lease.fetches.front().map(|fetch| fetch.to);
         self.published =
             lease.blocks.iter().position(|block| Some(*block) == first_fetched).unwrap_or(lease.blocks.len());
@@ -143,27 +143,27 @@ impl Sequence {
         });
     }
 
-    /// Whether blocks of its prefix have yet to come from host memory.
+    /// Whether blocks of the prefix must still be fetched from host memory.
     pub(crate) fn fetches(&self) -> bool {
         !self.lease.fetches.is_empty()
     }
 
-    /// Whether known tokens have yet to be computed.
+    /// Whether known tokens must still be computed.
     pub(crate) fn prefills(&self) -> bool {
         self.computed < self.initial_len
     }
 
-    /// Ids known or on their way.
+    /// Tokens known or in flight.
     pub(crate) fn expected_len(&self) -> usize {
         self.ids.len() + self.samples_in_flight
     }
 
-    /// Whether the next step may compute the id sampled last and sample another.
+    /// Whether the next step may compute the last sampled token and sample another.
     pub(crate) fn decodes(&self) -> bool {
         !self.prefills() && self.computed < self.expected_len() && self.expected_len() < self.limit_len
     }
 
-    /// What the ranks have to know at its first step.
+    /// The admission of the sequence to the ranks in its first step.
     pub(crate) fn admission(&self, slot: Slot) -> Admission {
         let prompt_len = self.request.prompt_len;
         let needs_prompt = self.request.sampling.repetition_penalty != 1.0;
@@ -175,7 +175,7 @@ impl Sequence {
         }
     }
 
-    /// A sampled id became known; notifies the caller, and says why the sequence ends, if it does.
+    /// Adds a sampled token, sends it to the caller and returns the finish reason if the sequence ends.
     pub(crate) fn push(
         &mut self,
         token_id: u32,
@@ -193,7 +193,7 @@ impl Sequence {
         self.finish_reason()
     }
 
-    /// Why a sequence with the token IDs known so far ends, if it does.
+    /// Finish reason for the tokens known so far, if the sequence ends.
     pub(crate) fn finish_reason(&self) -> Option<v1::FinishReason> {
         let generated = &self.ids[self.request.prompt_len..];
         if let Some(last) = generated.last()
@@ -205,14 +205,14 @@ impl Sequence {
         (self.ids.len() >= self.limit_len).then_some(v1::FinishReason::Length)
     }
 
-    /// A resumed sequence may already be at its end: its group died between its last id and the word that
-    /// it was the last.
+    /// Finish reason of a resumed sequence that is already complete: its first group failed after it sent the last
+    /// token and before it sent the end.
     pub(crate) fn ended_elsewhere(&self) -> Option<v1::FinishReason> {
         let resumed = self.initial_len > self.request.prompt_len;
         if resumed { self.finish_reason() } else { None }
     }
 
-    /// What its last event says.
+    /// The final event.
     pub(crate) fn finished(&self, reason: v1::FinishReason, now: Instant) -> v1::Finished {
         let started = self.started.unwrap_or(now);
         let first_token = self.first_token.unwrap_or(now);
@@ -231,7 +231,7 @@ impl Sequence {
     }
 }
 
-/// Logprobs as they go over the wire.
+/// Converts logprobs to the message of the gRPC contract.
 pub(crate) fn to_proto(logprobs: &PositionLogprobs) -> v1::PositionLogprobs {
     let token =
         |token: &TokenLogprob| v1::TokenLogprob { token_id: token.token_id, logprob: token.logprob, rank: token.rank };

@@ -1,8 +1,8 @@
-//! The way of a sequence's events from the loop to its caller.
+//! Events of a sequence on their way from the loop to the caller.
 //!
-//! Delivering never blocks and never fails: events gather in a buffer that is no larger than what the
-//! sequence can generate, since tokens that were not read yet are put together in one event. Dropping the
-//! [`EventStream`] notifies the loop that nobody reads any more.
+//! Delivery never blocks and never fails. Events gather in a buffer that is no larger than the output of the sequence,
+//! because unread tokens are merged into one event. Dropping the [`EventStream`] reports to the loop that the caller is
+//! gone.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -15,9 +15,9 @@ use futures::task::AtomicWaker;
 
 use super::error::EngineError;
 
-/// Ids put together in one event at most; keeps messages well below gRPC's limit of 4 MB.
+/// Maximum tokens of one event; keeps messages well below gRPC's limit of 4 MB.
 const MAX_TOKENS_IN_EVENT: usize = 4_096;
-/// The same where each has logprobs.
+/// Maximum tokens of one event if they have logprobs.
 const MAX_SCORED_TOKENS_IN_EVENT: usize = 256;
 
 #[derive(Default)]
@@ -29,7 +29,7 @@ struct Buffer {
     token_ids: VecDeque<u32>,
     logprobs: VecDeque<v1::PositionLogprobs>,
     end: Option<Result<v1::Finished, EngineError>>,
-    /// `end` was set, whether or not it was read.
+    /// `end` was set, even if it has been read.
     ended: bool,
 }
 
@@ -42,36 +42,36 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Buffer> {
-        // a buffer is whole after every statement that changes it
+        // every statement leaves the buffer consistent
         self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The loop's end.
+/// The loop's end of the stream.
 pub(crate) struct EventSender {
     shared: Arc<Shared>,
 }
 
-/// The caller's end: first `GrammarCompiled` where there is a grammar, then `Started`, then prompt logprobs, tokens and `Finished`, or an error that ends
-/// the stream. Dropping it aborts the sequence within a step.
+/// The caller's end of the stream: `GrammarCompiled` (if there is a grammar), `Started`, prompt logprobs, tokens and
+/// `Finished`, or an error that ends the stream. Dropping it aborts the sequence within a step.
 pub struct EventStream {
     shared: Arc<Shared>,
     done: bool,
 }
 
-/// Both ends of a sequence's events.
+/// Creates both ends of a stream.
 pub(crate) fn channel() -> (EventSender, EventStream) {
     let shared = Arc::new(Shared::default());
     (EventSender { shared: shared.clone() }, EventStream { shared, done: false })
 }
 
 impl EventSender {
-    /// Whether the caller is gone.
+    /// Whether the caller dropped the stream.
     pub(crate) fn is_closed(&self) -> bool {
         self.shared.closed.load(Ordering::Acquire)
     }
 
-    /// The same, asked later.
+    /// A function that returns whether the caller dropped the stream.
     pub(crate) fn closed(&self) -> impl Fn() -> bool + Send + use<> {
         let shared = self.shared.clone();
         move || shared.closed.load(Ordering::Acquire)
@@ -100,7 +100,7 @@ impl EventSender {
         self.shared.waker.wake();
     }
 
-    /// Ends the stream; only the first end counts.
+    /// Ends the stream; later calls have no effect.
     pub(crate) fn end(&self, end: Result<v1::Finished, EngineError>) {
         let mut buffer = self.shared.lock();
         if !buffer.ended {
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn events_come_in_order_and_unread_tokens_are_put_together() {
+    fn delivers_in_order_and_merges_unread_tokens() {
         let (sender, mut stream) = channel();
         assert_eq!(next(&mut stream), None, "nothing yet");
         for id in 0..5_000 {
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn both_ends_notice_that_the_other_is_gone() {
+    fn reports_a_dropped_end_to_the_other_end() {
         let (sender, stream) = channel();
         assert!(!sender.is_closed());
         drop(stream);

@@ -1,4 +1,4 @@
-//! The engine as its callers see it, with its thread and a fake group.
+//! Tests of the engine's interface, with its thread and a fake group.
 
 use std::time::{Duration, Instant};
 
@@ -62,7 +62,7 @@ fn echoed(prompt: &[u32], count: usize, fake: &FakeOptions) -> Vec<u32> {
 }
 
 #[tokio::test]
-async fn the_fake_echoes_and_recites() {
+async fn runs_echo_and_scripted_fakes() {
     let mut options = fake();
     options.echo_offset = 2;
     options.echo_ids_from = 1_000;
@@ -79,7 +79,7 @@ async fn the_fake_echoes_and_recites() {
     assert_eq!(finished.unwrap().reason(), v1::FinishReason::Stop);
     let (ids, _) = all(engine.generate(request(&[8, 9], 50)).unwrap()).await;
     assert_eq!(ids, [7, 2]);
-    // resumed in the middle of a script
+    // resumes in the middle of a script
     let resumed = v1::GenerateRequest { generated_len: 1, ..request(&[1, 60, 61, 4, 900], 50) };
     let (ids, finished) = all(engine.generate(resumed).unwrap()).await;
     assert_eq!(ids, [901, 2]);
@@ -87,7 +87,7 @@ async fn the_fake_echoes_and_recites() {
 }
 
 #[tokio::test]
-async fn a_resumed_sequence_that_is_complete_only_ends() {
+async fn ends_a_resumed_sequence_that_is_complete() {
     let (engine, _) = start(fake());
     let prompt: Vec<u32> = (10..20).collect();
     for (generated, max_tokens, reason) in
@@ -104,7 +104,7 @@ async fn a_resumed_sequence_that_is_complete_only_ends() {
 }
 
 #[tokio::test]
-async fn wrong_requests_name_the_field() {
+async fn names_the_field_of_an_invalid_request() {
     let (engine, _) = start(fake());
     let good = || request(&[1, 2, 3], 5);
     let sampling = |change: fn(&mut v1::Sampling)| {
@@ -154,12 +154,12 @@ async fn wrong_requests_name_the_field() {
             other => panic!("{expected}: {other:?}"),
         }
     }
-    // nothing of it is left in the queue
+    // refused requests leave nothing in the queue
     assert_eq!(all(engine.generate(good()).unwrap()).await.0.len(), 2, "1, then the end of sequence");
 }
 
 #[tokio::test]
-async fn images_are_checked_and_part_of_the_hash() {
+async fn checks_images_and_includes_them_in_the_hash() {
     let options = fake();
     let mut config = config(&options);
     config.images = true;
@@ -173,7 +173,7 @@ async fn images_are_checked_and_part_of_the_hash() {
     let with = |images| v1::GenerateRequest { images, ..request(&prompt, 1) };
     for wrong in [
         vec![v1::Image { hash: vec![1; 15], ..image(1, 0, 5) }],
-        // the name of another image: what it looks like would be kept under that name
+        // the hash of another image, under which this image would be cached
         vec![v1::Image { hash: image(2, 0, 5).hash, ..image(1, 0, 5) }],
         vec![image(1, 0, 0)],
         vec![image(1, 190, 11)],
@@ -190,7 +190,7 @@ async fn images_are_checked_and_part_of_the_hash() {
 }
 
 #[tokio::test]
-async fn a_full_queue_refuses_at_once_and_classes_have_queues_of_their_own() {
+async fn refuses_at_a_full_queue_of_each_class() {
     let mut options = fake();
     options.time_scale = 1.0;
     options.decode_step_seconds = 0.05;
@@ -207,7 +207,7 @@ async fn a_full_queue_refuses_at_once_and_classes_have_queues_of_their_own() {
     let batch = v1::GenerateRequest { priority: v1::Priority::Batch.into(), ..request(&[5], 1) };
     assert!(engine.generate(batch).is_ok());
     drop(streams);
-    // the places are free within a step
+    // the permits are free within a step
     let deadline = Instant::now() + Duration::from_secs(5);
     while engine.generate(request(&[5], 1)).is_err() {
         assert!(Instant::now() < deadline);
@@ -216,7 +216,7 @@ async fn a_full_queue_refuses_at_once_and_classes_have_queues_of_their_own() {
 }
 
 #[tokio::test]
-async fn a_group_that_dies_sends_everybody_elsewhere_and_says_why() {
+async fn reports_why_a_group_died_to_every_stream() {
     for die_at_step in [1, 5] {
         let mut options = fake();
         options.die_at_step = Some(die_at_step);
@@ -245,7 +245,7 @@ async fn a_group_that_dies_sends_everybody_elsewhere_and_says_why() {
 }
 
 #[tokio::test]
-async fn watchers_see_a_snapshot_and_then_every_change() {
+async fn sends_watchers_a_snapshot_and_then_every_change() {
     let (engine, thread) = start(fake());
     let prompt: Vec<u32> = (10..210).collect();
     all(engine.generate(request(&prompt, 10)).unwrap()).await.1.unwrap();
@@ -296,7 +296,7 @@ async fn watchers_see_a_snapshot_and_then_every_change() {
 }
 
 #[tokio::test]
-async fn draining_finishes_what_runs_and_refuses_the_rest() {
+async fn finishes_running_sequences_on_drain_and_refuses_others() {
     let mut options = fake();
     options.time_scale = 1.0;
     options.decode_step_seconds = 0.002;
@@ -327,7 +327,7 @@ async fn draining_finishes_what_runs_and_refuses_the_rest() {
 }
 
 #[tokio::test]
-async fn a_drained_engine_resumes_and_one_that_ends_does_not() {
+async fn resumes_after_a_drain_but_not_after_a_close() {
     let mut options = fake();
     options.time_scale = 1.0;
     let (engine, _) = start(options);
@@ -347,7 +347,7 @@ async fn a_drained_engine_resumes_and_one_that_ends_does_not() {
     }
     assert_eq!(states, [v1::State::Ready, v1::State::Draining, v1::State::Ready]);
 
-    // a drain that still waits ends with the resumption, and what runs is left alone
+    // a drain that still waits ends with the resume, and running sequences continue
     let mut long = engine.generate(request(&prompt, 1_500)).unwrap();
     long.next().await.unwrap().unwrap();
     let draining = tokio::spawn({
@@ -368,7 +368,7 @@ async fn a_drained_engine_resumes_and_one_that_ends_does_not() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_holds_nobody_up_and_loses_nothing() {
+async fn delivers_everything_to_a_slow_reader_without_blocking() {
     let options = fake();
     let (engine, _) = start(options.clone());
     let prompt: Vec<u32> = (10..60).collect();
@@ -377,7 +377,7 @@ async fn a_slow_reader_holds_nobody_up_and_loses_nothing() {
         let (ids, _) = all(engine.generate(request(&prompt, 2_000)).unwrap()).await;
         assert_eq!(ids.len(), 2_000);
     }
-    // its blocks are free when generation ends, not when somebody reads
+    // the blocks are free when generation ends, not when the caller reads
     let deadline = Instant::now() + Duration::from_secs(5);
     while engine.load().blocks_used > 0 {
         assert!(Instant::now() < deadline);
@@ -387,7 +387,7 @@ async fn a_slow_reader_holds_nobody_up_and_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_stalled_step_is_noticed() {
+async fn detects_a_stalled_step() {
     let progress = super::progress::Progress::new();
     assert_eq!(progress.overdue(), None, "idle");
     progress.moved(3, 1, 60.0);
@@ -402,7 +402,7 @@ async fn a_stalled_step_is_noticed() {
 }
 
 #[test]
-fn configurations_that_cannot_work_are_refused() {
+fn rejects_invalid_configurations() {
     let good = config(&fake());
     assert_eq!(good.check(), Ok(()));
     let with = |change: fn(&mut EngineConfig)| {

@@ -1,6 +1,6 @@
-//! Subscribers: a snapshot of the blocks first, then numbered deltas, load and state.
+//! Watchers of a group: a snapshot of the blocks first, then numbered deltas, load and state.
 //!
-//! Each watcher has a bounded channel. One that does not read is cut off: its stream ends, and it calls
+//! Each watcher has a bounded channel. A watcher that does not read is disconnected: its stream ends, and it must watch
 //! again for a new snapshot.
 
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use crate::cache::to_bytes;
 use crate::schedule::Scheduler;
 use crate::telemetry::engine::EngineMetrics;
 
-/// Events a watcher may lag behind.
+/// Maximum unread events of a watcher.
 const CAPACITY: usize = 4_096;
-/// Hashes in one part of a snapshot: 256 KiB.
+/// Hashes in one part of a snapshot (256 KiB).
 const SNAPSHOT_PART: usize = 16_384;
-/// Load is notified when it changed, but not more often than this.
+/// Minimum interval between load reports.
 const LOAD_INTERVAL: Duration = Duration::from_millis(50);
-/// Load is given at least this often, as a sign of life.
+/// Maximum interval between load reports, which also serve as heartbeats.
 pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
 
 struct Watcher {
@@ -29,7 +29,7 @@ struct Watcher {
 }
 
 impl Watcher {
-    /// False once the watcher is gone or cut off.
+    /// Sends an event; false if the watcher is gone or was disconnected.
     fn report(&mut self, epoch: u64, event: Event) -> bool {
         self.sequence += 1;
         let event = v1::GroupEvent { epoch, sequence: self.sequence, event: Some(event) };
@@ -37,14 +37,14 @@ impl Watcher {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Closed(_)) => false,
             Err(mpsc::error::TrySendError::Full(_)) => {
-                tracing::warn!(watcher = self.name, "cut off: it does not read its events");
+                tracing::warn!(watcher = self.name, "disconnected a watcher that does not read its events");
                 false
             }
         }
     }
 }
 
-/// Everybody who watches the group.
+/// All watchers of the group.
 pub(crate) struct Subscribers {
     epoch: u64,
     state: v1::State,
@@ -66,9 +66,9 @@ impl Subscribers {
         }
     }
 
-    /// A new watcher, who is first reported everything that is.
+    /// Adds a watcher and sends it a snapshot.
     pub(crate) fn add(&mut self, name: String, scheduler: &mut Scheduler) -> mpsc::Receiver<v1::GroupEvent> {
-        // the others hear of what the snapshot already has
+        // the snapshot includes these changes, so the other watchers must receive them first
         self.tell_changes(scheduler);
         let hashes = scheduler.snapshot();
         let parts: Vec<_> = hashes.chunks(SNAPSHOT_PART).collect();
@@ -88,7 +88,7 @@ impl Subscribers {
         receiver
     }
 
-    /// Reports what changed since the last call. Returns the load as it is now.
+    /// Reports changes since the last call; returns the current load.
     pub(crate) fn tell_changes(&mut self, scheduler: &mut Scheduler) -> v1::Load {
         let delta = scheduler.drain_changes();
         self.metrics.blocks(delta.stored.len(), delta.evicted.len(), scheduler.drain_mismatches());
@@ -108,13 +108,13 @@ impl Subscribers {
         load
     }
 
-    /// How long until a changed load may be given.
+    /// Time until a changed load may be reported.
     pub(crate) fn next_load_in(&self, load: &v1::Load) -> Duration {
         let interval = if *load == self.reported { HEARTBEAT } else { LOAD_INTERVAL };
         interval.saturating_sub(self.reported_at.elapsed()).max(Duration::from_millis(1))
     }
 
-    /// The group's life continues.
+    /// Sets and reports the state of the group.
     pub(crate) fn set_state(&mut self, state: v1::State) {
         if self.state != state {
             self.state = state;
@@ -134,7 +134,7 @@ mod tests {
     use crate::engine::{EngineConfig, EngineOptions};
 
     #[test]
-    fn who_does_not_read_is_cut_off_and_the_others_are_not() {
+    fn disconnects_only_the_watcher_that_does_not_read() {
         let fake = crate::backend::fake::FakeOptions::default();
         let mut scheduler = Scheduler::new(EngineConfig {
             options: EngineOptions::default(),

@@ -1,8 +1,9 @@
-//! The queue of grammars that are to be compiled.
+//! Queue of grammars to compile.
 //!
-//! Compiling can't be interrupted. It is bounded by the limits that are checked before and by the compiler's fuel; should one
-//! take longer than [`COMPILE_TIMEOUT`] all the same, its request is refused, and so is every later one with this grammar until
-//! the compiler is done with it: it keeps its place of [`COMPILERS`], so no more than that many can ever run.
+//! A compilation can't be interrupted. It is bounded by the limits that are checked before and by the compiler's fuel.
+//! If a compilation nevertheless takes longer than [`COMPILE_TIMEOUT`], its request is refused, and so is every later
+//! request with the same grammar until the compilation ends. It keeps its place among the [`COMPILERS`], so no more
+//! than that many ever run.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
@@ -11,24 +12,24 @@ use std::time::Duration;
 
 use super::{Compiled, Compiler, GrammarError, GrammarSource, PrepareError};
 
-/// Grammars that are compiled at once.
+/// Maximum concurrent compilations.
 const COMPILERS: usize = 2;
-/// How long a request waits for the compiler, its time in the queue not counted.
+/// Timeout of a compilation, without its time in the queue.
 const COMPILE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Stack of a thread that compiles: it follows names and schemas by recursion.
+/// Stack of a compiler thread, bytes: the compiler follows names and schemas by recursion.
 const COMPILE_STACK: usize = 64 << 20;
 
 pub(super) type Outcome = Result<Arc<Compiled>, PrepareError>;
 
-/// A grammar that somebody waits for.
+/// A queued compilation.
 pub(super) struct Job {
     pub(super) source: GrammarSource,
-    /// Whether somebody still does.
+    /// Whether a request still waits for the grammar.
     pub(super) is_wanted: Box<dyn Fn() -> bool + Send>,
     pub(super) done: Box<dyn FnOnce(Outcome) + Send>,
 }
 
-/// Threads that take jobs in their order, until the queue's sender is gone.
+/// Starts the threads that run jobs in order until the sender of the queue is dropped.
 pub(super) fn start(compiler: &Arc<Compiler>) -> Result<Sender<Job>, GrammarError> {
     let (jobs, receiver) = channel::<Job>();
     let receiver = Arc::new(Mutex::new(receiver));
@@ -47,7 +48,7 @@ fn run(compiler: &Weak<Compiler>, jobs: &Mutex<Receiver<Job>>) {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let (Ok(job), Some(compiler)) = (job, compiler.upgrade()) else { return };
         if !(job.is_wanted)() {
-            (job.done)(Err(PrepareError::Busy("nobody waits for it".into())));
+            (job.done)(Err(PrepareError::Busy("no request waits for it".into())));
             continue;
         }
         if let Some(found) = compiler.find(&job.source) {
@@ -55,7 +56,7 @@ fn run(compiler: &Weak<Compiler>, jobs: &Mutex<Receiver<Job>>) {
             continue;
         }
         let Some(compiling) = spawn(&compiler, &job.source) else {
-            (job.done)(Err(PrepareError::Busy("there is no thread to compile it".into())));
+            (job.done)(Err(PrepareError::Busy("no compiler thread could be started".into())));
             continue;
         };
         match compiling.recv_timeout(COMPILE_TIMEOUT) {
@@ -69,14 +70,14 @@ fn run(compiler: &Weak<Compiler>, jobs: &Mutex<Receiver<Job>>) {
                 tracing::warn!(bytes = job.source.text.len(), seconds, "a grammar takes too long to compile");
                 compiler.keep(&job.source, &Err(refusal.clone()));
                 (job.done)(Err(PrepareError::Refused(refusal)));
-                // the place is free again when the compiler is done
+                // the place is free again when the compilation ends
                 let _ = compiling.recv();
             }
         }
     }
 }
 
-/// Compiles on a thread of its own and keeps the outcome.
+/// Compiles on a separate thread and caches the outcome.
 pub(super) fn spawn(
     compiler: &Arc<Compiler>,
     source: &GrammarSource,

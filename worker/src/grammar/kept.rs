@@ -1,18 +1,18 @@
-//! What was compiled and what was refused, kept by the bytes that it takes.
+//! Cache of compiled and refused grammars, bounded by bytes.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Compiled, GrammarError, GrammarSource};
 
-/// Estimated bytes of compiled grammars that are kept for later requests.
+/// Maximum estimated bytes of cached compiled grammars.
 const MAX_KEPT_BYTES: usize = 128 << 20;
-/// Bytes of refused grammars that are kept with the reason.
+/// Maximum bytes of cached refused grammars and reasons.
 const MAX_REFUSED_BYTES: usize = 8 << 20;
-/// What an entry takes besides its text.
+/// Bytes of an entry beside its text.
 const BYTES_OF_ENTRY: usize = 256;
 
-/// Outcomes of compiling.
+/// Cached outcomes of compilations.
 pub(super) struct Kept {
     compiled: Lru<Arc<Compiled>>,
     refused: Lru<GrammarError>,
@@ -31,7 +31,7 @@ impl Kept {
 
     pub(super) fn add(&mut self, source: &GrammarSource, outcome: &Result<Arc<Compiled>, GrammarError>) {
         match outcome {
-            // one that a sequence holds is found again whatever else comes
+            // a grammar that a sequence holds is never evicted
             Ok(compiled) => {
                 let bytes = compiled.bytes();
                 self.compiled.add(source, compiled.clone(), bytes, |held| Arc::strong_count(held) == 1);
@@ -41,7 +41,7 @@ impl Kept {
     }
 }
 
-/// Values by their last use, until their bytes exceed a limit.
+/// Values by their last use, bounded by bytes.
 struct Lru<V> {
     limit: usize,
     bytes: usize,
@@ -67,7 +67,7 @@ impl<V: Clone> Lru<V> {
         Some(entry.value.clone())
     }
 
-    /// Adds a value and drops the oldest ones that `may_go`, until all fit.
+    /// Adds a value and evicts the least recently used values that `may_go` until all fit.
     fn add(&mut self, source: &GrammarSource, value: V, value_bytes: usize, may_go: impl Fn(&V) -> bool) {
         self.uses += 1;
         let bytes = BYTES_OF_ENTRY + source.text.len() + value_bytes;
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn keeps_what_was_used_last_within_its_bytes() {
+    fn keeps_recently_used_grammars_within_the_limit() {
         let mut kept = Lru::new(10_000);
         for number in 0..5 {
             kept.add(&source(number), number, 1_000, |_| true);
@@ -104,7 +104,7 @@ mod tests {
         assert_eq!(kept.bytes, 10_000);
         assert_eq!(kept.get(&source(0)), Some(0));
         kept.add(&source(5), 5, 1_000, |_| true);
-        assert_eq!(kept.get(&source(1)), None, "the oldest went");
+        assert_eq!(kept.get(&source(1)), None, "the oldest was evicted");
         assert_eq!((kept.get(&source(0)), kept.get(&source(5))), (Some(0), Some(5)));
         kept.add(&source(5), 6, 2_000, |held| *held != 0);
         assert_eq!((kept.get(&source(0)), kept.get(&source(5)), kept.bytes), (Some(0), Some(6), 9_000));

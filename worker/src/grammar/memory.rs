@@ -1,30 +1,30 @@
-//! What grammars take of the process's memory.
+//! Memory of grammars.
 //!
-//! llguidance does not count its tables exactly, so they are estimated from what it does count. The estimate is compared with
-//! what the allocator gave in `tests/grammar_memory.rs`.
+//! llguidance does not count its tables exactly, so they are estimated from what llguidance counts.
+//! `tests/grammar_memory.rs` compares the estimate with the allocator's count.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use llguidance::TokenParser;
 
-/// Bytes of the tables of one sequence's grammar.
+/// Maximum bytes of the tables of one sequence's grammar.
 pub const MAX_STATE_BYTES: usize = 32 << 20;
-/// Bytes of the tables of all sequences' grammars.
+/// Maximum bytes of the tables of all sequences' grammars.
 pub const MAX_LIVE_BYTES: usize = 1 << 30;
 
-/// Bytes of a unit of fuel: expressions, their derivatives and the tables that find them.
+/// Bytes per unit of fuel: expressions, their derivatives and the tables that index them.
 const BYTES_OF_FUEL: usize = 16;
-/// Bytes of a state of the lexer besides what it counts.
+/// Bytes per lexer state beside what the lexer counts.
 const BYTES_OF_STATE: usize = 160;
-/// Bytes of an item of a row of the parser, and its share of the row.
+/// Bytes per item of a parser row, with its share of the row.
 const BYTES_OF_ITEM: usize = 32;
-/// Bytes of a byte of the text: the lexer's stack and the text itself.
+/// Bytes per byte of text: the lexer's stack and the text itself.
 const BYTES_OF_TEXT_BYTE: usize = 48;
-/// What a parser takes at least.
+/// Minimum bytes of a parser.
 const BYTES_OF_PARSER: usize = 64 << 10;
 
-/// Estimated bytes of a parser whose rows have so many items.
+/// Estimated bytes of a parser whose rows hold `items` items.
 pub(super) fn of_parser(parser: &TokenParser, items: usize) -> usize {
     let lexer = parser.parser.lexer_stats();
     let state = BYTES_OF_STATE + lexer.num_regexps.div_ceil(8);
@@ -36,7 +36,7 @@ pub(super) fn of_parser(parser: &TokenParser, items: usize) -> usize {
         + BYTES_OF_TEXT_BYTE * parser.final_bytes().len()
 }
 
-/// Bytes of everything that is in use, as counted by [`LiveBytes`].
+/// Bytes of all states in use, as counted by [`LiveBytes`].
 #[derive(Clone, Debug, Default)]
 pub(super) struct TotalBytes(Arc<AtomicUsize>);
 
@@ -46,12 +46,12 @@ impl TotalBytes {
     }
 }
 
-/// The share of one state, given back when it is dropped.
+/// Bytes of one state; they are subtracted from the total when it is dropped.
 #[derive(Debug)]
 pub(super) struct LiveBytes {
     total: TotalBytes,
     bytes: usize,
-    /// Whether the total may fail the state: on one rank only, since ranks must agree.
+    /// Whether exceeding the total fails this state. Only one rank decides, because ranks must agree.
     is_judge: bool,
 }
 
@@ -64,7 +64,7 @@ impl LiveBytes {
         self.bytes
     }
 
-    /// Takes a new measurement; returns whether the state grew.
+    /// Records a new measurement; returns whether the state grew.
     pub(super) fn set(&mut self, bytes: usize) -> bool {
         let grew = bytes > self.bytes;
         if grew {

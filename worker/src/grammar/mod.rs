@@ -1,14 +1,19 @@
-//! Structured output: which token IDs a sequence may sample next, by a grammar (a JSON schema, a regular expression,
-//! or llguidance's Lark).
+//! Structured output: computes the token IDs that may follow in a sequence with a grammar (a JSON schema, a regular
+//! expression, or llguidance's Lark).
 //!
-//! llguidance compiles the grammar against the bytes of the model's tokens and computes, at each position, the
-//! set of token IDs that can still lead to a text of the language. Every rank keeps the state of its sequences
-//! ([`GrammarState`]) and computes the same masks from the same token IDs, so masks never travel.
+//! llguidance compiles the grammar against the bytes of the model's tokens and computes, at each position, the set of
+//! token IDs that can still lead to a text of the language. Every rank keeps the state of its sequences
+//! ([`GrammarState`]) and computes the same masks from the same tokens, so masks are never sent between ranks.
 //!
-//! A grammar comes from a client that may be hostile. Before it is compiled it is bound by [`limits`]; compiling is queued
-//! ([`compile`]) and bounded by fuel; what was compiled or refused is kept by its bytes ([`kept`]); and the tables that grow while
-//! a sequence runs are measured at each token ([`memory`]). The engine compiles before the step loop sees the request
-//! ([`Grammars::prepare_then`]), ranks begin a sequence's grammar beside their steps ([`Grammars::begin_later`]).
+//! A client that sends a grammar may be hostile, so every stage has a bound:
+//!
+//! - [`limits`] bounds the source before it is compiled.
+//! - [`compile`] queues compilations and bounds them by fuel.
+//! - [`kept`] caches compiled and refused grammars, bounded by bytes.
+//! - [`memory`] measures at each token the tables that grow while a sequence runs.
+//!
+//! The engine compiles a grammar before the loop receives the request ([`Grammars::prepare_then`]). Ranks prepare the
+//! state of a sequence in the background ([`Grammars::begin_later`]).
 
 mod compile;
 mod kept;
@@ -41,26 +46,26 @@ use compile::Job;
 use kept::Kept;
 use memory::{LiveBytes, TotalBytes};
 
-/// Work spent on building a grammar, which bounds its time and its memory: llguidance does 50,000 units in a millisecond.
+/// Maximum fuel of a compilation, which bounds its time and memory. llguidance uses 50,000 units per millisecond.
 const COMPILE_FUEL: u64 = 400_000;
-/// Work spent on one mask.
+/// Maximum fuel of one mask.
 const MASK_FUEL: u64 = 100_000;
-/// States of a sequence's lexer.
+/// Maximum lexer states of a sequence.
 const MAX_LEXER_STATES: usize = 50_000;
 
 const COMPILE_BUCKETS: [f64; 9] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 2.0];
 const MASK_BUCKETS: [f64; 11] = [5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 1.0];
 
-/// A grammar as it travels: from the router to the leader, and from there to every rank.
+/// Source of a grammar, as it is sent from the router to the leader and from the leader to every rank.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct GrammarSource {
-    /// Which language `text` is written in.
+    /// Language of `text`.
     pub kind: GrammarKind,
-    /// At most [`MAX_GRAMMAR_BYTES`].
+    /// The grammar, at most [`MAX_GRAMMAR_BYTES`].
     pub text: String,
 }
 
-/// Languages for languages.
+/// Grammar languages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum GrammarKind {
     /// A JSON schema.
@@ -71,18 +76,18 @@ pub enum GrammarKind {
     Lark,
 }
 
-/// A grammar can't be used.
+/// Why a grammar is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct GrammarError(pub String);
 
-/// Why a grammar is not ready.
+/// Why a grammar could not be prepared.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PrepareError {
-    /// It can't be used, here or elsewhere.
+    /// The grammar is invalid on every group.
     #[error(transparent)]
     Refused(GrammarError),
-    /// It can't be compiled here now.
+    /// The grammar can't be compiled now on this group.
     #[error("the grammar can't be compiled now: {0}")]
     Busy(String),
 }
@@ -99,18 +104,18 @@ impl TryFrom<v1::Grammar> for GrammarSource {
         };
         if grammar.source.len() > MAX_GRAMMAR_BYTES {
             let length = grammar.source.len();
-            return Err(GrammarError(format!("it has {length} bytes, at most {MAX_GRAMMAR_BYTES} are taken")));
+            return Err(GrammarError(format!("it has {length} bytes, at most {MAX_GRAMMAR_BYTES} are allowed")));
         }
         limits::check(kind, &grammar.source)?;
         Ok(Self { kind, text: grammar.source })
     }
 }
 
-/// A compiled grammar that is found as long as somebody holds it.
+/// Handle of a compiled grammar. The grammar stays cached while the handle exists.
 #[derive(Clone, Debug)]
 pub struct Prepared(#[expect(dead_code, reason = "held, not read")] Arc<Compiled>);
 
-/// A parser that is never advanced, and what it takes.
+/// A parser that is never advanced, and its estimated bytes.
 struct Compiled {
     parser: Mutex<TokenParser>,
     live: LiveBytes,
@@ -128,7 +133,7 @@ impl std::fmt::Debug for Compiled {
     }
 }
 
-/// Compiles grammars for one vocabulary and keeps those used last.
+/// Compiles grammars for one vocabulary and caches the most recently used.
 pub struct Grammars {
     compiler: Arc<Compiler>,
     jobs: Sender<Job>,
@@ -143,21 +148,21 @@ struct Compiler {
 }
 
 impl Grammars {
-    /// Reads the vocabulary of a tokenizer file or model directory. A second of processor time for 131,072 token IDs, most of it for
-    /// what llguidance prepares once: see [`PendingGrammars`].
+    /// Loads the vocabulary of a tokenizer file or model directory. This takes a second of CPU time for 131,072 token
+    /// IDs, mostly for tables that llguidance prepares once: see [`PendingGrammars`].
     pub fn load(tokenizer: &Path) -> Result<Self, TokenizerError> {
         let vocabulary = Vocabulary::load(tokenizer)?;
         Self::new(&vocabulary)
             .map_err(|GrammarError(reason)| TokenizerError::Invalid { path: tokenizer.to_owned(), reason })
     }
 
-    /// For the tokens of this vocabulary.
+    /// A compiler for the tokens of this vocabulary.
     pub fn new(vocabulary: &Vocabulary) -> Result<Self, GrammarError> {
         let count = vocabulary.len() as u32;
         let words: Vec<Vec<u8>> = (0..count)
             .map(|id| match (vocabulary.ordinary(id), vocabulary.special_name(id)) {
                 (Some(bytes), _) => bytes.to_vec(),
-                // the marker keeps text from ever matching a special token
+                // the marker prevents text from matching a special token
                 (None, Some(name)) => [&[TokTrie::SPECIAL_TOKEN_MARKER], name.as_bytes()].concat(),
                 (None, None) => Vec::new(),
             })
@@ -197,12 +202,12 @@ impl Grammars {
         );
     }
 
-    /// The masks of a step took this long.
+    /// Records the time of a step's masks.
     pub(crate) fn masked(&self, seconds: f64) {
         self.mask_seconds.observe(seconds);
     }
 
-    /// Compiles a grammar, or finds it; waits for its turn.
+    /// Compiles a grammar or finds it in the cache; waits for the compilation.
     pub fn prepare(&self, source: &GrammarSource) -> Result<Prepared, PrepareError> {
         let (sender, receiver) = sync_channel(1);
         self.prepare_then(
@@ -215,7 +220,8 @@ impl Grammars {
         receiver.recv().unwrap_or_else(|_| Err(PrepareError::Busy("the compiler stopped".into())))
     }
 
-    /// Compiles a grammar when its turn comes and somebody still wants it, or finds it at once. Never waits.
+    /// Finds a grammar in the cache or queues its compilation, and calls `done` with the outcome. Never waits. The
+    /// compilation is skipped if the request is gone when its turn comes.
     pub fn prepare_then(
         &self,
         source: &GrammarSource,
@@ -233,17 +239,18 @@ impl Grammars {
             is_wanted: Box::new(is_wanted),
             done: Box::new(move |outcome| done(outcome.map(Prepared))),
         };
-        // the threads end after this sender; a job that comes back is dropped, and its owner notices
+        // the threads live as long as this sender; if sending fails, dropping the job reports the failure to its owner
         let _ = self.jobs.send(job);
     }
 
-    /// The state of a sequence that has generated `generated_ids` so far; waits for the compiler where the grammar is not kept.
+    /// The state of a sequence that has generated `generated_ids` so far; waits for the compilation if the grammar is
+    /// not cached.
     pub fn begin(&self, source: &GrammarSource, generated_ids: &[u32]) -> Result<GrammarState, GrammarError> {
         self.compiler.begin(source, generated_ids, true)
     }
 
-    /// The same, on a thread of its own. `is_judge` is whether memory that other sequences take may fail this one: ranks must
-    /// agree, so the word of one of them counts.
+    /// Like [`Self::begin`], on a separate thread. If `is_judge`, memory of other sequences may fail this one. Only one
+    /// rank is the judge, because ranks must agree.
     pub(crate) fn begin_later(
         &self,
         source: GrammarSource,
@@ -289,7 +296,7 @@ impl Compiler {
         let parser = compiled.parser.lock().unwrap_or_else(PoisonError::into_inner).deep_clone();
         let mut state = GrammarState::new(parser, LiveBytes::new(&self.live, is_judge));
         state.resume(generated_ids).map_err(|GrammarError(reason)| {
-            GrammarError(format!("the ids generated so far do not match it: {reason}"))
+            GrammarError(format!("the tokens generated so far do not match it: {reason}"))
         })?;
         Ok(state)
     }
@@ -305,7 +312,7 @@ impl Compiler {
         let grammar = TopLevelGrammar::from_tagged_str(tag, &source.text).map_err(|error| failed(&error))?;
         let mut parser = self.factory.create_parser(grammar).map_err(|error| failed(&error))?;
         parser.start_without_prompt();
-        // a grammar that matches nothing at all, or whose first mask already takes too much
+        // refuses a grammar that matches nothing, or whose first mask exceeds the limits
         let mut first = GrammarState::new(parser.deep_clone(), LiveBytes::new(&self.live, false));
         if first.mask()?.iter().all(|word| *word == 0) {
             return Err(GrammarError("no text matches it".into()));
@@ -323,7 +330,7 @@ impl std::fmt::Debug for Grammars {
     }
 }
 
-/// What the compiler says first. What made it panic is no business of a client's.
+/// First line of the compiler's error. The message of a panic is not shown to clients.
 fn first_line(text: &str) -> String {
     let line = text.lines().next().unwrap_or_default();
     if line.starts_with("panic:") { "it can't be compiled".into() } else { line.chars().take(500).collect() }

@@ -1,4 +1,4 @@
-//! Where one sequence stands in its grammar.
+//! The state of one sequence in its grammar.
 
 use std::fmt::Display;
 use std::panic::AssertUnwindSafe;
@@ -11,18 +11,18 @@ use llguidance::{TokenParser, panic_utils};
 use super::GrammarError;
 use super::memory::{self, LiveBytes, MAX_STATE_BYTES};
 
-/// One bit for each id of the vocabulary, from the lowest bit of the first word on; 1 = may be sampled. Ids
-/// beyond its end may not.
+/// One bit per token ID of the vocabulary, starting at the lowest bit of the first word; 1 means allowed. Token IDs
+/// beyond the mask are not allowed.
 pub type Mask = Arc<[u32]>;
 
-/// Where a sequence stands in its grammar. An error is final.
+/// The state of a sequence in its grammar. An error is final.
 ///
-/// The states of the lexer are made as they are reached, and each token adds a row to the parser: a state whose tables outgrow
-/// [`MAX_STATE_BYTES`] fails, and its sequence with it. So does one that grows while all states of the process together exceed
-/// [`MAX_LIVE_BYTES`](memory::MAX_LIVE_BYTES), on the rank whose word counts.
+/// Lexer states are created as they are reached, and each token adds a row to the parser. If the tables of a state
+/// exceed [`MAX_STATE_BYTES`], the state fails, and its sequence with it. A state also fails if it grows while all
+/// states of the process together exceed [`MAX_LIVE_BYTES`](memory::MAX_LIVE_BYTES), on the rank that decides.
 pub struct GrammarState {
     parser: TokenParser,
-    /// Items of the parser's rows, an upper bound.
+    /// Upper bound of the items in the parser's rows.
     items: usize,
     live: LiveBytes,
     failed: Option<GrammarError>,
@@ -35,8 +35,7 @@ impl GrammarState {
         state
     }
 
-    /// An id was sampled. After the end of the text, whatever follows is ignored: the sequence is about to be
-    /// released.
+    /// Accepts a sampled token. Tokens after the end are ignored, because the sequence is about to be released.
     pub fn accept(&mut self, id: u32) -> Result<(), GrammarError> {
         if self.is_stopped() && self.failed.is_none() {
             return Ok(());
@@ -45,27 +44,27 @@ impl GrammarState {
         self.check_memory()
     }
 
-    /// Accepts token IDs that another group drew.
+    /// Accepts tokens that another group generated.
     pub(super) fn resume(&mut self, ids: &[u32]) -> Result<(), GrammarError> {
         ids.iter().try_for_each(|id| self.consume(*id).and_then(|()| self.check_memory()))
     }
 
-    /// The token IDs that may come next: those of the language, and the end-of-sequence id where the text may end
-    /// (it alone where it must).
+    /// The token IDs that may follow: those of the language, and the end-of-sequence token if the output may end here
+    /// (only that token if it must).
     pub fn mask(&mut self) -> Result<Mask, GrammarError> {
         let mask = self.compute_mask()?;
         self.check_memory()?;
         Ok(mask.as_slice().into())
     }
 
-    /// The masks of the next id and of those that follow each of `draft tokens`, as far as they are in the language: one at least.
-    /// The state stays where it is.
+    /// The mask of the next token, and the masks after each of `draft_tokens` as far as they match the grammar; at
+    /// least one. The state is not advanced.
     pub fn masks_along(&mut self, draft_tokens: &[u32]) -> Result<Vec<Mask>, GrammarError> {
         let mut masks = vec![self.mask()?];
         let items = self.items;
         let mut accepted = 0;
         for draft in draft_tokens {
-            // after the end nothing is accepted, and nothing could be taken back
+            // after the end nothing is accepted, so nothing could be rolled back
             if self.is_stopped() || !allows(&masks[accepted], *draft) {
                 break;
             }
@@ -80,12 +79,12 @@ impl GrammarState {
         Ok(masks)
     }
 
-    /// Whether the text may end here.
+    /// Whether the output may end here.
     pub fn may_end(&mut self) -> bool {
         self.is_stopped() || self.attempt(|parser| Ok::<_, String>(parser.is_accepting())).unwrap_or(false)
     }
 
-    /// Estimated bytes of its tables.
+    /// Estimated bytes of the tables.
     pub fn bytes(&self) -> usize {
         self.live.bytes()
     }
@@ -107,12 +106,12 @@ impl GrammarState {
         self.attempt(TokenParser::check_stop)?;
         self.items += self.parser.parser_stats().all_items.saturating_sub(before);
         if backtracked > 0 {
-            return Err(self.fail(GrammarError("it takes back what was drawn".into())));
+            return Err(self.fail(GrammarError("it reverts sampled tokens".into())));
         }
         Ok(())
     }
 
-    /// Fails the state if its tables grew too large.
+    /// Fails the state if its tables exceed the limits.
     fn check_memory(&mut self) -> Result<(), GrammarError> {
         let bytes = memory::of_parser(&self.parser, self.items);
         let grew = self.live.set(bytes);
@@ -121,7 +120,7 @@ impl GrammarState {
             return Err(self.fail(GrammarError(reason)));
         }
         if grew && self.live.exceeds_total() {
-            let reason = "the grammars that are in use take too much memory for this one to continue";
+            let reason = "the grammars in use take too much memory for this one to continue";
             return Err(self.fail(GrammarError(reason.into())));
         }
         Ok(())
@@ -151,7 +150,7 @@ impl GrammarState {
     }
 }
 
-/// Whether `mask` lets `id` be sampled.
+/// Whether `mask` allows `id`.
 pub(crate) fn allows(mask: &Mask, id: u32) -> bool {
     mask.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1)
 }

@@ -23,7 +23,7 @@ fn source(kind: GrammarKind, text: &str) -> GrammarSource {
     GrammarSource { kind, text: text.to_owned() }
 }
 
-/// The text of a walk that always takes the allowed id that `choose` likes best, to its end.
+/// Walks to the end; each step takes the allowed token that `choose` rates highest. Returns text and tokens.
 fn walk(state: &mut GrammarState, vocabulary: &Vocabulary, choose: impl Fn(&[u8], usize) -> i64) -> (String, Vec<u32>) {
     let (mut text, mut ids) = (Vec::new(), Vec::new());
     for step in 0..200 {
@@ -43,7 +43,7 @@ fn walk(state: &mut GrammarState, vocabulary: &Vocabulary, choose: impl Fn(&[u8]
     panic!("no end within 200 ids: {}", String::from_utf8_lossy(&text));
 }
 
-/// Short texts first, and nothing that only fills.
+/// Prefers short texts and avoids whitespace.
 fn terse(bytes: &[u8], _: usize) -> i64 {
     if bytes.is_empty() {
         return 1_000; // the end
@@ -52,7 +52,7 @@ fn terse(bytes: &[u8], _: usize) -> i64 {
 }
 
 #[test]
-fn a_schema_makes_json_that_fits_it() {
+fn generates_json_that_matches_the_schema() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
     let schema = r#"{"type": "object", "properties": {"name": {"type": "string", "maxLength": 3},
         "age": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["name", "age"], "additionalProperties": false}"#;
@@ -63,13 +63,13 @@ fn a_schema_makes_json_that_fits_it() {
     assert!(value["name"].is_string() && value["age"].is_u64(), "{text}");
     assert_eq!(value.as_object().unwrap().len(), 2);
     assert!(state.may_end());
-    // whatever comes after the end changes nothing
+    // tokens after the end change nothing
     state.accept(1_500).unwrap();
     assert!(allows(&state.mask().unwrap(), vocabulary.eos_id()));
 }
 
 #[test]
-fn text_may_be_followed_by_calls_of_some_tools() {
+fn allows_tool_calls_after_text() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
     let (calls, args) = (vocabulary.special_id("[TOOL_CALLS]").unwrap(), vocabulary.special_id("[ARGS]").unwrap());
     // as the router writes it
@@ -102,7 +102,7 @@ fn text_may_be_followed_by_calls_of_some_tools() {
 }
 
 #[test]
-fn a_forced_call_is_made_of_the_special_ids() {
+fn generates_a_forced_call_with_special_tokens() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
     let (calls, args) = (vocabulary.special_id("[TOOL_CALLS]").unwrap(), vocabulary.special_id("[ARGS]").unwrap());
     let lark = format!(
@@ -119,7 +119,7 @@ fn a_forced_call_is_made_of_the_special_ids() {
 }
 
 #[test]
-fn text_never_stands_for_a_special_id() {
+fn never_matches_special_tokens_as_text() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
     let mut state = grammars.begin(&source(GrammarKind::Regex, r"(?s:.*)"), &[]).unwrap();
     let mask = state.mask().unwrap();
@@ -132,7 +132,7 @@ fn text_never_stands_for_a_special_id() {
 }
 
 #[test]
-fn a_resumed_sequence_stands_where_the_first_one_stood() {
+fn resumes_at_the_same_state() {
     let (grammars, vocabulary) = (grammars(), vocabulary());
     let choice = source(GrammarKind::Lark, r#"start: "left hand" | "left foot" | "right""#);
     let mut first = grammars.begin(&choice, &[]).unwrap();
@@ -148,7 +148,7 @@ fn a_resumed_sequence_stands_where_the_first_one_stood() {
 }
 
 #[test]
-fn bad_grammars_are_refused_quickly() {
+fn rejects_invalid_grammars() {
     let grammars = grammars();
     let deep = format!("start: {}\"a\"{}", "(".repeat(100_000), ")".repeat(100_000));
     let wide = format!(r#"{{"enum": [{}]}}"#, (0..15_000).map(|n| n.to_string()).collect::<Vec<_>>().join(","));
@@ -167,14 +167,14 @@ fn bad_grammars_are_refused_quickly() {
         let outcome = GrammarSource::try_from(grammar).and_then(|source| prepare(&grammars, &source));
         assert!(outcome.is_err(), "{kind:?} {}", text.chars().take(80).collect::<String>());
     }
-    // large, and fine
+    // large, but valid
     grammars.prepare(&source(GrammarKind::JsonSchema, &wide)).unwrap();
     let long = v1::Grammar { kind: v1::grammar::Kind::Regex.into(), source: "a".repeat(MAX_GRAMMAR_BYTES + 1) };
     assert!(GrammarSource::try_from(long).is_err());
 }
 
 #[test]
-fn what_multiplies_while_it_is_compiled_is_refused() {
+fn rejects_grammars_that_multiply_while_compiled() {
     let grammars = grammars();
     let option = |name: String| format!(r#"{{"type": "object", "properties": {{"{name}": {{}}}}}}"#);
     let options = |letter: char, count: usize| {
@@ -185,7 +185,7 @@ fn what_multiplies_while_it_is_compiled_is_refused() {
         let factors: Vec<String> = letters.chars().map(|letter| options(letter, count)).collect();
         format!(r#"{{"allOf": [{}]}}"#, factors.join(","))
     };
-    // each reference doubles what the one behind it says
+    // each reference doubles its target
     let doubling = |levels: usize| {
         let level = |number: usize| {
             let next = format!("{{\"$ref\": \"#/$defs/d{}\"}}", number + 1);
@@ -207,7 +207,7 @@ fn what_multiplies_while_it_is_compiled_is_refused() {
 }
 
 #[test]
-fn more_tools_than_any_agent_has_are_within_the_limits() {
+fn allows_more_tools_than_any_agent_has() {
     let parameters: Vec<String> = (0..20)
         .map(|number| format!(r#""p{number}": {{"type": "string", "description": "what it is for"}}"#))
         .collect();

@@ -1,79 +1,80 @@
-//! What the ranks of a group say to each other within a step, in host memory.
+//! Collectives over the ranks of a group, in host memory.
 //!
-//! Sums are made in the order of the ranks, on every rank: all ranks end with the same bits, whatever
-//! arrives first. Every call is entered by all ranks in the same order; one that does not come is an
-//! error on the others within the time-out, never a hang.
+//! An all-reduce adds in the order of the ranks, on every rank, so all ranks compute the same bits regardless of
+//! arrival order. All ranks make the same calls in the same order. If a rank does not make a call, the others fail
+//! within the timeout; they never hang.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Ties one rank to the others.
+/// One rank's connection to the other ranks.
 pub trait Collective: Send {
-    /// This rank.
+    /// Number of this rank.
     fn rank(&self) -> usize;
 
-    /// Ranks of the group.
+    /// Number of ranks of the group.
     fn ranks(&self) -> usize;
 
-    /// Replaces `values` by the sum over the ranks; equally long on all of them.
+    /// Replaces `values` by the sum over the ranks. The length must be equal on all ranks.
     fn all_reduce(&mut self, values: &mut [f32]) -> Result<(), CollectiveError>;
 
-    /// Puts the `own` numbers of each rank one after the other into `all` (ranks times as long).
+    /// Concatenates the elements `own` of all ranks, in the order of the ranks, into `all` (as long as all `own`
+    /// together).
     fn all_gather(&mut self, own: &[f32], all: &mut [f32]) -> Result<(), CollectiveError>;
 
-    /// Hands each rank's bytes (of any length) to all ranks, in the order of the ranks. For what is small
-    /// and rare: addresses, token IDs of communicators, memory handles.
+    /// Returns the bytes of all ranks, in the order of the ranks; the lengths may differ. For small and rare data:
+    /// addresses, communicator IDs, memory handles.
     fn exchange(&mut self, own: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
 
-    /// Waits until all ranks are here.
+    /// Waits until all ranks have made this call.
     fn barrier(&mut self) -> Result<(), CollectiveError> {
         self.exchange(&[]).map(|_| ())
     }
 
-    /// A handle that ends this rank's present and later calls with an error, from any thread.
+    /// A handle that fails current and later calls of this rank, from any thread.
     fn aborter(&self) -> Arc<dyn Abort>;
 }
 
-/// Ends a rank's collective calls from outside.
+/// Aborts a rank's collective calls from another thread.
 pub trait Abort: Send + Sync {
-    /// Every present and later call of the rank fails with [`CollectiveError::Aborted`] and this reason.
+    /// Fails every current and later call of the rank with [`CollectiveError::Aborted`] and this reason.
     fn abort(&self, reason: &str);
 }
 
-/// The ranks are no longer together; the group can't continue.
+/// Why a collective call failed. The group can't continue.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CollectiveError {
-    /// A rank's end of the line is closed, or it said that it failed.
+    /// The connection to a rank is closed, or the rank reported a failure.
     #[error("rank {rank} is gone: {reason}")]
     Lost {
-        /// Which one.
+        /// The rank.
         rank: usize,
-        /// How it was noticed.
+        /// How the loss was detected.
         reason: String,
     },
-    /// A rank did not come in time.
+    /// A rank did not make the call in time.
     #[error("rank {rank} did not answer within {waited:?}")]
     Timeout {
-        /// Which one.
+        /// The rank.
         rank: usize,
-        /// How long it was waited for.
+        /// Time waited.
         waited: Duration,
     },
     /// The group was ended.
     #[error("the group was ended: {0}")]
     Aborted(String),
-    /// Ranks are at different calls or brought different lengths: a bug.
+    /// Ranks made different calls or passed different lengths, which is a bug.
     #[error("rank {rank} is out of step: {reason}")]
     OutOfStep {
-        /// Which one.
+        /// The rank.
         rank: usize,
-        /// What does not fit.
+        /// The mismatch.
         reason: String,
     },
 }
 
 impl CollectiveError {
-    /// The rank that caused it, where it was one.
+    /// The rank that caused the error, if there is one.
     pub fn rank(&self) -> Option<usize> {
         match self {
             CollectiveError::Lost { rank, .. }

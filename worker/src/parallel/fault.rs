@@ -1,4 +1,4 @@
-//! The first thing that went wrong in a group, and how far each rank is.
+//! The first failure of a group, and the progress of each rank.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -11,10 +11,10 @@ use tracing::error;
 use super::collective::Abort;
 use crate::engine::step::RunError;
 
-/// How long the cause of what may be an echo is waited for.
+/// How long to wait for the cause of a failure that may be a consequence of another one.
 pub(super) const ECHO_WAIT: Duration = Duration::from_millis(500);
 
-/// Remembers the first failure of a group and frees whoever waits in a collective.
+/// Stores the first failure of a group and aborts waiting collectives.
 pub(super) struct Fault {
     first: watch::Sender<Option<RunError>>,
     aborters: Mutex<Vec<Arc<dyn Abort>>>,
@@ -27,7 +27,7 @@ impl Fault {
         Arc::new(Self { first, aborters: Mutex::new(Vec::new()), records: OnceLock::new() })
     }
 
-    /// Collectives to abort when something fails; at once if something has.
+    /// Registers a collective to abort on a failure; aborts it immediately if the group has already failed.
     pub(super) fn watch_over(&self, aborter: Arc<dyn Abort>) {
         self.aborters.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&aborter));
         if let Some(first) = self.first() {
@@ -35,12 +35,12 @@ impl Fault {
         }
     }
 
-    /// Where the ranks run: fills in the hosts of lost ranks.
+    /// Sets the records of the ranks, which provide the hosts of lost ranks.
     pub(super) fn know(&self, records: Vec<RankRecord>) {
         let _ = self.records.set(records);
     }
 
-    /// Records a failure, unless one came before; returns the first.
+    /// Records a failure unless there is an earlier one; returns the first.
     pub(super) fn fail(&self, failure: RunError) -> RunError {
         let failure = self.with_host(failure);
         let is_first = self.first.send_if_modified(|first| {
@@ -51,14 +51,14 @@ impl Fault {
             empty
         });
         if is_first {
-            error!(error = %failure, "the group failed");
+            error!(error = %failure, "group failed");
         }
         let first = self.first().unwrap_or(failure);
         self.abort(&first.to_string());
         first
     }
 
-    /// Frees all waiting ranks.
+    /// Aborts the collectives of all waiting ranks.
     pub(super) fn abort(&self, reason: &str) {
         for aborter in self.aborters.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             aborter.abort(reason);
@@ -81,14 +81,14 @@ impl Fault {
                 return failure;
             }
             if first.changed().await.is_err() {
-                // the sender is a part of `self`: it is still there
+                // the sender is a field of `self`, so it can't be dropped
                 std::future::pending::<()>().await;
             }
         }
     }
 
-    /// What one rank ran into. Where that may be the echo of a failure elsewhere (a connection that closed),
-    /// the cause is waited for a moment.
+    /// Returns the cause of a rank's failure. If the failure may be a consequence of another one (a closed connection),
+    /// it waits briefly for the cause.
     #[allow(clippy::disallowed_methods)] // called by ranks' own threads only
     pub(super) fn settle(&self, failure: RunError) -> RunError {
         let may_be_an_echo = matches!(failure, RunError::RankLost { .. });
@@ -106,7 +106,7 @@ impl Fault {
     }
 }
 
-/// How far each rank of a group is. Cheap to read at any time.
+/// Progress of each rank of a group. Cheap to read at any time.
 #[derive(Debug)]
 pub struct GroupProgress {
     steps: Vec<AtomicU64>,
@@ -120,12 +120,12 @@ impl GroupProgress {
         Arc::new(Self { steps: counters(), layers_loaded: counters(), layers: layers as u64 })
     }
 
-    /// Steps that each rank has completed; those of other processes as of their last heartbeat.
+    /// Completed steps of each rank; for other processes, as of the last heartbeat.
     pub fn steps(&self) -> Vec<u64> {
         self.steps.iter().map(|steps| steps.load(Ordering::Relaxed)).collect()
     }
 
-    /// Layers that a rank of this process has loaded, and how many there are.
+    /// Layers that a rank of this process has loaded, and the number of layers.
     pub fn layers_loaded(&self, rank: usize) -> (u64, u64) {
         (self.layers_loaded.get(rank).map_or(0, |layers| layers.load(Ordering::Relaxed)), self.layers)
     }

@@ -1,4 +1,4 @@
-//! A process that holds ranks of a group whose leader is elsewhere.
+//! A follower: a process whose leader is another process.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,7 +29,7 @@ use super::tcp::{MeshOptions, connect_mesh};
 use crate::backend::Limits;
 use crate::engine::step::{RunError, Step};
 
-/// Messages that may wait to be sent to the leader.
+/// Maximum messages that wait to be sent to the leader.
 const WAITING_MESSAGES: usize = 16;
 
 /// Why a follower ended.
@@ -40,21 +40,21 @@ pub enum FollowError {
     Unreachable {
         /// The group.
         group: String,
-        /// The address tried.
+        /// Address tried.
         leader: String,
-        /// For how long.
+        /// Time waited.
         waited: Duration,
-        /// The last attempt's error.
+        /// Error of the last attempt.
         reason: String,
     },
-    /// The leader does not take this process.
+    /// The leader refused this process.
     #[error("the leader of group `{group}` at {leader} refused this process: {reason}")]
     Refused {
         /// The group.
         group: String,
         /// The leader's address.
         leader: String,
-        /// The leader's words.
+        /// Reason, as the leader reports it.
         reason: String,
     },
     /// The leader at this address belongs to another start of the group.
@@ -64,47 +64,47 @@ pub enum FollowError {
         group: String,
         /// The leader's address.
         leader: String,
-        /// The leader's words.
+        /// Reason, as the leader reports it.
         reason: String,
     },
-    /// The leader's process ended or can't be reached any more.
+    /// The leader's process ended or is unreachable.
     #[error("the leader of group `{group}` at {leader} is gone: {reason}")]
     LeaderGone {
         /// The group.
         group: String,
         /// The leader's address.
         leader: String,
-        /// How it was noticed.
+        /// How the loss was detected.
         reason: String,
     },
-    /// The leader said that the group failed.
+    /// The leader reported that the group failed.
     #[error("group `{group}` failed: {reason}")]
     GroupFailed {
         /// The group.
         group: String,
-        /// The leader's words.
+        /// Reason, as the leader reports it.
         reason: String,
     },
-    /// A rank of this process failed, or lost another one.
+    /// A rank of this process failed, or lost another rank.
     #[error(transparent)]
     Rank(#[from] RunError),
-    /// This process could not get ready.
+    /// This process could not start its ranks.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// The leader said something that makes no sense here.
+    /// The leader sent an unexpected message.
     #[error("the leader broke the protocol: {0}")]
     Protocol(String),
 }
 
-/// Joins the leader's group and runs its steps until the group ends; returns the leader's words where it
-/// stopped in order.
+/// Joins the leader's group and runs its steps until the group ends. Returns the leader's reason if the group stopped
+/// without a failure.
 ///
-/// The leader may start later than this process: it is tried until `connect_within` is over.
+/// The leader may start later than this process: connecting is retried until `connect_within` has passed.
 pub async fn follow(options: FollowerOptions) -> Result<String, FollowError> {
     follow_and_report(options, &AtomicBool::new(false)).await
 }
 
-/// As [`follow`]; `group_runs` is true while the whole group runs.
+/// Like [`follow`]; `group_runs` is true while the whole group runs.
 pub(crate) async fn follow_and_report(
     options: FollowerOptions,
     group_runs: &AtomicBool,
@@ -204,13 +204,13 @@ async fn run(
     }
     group_runs.store(true, Ordering::Relaxed);
     let ended = run_steps(link, &ranks, fault).await;
-    // the threads are freed before they are joined
+    // the threads must be unblocked before they are joined
     fault.abort("the group ended");
     blocking(move || drop(ranks)).await;
     ended
 }
 
-/// Hands steps to the ranks until the leader ends the group or a rank fails.
+/// Forwards steps to the ranks until the leader ends the group or a rank fails.
 async fn run_steps(link: &mut Link, ranks: &[RankThread], fault: &Fault) -> Result<String, FollowError> {
     loop {
         let message = tokio::select! {
@@ -275,13 +275,13 @@ async fn send_heartbeats(sender: mpsc::Sender<FromFollower>, options: FollowerOp
     }
 }
 
-/// The stream to the leader and back.
+/// The stream to and from the leader.
 struct Link {
     group: String,
     leader: String,
     sender: mpsc::Sender<FromFollower>,
     incoming: Streaming<FromLeader>,
-    /// A message that came while something else was waited for.
+    /// A message that arrived while another event was awaited.
     kept: Option<from_leader::Message>,
 }
 
@@ -306,7 +306,7 @@ impl Link {
         let tls = tls.transpose().map_err(StartError::from)?;
         loop {
             let (sender, receiver) = mpsc::channel(WAITING_MESSAGES);
-            // the channel is empty: this does not wait
+            // the channel is empty, so this does not wait
             let _ = sender.try_send(FromFollower { message: Some(from_follower::Message::Hello(hello.clone())) });
             let reason = match tls::connect(&endpoint, tls.as_ref()).await {
                 Err(error) => with_cause(&error),
@@ -335,7 +335,7 @@ impl Link {
                 let waited = options.connect_within;
                 return Err(FollowError::Unreachable { group, leader, waited, reason });
             }
-            warn!(leader, reason, "the leader is not there yet");
+            warn!(leader, reason, "the leader is not reachable yet");
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
@@ -354,7 +354,7 @@ impl Link {
         }
     }
 
-    /// Waits for work of this process, but not longer than the leader lives.
+    /// Waits for work of this process, but fails if the leader ends first.
     async fn while_it_lives<T>(&mut self, work: tokio::task::JoinHandle<T>) -> Result<T, FollowError> {
         tokio::select! {
             result = work => match result {
@@ -375,8 +375,8 @@ impl Link {
         sent.map_err(|_| self.gone("its stream is closed".to_owned()))
     }
 
-    /// Notifies the leader what failed here and waits a moment for its last word, which names the cause where
-    /// this was only the echo of a failure elsewhere.
+    /// Reports a failure to the leader and waits briefly for its goodbye, which names the cause if this failure is a
+    /// consequence of another one.
     async fn give_up(&mut self, failure: RunError) -> Result<String, FollowError> {
         let (rank, step) = match &failure {
             RunError::Device { rank, step, .. } => (*rank, *step),

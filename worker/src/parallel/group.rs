@@ -1,5 +1,5 @@
-//! A group as its leader sees it: [`start_group`] brings all ranks up, and what it returns runs steps on all
-//! of them until one fails or the runner is dropped.
+//! A group on its leader: [`start_group`] starts all ranks and returns a runner, which runs steps on all of them until
+//! one fails or the runner is dropped.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -29,54 +29,54 @@ use crate::telemetry::ranks::RankMetrics;
 use crate::telemetry::spans::RankSpans;
 use crate::weights::{ShardError, ShardPlan, WeightError};
 
-/// A group that runs.
+/// A running group.
 pub struct StartedGroup {
-    /// Runs steps on every rank. Rank 0 computes on the thread that calls it. Dropping it stops the group.
+    /// Runs steps on every rank; rank 0 computes on the calling thread. Dropping it stops the group.
     pub runner: GroupRunner,
     /// Blocks of KV cache, the same on every rank.
     pub kv_blocks: usize,
-    /// Where each rank runs, rank 0 first.
+    /// Process and host of each rank, rank 0 first.
     pub ranks: Vec<RankRecord>,
-    /// Equal for equal weights.
+    /// Weights fingerprint.
     pub fingerprint: String,
     /// The model.
     pub model: ModelConfig,
-    /// How far each rank is.
+    /// Progress of each rank.
     pub progress: Arc<GroupProgress>,
-    /// Becomes the group's first failure, also while no step runs.
+    /// The group's first failure, even while no step runs.
     pub failed: watch::Receiver<Option<RunError>>,
 }
 
 /// Why a group did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The model's description is wrong.
+    /// The model's configuration is invalid.
     #[error(transparent)]
     Model(#[from] ModelConfigError),
-    /// The checkpoint is wrong.
+    /// The checkpoint is invalid.
     #[error(transparent)]
     Weights(#[from] WeightError),
-    /// The model can't be cut over that many ranks.
+    /// The model can't be split over this number of ranks.
     #[error(transparent)]
     Shard(#[from] ShardError),
     /// The options contradict each other.
     #[error("{0}")]
     Options(String),
-    /// The certificates can't be used.
+    /// The certificates are not usable.
     #[error("grpc.tls: {0}")]
     Tls(#[from] TlsError),
-    /// The ranks can't be tied together.
+    /// The ranks could not be connected.
     #[error("collective: {0}")]
     Collective(#[from] CollectiveError),
-    /// A rank failed or never came.
+    /// A rank failed or did not join.
     #[error(transparent)]
     Rank(#[from] RunError),
-    /// The system refused something (a port, a thread).
+    /// A system call failed (a port, a thread).
     #[error("can't {what}: {reason}")]
     System {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// The system's words.
+        /// Error of the system.
         reason: String,
     },
 }
@@ -85,10 +85,10 @@ pub(super) fn system(what: &'static str) -> impl Fn(std::io::Error) -> StartErro
     move |error| StartError::System { what, reason: error.to_string() }
 }
 
-/// Reads the model, waits for the followers (where there are any), loads every rank and makes the caches.
+/// Reads the model's configuration, waits for the followers (if there are any), loads every rank and creates the
+/// caches.
 ///
-/// Must run within a tokio runtime, which has to live as long as the group. Cancelling the future leaves no
-/// rank behind.
+/// Must run within a tokio runtime that lives as long as the group. Cancelling the future stops all ranks.
 pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartError> {
     let LeaderOptions { member, epoch, limits, peers } = options;
     if member.local_ranks.start != 0 || member.local_ranks.is_empty() || member.local_ranks.end > member.ranks {
@@ -181,7 +181,7 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
         collectives = meshes.into_iter().map(|rank| Box::new(rank) as Box<dyn Collective>).collect();
     }
 
-    // load the local ranks, then make all caches equally large
+    // load the local ranks, then create caches of equal size
     let (loading_fault, loading_progress) = (Arc::clone(&fault), Arc::clone(&progress));
     let (member, weights, loaded) = blocking(move || {
         let (fault, progress) = (&*loading_fault, &*loading_progress);
@@ -211,7 +211,7 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
     Ok(StartedGroup { runner, kv_blocks, ranks: records, fingerprint, model, progress, failed })
 }
 
-/// Runs blocking work; a panic in it is passed on.
+/// Runs blocking work and propagates its panic.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
@@ -231,7 +231,7 @@ fn local_collectives(member: &super::options::MemberOptions) -> Vec<Box<dyn Coll
     shared.into_iter().map(|rank| Box::new(rank) as Box<dyn Collective>).collect()
 }
 
-/// A failure while connecting, with the host of the rank that did not come.
+/// Converts an error while connecting; adds the host of the missing rank.
 fn lost(fault: &Fault, error: CollectiveError) -> StartError {
     match error {
         CollectiveError::Lost { rank, reason } => {
@@ -242,11 +242,11 @@ fn lost(fault: &Fault, error: CollectiveError) -> StartError {
     }
 }
 
-/// All ranks of a group, run in step.
+/// Runs steps on all ranks of a group.
 ///
-/// Rank 0 computes on the calling thread; the other local ranks have threads of their own; the ranks of
-/// other processes get the step as one encoded message. The first failure anywhere ends the group: every
-/// later call returns it.
+/// Rank 0 computes on the calling thread, the other local ranks on their own threads. The ranks of other processes
+/// receive the step as one encoded message. The first failure of any rank ends the group; every later call returns that
+/// failure.
 pub struct GroupRunner {
     first: Box<dyn StepRunner>,
     others: Vec<RankThread>,
@@ -258,7 +258,7 @@ pub struct GroupRunner {
 }
 
 impl GroupRunner {
-    /// `runners`: those of the local ranks, rank 0 first.
+    /// `runners` are those of the local ranks, rank 0 first.
     fn new(
         runners: Vec<Box<dyn StepRunner>>,
         remotes: Option<Arc<Rendezvous>>,
@@ -347,7 +347,7 @@ impl Drop for GroupRunner {
         if let Some(remotes) = &self.remotes {
             remotes.send_goodbye("the leader stopped", false);
         }
-        // frees ranks that wait in a collective, so that their threads can be joined
+        // unblocks ranks that wait in a collective, so that their threads can be joined
         self.fault.abort("the leader stopped");
         self.stop.cancel();
     }

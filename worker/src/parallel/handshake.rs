@@ -1,15 +1,16 @@
-//! How two ranks prove to each other that they belong to one start of one group, before a tensor passes between them.
+//! Mutual authentication of two ranks of the same start of a group, before a tensor passes between them.
 //!
-//! Each side sends a nonce and answers the other's with a keyed BLAKE3 over both nonces, both ranks and its own part in
-//! the handshake. The key came over the authenticated `Peers` stream, is of this epoch alone and is never sent: who
-//! listens on a rank's address, or connects to it, learns nothing from the handshake.
+//! Each side sends a nonce and responds to the other's nonce with a keyed BLAKE3 hash over both nonces, both ranks and
+//! its own side of the handshake. The key is sent over the authenticated `Peers` stream, is valid only in this epoch
+//! and never appears in the handshake. A process that listens on a rank's address, or connects to it, therefore learns
+//! nothing from the handshake.
 
 use std::collections::VecDeque;
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-/// Shared by the processes of a group in one epoch.
+/// Key shared by the processes of a group in one epoch.
 pub(super) type MeshKey = [u8; 32];
 
 const MAGIC: &[u8; 8] = b"boramsh2";
@@ -19,19 +20,19 @@ const HELLO_BYTES: usize = 8 + 4 + 4 + NONCE_BYTES;
 const PROOF_BYTES: usize = 32;
 /// nonce, proof
 const ANSWER_BYTES: usize = NONCE_BYTES + PROOF_BYTES;
-/// A handshake is three short messages.
+/// Timeout of a handshake, which is three short messages.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Handshakes of callers that may be under way; one more ends the oldest.
+/// Maximum concurrent handshakes of callers; a further one closes the oldest.
 pub(super) const MAX_HANDSHAKES: usize = 64;
 
-/// Which part a side has: a proof of one is none of the other.
+/// Side of the handshake: a proof of one side is not valid for the other.
 #[derive(Clone, Copy)]
 enum Side {
     Caller,
     Listener,
 }
 
-/// What both sides prove that they know the key for.
+/// The data that both proofs cover.
 struct Transcript {
     from: u32,
     to: u32,
@@ -40,7 +41,7 @@ struct Transcript {
 }
 
 impl Transcript {
-    /// Hashes compare in constant time.
+    /// Proof of a side. Hashes compare in constant time.
     fn proof(&self, key: &MeshKey, side: Side) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(key);
         hasher.update(MAGIC).update(&[side as u8]);
@@ -50,7 +51,7 @@ impl Transcript {
     }
 }
 
-/// The caller's side: `from` has connected to `to`.
+/// The caller's side: rank `from` has connected to rank `to`.
 pub(super) fn introduce(stream: &mut TcpStream, key: &MeshKey, from: usize, to: usize) -> Result<()> {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     stream.set_write_timeout(Some(HANDSHAKE_TIMEOUT))?;
@@ -73,7 +74,7 @@ pub(super) fn introduce(stream: &mut TcpStream, key: &MeshKey, from: usize, to: 
     stream.set_write_timeout(None)
 }
 
-/// The listener's side: who called whom. An error is a stranger.
+/// The listener's side: returns the ranks of caller and callee. On an error the caller is not a rank of the group.
 pub(super) fn greet(stream: &mut TcpStream, key: &MeshKey) -> Result<(usize, usize)> {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     stream.set_nonblocking(false)?;
@@ -105,7 +106,7 @@ fn split(response: &[u8; ANSWER_BYTES]) -> ([u8; NONCE_BYTES], [u8; PROOF_BYTES]
     (nonce, proof)
 }
 
-/// Reads so many bytes by a time, however slowly they drip.
+/// Reads `N` bytes until a deadline, even if they arrive one by one.
 fn read_by<const N: usize>(stream: &mut TcpStream, deadline: Instant) -> Result<[u8; N]> {
     let mut bytes = [0; N];
     let mut filled = 0;
@@ -123,12 +124,12 @@ fn read_by<const N: usize>(stream: &mut TcpStream, deadline: Instant) -> Result<
     Ok(bytes)
 }
 
-/// The handshakes of callers that are under way, the oldest first.
+/// Handshakes in progress, oldest first.
 #[derive(Default)]
 pub(super) struct Pending(VecDeque<TcpStream>);
 
 impl Pending {
-    /// One more; the oldest is hung up on if there are too many.
+    /// Adds a handshake; closes the oldest if there are too many.
     pub(super) fn add(&mut self, stream: &TcpStream) -> Result<()> {
         if self.0.len() >= MAX_HANDSHAKES
             && let Some(oldest) = self.0.pop_front()
@@ -139,7 +140,7 @@ impl Pending {
         Ok(())
     }
 
-    /// One came to its end: it is a rank's connection from now on, or closed.
+    /// Removes a completed handshake: its connection now belongs to a rank or is closed.
     pub(super) fn remove(&mut self, stream: &TcpStream) {
         let Ok(address) = stream.peer_addr() else { return };
         self.0.retain(|pending| pending.peer_addr().is_ok_and(|other| other != address));
@@ -147,13 +148,13 @@ impl Pending {
 }
 
 impl Drop for Pending {
-    /// Whoever still talks is not needed: the mesh stands, or can't.
+    /// Closes the remaining handshakes, because the mesh is complete or has failed.
     fn drop(&mut self) {
         self.0.iter().for_each(hang_up);
     }
 }
 
 fn hang_up(stream: &TcpStream) {
-    // a closed one is as good
+    // an already closed connection is fine
     let _ = stream.shutdown(Shutdown::Both);
 }

@@ -1,13 +1,12 @@
-//! Tensor parallelism: the ranks of a group, how they find each other, how steps reach them, how their
-//! numbers are summed, and what happens when one of them dies.
+//! Tensor parallelism: the ranks of a group, their rendezvous, the distribution of steps, collectives, and failures.
 //!
-//! The leader's process calls [`start_group`]; every other process of the group calls [`follow`]. Ranks of
-//! one process are threads that sum in shared memory ([`SharedRank`]); if there are several processes all
-//! ranks are tied together over TCP ([`TcpRank`]).
+//! The leader's process calls [`start_group`]; every other process of the group calls [`follow`]. Ranks of one process
+//! are threads that all-reduce in shared memory ([`SharedRank`]). If a group has several processes, all ranks are
+//! connected over TCP ([`TcpRank`]).
 //!
 //! ```text
-//! follower: Hello ──▶ leader: Welcome (all are here: addresses) ──▶ connect, load ──▶ Ready (KV blocks)
-//!           ◀── Start (the least of them) ── Step, Step, Step ... ──▶ Heartbeat each second
+//! follower: Hello ──▶ leader: Welcome (all have joined: addresses) ──▶ connect, load ──▶ Ready (KV blocks)
+//!           ◀── Start (the minimum of all) ── Step, Step, Step ... ──▶ Heartbeat each second
 //! ```
 
 mod collective;

@@ -1,4 +1,4 @@
-//! What a process is given about its group.
+//! Options of a process of a group.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -12,87 +12,87 @@ use crate::backend::{KvBudget, Limits};
 use crate::grammar::PendingGrammars;
 use crate::weights::LoadFormat;
 
-/// What every process of a group is given; leader and followers alike.
+/// Options of every process of a group.
 #[derive(Clone, Debug)]
 pub struct MemberOptions {
     /// Name of the cluster.
     pub cluster: String,
-    /// The name that the model is served under.
+    /// Name of the served model.
     pub model: String,
     /// Name of the group, equal in all its processes.
     pub group: String,
-    /// The checkpoint's folder. Each process reads its own copy; fingerprints are compared.
+    /// Folder of the checkpoint. Each process reads its own copy; fingerprints are compared.
     pub model_dir: PathBuf,
-    /// Where the weights come from.
+    /// Source of the weights.
     pub load_format: LoadFormat,
-    /// Of dummy weights: equal seeds make equal weights.
+    /// Seed of dummy weights: equal seeds make equal weights.
     pub seed: u64,
-    /// What the ranks of this process compute on.
+    /// Device of this process's ranks.
     pub device: DeviceOptions,
-    /// Ranks of the whole group (tensor-parallel size).
+    /// Number of ranks of the whole group (tensor-parallel size).
     pub ranks: usize,
-    /// The ranks that this process holds; the leader's begin at 0.
+    /// Ranks of this process; the leader's begin at 0.
     pub local_ranks: Range<usize>,
-    /// KV cache of each rank; the group takes the least that a rank can hold.
+    /// KV cache of each rank; the group uses the size of the smallest.
     pub kv: KvBudget,
-    /// Host memory of each rank that cached blocks may go to, bytes; 0 = none.
+    /// Host memory of each rank for offloaded blocks, bytes; 0 = none.
     pub host_bytes: u64,
-    /// Name or address under which the other processes reach this one, and by which errors name it.
+    /// Name or address at which the other processes reach this one; errors name it.
     pub host: String,
-    /// How long to wait for others.
+    /// Timeouts for other processes and ranks.
     pub timeouts: Timeouts,
-    /// Which state of its deployment this process is of; equal in all processes of a group.
+    /// Revision of the deployment; equal in all processes of a group.
     pub revision: String,
-    /// What compiles grammars; ranks wait for it once their weights are loaded.
+    /// Compiler of grammars; ranks wait for it after their weights are loaded.
     pub grammars: PendingGrammars,
-    /// Mutual TLS between the group's processes; plain text where it is absent. Tensors are never encrypted.
+    /// Mutual TLS between the group's processes. `None` means plain text. Tensors are never encrypted.
     pub tls: Option<GrpcTls>,
 }
 
-/// What the leader is given besides.
+/// Options of the leader.
 pub struct LeaderOptions {
-    /// As every process.
+    /// Options of every process.
     pub member: MemberOptions,
-    /// Of this start of the group: larger than that of the start before (milliseconds since 1970 will do).
+    /// Epoch of this start; must be larger than that of the previous start (milliseconds since 1970 suffice).
     pub epoch: u64,
-    /// The largest step that the scheduler will make; followers are given.
+    /// Limits of the scheduler's steps; followers receive them.
     pub limits: Limits,
-    /// Where followers join; needed where not all ranks are local.
+    /// Listener on which followers join; required if not all ranks are local.
     pub peers: Option<tokio::net::TcpListener>,
 }
 
-/// What a follower is given besides.
+/// Options of a follower.
 #[derive(Clone, Debug)]
 pub struct FollowerOptions {
-    /// As every process.
+    /// Options of every process.
     pub member: MemberOptions,
     /// `host:port` of the leader's Peers service.
     pub leader: String,
-    /// The epoch that was read in the registry; `None` takes the leader's.
+    /// Expected epoch from the registry; `None` accepts the leader's.
     pub epoch: Option<u64>,
-    /// How long this address is tried. Shorter than `timeouts.join` where the address may be an old one and
-    /// can be looked up again.
+    /// How long this address is tried. Shorter than `timeouts.join` if the address may be stale and can be looked up
+    /// again.
     pub connect_within: Duration,
 }
 
-/// What ranks compute on.
+/// Device options of the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceOptions {
-    /// The reference backend.
+    /// The CPU backend.
     Cpu(CpuOptions),
-    /// NVIDIA GPUs: the first local rank takes the GPU that is named, each next rank the next one.
+    /// NVIDIA GPUs: the first local rank uses the named GPU, each further rank the next one.
     Cuda(CudaOptions),
 }
 
-/// How long a member waits for the others.
+/// Timeouts of a process for the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// All processes have joined and connected within this.
+    /// Time within which all processes must have joined and connected.
     pub join: Duration,
-    /// A process that sends no heartbeat (one each second) for this long is gone.
+    /// A process that sends no heartbeat (one per second) for this long is lost.
     pub heartbeat: Duration,
-    /// A rank that does not come to a collective call for this long is gone. Longer than the longest time
-    /// that one rank may need between two calls while another already waits.
+    /// A rank that does not make a collective call for this long is lost. It must exceed the maximum time between two
+    /// calls of one rank while another already waits.
     pub collective: Duration,
 }
 
@@ -103,22 +103,22 @@ impl Default for Timeouts {
 }
 
 impl MemberOptions {
-    /// Everything that must be equal in all processes for their numbers to fit together.
+    /// Settings that must be equal in all processes for their results to match.
     pub(super) fn settings(&self) -> String {
         let device = match self.device {
-            // which of a machine's GPUs it is makes no difference
+            // the GPU's index does not matter
             DeviceOptions::Cuda(options) => DeviceOptions::Cuda(CudaOptions { device: 0, ..options }),
             cpu @ DeviceOptions::Cpu(_) => cpu,
         };
         format!("{device:?}, weights {:?} {}, {} bytes of host memory", self.load_format, self.seed, self.host_bytes)
     }
 
-    /// Where others reach a port of this process.
+    /// Address of a port of this process for other processes.
     pub(super) fn address(&self, port: u16) -> String {
         if self.host.contains(':') { format!("[{}]:{port}", self.host) } else { format!("{}:{port}", self.host) }
     }
 
-    /// A port for the collective, on the host's own address where that can be bound.
+    /// Opens a port for the collective, on the host's own address if it can be bound.
     pub(super) fn listen_for_ranks(&self) -> std::io::Result<(std::net::TcpListener, String)> {
         let listener = std::net::TcpListener::bind((self.host.as_str(), 0))
             .or_else(|_| std::net::TcpListener::bind(("0.0.0.0", 0)))?;

@@ -1,4 +1,4 @@
-//! The ranks of one process: loaded side by side, then each on its own thread.
+//! The ranks of one process: loaded in parallel, then each on its own thread.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,7 +22,7 @@ use crate::telemetry::spans::RankSpans;
 use crate::weights::{LoadFormat, ShardPlan, WeightError, Weights};
 use bora_common::model::ModelConfig;
 
-/// Opens the weights as the options say.
+/// Opens the weights according to the options.
 pub(super) fn open_weights(options: &MemberOptions, config: &ModelConfig) -> Result<Weights, WeightError> {
     match options.load_format {
         LoadFormat::Auto => Weights::open(&options.model_dir, config),
@@ -30,11 +30,11 @@ pub(super) fn open_weights(options: &MemberOptions, config: &ModelConfig) -> Res
     }
 }
 
-/// A rank whose weights are on its device and whose cache is not yet made.
+/// A rank whose weights are loaded and whose cache is not yet created.
 pub(super) trait LoadedRank: Send {
-    /// Blocks that its cache could have.
+    /// Number of blocks that fit into the rank's memory.
     fn kv_blocks(&self) -> usize;
-    /// Makes the cache; the rank is then ready for steps.
+    /// Creates the cache; the rank is then ready for steps.
     fn start(self: Box<Self>, kv_blocks: usize) -> Result<Box<dyn StepRunner>, BackendError>;
 }
 
@@ -60,7 +60,7 @@ where
 
     fn start(mut self: Box<Self>, kv_blocks: usize) -> Result<Box<dyn StepRunner>, BackendError> {
         self.backend.allocate_kv(&self.shape, kv_blocks)?;
-        // the same on every rank: all are given the same bytes and have equally large blocks
+        // equal on every rank, because all have the same bytes of host memory and blocks of equal size
         let host_blocks = (self.host_bytes / self.backend.block_bytes(&self.shape) as u64).min(u64::from(u32::MAX) - 1);
         let mut host = HostMemory::default();
         if host_blocks > 0 {
@@ -76,7 +76,7 @@ where
     }
 }
 
-/// What all ranks of a process share while they load.
+/// Data that all ranks of a process share while they load.
 pub(super) struct Loading<'a> {
     pub(super) weights: &'a Weights,
     pub(super) options: &'a MemberOptions,
@@ -86,7 +86,7 @@ pub(super) struct Loading<'a> {
 }
 
 impl Loading<'_> {
-    /// Loads the ranks that the collectives belong to, all at once. The first failure frees the others.
+    /// Loads the ranks of the collectives in parallel. The first failure aborts the others.
     pub(super) fn load_all(&self, collectives: Vec<Box<dyn Collective>>) -> Result<Vec<Box<dyn LoadedRank>>, RunError> {
         for collective in &collectives {
             self.fault.watch_over(collective.aborter());
@@ -97,7 +97,7 @@ impl Loading<'_> {
         })
     }
 
-    /// Makes the caches of loaded ranks, all at once.
+    /// Creates the caches of loaded ranks in parallel.
     pub(super) fn start_all(
         &self,
         loaded: Vec<Box<dyn LoadedRank>>,
@@ -126,7 +126,7 @@ impl Loading<'_> {
                     })
                 })
                 .collect();
-            // every thread is waited for before the first error is returned
+            // every thread is joined before the first error is returned
             let results: Vec<_> = threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
             let mut outputs = Vec::with_capacity(results.len());
             for (index, result) in results.into_iter().enumerate() {
@@ -182,18 +182,18 @@ impl Loading<'_> {
     }
 }
 
-/// Without a step for this long, the sequences of a rank have ended.
+/// After this time without a step, a rank ends the spans of its sequences.
 const IDLE_AFTER: Duration = Duration::from_secs(1);
 
-/// A rank on a thread of its own that runs whatever steps it is sent. Ends when this is dropped.
+/// A rank on its own thread, which runs the steps that it receives. Dropping it ends the thread.
 pub(super) struct RankThread {
     pub(super) rank: usize,
     steps: Option<SyncSender<Arc<Step>>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Steps that may wait for a rank's thread. More than any pipeline is deep; a rank that lags further behind
-/// the others than that is broken, since every step needs all of them.
+/// Maximum steps that wait for a rank's thread. This is more than the depth of any pipeline; a rank that lags further
+/// behind is broken, because every step needs all ranks.
 const WAITING_STEPS: usize = 16;
 
 impl RankThread {
@@ -217,7 +217,7 @@ impl RankThread {
         Ok(Self { rank, steps: Some(sender), thread: Some(thread) })
     }
 
-    /// Hands over a step; an error says why the rank can't take it.
+    /// Sends a step to the thread; the error says why the rank can't accept it.
     pub(super) fn submit(&self, step: &Arc<Step>) -> Result<(), String> {
         let Some(steps) = &self.steps else { return Err("its thread was stopped".to_owned()) };
         steps.try_send(Arc::clone(step)).map_err(|error| match error {
@@ -237,7 +237,7 @@ impl Drop for RankThread {
     }
 }
 
-/// Keeps the rank's pipeline full: a step is collected when the next ones are in, or when none comes.
+/// Keeps the rank's pipeline full: a step is collected when the next ones are submitted or no further one arrives.
 fn run_steps(
     rank: usize,
     mut runner: Box<dyn StepRunner>,

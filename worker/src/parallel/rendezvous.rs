@@ -1,7 +1,7 @@
-//! The leader's side of the group's own gRPC service: who may join, who is here, who is still alive.
+//! The leader's side of the `Peers` service: admits followers, tracks them, and watches their heartbeats.
 //!
-//! Until the group is complete a process that leaves simply frees its ranks for the next one. From then on
-//! the end of its stream, or silence, is the end of the group.
+//! Until the group is complete, a process that leaves only frees its ranks for the next one. After that, the end of its
+//! stream or a missed heartbeat ends the group.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,22 +22,22 @@ use tracing::{info, warn};
 use super::fault::{ECHO_WAIT, Fault, GroupProgress};
 use crate::engine::step::RunError;
 
-/// Messages that may wait for a follower's socket: a follower this far behind is not alive.
+/// Maximum messages that wait for a follower's socket; a follower further behind counts as dead.
 const WAITING_MESSAGES: usize = 64;
-/// A process that joins says hello at once.
+/// Timeout for the hello of a process that joins.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 
-/// What a process must match to join, beyond its identity, which the server's [`Guard`] has checked.
+/// Properties that a joining process must match, beyond its identity, which the server's [`Guard`] has checked.
 pub(super) struct Expected {
     pub(super) ranks: usize,
-    /// Ranks below this one are the leader's own.
+    /// First rank of the followers; lower ranks belong to the leader.
     pub(super) first_remote: usize,
     pub(super) revision: String,
     pub(super) settings: String,
     pub(super) heartbeat_timeout: Duration,
 }
 
-/// Everything the leader knows about the group's other processes.
+/// State of the group's other processes on the leader.
 pub(super) struct Rendezvous {
     expected: Expected,
     fault: Arc<Fault>,
@@ -49,9 +49,9 @@ pub(super) struct Rendezvous {
 struct State {
     members: Vec<Member>,
     next_id: u64,
-    /// All ranks were there and were welcomed: from now on nobody may leave.
+    /// All ranks have joined and were welcomed: a process that leaves now ends the group.
     complete: bool,
-    /// The leader stops in order: from now on everybody may leave.
+    /// The leader is stopping: processes may leave now.
     stopped: bool,
 }
 
@@ -75,15 +75,15 @@ impl Rendezvous {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a process in, or says why not. A refusal names what differs and never the group's own value.
+    /// Admits a process, or refuses it. A refusal names what differs and never the group's own value.
     fn admit(&self, hello: Hello, sender: mpsc::Sender<Result<FromLeader, Status>>) -> Result<u64, Status> {
         let expected = &self.expected;
         let refuse = |reason: &str| Err(Status::failed_precondition(reason));
         if hello.revision != expected.revision {
-            return refuse("the leader is of another revision: all processes of a group are of one");
+            return refuse("the leader is of another revision: all processes of a group must have the same revision");
         }
         if hello.version != env!("CARGO_PKG_VERSION") {
-            return refuse("the leader runs another version: all processes of a group run one");
+            return refuse("the leader runs another version: all processes of a group must run the same version");
         }
         if hello.world_size as usize != expected.ranks {
             return refuse("worker.tensor_parallel_size: the leader has another number of ranks");
@@ -92,7 +92,7 @@ impl Rendezvous {
             return refuse("the leader has other settings (device, number formats, load format, host memory)");
         }
         if hello.ranks.is_empty() {
-            return refuse("no ranks were named");
+            return refuse("the hello names no ranks");
         }
         let mut state = self.state();
         for rank in &hello.ranks {
@@ -100,8 +100,14 @@ impl Rendezvous {
                 return refuse(&format!("rank {rank} is not one that followers hold"));
             }
             if let Some(holder) = state.members.iter().find(|member| member.ranks.contains(rank)) {
-                // worth another try: that process may just have died
-                warn!(rank, host = holder.host, pid = holder.pid, by = hello.host, "a rank that is held was claimed");
+                // unavailable, so that the caller retries: the other process may just have died
+                warn!(
+                    rank,
+                    host = holder.host,
+                    pid = holder.pid,
+                    by = hello.host,
+                    "a process claims a rank that another one holds"
+                );
                 return Err(Status::unavailable(format!("rank {rank} is held by another process")));
             }
         }
@@ -124,7 +130,7 @@ impl Rendezvous {
         Ok(id)
     }
 
-    /// Reads what a follower says until it leaves.
+    /// Handles messages of a follower until it leaves.
     async fn listen(self: Arc<Self>, id: u64, mut incoming: Streaming<FromFollower>) {
         let reason = loop {
             match incoming.message().await {
@@ -155,8 +161,9 @@ impl Rendezvous {
                     self.fault.fail(RunError::Device { rank: failed.rank, step: failed.step, reason: failed.reason });
                     return;
                 }
-                // what it says of others may be the echo of a failure that is known here in a moment (a rank that hears of one hangs
-                // up on those who are still writing to it), and this process's own ranks wait as well
+                // a report about another rank may be a consequence of a failure that is known here soon (a rank that
+                // learns of a failure closes its connections to ranks that still write), and this process's own ranks
+                // wait as well
                 let host = "unknown host".to_owned();
                 let failure = RunError::RankLost { rank: failed.rank, host, reason: failed.reason };
                 let fault = Arc::clone(&self.fault);
@@ -205,7 +212,7 @@ impl Rendezvous {
         }
     }
 
-    /// Waits until every follower is ready; returns the least of their KV blocks.
+    /// Waits until every follower is ready; returns the minimum of their KV blocks.
     pub(super) async fn all_ready(&self) -> Result<Option<u32>, RunError> {
         loop {
             if let Some(failure) = self.fault.first() {
@@ -219,7 +226,7 @@ impl Rendezvous {
         }
     }
 
-    /// Watches heartbeats for the life of the group, and says goodbye at its end.
+    /// Watches heartbeats while the group runs, and sends goodbyes at its end.
     pub(super) async fn watch(self: Arc<Self>, stop: CancellationToken) {
         let limit = self.expected.heartbeat_timeout;
         loop {
@@ -239,13 +246,13 @@ impl Rendezvous {
         }
     }
 
-    /// Sends the same message to every follower; one that can't take it fails the group.
+    /// Sends the same message to every follower; a follower that can't accept it fails the group.
     pub(super) fn send_to_all(&self, message: &from_leader::Message) -> Result<(), RunError> {
         for member in &self.state().members {
             let message = FromLeader { message: Some(message.clone()) };
             if let Err(error) = member.sender.try_send(Ok(message)) {
                 let reason = match error {
-                    mpsc::error::TrySendError::Full(_) => "it does not take its messages".to_owned(),
+                    mpsc::error::TrySendError::Full(_) => "it does not read its messages".to_owned(),
                     mpsc::error::TrySendError::Closed(_) => "its stream is closed".to_owned(),
                 };
                 return Err(RunError::RankLost { rank: member.ranks[0], host: member.host.clone(), reason });
@@ -254,18 +261,18 @@ impl Rendezvous {
         Ok(())
     }
 
-    /// Ends the followers' streams, with the reason.
+    /// Ends the followers' streams with the reason.
     pub(super) fn send_goodbye(&self, reason: &str, failed: bool) {
         let mut state = self.state();
         state.stopped = true;
         let goodbye = from_leader::Message::Goodbye(Goodbye { reason: reason.to_owned(), failed });
         for member in state.members.drain(..) {
-            // whoever can't take it sees the stream end
+            // a follower that can't receive it sees the stream end
             let _ = member.sender.try_send(Ok(FromLeader { message: Some(goodbye.clone()) }));
         }
     }
 
-    /// Where each remote rank's process listens for the collective.
+    /// Addresses on which the processes of remote ranks listen for the collective.
     pub(super) fn collective_addresses(&self) -> Vec<(u32, String)> {
         let state = self.state();
         let addresses = state

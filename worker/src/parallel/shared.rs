@@ -1,16 +1,15 @@
-//! The collective of ranks that are threads of one process: each puts its numbers into its own place in
-//! shared memory, all meet, all read all places in the order of the ranks.
+//! The collective of ranks that are threads of one process. Each rank writes its elements to its own slot in shared
+//! memory, all ranks meet at a barrier, and every rank reads all slots in the order of the ranks.
 //!
-//! Places alternate between two sets: a rank that writes its place for call n + 2 has passed the meeting
-//! of call n + 1, and so has every other rank, so nobody still reads what call n left there. One meeting
-//! a call is enough.
+//! Slots alternate between two sets. A rank that writes its slot for call n + 2 has passed the barrier of call n + 1,
+//! and so has every other rank; no rank still reads the slots of call n. One barrier per call therefore suffices.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::collective::{Abort, Collective, CollectiveError};
 
-/// One rank's end of the shared memory.
+/// One rank's access to the shared memory.
 pub struct SharedRank {
     rank: usize,
     calls: u64,
@@ -24,7 +23,7 @@ struct Place {
     changed: Condvar,
 }
 
-/// What a rank brings to a call.
+/// Data that a rank passes to a call.
 #[derive(Default)]
 struct Offered {
     elements: Vec<f32>,
@@ -32,13 +31,13 @@ struct Offered {
 }
 
 struct Meeting {
-    /// Calls that each rank has come to.
+    /// Number of calls that each rank has reached.
     arrived: Vec<u64>,
     ended: Option<CollectiveError>,
 }
 
 impl SharedRank {
-    /// The ends of a group of `ranks` threads. A rank that waits longer than `timeout` for another gives up.
+    /// Creates the collectives of `ranks` threads. A rank that waits longer than `timeout` for another fails.
     pub fn group(ranks: usize, timeout: Duration) -> Vec<SharedRank> {
         let set = || (0..ranks).map(|_| RwLock::default()).collect();
         let place = Arc::new(Place {
@@ -49,7 +48,7 @@ impl SharedRank {
         (0..ranks).map(|rank| SharedRank { rank, calls: 0, place: Arc::clone(&place), timeout }).collect()
     }
 
-    /// Offers something, waits for all ranks, and returns the set of places to read.
+    /// Writes this rank's slot, waits for all ranks, and returns the set of slots to read.
     fn meet(&mut self, offer: impl FnOnce(&mut Offered)) -> Result<usize, CollectiveError> {
         self.calls += 1;
         let set = (self.calls % 2) as usize;
@@ -62,7 +61,7 @@ impl SharedRank {
         self.place.changed.notify_all();
         let deadline = Instant::now() + self.timeout;
         loop {
-            // a call that all came to is good, even where a rank has left since
+            // a call that all ranks reached succeeds, even if a rank has left since
             let Some(late) = meeting.arrived.iter().position(|calls| *calls < self.calls) else {
                 return Ok(set);
             };
@@ -90,7 +89,7 @@ impl SharedRank {
         }
         Err(CollectiveError::OutOfStep {
             rank,
-            reason: format!("it brought {found} numbers, rank {} {own}", self.rank),
+            reason: format!("it passed {found} elements, rank {} passed {own}", self.rank),
         })
     }
 }
@@ -112,7 +111,7 @@ impl Abort for Place {
     }
 }
 
-/// A rank whose thread ends, for whatever reason, frees the others at once.
+/// A rank whose thread ends for any reason fails the other ranks immediately.
 impl Drop for SharedRank {
     fn drop(&mut self) {
         self.place.end(CollectiveError::Lost { rank: self.rank, reason: "its thread ended".to_owned() });
@@ -176,7 +175,7 @@ impl Collective for SharedRank {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::disallowed_methods)] // ranks that stand still
+    #![allow(clippy::disallowed_methods)] // ranks that hang
 
     use super::*;
 
@@ -190,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn all_reduce_gives_the_same_bits_on_every_rank() {
+    fn reduces_to_the_same_bits_on_every_rank() {
         let results = run(4, Duration::from_secs(20), |mut rank| {
             let mut all = Vec::new();
             for call in 0..200 {
@@ -210,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_ends_frees_the_others() {
+    fn fails_the_others_if_a_thread_ends() {
         let results = run(3, Duration::from_secs(20), |mut rank| {
             if rank.rank() == 1 {
                 return Ok(());
@@ -223,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_does_not_come_is_named() {
+    fn names_a_missing_rank() {
         let results = run(3, Duration::from_millis(100), |mut rank| {
             if rank.rank() == 1 {
                 std::thread::sleep(Duration::from_millis(600));
@@ -236,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn different_lengths_are_an_error() {
+    fn rejects_different_lengths() {
         let results = run(2, Duration::from_secs(20), |mut rank| {
             let mut values = vec![0.0; 1 + rank.rank()];
             rank.all_reduce(&mut values)

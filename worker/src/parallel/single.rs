@@ -1,10 +1,10 @@
-//! The collective of a group of one rank: nothing to do.
+//! The collective of a group with one rank, which does nothing.
 
 use std::sync::{Arc, OnceLock};
 
 use super::collective::{Abort, Collective, CollectiveError};
 
-/// One rank alone.
+/// The only rank of a group.
 #[derive(Default)]
 pub struct SingleRank {
     ended: Arc<Ended>,

@@ -1,10 +1,9 @@
 //! The collective of ranks in several processes: a full mesh of TCP connections.
 //!
-//! Every pair of ranks shares one connection (the higher rank dials). A reader thread for each peer takes
-//! what arrives off the socket at once, so that two ranks that send a large tensor to each other never
-//! block each other. A peer that dies closes its connections, which is noticed at once; one that stands
-//! still is noticed by the time-out. Whoever notices reports the others which rank it was, so that all name
-//! the same one.
+//! Every pair of ranks shares one connection; the higher rank dials. A reader thread per peer drains the socket, so
+//! that two ranks that send large tensors to each other never block each other. A peer that dies closes its
+//! connections, which is detected immediately; a peer that hangs is detected by the timeout. The rank that detects a
+//! failure reports the failed rank to the others, so that all ranks name the same one.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -19,21 +18,21 @@ use super::handshake::{MeshKey, Pending, greet, introduce};
 
 /// call, length
 const HEADER_BYTES: usize = 8 + 8;
-/// A header with this call carries a rank (4 bytes) and the reason why it is lost.
+/// Call number of a message that reports a lost rank: its body is the rank (4 bytes) and the reason.
 const LOST: u64 = u64::MAX;
 const LARGEST_FRAME: u64 = 1 << 32;
 
-/// Where and how the ranks of one process meet the others.
+/// Options of the mesh for the ranks of one process.
 pub(super) struct MeshOptions<'a> {
-    /// The ranks of this process.
+    /// Ranks of this process.
     pub(super) local_ranks: &'a [usize],
-    /// `host:port` where each rank of the group listens; those of one process are equal.
+    /// `host:port` of each rank of the group; equal for ranks of one process.
     pub(super) addresses: &'a [String],
     /// See [`MeshKey`].
     pub(super) key: MeshKey,
-    /// The whole mesh stands by then, or it is an error.
+    /// Deadline for the whole mesh.
     pub(super) deadline: Instant,
-    /// How long a call waits for a rank.
+    /// Timeout of a call for each rank.
     pub(super) timeout: Duration,
 }
 
@@ -43,7 +42,7 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
     let mut streams: Vec<Vec<Option<TcpStream>>> =
         options.local_ranks.iter().map(|_| (0..ranks).map(|_| None).collect()).collect();
     listener.set_nonblocking(true).map_err(|error| listener_failed(options, &error))?;
-    // both at once: who is dialled responses, and may be this process itself
+    // dials and accepts concurrently, because a dialled rank may belong to this process
     std::thread::scope(|scope| {
         let dialling = scope.spawn(|| dial_all(options));
         accept_all(scope, listener, options, &mut streams)?;
@@ -60,7 +59,7 @@ pub(super) fn connect_mesh(listener: &TcpListener, options: &MeshOptions<'_>) ->
     Ok(meshes)
 }
 
-/// Connects to every rank below each local one: (local rank's index, rank, connection).
+/// Connects to every rank below each local one. Returns index of the local rank, rank and connection.
 fn dial_all(options: &MeshOptions<'_>) -> Result<Vec<(usize, usize, TcpStream)>, CollectiveError> {
     let mut dialled = Vec::new();
     for (local, rank) in options.local_ranks.iter().enumerate() {
@@ -71,8 +70,8 @@ fn dial_all(options: &MeshOptions<'_>) -> Result<Vec<(usize, usize, TcpStream)>,
     Ok(dialled)
 }
 
-/// Accepts until every rank above each local one has come. Each caller is greeted on a thread of its own, so that one
-/// that says nothing holds nobody up.
+/// Accepts until every rank above each local one has connected. Each handshake runs on its own thread, so that a silent
+/// caller blocks no other.
 fn accept_all<'scope>(
     scope: &'scope Scope<'scope, '_>,
     listener: &TcpListener,
@@ -105,7 +104,7 @@ fn accept_all<'scope>(
                 let (greeted, key) = (greeted.clone(), options.key);
                 scope.spawn(move || {
                     let outcome = greet(&mut stream, &key);
-                    // nobody waits for it any more if the mesh stands
+                    // the receiver is gone if the mesh is complete
                     let _ = greeted.send((stream, outcome));
                 });
             }
@@ -121,7 +120,7 @@ fn accept_all<'scope>(
     }
 }
 
-/// Meshes are connected on a thread that may block.
+/// Sleeps on a thread that may block.
 #[allow(clippy::disallowed_methods)]
 fn pause(duration: Duration) {
     std::thread::sleep(duration);
@@ -149,7 +148,8 @@ fn dial(rank: usize, peer: usize, options: &MeshOptions<'_>) -> Result<TcpStream
         match attempt() {
             Ok(stream) => return Ok(stream),
             Err(error) if Instant::now() >= options.deadline => {
-                // a server of another epoch that refuses first and is silent at the end is best described by the refusal
+                // if a process of another epoch refuses first and is silent later, the refusal describes the problem
+                // best
                 let error = refused.unwrap_or(error);
                 let reason = format!("rank {rank} can't reach it at {address}: {error}");
                 return Err(CollectiveError::Lost { rank: peer, reason });
@@ -164,16 +164,16 @@ fn dial(rank: usize, peer: usize, options: &MeshOptions<'_>) -> Result<TcpStream
     }
 }
 
-/// One rank's connections.
+/// Connections of one rank.
 pub struct TcpRank {
     rank: usize,
     peers: Vec<Option<TcpStream>>,
     arrivals: Receiver<Arrival>,
-    /// Frames of peers that are a call ahead.
+    /// Frames of peers that are one call ahead.
     early: Vec<VecDeque<Vec<u8>>>,
     calls: u64,
     timeout: Duration,
-    /// A rank that left after its part of the call before.
+    /// A rank that left after it completed the previous call.
     left: Option<CollectiveError>,
     failed: Option<CollectiveError>,
     ended: Arc<Ended>,
@@ -198,7 +198,7 @@ impl Abort for Ended {
     fn abort(&self, reason: &str) {
         let _ = self.reason.set(reason.to_owned());
         for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            // a closed one is as good
+            // an already closed connection is fine
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -234,7 +234,7 @@ impl TcpRank {
         })
     }
 
-    /// Sends `own` to every peer and returns what they sent, in the order of the ranks.
+    /// Sends `own` to every peer and returns the peers' data in the order of the ranks.
     fn meet(&mut self, own: Vec<u8>) -> Result<Vec<Vec<u8>>, CollectiveError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -275,7 +275,7 @@ impl TcpRank {
             let frame = match arrival.frame {
                 Ok(frame) => frame,
                 Err(error) => {
-                    // a rank that left after it did its part concerns the next call
+                    // the failure of a rank that completed its part concerns the next call
                     let culprit = error.rank().unwrap_or(from);
                     if received[from].is_none() || received.get(culprit).is_none_or(Option::is_none) {
                         return Err(error);
@@ -297,7 +297,7 @@ impl TcpRank {
         Ok(received.into_iter().flatten().collect())
     }
 
-    /// Remembers the first error, reports the others which rank it was, and hangs up.
+    /// Stores the first error, reports the failed rank to the others, and closes the connections.
     fn fail(&mut self, error: CollectiveError) -> CollectiveError {
         if let Some(reason) = self.ended.reason.get() {
             let ended = CollectiveError::Aborted(reason.clone());
@@ -314,7 +314,7 @@ impl TcpRank {
             frame.extend_from_slice(&(*rank as u32).to_le_bytes());
             frame.extend_from_slice(reason.as_bytes());
             for stream in self.peers.iter_mut().flatten() {
-                // best effort: whoever does not hear it sees the connection close
+                // best effort: a peer that does not receive it sees the connection close
                 let _ = stream.set_write_timeout(Some(Duration::from_millis(200)));
                 let _ = stream.write_all(&frame);
             }
@@ -334,7 +334,10 @@ impl TcpRank {
         if found == own {
             return Ok(());
         }
-        Err(CollectiveError::OutOfStep { rank, reason: format!("it brought {found} bytes, rank {} {own}", self.rank) })
+        Err(CollectiveError::OutOfStep {
+            rank,
+            reason: format!("it passed {found} bytes, rank {} passed {own}", self.rank),
+        })
     }
 }
 
@@ -427,7 +430,7 @@ impl Collective for TcpRank {
     }
 }
 
-/// Local ranks tied together over the loopback interface; for tests and for processes of one machine.
+/// Connects local ranks over the loopback interface, for tests and for processes of one machine.
 pub fn loopback_mesh(ranks: usize, timeout: Duration) -> Result<Vec<TcpRank>, CollectiveError> {
     let failed = |error: std::io::Error| CollectiveError::Lost { rank: 0, reason: format!("no loopback: {error}") };
     let listener = TcpListener::bind("127.0.0.1:0").map_err(failed)?;
@@ -447,7 +450,7 @@ pub fn loopback_mesh(ranks: usize, timeout: Duration) -> Result<Vec<TcpRank>, Co
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::disallowed_methods)] // ranks that stand still
+    #![allow(clippy::disallowed_methods)] // ranks that hang
 
     use super::*;
 
@@ -460,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn all_reduce_gives_the_same_bits_on_every_rank() {
+    fn reduces_to_the_same_bits_on_every_rank() {
         let mesh = loopback_mesh(3, Duration::from_secs(20)).unwrap();
         let results = run(mesh, |mut rank| {
             // larger than the sockets' buffers
@@ -482,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn all_name_the_rank_that_left() {
+    fn names_the_rank_that_left_on_all_ranks() {
         let mesh = loopback_mesh(4, Duration::from_secs(20)).unwrap();
         let started = Instant::now();
         let results = run(mesh, |mut rank| {
@@ -498,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_stands_still_is_named() {
+    fn names_a_rank_that_hangs() {
         let mesh = loopback_mesh(2, Duration::from_millis(200)).unwrap();
         let results = run(mesh, |mut rank| {
             if rank.rank() == 1 {
@@ -511,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn an_abort_frees_a_waiting_rank() {
+    fn aborts_a_waiting_rank() {
         let mut mesh = loopback_mesh(2, Duration::from_secs(20)).unwrap();
         let idle = mesh.pop().unwrap();
         let mut waiting = mesh.pop().unwrap();
@@ -536,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_are_not_let_in() {
+    fn rejects_strangers() {
         let (listener, address) = listen();
         let mut stranger = TcpStream::connect(&address).unwrap();
         stranger.write_all(&[0; 48]).unwrap();
@@ -546,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn ranks_of_two_keys_do_not_meet() {
+    fn rejects_ranks_with_another_key() {
         let ((first, first_address), (second, second_address)) = (listen(), listen());
         let addresses = vec![first_address, second_address];
         let limit = Duration::from_secs(2);
@@ -563,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn who_says_nothing_and_who_drips_hold_no_rank_up() {
+    fn accepts_ranks_despite_silent_and_slow_callers() {
         let ((first, first_address), (second, second_address)) = (listen(), listen());
         let idle: Vec<TcpStream> = (0..2 * super::super::handshake::MAX_HANDSHAKES)
             .map(|_| TcpStream::connect(&first_address).unwrap())
@@ -583,8 +586,8 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_is_called_by_an_impostor_says_nothing_of_the_key() {
-        // the impostor responds with a proof of its own and hears no proof in return
+    fn reveals_nothing_of_the_key_to_an_impostor() {
+        // the impostor sends a proof of its own and receives no proof in return
         let (listener, address) = listen();
         let impostor = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();

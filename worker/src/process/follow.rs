@@ -1,4 +1,4 @@
-//! The life of a group on a process that holds other ranks: it looks for its leader and follows it to the end.
+//! Follower process: finds the leader of its group and follows it until the group ends.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ use super::{WorkerError, WorkerSettings, load_grammars, member_options};
 use crate::options::WorkerOptions;
 use crate::parallel::{FollowError, FollowerOptions, follow_and_report};
 
-/// How often a follower looks for its leader.
+/// Interval between lookups of the leader.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
-/// How long a follower tries an address from the registry before it looks there again.
+/// Time that a follower tries an address from the registry before it looks the leader up again.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Follows the group's leader until the group ends, or `stop` is cancelled and the leader has drained.
+/// Follows the group's leader until the group ends, or until `stop` is cancelled and the leader has drained.
 pub(super) async fn follow_leader(
     settings: WorkerSettings,
     device: Device,
@@ -26,7 +26,7 @@ pub(super) async fn follow_leader(
 ) -> Result<(), WorkerError> {
     let options = &settings.options;
     if device == Device::Fake {
-        return Err(WorkerError::Options("worker.ranks: a fake group is one process".into()));
+        return Err(WorkerError::Options("worker.ranks: a fake group has one process, which holds all ranks".into()));
     }
     let Some(group) = options.group.clone() else {
         return Err(WorkerError::Options("worker.group: a group of several processes needs a name".into()));
@@ -61,7 +61,7 @@ pub(super) async fn follow_leader(
                 return Ok(());
             }
             Err(error) if stop.is_cancelled() => {
-                // the leader's goodbye may be lost when its process ends right after it
+                // the leader's goodbye may be lost if its process ends directly after it
                 tracing::info!(group, %error, "the group ended");
                 return Ok(());
             }
@@ -75,8 +75,8 @@ pub(super) async fn follow_leader(
     }
 }
 
-/// Completes when a follower that was asked to stop may go. All processes of a group are notified so at the same
-/// time, and the leader lets running sequences finish before it says goodbye: until then it needs its ranks.
+/// Completes when a stopping follower may exit. All processes of a group are stopped at the same time, and the leader
+/// needs its ranks until its running sequences have finished.
 async fn drained(stop: &CancellationToken, drain: Duration) {
     stop.cancelled().await;
     tracing::info!(seconds = drain.as_secs(), "staying until the leader has drained");
@@ -92,7 +92,7 @@ async fn find_leader(
         return Ok((leader.to_string(), None));
     }
     let deadline = Instant::now() + options.rendezvous_seconds;
-    // in a rolling update leaders of both revisions have one name: the other one's is not joined
+    // in a rolling update leaders of both revisions have one name; a leader of the other revision is not joined
     let mut other = None;
     loop {
         match registry.find_rendezvous(group).await {

@@ -1,4 +1,4 @@
-//! The life of a group on the process that holds rank 0: it is served and announced, watched, and drained at its end.
+//! Leader process: serves and announces its group, watches it, and drains it at its end.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,10 +20,10 @@ use crate::engine::step::RunError;
 use crate::parallel::GroupProgress;
 use crate::service::{self, Host, Listener, RankSource, ServiceOptions};
 
-/// How long the registry may take to forget a group that failed.
+/// Timeout for removing a failed group from the registry.
 const WITHDRAW_WITHIN: Duration = Duration::from_secs(1);
 
-/// Leads a group until `stop` is cancelled, then drains it; an error where the group can't continue.
+/// Leads a group until `stop` is cancelled, then drains it. Returns an error if the group fails.
 pub(super) async fn lead(
     settings: WorkerSettings,
     device: Device,
@@ -60,7 +60,7 @@ pub(super) async fn lead(
     ));
 
     settings.metrics.of_group(&settings.model.name, &group, device, &options.local_ranks());
-    // before the weights are read: routers know that it comes, and a name that is taken is refused at once
+    // before the weights are loaded, so that routers expect the group and a duplicate name is refused immediately
     let loading = loading_record(&settings, device, &group, epoch, endpoint.clone());
     let announcement = registry.announce(loading).await?;
     settings.metrics.of_announcement(announcement.standing());
@@ -86,7 +86,7 @@ pub(super) async fn lead(
 
     let reason = tokio::select! {
         () = stop.cancelled() => None,
-        // the registry was away until now: no router knows this group
+        // the registry was unreachable until now: no router has seen this group
         taken = announcement.refused() => return Err(RegistryError::from(taken).into()),
         reason = engine.failed() => Some(reason),
         reason = idle_failure(failed) => Some(reason),
@@ -97,7 +97,7 @@ pub(super) async fn lead(
     };
     if let Some(reason) = reason {
         tracing::error!(group, reason, "the group failed, ending so that it can be started again");
-        // streams are given "retry elsewhere" by the engine; give the words a moment to leave
+        // the engine ends streams with "retry elsewhere"; this gives the responses time to leave
         withdraw_soon(announcement).await;
         return Err(WorkerError::GroupFailed { group, reason });
     }
@@ -110,7 +110,7 @@ pub(super) async fn lead(
     Ok(())
 }
 
-/// Takes the group out of the registry, if that is quick; its lease ends by itself.
+/// Removes the group from the registry within a timeout; otherwise its lease expires.
 async fn withdraw_soon(announcement: Announcement) {
     let _ = timeout(WITHDRAW_WITHIN, announcement.withdraw()).await;
 }
@@ -118,7 +118,7 @@ async fn withdraw_soon(announcement: Announcement) {
 /// Completes when a rank failed while no step ran.
 async fn idle_failure(failed: Option<watch::Receiver<Option<RunError>>>) -> String {
     if let Some(mut failed) = failed {
-        // an error means that the runner was dropped: then the engine says why
+        // an error means that the runner was dropped; the engine then reports the reason
         let reason = match failed.wait_for(Option::is_some).await {
             Ok(error) => error.as_ref().map(ToString::to_string),
             Err(_) => None,
@@ -130,7 +130,7 @@ async fn idle_failure(failed: Option<watch::Receiver<Option<RunError>>>) -> Stri
     std::future::pending().await
 }
 
-/// How the ranks are, for `Admin.Status`.
+/// Source of the ranks' state for `Admin.Status`.
 fn rank_source(record: &GroupRecord, progress: Option<Arc<GroupProgress>>) -> RankSource {
     let ranks = record.ranks.clone();
     Arc::new(move || {

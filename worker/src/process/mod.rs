@@ -1,5 +1,5 @@
-//! One worker process from its start to its end: brings its ranks up ([`start`]), and, where it holds rank 0, serves the
-//! group and keeps it announced ([`lead`]); elsewhere it follows the process that does ([`follow`]).
+//! One worker process from its start to its end. It starts its ranks ([`start`]). With rank 0 it serves and announces
+//! the group ([`lead`]); otherwise it follows the leader ([`follow`]).
 
 mod follow;
 mod lead;
@@ -25,94 +25,94 @@ use crate::service::ServeError;
 use crate::telemetry::{self, WorkerMetrics};
 pub use start::open_engine;
 
-/// What a process is given.
+/// Settings of a worker process.
 #[derive(Clone)]
 pub struct WorkerSettings {
     /// Name of the cluster.
     pub cluster: String,
     /// The `worker` section.
     pub options: WorkerOptions,
-    /// The model it runs.
+    /// Model that the group runs.
     pub model: ModelOptions,
-    /// What it reports itself.
+    /// Metrics of the process.
     pub metrics: Arc<WorkerMetrics>,
-    /// Of the cluster: what blocks and images are named under.
+    /// Cluster keys, from which blocks and images are named.
     pub keys: ClusterKeys,
 }
 
-/// Why a worker could not start, or ended.
+/// Why a worker could not start, or why it ended.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// A port.
+    /// A port can't be opened.
     #[error("{field}: listening on {address}: {error}")]
     Listen {
-        /// Of the configuration.
+        /// Configuration key.
         field: &'static str,
-        /// Where.
+        /// Address.
         address: HostPort,
-        /// Why not.
+        /// Error of the system.
         error: std::io::Error,
     },
-    /// The device is not there.
+    /// The device is not usable.
     #[error("worker.device: {0}")]
     Device(String),
-    /// The values can't work with this model.
+    /// The options do not fit the model.
     #[error("{0}")]
     Options(String),
-    /// The ranks could not be brought up.
+    /// The ranks could not be started.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// A group of several processes, and this one can't find or follow its leader.
+    /// This process could not find or follow the leader of its group.
     #[error(transparent)]
     Follow(#[from] FollowError),
-    /// The leader is not to be found.
+    /// No leader was found.
     #[error("group `{group}`: no process with rank 0 was found within {seconds} s")]
     NoLeader {
         /// The group.
         group: String,
-        /// How long it was looked for.
+        /// Seconds of the search.
         seconds: u64,
     },
-    /// There is a leader, but of another state of the deployment.
+    /// Only leaders of another revision were found.
     #[error(
-        "group `{group}`: its leader is of revision `{theirs}`, this process of `{own}`, and no other came within {seconds} s"
+        "group `{group}`: its leader has revision `{theirs}`, this process has `{own}`, and no other leader was found within {seconds} s"
     )]
     OtherRevision {
         /// The group.
         group: String,
-        /// The leader's.
+        /// Revision of the leader.
         theirs: String,
-        /// This process's.
+        /// Revision of this process.
         own: String,
-        /// How long another one was looked for.
+        /// Seconds of the search.
         seconds: u64,
     },
-    /// The registry refused.
+    /// The registry refused the group.
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// The engine could not start.
     #[error(transparent)]
     Engine(#[from] EngineStartError),
-    /// A step failed while the group was measured.
+    /// A step failed during calibration.
     #[error(transparent)]
     Run(#[from] RunError),
-    /// The certificates can't be used.
+    /// The certificates are not usable.
     #[error("grpc.tls: {0}")]
     Tls(#[from] TlsError),
-    /// The port can't be served any more.
+    /// The server failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// The group can't continue.
+    /// The group failed.
     #[error("group `{group}` failed: {reason}")]
     GroupFailed {
         /// The group.
         group: String,
-        /// Which rank, and why.
+        /// The rank, and the reason.
         reason: String,
     },
 }
 
-/// Runs one worker process until `stop` is cancelled (then it drains and returns `Ok`) or the group fails.
+/// Runs one worker process until `stop` is cancelled (it then drains and returns `Ok`) or the group fails.
 pub async fn run(
     settings: WorkerSettings,
     registry: Arc<dyn Registry>,
@@ -166,7 +166,7 @@ fn member_options(
     })
 }
 
-/// Begins to make what compiles grammars, where the model has a tokenizer.
+/// Starts to load the compiler of grammars, if the model has a tokenizer.
 fn load_grammars(settings: &WorkerSettings) -> Result<PendingGrammars, WorkerError> {
     let Some(path) = settings.model.tokenizer_path().map(Path::to_owned) else { return Ok(PendingGrammars::none()) };
     PendingGrammars::load(path)
@@ -181,7 +181,7 @@ async fn listen(field: &'static str, address: &HostPort) -> Result<TcpListener, 
     })
 }
 
-/// Under what the group's other processes reach this one.
+/// Host at which the other processes of the group reach this one.
 fn own_host(options: &WorkerOptions) -> String {
     options.host.clone().unwrap_or_else(|| options.listen.host.clone())
 }

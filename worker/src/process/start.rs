@@ -1,4 +1,4 @@
-//! The start of a group: its ranks are brought up and measured, and the engine is started on them.
+//! Start of a group: starts and measures its ranks, and starts the engine on them.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,7 +23,7 @@ use crate::grammar::PendingGrammars;
 use crate::options::WorkerOptions;
 use crate::parallel::{GroupProgress, LeaderOptions, start_group};
 
-/// Longest window where nothing is said: what the models are advertised for.
+/// Default limit of the context window: the window that the models are advertised with.
 const MAX_WINDOW: u32 = 262_144;
 
 /// The ranks of a group, ready to run steps.
@@ -32,16 +32,16 @@ struct Ranks {
     facts: Facts,
     records: Vec<RankRecord>,
     progress: Option<Arc<GroupProgress>>,
-    /// The group's first failure, also while no step runs.
+    /// First failure of the group, even while no step runs.
     failed: Option<watch::Receiver<Option<RunError>>>,
     speed: Speed,
     /// Steps run so far.
     steps: u64,
-    /// The model, where there is one.
+    /// The model; `None` for a fake group.
     model: Option<ModelConfig>,
 }
 
-/// What the group's record says of the model.
+/// Model-dependent fields of the group's record.
 struct Facts {
     kv_blocks: u32,
     vocabulary_size: u32,
@@ -50,7 +50,7 @@ struct Facts {
     eos_ids: Vec<u32>,
 }
 
-/// A group whose ranks are up and whose engine runs.
+/// A group with started ranks and a running engine.
 pub(super) struct OpenGroup {
     pub(super) engine: EngineHandle,
     pub(super) record: GroupRecord,
@@ -58,8 +58,8 @@ pub(super) struct OpenGroup {
     pub(super) failed: Option<watch::Receiver<Option<RunError>>>,
 }
 
-/// Starts a group of one process and its engine, without serving it: for benchmarks of the engine itself. The engine
-/// ends when the handle is dropped.
+/// Starts a group of one process and its engine without serving it, for benchmarks of the engine. The engine ends when
+/// the handle is dropped.
 pub async fn open_engine(settings: WorkerSettings) -> Result<(EngineHandle, GroupRecord), WorkerError> {
     let device = device::choose(&settings.options)?;
     let registry = MemoryRegistry::new();
@@ -69,8 +69,8 @@ pub async fn open_engine(settings: WorkerSettings) -> Result<(EngineHandle, Grou
     Ok((opened.engine, opened.record))
 }
 
-/// The record of a group that is about to load: what its configuration and its checkpoint say of it. Its speed, its
-/// cache and its weights are not known yet.
+/// Record of a group that is about to load, from its configuration and its checkpoint. Speed, cache and weights are not
+/// known yet.
 pub(super) fn loading_record(
     settings: &WorkerSettings,
     device: Device,
@@ -81,7 +81,7 @@ pub(super) fn loading_record(
     let options = &settings.options;
     let (vocabulary_size, max_position) = match device {
         Device::Fake => (options.fake.vocabulary_size, options.fake.max_model_len),
-        // a checkpoint that cannot be read is reported when it is opened
+        // an unreadable checkpoint is reported when it is opened
         Device::Cpu | Device::Cuda => ModelConfig::from_dir(&settings.model.path)
             .map_or((0, 0), |model| (model.vocab_size as u32, model.max_position_embeddings as u32)),
     };
@@ -109,7 +109,7 @@ pub(super) fn loading_record(
     }
 }
 
-/// Brings the ranks up, measures them and starts the engine on them.
+/// Starts the ranks, measures them and starts the engine on them.
 pub(super) async fn open(
     settings: &WorkerSettings,
     device: Device,
@@ -123,7 +123,7 @@ pub(super) async fn open(
     let ranks = bring_up(settings, device, group, epoch, grammars.clone(), registry).await?;
     let record = describe(settings, device, group, epoch, endpoint, &ranks)?;
     if device == Device::Fake {
-        tracing::warn!(group, "this group is fake: it has no model and only pretends to answer");
+        tracing::warn!(group, "this group is fake: it has no model and generates scripted tokens");
     }
     tracing::info!(
         group, epoch, endpoint = record.endpoint, model = record.model, device = ?device, ranks = record.ranks.len(),
@@ -134,14 +134,14 @@ pub(super) async fn open(
     );
     let mut config =
         EngineConfig::of_group(&record, ranks.facts.eos_ids, settings.options.schedule.clone(), settings.keys.clone());
-    // on GPUs by request, until it was measured there; a fake keeps the pace that it was given
+    // speculation is opt-in on GPUs until it is measured there; a fake keeps its configured pace
     if device == Device::Cpu {
         config.options.speculative.get_or_insert_default();
     }
     config.steps_run = ranks.steps;
     config.host = ranks.runner.host_memory();
     config.least_chunk = ranks.runner.least_chunk();
-    // the ranks have waited for them
+    // the ranks have already waited for the grammars
     config.grammars = grammars.wait().map_err(WorkerError::Options)?;
     if let Some(grammars) = &config.grammars {
         settings.metrics.of_grammars(grammars);
@@ -181,7 +181,7 @@ async fn bring_up(
         };
         match registry.offer_rendezvous(record).await {
             Ok(offer) => _offer = Some(offer),
-            // followers are given the address by their configuration
+            // followers get the address from their configuration
             Err(RegistryError::Unsupported { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -253,7 +253,7 @@ fn fake_ranks(options: &WorkerOptions) -> Ranks {
     }
 }
 
-/// The group's record, with the window that its cache has room for.
+/// The group's record, with the window that fits into its cache.
 fn describe(
     settings: &WorkerSettings,
     device: Device,

@@ -1,5 +1,5 @@
-//! Who leaves the queue: interactive before batch, each class in its order, as soon as there is a slot and
-//! every block that the sequence can ever need.
+//! Admission: interactive before batch, each class in its order, as soon as there are a slot and all blocks that the
+//! sequence can need.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,18 +14,18 @@ use crate::engine::sequence::Sequence;
 use crate::engine::step::Slot;
 use crate::speculate::Speculator;
 
-/// What admission makes of a waiting sequence.
+/// Outcome of admitting a waiting sequence.
 enum Verdict {
-    /// It runs.
+    /// The sequence runs.
     Admitted,
-    /// Another sequence is about to compute a block that it needs: computing it twice would help nobody.
+    /// Another sequence is about to compute a block that this one needs; it is not computed twice.
     Wait(BlockHash),
-    /// It does not fit now, and nobody may overtake it.
+    /// The sequence does not fit now, and no later one may overtake it.
     NoRoom,
 }
 
 impl Scheduler {
-    /// A sequence joins the queue of its class (whose bound is kept by whoever accepts requests).
+    /// Adds a sequence to the queue of its class. The caller enforces the bound of the queue.
     pub(crate) fn enqueue(&mut self, mut sequence: Sequence) {
         let cacheable = sequence.cacheable();
         let mut held = 0;
@@ -39,7 +39,7 @@ impl Scheduler {
         self.waiting[sequence.class as usize].push_back(sequence);
     }
 
-    /// Moves everybody who may run to a slot.
+    /// Admits all waiting sequences that may run.
     pub(super) fn admit_waiting(&mut self, now: Instant) {
         for class in [Class::Interactive, Class::Batch] {
             let mut index = 0;
@@ -74,7 +74,7 @@ impl Scheduler {
         if self.config.options.prefix_cache {
             cacheable = sequence.cacheable();
             found = self.cache.find(cacheable);
-            // also what another one fetches from host memory
+            // includes blocks that another sequence fetches from host memory
             for next in [found.on_device, found.total].iter().filter_map(|index| cacheable.get(*index)) {
                 if self.computing.contains_key(&next.hash()) {
                     return Verdict::Wait(next.hash());
@@ -95,7 +95,7 @@ impl Scheduler {
         if found.mismatch {
             self.mismatches += 1;
             let (request_id, block) = (&sequence.request.request_id, found.total);
-            tracing::error!(request_id, block, "a cached block has the name of this one and holds something else");
+            tracing::error!(request_id, block, "a cached block has the same name and another content");
         }
         sequence.start(lease, now);
         sequence.speculator = self.config.options.speculative.as_ref().and_then(Speculator::new);
@@ -107,7 +107,7 @@ impl Scheduler {
         Verdict::Admitted
     }
 
-    /// A sequence of `class` waits for a block: whoever computes it takes its turn as one of that class.
+    /// A sequence of `class` waits for a block: the sequence that computes the block is raised to that class.
     fn raise_class(&mut self, hash: &BlockHash, class: Class) {
         let owner = self.computing.get(hash).and_then(|slot| self.slots[*slot as usize].as_mut());
         if let Some(sequence) = owner {
@@ -128,19 +128,19 @@ impl Scheduler {
             .collect();
         for slot in abandoned {
             if let Some(sequence) = self.remove(slot) {
-                tracing::debug!(request_id = sequence.request.request_id, "aborted: the caller left");
+                tracing::debug!(request_id = sequence.request.request_id, "aborted, the caller disconnected");
             }
         }
     }
 
-    /// Ends every sequence that waits.
+    /// Ends every waiting sequence.
     pub(crate) fn fail_waiting(&mut self, error: &EngineError) {
         for sequence in self.waiting.iter_mut().flat_map(std::mem::take) {
             sequence.events.end(Err(error.clone()));
         }
     }
 
-    /// Ends every sequence that waits or runs.
+    /// Ends every waiting or running sequence.
     pub(crate) fn fail_all(&mut self, error: &EngineError) {
         self.fail_waiting(error);
         for slot in self.order.clone() {
@@ -150,7 +150,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes a running sequence out and gives back its slot and its blocks.
+    /// Removes a running sequence and releases its slot and its blocks.
     pub(super) fn remove(&mut self, slot: Slot) -> Option<Sequence> {
         let mut sequence = self.slots[slot as usize].take()?;
         self.order.retain(|running| *running != slot);

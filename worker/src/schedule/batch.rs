@@ -1,4 +1,4 @@
-//! Makes a step: everybody who decodes, then chunks of prompts.
+//! Makes a step: all decoding sequences, then chunks of prompts.
 
 use std::time::Instant;
 
@@ -11,8 +11,8 @@ use crate::engine::sequence::Sequence;
 use crate::engine::step::{PromptLogprobs, Slot, Step, Tokens, Work};
 
 impl Scheduler {
-    /// The next step, which has to be submitted; `None` while there is nothing to compute, or where the outcome of the steps
-    /// in flight is worth waiting for.
+    /// The next step, which the caller must submit. `None` if there is nothing to compute, or if waiting for the
+    /// outcome of the steps in flight is faster.
     pub(crate) fn plan(&mut self, now: Instant) -> Option<Step> {
         self.drop_abandoned();
         self.admit_waiting(now);
@@ -83,7 +83,7 @@ impl Scheduler {
                 drafts: draft_tokens,
             });
             step.work.push(work);
-            // steps run in order: whoever is admitted to a later one may read these blocks
+            // steps run in order, so sequences of later steps may read these blocks
             self.publish_full_blocks(slot);
         }
         self.copy_blocks(&mut step, prediction.seconds);
@@ -93,7 +93,8 @@ impl Scheduler {
     }
 }
 
-/// Computes the id sampled last, and those that are drafted to follow, and samples the next. Only what is certain counts as computed.
+/// Computes the last sampled token and draft tokens after it, and samples the next. Draft tokens do not count as
+/// computed.
 fn decode(sequence: &mut Sequence, slot: Slot, drafted: Vec<u32>) -> Work {
     let start = sequence.computed as u32;
     let drafts = drafted.len() as u32;
@@ -107,7 +108,7 @@ fn decode(sequence: &mut Sequence, slot: Slot, drafted: Vec<u32>) -> Work {
     Work { slot, start, tokens, new_blocks: unsent_blocks(sequence), sample: true, drafts, prompt_logprobs: None }
 }
 
-/// Computes the next tokens of a prompt; the last chunk samples the first id.
+/// Computes the next tokens of a prompt; the last chunk samples the first token.
 fn chunk(sequence: &mut Sequence, slot: Slot, tokens: usize) -> Work {
     let start = sequence.computed;
     let end = start + tokens;

@@ -1,5 +1,5 @@
-//! How much one step may do: chunks of prompts are cut by time, so that streams that are being decoded
-//! keep their pace, and by tokens, which bounds memory.
+//! Budget of a step. Chunks of prompts are bounded by time, so that running streams keep their pace, and by tokens, so
+//! that memory is bounded.
 
 use std::time::Duration;
 
@@ -11,63 +11,64 @@ use crate::engine::EngineOptions;
 use crate::engine::request::Class;
 use crate::engine::step::Slot;
 
-/// A prompt always gets this many tokens a step at least, however slow the step already is: it has to end.
+/// Minimum prompt tokens of a step, however long the step takes, so that every prompt completes.
 const MIN_CHUNK: usize = BLOCK_TOKENS;
-/// Chunks of at least this many tokens end at a multiple of a quarter of it, and so do twice as long ones with twice as much,
-/// and so on: then GEMMs fill their tiles, and attention's blocks (one for 32 tokens and a KV head) fill the
-/// multiprocessors of a GPU to 97 % and more. Little is lost by it.
+/// Chunks of at least this many tokens end at a multiple of a quarter of it; chunks of twice this many tokens end at a
+/// multiple of half of it, and so on. GEMMs then fill their tiles, and the thread blocks of attention (one per 32 tokens
+/// and KV head) fill at least 97 % of a GPU's multiprocessors. The rounding loses little.
 const MANY_TOKENS: usize = 1_024;
-/// What a step that decodes may take where nothing else is configured, at least.
+/// Minimum time of a step that decodes, unless configured, seconds.
 const STEP_SECONDS: f64 = 0.05;
-/// A large model needs more: room for [`MANY_TOKENS`] of prompts beside a decode step, or its chunks are too small for its matrix
-/// products and it decodes too few sequences a step. So many decode steps at most: streams have to continue.
+/// Maximum time of a step in decode steps, which bounds the ITL of running streams. A large model needs more than
+/// [`STEP_SECONDS`]: without room for [`MANY_TOKENS`] prompt tokens beside a decode step its chunks are too small for
+/// its GEMMs, and it decodes too few sequences per step.
 const MAX_DECODE_STEPS: f64 = 10.0;
-/// Prompt positions of one step whose logprobs are read: each costs a row of logits over the vocabulary.
+/// Maximum prompt positions of a step with logprobs: each costs a row of logits over the vocabulary.
 pub(crate) const MAX_SCORED_POSITIONS: usize = 256;
-/// Weight of the newest step in the running corrections.
+/// Weight of the newest step in the moving corrections.
 const LEARNING_RATE: f64 = 0.1;
-/// What is believed of one step's deviation from the prediction.
+/// Plausible ratio of measured to predicted time; a ratio outside is clamped.
 const PLAUSIBLE: std::ops::RangeInclusive<f64> = 0.05..=20.0;
-/// Steps predicted shorter than this say nothing about the rates.
+/// Steps that are predicted to be shorter than this are not used for learning, seconds.
 const TOO_SHORT: f64 = 1e-5;
 
-/// A running sequence whose prompt is not computed yet.
+/// A running sequence whose prompt is not completely computed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Candidate {
     pub(crate) slot: Slot,
     pub(crate) class: Class,
-    /// Tokens computed before.
+    /// Tokens computed so far.
     pub(crate) context: usize,
-    /// Tokens yet to compute.
+    /// Tokens still to compute.
     pub(crate) remaining: usize,
-    /// Whether logprobs of its prompt are wanted.
+    /// Whether logprobs of the prompt are requested.
     pub(crate) scored: bool,
 }
 
-/// What a step is predicted to cost.
+/// Predicted time of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Prediction {
-    /// By the cost model alone.
+    /// Seconds of decode by the cost model alone.
     decode: f64,
-    /// By the cost model alone.
+    /// Seconds of prefill by the cost model alone.
     pub(crate) prefill: f64,
-    /// With what was learned.
+    /// Seconds of the step with the learned corrections.
     pub(crate) seconds: f64,
 }
 
-/// Cuts prompts into chunks, and learns from the steps how wrong the cost model is.
+/// Cuts prompts into chunks, and corrects the cost model by the measured steps.
 pub(crate) struct StepBudget {
     cost: CostModel,
     step_seconds: f64,
     idle_step_seconds: f64,
     max_tokens: usize,
-    /// Of the prompts in a step, together.
+    /// Minimum tokens of all prompts in a step together.
     least_chunk: usize,
     decode_correction: f64,
     prefill_correction: f64,
 }
 
-/// What is left of a step.
+/// Remaining budget of a step.
 #[derive(Clone, Copy)]
 struct Rest {
     seconds: f64,
@@ -84,19 +85,19 @@ impl StepBudget {
                 .map_or_else(|| step_seconds(speed), |configured| configured.as_secs_f64()),
             idle_step_seconds: options.idle_step_seconds.as_secs_f64(),
             max_tokens: options.max_num_batched_tokens as usize,
-            // more would begin another round of attention's blocks
+            // one more block would start another wave of attention's thread blocks
             least_chunk: (least_chunk / BLOCK_TOKENS * BLOCK_TOKENS).max(MIN_CHUNK),
             decode_correction: 1.0,
             prefill_correction: 1.0,
         }
     }
 
-    /// Shares a step that decodes `decoding` sequences (contexts summing to `context_sum`) among prompts,
-    /// given in the order of their admission. Returns the tokens of each, in any order.
+    /// Divides a step that decodes `decoding` sequences (`context_sum` is the sum of their contexts) among prompts,
+    /// which are given in the order of their admission. Returns the tokens of each prompt, in any order.
     ///
-    /// The oldest of the most urgent class has half of the step for itself, so that it ends; the other half
-    /// goes to the shortest ones, so that a short prompt does not wait behind a very long one. What nobody
-    /// takes goes to the oldest again.
+    /// The oldest prompt of the most urgent class may use half of the step, so that it completes. The other half goes
+    /// to the shortest prompts, so that a short prompt does not wait behind a very long one. The oldest prompt gets
+    /// what remains.
     pub(crate) fn share(
         &self,
         decoding: usize,
@@ -110,7 +111,7 @@ impl StepBudget {
             tokens: self.max_tokens.saturating_sub(decoding),
             scored: MAX_SCORED_POSITIONS,
         };
-        // stable: within a class the order of admission
+        // stable: within a class the order of admission remains
         candidates.sort_by_key(|candidate| candidate.class);
         let mut grants: Vec<(Candidate, usize)> = Vec::with_capacity(candidates.len());
         if let Some((oldest, others)) = candidates.split_first_mut() {
@@ -140,8 +141,8 @@ impl StepBudget {
         (grants, Prediction { decode, prefill, seconds })
     }
 
-    /// Tokens of a prompt that fit into what is left; ends at a block's end where it does not end the
-    /// prompt, so that the block can be shared at once.
+    /// Tokens of a prompt that fit into the remaining budget. A chunk that does not complete the prompt ends at a block
+    /// boundary, so that the block can be shared.
     fn chunk(&self, candidate: &Candidate, rest: Rest) -> usize {
         let in_time = self.cost.prefill_tokens_within(rest.seconds / self.prefill_correction, candidate.context as u64);
         let mut tokens = usize::try_from(in_time).unwrap_or(usize::MAX).min(rest.tokens);
@@ -177,12 +178,12 @@ impl StepBudget {
         }
     }
 
-    /// Seconds to compute `tokens` tokens behind `context` tokens.
+    /// Seconds to compute `tokens` tokens after `context` tokens.
     pub(crate) fn prefill_seconds(&self, context: usize, tokens: usize) -> f64 {
         self.cost.prefill_seconds(context as u64, tokens as u64) * self.prefill_correction
     }
 
-    /// What a further row costs a step that decodes, as a share of the step.
+    /// Cost of a further row in a step that decodes, as a share of the step.
     pub(crate) fn row_share(&self, decoding: usize, context_sum: usize) -> f64 {
         let rows = decoding.max(1);
         let step = self.cost.decode_seconds(rows as u64, context_sum as u64);
@@ -190,7 +191,7 @@ impl StepBudget {
         if step > 0.0 { (more - step) / step } else { 0.0 }
     }
 
-    /// A step took `taken`: the next predictions are better.
+    /// Corrects later predictions by a step that took `taken`.
     pub(crate) fn learn(&mut self, predicted: &Prediction, taken: Duration) {
         let taken = taken.as_secs_f64();
         if predicted.prefill == 0.0 {
@@ -202,7 +203,7 @@ impl StepBudget {
     }
 }
 
-/// What a step that decodes may take on a device of this speed.
+/// Default time of a step that decodes on a device of this speed, seconds.
 fn step_seconds(speed: &Speed) -> f64 {
     let decode = speed.decode_step_seconds;
     let roomy = decode + MANY_TOKENS as f64 / speed.prefill_tokens_per_second.max(1.0);

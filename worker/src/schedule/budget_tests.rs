@@ -16,7 +16,7 @@ fn granted(grants: &[(Slot, usize)], slot: Slot) -> usize {
 }
 
 #[test]
-fn chunks_keep_the_pace_of_running_streams_at_any_context() {
+fn keeps_the_pace_of_running_streams_at_any_context() {
     for context in [0, 10_000, 200_000] {
         let (grants, prediction) = budget().share(8, 8_000, vec![prompt(0, context, 50_000)]);
         assert!(prediction.seconds <= 0.050 + 1e-9, "{context}: {prediction:?}");
@@ -30,7 +30,7 @@ fn chunks_keep_the_pace_of_running_streams_at_any_context() {
 }
 
 #[test]
-fn an_idle_engine_takes_big_chunks_and_bounds_them() {
+fn bounds_chunks_of_an_idle_engine() {
     let (grants, _) = budget().share(0, 0, vec![prompt(0, 0, 50_000)]);
     assert_eq!(granted(&grants, 0), 8_192, "the token budget");
     let (grants, prediction) = budget().share(0, 0, vec![prompt(0, 250_000, 50_000)]);
@@ -38,7 +38,7 @@ fn an_idle_engine_takes_big_chunks_and_bounds_them() {
 }
 
 #[test]
-fn a_prompt_always_gets_on() {
+fn advances_a_prompt_in_every_step() {
     let (grants, _) = budget().share(200, 200_000_000, vec![prompt(0, 0, 1_000)]);
     assert_eq!(grants, [(0, 64)]);
     let (grants, _) = budget().share(200, 200_000_000, vec![prompt(0, 0, 3)]);
@@ -46,7 +46,7 @@ fn a_prompt_always_gets_on() {
 }
 
 #[test]
-fn a_short_prompt_does_not_wait_behind_a_long_one_nor_stop_it() {
+fn runs_a_short_prompt_beside_a_long_one() {
     let prompts = vec![prompt(0, 0, 200_000), prompt(1, 0, 100_000), prompt(2, 0, 500)];
     let (grants, _) = budget().share(0, 0, prompts);
     assert_eq!(granted(&grants, 2), 500, "the short one is done");
@@ -57,7 +57,7 @@ fn a_short_prompt_does_not_wait_behind_a_long_one_nor_stop_it() {
 }
 
 #[test]
-fn batch_prompts_get_what_is_left() {
+fn gives_batch_prompts_the_remaining_budget() {
     let batch = Candidate { class: Class::Batch, ..prompt(0, 0, 100_000) };
     let (grants, _) = budget().share(0, 0, vec![batch, prompt(1, 0, 100_000)]);
     assert!(granted(&grants, 1) >= 4_096 - 64, "though admitted later");
@@ -68,7 +68,7 @@ fn batch_prompts_get_what_is_left() {
 }
 
 #[test]
-fn scored_prompts_are_cut_to_the_rows_that_fit() {
+fn cuts_scored_prompts_to_the_rows_that_fit() {
     let scored = |slot| Candidate { scored: true, ..prompt(slot, 0, 1_000) };
     let (grants, _) = budget().share(0, 0, vec![scored(0), scored(1), prompt(2, 0, 1_000)]);
     assert_eq!(granted(&grants, 0) + granted(&grants, 1), 256);
@@ -76,7 +76,7 @@ fn scored_prompts_are_cut_to_the_rows_that_fit() {
 }
 
 #[test]
-fn predictions_follow_what_steps_really_take() {
+fn corrects_predictions_by_measured_steps() {
     let mut budget = budget();
     let (before, _) = budget.share(1, 1_000, vec![prompt(0, 0, 50_000)]);
     for _ in 0..100 {
@@ -93,7 +93,7 @@ fn predictions_follow_what_steps_really_take() {
 }
 
 #[test]
-fn a_prompt_gets_the_least_chunk_of_the_device_behind_any_context() {
+fn grants_the_minimum_chunk_at_any_context() {
     let speed =
         Speed { prefill_tokens_per_second: 8_000.0, prefill_seconds_per_token_pair: 4e-9, decode_step_seconds: 0.020 };
     let options = EngineOptions { step_seconds: Some(Duration::from_millis(50)), ..EngineOptions::default() };
@@ -107,7 +107,7 @@ fn a_prompt_gets_the_least_chunk_of_the_device_behind_any_context() {
 }
 
 #[test]
-fn a_step_is_as_long_as_configured_or_has_room_for_many_tokens_of_a_slow_model() {
+fn limits_step_time_by_configuration_or_model_speed() {
     let speed = |decode_step_seconds| Speed {
         prefill_tokens_per_second: 10_000.0,
         prefill_seconds_per_token_pair: 0.0,
@@ -118,7 +118,7 @@ fn a_step_is_as_long_as_configured_or_has_room_for_many_tokens_of_a_slow_model()
         let (grants, _) = StepBudget::new(&speed, &options, 64).share(1, 1_000, vec![prompt(0, 0, 50_000)]);
         granted(&grants, 0)
     };
-    // what the decode step leaves of 50 ms; room for 1,024; what it leaves of ten decode steps
+    // the remainder of 50 ms after the decode step; room for 1,024 tokens; the remainder of ten decode steps
     assert!((384..=448).contains(&granted_by(speed(0.005), None)));
     assert!((960..=1_024).contains(&granted_by(speed(0.020), None)));
     assert!((576..=640).contains(&granted_by(speed(0.007), None)));

@@ -1,26 +1,26 @@
-//! Which token IDs a step verifies as draft tokens: see [`speculate`](crate::speculate).
+//! Draft tokens of a step: see [`speculate`](crate::speculate).
 
 use super::Scheduler;
 use super::budget::MAX_SCORED_POSITIONS;
 use crate::engine::step::Slot;
 use crate::speculate::worthwhile;
 
-/// What is decided for the next step.
+/// Decision about the draft tokens of the next step.
 pub(super) enum Drafts {
-    /// It is not made yet: the token IDs in flight are worth waiting for.
+    /// The step is not made yet, because waiting for the tokens in flight is faster.
     Wait,
-    /// The draft tokens of each decoding sequence, in their order; none at all where it is not worth while.
+    /// Draft tokens of each decoding sequence, in their order; empty if speculation does not pay.
     Of(Vec<Vec<u32>>),
 }
 
 impl Scheduler {
-    /// Draft tokens for the next step of the sequences that decode, whose contexts sum to `context_sum`.
+    /// Draft tokens for the next step of the decoding sequences, whose contexts sum to `context_sum`.
     pub(super) fn drafts(&mut self, decoding: &[Slot], context_sum: usize, scored: bool) -> Drafts {
         if self.config.options.speculative.is_none() || decoding.is_empty() {
             return Drafts::Of(Vec::new());
         }
         if self.flights.iter().flat_map(|flight| &flight.works).any(|work| work.drafts > 0) {
-            // where the next tokens stand is not known
+            // the position of the next tokens is unknown
             return Drafts::Wait;
         }
         let price = self.budget.row_share(decoding.len(), context_sum) * decoding.len() as f64;
@@ -33,7 +33,7 @@ impl Scheduler {
             if let Some(sequence) = self.slots[*slot as usize].as_mut()
                 && let Some(speculator) = &mut sequence.speculator
             {
-                // the last id is sampled, never estimated
+                // the last token is sampled, never drafted
                 let left = sequence.limit_len - sequence.ids.len() - sequence.samples_in_flight - 1;
                 let proposal = speculator.propose(&sequence.ids, sequence.samples_in_flight, left.min(room), price);
                 in_flight |= sequence.samples_in_flight > 0;
@@ -54,8 +54,8 @@ impl Scheduler {
         if in_flight { Drafts::Wait } else { Drafts::Of(draft_tokens) }
     }
 
-    /// Rows that draft tokens may have: of logits, beside one of each sequence and those of scored prompts; of tokens, so that
-    /// prompts keep half of the step.
+    /// Rows available for draft tokens: logit rows beside one per sequence and those of scored prompts, and token rows
+    /// such that prompts keep half of the step.
     fn rows_left(&self, decoding: usize, scored: bool) -> usize {
         let options = &self.config.options;
         let taken = self.order.len() + if scored { MAX_SCORED_POSITIONS } else { 0 };

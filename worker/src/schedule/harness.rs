@@ -1,4 +1,4 @@
-//! A scheduler and a fake group, turned by hand: no threads, no clock.
+//! A scheduler and a fake group that a test advances step by step, without threads or a clock.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -24,11 +24,11 @@ pub(super) struct Harness {
     places: Arc<AdmissionPermits>,
     depth: usize,
     next_key: u64,
-    /// Every step made.
+    /// All steps made.
     pub(super) steps: Vec<Step>,
 }
 
-/// Everything a stream said.
+/// All events of a stream.
 #[derive(Debug, Default)]
 pub(super) struct Heard {
     pub(super) started: Option<v1::Started>,
@@ -70,7 +70,7 @@ impl Heard {
     }
 }
 
-/// A small group that digests: any mistake changes its token IDs.
+/// A small group in digest mode: every token depends on all tokens before it, so any mistake changes the output.
 pub(super) fn config(kv_blocks: u32) -> EngineConfig {
     let options = FakeOptions { time_scale: 1.0, ..Default::default() };
     EngineConfig {
@@ -98,7 +98,7 @@ pub(super) fn request(token_ids: Vec<u32>, max_tokens: u32) -> v1::GenerateReque
     }
 }
 
-/// What a digesting group generates after `ids` (prompt and resumed token IDs).
+/// Output of a group in digest mode after `ids` (prompt and resumed tokens).
 pub(super) fn expected(
     ids: &[u32],
     prompt_len: usize,
@@ -123,11 +123,11 @@ pub(super) fn expected(
 
 impl Harness {
     pub(super) fn new(config: EngineConfig, depth: usize) -> Self {
-        Self::saying(FakeMode::Digest, config, depth)
+        Self::with_mode(FakeMode::Digest, config, depth)
     }
 
-    /// With a fake group of another mind.
-    pub(super) fn saying(mode: FakeMode, config: EngineConfig, depth: usize) -> Self {
+    /// A harness whose fake group runs in `mode`.
+    pub(super) fn with_mode(mode: FakeMode, config: EngineConfig, depth: usize) -> Self {
         let fake = FakeOptions {
             vocabulary_size: config.vocabulary_size,
             kv_blocks: config.kv_blocks,
@@ -165,7 +165,7 @@ impl Harness {
         digests.into_iter().zip(ids.as_chunks().0).map(|(digest, ids)| BlockContent::new(digest, ids)).collect()
     }
 
-    /// Fills the pipeline and takes in one step; false where there was nothing to do.
+    /// Fills the pipeline and applies one step; false if there was nothing to do.
     pub(super) fn turn(&mut self) -> bool {
         while self.scheduler.in_flight() < self.depth {
             let Some(step) = self.scheduler.plan(Instant::now()) else { break };
@@ -183,14 +183,14 @@ impl Harness {
         true
     }
 
-    /// Turns until nothing is left to do; not for ever.
+    /// Runs until nothing is left to do, with a bound on the iterations.
     pub(super) fn settle(&mut self) {
         for _ in 0..100_000 {
             if !self.turn() {
                 return;
             }
         }
-        panic!("it never comes to an end");
+        panic!("the scheduler does not settle");
     }
 
     fn check_limits(&self, step: &Step) {
@@ -219,7 +219,7 @@ impl Harness {
             .sum()
     }
 
-    /// Nothing is left behind.
+    /// Asserts that no state is left.
     pub(super) fn assert_empty(&self) {
         let usage = self.scheduler.cache.usage();
         assert_eq!((usage.used, usage.reserved), (0, 0), "blocks are left");

@@ -1,8 +1,8 @@
-//! Blocks that go to host memory before they are given up, and come back when they are asked for.
+//! Offloading: copies blocks to host memory before they are evicted, and fetches them when a sequence needs them.
 //!
-//! Copies run beside the work of a step, as many as fit into its time: a sequence whose prefix is fetched begins to compute in the
-//! step after the last of its copies, and blocks that will be given up next are copied ahead of that. Only where a step takes
-//! blocks faster than they could be copied ahead do copies come before its work.
+//! Copies run beside the work of a step, as many as fit into its time. A sequence whose prefix is fetched computes in
+//! the step after its last copy. The blocks that will be evicted next are copied in advance. Copies run before the work
+//! only if a step takes blocks faster than they could be copied in advance.
 
 use bora_common::blocks::BLOCK_TOKENS;
 
@@ -10,11 +10,11 @@ use super::Scheduler;
 use crate::cache::Found;
 use crate::engine::step::Step;
 
-/// Seconds of copies in a step that has nothing else to do, and in one whose time is not known.
+/// Seconds of copies in a step without other work, or of unknown duration.
 const IDLE_SECONDS: f64 = 0.05;
 
 impl Scheduler {
-    /// Whether the found blocks that are in host memory come back faster than they are computed again, behind the ones on the
+    /// Whether fetching the found blocks from host memory is faster than computing them again, after the blocks on the
     /// device that need neither.
     pub(super) fn worth_fetching(&self, found: Found) -> bool {
         let copied = found.in_host as f64 * self.config.host.seconds_per_block;
@@ -22,7 +22,7 @@ impl Scheduler {
         copied <= self.budget.prefill_seconds(context, tokens)
     }
 
-    /// Adds the copies to a step that will take `seconds`.
+    /// Adds copies to a step that takes `seconds`.
     pub(super) fn copy_blocks(&mut self, step: &mut Step, seconds: f64) {
         step.copies = self.cache.take_copies();
         if self.config.host.blocks == 0 {

@@ -1,18 +1,19 @@
-//! What runs next. The scheduler is plain data: it is notified of sequences and outcomes, and makes steps. It
-//! owns the KV cache's bookkeeping; it knows neither threads nor clocks (whoever calls says what time it
-//! is) nor the device.
+//! The scheduler: decides what runs next. It is plain data: it receives sequences and outcomes, and makes steps. It
+//! owns the bookkeeping of the KV cache. It has no threads, no clock (callers pass the time) and no access to the
+//! device.
 //!
-//! - `admit`: who leaves the queue. Blocks are reserved to the sequence's end, so nothing that runs is ever
-//!   evicted.
+//! - `admit`: which sequences leave the queue. All blocks that a sequence can need are reserved, so no running sequence
+//!   is ever preempted.
 //! - `budget`: how many tokens of which prompt fit into a step.
-//! - `draft`: which token IDs are drafted, and verified in the step that would sample them.
-//! - `host`: blocks that go to host memory and come back.
-//! - `batch`: makes the step; `outcome`: takes in what came of it.
+//! - `draft`: draft tokens, which the same step verifies.
+//! - `host`: blocks that are offloaded to host memory and fetched from it.
+//! - `batch`: makes the step; `outcome`: applies its output.
 //!
-//! With a pipeline of two, step n + 1 is made before the token IDs of step n are known: a decode refers to the id
-//! on the device. A sequence that turns out to have ended with step n has then one overrun token in
-//! step n + 1, which is dropped; its blocks and its slot can be reused at once, since steps run in order.
-//! Draft tokens need the token IDs before them: the step after one with draft tokens waits for its outcome, and so does one before it.
+//! With a pipeline of two, step n + 1 is made before the tokens of step n are known: a decode refers to the token on
+//! the device. If a sequence ended with step n, step n + 1 computes one overrun token of it, which is dropped. The
+//! sequence's blocks and slot can be reused immediately, because steps run in order. Draft tokens need the tokens
+//! before them, so a step with draft tokens is made only after the outcome of the previous step, and the step after it
+//! waits for its outcome.
 
 mod admit;
 mod batch;
@@ -40,24 +41,24 @@ struct InFlightStep {
     prediction: Prediction,
 }
 
-/// What has to be known of a step's work when its outcome arrives.
+/// Work of a step in flight, as its outcome needs it.
 struct FlightWork {
     slot: Slot,
     key: u64,
     sampled: bool,
     scored: bool,
-    /// It computed the last known token.
+    /// Whether the work computed the last known token.
     completes_prompt: bool,
-    /// Ids that it drafted.
+    /// Number of draft tokens.
     drafts: usize,
 }
 
-/// Decides what runs.
+/// The scheduler of a group.
 pub(crate) struct Scheduler {
     config: EngineConfig,
     budget: StepBudget,
     cache: KvCache,
-    /// Interactive, batch.
+    /// Queues of interactive and batch sequences.
     waiting: [VecDeque<Sequence>; 2],
     /// Running sequences by slot.
     slots: Vec<Option<Sequence>>,
@@ -71,17 +72,18 @@ pub(crate) struct Scheduler {
     flights: VecDeque<InFlightStep>,
     last_step: u64,
     completed: u64,
-    /// Predicted time of all prompt computing so far.
+    /// Predicted seconds of all prefill so far.
     prefill_seconds: f64,
-    /// Cached blocks that had the name of a sequence's block and held something else, since they were last asked for.
+    /// Cached blocks with the name of a sequence's block and another content, since the last
+    /// [`Self::drain_mismatches`].
     mismatches: u64,
-    /// Draft tokens made, and those that came true.
+    /// Draft tokens verified, and those accepted.
     drafted: u64,
     accepted: u64,
 }
 
 impl Scheduler {
-    /// An empty one. The configuration has been checked.
+    /// An empty scheduler. The configuration must have been checked.
     pub(crate) fn new(config: EngineConfig) -> Self {
         Self {
             budget: StepBudget::new(&config.speed, &config.options, config.least_chunk),
@@ -103,7 +105,7 @@ impl Scheduler {
         }
     }
 
-    /// Steps submitted and not collected.
+    /// Number of steps submitted and not collected.
     pub(crate) fn in_flight(&self) -> usize {
         self.flights.len()
     }
@@ -113,17 +115,17 @@ impl Scheduler {
         self.flights.iter().map(|flight| flight.prediction.seconds).sum()
     }
 
-    /// Predicted seconds of the oldest of them.
+    /// Predicted seconds of the oldest step in flight.
     pub(crate) fn oldest_predicted_seconds(&self) -> f64 {
         self.flights.front().map_or(0.0, |flight| flight.prediction.seconds)
     }
 
-    /// The step that the ranks are at.
+    /// Number of the step that the ranks run.
     pub(crate) fn oldest_step(&self) -> u64 {
         self.flights.front().map_or(self.last_step, |flight| flight.id)
     }
 
-    /// How busy the group is.
+    /// Load of the group.
     pub(crate) fn load(&self) -> v1::Load {
         let usage = self.cache.usage();
         let waiting = self.waiting.iter().flatten();
@@ -146,7 +148,7 @@ impl Scheduler {
         }
     }
 
-    /// The hashes of all blocks that can be found and are given.
+    /// Hashes of all cached blocks that have been reported.
     pub(crate) fn snapshot(&self) -> Vec<BlockHash> {
         self.cache.snapshot()
     }
@@ -156,17 +158,17 @@ impl Scheduler {
         self.cache.drain_changes()
     }
 
-    /// Cached blocks that held something else than their names promised, since the last call.
+    /// Cached blocks whose content differed from the block that has their name, since the last call.
     pub(crate) fn drain_mismatches(&mut self) -> u64 {
         std::mem::take(&mut self.mismatches)
     }
 
-    /// Forgets every cached block that no running sequence uses.
+    /// Drops every cached block that no running sequence uses.
     pub(crate) fn flush_cache(&mut self) -> usize {
         self.cache.flush()
     }
 
-    /// Publishes the blocks of a sequence whose token IDs are known and whose KV is computed.
+    /// Publishes the full blocks of a sequence whose tokens are known and whose KV is computed.
     fn publish_full_blocks(&mut self, slot: Slot) {
         let Some(sequence) = self.slots[slot as usize].as_mut() else { return };
         let full = (sequence.computed / bora_common::blocks::BLOCK_TOKENS).min(sequence.blocks.len());

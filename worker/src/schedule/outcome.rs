@@ -1,4 +1,4 @@
-//! Takes in what came of a step: token IDs for the callers, blocks that are full, sequences that ended.
+//! Applies the output of a step: tokens for the callers, full blocks, ended sequences.
 
 use std::time::{Duration, Instant};
 
@@ -10,15 +10,15 @@ use crate::engine::sequence::to_proto;
 use crate::engine::step::{PromptOutput, RunError, Sampled, SequenceFault, Slot, StepOutput};
 
 impl Scheduler {
-    /// The oldest step in flight came to its end. An output that does not fit the step is an error: the
-    /// group is not what the scheduler believes it to be.
+    /// Applies the output of the oldest step in flight. An output that does not match the step is an error, because the
+    /// state of the group then differs from the scheduler's.
     pub(crate) fn apply(&mut self, output: StepOutput, now: Instant) -> Result<(), RunError> {
         let invalid = |reason: String| Err(RunError::Invalid { step: output.id, reason });
         let Some(flight) = self.flights.pop_front() else {
             return invalid("an output of no step".into());
         };
         if flight.id != output.id {
-            return invalid(format!("an output of this step where step {} was due", flight.id));
+            return invalid(format!("expected the output of step {}, found this step's", flight.id));
         }
         self.completed += 1;
         if let Ok(taken) = Duration::try_from_secs_f64(output.seconds) {
@@ -38,7 +38,7 @@ impl Scheduler {
             if sampled.as_ref().is_some_and(counted) {
                 return Err(RunError::Invalid {
                     step: output.id,
-                    reason: format!("slot {} drew another number of ids than it could", work.slot),
+                    reason: format!("slot {} sampled an impossible number of tokens", work.slot),
                 });
             }
             let complete = scored.as_ref().is_some_and(|scored| scored.slot == work.slot) == work.scored
@@ -55,7 +55,7 @@ impl Scheduler {
     }
 
     fn take_in(&mut self, work: &FlightWork, scored: Option<PromptOutput>, sampled: Option<Sampled>, now: Instant) {
-        // a sequence that ended meanwhile: this was its overrun
+        // the sequence ended in the meantime; this is its overrun token
         let Some(sequence) = self.slots[work.slot as usize].as_mut().filter(|sequence| sequence.key == work.key) else {
             return;
         };
@@ -80,12 +80,12 @@ impl Scheduler {
                 }
                 self.drafted += work.drafts as u64;
                 self.accepted += accepted as u64;
-                // what was sampled behind the end is dropped
+                // tokens after the end are dropped
                 sampled_tokens.iter().find_map(|sampled_tokens| {
                     sequence.push(sampled_tokens.token_id, sampled_tokens.logprobs.as_ref(), now)
                 })
             }
-            // nothing to generate: it ends with its prompt
+            // nothing to generate: the sequence ends with its prompt
             None if work.completes_prompt => sequence.finish_reason(),
             None => None,
         };
@@ -98,7 +98,7 @@ impl Scheduler {
         }
     }
 
-    /// One sequence went wrong; what it stored is not to be trusted.
+    /// Ends a failed sequence; its blocks are not published.
     fn fail(&mut self, slot: Slot, fault: &SequenceFault) {
         let Some(sequence) = &self.slots[slot as usize] else { return };
         let found = sequence.cached_tokens / bora_common::blocks::BLOCK_TOKENS;
@@ -106,7 +106,7 @@ impl Scheduler {
             self.cache.forget(*block);
         }
         if let Some(sequence) = self.remove(slot) {
-            // a grammar that can't continue is the request's fault, a number that is none is ours
+            // a failed grammar is an error of the request; logits that are not numbers are an internal error
             sequence.events.end(Err(match fault {
                 SequenceFault::Grammar { position, reason } => {
                     tracing::info!(request_id = sequence.request.request_id, position, "grammar failed");

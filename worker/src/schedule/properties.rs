@@ -1,5 +1,5 @@
-//! Whatever comes in whatever order: every sequence says what it would have said alone, nobody starves and
-//! nothing leaks, with a pipeline of one and of two, in pools that are far too small.
+//! Property test: for any arrivals in any order, every sequence generates what it would generate alone, none starves
+//! and nothing leaks, with a pipeline of one and of two, in pools that are far too small.
 
 use std::collections::HashSet;
 
@@ -15,9 +15,9 @@ use crate::speculate::SpeculativeOptions;
 
 #[derive(Clone, Debug)]
 struct Arrival {
-    /// Turns before it comes.
+    /// Iterations before the sequence arrives.
     after: usize,
-    /// Prompts of a family begin alike.
+    /// Prompts of a family share a prefix.
     family: u32,
     common: usize,
     own: usize,
@@ -25,9 +25,9 @@ struct Arrival {
     seed: u64,
     batch: bool,
     scored: bool,
-    /// Turns after which its caller leaves.
+    /// Iterations after which the caller disconnects.
     leaves_after: Option<usize>,
-    /// Its caller does not read before the end.
+    /// The caller does not read before the end.
     slow_reader: bool,
 }
 
@@ -54,7 +54,7 @@ fn arrival() -> impl Strategy<Value = Arrival> {
 
 fn prompt(arrival: &Arrival, index: usize, vocabulary_size: u32) -> Vec<u32> {
     let common = (0..arrival.common as u32).map(|i| 3 + (arrival.family * 101 + i * 17) % 900);
-    // some prompts of a family are equal to the end
+    // some prompts of a family are equal
     let own = (0..arrival.own as u32).map(|i| 3 + (index as u32 / 2 * 211 + i * 13) % 900);
     common.chain(own).map(|id| id % vocabulary_size).collect()
 }
@@ -74,7 +74,7 @@ fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), 
     let mut coming = arrivals.iter().enumerate().peekable();
     let mut wait = coming.peek().map_or(0, |(_, arrival)| arrival.after);
     for turn in 0.. {
-        prop_assert!(turn < 20_000, "somebody starves");
+        prop_assert!(turn < 20_000, "a sequence starves");
         while wait == 0 && coming.peek().is_some() {
             let Some((index, arrival)) = coming.next() else { break };
             let prompt = prompt(arrival, index, config.vocabulary_size);
@@ -138,12 +138,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..Default::default() })]
 
     #[test]
-    fn everybody_is_served_as_if_alone(
+    fn generates_the_same_as_alone(
         arrivals in proptest::collection::vec(arrival(), 1..24),
         kv_blocks in 6u32..24,
         max_num_seqs in 1u32..6,
         max_num_batched_tokens in 6u32..300,
-        // with few token IDs draft tokens are made, and now and then come true
+        // with a small vocabulary draft tokens are proposed and sometimes accepted
         vocabulary_size in prop_oneof![Just(1_000u32), Just(950), Just(3)],
         draft_tokens in prop::option::of(1u32..7),
         host_blocks in prop_oneof![Just(0u32), 1u32..40],
@@ -166,7 +166,7 @@ proptest! {
             vocabulary_size,
             host: HostMemory { blocks: host_blocks, seconds_per_block: 0.005 },
             max_model_len: plain.max_model_len.min(350),
-            // every fortieth id or so ends a sequence
+            // about every fortieth token ends a sequence
             eos_ids: (0..vocabulary_size).step_by(40).skip(1).map(|id| id + 1).collect(),
             speed: Speed { prefill_tokens_per_second: tokens_per_second, ..plain.speed },
             ..plain

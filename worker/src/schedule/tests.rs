@@ -1,4 +1,4 @@
-//! What the scheduler promises, one promise a test.
+//! Tests of the scheduler, one guarantee per test.
 
 use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, FinishReason};
@@ -21,7 +21,7 @@ fn hear(stream: &mut EventStream) -> Heard {
 }
 
 #[test]
-fn a_sequence_is_generated_as_by_itself() {
+fn generates_a_sequence_alone() {
     for depth in [1, 2] {
         let mut harness = Harness::new(config(64), depth);
         let mut stream = harness.generate(request(ids(1, 150), 100));
@@ -37,7 +37,7 @@ fn a_sequence_is_generated_as_by_itself() {
 }
 
 #[test]
-fn a_prefix_is_computed_once_also_what_was_generated() {
+fn reuses_prompt_and_generated_blocks() {
     let mut harness = Harness::new(config(64), 2);
     let prompt = ids(1, 300);
     let mut first = harness.generate(request(prompt.clone(), 60));
@@ -50,7 +50,7 @@ fn a_prefix_is_computed_once_also_what_was_generated() {
     harness.settle();
     assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 192, "the last token is always computed");
 
-    // the next turn of the conversation: prompt, response, and a new question
+    // the next turn of the conversation: prompt, completion, and a new question
     let mut turn = prompt;
     turn.extend(&first.ids);
     let computed = turn.len() - 1;
@@ -64,7 +64,7 @@ fn a_prefix_is_computed_once_also_what_was_generated() {
 }
 
 #[test]
-fn siblings_compute_their_common_prefix_once() {
+fn computes_a_common_prefix_of_siblings_once() {
     for depth in [1, 2] {
         let mut harness = Harness::new(config(256), depth);
         let common = ids(1, 1_280);
@@ -84,7 +84,7 @@ fn siblings_compute_their_common_prefix_once() {
 }
 
 #[test]
-fn siblings_go_on_when_the_one_that_computes_is_aborted() {
+fn continues_siblings_after_the_computing_one_aborts() {
     let mut harness = Harness::new(config(256), 2);
     let prompt = ids(1, 3_000);
     let first = harness.generate(request(prompt.clone(), 5));
@@ -100,7 +100,7 @@ fn siblings_go_on_when_the_one_that_computes_is_aborted() {
 }
 
 #[test]
-fn a_long_prompt_comes_in_chunks_between_which_streams_go_on() {
+fn decodes_streams_between_chunks_of_a_long_prompt() {
     let mut harness = Harness::new(config(512), 1);
     let mut streaming = harness.generate(request(ids(1, 10), 1_000));
     harness.turn();
@@ -119,7 +119,7 @@ fn a_long_prompt_comes_in_chunks_between_which_streams_go_on() {
 }
 
 #[test]
-fn the_big_one_at_the_head_is_not_overtaken_and_batch_comes_last() {
+fn keeps_queue_order_and_runs_batch_last() {
     let mut harness = Harness::new(config(10), 1);
     let mut running = harness.generate(request(ids(1, 65), 128)); // 3 blocks
     harness.turn();
@@ -146,7 +146,7 @@ fn the_big_one_at_the_head_is_not_overtaken_and_batch_comes_last() {
 }
 
 #[test]
-fn a_resumed_sequence_equals_an_undisturbed_one() {
+fn generates_the_same_after_a_resume() {
     let prompt = ids(5, 200);
     for depth in [1, 2] {
         let mut harness = Harness::new(config(64), depth);
@@ -162,7 +162,7 @@ fn a_resumed_sequence_equals_an_undisturbed_one() {
             if cut == whole.len() {
                 let checked = crate::engine::request::Request::check(resumed.clone(), &harness.config).unwrap();
                 assert_eq!(checked.prompt_len, 200);
-                continue; // served without the scheduler: see the engine's tests
+                continue; // ended without the scheduler: see the engine's tests
             }
             let mut stream = harness.generate(resumed);
             harness.settle();
@@ -178,7 +178,7 @@ fn a_resumed_sequence_equals_an_undisturbed_one() {
 }
 
 #[test]
-fn stop_ids_and_min_tokens_and_the_window() {
+fn applies_stop_ids_min_tokens_and_the_window() {
     let mut harness = Harness::new(config(4), 2);
     let prompt = ids(5, 100);
     let (whole, _) = expected(&prompt, 100, 0, 1_000, &harness.config);
@@ -204,7 +204,7 @@ fn stop_ids_and_min_tokens_and_the_window() {
 }
 
 #[test]
-fn prompt_logprobs_cover_the_prompt_and_need_no_output() {
+fn returns_prompt_logprobs_without_output() {
     for max_tokens in [0, 3] {
         let mut harness = Harness::new(config(64), 2);
         let prompt = ids(5, 700);
@@ -234,7 +234,7 @@ fn prompt_logprobs_cover_the_prompt_and_need_no_output() {
 }
 
 #[test]
-fn a_faulty_sequence_fails_alone_and_leaves_nothing_in_the_cache() {
+fn fails_a_faulty_sequence_alone_and_caches_nothing_of_it() {
     let mut harness = Harness::new(config(64), 2);
     let mut faulty_prompt = ids(5, 200);
     faulty_prompt[100] = 999;
@@ -248,7 +248,7 @@ fn a_faulty_sequence_fails_alone_and_leaves_nothing_in_the_cache() {
 }
 
 #[test]
-fn tenants_with_different_salts_share_nothing() {
+fn shares_no_blocks_between_salts() {
     let mut harness = Harness::new(config(64), 2);
     for salt in ["", "a", "b", "a"] {
         let salted = v1::GenerateRequest { cache_salt: salt.into(), ..request(ids(1, 200), 2) };
@@ -259,10 +259,10 @@ fn tenants_with_different_salts_share_nothing() {
     }
 }
 
-/// A cached block with the name of a prompt's block and another content serves nobody: the prompt is computed, counted and served
-/// as if the forged one were not there.
+/// A cached block with the name of a prompt's block and another content is not used: the prompt is computed and counted
+/// as if the forged block were not there.
 #[test]
-fn a_forged_cached_block_is_computed_again() {
+fn recomputes_a_forged_cached_block() {
     for forge_first in [true, false] {
         let mut harness = Harness::new(config(64), 2);
         let prompt = ids(1, 200);
@@ -286,9 +286,9 @@ fn a_forged_cached_block_is_computed_again() {
     }
 }
 
-/// Another secret: nothing that was named before is found.
+/// With another cluster secret no block of before is found.
 #[test]
-fn other_keys_name_the_same_prompt_otherwise() {
+fn names_blocks_differently_under_other_keys() {
     let mut harness = Harness::new(config(64), 2);
     let before = harness.blocks_of(&ids(1, 200));
     harness.config.keys = ClusterKeys::derive(&[2; 32]);
@@ -297,7 +297,7 @@ fn other_keys_name_the_same_prompt_otherwise() {
 }
 
 #[test]
-fn an_abort_frees_everything_within_a_step() {
+fn frees_everything_of_an_aborted_sequence_within_a_step() {
     let mut harness = Harness::new(config(64), 2);
     let streams: Vec<EventStream> = (0..12).map(|i| harness.generate(request(ids(i, 300), 100))).collect();
     harness.turn();
@@ -313,14 +313,14 @@ fn an_abort_frees_everything_within_a_step() {
 }
 
 #[test]
-fn batch_prefill_is_hurried_when_an_interactive_sequence_needs_it() {
+fn raises_batch_prefill_that_an_interactive_sequence_needs() {
     let mut harness = Harness::new(config(512), 1);
     let shared = ids(1, 4_000);
     let batch = v1::GenerateRequest { priority: v1::Priority::Batch.into(), ..request(shared.clone(), 1) };
     let mut batch = harness.generate(batch);
     harness.turn();
     let mut urgent = harness.generate(request(shared, 1));
-    // others that would always go before a batch sequence
+    // these sequences would always precede a batch sequence
     let mut others: Vec<EventStream> = (0..4).map(|i| harness.generate(request(ids(50 + i, 4_000), 1))).collect();
     let mut heard = Heard::default();
     while heard.end.is_none() {
@@ -340,9 +340,9 @@ fn speculating(kv_blocks: u32) -> EngineConfig {
 }
 
 #[test]
-fn drafts_repeated_text_and_takes_few_steps() {
+fn drafts_repeated_text_in_few_steps() {
     for depth in [1, 2] {
-        let mut harness = Harness::saying(FakeMode::Echo, speculating(64), depth);
+        let mut harness = Harness::with_mode(FakeMode::Echo, speculating(64), depth);
         let mut streams: Vec<_> = (0..3).map(|i| harness.generate(request(ids(i, 150), 150))).collect();
         harness.settle();
         for (i, stream) in streams.iter_mut().enumerate() {
@@ -358,10 +358,10 @@ fn drafts_repeated_text_and_takes_few_steps() {
 }
 
 #[test]
-fn ids_behind_the_end_are_dropped_with_their_blocks() {
+fn drops_tokens_after_the_end_with_their_blocks() {
     for depth in [1, 2] {
-        // the echo comes to an end id in the midst of what is drafted
-        let mut harness = Harness::saying(FakeMode::Echo, speculating(64), depth);
+        // the echo reaches an end token among the draft tokens
+        let mut harness = Harness::with_mode(FakeMode::Echo, speculating(64), depth);
         let mut prompt = ids(1, 200);
         prompt[100] = 2;
         let mut stream = harness.generate(request(prompt.clone(), 190));
@@ -371,18 +371,18 @@ fn ids_behind_the_end_are_dropped_with_their_blocks() {
         assert_eq!(heard.finished().reason(), FinishReason::Stop);
         assert!(harness.scheduler.load().accepted_draft_tokens > 50);
         harness.assert_empty();
-        // what was computed behind it is not found
+        // what was computed after the end is not found
         let mut again = harness.generate(request([&prompt[..], &prompt[..150]].concat(), 1));
         harness.settle();
-        assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 256, "200 of the prompt and 101 of the answer");
+        assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 256, "200 of the prompt and 101 of the output");
     }
 }
 
 #[test]
-fn drafts_leave_room_for_prompts_and_stay_within_the_rows() {
+fn leaves_room_for_prompts_beside_drafts() {
     let plain = speculating(256);
     let options = EngineOptions { max_num_seqs: 4, max_num_batched_tokens: 70, ..plain.options };
-    let mut harness = Harness::saying(FakeMode::Echo, EngineConfig { options, ..plain }, 2);
+    let mut harness = Harness::with_mode(FakeMode::Echo, EngineConfig { options, ..plain }, 2);
     let mut streams: Vec<_> = (0..3).map(|i| harness.generate(request(ids(i, 150), 400))).collect();
     let wanted = v1::Logprobs { prompt_top: Some(1), top: Some(1) };
     let mut scored = harness.generate(v1::GenerateRequest { logprobs: Some(wanted), ..request(ids(9, 700), 5) });

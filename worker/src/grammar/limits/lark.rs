@@ -1,8 +1,9 @@
-//! What the terminals of a Lark grammar expand to.
+//! Bounds on the expansion of a Lark grammar's terminals.
 //!
-//! llguidance writes a terminal out wherever another terminal names it, so `A: B B`, `B: C C`, … doubles with every line, and
-//! follows names by recursion. This reads the tokens of a grammar (not its syntax: what is malformed is left to the compiler to
-//! refuse), sums up what each terminal expands to, and bounds the depth of the recursion. Rules are not written out.
+//! llguidance expands a terminal wherever another terminal names it, so `A: B B`, `B: C C`, … doubles with every line;
+//! it follows names by recursion. This module reads the tokens of a grammar, sums up the expansion of each terminal,
+//! and bounds the depth of the recursion. It does not parse the syntax: the compiler refuses malformed grammars. Rules
+//! are not expanded.
 
 use std::collections::HashMap;
 use std::str::Chars;
@@ -11,18 +12,18 @@ use serde_json::{Deserializer, Value};
 
 use super::{Counted, GrammarError, at_most};
 
-/// Definitions of a grammar, and brackets open at once within each of them, in all: the compiler recurses through both.
+/// Maximum definitions of a grammar plus nested brackets within each of them: the compiler recurses through both.
 const MAX_LEVELS: usize = 4_000;
-/// Bytes of all texts of `%regex`, each of which becomes an automaton of its substrings.
+/// Maximum bytes of all texts of `%regex`, each of which becomes an automaton of its substrings.
 const MAX_SUBSTRING_BYTES: usize = 16 * 1024;
-/// Literal bytes of a node.
+/// Literal bytes per node.
 const LITERAL_BYTES: usize = 31;
-/// Nodes of a character of which both cases match.
+/// Nodes per case-insensitive character.
 const NODES_OF_CASELESS: usize = 8;
-/// Nodes of a byte of `%regex`: its states and the ways between them.
+/// Nodes per byte of `%regex`: its states and transitions.
 const NODES_OF_SUBSTRING_BYTE: usize = 6;
 
-/// Counts a grammar with the regular expressions and schemas in it.
+/// Counts a grammar with its regular expressions and schemas.
 pub(super) fn check(text: &str, counted: &mut Counted) -> Result<(), GrammarError> {
     let tokens = tokens(text)?;
     let mut definitions = definitions(&tokens, counted)?;
@@ -37,7 +38,7 @@ pub(super) fn check(text: &str, counted: &mut Counted) -> Result<(), GrammarErro
     );
     expand_terminals(&mut definitions, &names)?;
     for definition in &definitions {
-        // the regular expressions in it are counted already
+        // the regular expressions in it are already counted
         let mut nodes = definition.nodes - definition.counted;
         if !definition.is_terminal && definition.expands {
             nodes = definition
@@ -50,7 +51,7 @@ pub(super) fn check(text: &str, counted: &mut Counted) -> Result<(), GrammarErro
     Ok(())
 }
 
-/// Adds to each terminal what the terminals expand to that it names.
+/// Adds to each terminal the expansion of the terminals that it names.
 fn expand_terminals(definitions: &mut [Definition<'_>], names: &HashMap<&str, Vec<usize>>) -> Result<(), GrammarError> {
     let mut state = vec![Expanding::New; definitions.len()];
     for root in 0..definitions.len() {
@@ -87,7 +88,7 @@ fn expand_terminals(definitions: &mut [Definition<'_>], names: &HashMap<&str, Ve
     Ok(())
 }
 
-/// Nodes of all terminals of this name; a nested grammar may have one as well.
+/// Nodes of all terminals with this name; a nested grammar may define the name too.
 fn weight(definitions: &[Definition<'_>], names: &HashMap<&str, Vec<usize>>, name: &str) -> u64 {
     let indices = names.get(name).into_iter().flatten();
     indices.fold(0, |nodes: u64, index| nodes.saturating_add(definitions[*index].nodes))
@@ -100,22 +101,22 @@ enum Expanding {
     Done,
 }
 
-/// A rule, a terminal, or what stands outside of both.
+/// A rule, a terminal, or the tokens outside of both.
 #[derive(Default)]
 struct Definition<'a> {
     name: &'a str,
     is_terminal: bool,
-    /// A rule that is written out like a terminal.
+    /// Whether the rule is expanded like a terminal.
     expands: bool,
-    /// Nodes of its own, then of everything that it expands to.
+    /// Nodes of the definition itself, later of its whole expansion.
     nodes: u64,
-    /// Of these, nodes of regular expressions.
+    /// Nodes of regular expressions among them.
     counted: u64,
     nesting: usize,
     references: Vec<&'a str>,
 }
 
-/// Cuts the tokens into definitions and counts the regular expressions and schemas in them.
+/// Splits the tokens into definitions and counts the regular expressions and schemas in them.
 fn definitions<'a>(tokens: &[Token<'a>], counted: &mut Counted) -> Result<Vec<Definition<'a>>, GrammarError> {
     let mut definitions = vec![Definition { is_terminal: true, ..Definition::default() }];
     let mut depth = 0_usize;
@@ -130,7 +131,7 @@ fn definitions<'a>(tokens: &[Token<'a>], counted: &mut Counted) -> Result<Vec<De
             definitions.push(Definition {
                 name,
                 is_terminal: is_terminal(name),
-                // attributes make a terminal of a rule
+                // a rule with attributes is a terminal
                 expands: tokens[index..index + colon].contains(&Token::Open('[')),
                 ..Definition::default()
             });
@@ -182,7 +183,7 @@ fn definitions<'a>(tokens: &[Token<'a>], counted: &mut Counted) -> Result<Vec<De
     Ok(definitions)
 }
 
-/// Tokens up to the colon that follows the name of a definition; `None` if this is none.
+/// Number of tokens up to the colon of a definition; `None` if the tokens are no definition.
 fn header_length(tokens: &[Token<'_>]) -> Option<usize> {
     let end = tokens.iter().position(|token| matches!(token, Token::Sign(':') | Token::Newline))?;
     (tokens[end] == Token::Sign(':')).then_some(end)
@@ -211,7 +212,7 @@ enum Token<'a> {
     Sign(char),
 }
 
-/// The tokens of a grammar, as llguidance cuts them.
+/// Splits a grammar into tokens, like llguidance.
 fn tokens(text: &str) -> Result<Vec<Token<'_>>, GrammarError> {
     let mut tokens = Vec::new();
     let mut rest = text;
@@ -241,7 +242,7 @@ fn tokens(text: &str) -> Result<Vec<Token<'_>>, GrammarError> {
                 }));
             }
             '<' => {
-                // a special token; its name has neither brackets nor blanks
+                // a special token; its name has neither brackets nor whitespace
                 let name = rest[1..].find(|c: char| c == '<' || c == '>' || c.is_whitespace());
                 let Some(name) = name.filter(|end| rest[1 + end..].starts_with('>')) else {
                     return Err(GrammarError("it has a `<` without a `>`".into()));
@@ -281,7 +282,7 @@ fn line_length(text: &str) -> usize {
     text.find('\n').unwrap_or(text.len())
 }
 
-/// Bytes of a text in quotation marks, both of them included.
+/// Bytes of a quoted text, with both quotation marks.
 fn quoted_length(text: &str, mark: char) -> Result<usize, GrammarError> {
     let mut escaped = false;
     for (index, character) in text.char_indices().skip(1) {
@@ -295,7 +296,7 @@ fn quoted_length(text: &str, mark: char) -> Result<usize, GrammarError> {
     Err(GrammarError(format!("it has a `{mark}` that is not closed")))
 }
 
-/// A rule's name, with the marks before it, or a terminal's.
+/// Length of a rule's name with its modifiers, or of a terminal's name.
 fn name_length(text: &str) -> Option<usize> {
     let mut rest = text.strip_prefix('!').unwrap_or(text);
     let marked = rest.len() < text.len();
@@ -324,7 +325,7 @@ fn name_length(text: &str) -> Option<usize> {
     Some(text.len() - rest.len() + length)
 }
 
-/// What begins with `%`, and its bytes.
+/// A keyword that begins with `%`, and its length in bytes.
 fn keyword(text: &str) -> Result<(Token<'_>, usize), GrammarError> {
     for (keyword, is_schema) in [("%json", true), ("%regex", false), ("%llguidance", false)] {
         let Some(behind) = text.strip_prefix(keyword) else { continue };
@@ -360,16 +361,16 @@ mod tests {
     }
 
     #[test]
-    fn terminals_that_multiply_are_refused() {
+    fn rejects_terminals_that_multiply() {
         for hostile in [
             chain(40, |level| format!("T{level}: T{0} T{0}", level + 1), "\"a\""),
             chain(40, |level| format!("T{level}: T{0} \"b\" | \"c\" T{0}", level + 1), "\"a\""),
             chain(40, |level| format!("T{level}: (T{0} | \"b\") & ~(T{0} \"c\")", level + 1), "/a/"),
             chain(5, |level| format!("T{level}: {}", vec![format!("T{}", level + 1); 30].join(" ")), "\"a\""),
-            // in one line, behind comments, texts and regular expressions that look like something else
+            // in one line, after comments, texts and regular expressions that look like other tokens
             chain(40, |level| format!("T{level}: T{0} /\\/\\/\"#/ T{0} // T: \"", level + 1), "\"#\""),
             chain(40, |level| format!("T{level}:\"\\\"//\" T{0} T{0}", level + 1), "\"a\""),
-            // a rule with attributes is written out
+            // a rule with attributes is expanded
             format!(
                 "{}\nr[max_tokens=5]: {}\n",
                 chain(12, |level| format!("T{level}: T{0} T{0}", level + 1), "\"a\""),
@@ -390,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn recursion_is_bounded() {
+    fn rejects_deep_recursion() {
         assert!(refusal(&chain(5_000, |level| format!("T{level}: T{}", level + 1), "\"a\"")).contains("definitions"));
         let rules: String = (0..5_000).map(|level| format!("r{level}: r{} \"a\"\n", level + 1)).collect();
         assert!(refusal(&format!("start: r0\n{rules}")).contains("definitions"));
@@ -404,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn usual_grammars_are_let_through() {
+    fn allows_common_grammars() {
         let choices: Vec<String> = (0..4_000).map(|number| format!("\"choice {number}\"")).collect();
         for fine in [
             format!("start: {}", choices.join(" | ")),
@@ -420,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_cut_as_the_compiler_does() {
+    fn splits_tokens_like_the_compiler() {
         let names = |text: &str| -> Vec<String> {
             let name = |token: &Token<'_>| if let Token::Name(name) = token { Some((*name).to_owned()) } else { None };
             tokens(text).unwrap().iter().filter_map(name).collect()

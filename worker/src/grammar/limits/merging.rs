@@ -1,8 +1,9 @@
-//! What a schema's `allOf`s and references write out.
+//! Bounds on the expansion of a schema's `allOf`s and references.
 //!
-//! llguidance merges the members of an `allOf`, and a reference with its siblings, and follows the references in them to do so:
-//! two references in an `allOf` to a definition with two references in an `allOf`, and so on, double with every level. A reference
-//! by itself is followed once, whoever has it. This counts the schemas that merging can come to, at most.
+//! llguidance merges the members of an `allOf`, and a reference with its siblings, and follows the references in them
+//! to do so. An `allOf` with two references to a definition that has an `allOf` with two references, and so on, doubles
+//! with every level. A reference without siblings is followed once, however often it occurs. This module computes an
+//! upper bound of the merged schemas.
 
 use std::collections::HashMap;
 
@@ -10,13 +11,13 @@ use serde_json::{Map, Value};
 
 use super::GrammarError;
 
-/// Schemas that are merged, each as often as it is.
+/// Maximum merged schemas, counted as often as they are merged.
 const MAX_MERGED: u64 = 50_000;
-/// References within references.
+/// Maximum depth of references within references.
 const MAX_DEPTH: usize = 100;
 /// Members that hold no schemas.
 const DATA: [&str; 5] = ["const", "enum", "default", "example", "examples"];
-/// Members beside a reference that say nothing about a value.
+/// Members beside a reference that do not constrain a value.
 const ANNOTATIONS: [&str; 16] = [
     "$ref",
     "$schema",
@@ -36,7 +37,7 @@ const ANNOTATIONS: [&str; 16] = [
     "x-guidance",
 ];
 
-/// Whether the schema merges within the limit.
+/// Checks that the schema merges within the limit.
 pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
     let mut merging = Merging { root: schema, known: HashMap::new(), merged: 0 };
     merging.find(schema)
@@ -44,13 +45,13 @@ pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
 
 struct Merging<'a> {
     root: &'a Value,
-    /// Schemas that each one is merged of; `None` while it is counted.
+    /// Schemas that each one is merged from; `None` while it is being counted.
     known: HashMap<*const Value, Option<u64>>,
     merged: u64,
 }
 
 impl<'a> Merging<'a> {
-    /// Looks for what is merged, wherever it stands.
+    /// Finds all merged schemas at any depth.
     fn find(&mut self, value: &'a Value) -> Result<(), GrammarError> {
         match value {
             Value::Object(members) => {
@@ -71,13 +72,13 @@ impl<'a> Merging<'a> {
         }
     }
 
-    /// Schemas in this one, each reference followed.
+    /// Number of schemas in this one, with references followed.
     fn count(&mut self, value: &'a Value, depth: usize) -> Result<u64, GrammarError> {
         match value {
             Value::Object(members) => {
                 match self.known.get(&std::ptr::from_ref(value)) {
                     Some(Some(count)) => return Ok(*count),
-                    // the compiler gives up on it
+                    // the compiler refuses it
                     Some(None) => return Ok(1),
                     None => {}
                 }
@@ -104,7 +105,7 @@ impl<'a> Merging<'a> {
         }
     }
 
-    /// What a reference stands for.
+    /// The target of a reference.
     fn target(&self, reference: &str) -> Result<&'a Value, GrammarError> {
         let pointer = reference.strip_prefix('#').filter(|_| !has_identifier(self.root));
         pointer.and_then(|pointer| self.root.pointer(&percent_decoded(pointer)?)).ok_or_else(|| {
@@ -122,7 +123,7 @@ fn merges(members: &Map<String, Value>) -> bool {
     all_of > 1 || (all_of == 1 && (others || refers)) || (refers && others)
 }
 
-/// Whether a part of it has a name of its own, which references in it start from.
+/// Whether a part of the schema has an identifier of its own, which its references start from.
 fn has_identifier(root: &Value) -> bool {
     fn within(value: &Value, is_root: bool) -> bool {
         match value {
@@ -137,7 +138,7 @@ fn has_identifier(root: &Value) -> bool {
     within(root, true)
 }
 
-/// A JSON pointer as it was before it became a fragment of a URI.
+/// Decodes a JSON pointer from the fragment of a URI.
 fn percent_decoded(pointer: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(pointer.len());
     let mut rest = pointer.as_bytes();
@@ -160,7 +161,7 @@ mod tests {
 
     use super::*;
 
-    /// Definitions that refer to the next one.
+    /// Definitions, each of which refers to the next one.
     fn levels(count: usize, level: impl Fn(Value) -> Value) -> Value {
         let definitions: Map<String, Value> = (0..count)
             .map(|number| (format!("d {number}"), level(json!({"$ref": format!("#/$defs/d%20{}", number + 1)}))))
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn references_that_double_where_they_are_merged_are_refused() {
+    fn rejects_merged_references_that_double() {
         for hostile in [
             levels(20, |next| json!({"allOf": [next.clone(), next]})),
             levels(20, |next| json!({"allOf": [{"properties": {"x": next.clone()}}, {"properties": {"x": next}}]})),
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn usual_references_are_let_through() {
+    fn allows_common_references() {
         for fine in [
             levels(400, |next| next),
             json!({"$ref": "#/$defs/a", "x-guidance": {}, "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}),

@@ -1,10 +1,16 @@
-//! Bounds on what a grammar expands to, checked before anything is compiled.
+//! Limits on the expansion of a grammar, checked before it is compiled.
 //!
-//! A few hundred bytes can keep a compiler busy for minutes or fill its memory: terminals that refer to each other twice double
-//! with every level, pattern properties are compared in pairs, `multipleOf` counts through remainders, optional properties cost
-//! the square of their number. [`schema`] counts what JSON schemas hold, [`lark`] what terminals expand to, and [`regex`] weighs
-//! regular expressions, [`merging`] what `allOf`s and references write out; all parts of one grammar share the limits of [`Counted`]. What combines into more than it looks like
-//! (`allOf` of `anyOf`s, references with siblings) is stopped by [`MAX_SYMBOLS`] and the fuel while it is compiled.
+//! A few hundred bytes can occupy a compiler for minutes or fill its memory: terminals that refer to each other twice
+//! double with every level, pattern properties are compared in pairs, `multipleOf` counts through remainders, and
+//! optional properties cost the square of their number.
+//!
+//! - [`schema`] counts the contents of JSON schemas.
+//! - [`lark`] counts the expansion of terminals.
+//! - [`regex`] weighs regular expressions.
+//! - [`merging`] counts the expansion of `allOf`s and references.
+//!
+//! All parts of one grammar share the limits of [`Counted`]. Combinations that these counts do not see (`allOf` of
+//! `anyOf`s, references with siblings) are stopped by [`MAX_SYMBOLS`] and the fuel of the compilation.
 
 mod lark;
 mod merging;
@@ -15,16 +21,16 @@ use serde_json::Value;
 
 use super::{GrammarError, GrammarKind};
 
-/// Bytes of a grammar's source.
+/// Maximum bytes of a grammar's source.
 pub const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
-/// Symbols that a grammar may be compiled to: 128 tools of 20 parameters fit.
+/// Maximum symbols of a compiled grammar: 128 tools of 20 parameters fit.
 pub(super) const MAX_SYMBOLS: usize = 25_000;
-/// Brackets within brackets; more could overrun the stack of the grammar's own parser.
+/// Maximum nesting of brackets; deeper nesting could overflow the stack of the grammar's own parser.
 const MAX_NESTING: usize = 128;
-/// Nodes that all terminals and regular expressions of a grammar may expand to.
+/// Maximum nodes of the expansion of all terminals and regular expressions of a grammar.
 const MAX_EXPANSION: u64 = 100_000;
 
-/// Whether a grammar is within its limits; the error names the limit that it breaks.
+/// Checks that a grammar is within its limits. The error names the limit that it exceeds.
 pub(super) fn check(kind: GrammarKind, text: &str) -> Result<(), GrammarError> {
     let mut counted = Counted::default();
     match kind {
@@ -43,7 +49,7 @@ pub(super) fn check(kind: GrammarKind, text: &str) -> Result<(), GrammarError> {
     }
 }
 
-/// The deepest nesting of brackets, wherever they stand.
+/// The maximum nesting of brackets, wherever they occur.
 fn nesting(text: &str) -> usize {
     let (mut depth, mut deepest) = (0_usize, 0);
     for byte in text.bytes() {
@@ -57,7 +63,7 @@ fn nesting(text: &str) -> usize {
     deepest
 }
 
-/// What the parts of one grammar hold so far.
+/// Counts of the parts of one grammar so far.
 #[derive(Default)]
 struct Counted {
     schemas: schema::Counts,
@@ -81,7 +87,7 @@ impl Counted {
         Ok(nodes)
     }
 
-    /// Counts nodes of the lexer.
+    /// Adds nodes of the lexer.
     fn expand(&mut self, nodes: u64) -> Result<(), GrammarError> {
         self.expansion = self.expansion.saturating_add(nodes);
         if self.expansion > MAX_EXPANSION {

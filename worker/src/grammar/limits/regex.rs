@@ -1,7 +1,8 @@
-//! The weight of a regular expression: nodes of the lexer that it is built of, before anything is derived from it.
+//! The weight of a regular expression: its nodes in the lexer, before any derivatives.
 //!
-//! The lexer makes one node of up to 31 literal bytes, of a repetition whatever its bounds, and of each range of bytes that a
-//! class of characters is written with in UTF-8. `\w` alone is more than 2,000 nodes; equal classes share theirs.
+//! The lexer makes one node of up to 31 literal bytes, one of a repetition whatever its bounds, and one of each byte
+//! range that encodes a character class in UTF-8. `\w` alone takes more than 2,000 nodes; equal classes share their
+//! nodes.
 
 use std::collections::HashSet;
 
@@ -10,25 +11,25 @@ use regex_syntax::hir::{Class, Hir, HirKind};
 
 use super::{GrammarError, at_most};
 
-/// Bytes of one regular expression, and of all.
+/// Maximum bytes of one regular expression, and of all.
 const MAX_REGEXES_BYTES: usize = 64 * 1024;
-/// Classes such as `\w` in one regular expression: each is a table of some kilobytes while it is parsed.
+/// Maximum classes such as `\w` in one regular expression: each is a table of some kilobytes while it is parsed.
 const MAX_CLASS_ESCAPES: usize = 1_000;
-/// Literal bytes of a node.
+/// Literal bytes per node.
 const LITERAL_BYTES: usize = 31;
-/// Nodes of a range of characters.
+/// Nodes per range of characters.
 const NODES_OF_RANGE: u64 = 4;
 
-/// What all regular expressions of a grammar hold so far.
+/// Counts of all regular expressions of a grammar so far.
 #[derive(Default)]
 pub(super) struct Counts {
     bytes: usize,
-    /// Hashes of the classes that have their nodes already.
+    /// Classes whose nodes are already counted.
     classes: HashSet<Vec<(char, char)>>,
 }
 
 impl Counts {
-    /// Counts one more; returns its nodes. One that is malformed is left to the compiler to refuse.
+    /// Counts a regular expression; returns its nodes. The compiler refuses malformed ones.
     pub(super) fn weigh(&mut self, pattern: &str) -> Result<u64, GrammarError> {
         self.bytes += pattern.len();
         at_most("bytes in all regular expressions", self.bytes, MAX_REGEXES_BYTES)?;
@@ -69,18 +70,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn repetitions_are_one_node_and_equal_classes_are_counted_once() {
+    fn counts_repetitions_and_equal_classes_once() {
         let weigh = |pattern: &str| Counts::default().weigh(pattern).unwrap();
         assert!(weigh("(a{0,1000}){0,1000}") < 10);
         let word = weigh(r"\w");
         assert!(word > 1_000, "{word}");
         assert!(weigh(r"\w+@\w+") < word + 10);
         assert!(weigh(r"[\w--a][\w--b]") > 2 * word - 100);
-        assert_eq!(weigh("("), 1, "the compiler's to refuse");
+        assert_eq!(weigh("("), 1, "refused by the compiler");
     }
 
     #[test]
-    fn long_regular_expressions_are_refused() {
+    fn rejects_long_regular_expressions() {
         for hostile in ["a".repeat(MAX_REGEXES_BYTES + 1), r"\w".repeat(MAX_CLASS_ESCAPES + 1)] {
             assert!(Counts::default().weigh(&hostile).is_err());
         }

@@ -1,27 +1,29 @@
-//! What a JSON schema holds, counted in one walk.
+//! Counts the contents of a JSON schema in one walk.
 
 use serde_json::Value;
 
 use super::{GrammarError, at_most};
 
-/// Members of an object, and elements of a list of schemas or required names.
+/// Maximum members of an object, and elements of a list of schemas or required names.
 const MAX_MEMBERS: usize = 1_000;
-/// Members of `properties`: those that may be left out cost the square of their number, and references multiply them.
+/// Maximum members of `properties`: optional ones cost the square of their number, and references multiply them.
 const MAX_PROPERTIES: usize = 500;
-/// Members of all objects and elements of all lists, wherever they stand: in `$defs`, `anyOf`, `enum`, `properties`.
+/// Maximum members of all objects and elements of all lists, wherever they occur: in `$defs`, `anyOf`, `enum`,
+/// `properties`.
 const MAX_PARTS: usize = 20_000;
-/// Bytes of one `pattern`.
+/// Maximum bytes of one `pattern`.
 const MAX_PATTERN_BYTES: usize = 8 * 1024;
-/// Patterns of all `patternProperties`; each is compared with each other of its object.
+/// Maximum patterns of all `patternProperties`; each is compared with every other one of its object.
 const MAX_PATTERN_PROPERTIES: usize = 64;
-/// What all `multipleOf` have in common at the earliest, without their powers of ten: states of the automaton that counts.
+/// Maximum least common multiple of all `multipleOf`, without powers of ten: it is the number of states of the counting
+/// automaton.
 const MAX_MULTIPLE: u64 = 10_000;
-/// Lists of these names hold schemas, or names of members.
+/// Lists with these names hold schemas, or names of members.
 const LISTS_OF_SCHEMAS: [&str; 7] = ["anyOf", "oneOf", "allOf", "prefixItems", "items", "required", "type"];
-/// Texts of these names are regular expressions; all but the first are options of llguidance.
+/// Texts with these names are regular expressions; all but the first are options of llguidance.
 const PATTERNS: [&str; 4] = ["pattern", "whitespace_pattern", "item_separator", "key_separator"];
 
-/// What the schemas of one grammar hold so far.
+/// Counts of the schemas of one grammar so far.
 pub(super) struct Counts {
     parts: usize,
     pattern_properties: usize,
@@ -35,8 +37,8 @@ impl Default for Counts {
 }
 
 impl Counts {
-    /// Counts a value that stands under this name and collects its regular expressions. JSON that was read is nested 128 deep at
-    /// most, and so is this.
+    /// Counts the value of the member `name` and collects its regular expressions. The JSON parser limits the nesting
+    /// to 128, and so the recursion.
     pub(super) fn add<'a>(
         &mut self,
         value: &'a Value,
@@ -66,7 +68,7 @@ impl Counts {
             }
             Value::String(pattern) if PATTERNS.contains(&name) => add_pattern(pattern, patterns),
             Value::Number(number) if name == "multipleOf" => {
-                // what is no number in this sense is the compiler's to refuse
+                // the compiler refuses other numbers
                 let Some(digits) = digits_of(&number.to_string()) else { return Ok(()) };
                 self.multiple = least_common_multiple(self.multiple, digits);
                 if self.multiple > MAX_MULTIPLE {
@@ -93,7 +95,7 @@ fn add_pattern<'a>(pattern: &'a str, patterns: &mut Vec<&'a str>) -> Result<(), 
     Ok(())
 }
 
-/// The digits of a positive number without its point, exponent and outer zeros; `None` where there are none, or too many.
+/// The digits of a positive number without its point, exponent and outer zeros; `None` if there are none or too many.
 fn digits_of(number: &str) -> Option<u64> {
     let mantissa = number.split(['e', 'E']).next()?;
     let digits = mantissa.replace('.', "");
@@ -104,7 +106,7 @@ fn digits_of(number: &str) -> Option<u64> {
     }
 }
 
-/// Saturates; both are above 0.
+/// Least common multiple of two positive numbers; saturates.
 fn least_common_multiple(one: u64, other: u64) -> u64 {
     let (mut larger, mut smaller) = (one, other);
     while smaller > 0 {
@@ -128,7 +130,7 @@ mod tests {
         check(GrammarKind::Lark, text)
     }
 
-    /// `count` members of this value.
+    /// `count` members with this value.
     fn members(count: usize, value: &Value) -> Value {
         (0..count).map(|number| (format!("p{number}"), value.clone())).collect::<serde_json::Map<_, _>>().into()
     }
@@ -141,7 +143,7 @@ mod tests {
         json!({"type": "object", "properties": {format!("k{number}"): {}}})
     }
 
-    /// Each with a word of its refusal; none of them can be counted on to be refused by the compiler, or soon.
+    /// Hostile schemas, each with a word of its refusal. The compiler does not refuse them reliably or quickly.
     fn hostile() -> Vec<(Value, &'static str)> {
         vec![
             (json!({"properties": members(501, &json!({}))}), "members in `properties`"),
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_schemas_are_refused_uncompiled_also_within_a_grammar() {
+    fn rejects_hostile_schemas_before_compilation() {
         for (schema, word) in hostile() {
             let text = schema.to_string();
             let shown: String = text.chars().take(80).collect();
@@ -179,7 +181,7 @@ mod tests {
             assert!(reason.contains(word), "{shown}: {reason}");
             for lark in [
                 format!("start: answer\nanswer: %json {text}\n"),
-                // a lone quotation mark, words in a text and in a comment, another schema in front
+                // a lone quotation mark, keywords in a text and in a comment, another schema before it
                 format!(
                     "// %json [\"\nstart: QUOTE \"%json\" a b\nQUOTE: /\"/\na: %json {{\"type\": \"null\"}}\nb: %json\n {text}\n"
                 ),
@@ -191,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn schemas_of_one_grammar_share_the_limits() {
+    fn shares_limits_between_schemas_of_a_grammar() {
         let schema = json!({"enum": list(6_000, |number| number.into())}).to_string();
         let grammar = |count: usize| {
             (0..count)
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_within_the_limits_is_let_through() {
+    fn allows_schemas_within_the_limits() {
         for schema in [
             json!({"properties": members(500, &json!({"type": "string"}))}),
             json!({"$defs": members(1_000, &json!({"type": "string"}))}),
@@ -212,19 +214,16 @@ mod tests {
             json!({"pattern": "a".repeat(8_000)}),
             json!({"patternProperties": members(64, &json!({}))}),
             json!({"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 1e-6}, "c": {"multipleOf": 500_000}, "d": {"multipleOf": 60}}}),
-            // wrong, and the compiler's to say so
+            // invalid, but refused by the compiler
             json!({"multipleOf": 0}),
             json!({"multipleOf": "2"}),
-            // a property of that name
+            // a property with that name
             json!({"properties": {"pattern": {"type": "string"}, "required": {"type": "array"}}}),
             json!(true),
         ] {
             assert_eq!(check_schema(&schema.to_string()), Ok(()));
         }
         assert!(check_schema("not json").is_err());
-        assert!(
-            check_schema(&format!("{}{}", "[".repeat(100_000), "]".repeat(100_000))).is_err(),
-            "no stack is overrun"
-        );
+        assert!(check_schema(&format!("{}{}", "[".repeat(100_000), "]".repeat(100_000))).is_err(), "no stack overflow");
     }
 }

@@ -1,11 +1,11 @@
 //! Failures of local ranks, with runners that fail on purpose.
-#![allow(clippy::disallowed_methods)] // ranks that stand still
+#![allow(clippy::disallowed_methods)] // ranks that hang
 
 use std::time::{Duration, Instant};
 
 use super::*;
 
-/// Computes nothing; meets the other ranks in every step; fails in one of them.
+/// A runner that computes nothing, makes a collective call in every step, and fails in one of them.
 struct Meeting {
     collective: SharedRank,
     fails_in: Option<(u64, Failure)>,
@@ -71,14 +71,14 @@ fn run_until_failure(failing_rank: usize, failure: Failure) -> (RunError, Durati
     };
     let error = attempt().unwrap_err();
     let took = started.elapsed();
-    // and so it stays
+    // later calls return the same failure
     assert_eq!(group.submit(Step { id: 4, ..Step::default() }).unwrap_err(), error);
     assert_eq!(progress.steps()[0], 2);
     (error, took)
 }
 
 #[test]
-fn a_rank_that_fails_ends_the_group_with_its_reason() {
+fn ends_the_group_with_the_reason_of_a_failed_rank() {
     for rank in [0, 2] {
         let (error, took) = run_until_failure(rank, Failure::Error);
         let expected = RunError::Device { rank: rank as u32, step: 3, reason: "out of luck".to_owned() };
@@ -88,7 +88,7 @@ fn a_rank_that_fails_ends_the_group_with_its_reason() {
 }
 
 #[test]
-fn a_rank_that_panics_ends_the_group_with_its_message() {
+fn ends_the_group_with_the_message_of_a_panic() {
     let (error, took) = run_until_failure(3, Failure::Panic);
     let reason = "it panicked: out of mind".to_owned();
     assert_eq!(error, RunError::Device { rank: 3, step: 0, reason });
@@ -96,7 +96,7 @@ fn a_rank_that_panics_ends_the_group_with_its_message() {
 }
 
 #[test]
-fn a_rank_that_stands_still_is_named_with_its_host() {
+fn names_a_hanging_rank_with_its_host() {
     let (error, _) = run_until_failure(1, Failure::Silence);
     let RunError::RankLost { rank: 1, host, reason } = error else { panic!("{error}") };
     assert_eq!(host, "node-7");
