@@ -3,11 +3,11 @@
 //!
 //! # Layers
 //!
-//! From the outside inwards. Each module uses only the modules below it, [`options`] and [`telemetry`].
+//! From the outside inwards. All layers share the types of [`engine::step`].
 //!
 //! - `process`: the life of the process: start, registration, drain, end.
 //! - [`service`]: the gRPC services `Inference`, `Admin` and health, on the leader.
-//! - [`engine`]: the loop that schedules, runs and samples; `engine::step` defines what a step is.
+//! - [`engine`]: the loop that schedules, runs and samples; [`engine::step`] defines a step.
 //! - `schedule`: the scheduler: admission, chunked prefill, draft tokens, outcomes. It has no threads and no clock.
 //! - [`cache`]: the bookkeeping of the paged KV cache and of the prefix cache.
 //! - [`grammar`]: structured output: compiled grammars and masks.
@@ -21,7 +21,7 @@
 //! Across the layers: `device` chooses the device, [`options`] is the `worker` section of the configuration, and
 //! [`telemetry`] holds metrics and spans.
 //!
-//! # The way of a request
+//! # Path of a request
 //!
 //! 1. [`service`] receives a `Generate` call and passes it to [`engine::EngineHandle::generate`].
 //! 2. The handle checks the request, takes a permit for a place in the queue and, if the request has a grammar,

@@ -1,4 +1,4 @@
-//! Checkpoints in all their spellings, and those that must be refused.
+//! Checkpoints in all spellings, and invalid checkpoints.
 
 mod support;
 
@@ -14,7 +14,7 @@ fn code_logits(folder: &Path) -> Vec<Vec<f32>> {
     single(folder, CpuOptions::default()).run_in_chunks(&ids, &blocks(0, ids.len()), ids.len())
 }
 
-/// The same rows in the order of Mistral's files: pairs (i, i + d/2) side by side.
+/// Orders rows as in Mistral's files: pairs (i, i + d/2) side by side.
 fn interleave(tensor: &mut Stored, head_dim: usize) {
     let row_bytes = tensor.bytes.len() / tensor.shape[0];
     let mut rows = Vec::with_capacity(tensor.bytes.len());
@@ -49,7 +49,7 @@ fn mistral_name(name: &str) -> String {
 }
 
 #[test]
-fn mistral_files_give_the_same_logits() {
+fn computes_the_same_logits_from_mistral_files() {
     for checkpoint in ["tiny_text", "tiny_text_fp8"] {
         let folder = tempfile::tempdir().unwrap();
         let mut tensors = read_tensors(&fixture(checkpoint).join("model.safetensors"));
@@ -78,7 +78,7 @@ fn mistral_files_give_the_same_logits() {
     }
 }
 
-/// A copy of a tiny checkpoint whose tensors were changed.
+/// A copy of a tiny checkpoint with changed tensors.
 fn changed(checkpoint: &str, change: impl FnOnce(&mut Vec<Stored>)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let mut tensors = read_tensors(&fixture(checkpoint).join("model.safetensors"));
@@ -93,9 +93,9 @@ fn find<'a>(tensors: &'a mut [Stored], name: &str) -> &'a mut Stored {
 }
 
 #[test]
-fn other_spellings_and_types_give_the_same_logits() {
+fn computes_the_same_logits_from_other_spellings_and_types() {
     let plain = code_logits(&fixture("tiny_text_fp8"));
-    // the prefix that newer exporters write, the other scale names, scales as float32 of shape [1]
+    // the prefix of newer exporters, the other scale names, scales as float32 of shape [1]
     let folder = changed("tiny_text_fp8", |tensors| {
         for tensor in tensors {
             tensor.name = tensor.name.replace("model.", "model.language_model.");
@@ -123,7 +123,7 @@ fn other_spellings_and_types_give_the_same_logits() {
 }
 
 #[test]
-fn an_absent_head_is_tied_where_the_configuration_does_not_object() {
+fn ties_an_absent_head_if_the_configuration_allows_it() {
     let folder = changed("tiny_text", |tensors| tensors.retain(|tensor| tensor.name != "lm_head.weight"));
     let path = folder.path().join("config.json");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -143,7 +143,7 @@ fn an_absent_head_is_tied_where_the_configuration_does_not_object() {
 }
 
 #[test]
-fn wrong_checkpoints_are_refused_by_name() {
+fn names_the_tensor_of_an_invalid_checkpoint() {
     type Change = Box<dyn FnOnce(&mut Vec<Stored>)>;
     let rename = |from: &'static str, to: &'static str| -> Change {
         Box::new(move |tensors| find(tensors, from).name = to.to_owned())
@@ -202,7 +202,7 @@ fn wrong_checkpoints_are_refused_by_name() {
         let plan = ShardPlan::new(&config, 0, 1).unwrap();
         let message = match Weights::open(folder.path(), &config) {
             Err(error) => error.to_string(),
-            // scales are read with their linear
+            // scales are read with their linear layer
             Ok(weights) => (0..3)
                 .find_map(|layer| weights.projection(layer, bora_worker::weights::Projection::Down, &plan).err())
                 .expect(expected)
@@ -213,17 +213,17 @@ fn wrong_checkpoints_are_refused_by_name() {
 }
 
 #[test]
-fn folders_without_weights_and_broken_files_are_refused() {
+fn rejects_folders_without_weights_and_broken_files() {
     let config = ModelConfig::from_dir(&fixture("tiny_text")).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let message = Weights::open(folder.path(), &config).err().unwrap().to_string();
     assert!(message.contains("no model.safetensors"), "{message}");
-    // cut short
+    // truncated
     let bytes = std::fs::read(fixture("tiny_text").join("model.safetensors")).unwrap();
     std::fs::write(folder.path().join("model.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
     let message = Weights::open(folder.path(), &config).err().unwrap().to_string();
     assert!(message.contains("model.safetensors"), "{message}");
-    // an index that leads elsewhere
+    // an index that refers to another folder
     let index = serde_json::json!({"weight_map": {"model.norm.weight": "../model.safetensors"}});
     std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
     let message = Weights::open(folder.path(), &config).err().unwrap().to_string();
@@ -231,7 +231,7 @@ fn folders_without_weights_and_broken_files_are_refused() {
 }
 
 #[test]
-fn fingerprints_tell_checkpoints_apart() {
+fn distinguishes_checkpoints_by_fingerprint() {
     let fingerprint = |folder: &Path| {
         let config = ModelConfig::from_dir(folder).unwrap();
         Weights::open(folder, &config).unwrap().fingerprint().to_owned()
@@ -244,7 +244,7 @@ fn fingerprints_tell_checkpoints_apart() {
 }
 
 #[test]
-fn dummy_weights_are_the_same_for_every_split() {
+fn generates_equal_dummy_weights_for_every_split() {
     let config = ModelConfig::from_dir(&fixture("tiny_vlm_fp8")).unwrap();
     let weights = Weights::dummy(&config, 5);
     let whole = ShardPlan::new(&config, 0, 1).unwrap();

@@ -1,5 +1,5 @@
-//! The engine over a real (tiny) model on the CPU backend: what it streams is what the reference says,
-//! whatever the chunks, the batch and the cache.
+//! The engine with a tiny real model on the CPU backend: its output equals the reference for any chunks, any batch and
+//! any cache.
 
 mod support;
 
@@ -23,7 +23,7 @@ use tokio_stream::StreamExt as _;
 
 const CASES: [&str; 4] = ["card_small_talk", "short", "long", "code"];
 
-/// An engine over `tiny_text` whose steps have at most `max_num_batched_tokens` tokens.
+/// An engine with `tiny_text` and at most `max_num_batched_tokens` tokens per step.
 fn start(max_num_batched_tokens: u32) -> EngineHandle {
     start_with(EngineOptions { max_num_seqs: 8, max_num_batched_tokens, ..Default::default() }, None)
 }
@@ -32,7 +32,7 @@ fn start_with(options: EngineOptions, grammars: Option<Arc<Grammars>>) -> Engine
     start_in(KV_BLOCKS as u32, 0, options, grammars)
 }
 
-/// The same with a cache of `kv_blocks` blocks and host memory for `host_blocks`.
+/// An engine with a cache of `kv_blocks` blocks and `host_blocks` blocks of host memory.
 fn start_in(kv_blocks: u32, host_blocks: u32, options: EngineOptions, grammars: Option<Arc<Grammars>>) -> EngineHandle {
     let mut rank = single(&fixture("tiny_text"), CpuOptions::default());
     let mut host = HostMemory::default();
@@ -112,7 +112,7 @@ async fn hear(mut stream: EventStream) -> Heard {
 }
 
 #[tokio::test]
-async fn greedy_ids_equal_the_reference_with_any_chunks_and_with_a_warm_cache() {
+async fn matches_the_reference_with_any_chunks_and_a_warm_cache() {
     let goldens = Goldens::of("tiny_text");
     for max_num_batched_tokens in [8, 100, 4_096] {
         let engine = start(max_num_batched_tokens);
@@ -137,7 +137,7 @@ async fn greedy_ids_equal_the_reference_with_any_chunks_and_with_a_warm_cache() 
 }
 
 #[tokio::test]
-async fn prompt_logprobs_equal_the_reference() {
+async fn matches_the_prompt_logprobs_of_the_reference() {
     let goldens = Goldens::of("tiny_text");
     let engine = start(150);
     for case in CASES {
@@ -165,7 +165,7 @@ async fn prompt_logprobs_equal_the_reference() {
 }
 
 #[tokio::test]
-async fn a_sampled_sequence_goes_on_elsewhere_as_if_nothing_had_happened() {
+async fn resumes_a_sampled_sequence_identically() {
     let goldens = Goldens::of("tiny_text");
     let prompt = goldens.ids("code.input_ids");
     let sampling = v1::Sampling {
@@ -189,12 +189,12 @@ async fn a_sampled_sequence_goes_on_elsewhere_as_if_nothing_had_happened() {
     }
 }
 
-/// What a request is asked for beside its prompt.
+/// Variants of a request with the same prompt.
 fn variants() -> Vec<(&'static str, v1::GenerateRequest)> {
     let greedy = || v1::Sampling { temperature: Some(0.0), ..Default::default() };
     let sampled = || v1::Sampling { temperature: Some(0.7), top_p: Some(0.9), seed: 77, ..Default::default() };
     let request = |sampling| v1::GenerateRequest { sampling: Some(sampling), ..Default::default() };
-    // a few token IDs that are likely everywhere: what is sampled repeats
+    // biases a few tokens that are likely everywhere, so that the output repeats
     let few = |weight: f32| (300..304).map(|id| (id, weight)).collect();
     let schema = r#"{"type": "array", "items": {"enum": ["alpha", "beta"]}, "minItems": 12, "maxItems": 20}"#;
     let grammar = v1::Grammar { kind: v1::grammar::Kind::JsonSchema.into(), source: schema.into() };
@@ -232,7 +232,7 @@ fn variants() -> Vec<(&'static str, v1::GenerateRequest)> {
 }
 
 #[tokio::test]
-async fn speculation_changes_the_steps_and_nothing_else() {
+async fn generates_the_same_with_speculation() {
     let goldens = Goldens::of("tiny_text");
     let tokenizer = fixture("tokenizers/tekken-v13-8k.json");
     let grammars = Arc::new(Grammars::load(&tokenizer).unwrap());
@@ -263,7 +263,7 @@ async fn speculation_changes_the_steps_and_nothing_else() {
         if steps(&found) == steps(&expected) {
             without_effect.push(name);
         }
-        // in one batch with siblings of other seeds, and resumed by another group in mid-stream
+        // in one batch with siblings of other seeds, and resumed by another group in the middle
         let siblings: Vec<_> = (0..2u64)
             .map(|number| {
                 let mut sibling = request.clone();
@@ -283,7 +283,7 @@ async fn speculation_changes_the_steps_and_nothing_else() {
         resumed.generated_len = cut as u32;
         assert_eq!(hear(speculating.generate(resumed).unwrap()).await.ids, expected.ids[cut..], "{name}, resumed");
     }
-    // these do not repeat themselves
+    // the output of these variants does not repeat
     assert_eq!(without_effect, ["greedy", "sampled"], "nothing was drafted");
     assert_eq!(plain.load().draft_tokens, 0);
     let load = speculating.load();
@@ -291,7 +291,7 @@ async fn speculation_changes_the_steps_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn conversations_of_three_times_the_cache_come_back_from_host_memory() {
+async fn fetches_conversations_of_three_times_the_cache_from_host_memory() {
     let golden = Goldens::of("tiny_text").ids("long.input_ids");
     // three conversations of ten blocks in a cache of twelve
     let prompts: Vec<Vec<u32>> =
@@ -323,7 +323,7 @@ async fn conversations_of_three_times_the_cache_come_back_from_host_memory() {
             }
         }
     }
-    // what a router was given is what is there
+    // the blocks reported to a router are the cached blocks
     let mut held = std::collections::HashSet::new();
     while let Ok(event) = watched.try_recv() {
         match event.event.unwrap() {

@@ -1,4 +1,4 @@
-//! The CPU backend against the logits of the reference implementation, however the work is cut.
+//! The CPU backend against the logits of the reference, for any chunks and batches.
 
 mod support;
 
@@ -9,16 +9,16 @@ use support::{Chunk, Goldens, KV_BLOCKS, Rank, argmax, blocks, difference, fixtu
 const CHECKPOINTS: [&str; 4] = ["tiny_text", "tiny_text_fp8", "tiny_vlm", "tiny_vlm_fp8"];
 const CASES: [&str; 4] = ["short", "code", "long", "card_small_talk"];
 
-/// Two correct float32 implementations differ by less than this.
+/// Maximum difference of two correct float32 implementations.
 const FLOAT32: f32 = 2e-3;
-/// The same implementation with its work cut in another way.
+/// Maximum difference of the same implementation with other chunks or batches.
 const SAME: f32 = 1e-4;
 
 fn all_blocks() -> Vec<u32> {
     (0..KV_BLOCKS as u32).rev().collect()
 }
 
-/// The rows that a golden keeps whole.
+/// The rows that a golden stores completely.
 fn kept(goldens: &Goldens, case: &str, kind: &str, rows: &[Vec<f32>]) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
     let positions = goldens.ids(&format!("{case}.{kind}positions"));
     let ours: Vec<Vec<f32>> = positions.iter().map(|position| rows[*position as usize].clone()).collect();
@@ -28,7 +28,7 @@ fn kept(goldens: &Goldens, case: &str, kind: &str, rows: &[Vec<f32>]) -> (Vec<Ve
 }
 
 #[test]
-fn logits_equal_the_reference() {
+fn matches_the_logits_of_the_reference() {
     for checkpoint in CHECKPOINTS {
         let goldens = Goldens::of(checkpoint);
         let mut rank = single(&fixture(checkpoint), CpuOptions::default());
@@ -48,20 +48,20 @@ fn logits_equal_the_reference() {
             for (row, expected) in rows.iter().zip(argmaxes) {
                 positions_seen += 1;
                 if argmax(row) != expected {
-                    // a flip is forgiven only where the two candidates are as good as equal
+                    // another argmax is allowed only if the two candidates are nearly equal
                     let gap = row[argmax(row) as usize] - row[expected as usize];
-                    assert!(gap < FLOAT32, "{checkpoint} {case}: another best id, by {gap}");
+                    assert!(gap < FLOAT32, "{checkpoint} {case}: another argmax, by {gap}");
                     flipped += 1;
                 }
             }
             println!("{checkpoint} {case}: {} tokens, largest difference {off:.2e}", ids.len());
         }
-        assert!(flipped <= 2, "{checkpoint}: {flipped} of {positions_seen} best ids differ");
+        assert!(flipped <= 2, "{checkpoint}: {flipped} of {positions_seen} argmaxes differ");
     }
 }
 
 #[test]
-fn greedy_ids_equal_the_reference() {
+fn matches_the_greedy_tokens_of_the_reference() {
     for checkpoint in CHECKPOINTS {
         let goldens = Goldens::of(checkpoint);
         let text = std::fs::read_to_string(fixture(checkpoint).join("goldens.json")).unwrap();
@@ -83,14 +83,13 @@ fn greedy_ids_equal_the_reference() {
     }
 }
 
-/// Rounding to FP8 makes the comparison chaotic: where the last bit of an activation decides on which side
-/// of a boundary it falls, two correct implementations part by a whole e4m3 step, and from then on every
-/// later position reads a slightly different cache. Until the first such step ours and the reference agree
-/// to 3e-6 (that is most of each case but the longest); after it they differ by hundredths and in single
-/// rows by up to 0.55 (as two reference implementations do among themselves), which turns the
-/// best id where two are nearly equal, and nowhere else.
+/// Rounding to FP8 makes the comparison chaotic. If the last bit of an activation decides on which side of a rounding
+/// boundary it falls, two correct implementations differ by a whole e4m3 step, and every later position reads a
+/// slightly different cache. Until the first such step ours and the reference agree to 3e-6 (that is most of each case
+/// but the longest). After it they differ by hundredths and in single rows by up to 0.55, as two reference
+/// implementations do among themselves. This changes the argmax only if two candidates are nearly equal.
 #[test]
-fn static_fp8_stays_close_to_the_reference() {
+fn stays_close_to_the_reference_with_static_fp8() {
     let options = CpuOptions { fp8: Fp8Mode::W8a8, ..CpuOptions::default() };
     for checkpoint in ["tiny_text_fp8", "tiny_vlm_fp8"] {
         let goldens = Goldens::of(checkpoint);
@@ -101,17 +100,17 @@ fn static_fp8_stays_close_to_the_reference() {
             let rows = rank.run_in_chunks(&ids, &all_blocks(), ids.len());
             let (ours, theirs) = kept(&goldens, case, "w8a8_", &rows);
             for (ours, theirs) in ours.iter().zip(&theirs) {
-                assert_eq!(argmax(ours), argmax(theirs), "{checkpoint} {case}: the best id of a kept position");
+                assert_eq!(argmax(ours), argmax(theirs), "{checkpoint} {case}: the argmax of a stored position");
                 differences.extend(ours.iter().zip(theirs).map(|(ours, theirs)| (ours - theirs).abs()));
             }
             let mut agreed = 0;
             for (row, expected) in rows.iter().zip(goldens.ids(&format!("{case}.w8a8_argmax"))) {
                 let gap = row[argmax(row) as usize] - row[expected as usize];
-                assert!(gap < 0.6, "{checkpoint} {case}: another best id, by {gap}");
+                assert!(gap < 0.6, "{checkpoint} {case}: another argmax, by {gap}");
                 agreed += usize::from(gap == 0.0);
             }
             let share = agreed as f64 / ids.len() as f64;
-            println!("{checkpoint} {case}: best ids agree at {:.2} %", share * 100.0);
+            println!("{checkpoint} {case}: argmaxes agree at {:.2} %", share * 100.0);
             assert!(share >= if case == "card_small_talk" { 0.95 } else { 0.99 }, "{checkpoint} {case}: {share}");
             let sums = goldens.floats(&format!("{case}.w8a8_logsumexp"));
             let first_step = rows.iter().zip(&sums).position(|(row, sum)| (logsumexp(row) - sum).abs() > 1e-4);
@@ -125,7 +124,7 @@ fn static_fp8_stays_close_to_the_reference() {
 }
 
 #[test]
-fn any_chunk_size_gives_the_same_logits() {
+fn computes_the_same_logits_with_any_chunk_size() {
     for checkpoint in ["tiny_text", "tiny_vlm"] {
         let goldens = Goldens::of(checkpoint);
         let ids = goldens.ids("long.input_ids");
@@ -140,7 +139,7 @@ fn any_chunk_size_gives_the_same_logits() {
 }
 
 #[test]
-fn any_batch_mix_gives_the_same_logits() {
+fn computes_the_same_logits_in_any_batch() {
     let goldens = Goldens::of("tiny_vlm");
     let mut rank = single(&fixture("tiny_vlm"), CpuOptions::default());
     let prompts: Vec<Vec<u32>> = CASES.iter().map(|case| goldens.ids(&format!("{case}.input_ids"))).collect();
@@ -155,7 +154,7 @@ fn any_batch_mix_gives_the_same_logits() {
         .collect();
     let plain: Vec<Vec<Vec<f32>>> =
         prompts.iter().zip(&tables).map(|(ids, table)| rank.run_in_chunks(ids, table, ids.len())).collect();
-    // each advances by its own chunk, so that every step mixes decodes with chunks of prompts
+    // each sequence advances by its own chunk, so that every step mixes decodes with chunks of prompts
     let chunks = [1, 5, 37, 200];
     let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); prompts.len()];
     loop {
@@ -181,11 +180,11 @@ fn any_batch_mix_gives_the_same_logits() {
 }
 
 #[test]
-fn shared_blocks_of_a_prefix_give_the_same_logits() {
+fn computes_the_same_logits_with_shared_prefix_blocks() {
     let goldens = Goldens::of("tiny_vlm");
     let mut rank = single(&fixture("tiny_vlm"), CpuOptions::default());
     let first = goldens.ids("long.input_ids");
-    // another end after 128 tokens in common
+    // another suffix after a common prefix of 128 tokens
     let mut second = first.clone();
     for id in &mut second[128..] {
         *id = (*id + 1) % 9192;
@@ -202,7 +201,7 @@ fn shared_blocks_of_a_prefix_give_the_same_logits() {
 }
 
 #[test]
-fn a_bf16_cache_is_close_and_no_more() {
+fn stays_close_with_a_bf16_cache() {
     let goldens = Goldens::of("tiny_text");
     let ids = goldens.ids("long.input_ids");
     let run = |options| -> Vec<Vec<f32>> {

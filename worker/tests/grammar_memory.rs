@@ -1,4 +1,4 @@
-//! What hostile grammars take of memory and time, by the allocator's own count. Alone in its process.
+//! Memory and time of hostile grammars, by the allocator's count. Runs alone in its process.
 
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// More than a grammar may take while it is compiled.
+/// Bound of the bytes allocated by a compilation.
 const MAX_COMPILE_BYTES: usize = 64 << 20;
-/// More than it may take, on a busy machine and without optimisation.
+/// Bound of the time of a compilation, on a busy machine and without optimisation.
 const MAX_COMPILE_TIME: Duration = Duration::from_secs(5);
 
 const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
@@ -31,7 +31,7 @@ fn list(count: usize, value: impl Fn(usize) -> Value) -> Value {
     (0..count).map(value).collect::<Vec<_>>().into()
 }
 
-/// Definitions that refer to the next one twice each.
+/// Definitions, each of which refers to the next one twice.
 fn references(levels: usize, level: impl Fn(Value) -> Value) -> Value {
     let definitions: serde_json::Map<String, Value> = (0..levels)
         .map(|number| (format!("d{number}"), level(json!({"$ref": format!("#/$defs/d{}", number + 1)}))))
@@ -40,7 +40,7 @@ fn references(levels: usize, level: impl Fn(Value) -> Value) -> Value {
     json!({"$defs": definitions, "$ref": "#/$defs/d0"})
 }
 
-/// Each is refused, or compiled within bounds.
+/// Hostile grammars; each is refused, or compiled within the bounds.
 fn bombs() -> Vec<(&'static str, v1::grammar::Kind, String)> {
     let next = |level: usize| level + 1;
     let lark = [
@@ -164,7 +164,7 @@ fn bombs() -> Vec<(&'static str, v1::grammar::Kind, String)> {
         .collect()
 }
 
-/// A walk that prefers what is not the end, and what makes new states of the lexer.
+/// Walks along tokens that do not end the output and that create new lexer states.
 fn walk(
     state: &mut GrammarState,
     vocabulary: &Vocabulary,
@@ -187,7 +187,7 @@ fn walk(
 }
 
 #[test]
-fn hostile_grammars_stay_within_their_bounds() {
+fn bounds_memory_and_time_of_hostile_grammars() {
     let vocabulary = Vocabulary::load(TOKENIZER).unwrap();
     let grammars = Grammars::load(TOKENIZER.as_ref()).unwrap();
     let mut random = 7;
@@ -215,7 +215,7 @@ fn hostile_grammars_stay_within_their_bounds() {
                 let outcome = walk(&mut state, &vocabulary, 40, &mut random);
                 let (real, estimated) = (ALLOCATOR.current_usage().saturating_sub(before), state.bytes());
                 line += &format!("; walked {outcome:?}: {} KiB, estimated {} KiB", real >> 10, estimated >> 10);
-                // the tables behind an estimate may be twice as large while they grow
+                // the tables behind an estimate may take twice as much while they grow
                 if real > estimated + (4 << 20) || real > 2 * MAX_STATE_BYTES {
                     faults.push(format!("{name}: {} KiB, estimated {} KiB", real >> 10, estimated >> 10));
                 }

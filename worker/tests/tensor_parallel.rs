@@ -1,4 +1,4 @@
-//! A model cut over ranks gives the logits of the whole one.
+//! A sharded model computes the logits of the whole model.
 
 mod support;
 
@@ -8,11 +8,11 @@ use bora_worker::backend::cpu::CpuOptions;
 use bora_worker::parallel::{Collective, loopback_mesh};
 use support::{Goldens, Rank, Shape, blocks, difference, fixture, over, single, threads};
 
-/// All-reduce are made in another order than the whole product.
+/// Maximum difference: an all-reduce adds in another order than the whole matmul.
 const SPLIT: f32 = 1e-3;
 
 fn logits(rank: &mut Rank, ids: &[u32]) -> Vec<Vec<f32>> {
-    // two chunks, so that the second reads what the first stored
+    // two chunks, so that the second reads the KV of the first
     rank.run_in_chunks(ids, &blocks(3, ids.len()), ids.len() / 2 + 1)
 }
 
@@ -24,7 +24,7 @@ fn assert_equal_bits(results: &[Vec<Vec<f32>>], what: &str) {
 }
 
 #[test]
-fn threads_give_the_logits_of_one_rank() {
+fn computes_the_logits_of_one_rank_on_threads() {
     for checkpoint in ["tiny_text", "tiny_vlm", "tiny_vlm_fp8"] {
         let goldens = Goldens::of(checkpoint);
         let ids = goldens.ids("long.input_ids");
@@ -40,7 +40,7 @@ fn threads_give_the_logits_of_one_rank() {
 }
 
 #[test]
-fn tcp_gives_the_bits_of_threads() {
+fn computes_the_bits_of_threads_over_tcp() {
     let goldens = Goldens::of("tiny_text");
     let ids = goldens.ids("code.input_ids");
     for ranks in [2, 4] {
@@ -54,14 +54,14 @@ fn tcp_gives_the_bits_of_threads() {
 }
 
 #[test]
-fn odd_shapes_are_cut_right() {
+fn splits_odd_shapes() {
     let shapes = [
-        // fewer KV heads than ranks: each is held by two ranks, or four
+        // fewer KV heads than ranks: two or four ranks hold each KV head
         Shape { heads: 8, kv_heads: 2, vocabulary: 300, tied: false },
         Shape { heads: 8, kv_heads: 1, vocabulary: 300, tied: true },
         Shape { heads: 12, kv_heads: 2, vocabulary: 257, tied: false },
         Shape { heads: 16, kv_heads: 4, vocabulary: 301, tied: true },
-        // the last rank has no vocabulary at all
+        // the last rank has no vocabulary rows
         Shape { heads: 8, kv_heads: 4, vocabulary: 9, tied: false },
     ];
     for shape in shapes {
@@ -70,7 +70,7 @@ fn odd_shapes_are_cut_right() {
         let ids: Vec<u32> = (0..90u32).map(|index| (index * 37 + 5) % shape.vocabulary as u32).collect();
         let whole = logits(&mut single(folder.path(), CpuOptions::default()), &ids);
         let spread = whole[40].iter().copied().fold(f32::MIN, f32::max);
-        assert!(spread > 0.5, "the model is too flat to tell anything: {spread}");
+        assert!(spread > 0.5, "the model is too flat for a comparison: {spread}");
         for ranks in [2, 4] {
             let results = threads(folder.path(), ranks, |rank| logits(rank, &ids));
             let what = format!("{}/{} heads over {ranks}", shape.heads, shape.kv_heads);

@@ -1,4 +1,4 @@
-//! `bora.v1.Admin`: for operators and for the pre-stop hook of a pod.
+//! `bora.v1.Admin`, for operators and for the pre-stop hook of a pod.
 
 use std::time::Duration;
 
@@ -10,9 +10,9 @@ use tonic::{Request, Response, Status};
 use super::{Group, Host};
 use crate::engine::ResumeError;
 
-/// A drain without a time of its own takes at most this long.
+/// Default timeout of a drain.
 const DEFAULT_DRAIN: Duration = Duration::from_secs(300);
-/// Longest time that a drain may be given.
+/// Maximum timeout of a drain.
 const MAX_DRAIN: Duration = Duration::from_secs(86_400);
 
 pub(super) struct AdminService {
@@ -84,7 +84,7 @@ impl Admin for AdminService {
     }
 }
 
-/// The time of a drain: a finite number of seconds within bounds, 0 for the default.
+/// The timeout of a drain: a finite number of seconds within bounds; 0 means the default.
 fn drain_timeout(seconds: f64) -> Result<Duration, Status> {
     if seconds == 0.0 {
         return Ok(DEFAULT_DRAIN);
@@ -94,7 +94,7 @@ fn drain_timeout(seconds: f64) -> Result<Duration, Status> {
     })
 }
 
-/// What an operator did, in two lines for the log target `bora::audit`: when it began and how it ended. A drain may
+/// Audit log of an operation: two lines with the target `bora::audit`, at its start and at its end, because a drain may
 /// take minutes.
 struct Audit {
     operation: &'static str,

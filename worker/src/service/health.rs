@@ -1,4 +1,4 @@
-//! `grpc.health.v1`, judged by progress: see [`crate::engine::STALLED_AFTER`].
+//! `grpc.health.v1`, derived from the progress of steps: see [`crate::engine::STALLED_AFTER`].
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use super::Host;
 use super::inference::InferenceService;
 use crate::engine::EngineHealth;
 
-/// How often the engine is looked at.
+/// Interval between checks of the engine.
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// Reports until stopped, for the whole server (the empty name) and for `bora.v1.Inference`.
+/// Reports health for the whole server (the empty name) and for `bora.v1.Inference` until stopped.
 pub(super) async fn report(mut reporter: HealthReporter, host: Host, stopping: CancellationToken) {
     let names = ["", <InferenceServer<InferenceService> as tonic::server::NamedService>::NAME];
     let mut reported = None;
@@ -35,7 +35,7 @@ pub(super) async fn report(mut reporter: HealthReporter, host: Host, stopping: C
             }
         }
         if stopping.is_cancelled() {
-            // ends the streams of those who watch: they would hold the server up
+            // ends the streams of watchers, which would delay the end of the server
             for name in names {
                 let _ = reporter.clear_service_status(name).await;
             }

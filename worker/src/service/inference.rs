@@ -1,4 +1,4 @@
-//! `bora.v1.Inference`: what routers call.
+//! `bora.v1.Inference`, the service that routers call.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -45,7 +45,7 @@ impl Inference for InferenceService {
         let mut watched = WatchStream::new(engine.metrics(), parent.as_ref(), &request);
         let trace = watched.context();
         let taken = if request.grammar.is_some() {
-            // compiling may take a while
+            // checking the limits of a grammar may take milliseconds
             tokio::task::spawn_blocking(move || engine.generate_under(request, trace))
                 .await
                 .map_err(|_| Status::internal("the request could not be checked"))?
@@ -80,8 +80,8 @@ impl Inference for InferenceService {
     }
 }
 
-/// A sequence's events until its deadline. Dropping it, also by gRPC because the caller left, aborts the
-/// sequence.
+/// Events of a sequence until its deadline. Dropping the stream aborts the sequence; gRPC drops it if the caller
+/// disconnects.
 pub(super) struct GenerateStream {
     events: Option<EventStream>,
     deadline: Option<Pin<Box<Sleep>>>,
@@ -105,14 +105,14 @@ impl Stream for GenerateStream {
     }
 }
 
-/// Refuses a router of a release that this worker is not made for: it tries elsewhere.
+/// Refuses a router of an incompatible release, so that the router tries another group.
 fn check_version(metadata: &MetadataMap) -> Result<(), Status> {
     let peer = metadata.get(version::METADATA).and_then(|value| value.to_str().ok()).unwrap_or_default();
     version::check(env!("CARGO_PKG_VERSION"), peer).map_err(|skew| Status::unavailable(skew.to_string()))
 }
 
-/// The end of the time that the caller gave us, if it did (`grpc-timeout`; tonic itself applies it to the
-/// headers of a stream only).
+/// Deadline of the call from `grpc-timeout`, if the header is present. tonic itself applies it only to the headers of a
+/// stream.
 fn deadline(metadata: &MetadataMap) -> Result<Option<Instant>, Status> {
     let Some(value) = metadata.get("grpc-timeout") else { return Ok(None) };
     let timeout = value.to_str().ok().and_then(parse_timeout);
@@ -120,7 +120,7 @@ fn deadline(metadata: &MetadataMap) -> Result<Option<Instant>, Status> {
     Ok(Instant::now().checked_add(timeout))
 }
 
-/// As in the gRPC specification: at most 8 digits and a unit.
+/// Parses a timeout of the gRPC specification: at most 8 digits and a unit.
 fn parse_timeout(value: &str) -> Option<Duration> {
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -143,9 +143,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_router_of_another_time_is_refused_with_words() {
+    fn refuses_a_router_of_an_incompatible_version() {
         let mut metadata = MetadataMap::new();
-        assert!(check_version(&metadata).is_ok(), "a tool says nothing");
+        assert!(check_version(&metadata).is_ok(), "a tool sends no version");
         metadata.insert(version::METADATA, env!("CARGO_PKG_VERSION").parse().unwrap());
         assert!(check_version(&metadata).is_ok());
         metadata.insert(version::METADATA, "9.0.0".parse().unwrap());
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn timeouts_are_read_as_the_specification_says() {
+    fn parses_timeouts_of_the_specification() {
         assert_eq!(parse_timeout("100m"), Some(Duration::from_millis(100)));
         assert_eq!(parse_timeout("99999999H"), Some(Duration::from_secs(99_999_999 * 3_600)));
         assert_eq!(parse_timeout("7u"), Some(Duration::from_micros(7)));

@@ -1,8 +1,9 @@
-//! The gRPC border of a group's leader: `bora.v1.Inference`, `bora.v1.Admin`, `grpc.health.v1` and
-//! reflection. Messages in, messages out; every decision is the engine's.
+//! The gRPC services of a group's leader: `bora.v1.Inference`, `bora.v1.Admin`, `grpc.health.v1` and reflection. This
+//! module converts messages; the engine makes all decisions.
 //!
-//! The port opens at once: until the engine is there, [`Host`] responses `UNAVAILABLE` and health says "not
-//! serving". Other services (the group's `Peers`) can share the port through [`ServiceOptions::routes`].
+//! The port opens immediately. Until the engine has started, [`Host`] responds with `UNAVAILABLE`, and the health
+//! service with "not serving". Other services (the group's `Peers`) can share the port through
+//! [`ServiceOptions::routes`].
 
 mod admin;
 mod health;
@@ -28,28 +29,28 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::engine::{EngineError, EngineHandle, EngineHealth};
 
-/// A prompt of 262,144 token IDs takes at most 1.3 MB; the rest is for images.
+/// Maximum bytes of a message. A prompt of 262,144 tokens takes at most 1.3 MB; the rest is for images.
 const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
-/// What a stream may send before it waits for the reader: a long prompt arrives without a pause.
+/// Flow-control window of a stream: a long prompt arrives without a pause.
 const STREAM_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
-/// The same for all streams of a connection together.
+/// Flow-control window of a connection, for all its streams together.
 const CONNECTION_WINDOW_BYTES: u32 = 64 * 1024 * 1024;
-/// A long prompt comes in few chunks: each costs the router a system call and this side a wake-up. What else the
-/// connection carries waits for one of them at most, a fifth of a millisecond at 10 Gbit/s.
+/// Maximum frame size. A long prompt takes few frames, each of which costs the router a system call and the worker a
+/// wake-up. Other data of the connection waits for at most one frame, a fifth of a millisecond at 10 Gbit/s.
 const FRAME_BYTES: u32 = 256 * 1024;
-/// Streams of one connection (a router has one, and every request of it is a stream).
+/// Maximum streams of one connection. A router has one connection, and every request is a stream.
 const MAX_STREAMS: u32 = 16_384;
-/// A connection that does not answer a ping for this long is dead, and its sequences are aborted.
+/// A connection without a response to a ping for this long is dead, and its sequences are aborted.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often that is tried.
+/// Interval between pings.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// How long open streams may continue after the server was asked to stop.
+/// How long open streams may continue after the server begins to stop.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 
-/// Says how the ranks are, for [`Admin::Status`](v1::admin_server::Admin::status).
+/// Returns the state of the ranks, for [`Admin::Status`](v1::admin_server::Admin::status).
 pub type RankSource = Arc<dyn Fn() -> Vec<v1::RankStatus> + Send + Sync>;
 
-/// The group behind the port, once it is there.
+/// The group behind the port, set when the group is ready.
 #[derive(Clone)]
 pub struct Host {
     identity: Arc<ServerIdentity>,
@@ -63,22 +64,22 @@ pub(crate) struct Group {
 }
 
 impl Host {
-    /// A group that still loads.
+    /// A host whose group is still loading.
     pub fn loading(identity: ServerIdentity) -> Self {
         Self { identity: Arc::new(identity), group: Arc::default() }
     }
 
-    /// A group of this cluster that is ready.
+    /// A host whose group is ready.
     pub fn of(cluster: &str, engine: EngineHandle, record: GroupRecord) -> Self {
         let host = Self::loading(ServerIdentity::of_record(cluster, &record));
         host.ready(engine, record, Arc::new(Vec::new));
         host
     }
 
-    /// The group is ready from now on. Only the first call counts.
+    /// Sets the group, which is ready from now on. Only the first call has an effect.
     pub fn ready(&self, engine: EngineHandle, record: GroupRecord, ranks: RankSource) {
         self.identity.set_weights(&record.weight_fingerprint);
-        // a second group behind one port is a bug of the caller, and the first one continues serving
+        // a second group behind one port is a bug of the caller; the first one stays
         if self.group.set(Group { engine, record, ranks }).is_err() {
             tracing::error!("a second group was offered to one port; ignored");
         }
@@ -95,7 +96,7 @@ impl Host {
 }
 
 impl Group {
-    /// The record, with the state as it is now.
+    /// The group's record with its current state.
     pub(crate) fn record(&self) -> GroupRecord {
         let state = match self.engine.health() {
             EngineHealth::Ready | EngineHealth::Stalled { .. } => GroupState::Ready,
@@ -105,32 +106,32 @@ impl Group {
     }
 }
 
-/// What else the port serves.
+/// Further options of the server.
 #[derive(Default)]
 pub struct ServiceOptions {
-    /// Further services.
+    /// Further services on the same port.
     pub routes: Routes,
-    /// Mutual TLS; plain text where it is absent.
+    /// Mutual TLS. `None` means plain text.
     pub tls: Option<Acceptor>,
-    /// Where `grpc.health.v1` is served as well, alone and without TLS.
+    /// Further listener that serves only `grpc.health.v1`, without TLS.
     pub health: Option<TcpListener>,
 }
 
-/// The port can't be served any more.
+/// Why the server failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// gRPC failed.
     #[error("grpc: {0}")]
     Transport(#[from] tonic::transport::Error),
-    /// Another server has the connections of this process.
+    /// Another server already accepts the connections of this process.
     #[error("the group of this process is served already")]
     Taken,
-    /// The contracts' own descriptors are wrong.
+    /// The descriptors of the contract are invalid.
     #[error("grpc reflection: {0}")]
     Reflection(#[from] tonic_reflection::server::Error),
 }
 
-/// Where callers come from.
+/// Source of connections.
 pub enum Listener {
     /// The network.
     Tcp(TcpListener),
@@ -144,8 +145,8 @@ impl From<TcpListener> for Listener {
     }
 }
 
-/// Serves until `stop` completes, then lets open streams end for a few seconds. Drain the engine first
-/// where running sequences should finish.
+/// Serves until `stop` completes, then lets open streams end for a few seconds. The caller should drain the engine
+/// first if running sequences should finish.
 pub async fn serve(
     listener: impl Into<Listener>,
     host: Host,
@@ -201,7 +202,7 @@ pub async fn serve(
         outcome = &mut server => outcome,
         () = &mut stop => {
             stopping.cancel();
-            // streams that are still open then are cut
+            // streams that are still open are closed
             tokio::time::timeout(STOP_WITHIN, &mut server).await.unwrap_or(Ok(()))
         }
     };

@@ -1,4 +1,4 @@
-//! What is counted and traced of one sequence, from what its caller is notified of it.
+//! Counts and traces one sequence by the events that its caller receives.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::engine::EngineError;
 use crate::telemetry::engine::{End, EngineMetrics};
 use crate::telemetry::spans::SequenceSpan;
 
-/// One sequence; what was not reported to be over when it is dropped was aborted by its caller.
+/// Metrics and span of one sequence. If it is dropped before the end, the caller aborted the sequence.
 pub(super) struct WatchStream {
     metrics: Arc<EngineMetrics>,
     span: SequenceSpan,
@@ -17,7 +17,7 @@ pub(super) struct WatchStream {
 }
 
 impl WatchStream {
-    /// A request came.
+    /// Records the arrival of a request.
     pub(super) fn new(
         metrics: &Arc<EngineMetrics>,
         parent: Option<&TraceContext>,
@@ -26,18 +26,18 @@ impl WatchStream {
         Self { metrics: Arc::clone(metrics), span: SequenceSpan::arrived(parent, request), over: false }
     }
 
-    /// What its work on the ranks is done under.
+    /// Trace context of the sequence's work on the ranks.
     pub(super) fn context(&self) -> Option<TraceContext> {
         self.span.context()
     }
 
-    /// The engine did not take it.
+    /// Records that the engine refused the request.
     pub(super) fn refused(&mut self, reason: &str) {
         self.end(End::Refused);
         self.span.failed(reason);
     }
 
-    /// The next event, or the end of the stream.
+    /// Records the next event, or the end of the stream.
     pub(super) fn event(&mut self, event: Option<&Result<v1::GenerateEvent, EngineError>>) {
         match event {
             Some(Ok(v1::GenerateEvent { event: Some(Event::Started(started)) })) => {
@@ -56,7 +56,7 @@ impl WatchStream {
         }
     }
 
-    /// It went wrong.
+    /// Records a failure.
     pub(super) fn failed(&mut self, reason: &str) {
         self.end(End::Failed);
         self.span.failed(reason);

@@ -1,4 +1,4 @@
-//! What the engine counts: its steps, what they carried, and what became of its sequences.
+//! Metrics of the engine: steps, their contents, and the ends of sequences.
 
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
@@ -32,10 +32,10 @@ struct EndLabels {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     Finished,
-    /// The caller left.
+    /// The caller disconnected.
     Aborted,
     Failed,
-    /// Not taken at all.
+    /// The engine refused it.
     Refused,
 }
 
@@ -50,16 +50,16 @@ impl End {
     }
 }
 
-/// What one step carries.
+/// Contents of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct StepShape {
-    /// Tokens computed of sequences that decode, drafted ones included.
+    /// Tokens computed for sequences that decode, draft tokens included.
     pub(crate) decoded_tokens: u64,
-    /// Of those, the drafted ones.
+    /// Draft tokens among them.
     pub(crate) drafted_tokens: u64,
     pub(crate) prefilled_tokens: u64,
     pub(crate) sequences: u64,
-    /// Tokens of KV cache that are read.
+    /// Tokens of KV cache that attention reads.
     pub(crate) context_tokens: u64,
     /// Pairs of tokens that prefill attention computes.
     pub(crate) pairs: u64,
@@ -91,7 +91,7 @@ impl StepShape {
     }
 }
 
-/// Counted by the loop and by the service; registered when the group is ready.
+/// Metrics of the engine, updated by the loop and by the service; registered when the group is ready.
 pub(crate) struct EngineMetrics {
     step_seconds: Family<KindLabels, Histogram>,
     step_sequences: Histogram,
@@ -110,7 +110,7 @@ pub(crate) struct EngineMetrics {
     mismatched_blocks: Counter,
     /// Prompt tokens looked up in the prefix cache.
     queried_tokens: Counter,
-    /// Of those, the ones that the prefix cache held.
+    /// Prompt tokens found in the prefix cache.
     hit_tokens: Counter,
 }
 
@@ -139,9 +139,9 @@ impl Default for EngineMetrics {
 }
 
 impl EngineMetrics {
-    /// What the machine allows is known.
+    /// Sets the rooflines of the device.
     pub(crate) fn know_floors(&self, floors: Rooflines) {
-        // said once, at the start
+        // set once, at the start
         let _ = self.floors.set(floors);
     }
 
@@ -186,7 +186,7 @@ impl EngineMetrics {
             "Cached blocks with the name of a requested one that held something else, and were not used",
             self.mismatched_blocks.clone(),
         );
-        // there at zero, so that a first increase is seen
+        // created at zero, so that the first increase is visible
         for end in [End::Finished, End::Aborted, End::Failed, End::Refused] {
             let _ = self.sequences.get_or_create(&EndLabels { end: end.name() });
         }
@@ -198,7 +198,7 @@ impl EngineMetrics {
         }
     }
 
-    /// Registers what vLLM's engine counts as well, under its names.
+    /// Registers the metrics that vLLM's engine exports as well, under vLLM's names.
     pub(super) fn register_vllm_names(&self, registry: &mut Registry) {
         registry.register(
             "vllm:prefix_cache_queries",
@@ -212,7 +212,7 @@ impl EngineMetrics {
         );
     }
 
-    /// A step ended.
+    /// Records a completed step.
     pub(crate) fn step(&self, shape: &StepShape, output: &StepOutput, predicted: f64) {
         let seconds = output.seconds;
         let sampled_tokens = output.sampled.iter().filter_map(|sampled| sampled.result.as_ref().ok());
@@ -234,14 +234,14 @@ impl EngineMetrics {
         self.tokens.get_or_create(&KindLabels { kind: "prefill" }).inc_by(shape.prefilled_tokens);
     }
 
-    /// What changed in the prefix cache.
+    /// Records changes of the prefix cache.
     pub(crate) fn blocks(&self, stored: usize, evicted: usize, mismatched: u64) {
         self.stored_blocks.inc_by(stored as u64);
         self.evicted_blocks.inc_by(evicted as u64);
         self.mismatched_blocks.inc_by(mismatched);
     }
 
-    /// A sequence left the queue.
+    /// Records that a sequence left the queue.
     pub(crate) fn started(&self, prompt_tokens: u32, cached_tokens: u32, queued_seconds: f64) {
         self.queried_tokens.inc_by(u64::from(prompt_tokens));
         self.hit_tokens.inc_by(u64::from(cached_tokens));
@@ -264,7 +264,7 @@ mod tests {
     use crate::engine::step::{Sampled, SampledToken, Work};
 
     #[test]
-    fn a_steps_shape_tells_prompts_from_decodes() {
+    fn distinguishes_prompts_from_decodes() {
         let work = |start, tokens| Work {
             slot: 0,
             start,
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_stand_in_the_text() {
+    fn exports_counters() {
         let metrics = EngineMetrics::default();
         let mut registry = Registry::with_prefix("w");
         metrics.register(&mut registry);
@@ -316,6 +316,6 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
-        assert!(!text.contains("floor"), "not known on this machine");
+        assert!(!text.contains("floor"), "unknown on this machine");
     }
 }

@@ -1,7 +1,7 @@
-//! What a worker process reports itself at `/metrics`, and the spans of its ranks.
+//! Metrics of a worker process at `/metrics`, and the spans of its ranks.
 //!
-//! Every process has a port for it (`worker.admin`), the ones that hold no rank 0 too. What changes with every step
-//! is counted where it happens ([`engine`], [`ranks`]); how things stand is looked at when somebody asks.
+//! Every process has a port for metrics (`worker.admin`), including followers. Counters are updated where the events
+//! happen ([`engine`], [`ranks`]); gauges are read when the metrics are scraped.
 
 pub(crate) mod engine;
 mod port;
@@ -45,18 +45,18 @@ struct MemoryLabels {
 
 type FloatGauge = Gauge<f64, AtomicU64>;
 
-/// The metrics of one worker process. Cheap to share; says nothing before its group is known.
+/// The metrics of one worker process. Cheap to share; empty until the group is known.
 #[derive(Default)]
 pub struct WorkerMetrics {
     state: Mutex<Option<State>>,
-    /// Whether the whole group runs, as this process knows it.
+    /// Whether the whole group runs, as far as this process can see.
     group_runs: AtomicBool,
     hides_vllm_names: AtomicBool,
 }
 
 struct State {
     registry: Registry,
-    /// The GPUs of the local ranks, in their order; none on other devices.
+    /// GPUs of the local ranks, in their order; empty on other devices.
     gpus: Vec<(u32, usize)>,
     gpu_memory: Family<MemoryLabels, Gauge>,
     announcement: Option<Announced>,
@@ -66,14 +66,14 @@ struct State {
     model: String,
 }
 
-/// Whether the group can be found.
+/// Gauges of the group's registration.
 struct Announced {
     standing: watch::Receiver<Standing>,
     announced: Gauge,
     name_taken: Gauge,
 }
 
-/// How the group stands, as its leader knows it.
+/// Gauges of the group's load, on its leader.
 struct Leader {
     observer: EngineObserver,
     progress: Option<Arc<GroupProgress>>,
@@ -88,28 +88,28 @@ struct Leader {
 }
 
 impl WorkerMetrics {
-    /// Of a process whose group is not known yet.
+    /// Metrics of a process whose group is not known yet.
     pub fn new() -> Arc<Self> {
         Arc::default()
     }
 
-    /// Whether the whole group runs: every rank is there and has loaded.
+    /// Whether the whole group runs: every rank has joined and loaded.
     pub(crate) fn group_runs(&self) -> &AtomicBool {
         &self.group_runs
     }
 
-    /// Exports the leader's metrics under vLLM's names, too (as it does from the start), or does not.
+    /// Enables or disables the export of the leader's metrics under vLLM's names; enabled by default.
     pub fn set_vllm_names(&self, enabled: bool) {
         self.hides_vllm_names.store(!enabled, Ordering::Relaxed);
     }
 
-    /// Their text without its end, for a process that has other metrics too.
+    /// The metrics without the end marker, for a process that exports other metrics too.
     pub fn source(self: &Arc<Self>) -> MetricsSource {
         let metrics = Arc::clone(self);
         Arc::new(move || metrics.own_text())
     }
 
-    /// Everything in OpenMetrics' text form.
+    /// All metrics in OpenMetrics' text format.
     pub fn text(&self) -> String {
         let mut text = self.own_text();
         process::write(&mut text, env!("CARGO_PKG_VERSION"));
@@ -131,7 +131,7 @@ impl WorkerMetrics {
         text
     }
 
-    /// The group is known: from now on every series carries its name and its model's.
+    /// Sets the group. All series have its name and the model's name as labels.
     pub(crate) fn of_group(&self, model: &str, group: &str, device: Device, local_ranks: &[u32]) {
         let labels = [("model".into(), model.to_owned().into()), ("group".into(), group.to_owned().into())];
         let mut registry = Registry::with_prefix_and_labels("bora_worker", labels.into_iter());
@@ -139,7 +139,7 @@ impl WorkerMetrics {
         let gpu_memory = Family::<MemoryLabels, Gauge>::default();
         registry.register(
             "gpu_memory_bytes",
-            "Memory of each rank's GPU, used (by anybody) and free",
+            "Memory of each rank's GPU, used (by any process) and free",
             gpu_memory.clone(),
         );
         let gpus = if device == Device::Cuda { local_ranks.iter().copied().zip(0..).collect() } else { Vec::new() };
@@ -154,7 +154,7 @@ impl WorkerMetrics {
         });
     }
 
-    /// The group is being announced.
+    /// Adds the gauges of the group's registration.
     pub(crate) fn of_announcement(&self, standing: watch::Receiver<Standing>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(state) = &mut *state else { return };
@@ -169,14 +169,14 @@ impl WorkerMetrics {
         state.announcement = Some(announcement);
     }
 
-    /// Grammars are compiled and masks made in every process.
+    /// Adds the metrics of grammars, which exist in every process.
     pub(crate) fn of_grammars(&self, grammars: &Grammars) {
         if let Some(state) = &mut *self.state.lock().unwrap_or_else(PoisonError::into_inner) {
             grammars.register(&mut state.registry);
         }
     }
 
-    /// The engine runs here: this process leads the group.
+    /// Adds the metrics of the engine, on the leader.
     pub(crate) fn of_leader(
         &self,
         observer: EngineObserver,
@@ -233,7 +233,7 @@ impl WorkerMetrics {
 }
 
 impl State {
-    /// Looks at how things stand now.
+    /// Updates the gauges.
     fn look(&self) {
         for (rank, gpu) in &self.gpus {
             let Some((free, total)) = cuda::memory(*gpu) else { continue };

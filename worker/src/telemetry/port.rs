@@ -1,5 +1,5 @@
-//! The port of a worker process that Prometheus and probes ask: `/metrics`, `/health` (the process lives) and `/ready`
-//! (its whole group runs). It says nothing of requests and takes nothing.
+//! The port of a worker process for Prometheus and probes: `/metrics`, `/health` (the process runs) and `/ready` (its
+//! whole group runs). It accepts no requests of clients.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,7 +27,7 @@ pub(crate) async fn serve(listener: TcpListener, metrics: Arc<WorkerMetrics>, st
     let scrape = move || {
         let metrics = Arc::clone(&metrics);
         async move {
-            // asking a GPU's driver may take a moment
+            // querying a GPU's driver may take a moment
             let text = tokio::task::spawn_blocking(move || metrics.text()).await.unwrap_or_default();
             ([(header::CONTENT_TYPE, TEXT)], text).into_response()
         }

@@ -1,4 +1,4 @@
-//! What each rank of this process counts: its steps, and the time that it spends with the other ranks.
+//! Metrics of the ranks of this process: steps, and the time spent in collectives.
 
 use std::sync::{Arc, LazyLock};
 use std::time::Instant;
@@ -20,14 +20,14 @@ struct CollectiveLabels {
     operation: &'static str,
 }
 
-/// Of all ranks of this process.
+/// Metrics of all ranks of this process.
 pub(crate) struct RankMetrics {
     collective_seconds: Family<CollectiveLabels, Histogram>,
     steps: Family<RankLabels, Gauge>,
 }
 
 impl RankMetrics {
-    /// The process has one set of ranks, which live as long as it does.
+    /// The metrics of the process, whose ranks live as long as the process.
     pub(crate) fn global() -> &'static Self {
         static METRICS: LazyLock<RankMetrics> = LazyLock::new(|| RankMetrics {
             collective_seconds: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
@@ -49,13 +49,13 @@ impl RankMetrics {
         );
     }
 
-    /// A rank completed a step.
+    /// Records a completed step.
     pub(crate) fn step(&self, rank: usize, step: u64) {
         self.steps.get_or_create(&RankLabels { rank: rank as u32 }).set(step as i64);
     }
 }
 
-/// A collective whose exchanges are timed.
+/// A collective whose calls are timed.
 pub(crate) struct Timed {
     inner: Box<dyn Collective>,
     all_reduce: Histogram,
@@ -63,7 +63,7 @@ pub(crate) struct Timed {
 }
 
 impl Timed {
-    /// Of a group of one rank nothing is timed: it has nobody to exchange anything with.
+    /// Wraps a collective; a group of one rank is not timed, because it exchanges nothing.
     pub(crate) fn wrap(inner: Box<dyn Collective>) -> Box<dyn Collective> {
         if inner.ranks() == 1 {
             return inner;

@@ -1,22 +1,22 @@
-//! What the machine allows: the time that the bytes and the arithmetic of a workload take at the datasheet's rates. A
-//! figure is printed beside it.
+//! Rooflines: the time that the bytes and the arithmetic of a workload take at the datasheet's rates. Measured figures
+//! are reported beside them.
 
 use bora_common::model::ModelConfig;
 
 use super::engine::StepShape;
 
-/// What one GPU does in a second by its datasheet.
+/// Rates of one GPU by its datasheet.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rates {
-    /// Bytes that its memory reads.
+    /// Memory bandwidth, bytes per second.
     pub bytes: f64,
-    /// FP8 operations.
+    /// FP8 operations per second.
     pub fp8: f64,
-    /// bf16 operations.
+    /// bf16 operations per second.
     pub bf16: f64,
 }
 
-/// Rates by words of a GPU's name, the more specific names first.
+/// Rates by words of a GPU's name, more specific names first.
 const RATES: [(&[&str], Rates); 5] = [
     (&["H100", "PCIe"], Rates { bytes: 2.0e12, fp8: 1.513e15, bf16: 7.56e14 }),
     (&["H100", "NVL"], Rates { bytes: 3.9e12, fp8: 1.671e15, bf16: 8.35e14 }),
@@ -31,7 +31,7 @@ pub fn rates(gpu: &str) -> Option<Rates> {
     RATES.into_iter().find(|(words, _)| words.iter().all(has)).map(|(_, rates)| rates)
 }
 
-/// Bytes a second of a GPU's memory by its datasheet, if it is known.
+/// Memory bandwidth of a GPU by its datasheet in bytes per second, if it is known.
 pub fn memory_rate(gpu: &str) -> Option<f64> {
     rates(gpu).map(|rates| rates.bytes)
 }
@@ -41,7 +41,7 @@ pub fn memory_rate(gpu: &str) -> Option<f64> {
 pub struct Rooflines {
     bytes_per_second: f64,
     fp8: f64,
-    /// Operations of attention a second, which multiplies what the cache holds.
+    /// Operations per second of attention, which computes in the format of the cache.
     attention: f64,
     linear_weights: f64,
     head_bytes: f64,
@@ -51,7 +51,7 @@ pub struct Rooflines {
 }
 
 impl Rooflines {
-    /// Of `ranks` such GPUs; `None` where the GPU's rates are not known.
+    /// Rooflines on `ranks` GPUs of this name; `None` if the GPU's rates are unknown.
     pub fn of(model: &ModelConfig, ranks: usize, gpu: &str, kv_bytes: f64) -> Option<Self> {
         let Rates { bytes, fp8, bf16 } = rates(gpu)?;
         let ranks = ranks as f64;
@@ -71,20 +71,20 @@ impl Rooflines {
         })
     }
 
-    /// Seconds of a step that decodes `batch` sequences at `context`: its bytes.
+    /// Lower bound in seconds of a step that decodes `batch` sequences at `context`, by its bytes.
     pub fn decode(&self, batch: usize, context: usize) -> f64 {
         let cache = (batch * context) as f64 * self.kv_bytes_per_token;
         (self.linear_weights + self.head_bytes + cache) / self.bytes_per_second
     }
 
-    /// Seconds to compute `tokens` tokens after `context` tokens: its arithmetic.
+    /// Lower bound in seconds of `tokens` tokens after `context` tokens, by its arithmetic.
     pub fn prefill(&self, context: usize, tokens: usize) -> f64 {
         let (context, tokens) = (context as f64, tokens as f64);
         let pairs = tokens * context + tokens * (tokens + 1.0) / 2.0;
         2.0 * self.linear_weights * tokens / self.fp8 + pairs * self.pair_operations / self.attention
     }
 
-    /// Seconds of a step: its bytes or its arithmetic, whichever takes longer.
+    /// Lower bound in seconds of a step: the larger of the times of its bytes and its arithmetic.
     pub(crate) fn step(&self, shape: &StepShape) -> f64 {
         let tokens = (shape.decoded_tokens + shape.prefilled_tokens) as f64;
         let cache = shape.context_tokens as f64 * self.kv_bytes_per_token;
@@ -99,19 +99,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rates_are_those_of_the_card() {
+    fn finds_rates_by_the_name_of_the_card() {
         let bytes = |gpu| memory_rate(gpu).map(|bytes| bytes / 1e12);
         assert_eq!(bytes("NVIDIA H100 80GB HBM3"), Some(3.35));
         assert_eq!(bytes("NVIDIA H100 PCIe"), Some(2.0));
         assert_eq!(bytes("NVIDIA H100 NVL"), Some(3.9));
         assert_eq!(bytes("NVIDIA H200"), Some(4.8));
-        // other memory than that of the card whose name it has in its own
+        // a superchip whose name contains that of a card, with other memory
         assert_eq!(bytes("NVIDIA GH200 480GB"), None);
         assert_eq!(bytes("NVIDIA A100-SXM4-80GB"), None);
     }
 
     #[test]
-    fn the_24b_on_an_h100_streams_23_gigabytes_a_step() {
+    fn bounds_a_decode_step_of_the_24b_by_its_bytes() {
         let config = include_str!("../../../tests/fixtures/configs/devstral-small-2-24b.config.reconstructed.json");
         let model = ModelConfig::from_huggingface(config).unwrap();
         let floors = Rooflines::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();

@@ -1,4 +1,4 @@
-//! Spans of the worker: a sequence in the leader's service, and the same sequence on each rank.
+//! Spans of the worker: of a sequence in the leader's service, and of the sequence on each rank.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime};
@@ -8,14 +8,14 @@ use bora_proto::v1;
 
 use crate::engine::step::{Slot, Step, Tokens};
 
-/// A sequence as the leader serves it: `generate`, and below it `queue`, `prefill` and `decode`.
+/// Spans of a sequence on the leader: `generate` with its children `queue`, `prefill` and `decode`.
 pub(crate) struct SequenceSpan {
     span: Option<Span>,
     arrived: SystemTime,
 }
 
 impl SequenceSpan {
-    /// A request arrived under this context; costs nothing where it is not traced.
+    /// Starts the span of a request under this context. An untraced request costs nothing.
     pub(crate) fn arrived(parent: Option<&TraceContext>, request: &v1::GenerateRequest) -> Self {
         let arrived = SystemTime::now();
         let span = Span::below_at(parent, "generate", arrived).map(|span| {
@@ -28,7 +28,7 @@ impl SequenceSpan {
         Self { span, arrived }
     }
 
-    /// What its work on the ranks is done under.
+    /// Trace context of the sequence's work on the ranks.
     pub(crate) fn context(&self) -> Option<TraceContext> {
         self.span.as_ref().map(Span::context)
     }
@@ -68,7 +68,7 @@ impl SequenceSpan {
     }
 }
 
-/// Dropped before its end: the caller left.
+/// A span that is dropped before its end belongs to an aborted sequence.
 impl Drop for SequenceSpan {
     fn drop(&mut self) {
         if let Some(mut span) = self.span.take() {
@@ -78,8 +78,8 @@ impl Drop for SequenceSpan {
     }
 }
 
-/// The traced sequences of one rank: a span from a sequence's first step to its last, and one for each chunk of its
-/// prompt. Ranks learn of a trace from the step that admits the sequence.
+/// Spans of traced sequences on one rank: one from a sequence's first step to its last, and one per chunk of its
+/// prompt. Ranks receive the trace context with the step that admits the sequence.
 pub(crate) struct RankSpans {
     rank: usize,
     running: HashMap<Slot, Running>,
@@ -96,7 +96,7 @@ struct Running {
 struct OpenSpan {
     step: u64,
     submitted: SystemTime,
-    /// Slot, first position and tokens of prompts (0 = a decode).
+    /// Slot, first position and number of prompt tokens (0 = decode).
     work: Vec<(Slot, u32, usize)>,
 }
 
@@ -105,12 +105,12 @@ impl RankSpans {
         Self { rank, running: HashMap::new(), in_flight: VecDeque::new() }
     }
 
-    /// Whether any sequence here is traced.
+    /// Whether a sequence of this rank is traced.
     pub(crate) fn is_active(&self) -> bool {
         !self.running.is_empty()
     }
 
-    /// A step begins.
+    /// Records the start of a step.
     pub(crate) fn submitted(&mut self, step: &Step) {
         if step.traces.is_empty() && self.running.is_empty() {
             return;
@@ -136,7 +136,7 @@ impl RankSpans {
         }
     }
 
-    /// A step ended.
+    /// Records the end of a step.
     pub(crate) fn collected(&mut self, step: u64) {
         if self.in_flight.front().is_none_or(|flight| flight.step != step) {
             return;
@@ -162,7 +162,7 @@ impl RankSpans {
         }
     }
 
-    /// Nothing runs: whatever is still here ended with its last step.
+    /// Ends the remaining spans at their last step, because no sequence runs.
     pub(crate) fn idle(&mut self) {
         self.in_flight.clear();
         let slots: Vec<Slot> = self.running.keys().copied().collect();

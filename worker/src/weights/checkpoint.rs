@@ -1,5 +1,5 @@
-//! A checkpoint's files: mapped into memory, every tensor recognised, every shape checked, before a single
-//! weight is read.
+//! The files of a checkpoint: mapped into memory, with every tensor identified and every shape checked before a weight
+//! is read.
 #![allow(unsafe_code)] // memory maps: see `map`
 
 use std::collections::{BTreeSet, HashMap};
@@ -17,7 +17,7 @@ use super::shard::ShardPlan;
 use super::slice::{Dtype, Fp8Scales, LinearShard, RowOrder, Slice, Source, VocabularyShard};
 use super::{WeightError, dummy};
 
-/// A model's weights, opened once a process and shared by its ranks.
+/// The weights of a model, opened once per process and shared by its ranks.
 pub struct Weights {
     config: ModelConfig,
     tied: bool,
@@ -35,7 +35,7 @@ struct MappedFile {
     map: Mmap,
 }
 
-/// Where a tensor lies.
+/// Location of a tensor.
 struct Tensor {
     name: String,
     file: usize,
@@ -46,8 +46,8 @@ struct Tensor {
 
 impl Weights {
     /// Opens the checkpoint in a folder: `model.safetensors`, shards with an index, or Mistral's
-    /// `consolidated*.safetensors`. Every tensor must be known, present once and of the right shape; vision
-    /// tensors are known where the model sees.
+    /// `consolidated*.safetensors`. Every tensor must be known, occur once and have the right shape. Vision tensors are
+    /// only known for a vision model.
     pub fn open(folder: &Path, config: &ModelConfig) -> Result<Self, WeightError> {
         let paths = weight_files(folder)?;
         let mut files = Vec::with_capacity(paths.len());
@@ -82,23 +82,23 @@ impl Weights {
         Ok(weights)
     }
 
-    /// Random weights of the model's shapes: see [`super::dummy`].
+    /// Random weights with the shapes of the model: see [`super::dummy`].
     pub fn dummy(config: &ModelConfig, seed: u64) -> Self {
         let tied = config.tie_word_embeddings.unwrap_or(false);
         let mut hasher = Xxh3::new();
         hasher.update(format!("{config:?} {seed}").as_bytes());
         let fingerprint = format!("dummy-{:032x}", hasher.digest128());
-        warn!(seed, "serving random weights: answers are noise");
+        warn!(seed, "serving random weights: the output is noise");
         Self { config: config.clone(), tied, origin: Origin::Random { seed }, fingerprint }
     }
 
-    /// The model that these are the weights of.
+    /// Configuration of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Equal for equal checkpoints: over the configuration, the files' sizes and headers, and samples of
-    /// their contents. Cheap; not a defence against someone who forges a file.
+    /// Weights fingerprint, equal for equal checkpoints: a hash of the configuration, the sizes and headers of the
+    /// files, and samples of their contents. It is cheap, and no protection against forged files.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -108,7 +108,7 @@ impl Weights {
         self.vocabulary(Part::Embedding, plan)
     }
 
-    /// The rank's rows of the language-model head: the embedding's where the two are tied.
+    /// The rank's rows of the language-model head, which are those of the embedding if the two are tied.
     pub fn head(&self, plan: &ShardPlan) -> VocabularyShard<'_> {
         self.vocabulary(if self.tied { Part::Embedding } else { Part::Head }, plan)
     }
@@ -128,7 +128,7 @@ impl Weights {
         self.gain(Part::FinalNorm)
     }
 
-    /// The rank's rows (q, k, v, gate, up) or columns (o, down) of a linear.
+    /// The rank's rows (q, k, v, gate, up) or columns (o, down) of a linear layer.
     pub fn projection(
         &self,
         layer: usize,
@@ -164,7 +164,7 @@ impl Weights {
         Ok(LinearShard { weight, scales })
     }
 
-    /// Bytes of the rank's weights on a GPU: e4m3 as it is, everything else as bf16.
+    /// Bytes of the rank's weights on a GPU: e4m3 unchanged, everything else as bf16.
     pub fn bytes(&self, plan: &ShardPlan) -> Result<u64, WeightError> {
         let size =
             |slice: &Slice<'_>| (slice.rows * slice.columns * if slice.dtype == Dtype::F8E4M3 { 1 } else { 2 }) as u64;
@@ -177,7 +177,7 @@ impl Weights {
         Ok(bytes)
     }
 
-    /// [outputs, inputs] of the whole linear.
+    /// Shape [outputs, inputs] of the whole linear layer.
     fn projection_shape(&self, projection: Projection) -> (usize, usize) {
         let config = &self.config;
         let queries = config.num_attention_heads * config.head_dim;
@@ -211,8 +211,8 @@ impl Weights {
         }
     }
 
-    /// `tensor_columns` is the width of the whole tensor. `check` has seen to it that the tensor is there
-    /// and has the shape that the ranges assume.
+    /// `tensor_columns` is the width of the whole tensor. `check` has verified that the tensor exists and has the shape
+    /// that the ranges assume.
     fn rectangle(
         &self,
         part: Part,
@@ -261,14 +261,14 @@ impl Weights {
         Ok(value)
     }
 
-    /// Everything that the model needs is there, with the right shape and a type that is read.
+    /// Checks that the files hold all tensors of the model, with the right shapes and supported types.
     fn check(&self) -> Result<(), WeightError> {
         let Origin::Files { tensors, files, .. } = &self.origin else { return Ok(()) };
         let config = &self.config;
         let width = config.hidden_size;
         let mut expected: Vec<(Part, Vec<usize>)> =
             vec![(Part::Embedding, vec![config.vocab_size, width]), (Part::FinalNorm, vec![width])];
-        // a tied checkpoint may hold the head as well; it must then at least fit
+        // a tied checkpoint may hold the head as well, whose shape must then be right
         if !self.tied || tensors.contains_key(&Part::Head) {
             expected.push((Part::Head, vec![config.vocab_size, width]));
         }
@@ -301,7 +301,7 @@ impl Weights {
             }
             left.remove(tensor.name.as_str());
         }
-        // what is left: layers past the configured number, or scales beside weights that are not FP8
+        // remaining tensors: layers beyond the configured number, or scales of weights that are not FP8
         match left.first() {
             None => Ok(()),
             Some(name) => {
@@ -312,7 +312,7 @@ impl Weights {
     }
 }
 
-/// The files that hold the weights, in the order of their names.
+/// The files with weights, in the order of their names.
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, WeightError> {
     for index in ["model.safetensors.index.json", "consolidated.safetensors.index.json"] {
         let path = folder.join(index);
@@ -353,7 +353,7 @@ fn indexed_files(folder: &Path, path: &Path, text: &str) -> Result<Vec<PathBuf>,
     let mut names = BTreeSet::new();
     for (tensor, file) in weight_map {
         match file.as_str() {
-            // an index names files beside itself and nothing else
+            // an index only names files in its own folder
             Some(name) if !name.contains(['/', '\\']) => names.insert(name),
             _ => return Err(unreadable(format!("`weight_map.{tensor}` is not the name of a file beside it"))),
         };

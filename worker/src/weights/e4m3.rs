@@ -1,15 +1,15 @@
-//! e4m3fn, the 8-bit format of the weights: sign, 4 exponent bits (bias 7), 3 bits of mantissa. Largest
-//! number 448, smallest subnormal 2^-9, no infinities, NaN = 0x7f and 0xff.
+//! e4m3fn, the 8-bit format of the weights: sign, 4 exponent bits (bias 7), 3 mantissa bits. The maximum is 448, the
+//! smallest subnormal 2^-9; there are no infinities, and NaN is 0x7f and 0xff.
 
-/// The largest number.
+/// The maximum value.
 pub const MAX: f32 = 448.0;
 
-/// The number of a code.
+/// The value of a code.
 pub fn decode(code: u8) -> f32 {
     DECODED[code as usize]
 }
 
-/// The code nearest to a number, ties to even; beyond ±448 it saturates. NaN gives NaN.
+/// The code nearest to a value, ties to even. Values beyond ±448 saturate. NaN gives NaN.
 pub fn encode(value: f32) -> u8 {
     let sign = ((value.to_bits() >> 24) & 0x80) as u8;
     if value.is_nan() {
@@ -20,19 +20,19 @@ pub fn encode(value: f32) -> u8 {
         return sign | 0x7e;
     }
     if magnitude < SMALLEST_NORMAL {
-        // counts of 2^-9; a count of 8 is the smallest normal number, whose code is 8 as well
+        // multiples of 2^-9; 8 is the smallest normal value, whose code is 8 as well
         return sign | (magnitude * 512.0).round_ties_even() as u8;
     }
     let bits = magnitude.to_bits();
     let dropped = 23 - 3;
     let odd = (bits >> dropped) & 1;
     let rounded = bits + ((1 << (dropped - 1)) - 1) + odd;
-    // exponent and mantissa together, with the bias moved from 127 to 7
+    // exponent and mantissa together, with the bias changed from 127 to 7
     let code = (rounded >> dropped) - ((127 - 7) << 3);
     sign | code.min(0x7e) as u8
 }
 
-/// A number rounded to e4m3 and back.
+/// A value rounded to e4m3 and back.
 pub fn round(value: f32) -> f32 {
     decode(encode(value))
 }
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_code_survives_a_round_trip() {
+    fn round_trips_every_code() {
         for code in 0..=255u8 {
             let value = decode(code);
             if value.is_nan() {
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn midpoints_go_to_the_even_code() {
+    fn rounds_midpoints_to_the_even_code() {
         for code in 0..0x7eu8 {
             let middle = (decode(code) + decode(code + 1)) / 2.0;
             let even = if code % 2 == 0 { code } else { code + 1 };

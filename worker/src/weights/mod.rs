@@ -1,8 +1,8 @@
-//! Weights: from the files of a checkpoint (or from nothing, for benchmarks) to the slices that one rank holds.
+//! Weights: from the files of a checkpoint (or random values, for benchmarks) to the slices of one rank.
 //!
-//! [`Weights`] is the front: open once a process, then ask for each chunk as seen by a rank
-//! ([`ShardPlan`]). What comes back are views ([`Slice`]) into the memory map; nothing is copied and only
-//! the pages of this rank's slices are read.
+//! [`Weights`] is the interface: it is opened once per process and returns each tensor as a rank needs it
+//! ([`ShardPlan`]). The results are views ([`Slice`]) into the memory map. Nothing is copied, and only the pages of the
+//! rank's slices are read.
 
 mod checkpoint;
 mod dummy;
@@ -18,13 +18,13 @@ pub use slice::{Dtype, Fp8Scales, LinearShard, RandomFill, RowOrder, Slice, Sour
 
 use std::path::PathBuf;
 
-/// Why a checkpoint can't be used.
+/// Why a checkpoint is not usable.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightError {
     /// The folder holds no weights.
     #[error("{} has no model.safetensors, no index of shards and no consolidated.safetensors", folder.display())]
     NoWeights {
-        /// Where they were looked for.
+        /// Folder that was searched.
         folder: PathBuf,
     },
     /// A file can't be read.
@@ -35,7 +35,7 @@ pub enum WeightError {
         /// Why.
         reason: String,
     },
-    /// The checkpoint has a tensor that this model has no use for.
+    /// The checkpoint has a tensor that the model does not have.
     #[error("{} holds tensor `{name}`, which this model does not have", path.display())]
     Unknown {
         /// The file.
@@ -43,38 +43,38 @@ pub enum WeightError {
         /// The tensor.
         name: String,
     },
-    /// Two tensors are the same part of the model.
+    /// Two tensors have the same meaning.
     #[error("tensors `{first}` and `{second}` are the same part of the model")]
     Twice {
-        /// One of them.
+        /// One of the names.
         first: String,
-        /// The other.
+        /// The other name.
         second: String,
     },
     /// The model needs a tensor that no file holds.
     #[error("the checkpoint has no tensor for `{name}`")]
     Missing {
-        /// Its canonical name.
+        /// Canonical name.
         name: String,
     },
-    /// A tensor's shape is not the one that the configuration gives.
+    /// The shape of a tensor differs from the configuration.
     #[error("tensor `{name}` has shape {found:?}, the configuration gives {expected:?}")]
     Shape {
         /// The tensor.
         name: String,
-        /// What the file says.
+        /// Shape in the file.
         found: Vec<usize>,
-        /// What the configuration says.
+        /// Shape by the configuration.
         expected: Vec<usize>,
     },
-    /// A tensor's type is not one that is read there.
+    /// The type of a tensor is not supported in its place.
     #[error("tensor `{name}` is of type {found}, expected {expected}")]
     Type {
         /// The tensor.
         name: String,
-        /// What the file says.
+        /// Type in the file.
         found: String,
-        /// What is read.
+        /// Supported types.
         expected: String,
     },
     /// A scale is zero, negative or not a number.
@@ -82,18 +82,18 @@ pub enum WeightError {
     Scale {
         /// The tensor.
         name: String,
-        /// What it holds.
+        /// Value of the scale.
         value: f32,
     },
 }
 
-/// Where weights come from.
+/// Source of the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum LoadFormat {
-    /// The checkpoint's safetensors.
+    /// The checkpoint's safetensors files.
     #[default]
     Auto,
-    /// Seeded random values of the model's shapes: for benchmarks where there is no checkpoint.
+    /// Seeded random values with the model's shapes, for benchmarks without a checkpoint.
     Dummy,
 }

@@ -1,12 +1,12 @@
-//! Tensor names: from the spellings that checkpoints use to the parts of the model.
+//! Tensor names: maps the spellings of checkpoints to the parts of the model.
 //!
-//! Hugging Face files put the decoder under `model.`, `model.language_model.` or `language_model.model.` and
-//! the head under `lm_head` or `language_model.lm_head`; Mistral's files name the parts differently. Scales
-//! of FP8 weights have three spellings.
+//! Hugging Face files have the decoder under `model.`, `model.language_model.` or `language_model.model.` and the head
+//! under `lm_head` or `language_model.lm_head`. Mistral's files use other names for the parts. Scales of FP8 weights
+//! have three spellings.
 
 use std::fmt;
 
-/// One of a decoder layer's linears.
+/// A linear layer of a decoder layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Projection {
     /// Query.
@@ -15,13 +15,13 @@ pub enum Projection {
     K,
     /// Value.
     V,
-    /// Attention's output.
+    /// Output of attention.
     O,
-    /// The MLP's gate.
+    /// Gate of the MLP.
     Gate,
-    /// The MLP's other input.
+    /// Up projection of the MLP.
     Up,
-    /// The MLP's output.
+    /// Down projection of the MLP.
     Down,
 }
 
@@ -50,18 +50,18 @@ pub(super) enum Part {
     InputScale(usize, Projection),
 }
 
-/// What a tensor's name says.
+/// Meaning of a tensor's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     /// Part of the decoder.
     Decoder(Part),
     /// Part of the vision tower or the projector.
     Vision,
-    /// A constant that old exporters wrote and that is computed here.
+    /// A constant that old exporters stored and that is computed instead.
     Derived,
 }
 
-/// How a checkpoint orders the rows of q and k.
+/// Order of the rows of q and k in a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CheckpointFormat {
     /// Rotary halves.
@@ -70,7 +70,7 @@ pub(super) enum CheckpointFormat {
     Mistral,
 }
 
-/// Reads a tensor's name; `None` where no model of this family has it.
+/// Parses a tensor's name; `None` if no model of this family has the tensor.
 pub(super) fn meaning(name: &str) -> Option<(Meaning, CheckpointFormat)> {
     if let Some(meaning) = mistral(name) {
         return Some((meaning, CheckpointFormat::Mistral));
@@ -169,7 +169,7 @@ fn layer(name: &str) -> Option<(usize, &str)> {
     Some((number.parse().ok()?, rest))
 }
 
-/// The newest Hugging Face spelling, for messages and as the key of random weights.
+/// The newest Hugging Face spelling, used in messages and as the key of random weights.
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -204,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_spellings_mean_the_same() {
+    fn parses_all_spellings_to_the_same_part() {
         let q = Meaning::Decoder(Part::Weight(3, Projection::Q));
         for prefix in ["model", "model.language_model", "language_model.model"] {
             let name = format!("{prefix}.layers.3.self_attn.q_proj.weight");
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_are_not_taken() {
+    fn rejects_unknown_names() {
         for name in [
             "model.layers.0.self_attn.q_proj.bias",
             "model.layers.0.self_attn.q_norm.weight",
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn the_real_tensor_lists_are_all_known() {
+    fn parses_the_tensor_lists_of_real_checkpoints() {
         for file in ["devstral-2-123b", "devstral-small-2-24b"] {
             let path = format!("{}/../tests/fixtures/configs/{file}.tensors.json", env!("CARGO_MANIFEST_DIR"));
             let list: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();

@@ -1,52 +1,51 @@
-//! Who holds what: how the model is cut over the ranks of a group.
+//! Sharding: how the model is split over the ranks of a group.
 //!
-//! q, k, v, gate and up are cut by outputs (whole heads; equal parts of the MLP), o and down by inputs, the
-//! embedding and the head by vocabulary rows. A layer then needs two all-reduces, after o and after down.
-//! Where there are more ranks than KV heads, each KV head is held by several ranks: those whose query heads
-//! use it.
+//! q, k, v, gate and up are split by outputs (whole heads; equal parts of the MLP), o and down by inputs, the embedding
+//! and the head by vocabulary rows. A layer then needs two all-reduces, after o and after down. If there are more ranks
+//! than KV heads, several ranks hold each KV head: those whose query heads use it.
 
 use std::ops::Range;
 
 use bora_common::model::ModelConfig;
 
-/// One rank's part of the model.
+/// The shard of one rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ShardPlan {
-    /// This rank.
+    /// Number of this rank.
     pub rank: usize,
-    /// Ranks of the group.
+    /// Number of ranks of the group.
     pub ranks: usize,
     /// Query heads of this rank.
     pub heads: Range<usize>,
     /// KV heads of this rank.
     pub kv_heads: Range<usize>,
-    /// Columns of the MLP of this rank.
+    /// MLP columns of this rank.
     pub intermediate: Range<usize>,
-    /// Ids whose embedding and head rows this rank holds; may be empty on the last ranks.
+    /// Token IDs whose embedding and head rows this rank holds; may be empty on the last ranks.
     pub vocabulary: Range<usize>,
-    /// Vocabulary rows of a full rank.
+    /// Vocabulary rows of a rank that is not one of the last.
     pub vocabulary_per_rank: usize,
 }
 
-/// The model can't be cut over that many ranks.
+/// Why the model can't be split over a number of ranks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ShardError {
-    /// Something must be cut evenly and is not.
+    /// A dimension does not split evenly.
     #[error("{what} ({count}) can't be split over {ranks} ranks: {rule}")]
     Uneven {
-        /// What can't be cut.
+        /// The dimension.
         what: &'static str,
-        /// How many there are.
+        /// Its size.
         count: usize,
-        /// The ranks asked for.
+        /// Requested ranks.
         ranks: usize,
-        /// What would work.
+        /// The rule for a valid number of ranks.
         rule: &'static str,
     },
 }
 
 impl ShardPlan {
-    /// Cuts the model for `rank` of `ranks`.
+    /// The shard of `rank` of `ranks`.
     pub fn new(config: &ModelConfig, rank: usize, ranks: usize) -> Result<Self, ShardError> {
         assert!(rank < ranks, "rank {rank} of {ranks}");
         let (heads, kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
@@ -67,7 +66,7 @@ impl ShardPlan {
             let rule = "the ranks must divide the KV heads, or be a multiple of them";
             return Err(ShardError::Uneven { what: "KV heads", count: kv_heads, ranks, rule });
         };
-        // whole eights: GEMMs of a GPU want them
+        // multiples of 8, which GEMMs on a GPU require
         let vocabulary_per_rank = config.vocab_size.div_ceil(ranks).next_multiple_of(8);
         let first_id = (rank * vocabulary_per_rank).min(config.vocab_size);
         let end_id = (first_id + vocabulary_per_rank).min(config.vocab_size);
@@ -82,7 +81,7 @@ impl ShardPlan {
         })
     }
 
-    /// Query heads of this rank that share one of its KV heads.
+    /// Query heads of this rank per KV head of this rank.
     pub fn query_group(&self) -> usize {
         self.heads.len() / self.kv_heads.len()
     }
@@ -107,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn each_query_head_sits_beside_its_kv_head() {
+    fn keeps_query_heads_with_their_kv_head() {
         for (heads, kv_heads) in [(8, 4), (8, 8), (12, 2), (16, 4), (32, 8), (96, 8), (8, 1)] {
             for ranks in [1, 2, 4] {
                 let config = config(heads, kv_heads, 100);
@@ -124,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_vocabulary_is_covered_once() {
+    fn covers_an_odd_vocabulary_once() {
         for vocabulary in [5, 9191, 9192, 3] {
             let config = config(8, 4, vocabulary);
             let mut next = 0;
@@ -139,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_divide_is_named() {
+    fn names_the_dimension_that_does_not_divide() {
         let message = ShardPlan::new(&config(9, 3, 100), 0, 2).unwrap_err().to_string();
         assert_eq!(message, "query heads (9) can't be split over 2 ranks: the ranks must divide the query heads");
         let message = ShardPlan::new(&config(12, 4, 100), 0, 6).unwrap_err().to_string();

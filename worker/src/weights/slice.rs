@@ -1,4 +1,4 @@
-//! A rectangle of a weight tensor: what a backend is given to load.
+//! A rectangle of a weight tensor, which a backend loads.
 
 use half::{bf16, f16};
 
@@ -7,7 +7,7 @@ use super::e4m3;
 /// Number formats of weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dtype {
-    /// e4m3fn: 4 exponent bits, 3 of mantissa, largest 448, no infinities.
+    /// e4m3fn: 4 exponent bits, 3 mantissa bits, maximum 448, no infinities.
     F8E4M3,
     /// bfloat16.
     Bf16,
@@ -18,7 +18,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// Bytes of a number.
+    /// Bytes per element.
     pub fn size(self) -> usize {
         match self {
             Dtype::F8E4M3 => 1,
@@ -28,54 +28,54 @@ impl Dtype {
     }
 }
 
-/// Rows and columns of a tensor, as one rank holds them. A vector is one row.
+/// Rows and columns of a tensor that one rank holds. A vector is one row.
 #[derive(Clone, Debug)]
 pub struct Slice<'a> {
-    /// The tensor's name, for messages.
+    /// Name of the tensor, for messages.
     pub name: &'a str,
-    /// Format of the numbers.
+    /// Format of the elements.
     pub dtype: Dtype,
-    /// Rows of the slice (outputs of a linear, token IDs of an embedding).
+    /// Rows of the slice (outputs of a linear layer, token IDs of an embedding).
     pub rows: usize,
-    /// Columns of the slice (inputs of a linear, width of an embedding).
+    /// Columns of the slice (inputs of a linear layer, width of an embedding).
     pub columns: usize,
-    /// Where the numbers come from.
+    /// Source of the elements.
     pub source: Source<'a>,
 }
 
-/// Where the numbers of a [`Slice`] come from.
+/// Source of the elements of a [`Slice`].
 #[derive(Clone, Debug)]
 pub enum Source<'a> {
-    /// A file in memory.
+    /// A mapped file.
     Stored {
-        /// Begins at the slice's first row and column.
+        /// Bytes from the slice's first row and column on.
         bytes: &'a [u8],
         /// Bytes from one stored row to the next (at least columns * size).
         row_stride: usize,
-        /// How rows of the slice map to stored rows.
+        /// Mapping of the slice's rows to stored rows.
         order: RowOrder,
     },
-    /// Every number is this one.
+    /// Every element has this value.
     Constant(f32),
-    /// Random numbers (`--load-format dummy`); a device may make them itself.
+    /// Random elements (`--load-format dummy`); a device may generate them itself.
     Random(RandomFill),
 }
 
-/// How rows of a slice map to stored rows.
+/// Mapping of a slice's rows to stored rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowOrder {
-    /// One to one.
+    /// The same order.
     Plain,
-    /// Mistral's files hold the rows of a rotary head as pairs (0, d/2, 1, d/2 + 1, ...); the slice wants
-    /// halves. The slice begins at a head.
+    /// Mistral's files store the rows of a rotary head as pairs (0, d/2, 1, d/2 + 1, ...); the slice has them as
+    /// halves. The slice begins at a head boundary.
     InterleavedPairs {
-        /// d.
+        /// Head dimension d.
         head_dim: usize,
     },
 }
 
 impl RowOrder {
-    /// The stored row, counted from the slice's first one, that is row `row` of the slice.
+    /// The stored row of row `row` of the slice, counted from the slice's first stored row.
     pub fn stored_row(self, row: usize) -> usize {
         match self {
             RowOrder::Plain => row,
@@ -88,15 +88,15 @@ impl RowOrder {
     }
 }
 
-/// Counter-based random numbers: number (row, column) of the **whole** tensor depends on the key and its
-/// place alone, so every split over ranks and every device makes the same weights.
+/// Counter-based random numbers: element (row, column) of the **whole** tensor depends only on the key and its
+/// position, so every split over ranks and every device generates the same weights.
 ///
-/// `z = splitmix64(key + row * tensor_columns + column)`; the number is the sum of the four 16-bit parts of
-/// z, shifted and scaled to mean 0 and deviation `deviation` (a sum of four uniform numbers: close to
-/// normal, at most 3.46 deviations wide), then rounded to the slice's type.
+/// `z = splitmix64(key + row * tensor_columns + column)`. The element is the sum of the four 16-bit parts of z, shifted
+/// and scaled to mean 0 and standard deviation `deviation`, then rounded to the slice's type. A sum of four uniform
+/// numbers is close to normal and at most 3.46 deviations from the mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RandomFill {
-    /// Mixed from the seed and the tensor's name.
+    /// Hash of the seed and the tensor's name.
     pub key: u64,
     /// Columns of the whole tensor.
     pub tensor_columns: usize,
@@ -109,7 +109,7 @@ pub struct RandomFill {
 }
 
 impl RandomFill {
-    /// The number at a row and column of the slice, before rounding to the slice's type.
+    /// The element at a row and column of the slice, before rounding to the slice's type.
     pub fn value(&self, row: usize, column: usize) -> f32 {
         let index = (self.first_row + row) as u64 * self.tensor_columns as u64 + (self.first_column + column) as u64;
         let bits = splitmix64(self.key.wrapping_add(index));
@@ -128,12 +128,12 @@ pub(super) fn splitmix64(counter: u64) -> u64 {
 }
 
 impl<'a> Slice<'a> {
-    /// Bytes of the whole slice, packed.
+    /// Bytes of the whole slice without padding.
     pub fn byte_len(&self) -> usize {
         self.rows * self.columns * self.dtype.size()
     }
 
-    /// The stored bytes where they are already packed and in order, to be copied at once.
+    /// The stored bytes if they are already packed and in order, so that one copy suffices.
     pub fn contiguous(&self) -> Option<&'a [u8]> {
         match self.source {
             Source::Stored { bytes, row_stride, order: RowOrder::Plain }
@@ -145,7 +145,7 @@ impl<'a> Slice<'a> {
         }
     }
 
-    /// Writes one row, packed, in the slice's own type (`columns * size` bytes).
+    /// Writes one packed row in the slice's type (`columns * size` bytes).
     pub fn copy_row(&self, row: usize, out: &mut [u8]) {
         match self.source {
             Source::Stored { bytes, row_stride, order } => {
@@ -165,7 +165,7 @@ impl<'a> Slice<'a> {
         }
     }
 
-    /// All numbers as float32, row by row, each times `scale`.
+    /// All elements as float32, row by row, multiplied by `scale`.
     pub fn to_f32(&self, scale: f32) -> Vec<f32> {
         let mut elements = Vec::with_capacity(self.rows * self.columns);
         let mut row_bytes = vec![0; self.columns * self.dtype.size()];
@@ -199,35 +199,35 @@ fn write_number(dtype: Dtype, value: f32, out: &mut [u8]) {
     }
 }
 
-/// This rank's part of one linear, `y = x W^T`.
+/// This rank's shard of a linear layer, `y = x W^T`.
 #[derive(Clone, Debug)]
 pub struct LinearShard<'a> {
-    /// W: [outputs, inputs] of this rank.
+    /// W of this rank: [outputs, inputs].
     pub weight: Slice<'a>,
-    /// Present where the weight is FP8.
+    /// Scales if the weight is FP8.
     pub scales: Option<Fp8Scales>,
 }
 
-/// The static scales of an FP8 linear: `y = (e4m3(clamp(x / input, -448, 448)) Wq^T) * (input * weight)`.
+/// Static scales of an FP8 linear layer: `y = (e4m3(clamp(x / input, -448, 448)) Wq^T) * (input * weight)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fp8Scales {
-    /// Multiplies the stored weight.
+    /// Factor of the stored weight.
     pub weight: f32,
-    /// Divides the input before rounding.
+    /// Divisor of the input before rounding.
     pub input: f32,
 }
 
 /// This rank's rows of a table over the vocabulary (embedding or head). Every rank but the last ones holds
-/// `rows_per_rank` rows; if the vocabulary does not divide, the last ones hold fewer (or none).
+/// `rows_per_rank` rows; if the vocabulary does not divide evenly, the last ranks hold fewer or none.
 #[derive(Clone, Debug)]
 pub struct VocabularyShard<'a> {
     /// [rows of this rank, hidden size].
     pub rows: Slice<'a>,
-    /// The id of the first row.
+    /// Token ID of the first row.
     pub first_id: usize,
     /// Rows of a full rank: `ceil(vocabulary / ranks)`.
     pub rows_per_rank: usize,
-    /// Ids over all ranks.
+    /// Size of the vocabulary over all ranks.
     pub vocabulary_size: usize,
 }
 
@@ -236,14 +236,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interleaved_rows_come_out_as_halves() {
+    fn reads_interleaved_rows_as_halves() {
         let order = RowOrder::InterleavedPairs { head_dim: 4 };
         let rows: Vec<usize> = (0..8).map(|row| order.stored_row(row)).collect();
         assert_eq!(rows, [0, 2, 1, 3, 4, 6, 5, 7]);
     }
 
     #[test]
-    fn strided_slices_read_their_own_columns() {
+    fn reads_only_the_columns_of_a_strided_slice() {
         let stored: Vec<u8> = (0..12u16).flat_map(|n| bf16::from_f32(f32::from(n)).to_le_bytes()).collect();
         // rows 1..3, columns 1..3 of a 3 x 4 tensor
         let slice = Slice {
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn random_numbers_depend_on_the_place_alone() {
+    fn generates_random_elements_by_position_only() {
         let whole = RandomFill { key: 7, tensor_columns: 300, first_row: 0, first_column: 0, deviation: 2.0 };
         let part = RandomFill { first_row: 10, first_column: 20, ..whole };
         assert_eq!(whole.value(13, 25), part.value(3, 5));

@@ -1,4 +1,4 @@
-//! Runs a checkpoint on the CPU backend, one rank or several, and hands out its logits.
+//! Runs a checkpoint on the CPU backend with one or several ranks and returns its logits.
 #![allow(dead_code, unreachable_pub, missing_docs)] // each test file uses a part of it
 
 use std::path::{Path, PathBuf};
@@ -43,7 +43,7 @@ impl Goldens {
     }
 }
 
-/// One chunk of a sequence to compute.
+/// A chunk of a sequence to compute.
 #[derive(Clone)]
 pub struct Chunk<'a> {
     pub slot: u32,
@@ -101,7 +101,7 @@ impl Rank {
         logits
     }
 
-    /// The token IDs that follow the prompt, each the most likely one.
+    /// The greedy output after the prompt.
     pub fn greedy(&mut self, prompt: &[u32], blocks: &[u32], count: usize) -> Vec<u32> {
         let mut last = self.run_in_chunks(prompt, blocks, prompt.len()).pop().unwrap();
         let mut generated = Vec::new();
@@ -125,14 +125,14 @@ pub fn single(folder: &Path, options: CpuOptions) -> Rank {
     Rank::load(&weights, plan, Box::new(SingleRank::default()), options)
 }
 
-/// The same work on every rank of a group of threads.
+/// Runs the same work on every rank of a group of threads.
 pub fn threads<R: Send>(folder: &Path, ranks: usize, work: impl Fn(&mut Rank) -> R + Sync) -> Vec<R> {
     let collectives = SharedRank::group(ranks, Duration::from_secs(60));
     let collectives = collectives.into_iter().map(|rank| Box::new(rank) as Box<dyn Collective>).collect();
     over(folder, collectives, work)
 }
 
-/// The same work on every rank of a group that is tied together by `collectives`.
+/// Runs the same work on every rank of a group that is connected by `collectives`.
 pub fn over<R: Send>(
     folder: &Path,
     collectives: Vec<Box<dyn Collective>>,
@@ -157,7 +157,7 @@ pub fn over<R: Send>(
     })
 }
 
-/// Blocks for a sequence of `tokens`, from `first` on, in an order that is not the natural one.
+/// Blocks for a sequence of `tokens` from `first` on, in a permuted order.
 pub fn blocks(first: u32, tokens: usize) -> Vec<u32> {
     let count = tokens.div_ceil(BLOCK_TOKENS) as u32;
     (first..first + count).rev().collect()
@@ -179,7 +179,7 @@ pub fn logsumexp(logits: &[f32]) -> f32 {
     largest + sum.ln() as f32
 }
 
-/// The largest difference between two sets of rows.
+/// The maximum difference between two sets of rows.
 pub fn difference(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
     assert_eq!(ours.len(), theirs.len());
     let mut largest: f32 = 0.0;
@@ -193,7 +193,7 @@ pub fn difference(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
     largest
 }
 
-/// A `config.json` for a random model of an odd shape.
+/// The shape of a random model; writes its `config.json`.
 pub struct Shape {
     pub heads: usize,
     pub kv_heads: usize,
@@ -217,7 +217,7 @@ impl Shape {
         })
     }
 
-    /// Writes a checkpoint of random bf16 numbers, about as large as those of a trained model.
+    /// Writes a checkpoint of random bf16 elements with the magnitude of trained weights.
     pub fn write(&self, folder: &Path) {
         let (hidden, inner, width) = (48, 80, self.heads * 16);
         let kv_width = self.kv_heads * 16;
@@ -264,7 +264,7 @@ impl Shape {
     }
 }
 
-/// A tensor to be written.
+/// A tensor to write.
 #[derive(Clone)]
 pub struct Stored {
     pub name: String,
