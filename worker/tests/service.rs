@@ -290,8 +290,8 @@ fn cpu_seconds() -> f64 {
     ticks / 100.0
 }
 
-/// A measurement, with client and server in one process: `cargo test --release -p bora-worker --test service --
-/// --ignored --nocapture`.
+/// A measurement, with client and server in one process:
+/// `cargo test --release -p bora-worker --test service -- --ignored --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "a measurement"]
 async fn measures_tokens_per_second_with_one_message_per_token() {

@@ -383,7 +383,7 @@ impl KvCache {
         }
         for block in self.pool.idle_blocks() {
             let content = self.contents[block as usize].as_ref().expect("an idle block without a name is lost");
-            assert!(!self.unreported.contains(&content.hash()), "nobody would ever hear of it");
+            assert!(!self.unreported.contains(&content.hash()), "an idle block is never reported");
         }
         assert!(self.unreported.iter().all(|hash| self.by_hash.contains_key(hash) && !self.host.contains(hash)));
     }

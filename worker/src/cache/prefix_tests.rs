@@ -195,7 +195,7 @@ fn fetches_evicted_blocks_from_host_memory_and_evicts_its_oldest() {
     // fetched again: the oldest blocks of the device and unpinned blocks of host memory make room
     let mut lease = cache.admit(&first, 2).unwrap();
     assert_eq!(lease.blocks.len(), 2);
-    assert_eq!(cache.take_copies().len(), 2, "into the one place that was left: what the lease wants is pinned");
+    assert_eq!(cache.take_copies().len(), 2, "into the one free host block: the blocks of the lease are pinned");
     assert_eq!(cache.drain_changes().evicted, hashes_of(&second[2..]), "neither here nor there");
     assert_eq!(cache.fetch(&mut lease, 1).len(), 1);
     assert_eq!(cache.host_pinned(), 2, "one in flight, one still required");
@@ -309,7 +309,7 @@ proptest! {
                         prop_assert!(watched.insert(hash), "stored twice");
                     }
                     let held: HashSet<_> = cache.snapshot().into_iter().collect();
-                    prop_assert_eq!(&watched, &held, "a watcher knows exactly what is there");
+                    prop_assert_eq!(&watched, &held, "the reported blocks are the cached blocks");
                 }
                 Action::Grow { .. } | Action::Release { .. } | Action::Forget { .. } => {}
             }

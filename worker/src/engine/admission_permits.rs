@@ -21,7 +21,7 @@ pub(crate) struct AdmissionPermits {
 /// Permit of one sequence: counted in the queue, then among the running sequences. Dropping it ends both.
 #[derive(Debug)]
 pub(crate) struct AdmissionPermit {
-    places: Arc<AdmissionPermits>,
+    permits: Arc<AdmissionPermits>,
     class: Class,
     waiting: bool,
 }
@@ -33,7 +33,7 @@ impl AdmissionPermits {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| (waiting < limit).then_some(waiting + 1))
             .map_err(|waiting| EngineError::Exhausted { waiting })?;
         self.active.fetch_add(1, Ordering::AcqRel);
-        Ok(AdmissionPermit { places: self.clone(), class, waiting: true })
+        Ok(AdmissionPermit { permits: self.clone(), class, waiting: true })
     }
 
     /// Number of waiting and running sequences.
@@ -64,7 +64,7 @@ impl AdmissionPermit {
     /// Counts the sequence as running instead of waiting.
     pub(crate) fn leave_queue(&mut self) {
         if std::mem::take(&mut self.waiting) {
-            self.places.queue_of(self.class).fetch_sub(1, Ordering::AcqRel);
+            self.permits.queue_of(self.class).fetch_sub(1, Ordering::AcqRel);
         }
     }
 }
@@ -72,8 +72,8 @@ impl AdmissionPermit {
 impl Drop for AdmissionPermit {
     fn drop(&mut self) {
         self.leave_queue();
-        if self.places.active.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.places.empty.notify_waiters();
+        if self.permits.active.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.permits.empty.notify_waiters();
         }
     }
 }
@@ -84,17 +84,17 @@ mod tests {
 
     #[tokio::test]
     async fn refuses_at_the_limit_and_reports_an_empty_engine() {
-        let places = Arc::new(AdmissionPermits::default());
-        let mut first = places.queue(Class::Interactive, 1).unwrap();
-        let refused = places.queue(Class::Interactive, 1);
+        let permits = Arc::new(AdmissionPermits::default());
+        let mut first = permits.queue(Class::Interactive, 1).unwrap();
+        let refused = permits.queue(Class::Interactive, 1);
         assert_eq!(refused.unwrap_err(), EngineError::Exhausted { waiting: 1 });
-        let batch = places.queue(Class::Batch, 1).unwrap();
+        let batch = permits.queue(Class::Batch, 1).unwrap();
         first.leave_queue();
-        let second = places.queue(Class::Interactive, 1).unwrap();
-        assert_eq!(places.active(), 3);
+        let second = permits.queue(Class::Interactive, 1).unwrap();
+        assert_eq!(permits.active(), 3);
         let waiter = tokio::spawn({
-            let places = places.clone();
-            async move { places.until_empty().await }
+            let permits = permits.clone();
+            async move { permits.until_empty().await }
         });
         tokio::task::yield_now().await;
         drop((first, batch, second));

@@ -83,7 +83,7 @@ pub struct EngineHandle {
 struct Inner {
     config: EngineConfig,
     commands: SyncSender<Command>,
-    places: Arc<AdmissionPermits>,
+    permits: Arc<AdmissionPermits>,
     progress: Arc<Progress>,
     load: watch::Receiver<v1::Load>,
     intake: watch::Sender<Intake>,
@@ -149,7 +149,7 @@ impl EngineHandle {
         let inner = Inner {
             config,
             commands,
-            places: Arc::default(),
+            permits: Arc::default(),
             progress,
             load: load_receiver,
             intake: watch::Sender::new(Intake::Open),
@@ -187,10 +187,10 @@ impl EngineHandle {
             return Err(EngineError::unavailable(reason));
         }
         let request = Request::check(request, &inner.config)?;
-        let place = inner.places.queue(request.class, inner.config.options.max_waiting)?;
+        let permit = inner.permits.queue(request.class, inner.config.options.max_waiting)?;
         let (events, stream) = stream::channel();
         let key = inner.next_key.fetch_add(1, Ordering::Relaxed);
-        let mut sequence = Sequence::new(key, request, &inner.config, events, place);
+        let mut sequence = Sequence::new(key, request, &inner.config, events, permit);
         sequence.trace = trace;
         let grammar = sequence.request.sampling.grammar.clone();
         if let Some(reason) = sequence.ended_elsewhere() {
@@ -322,17 +322,17 @@ impl EngineHandle {
         let begun = match tokio::time::timeout_at(deadline, receiver).await {
             Ok(running) => running.map_err(|_| self.gone())?,
             // a step takes longer than the timeout
-            Err(_) => self.inner.places.active(),
+            Err(_) => self.inner.permits.active(),
         };
         let in_time = tokio::select! {
-            emptied = tokio::time::timeout_at(deadline, self.inner.places.until_empty()) => emptied.is_ok(),
+            emptied = tokio::time::timeout_at(deadline, self.inner.permits.until_empty()) => emptied.is_ok(),
             // resumed: running sequences continue
             _ = intake.wait_for(|intake| *intake == Intake::Open) => true,
         };
         if in_time {
             return Ok((begun, 0));
         }
-        let unfinished = self.inner.places.active();
+        let unfinished = self.inner.permits.active();
         self.command(Command::EndAll { reason: "the group is draining".into() }).await?;
         Ok((begun.saturating_sub(unfinished), unfinished))
     }

@@ -38,7 +38,7 @@ impl Progress {
     }
 
     /// Records that a step was submitted or completed.
-    pub(crate) fn moved(&self, step: u64, in_flight: usize, predicted_seconds: f64) {
+    pub(crate) fn record(&self, step: u64, in_flight: usize, predicted_seconds: f64) {
         self.predicted.store((predicted_seconds * 1e3) as u64, Ordering::Relaxed);
         self.step.store(step, Ordering::Relaxed);
         self.last.store(self.now(), Ordering::Relaxed);

@@ -138,7 +138,7 @@ fn at_most(field: &'static str, what: &str, count: usize, limit: usize) -> Resul
 }
 
 fn outside(field: &'static str, id: u32, config: &EngineConfig) -> EngineError {
-    EngineError::invalid(field, format!("id {id} lies outside the vocabulary (0..{})", config.vocabulary_size))
+    EngineError::invalid(field, format!("token ID {id} lies outside the vocabulary (0..{})", config.vocabulary_size))
 }
 
 /// Returns the number of prompt tokens.
@@ -151,11 +151,11 @@ fn check_token_ids(request: &v1::GenerateRequest, config: &EngineConfig) -> Resu
     }
     let prompt_len = total - generated;
     // at least one token must fit after the prompt
-    let longest = config.max_model_len as usize - 1;
-    if prompt_len > longest || total > config.max_model_len as usize {
+    let max_prompt = config.max_model_len as usize - 1;
+    if prompt_len > max_prompt || total > config.max_model_len as usize {
         return Err(EngineError::invalid(
             "token_ids",
-            format!("{total} ids, at most {longest} fit into the window of {}", config.max_model_len),
+            format!("{total} tokens, at most {max_prompt} fit into the window of {}", config.max_model_len),
         ));
     }
     match request.token_ids.iter().find(|id| **id >= config.vocabulary_size) {
@@ -184,7 +184,7 @@ fn check_images(images: &[v1::Image], prompt_len: usize, config: &EngineConfig) 
         if length == 0 || offset < previous_end || offset + length > prompt_len {
             return Err(EngineError::invalid(
                 "images.offset",
-                format!("{offset} + {length} ids must lie within the prompt, in order and apart"),
+                format!("{offset} + {length} tokens must lie within the prompt, in order and without overlap"),
             ));
         }
         spans.push(ImageSpan { hash: u128::from_le_bytes(hash), offset, length });

@@ -81,11 +81,11 @@ impl EngineLoop {
                 self.metrics.step(&shape, &output, self.scheduler.oldest_predicted_seconds());
                 self.scheduler.apply(output, Instant::now())?;
                 self.report_progress();
-                let load = self.watchers.tell_changes(&mut self.scheduler);
+                let load = self.watchers.report_changes(&mut self.scheduler);
                 self.load.send_replace(load);
                 continue;
             }
-            let load = self.watchers.tell_changes(&mut self.scheduler);
+            let load = self.watchers.report_changes(&mut self.scheduler);
             self.load.send_replace(load);
             if !connected {
                 return Ok(());
@@ -125,7 +125,7 @@ impl EngineLoop {
 
     fn report_progress(&self) {
         let in_flight = self.scheduler.in_flight();
-        self.progress.moved(self.scheduler.oldest_step(), in_flight, self.scheduler.predicted_seconds());
+        self.progress.record(self.scheduler.oldest_step(), in_flight, self.scheduler.predicted_seconds());
     }
 
     fn handle_command(&mut self, command: Command) {

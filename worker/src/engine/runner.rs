@@ -385,7 +385,7 @@ impl<B: Backend> ModelRunner<B> {
             BackendError::Collective(CollectiveError::Timeout { rank, waited }) => RunError::RankLost {
                 rank: rank as u32,
                 host: "unknown host".to_owned(),
-                reason: format!("it did not answer within {waited:?} in step {step}"),
+                reason: format!("it did not respond within {waited:?} in step {step}"),
             },
             other => RunError::Device { rank: self.rank, step, reason: other.to_string() },
         }

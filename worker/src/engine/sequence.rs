@@ -59,7 +59,7 @@ pub(crate) struct Sequence {
     pub(crate) grammar: Option<Prepared>,
     /// Trace context of the sequence's spans.
     pub(crate) trace: Option<TraceContext>,
-    place: AdmissionPermit,
+    permit: AdmissionPermit,
     created: Instant,
     started: Option<Instant>,
     first_token: Option<Instant>,
@@ -74,7 +74,7 @@ impl Sequence {
         mut request: Request,
         config: &EngineConfig,
         events: EventSender,
-        place: AdmissionPermit,
+        permit: AdmissionPermit,
     ) -> Self {
         let ids = std::mem::take(&mut request.token_ids);
         let mut chain = BlockChain::new(&config.keys, &request.salt, request.images.clone());
@@ -103,7 +103,7 @@ impl Sequence {
             events,
             grammar: None,
             trace: None,
-            place,
+            permit,
             created: Instant::now(),
             started: None,
             first_token: None,
@@ -135,7 +135,7 @@ impl Sequence {
         self.computed = self.cached_tokens;
         self.lease = lease;
         self.started = Some(now);
-        self.place.leave_queue();
+        self.permit.leave_queue();
         self.events.started(v1::Started {
             prompt_tokens: self.request.prompt_len as u32,
             cached_tokens: self.cached_tokens as u32,

@@ -390,14 +390,14 @@ async fn delivers_everything_to_a_slow_reader_without_blocking() {
 async fn detects_a_stalled_step() {
     let progress = super::progress::Progress::new();
     assert_eq!(progress.overdue(), None, "idle");
-    progress.moved(3, 1, 60.0);
+    progress.record(3, 1, 60.0);
     assert_eq!(progress.overdue(), Some((3, Duration::ZERO)), "a long step has its time");
-    progress.moved(4, 1, 0.0);
+    progress.record(4, 1, 0.0);
     #[allow(clippy::disallowed_methods)]
     std::thread::sleep(Duration::from_millis(20));
     let (step, late) = progress.overdue().unwrap();
     assert!(step == 4 && late >= Duration::from_millis(19), "{late:?}");
-    progress.moved(5, 0, 0.0);
+    progress.record(5, 0, 0.0);
     assert_eq!(progress.overdue(), None);
 }
 

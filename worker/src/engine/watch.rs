@@ -69,7 +69,7 @@ impl Subscribers {
     /// Adds a watcher and sends it a snapshot.
     pub(crate) fn add(&mut self, name: String, scheduler: &mut Scheduler) -> mpsc::Receiver<v1::GroupEvent> {
         // the snapshot includes these changes, so the other watchers must receive them first
-        self.tell_changes(scheduler);
+        self.report_changes(scheduler);
         let hashes = scheduler.snapshot();
         let parts: Vec<_> = hashes.chunks(SNAPSHOT_PART).collect();
         let (sender, receiver) = mpsc::channel(CAPACITY + parts.len());
@@ -89,11 +89,11 @@ impl Subscribers {
     }
 
     /// Reports changes since the last call; returns the current load.
-    pub(crate) fn tell_changes(&mut self, scheduler: &mut Scheduler) -> v1::Load {
+    pub(crate) fn report_changes(&mut self, scheduler: &mut Scheduler) -> v1::Load {
         let delta = scheduler.drain_changes();
         self.metrics.blocks(delta.stored.len(), delta.evicted.len(), scheduler.drain_mismatches());
         if !delta.is_empty() && !self.watchers.is_empty() {
-            self.tell_all(&Event::Blocks(v1::BlocksChanged {
+            self.send_to_all(&Event::Blocks(v1::BlocksChanged {
                 stored: to_bytes(&delta.stored),
                 evicted: to_bytes(&delta.evicted),
             }));
@@ -103,7 +103,7 @@ impl Subscribers {
         if (load != self.reported && since >= LOAD_INTERVAL) || since >= HEARTBEAT {
             self.reported = load;
             self.reported_at = Instant::now();
-            self.tell_all(&Event::Load(load));
+            self.send_to_all(&Event::Load(load));
         }
         load
     }
@@ -118,11 +118,11 @@ impl Subscribers {
     pub(crate) fn set_state(&mut self, state: v1::State) {
         if self.state != state {
             self.state = state;
-            self.tell_all(&Event::State(state.into()));
+            self.send_to_all(&Event::State(state.into()));
         }
     }
 
-    fn tell_all(&mut self, event: &Event) {
+    fn send_to_all(&mut self, event: &Event) {
         let epoch = self.epoch;
         self.watchers.retain_mut(|watcher| watcher.report(epoch, event.clone()));
     }

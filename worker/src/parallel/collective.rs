@@ -53,7 +53,7 @@ pub enum CollectiveError {
         reason: String,
     },
     /// A rank did not make the call in time.
-    #[error("rank {rank} did not answer within {waited:?}")]
+    #[error("rank {rank} did not respond within {waited:?}")]
     Timeout {
         /// The rank.
         rank: usize,

@@ -17,7 +17,7 @@ const MIN_CHUNK: usize = BLOCK_TOKENS;
 /// multiple of half of it, and so on. GEMMs then fill their tiles, and the thread blocks of attention (one per 32 tokens
 /// and KV head) fill at least 97 % of a GPU's multiprocessors. The rounding loses little.
 const MANY_TOKENS: usize = 1_024;
-/// Minimum time of a step that decodes, unless configured, seconds.
+/// Minimum of the default target time of a step that decodes, seconds.
 const STEP_SECONDS: f64 = 0.05;
 /// Maximum time of a step in decode steps, which bounds the ITL of running streams. A large model needs more than
 /// [`STEP_SECONDS`]: without room for [`MANY_TOKENS`] prompt tokens beside a decode step its chunks are too small for

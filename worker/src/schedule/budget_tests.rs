@@ -63,7 +63,7 @@ fn gives_batch_prompts_the_remaining_budget() {
     assert!(granted(&grants, 1) >= 4_096 - 64, "though admitted later");
     let (grants, _) = budget().share(0, 0, vec![batch, prompt(1, 0, 64), prompt(2, 0, 50_000)]);
     assert_eq!(granted(&grants, 1), 64);
-    assert_eq!(granted(&grants, 2), 7_168, "whole tiles of products, full rounds of attention");
+    assert_eq!(granted(&grants, 2), 7_168, "whole tiles of GEMMs, full waves of attention");
     assert_eq!(granted(&grants, 0), 960, "what is left of 8,192");
 }
 

@@ -21,7 +21,7 @@ pub(super) struct Harness {
     pub(super) scheduler: Scheduler,
     pub(super) config: EngineConfig,
     runner: FakeRunner,
-    places: Arc<AdmissionPermits>,
+    permits: Arc<AdmissionPermits>,
     depth: usize,
     next_key: u64,
     /// All steps made.
@@ -142,7 +142,7 @@ impl Harness {
             scheduler: Scheduler::new(config.clone()),
             config,
             runner: FakeRunner::new(fake),
-            places: Arc::default(),
+            permits: Arc::default(),
             depth,
             next_key: 0,
             steps: Vec::new(),
@@ -151,10 +151,10 @@ impl Harness {
 
     pub(super) fn generate(&mut self, request: v1::GenerateRequest) -> EventStream {
         let request = Request::check(request, &self.config).unwrap();
-        let place = self.places.queue(request.class, u32::MAX).unwrap();
+        let permit = self.permits.queue(request.class, u32::MAX).unwrap();
         let (events, stream) = stream::channel();
         self.next_key += 1;
-        let sequence = Sequence::new(self.next_key, request, &self.config, events, place);
+        let sequence = Sequence::new(self.next_key, request, &self.config, events, permit);
         self.scheduler.enqueue(sequence);
         stream
     }
@@ -227,6 +227,6 @@ impl Harness {
         assert_eq!(self.scheduler.free_slots.len(), self.config.options.max_num_seqs as usize);
         assert!(self.scheduler.computing.is_empty());
         assert!(self.scheduler.waiting.iter().all(|queue| queue.is_empty()));
-        assert_eq!(self.places.active(), 0);
+        assert_eq!(self.permits.active(), 0);
     }
 }

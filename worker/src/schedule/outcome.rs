@@ -98,7 +98,7 @@ impl Scheduler {
         }
     }
 
-    /// Ends a failed sequence; its blocks are not published.
+    /// Ends a failed sequence and removes the blocks that it computed from the cache.
     fn fail(&mut self, slot: Slot, fault: &SequenceFault) {
         let Some(sequence) = &self.slots[slot as usize] else { return };
         let found = sequence.cached_tokens / bora_common::blocks::BLOCK_TOKENS;

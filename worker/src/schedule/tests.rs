@@ -95,7 +95,7 @@ fn continues_siblings_after_the_computing_one_aborts() {
     harness.settle();
     let heard = hear(&mut second);
     assert_eq!(heard.ids, expected(&prompt, 3_000, 0, 5, &harness.config).0);
-    assert!(heard.finished().cached_tokens > 0, "what the first one computed is there");
+    assert!(heard.finished().cached_tokens > 0, "the blocks of the first one are cached");
     harness.assert_empty();
 }
 
@@ -128,7 +128,7 @@ fn keeps_queue_order_and_runs_batch_last() {
     let mut big = harness.generate(request(ids(3, 500), 50)); // 9 blocks
     let mut small = harness.generate(request(ids(4, 10), 5));
     harness.turn();
-    assert_eq!(harness.scheduler.load().waiting, 3, "nobody overtakes the big one");
+    assert_eq!(harness.scheduler.load().waiting, 3, "no sequence overtakes the big one");
     let mut heard: [Heard; 4] = Default::default();
     let mut order = Vec::new();
     while harness.turn() {

@@ -44,7 +44,7 @@ impl Inference for InferenceService {
         let engine = self.host.group()?.engine.clone();
         let mut watched = WatchStream::new(engine.metrics(), parent.as_ref(), &request);
         let trace = watched.context();
-        let taken = if request.grammar.is_some() {
+        let accepted = if request.grammar.is_some() {
             // checking the limits of a grammar may take milliseconds
             tokio::task::spawn_blocking(move || engine.generate_under(request, trace))
                 .await
@@ -52,7 +52,7 @@ impl Inference for InferenceService {
         } else {
             engine.generate_under(request, trace)
         };
-        let events = match taken {
+        let events = match accepted {
             Ok(events) => events,
             Err(error) => {
                 watched.refused(&error.to_string());

@@ -149,15 +149,11 @@ impl EngineMetrics {
         registry.register("step_seconds", "Time of a step on the device", self.step_seconds.clone());
         registry.register("step_sequences", "Sequences in a step", self.step_sequences.clone());
         registry.register("step_tokens", "Tokens in a step", self.step_tokens.clone());
-        registry.register(
-            "step_predicted_seconds",
-            "What the steps were predicted to take",
-            self.step_predicted_seconds.clone(),
-        );
+        registry.register("step_predicted_seconds", "Predicted time of the steps", self.step_predicted_seconds.clone());
         if self.floors.get().is_some() {
             registry.register(
                 "step_floor_seconds",
-                "What the steps would take at the datasheet's rates of the machine",
+                "Lower bound of the time of the steps at the datasheet's rates",
                 self.step_floor_seconds.clone(),
             );
         }
@@ -175,15 +171,11 @@ impl EngineMetrics {
             self.prefill_seconds.clone(),
         );
         registry.register("sequences", "Sequences that ended", self.sequences.clone());
-        registry.register(
-            "stored_blocks",
-            "Blocks that became findable in the prefix cache",
-            self.stored_blocks.clone(),
-        );
-        registry.register("evicted_blocks", "Findable blocks that were given up for room", self.evicted_blocks.clone());
+        registry.register("stored_blocks", "Blocks stored in the prefix cache", self.stored_blocks.clone());
+        registry.register("evicted_blocks", "Cached blocks that were evicted for room", self.evicted_blocks.clone());
         registry.register(
             "mismatched_blocks",
-            "Cached blocks with the name of a requested one that held something else, and were not used",
+            "Cached blocks with the name of a requested block and another content, which were not used",
             self.mismatched_blocks.clone(),
         );
         // created at zero, so that the first increase is visible

@@ -39,12 +39,12 @@ impl RankMetrics {
     pub(super) fn register(&self, registry: &mut Registry) {
         registry.register(
             "collective_seconds",
-            "Time of a rank in an exchange with the others through host memory or TCP, waiting included",
+            "Time of a rank in a collective through host memory or TCP, waiting included",
             self.collective_seconds.clone(),
         );
         registry.register(
             "rank_steps",
-            "The last step that each rank of this process has completed: it grows while the rank lives and works",
+            "The last step that each rank of this process has completed: it grows while the rank makes progress",
             self.steps.clone(),
         );
     }

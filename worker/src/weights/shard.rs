@@ -23,7 +23,7 @@ pub struct ShardPlan {
     pub intermediate: Range<usize>,
     /// Token IDs whose embedding and head rows this rank holds; may be empty on the last ranks.
     pub vocabulary: Range<usize>,
-    /// Vocabulary rows of a rank that is not one of the last.
+    /// Vocabulary rows of every rank except the last ones.
     pub vocabulary_per_rank: usize,
 }
 

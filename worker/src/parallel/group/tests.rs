@@ -100,5 +100,5 @@ fn names_a_hanging_rank_with_its_host() {
     let (error, _) = run_until_failure(1, Failure::Silence);
     let RunError::RankLost { rank: 1, host, reason } = error else { panic!("{error}") };
     assert_eq!(host, "node-7");
-    assert!(reason.contains("did not answer within 3s"), "{reason}");
+    assert!(reason.contains("did not respond within 3s"), "{reason}");
 }
