@@ -77,7 +77,7 @@ pub(crate) fn kv_budget(device: Device, options: &WorkerOptions) -> KvBudget {
 }
 
 /// Rooflines of the device, if its datasheet and the checkpoint's number format are known.
-pub(crate) fn floors(device: Device, options: &WorkerOptions, model: &ModelConfig) -> Option<Rooflines> {
+pub(crate) fn rooflines(device: Device, options: &WorkerOptions, model: &ModelConfig) -> Option<Rooflines> {
     if device != Device::Cuda || model.quantization != Quantization::Fp8Static {
         return None;
     }

@@ -83,7 +83,7 @@ fn greedy(token_ids: Vec<u32>, max_tokens: u32) -> v1::GenerateRequest {
 }
 
 #[derive(Default)]
-struct Heard {
+struct Received {
     ids: Vec<u32>,
     logprobs: Vec<v1::PositionLogprobs>,
     prompt_logprobs: Vec<v1::PositionLogprobs>,
@@ -91,24 +91,24 @@ struct Heard {
     finished: v1::Finished,
 }
 
-async fn hear(mut stream: EventStream) -> Heard {
-    let mut heard = Heard::default();
+async fn receive(mut stream: EventStream) -> Received {
+    let mut received = Received::default();
     while let Some(event) = stream.next().await {
         match event.unwrap().event.unwrap() {
             Event::Compiled(_) => {}
-            Event::Started(started) => heard.cached_tokens = started.cached_tokens,
+            Event::Started(started) => received.cached_tokens = started.cached_tokens,
             Event::PromptLogprobs(part) => {
-                assert_eq!(part.start as usize, heard.prompt_logprobs.len() + 1);
-                heard.prompt_logprobs.extend(part.positions);
+                assert_eq!(part.start as usize, received.prompt_logprobs.len() + 1);
+                received.prompt_logprobs.extend(part.positions);
             }
             Event::Tokens(tokens) => {
-                heard.ids.extend(tokens.token_ids);
-                heard.logprobs.extend(tokens.logprobs);
+                received.ids.extend(tokens.token_ids);
+                received.logprobs.extend(tokens.logprobs);
             }
-            Event::Finished(finished) => heard.finished = finished,
+            Event::Finished(finished) => received.finished = finished,
         }
     }
-    heard
+    received
 }
 
 #[tokio::test]
@@ -128,9 +128,9 @@ async fn matches_the_reference_with_any_chunks_and_a_warm_cache() {
                 })
                 .collect();
             for (case, expected, cacheable, stream) in streams {
-                let heard = hear(stream).await;
-                assert_eq!(heard.ids, expected, "{case}, {max_num_batched_tokens} tokens a step, warm: {warm}");
-                assert_eq!(heard.cached_tokens as usize, if warm { cacheable } else { 0 });
+                let received = receive(stream).await;
+                assert_eq!(received.ids, expected, "{case}, {max_num_batched_tokens} tokens a step, warm: {warm}");
+                assert_eq!(received.cached_tokens as usize, if warm { cacheable } else { 0 });
             }
         }
     }
@@ -144,9 +144,9 @@ async fn matches_the_prompt_logprobs_of_the_reference() {
         let prompt = goldens.ids(&format!("{case}.input_ids"));
         let logprobs = v1::Logprobs { top: Some(1), prompt_top: Some(3) };
         let request = v1::GenerateRequest { logprobs: Some(logprobs), ..greedy(prompt.clone(), 4) };
-        let heard = hear(engine.generate(request).unwrap()).await;
-        assert_eq!(heard.prompt_logprobs.len(), prompt.len() - 1);
-        assert!(heard.logprobs.iter().all(|at| at.chosen.unwrap().rank == 1 && at.chosen == Some(at.top[0])));
+        let received = receive(engine.generate(request).unwrap()).await;
+        assert_eq!(received.prompt_logprobs.len(), prompt.len() - 1);
+        assert!(received.logprobs.iter().all(|at| at.chosen.unwrap().rank == 1 && at.chosen == Some(at.top[0])));
         let log_sum_exp = goldens.floats(&format!("{case}.logsumexp"));
         let logits = goldens.floats(&format!("{case}.logits"));
         let positions = goldens.ids(&format!("{case}.positions"));
@@ -155,7 +155,7 @@ async fn matches_the_prompt_logprobs_of_the_reference() {
             let position = position as usize;
             let Some(target) = prompt.get(position + 1) else { continue };
             let expected = row[*target as usize] - log_sum_exp[position];
-            let chosen = heard.prompt_logprobs[position].chosen.unwrap();
+            let chosen = received.prompt_logprobs[position].chosen.unwrap();
             assert_eq!(chosen.token_id, *target);
             assert!((chosen.logprob - expected).abs() < 2e-3, "{case} {position}: {} {expected}", chosen.logprob);
             let better = row.iter().filter(|logit| **logit > row[*target as usize]).count();
@@ -178,13 +178,13 @@ async fn resumes_a_sampled_sequence_identically() {
         ..Default::default()
     };
     let request = |token_ids| v1::GenerateRequest { sampling: Some(sampling.clone()), ..greedy(token_ids, 90) };
-    let whole = hear(start(4_096).generate(request(prompt.clone())).unwrap()).await.ids;
+    let whole = receive(start(4_096).generate(request(prompt.clone())).unwrap()).await.ids;
     assert_eq!(whole.len(), 90);
     for cut in [1usize, 40, 89] {
         let mut token_ids = prompt.clone();
         token_ids.extend(&whole[..cut]);
         let resumed = v1::GenerateRequest { generated_len: cut as u32, ..request(token_ids) };
-        let rest = hear(start(50).generate(resumed).unwrap()).await.ids;
+        let rest = receive(start(50).generate(resumed).unwrap()).await.ids;
         assert_eq!(rest, whole[cut..], "cut at {cut}");
     }
 }
@@ -249,8 +249,8 @@ async fn generates_the_same_with_speculation() {
     for (name, mut request) in variants() {
         request.token_ids = goldens.ids("code.input_ids");
         request.stopping = Some(v1::Stopping { max_tokens: 90, ..Default::default() });
-        let expected = hear(plain.generate(request.clone()).unwrap()).await;
-        let found = hear(speculating.generate(request.clone()).unwrap()).await;
+        let expected = receive(plain.generate(request.clone()).unwrap()).await;
+        let found = receive(speculating.generate(request.clone()).unwrap()).await;
         assert_eq!(found.ids, expected.ids, "{name}");
         assert_eq!(found.finished.reason, expected.finished.reason, "{name}");
         assert_eq!(found.logprobs.len(), expected.logprobs.len(), "{name}");
@@ -258,7 +258,7 @@ async fn generates_the_same_with_speculation() {
             let (found, expected) = (found.chosen.unwrap(), expected.chosen.unwrap());
             assert!(found.token_id == expected.token_id && (found.logprob - expected.logprob).abs() < 1e-3, "{name}");
         }
-        let steps = |heard: &Heard| heard.finished.timing.unwrap().steps;
+        let steps = |received: &Received| received.finished.timing.unwrap().steps;
         assert!(steps(&found) <= steps(&expected), "{name}");
         if steps(&found) == steps(&expected) {
             without_effect.push(name);
@@ -274,14 +274,14 @@ async fn generates_the_same_with_speculation() {
         for (number, sibling) in siblings.into_iter().enumerate() {
             let mut alone = request.clone();
             alone.sampling.as_mut().unwrap().seed += number as u64;
-            let alone = hear(plain.generate(alone).unwrap()).await;
-            assert_eq!(hear(sibling).await.ids, alone.ids, "{name}, sibling {number}");
+            let alone = receive(plain.generate(alone).unwrap()).await;
+            assert_eq!(receive(sibling).await.ids, alone.ids, "{name}, sibling {number}");
         }
         let cut = expected.ids.len() / 2;
         let mut resumed = request.clone();
         resumed.token_ids.extend(&expected.ids[..cut]);
         resumed.generated_len = cut as u32;
-        assert_eq!(hear(speculating.generate(resumed).unwrap()).await.ids, expected.ids[cut..], "{name}, resumed");
+        assert_eq!(receive(speculating.generate(resumed).unwrap()).await.ids, expected.ids[cut..], "{name}, resumed");
     }
     // the output of these variants does not repeat
     assert_eq!(without_effect, ["greedy", "sampled"], "nothing was drafted");
@@ -306,18 +306,18 @@ async fn fetches_conversations_of_three_times_the_cache_from_host_memory() {
     let mut watched = spilling.watch("a router".into()).await.unwrap();
     let mut first = Vec::new();
     for prompt in &prompts {
-        let heard = hear(spilling.generate(asked(prompt)).unwrap()).await;
-        assert_eq!(heard.cached_tokens, 0);
-        first.push(heard);
+        let received = receive(spilling.generate(asked(prompt)).unwrap()).await;
+        assert_eq!(received.cached_tokens, 0);
+        first.push(received);
     }
     for round in 0..2 {
         for (prompt, before) in prompts.iter().zip(&first) {
             let longer = [prompt.as_slice(), &before.ids].concat();
-            let cold = hear(dropping.generate(asked(&longer)).unwrap()).await;
-            let heard = hear(spilling.generate(asked(&longer)).unwrap()).await;
-            assert_eq!(heard.cached_tokens, 640, "all that was full, round {round}");
-            assert_eq!(heard.ids, cold.ids);
-            for (found, expected) in heard.logprobs.iter().zip(&cold.logprobs) {
+            let cold = receive(dropping.generate(asked(&longer)).unwrap()).await;
+            let received = receive(spilling.generate(asked(&longer)).unwrap()).await;
+            assert_eq!(received.cached_tokens, 640, "all that was full, round {round}");
+            assert_eq!(received.ids, cold.ids);
+            for (found, expected) in received.logprobs.iter().zip(&cold.logprobs) {
                 let (found, expected) = (found.chosen.unwrap(), expected.chosen.unwrap());
                 assert!((found.logprob - expected.logprob).abs() < 1e-4, "{found:?} {expected:?}");
             }
@@ -343,6 +343,6 @@ async fn fetches_conversations_of_three_times_the_cache_from_host_memory() {
     }
     let flushed = spilling.flush().await.unwrap();
     assert!(flushed >= 30, "{flushed}");
-    let heard = hear(spilling.generate(asked(&prompts[0])).unwrap()).await;
-    assert_eq!((heard.cached_tokens, &heard.ids), (0, &first[0].ids));
+    let received = receive(spilling.generate(asked(&prompts[0])).unwrap()).await;
+    assert_eq!((received.cached_tokens, &received.ids), (0, &first[0].ids));
 }

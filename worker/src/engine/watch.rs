@@ -154,16 +154,16 @@ mod tests {
         let mut watchers = Subscribers::new(1, Arc::default());
         let mut lazy = watchers.add("lazy".into(), &mut scheduler);
         let mut eager = watchers.add("eager".into(), &mut scheduler);
-        let mut heard = 0;
+        let mut received = 0;
         for turn in 0..2 * CAPACITY {
             let state = if turn % 2 == 0 { v1::State::Draining } else { v1::State::Ready };
             watchers.set_state(state);
             while let Ok(event) = eager.try_recv() {
-                heard += 1;
-                assert_eq!(event.sequence, heard, "no gap");
+                received += 1;
+                assert_eq!(event.sequence, received, "no gap");
             }
         }
-        assert_eq!(heard as usize, 2 * CAPACITY + 3);
+        assert_eq!(received as usize, 2 * CAPACITY + 3);
         assert_eq!(watchers.watchers.len(), 1);
         let mut left = 0;
         while let Ok(event) = lazy.try_recv() {

@@ -36,7 +36,7 @@ impl Fault {
     }
 
     /// Sets the records of the ranks, which provide the hosts of lost ranks.
-    pub(super) fn know(&self, records: Vec<RankRecord>) {
+    pub(super) fn set_records(&self, records: Vec<RankRecord>) {
         let _ = self.records.set(records);
     }
 

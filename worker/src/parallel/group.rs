@@ -148,7 +148,7 @@ pub async fn start_group(options: LeaderOptions) -> Result<StartedGroup, StartEr
         rendezvous.all_joined(deadline).await.map_err(|error| fault.fail(error))?;
         records.extend(rendezvous.records());
         records.sort_by_key(|record| record.rank);
-        fault.know(records.clone());
+        fault.set_records(records.clone());
         remotes = Some((rendezvous, deadline));
     }
     if let Some((rendezvous, deadline)) = &remotes {

@@ -134,7 +134,7 @@ impl Rendezvous {
     async fn listen(self: Arc<Self>, id: u64, mut incoming: Streaming<FromFollower>) {
         let reason = loop {
             match incoming.message().await {
-                Ok(Some(FromFollower { message: Some(message) })) => self.hear(id, message),
+                Ok(Some(FromFollower { message: Some(message) })) => self.handle_message(id, message),
                 Ok(Some(FromFollower { message: None })) => {}
                 Ok(None) => break "its process ended".to_owned(),
                 Err(status) => break format!("its process ended ({})", status.message()),
@@ -143,7 +143,7 @@ impl Rendezvous {
         self.lose(id, &reason);
     }
 
-    fn hear(&self, id: u64, message: from_follower::Message) {
+    fn handle_message(&self, id: u64, message: from_follower::Message) {
         let mut state = self.state();
         let Some(member) = state.members.iter_mut().find(|member| member.id == id) else { return };
         member.last_heard = Instant::now();

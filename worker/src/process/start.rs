@@ -147,8 +147,9 @@ pub(super) async fn open(
         settings.metrics.of_grammars(grammars);
     }
     let (engine, _thread) = EngineHandle::start(config, ranks.runner)?;
-    if let Some(floors) = ranks.model.as_ref().and_then(|model| device::floors(device, &settings.options, model)) {
-        engine.metrics().know_floors(floors);
+    if let Some(rooflines) = ranks.model.as_ref().and_then(|model| device::rooflines(device, &settings.options, model))
+    {
+        engine.metrics().set_rooflines(rooflines);
     }
     Ok(OpenGroup { engine, record, progress: ranks.progress, failed: ranks.failed })
 }

@@ -30,7 +30,7 @@ pub(super) struct Harness {
 
 /// All events of a stream.
 #[derive(Debug, Default)]
-pub(super) struct Heard {
+pub(super) struct Received {
     pub(super) started: Option<v1::Started>,
     pub(super) prompt_logprobs: Vec<v1::PromptLogprobs>,
     pub(super) ids: Vec<u32>,
@@ -38,8 +38,8 @@ pub(super) struct Heard {
     pub(super) end: Option<Result<v1::Finished, EngineError>>,
 }
 
-impl Heard {
-    pub(super) fn listen(&mut self, stream: &mut EventStream) {
+impl Received {
+    pub(super) fn read(&mut self, stream: &mut EventStream) {
         while let Some(Some(event)) = stream.next().now_or_never() {
             assert!(self.end.is_none(), "an event after the end");
             match event.map(|event| event.event.unwrap()) {
@@ -166,7 +166,7 @@ impl Harness {
     }
 
     /// Fills the pipeline and applies one step; false if there was nothing to do.
-    pub(super) fn turn(&mut self) -> bool {
+    pub(super) fn advance(&mut self) -> bool {
         while self.scheduler.in_flight() < self.depth {
             let Some(step) = self.scheduler.plan(Instant::now()) else { break };
             self.check_limits(&step);
@@ -186,7 +186,7 @@ impl Harness {
     /// Runs until nothing is left to do, with a bound on the iterations.
     pub(super) fn settle(&mut self) {
         for _ in 0..100_000 {
-            if !self.turn() {
+            if !self.advance() {
                 return;
             }
         }

@@ -49,12 +49,12 @@ impl Scheduler {
                     reason: format!("the output for slot {} is missing", work.slot),
                 });
             }
-            self.take_in(work, scored, sampled, now);
+            self.apply_work(work, scored, sampled, now);
         }
         Ok(())
     }
 
-    fn take_in(&mut self, work: &FlightWork, scored: Option<PromptOutput>, sampled: Option<Sampled>, now: Instant) {
+    fn apply_work(&mut self, work: &FlightWork, scored: Option<PromptOutput>, sampled: Option<Sampled>, now: Instant) {
         // the sequence ended in the meantime; this is its overrun token
         let Some(sequence) = self.slots[work.slot as usize].as_mut().filter(|sequence| sequence.key == work.key) else {
             return;

@@ -8,7 +8,7 @@ use bora_common::registry::Speed;
 use bora_proto::v1;
 use proptest::prelude::*;
 
-use super::harness::{Harness, Heard, config, expected, request};
+use super::harness::{Harness, Received, config, expected, request};
 use crate::engine::step::HostMemory;
 use crate::engine::{EngineConfig, EngineOptions, EventStream};
 use crate::speculate::SpeculativeOptions;
@@ -62,9 +62,9 @@ fn prompt(arrival: &Arrival, index: usize, vocabulary_size: u32) -> Vec<u32> {
 struct Caller {
     arrival: Arrival,
     prompt: Vec<u32>,
-    came: usize,
+    arrived_in: usize,
     stream: Option<EventStream>,
-    heard: Heard,
+    received: Received,
 }
 
 fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), TestCaseError> {
@@ -73,8 +73,8 @@ fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), 
     let mut watched: HashSet<BlockHash> = HashSet::new();
     let mut coming = arrivals.iter().enumerate().peekable();
     let mut wait = coming.peek().map_or(0, |(_, arrival)| arrival.after);
-    for turn in 0.. {
-        prop_assert!(turn < 20_000, "a sequence starves");
+    for iteration in 0.. {
+        prop_assert!(iteration < 20_000, "a sequence starves");
         while wait == 0 && coming.peek().is_some() {
             let Some((index, arrival)) = coming.next() else { break };
             let prompt = prompt(arrival, index, config.vocabulary_size);
@@ -86,20 +86,20 @@ fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), 
             callers.push(Caller {
                 arrival: arrival.clone(),
                 prompt,
-                came: turn,
+                arrived_in: iteration,
                 stream: Some(stream),
-                heard: Heard::default(),
+                received: Received::default(),
             });
             wait = coming.peek().map_or(0, |(_, next)| next.after);
         }
         wait = wait.saturating_sub(1);
-        let busy = harness.turn();
+        let busy = harness.advance();
         for caller in &mut callers {
-            if caller.arrival.leaves_after.is_some_and(|turns| turn >= caller.came + turns) {
+            if caller.arrival.leaves_after.is_some_and(|count| iteration >= caller.arrived_in + count) {
                 caller.stream = None;
             }
             if let Some(stream) = caller.stream.as_mut().filter(|_| !caller.arrival.slow_reader) {
-                caller.heard.listen(stream);
+                caller.received.read(stream);
             }
         }
         let delta = harness.scheduler.drain_changes();
@@ -117,15 +117,15 @@ fn run(config: &EngineConfig, depth: usize, arrivals: &[Arrival]) -> Result<(), 
     prop_assert_eq!(watched, held);
     for caller in &mut callers {
         let Some(stream) = caller.stream.as_mut() else { continue };
-        caller.heard.listen(stream);
+        caller.received.read(stream);
         let arrival = &caller.arrival;
         let (ids, reason) =
             expected(&caller.prompt, caller.prompt.len(), arrival.seed, arrival.max_tokens as usize, config);
-        prop_assert_eq!(&caller.heard.ids, &ids, "{:?}", arrival);
-        let finished = caller.heard.finished();
+        prop_assert_eq!(&caller.received.ids, &ids, "{:?}", arrival);
+        let finished = caller.received.finished();
         prop_assert_eq!(finished.reason(), reason);
         prop_assert_eq!(finished.completion_tokens as usize, ids.len());
-        let scored: usize = caller.heard.prompt_logprobs.iter().map(|part| part.positions.len()).sum();
+        let scored: usize = caller.received.prompt_logprobs.iter().map(|part| part.positions.len()).sum();
         prop_assert_eq!(scored, if arrival.scored { caller.prompt.len() - 1 } else { 0 });
     }
     drop(callers);

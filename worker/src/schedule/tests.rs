@@ -3,7 +3,7 @@
 use bora_common::secret::ClusterKeys;
 use bora_proto::v1::{self, FinishReason};
 
-use super::harness::{Harness, Heard, config, expected, request};
+use super::harness::{Harness, Received, config, expected, request};
 use crate::backend::fake::FakeMode;
 use crate::cache::Found;
 use crate::engine::step::Tokens;
@@ -14,10 +14,10 @@ fn ids(seed: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| 3 + (seed.wrapping_mul(7_919) + i * 31) % 900).collect()
 }
 
-fn hear(stream: &mut EventStream) -> Heard {
-    let mut heard = Heard::default();
-    heard.listen(stream);
-    heard
+fn receive(stream: &mut EventStream) -> Received {
+    let mut received = Received::default();
+    received.read(stream);
+    received
 }
 
 #[test]
@@ -26,10 +26,10 @@ fn generates_a_sequence_alone() {
         let mut harness = Harness::new(config(64), depth);
         let mut stream = harness.generate(request(ids(1, 150), 100));
         harness.settle();
-        let heard = hear(&mut stream);
+        let received = receive(&mut stream);
         let (generated, reason) = expected(&ids(1, 150), 150, 0, 100, &harness.config);
-        assert_eq!(heard.ids, generated);
-        let finished = heard.finished();
+        assert_eq!(received.ids, generated);
+        let finished = received.finished();
         assert_eq!(finished.reason(), reason);
         assert_eq!((finished.prompt_tokens, finished.completion_tokens), (150, generated.len() as u32));
         harness.assert_empty();
@@ -42,13 +42,13 @@ fn reuses_prompt_and_generated_blocks() {
     let prompt = ids(1, 300);
     let mut first = harness.generate(request(prompt.clone(), 60));
     harness.settle();
-    let first = hear(&mut first);
+    let first = receive(&mut first);
     assert_eq!(harness.prefilled(), 300);
     assert_eq!(first.started.unwrap().cached_tokens, 0);
 
     let mut again = harness.generate(request(prompt[..256].to_vec(), 1));
     harness.settle();
-    assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 192, "the last token is always computed");
+    assert_eq!(receive(&mut again).started.unwrap().cached_tokens, 192, "the last token is always computed");
 
     // the next turn of the conversation: prompt, completion, and a new question
     let mut turn = prompt;
@@ -59,7 +59,7 @@ fn reuses_prompt_and_generated_blocks() {
     let mut next = harness.generate(request(turn.clone(), 1));
     harness.settle();
     let cached = computed / 64 * 64;
-    assert_eq!(hear(&mut next).started.unwrap().cached_tokens as usize, cached);
+    assert_eq!(receive(&mut next).started.unwrap().cached_tokens as usize, cached);
     assert_eq!(harness.prefilled() - before, turn.len() - cached);
 }
 
@@ -77,7 +77,7 @@ fn computes_a_common_prefix_of_siblings_once() {
             .collect();
         harness.settle();
         assert_eq!(harness.prefilled(), 1_290 + 5 * 10);
-        let cached: Vec<u32> = streams.iter_mut().map(|s| hear(s).finished().cached_tokens).collect();
+        let cached: Vec<u32> = streams.iter_mut().map(|s| receive(s).finished().cached_tokens).collect();
         assert_eq!(cached, [0, 1_280, 1_280, 1_280, 1_280, 1_280]);
         harness.assert_empty();
     }
@@ -89,13 +89,13 @@ fn continues_siblings_after_the_computing_one_aborts() {
     let prompt = ids(1, 3_000);
     let first = harness.generate(request(prompt.clone(), 5));
     let mut second = harness.generate(request(prompt.clone(), 5));
-    harness.turn();
+    harness.advance();
     assert_eq!(harness.scheduler.load().waiting, 1);
     drop(first);
     harness.settle();
-    let heard = hear(&mut second);
-    assert_eq!(heard.ids, expected(&prompt, 3_000, 0, 5, &harness.config).0);
-    assert!(heard.finished().cached_tokens > 0, "the blocks of the first one are cached");
+    let received = receive(&mut second);
+    assert_eq!(received.ids, expected(&prompt, 3_000, 0, 5, &harness.config).0);
+    assert!(received.finished().cached_tokens > 0, "the blocks of the first one are cached");
     harness.assert_empty();
 }
 
@@ -103,45 +103,45 @@ fn continues_siblings_after_the_computing_one_aborts() {
 fn decodes_streams_between_chunks_of_a_long_prompt() {
     let mut harness = Harness::new(config(512), 1);
     let mut streaming = harness.generate(request(ids(1, 10), 1_000));
-    harness.turn();
+    harness.advance();
     let mut long = harness.generate(request(ids(2, 5_000), 1));
     let first = harness.steps.len();
-    let mut heard = Heard::default();
-    while heard.end.is_none() {
-        assert!(harness.turn());
-        heard.listen(&mut long);
+    let mut received = Received::default();
+    while received.end.is_none() {
+        assert!(harness.advance());
+        received.read(&mut long);
     }
     let chunks = &harness.steps[first..];
     assert!(chunks.len() > 5);
     let streams_go_on = chunks.iter().all(|step| step.work.first().is_some_and(|work| work.tokens == Tokens::Sampled));
     assert!(streams_go_on, "decode first, in every step");
-    assert_eq!(hear(&mut streaming).ids.len(), harness.steps.len(), "a token a step");
+    assert_eq!(receive(&mut streaming).ids.len(), harness.steps.len(), "a token a step");
 }
 
 #[test]
 fn keeps_queue_order_and_runs_batch_last() {
     let mut harness = Harness::new(config(10), 1);
     let mut running = harness.generate(request(ids(1, 65), 128)); // 3 blocks
-    harness.turn();
+    harness.advance();
     let mut batch =
         harness.generate(v1::GenerateRequest { priority: v1::Priority::Batch.into(), ..request(ids(2, 10), 5) });
     let mut big = harness.generate(request(ids(3, 500), 50)); // 9 blocks
     let mut small = harness.generate(request(ids(4, 10), 5));
-    harness.turn();
+    harness.advance();
     assert_eq!(harness.scheduler.load().waiting, 3, "no sequence overtakes the big one");
-    let mut heard: [Heard; 4] = Default::default();
+    let mut received: [Received; 4] = Default::default();
     let mut order = Vec::new();
-    while harness.turn() {
+    while harness.advance() {
         for (index, stream) in [&mut running, &mut big, &mut small, &mut batch].into_iter().enumerate() {
-            let waited = heard[index].started.is_none();
-            heard[index].listen(stream);
-            if waited && heard[index].started.is_some() {
+            let waited = received[index].started.is_none();
+            received[index].read(stream);
+            if waited && received[index].started.is_some() {
                 order.push(index);
             }
         }
     }
     assert_eq!(order, [0, 1, 2, 3]);
-    assert!(heard.iter().all(|heard| matches!(heard.end, Some(Ok(_)))));
+    assert!(received.iter().all(|received| matches!(received.end, Some(Ok(_)))));
     harness.assert_empty();
 }
 
@@ -166,9 +166,9 @@ fn generates_the_same_after_a_resume() {
             }
             let mut stream = harness.generate(resumed);
             harness.settle();
-            let heard = hear(&mut stream);
-            assert_eq!(heard.ids, whole[cut..], "cut at {cut}");
-            let finished = heard.finished();
+            let received = receive(&mut stream);
+            assert_eq!(received.ids, whole[cut..], "cut at {cut}");
+            let finished = received.finished();
             assert_eq!(finished.reason(), reason);
             assert_eq!(finished.completion_tokens as usize, whole.len());
             assert_eq!(finished.prompt_tokens, 200);
@@ -189,7 +189,7 @@ fn applies_stop_ids_min_tokens_and_the_window() {
     let mut run = |request| {
         let mut stream = harness.generate(request);
         harness.settle();
-        hear(&mut stream)
+        receive(&mut stream)
     };
     let stopped = run(stopping(vec![whole[4], whole[9]], 0, 50));
     assert_eq!(stopped.ids, whole[..5], "the stop id is the last one sent");
@@ -210,25 +210,25 @@ fn returns_prompt_logprobs_without_output() {
         let prompt = ids(5, 700);
         let mut warm = harness.generate(request(prompt.clone(), 1));
         harness.settle();
-        drop(hear(&mut warm));
+        drop(receive(&mut warm));
         let logprobs = v1::Logprobs { prompt_top: Some(2), top: Some(1) };
         let mut stream =
             harness.generate(v1::GenerateRequest { logprobs: Some(logprobs), ..request(prompt.clone(), max_tokens) });
         harness.settle();
-        let heard = hear(&mut stream);
+        let received = receive(&mut stream);
         let mut next = 1;
         let mut targets = Vec::new();
-        for part in &heard.prompt_logprobs {
+        for part in &received.prompt_logprobs {
             assert_eq!(part.start, next, "without a hole");
             next += part.positions.len() as u32;
             assert!(part.positions.iter().all(|at| at.top.len() == 2));
             targets.extend(part.positions.iter().map(|at| at.chosen.unwrap().token_id));
         }
         assert_eq!(targets, prompt[1..]);
-        assert_eq!(heard.started.unwrap().cached_tokens, 0, "computed whole");
-        assert_eq!(heard.ids.len(), max_tokens as usize);
-        assert_eq!(heard.logprobs.len(), max_tokens as usize);
-        assert_eq!(heard.finished().reason(), FinishReason::Length);
+        assert_eq!(received.started.unwrap().cached_tokens, 0, "computed whole");
+        assert_eq!(received.ids.len(), max_tokens as usize);
+        assert_eq!(received.logprobs.len(), max_tokens as usize);
+        assert_eq!(received.finished().reason(), FinishReason::Length);
         harness.assert_empty();
     }
 }
@@ -241,8 +241,8 @@ fn fails_a_faulty_sequence_alone_and_caches_nothing_of_it() {
     let mut faulty = harness.generate(request(faulty_prompt.clone(), 10));
     let mut healthy = harness.generate(request(ids(6, 200), 10));
     harness.settle();
-    assert!(matches!(hear(&mut faulty).end, Some(Err(EngineError::Internal { .. }))));
-    assert_eq!(hear(&mut healthy).ids, expected(&ids(6, 200), 200, 0, 10, &harness.config).0);
+    assert!(matches!(receive(&mut faulty).end, Some(Err(EngineError::Internal { .. }))));
+    assert_eq!(receive(&mut healthy).ids, expected(&ids(6, 200), 200, 0, 10, &harness.config).0);
     assert_eq!(harness.scheduler.cache.find(&harness.blocks_of(&faulty_prompt)), Found::default());
     harness.assert_empty();
 }
@@ -254,7 +254,7 @@ fn shares_no_blocks_between_salts() {
         let salted = v1::GenerateRequest { cache_salt: salt.into(), ..request(ids(1, 200), 2) };
         let mut stream = harness.generate(salted);
         harness.settle();
-        let before = hear(&mut stream).started.unwrap().cached_tokens;
+        let before = receive(&mut stream).started.unwrap().cached_tokens;
         assert_eq!(before, if salt == "a" && harness.prefilled() > 600 { 192 } else { 0 });
     }
 }
@@ -269,17 +269,17 @@ fn recomputes_a_forged_cached_block() {
         let blocks = harness.blocks_of(&prompt);
         let mut first = harness.generate(request(prompt.clone(), 2));
         harness.settle();
-        let response = hear(&mut first).ids;
+        let response = receive(&mut first).ids;
         assert_eq!(harness.scheduler.drain_mismatches(), 0);
         let target = if forge_first { 0 } else { 1 };
         harness.scheduler.cache.forge(blocks[target].forged(&[7; 64]));
 
         let mut again = harness.generate(request(prompt.clone(), 2));
         harness.settle();
-        let heard = hear(&mut again);
-        assert_eq!(heard.started.unwrap().cached_tokens, 64 * target as u32, "only what is before it");
-        assert_eq!(heard.finished().cached_tokens, 64 * target as u32);
-        assert_eq!(heard.ids, response);
+        let received = receive(&mut again);
+        assert_eq!(received.started.unwrap().cached_tokens, 64 * target as u32, "only what is before it");
+        assert_eq!(received.finished().cached_tokens, 64 * target as u32);
+        assert_eq!(received.ids, response);
         assert_eq!(harness.scheduler.drain_mismatches(), 1);
         assert_eq!(harness.scheduler.drain_mismatches(), 0, "reported once");
         harness.assert_empty();
@@ -300,8 +300,8 @@ fn names_blocks_differently_under_other_keys() {
 fn frees_everything_of_an_aborted_sequence_within_a_step() {
     let mut harness = Harness::new(config(64), 2);
     let streams: Vec<EventStream> = (0..12).map(|i| harness.generate(request(ids(i, 300), 100))).collect();
-    harness.turn();
-    harness.turn();
+    harness.advance();
+    harness.advance();
     assert!(harness.scheduler.cache.usage().used > 0);
     drop(streams);
     assert!(harness.scheduler.plan(std::time::Instant::now()).is_none(), "nothing is left to compute");
@@ -309,7 +309,7 @@ fn frees_everything_of_an_aborted_sequence_within_a_step() {
     harness.settle();
     let mut after = harness.generate(request(ids(1, 300), 3));
     harness.settle();
-    assert_eq!(hear(&mut after).ids.len(), 3, "slots and blocks are used again");
+    assert_eq!(receive(&mut after).ids.len(), 3, "slots and blocks are used again");
 }
 
 #[test]
@@ -318,18 +318,18 @@ fn raises_batch_prefill_that_an_interactive_sequence_needs() {
     let shared = ids(1, 4_000);
     let batch = v1::GenerateRequest { priority: v1::Priority::Batch.into(), ..request(shared.clone(), 1) };
     let mut batch = harness.generate(batch);
-    harness.turn();
+    harness.advance();
     let mut urgent = harness.generate(request(shared, 1));
     // these sequences would always precede a batch sequence
     let mut others: Vec<EventStream> = (0..4).map(|i| harness.generate(request(ids(50 + i, 4_000), 1))).collect();
-    let mut heard = Heard::default();
-    while heard.end.is_none() {
-        assert!(harness.turn());
-        heard.listen(&mut urgent);
+    let mut received = Received::default();
+    while received.end.is_none() {
+        assert!(harness.advance());
+        received.read(&mut urgent);
     }
-    assert!(others.iter_mut().any(|other| hear(other).end.is_none()), "it did not come last");
+    assert!(others.iter_mut().any(|other| receive(other).end.is_none()), "it did not come last");
     harness.settle();
-    assert_eq!(hear(&mut batch).ids.len(), 1);
+    assert_eq!(receive(&mut batch).ids.len(), 1);
     harness.assert_empty();
 }
 
@@ -346,9 +346,9 @@ fn drafts_repeated_text_in_few_steps() {
         let mut streams: Vec<_> = (0..3).map(|i| harness.generate(request(ids(i, 150), 150))).collect();
         harness.settle();
         for (i, stream) in streams.iter_mut().enumerate() {
-            let heard = hear(stream);
-            assert_eq!(heard.ids, ids(i as u32, 150));
-            assert_eq!(heard.finished().reason(), FinishReason::Length);
+            let received = receive(stream);
+            assert_eq!(received.ids, ids(i as u32, 150));
+            assert_eq!(received.finished().reason(), FinishReason::Length);
         }
         let load = harness.scheduler.load();
         assert!(load.accepted_draft_tokens > 3 * 120, "{load:?}");
@@ -366,15 +366,15 @@ fn drops_tokens_after_the_end_with_their_blocks() {
         prompt[100] = 2;
         let mut stream = harness.generate(request(prompt.clone(), 190));
         harness.settle();
-        let heard = hear(&mut stream);
-        assert_eq!(heard.ids, prompt[..101]);
-        assert_eq!(heard.finished().reason(), FinishReason::Stop);
+        let received = receive(&mut stream);
+        assert_eq!(received.ids, prompt[..101]);
+        assert_eq!(received.finished().reason(), FinishReason::Stop);
         assert!(harness.scheduler.load().accepted_draft_tokens > 50);
         harness.assert_empty();
         // what was computed after the end is not found
         let mut again = harness.generate(request([&prompt[..], &prompt[..150]].concat(), 1));
         harness.settle();
-        assert_eq!(hear(&mut again).started.unwrap().cached_tokens, 256, "200 of the prompt and 101 of the output");
+        assert_eq!(receive(&mut again).started.unwrap().cached_tokens, 256, "200 of the prompt and 101 of the output");
     }
 }
 
@@ -387,9 +387,9 @@ fn leaves_room_for_prompts_beside_drafts() {
     let wanted = v1::Logprobs { prompt_top: Some(1), top: Some(1) };
     let mut scored = harness.generate(v1::GenerateRequest { logprobs: Some(wanted), ..request(ids(9, 700), 5) });
     harness.settle();
-    assert_eq!(hear(&mut scored).ids.len(), 5);
+    assert_eq!(receive(&mut scored).ids.len(), 5);
     for stream in &mut streams {
-        assert_eq!(hear(stream).ids.len(), 400);
+        assert_eq!(receive(stream).ids.len(), 400);
     }
     assert!(harness.scheduler.load().accepted_draft_tokens > 0);
 }

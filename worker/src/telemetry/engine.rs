@@ -98,7 +98,7 @@ pub(crate) struct EngineMetrics {
     step_tokens: Histogram,
     step_predicted_seconds: Counter<f64, AtomicU64>,
     step_floor_seconds: Counter<f64, AtomicU64>,
-    floors: OnceLock<Rooflines>,
+    rooflines: OnceLock<Rooflines>,
     tokens: Family<KindLabels, Counter>,
     drafted_tokens: Counter,
     accepted_tokens: Counter,
@@ -122,7 +122,7 @@ impl Default for EngineMetrics {
             step_tokens: Histogram::new(SIZE_BUCKETS),
             step_predicted_seconds: Counter::default(),
             step_floor_seconds: Counter::default(),
-            floors: OnceLock::new(),
+            rooflines: OnceLock::new(),
             tokens: Family::default(),
             drafted_tokens: Counter::default(),
             accepted_tokens: Counter::default(),
@@ -140,9 +140,9 @@ impl Default for EngineMetrics {
 
 impl EngineMetrics {
     /// Sets the rooflines of the device.
-    pub(crate) fn know_floors(&self, floors: Rooflines) {
+    pub(crate) fn set_rooflines(&self, rooflines: Rooflines) {
         // set once, at the start
-        let _ = self.floors.set(floors);
+        let _ = self.rooflines.set(rooflines);
     }
 
     pub(crate) fn register(&self, registry: &mut Registry) {
@@ -150,7 +150,7 @@ impl EngineMetrics {
         registry.register("step_sequences", "Sequences in a step", self.step_sequences.clone());
         registry.register("step_tokens", "Tokens in a step", self.step_tokens.clone());
         registry.register("step_predicted_seconds", "Predicted time of the steps", self.step_predicted_seconds.clone());
-        if self.floors.get().is_some() {
+        if self.rooflines.get().is_some() {
             registry.register(
                 "step_floor_seconds",
                 "Lower bound of the time of the steps at the datasheet's rates",
@@ -217,8 +217,8 @@ impl EngineMetrics {
         self.step_sequences.observe(shape.sequences as f64);
         self.step_tokens.observe((shape.decoded_tokens + shape.prefilled_tokens) as f64);
         self.step_predicted_seconds.inc_by(predicted.max(0.0));
-        if let Some(floors) = self.floors.get() {
-            self.step_floor_seconds.inc_by(floors.step(shape));
+        if let Some(rooflines) = self.rooflines.get() {
+            self.step_floor_seconds.inc_by(rooflines.step(shape));
         }
         self.tokens.get_or_create(&KindLabels { kind: "decode" }).inc_by(ids);
         self.drafted_tokens.inc_by(shape.drafted_tokens);

@@ -121,7 +121,7 @@ impl WorkerMetrics {
         let mut text = String::new();
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(state) = &*state {
-            state.look();
+            state.update_gauges();
             // writing to a String can't fail
             let _ = encode_registry(&mut text, &state.registry);
             if let Some(vllm) = state.vllm.as_ref().filter(|_| !self.hides_vllm_names.load(Ordering::Relaxed)) {
@@ -234,7 +234,7 @@ impl WorkerMetrics {
 
 impl State {
     /// Updates the gauges.
-    fn look(&self) {
+    fn update_gauges(&self) {
         for (rank, gpu) in &self.gpus {
             let Some((free, total)) = cuda::memory(*gpu) else { continue };
             for (state, bytes) in [("used", total.saturating_sub(free)), ("free", free)] {

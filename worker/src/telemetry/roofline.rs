@@ -114,15 +114,15 @@ mod tests {
     fn bounds_a_decode_step_of_the_24b_by_its_bytes() {
         let config = include_str!("../../../tests/fixtures/configs/devstral-small-2-24b.config.reconstructed.json");
         let model = ModelConfig::from_huggingface(config).unwrap();
-        let floors = Rooflines::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();
-        assert!((floors.decode(1, 0) - 7.04e-3).abs() < 5e-5);
-        assert!((floors.prefill(0, 131_072) - 8.6).abs() < 0.2);
+        let rooflines = Rooflines::of(&model, 1, "NVIDIA H100 80GB HBM3", 2.0).unwrap();
+        assert!((rooflines.decode(1, 0) - 7.04e-3).abs() < 5e-5);
+        assert!((rooflines.prefill(0, 131_072) - 8.6).abs() < 0.2);
         let narrow = Rooflines::of(&model, 1, "NVIDIA H100 80GB HBM3", 1.0).unwrap();
         assert!((narrow.prefill(0, 131_072) - 5.8).abs() < 0.2);
         let decode = StepShape { decoded_tokens: 1, sequences: 1, ..StepShape::default() };
-        assert_eq!(floors.step(&decode), floors.decode(1, 0));
+        assert_eq!(rooflines.step(&decode), rooflines.decode(1, 0));
         let chunk = StepShape { prefilled_tokens: 8192, sequences: 1, pairs: 8192 * 8193 / 2, ..StepShape::default() };
-        assert!((floors.step(&chunk) - floors.prefill(0, 8192)).abs() < 1e-9);
+        assert!((rooflines.step(&chunk) - rooflines.prefill(0, 8192)).abs() < 1e-9);
         assert!(Rooflines::of(&model, 1, "another", 2.0).is_none());
     }
 }

@@ -51,7 +51,7 @@ impl StepRunner for Meeting {
 
 fn run_until_failure(failing_rank: usize, failure: Failure) -> (RunError, Duration) {
     let fault = Fault::new();
-    fault.know((0..4).map(|rank| own_record(rank, "node-7")).collect());
+    fault.set_records((0..4).map(|rank| own_record(rank, "node-7")).collect());
     let mut runners: Vec<Box<dyn StepRunner>> = Vec::new();
     for collective in SharedRank::group(4, Duration::from_secs(3)) {
         fault.watch_over(collective.aborter());
