@@ -22,8 +22,8 @@ const LONG_STEP_SECONDS: f64 = 0.5;
 /// decode steps, and `chunk` tokens after a context that is long enough for attention to be measurable. Returns the
 /// speed and the number of steps that were run.
 ///
-/// The tokens after a long context attend to arbitrary cache contents; their output is ignored. The first step of each
-/// kind is a warm-up and is not counted.
+/// The tokens after a long context attend to arbitrary cache contents; their output is ignored. The first step
+/// of the device is a warm-up and is not counted.
 pub fn calibrate(runner: &mut dyn StepRunner, chunk: usize, positions: usize) -> Result<(Speed, u64), RunError> {
     let chunk = chunk.min(positions.saturating_sub(REPEATS)).max(1);
     let mut probe = Probe { runner, steps: 0, position: 0, blocks: 0, release: false };
