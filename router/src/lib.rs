@@ -62,20 +62,20 @@ pub struct Router {
     sharing: Option<tokio::task::JoinHandle<()>>,
 }
 
-/// The router can't start like this.
+/// Why a router cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum RouterError {
-    /// A value that can't work.
+    /// An option has an invalid value.
     #[error(transparent)]
     Options(#[from] OptionsError),
-    /// Who may ask for what.
+    /// The API keys or the OIDC configuration are invalid.
     #[error(transparent)]
     Access(#[from] AccessError),
 }
 
 impl Router {
-    /// A router for these models, of the cluster that has these keys. It follows `changes` (a registry's watch) from now on; must be called
-    /// within a tokio runtime.
+    /// Creates a router for `models` in the cluster of `keys`, and starts to follow `changes`, a registry's watch. It must
+    /// be called within a tokio runtime. It fails if the options, the key file or the OIDC configuration are invalid.
     pub fn new(
         options: RouterOptions,
         keys: ClusterKeys,
@@ -93,11 +93,11 @@ impl Router {
         Ok(Self { service, following, admitting, refreshing, sharing: None })
     }
 
-    /// Divides the limits of tenants, and what may be placed again, by the number of routers that live, from now on.
+    /// Divides the limits of tenants and the retry budget by the number of live routers, and follows that number.
     pub fn share_limits(&mut self, mut live: watch::Receiver<u32>) {
         let gauge = Gauge::<i64>::default();
         let counted = gauge.clone();
-        let help = "Routers that live and divide the limits of tenants and the retries";
+        let help = "Live routers, which share the limits of tenants and the retry budget";
         self.service.metrics().register(|registry| registry.register("live_routers", help, counted));
         let service = Arc::clone(&self.service);
         let sharing = tokio::spawn(async move {
@@ -115,24 +115,24 @@ impl Router {
         }
     }
 
-    /// What all requests share: the fleet, the counters.
+    /// The state that all requests share.
     pub fn service(&self) -> &Arc<Service> {
         &self.service
     }
 
-    /// The HTTP service itself, for tests and for other servers.
+    /// The routes of the API without a listener, for tests and for embedding in another server.
     pub fn routes(&self) -> axum::Router {
         server::routes(Arc::clone(&self.service))
     }
 
-    /// Serves what operators and probes ask for, on a port of its own, until it is dropped.
+    /// Serves the admin routes (probes, metrics, operators) on `listener` until the future is dropped.
     pub fn serve_admin(&self, listener: TcpListener) -> impl Future<Output = std::io::Result<()>> + Send + 'static {
         let routes = server::admin_routes(Arc::clone(&self.service));
         let port = Port::admin(routes, self.service.options().http.timeouts());
         port.serve(listener, Duration::ZERO, Shutdown::default(), std::future::pending())
     }
 
-    /// Serves, with TLS where it is given, until `shutdown` is ready and open requests have ended (or their grace has).
+    /// Serves the API until `shutdown` is ready and all open requests or the grace period have ended.
     pub async fn serve(
         self,
         listener: TcpListener,

@@ -1,5 +1,5 @@
-//! What an operator can set about the router: one plain struct, embedded as `router:` in the
-//! configuration file. Every field has a default that is right for most clusters.
+//! The options of the router: one plain struct, embedded as `router:` in the configuration file. Every field has a
+//! default that suits most clusters.
 
 use std::time::Duration;
 
@@ -8,96 +8,99 @@ use serde::{Deserialize, Serialize};
 
 use crate::{access::AccessOptions, http::options::HttpOptions};
 
-/// What becomes of a conversation that the reference encoder refuses.
+/// What happens to a conversation that the reference encoder refuses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConversationRules {
-    /// A 400 that names the message and the rule.
+    /// It gets a 400 that names the message and the rule.
     Strict,
-    /// It is repaired, where [`bora_common::conversation::repair`] knows how.
+    /// It is repaired if [`bora_common::conversation::repair`] supports the fault.
     #[default]
     Lenient,
 }
 
-/// Limits and habits of the router.
+/// The `router` section.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RouterOptions {
-    /// Largest request body in bytes; a larger one is served with 413.
+    /// Maximum request body in bytes; a larger one gets a 413.
     pub max_body_bytes: usize,
-    /// Seconds from a request's arrival to its last token; then its streams are aborted.
+    /// Seconds from a request's arrival to its last token; then its sequences are aborted.
     pub request_timeout_seconds: f64,
-    /// Seconds of silence on a stream after which a comment is sent, so that proxies keep it open.
+    /// Seconds of silence on a stream after which a comment is sent, so that proxies keep the connection open.
     pub heartbeat_seconds: f64,
-    /// Largest `n` of a request.
+    /// Maximum `n` of a request.
     pub max_choices: u32,
-    /// Most sequences that one request may start (prompts times `n`).
+    /// Maximum number of sequences of one request (prompts times `n`).
     pub max_sequences_per_request: u32,
-    /// Most stop strings (and stop token IDs) of a request.
+    /// Maximum number of stop strings, and of stop token IDs, of a request.
     pub max_stop_strings: usize,
-    /// Largest `top_logprobs`, `logprobs` and `prompt_logprobs`.
+    /// Maximum `top_logprobs`, `logprobs` and `prompt_logprobs`.
     pub max_logprobs: u32,
-    /// Most messages of a request.
+    /// Maximum number of messages of a request.
     pub max_messages: usize,
-    /// Most content parts of a request, those of all its messages together.
+    /// Maximum number of content parts of a request, over all its messages.
     pub max_content_parts: usize,
-    /// Most tool calls in the messages of a request.
+    /// Maximum number of tool calls in the messages of a request.
     pub max_tool_calls: usize,
-    /// Most tools of a request.
+    /// Maximum number of tools of a request.
     pub max_tools: usize,
-    /// Seconds of CPU time that reading, checking and encoding one request may take.
+    /// Seconds of CPU time that parsing, validating and encoding one request may take.
     pub max_prepare_cpu_seconds: f64,
-    /// Groups that may die under a request, all its choices together: then it is taken for the cause and not given
-    /// another one.
+    /// Group crashes under one request, over all its choices, after which the request is treated as a poison pill and
+    /// is not retried.
     pub max_attempts: u32,
-    /// Sequences of one tenant that may be placed again at once; each new one allows one more, up to this. Each of the
-    /// routers that live has an equal share.
+    /// Retry budget of one tenant, in sequences. Each new sequence adds one, up to this number. The live routers share
+    /// the budget equally.
     pub retries_per_tenant: u32,
-    /// The same for all tenants together.
+    /// Retry budget of all tenants together, in sequences.
     pub retries: u32,
-    /// Requests that may wait for a group with room. Tenants share a full queue equally and interactive requests displace
-    /// batch ones; what has no place is served with 429.
+    /// Maximum length of the queue for a group with room. Tenants share a full queue equally, and interactive requests
+    /// displace batch requests. A request without a place gets a 429.
     pub max_waiting: usize,
-    /// Seconds that an interactive request waits for a group with room; a batch one waits until its deadline.
+    /// Seconds that an interactive request waits for a group with room; a batch request waits until its deadline.
     pub max_waiting_seconds: f64,
-    /// Seconds that a request waits for a group of its model to become ready, if one is expected: it loads, drains or does
-    /// not respond, or the last one left within the last ten minutes. 0 = such a request is served with 503 at once.
+    /// Seconds that a request waits for a group of its model to become ready, if one is expected: a group loads, drains
+    /// or does not respond, or the last one left within the last ten minutes. 0 = such a request gets a 503 without
+    /// waiting.
     pub wait_for_group_seconds: f64,
-    /// Seconds that a broken stream waits for a group that can continue with it.
+    /// Seconds that a broken stream waits for a group that can continue the sequence.
     pub failover_wait_seconds: f64,
     /// HTTP/2 connections to each group.
     pub connections_per_group: usize,
-    /// Seconds to wait for a connection to a group.
+    /// Seconds after which connecting to a group times out.
     pub connect_timeout_seconds: f64,
-    /// Threads that parse and encode requests; 0 = one for every two cores, and at least two.
+    /// Threads that parse and encode requests; 0 = one per two cores, and at least two.
     pub encode_threads: usize,
-    /// Requests that may wait for such a thread; tenants share a full queue equally, and what does not fit gets a 503.
+    /// Requests that may wait for such a thread. Tenants share a full queue equally; a request without a place gets a
+    /// 503.
     pub encode_queue: usize,
-    /// Bodies up to this size go before longer ones, and have one of the threads (of two or more) to themselves.
+    /// Bodies up to this size in bytes go before longer ones, and have one thread of their own if there are two or
+    /// more.
     pub short_body_bytes: usize,
-    /// Bytes for the token IDs of conversations seen before.
+    /// Bytes of the cache of token IDs of encoded conversations.
     pub conversation_cache_bytes: usize,
-    /// Whether faulty conversations are refused or repaired; a tenant may have its own.
+    /// Whether faulty conversations are refused or repaired; a tenant's own setting overrides it.
     pub conversation: ConversationRules,
     /// Seconds that open requests get to finish when the router stops.
     pub shutdown_grace_seconds: f64,
-    /// Names the reasons of each placement in the header `x-bora-decision`.
+    /// Whether the header `x-bora-decision` names the reasons of each placement.
     pub debug: bool,
-    /// Who may ask for what.
+    /// Keys, tenants and tokens.
     pub access: AccessOptions,
-    /// Where and how it listens (`http` of the file).
+    /// The listeners (`http` of the file).
     #[serde(skip)]
     pub http: HttpOptions,
-    /// Name of the cluster (`cluster` of the file): what groups have to be of.
+    /// Name of the cluster (`cluster` of the file). Groups of other clusters are ignored.
     #[serde(skip)]
     pub cluster: String,
-    /// Groups beyond this host are not connected to: gRPC is plain text (and `grpc.insecure` is not set).
+    /// Refuse groups on other hosts, because gRPC is plain text and `grpc.insecure` is not set.
     #[serde(skip)]
     pub loopback_only: bool,
-    /// How groups are connected to (`grpc.tls` of the file); plain text where it is absent.
+    /// TLS towards groups (`grpc.tls` of the file); plain text if absent.
     #[serde(skip)]
     pub grpc: Option<Connector>,
-    /// The way to the group of the same process (`bora serve`), in place of a network.
+    /// The in-process connection to the group of `bora serve`, instead of a network connection.
     #[serde(skip)]
     pub in_process: Option<LocalConnector>,
 }
@@ -143,7 +146,7 @@ impl Default for RouterOptions {
     }
 }
 
-/// A value of [`RouterOptions`] or [`HttpOptions`] that can't work.
+/// An invalid value of [`RouterOptions`] or [`HttpOptions`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{section}.{field}: {expected}")]
 pub struct OptionsError {
@@ -151,12 +154,12 @@ pub struct OptionsError {
     pub section: &'static str,
     /// The field.
     pub field: &'static str,
-    /// What it must be.
+    /// The allowed values.
     pub expected: &'static str,
 }
 
 impl RouterOptions {
-    /// Checks every value, so that nothing fails later for a number that makes no sense.
+    /// Checks every value. The error names the first field that is out of range.
     pub fn validate(&self) -> Result<(), OptionsError> {
         let seconds = [
             ("request_timeout_seconds", self.request_timeout_seconds),
@@ -247,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn defaults_are_valid_and_unknown_keys_are_refused() {
+    fn accepts_defaults_and_rejects_unknown_keys() {
         assert_eq!(RouterOptions::default().validate(), Ok(()));
         let read: RouterOptions = serde_json::from_str(r#"{"debug": true}"#).expect("partial options");
         assert_eq!(read, RouterOptions { debug: true, ..RouterOptions::default() });
@@ -255,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_makes_no_sense_is_named() {
+    fn names_the_value_out_of_range() {
         let options = RouterOptions { heartbeat_seconds: 0.0, ..RouterOptions::default() };
         assert_eq!(options.validate().map_err(|error| error.field), Err("heartbeat_seconds"));
         let options = RouterOptions { max_attempts: 0, ..RouterOptions::default() };

@@ -2,13 +2,13 @@
 
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 
-/// Carries a client's identifier of its request, and of every response the identifier that the client knows it by.
+/// Header for a client's identifier of its request. Every response repeats it, or has the router's own identifier.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Carries the router's own identifier of the request in every response.
+/// Header for the router's own identifier of the request, in every response.
 pub const OWN_REQUEST_ID: HeaderName = HeaderName::from_static("x-bora-request-id");
 
-/// The identifiers of a request; in its extensions. A client may send the same identifier as often as it likes, the
-/// router's own is unique.
+/// The identifiers of a request, stored in its extensions. A client may repeat its identifier; the router's own
+/// identifier is unique.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestId {
     own: String,
@@ -16,12 +16,13 @@ pub struct RequestId {
 }
 
 impl RequestId {
-    /// A request for which the client sent no identifier.
+    /// Creates the identifiers of a request without a client's identifier.
     pub fn random() -> Self {
         Self { own: format!("{:032x}", rand::random::<u128>()), client: None }
     }
 
-    /// A request with these headers. A client's identifier is used if it has 1 to 128 visible ASCII characters.
+    /// Reads the identifiers from a request's headers. A client's identifier is used if it has 1 to 128 visible ASCII
+    /// characters.
     pub fn of(headers: &HeaderMap) -> Self {
         let fits = |text: &str| (1..=128).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
         let client = headers.get(&REQUEST_ID).and_then(|value| value.to_str().ok()).filter(|text| fits(text));
@@ -38,7 +39,7 @@ impl RequestId {
         self.client.as_deref()
     }
 
-    /// The identifier that the client knows the request by: its own one or the router's.
+    /// The identifier by which the client finds the request: the client's own, or else the router's.
     pub fn shown(&self) -> &str {
         self.client.as_deref().unwrap_or(&self.own)
     }

@@ -1,4 +1,4 @@
-//! Routes and middleware.
+//! The routes of the API and of the admin port, and their middleware.
 
 use std::{any::Any, sync::Arc};
 
@@ -33,12 +33,12 @@ use crate::{
     service::Service,
 };
 
-/// All routes.
+/// The routes of the API port.
 pub fn routes(service: Arc<Service>) -> Router {
     let mut document = Document::new(service.options().clone());
     let mut router = document
         .serve(api())
-        // vLLM's and OpenAI's ways to write it
+        // other spellings of the same routes, from vLLM and OpenAI
         .route("/v1/tokenize", post(tokenize::tokenize))
         .route("/v1/detokenize", post(tokenize::detokenize))
         .route_layer(middleware::from_fn_with_state(Arc::clone(&service), with_caller))
@@ -65,7 +65,7 @@ pub fn routes(service: Arc<Service>) -> Router {
         .with_state(service)
 }
 
-/// What a connection is notified that is one too many: probes are served as always.
+/// The routes of a connection above `max_connections`: probes are served as usual, other requests get a 503.
 pub fn shed_routes(service: Arc<Service>) -> Router {
     let mut document = Document::new(service.options().clone());
     document
@@ -77,7 +77,7 @@ pub fn shed_routes(service: Arc<Service>) -> Router {
         .with_state(service)
 }
 
-/// What probes, Prometheus and operators ask for, without the API and without keys.
+/// The routes of the admin port: probes, metrics and operator pages, without the API and without keys.
 pub fn admin_routes(service: Arc<Service>) -> Router {
     let mut document = Document::new(service.options().clone());
     let guard = BrowserGuard::new(&service.options().http);
@@ -93,7 +93,7 @@ pub fn admin_routes(service: Arc<Service>) -> Router {
         .with_state(service)
 }
 
-/// What needs a key.
+/// The routes that need a key.
 fn api() -> Vec<Route<Arc<Service>>> {
     vec![
         Route::post("/v1/chat/completions", generate::chat)
@@ -200,7 +200,7 @@ async fn no_method(request: Request) -> Response<Body> {
         .get(header::UPGRADE)
         .is_some_and(|protocol| protocol.as_bytes().eq_ignore_ascii_case(b"websocket"))
     {
-        // Codex tries a WebSocket first, and continues with POST at once if it is notified so by this status
+        // Codex tries a WebSocket first; with this status it falls back to POST without a retry
         let mut response = ApiError::no_websocket(request.uri().path()).into_response();
         response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("HTTP/1.1"));
         return response;
@@ -208,7 +208,7 @@ async fn no_method(request: Request) -> Response<Body> {
     ApiError::no_method(request.method().as_str(), request.uri().path()).into_response()
 }
 
-/// Gives every request its identifiers and its line in the audit log.
+/// Gives every request its identifiers and its record in the audit log.
 async fn with_audit(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response<Body> {
     let id = RequestId::of(request.headers());
     let connection = request.extensions().get::<ConnectionInfo>();
@@ -229,7 +229,7 @@ async fn with_audit(State(service): State<Arc<Service>>, mut request: Request, n
     response
 }
 
-/// Lets requests with a key through that is known, and says whose they are.
+/// Rejects requests without a valid key, and stores the caller in the request's extensions.
 async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response<Body> {
     let audit = request.extensions().get::<Audit>().cloned().unwrap_or_default();
     service.open_requests().add(&audit);
@@ -254,7 +254,7 @@ async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, 
 /// Makes a response of what a handler panicked with.
 type PanicHandler = fn(Box<dyn Any + Send + 'static>) -> Response<Body>;
 
-/// Turns the panic of a handler into a 500; the connection and all others live on.
+/// Turns the panic of a handler into a 500; the connection and all other requests continue.
 pub fn catch_panics() -> CatchPanicLayer<PanicHandler> {
     CatchPanicLayer::custom(panicked)
 }

@@ -1,4 +1,4 @@
-//! What all requests share: options, models, fleet, counters.
+//! The state that all requests share: options, models, fleet, metrics.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -20,7 +20,7 @@ use crate::{
     relay::{budget::RetryBudget, failover::Relay},
 };
 
-/// One router's state. None of it must outlive the process.
+/// The state of one router. Nothing in it needs to survive the process.
 pub struct Service {
     options: RouterOptions,
     models: HashMap<String, Arc<ModelSpec>>,
@@ -39,7 +39,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service that knows no group yet.
+    /// Creates the state of a router that has seen no group yet.
     pub fn new(
         options: RouterOptions,
         keys: ClusterKeys,
@@ -95,12 +95,12 @@ impl Service {
         }
     }
 
-    /// What the operator set.
+    /// The options that the operator set.
     pub fn options(&self) -> &RouterOptions {
         &self.options
     }
 
-    /// Who may ask for what.
+    /// Keys, tenants and their limits.
     pub fn access(&self) -> &Access {
         &self.access
     }
@@ -110,7 +110,7 @@ impl Service {
         &self.open_requests
     }
 
-    /// What blocks, images and salts are named under.
+    /// The keys from which the names of blocks, images and salts are derived.
     pub fn keys(&self) -> &ClusterKeys {
         &self.keys
     }
@@ -120,53 +120,53 @@ impl Service {
         &self.relay.fleet
     }
 
-    /// The counters.
+    /// The metrics registry of this router.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.relay.metrics
     }
 
-    /// All metrics of this process, as they are now.
+    /// All metrics of this process in their current state, in OpenMetrics text.
     pub fn metrics_text(&self) -> String {
         self.metrics().conversation_cache(self.conversations().bytes());
         self.metrics().text(self.fleet(), &self.model_names(), &self.relay.admission.lines())
     }
 
-    /// What sequences need.
+    /// The parts that a sequence needs while it runs: placement, admission, retries.
     pub fn relay(&self) -> Arc<Relay> {
         Arc::clone(&self.relay)
     }
 
-    /// What is known of conversations seen before.
+    /// The cache of conversations that were encoded before.
     pub fn conversations(&self) -> &ConversationCache {
         &self.conversations
     }
 
-    /// Reads the bodies of requests.
+    /// The reader of request bodies.
     pub fn bodies(&self) -> &BodyReader {
         &self.bodies
     }
 
-    /// How far it is on its way down.
+    /// The progress of the shutdown.
     pub fn shutdown(&self) -> &Shutdown {
         &self.shutdown
     }
 
-    /// What its HTTP server counts.
+    /// The metrics of the HTTP server.
     pub fn http_metrics(&self) -> &HttpMetrics {
         &self.http_metrics
     }
 
-    /// Where requests are parsed and encoded.
+    /// The thread pool that parses and encodes requests.
     pub fn pool(&self) -> &EncodePool {
         &self.pool
     }
 
-    /// A model's tokenizer and defaults; a model that this router was given nothing of takes and gives token IDs.
+    /// A model's tokenizer and defaults. A model without a configuration accepts and returns token IDs only.
     pub fn spec(&self, model: &str) -> Arc<ModelSpec> {
         Arc::clone(self.models.get(model).unwrap_or(&self.ids_only))
     }
 
-    /// The name of a configured model, by name or alias.
+    /// The configured name of a model, by name or alias.
     pub fn configured(&self, name: &str) -> Option<&str> {
         let name = self.aliases.get(name).map_or(name, String::as_str);
         self.models.get_key_value(name).map(|(name, _)| name.as_str())
@@ -178,7 +178,7 @@ impl Service {
         names.next().filter(|_| names.next().is_none()).map(String::as_str)
     }
 
-    /// Every name that requests may use, with the configured model that it stands for.
+    /// Every name that requests may use, with the configured model behind the name.
     pub fn configured_names(&self) -> impl Iterator<Item = (&str, &str)> {
         let names = self.models.keys().map(|name| (name.as_str(), name.as_str()));
         names.chain(self.aliases.iter().map(|(alias, name)| (alias.as_str(), name.as_str())))
@@ -190,13 +190,13 @@ impl Service {
         self.models.keys().cloned().chain(view.models().map(|model| model.name.clone())).collect()
     }
 
-    /// Seconds since 1970 of the start.
+    /// Time of the start, in seconds since 1970.
     pub fn started_at(&self) -> u64 {
         self.started_at
     }
 
-    /// When a request that found every group full should come again: when the least loaded one has computed
-    /// what waits there.
+    /// Seconds after which a request that found every group full should be sent again: the time that the least loaded
+    /// group needs for its queued work.
     pub fn seconds_until_room(&self) -> u32 {
         let view = self.fleet().view();
         let seconds = view

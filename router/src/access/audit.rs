@@ -1,6 +1,6 @@
-//! One line a request for the log target `bora::audit`: who asked for what, and what came of it. It is written when the
-//! last byte of the response was made, or when the client was gone. It holds no key, and no prompt unless that was asked
-//! for (`router.access.audit_bodies`).
+//! The audit log: one record per request, at the log target `bora::audit`, with the caller, the model and the outcome.
+//! The record is written when the last byte of the response was produced or when the client disconnected. It holds no
+//! key, and no prompt unless `router.access.audit_bodies` is set.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -20,15 +20,15 @@ use parking_lot::Mutex;
 use super::{Caller, open_requests::OpenRequest};
 use crate::{api::error::ApiError, request_id::RequestId};
 
-/// The status of a request whose client left before there was a response (nginx's).
+/// The status of a request whose client disconnected before there was a response (as in nginx).
 const CLIENT_GONE: u16 = 499;
-/// Most bytes of a body that stand in a line.
+/// Maximum bytes of a body in a record.
 const MAX_BODY_BYTES: usize = 64 << 10;
 
-/// Most characters of a method and a path that stand in a line.
+/// Maximum characters of a method and of a path in a record.
 const MAX_TARGET_CHARS: usize = 512;
 
-/// A request as it arrives.
+/// The head of a request.
 pub struct Arrival {
     /// Its identifiers.
     pub id: RequestId,
@@ -36,28 +36,28 @@ pub struct Arrival {
     pub method: Method,
     /// Its path, without the query.
     pub path: String,
-    /// The other end of its connection.
+    /// The other end of the request's connection.
     pub peer: Option<SocketAddr>,
-    /// The client: the peer, or the one that trusted proxies name.
+    /// The client: the peer, or the address that trusted proxies report.
     pub client: Option<IpAddr>,
-    /// Whether the line holds the body.
+    /// Whether the record holds the body.
     pub with_body: bool,
 }
 
-/// A request's line, while it is known bit by bit. It is written when the last clone is dropped.
+/// A request's record, filled in while the request runs. It is written when the last clone is dropped.
 #[derive(Clone)]
 pub struct Audit(pub(super) Arc<AuditLine>);
 
 pub(super) struct AuditLine {
     arrival: Option<Arrival>,
     began: Instant,
-    /// Whether a route of the API was reached. Of other requests only refusals leave a line.
+    /// Whether the request reached a route of the API. Other requests leave a record only if they are refused.
     is_api: AtomicBool,
-    /// When the first token was passed on.
+    /// When the first token was sent to the client.
     first_token: OnceLock<Instant>,
     caller: OnceLock<Caller>,
     model: OnceLock<String>,
-    /// The group that serves it now.
+    /// The group that serves the request now.
     group: Mutex<Option<String>>,
     body: Option<OnceLock<String>>,
     refusal: OnceLock<ApiError>,
@@ -69,36 +69,36 @@ pub(super) struct AuditLine {
 }
 
 impl Audit {
-    /// Of a request that has just come.
+    /// Starts the record of a request.
     pub fn begin(arrival: Arrival) -> Self {
         Self(Arc::new(AuditLine::new(Some(arrival))))
     }
 
-    /// A route of the API was reached.
+    /// Marks the request as one that reached a route of the API.
     pub fn is_api_request(&self) {
         self.0.is_api.store(true, Ordering::Relaxed);
     }
 
-    /// Whose it is.
+    /// Records the caller.
     pub fn of(&self, caller: &Caller) {
         let _ = self.0.caller.set(caller.clone());
     }
 
-    /// What it carries; left out unless bodies are asked for.
+    /// Records the body, if bodies are logged.
     pub fn body(&self, bytes: &[u8]) {
         if let Some(body) = &self.0.body {
             let _ = body.set(String::from_utf8_lossy(&bytes[..bytes.len().min(MAX_BODY_BYTES)]).into_owned());
         }
     }
 
-    /// What is asked of which model.
+    /// Records the operation and the model.
     pub fn asks(&self, model: &str, prompt_tokens: u64) {
         let _ = self.0.model.set(model.to_owned());
         self.0.prompt_tokens.store(prompt_tokens, Ordering::Relaxed);
         self.0.generates.store(true, Ordering::Relaxed);
     }
 
-    /// This group serves it now.
+    /// Records the group that serves the request now.
     pub fn runs_on(&self, group: &str) {
         let mut known = self.0.group.lock();
         if known.as_deref() != Some(group) {
@@ -106,7 +106,7 @@ impl Audit {
         }
     }
 
-    /// Tokens were generated.
+    /// Counts generated tokens.
     pub fn generated(&self, tokens: u64) {
         if tokens > 0 {
             self.0.first_token.get_or_init(Instant::now);
@@ -114,12 +114,12 @@ impl Audit {
         self.0.completion_tokens.fetch_add(tokens, Ordering::Relaxed);
     }
 
-    /// The response came to its end.
+    /// Records that the response is complete.
     pub fn finished(&self) {
         self.0.finished.store(true, Ordering::Relaxed);
     }
 
-    /// The head of the response is there.
+    /// Records the status of the response.
     pub fn responded(&self, response: &Response<Body>) {
         self.0.status.store(response.status().as_u16(), Ordering::Relaxed);
         if let Some(error) = response.extensions().get::<ApiError>() {
@@ -128,21 +128,21 @@ impl Audit {
     }
 }
 
-/// Writes the line of a request that no route has seen, since its head can't be read.
+/// Writes the record of a request whose head cannot be parsed and that therefore reached no route.
 pub fn unreadable_head(id: &RequestId, peer: SocketAddr, status: StatusCode) {
     let (request_id, status) = (id.own(), status.as_u16());
     tracing::info!(target: "bora::audit", request_id, %peer, status, outcome = "refused", "request");
 }
 
 impl Default for Audit {
-    /// Of a request that leaves no line.
+    /// Creates an audit that writes no record.
     fn default() -> Self {
         Self(Arc::new(AuditLine::new(None)))
     }
 }
 
 impl Arrival {
-    /// Method and path, the beginning of them if they are long.
+    /// Method and path, truncated.
     fn target(&self) -> String {
         format!("{} {}", self.method, self.path).chars().take(MAX_TARGET_CHARS).collect()
     }
@@ -162,14 +162,14 @@ impl AuditLine {
             refusal: OnceLock::new(),
             prompt_tokens: AtomicU64::new(0),
             completion_tokens: AtomicU64::new(0),
-            // until there is a response, the client may leave
+            // until there is a response, the client may disconnect
             status: AtomicU16::new(CLIENT_GONE),
             generates: AtomicBool::new(false),
             finished: AtomicBool::new(false),
         }
     }
 
-    /// As it stands now; none for a request that leaves no line.
+    /// The request's current state; none if the request leaves no record.
     pub(super) fn describe(&self, now: Instant) -> Option<OpenRequest> {
         let arrival = self.arrival.as_ref()?;
         Some(OpenRequest {
@@ -192,7 +192,7 @@ impl AuditLine {
             500.. => "failed",
             400.. => "refused",
             _ if !self.generates.load(Ordering::Relaxed) || self.finished.load(Ordering::Relaxed) => "finished",
-            // the client left, or a stream broke that could not be saved
+            // the client disconnected, or a stream broke and failover did not succeed
             _ => "cut off",
         }
     }
@@ -209,7 +209,7 @@ impl Drop for AuditLine {
         let caller = self.caller.get();
         let refusal = self.refusal.get();
         let first_token = self.first_token.get().map(|at| at.duration_since(self.began));
-        // what is said of keys and limits is ours; other messages may repeat what the request holds
+        // messages about keys and limits are the router's own; other messages may repeat contents of the request
         let reason = refusal.filter(|error| matches!(error.status.as_u16(), 401 | 403 | 429));
         tracing::info!(
             target: "bora::audit",

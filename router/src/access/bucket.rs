@@ -1,4 +1,4 @@
-//! A minute's worth of something, which fills steadily.
+//! A token bucket for limits per minute.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -7,10 +7,10 @@ use std::{
 
 use super::limits::LiveRouters;
 
-/// Holds this router's share of a minute's worth of something and fills steadily.
+/// A bucket with this router's share of a limit per minute, refilled at a constant rate.
 #[derive(Debug)]
 pub(super) struct Bucket {
-    /// Of all routers.
+    /// The limit of all routers together, per minute.
     limit: f64,
     routers: LiveRouters,
     state: Mutex<(f64, Instant)>,
@@ -22,12 +22,12 @@ impl Bucket {
         Self { limit, routers, state: Mutex::new((full, Instant::now())) }
     }
 
-    /// This router's part; at least one, or a small limit would let nothing through.
+    /// This router's share; at least one, so that a small limit does not block all requests.
     pub(super) fn share(&self) -> f64 {
         (self.limit / f64::from(self.routers.count())).max(1.0)
     }
 
-    /// Takes an amount, or says in how many seconds it will be there.
+    /// Takes an amount, or returns the seconds until it is available.
     pub(super) fn take(&self, amount: f64) -> Result<(), u32> {
         let mut state = self.filled();
         self.covers(state.0, amount)?;
@@ -35,7 +35,7 @@ impl Bucket {
         Ok(())
     }
 
-    /// Whether an amount is there, or in how many seconds it will be.
+    /// Checks for an amount, or returns the seconds until it is available.
     pub(super) fn has(&self, amount: f64) -> Result<(), u32> {
         self.covers(self.level(), amount)
     }
@@ -53,7 +53,7 @@ impl Bucket {
         format!("The limit of {} {what} a minute is reached.", self.limit)
     }
 
-    /// A negative amount is owed.
+    /// The level may be negative: later refills pay the debt.
     pub(super) fn give_back(&self, amount: f64) {
         let mut state = self.filled();
         state.0 = (state.0 + amount).min(self.share());
@@ -63,7 +63,7 @@ impl Bucket {
         self.filled().0
     }
 
-    /// A minute's worth, as this router grants it: no more than its part, however small.
+    /// The capacity: this router's share of a minute.
     fn rate(&self) -> f64 {
         self.limit / f64::from(self.routers.count())
     }

@@ -8,11 +8,11 @@
 //!     tokens_per_minute: 2000000
 //!     parallel_requests: 64
 //!     max_context: 131072
-//!     class: batch                 # its requests never go before interactive ones
-//!     cache_salt: tools            # shares cached prefixes with tenants that name the same; absent: with nobody
+//!     class: batch                 # its requests are never interactive
+//!     cache_salt: tools            # shares the prefix cache with tenants of the same salt; absent: a cache of its own
 //!     allow_grammar: false         # no `guided_grammar`
 //!     allow_regex: false           # no `guided_regex`
-//!     conversation: strict         # faulty conversations are refused; absent: as router.conversation says
+//!     conversation: strict         # faulty conversations are refused; absent: router.conversation
 //!     keys:
 //!       - name: ci
 //!         sha256: 2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683  # printf %s KEY | sha256sum
@@ -32,9 +32,9 @@ use super::limits::TenantLimits;
 
 /// The SHA-256 of a key.
 ///
-/// Digests are compared in constant time, also by the maps that they are the keys of. Where such a map looks depends on a
-/// SipHash of the digest under a secret that is sampled anew in each process, so the time of a look-up says nothing about the
-/// digests in it. Even a whole digest would be of no use: what has to be sent is a key that has it.
+/// Digests are compared in constant time, also by the maps that use them as keys. Such a map finds its bucket by a
+/// SipHash of the digest under a secret that each process draws at random, so the time of a look-up reveals nothing
+/// about stored digests. A leaked digest is of no use either: a client must send the key itself.
 #[derive(Clone, Copy)]
 pub struct Digest([u8; 32]);
 
@@ -53,7 +53,7 @@ impl Hash for Digest {
 }
 
 impl Digest {
-    /// Of a key's bytes.
+    /// Hashes the bytes of a key.
     pub fn of(key: &[u8]) -> Self {
         let digest = ring::digest::digest(&ring::digest::SHA256, key);
         let mut bytes = [0; 32];
@@ -61,7 +61,7 @@ impl Digest {
         Self(bytes)
     }
 
-    /// Its first digits, which name a key that has no name.
+    /// The first hexadecimal digits, as the name of a key without a name.
     pub fn short(&self) -> String {
         self.0[..4].iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -91,7 +91,7 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// The file.
+/// The key file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyFile {
@@ -103,9 +103,9 @@ pub struct KeyFile {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TenantEntry {
-    /// In logs and counters.
+    /// The tenant's name in logs and metrics.
     pub name: String,
-    /// What it may do.
+    /// The tenant's limits.
     #[serde(flatten)]
     pub limits: TenantLimits,
     /// Its keys.
@@ -117,27 +117,27 @@ pub struct TenantEntry {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyEntry {
-    /// For the audit log.
+    /// The key's name in the audit log.
     pub name: Option<String>,
-    /// Of the key.
+    /// The SHA-256 of the key.
     pub sha256: Digest,
 }
 
-/// The key file can't be used.
+/// Why the key file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyFileError {
-    /// It can't be read.
+    /// The file cannot be read.
     #[error("router.access.keys: cannot read {path}: {error}")]
     Read {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         error: std::io::Error,
     },
-    /// It says something else than it should.
+    /// The contents are invalid.
     #[error("router.access.keys: {path}: {reason}")]
     Invalid {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
         /// What is wrong, and where.
         reason: String,
@@ -145,7 +145,7 @@ pub enum KeyFileError {
 }
 
 impl KeyFile {
-    /// Reads and checks a file.
+    /// Reads and validates a file.
     pub fn read(path: &Path) -> Result<Self, KeyFileError> {
         let text = std::fs::read_to_string(path).map_err(|error| KeyFileError::Read { path: path.into(), error })?;
         Self::parse(&text).map_err(|reason| KeyFileError::Invalid { path: path.into(), reason })
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_is_checked() {
+    fn rejects_invalid_key_files() {
         let key = "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683";
         let digest = Digest::of(b"key");
         assert_eq!(digest, Digest::parse(key).unwrap());
@@ -192,7 +192,7 @@ mod tests {
             ("tenants:\n- name: a\n- name: a\n".to_owned(), "unique"),
             ("tenants:\n- name: a\n  requests_per_minute: 0\n".to_owned(), "requests_per_minute"),
             ("tenants:\n- name: a\n  keys: [{sha256: abc}]\n".to_owned(), "64 hexadecimal"),
-            // a limit that is misspelled would be no limit
+            // a misspelled limit must not be ignored: it would be no limit
             ("tenants:\n- name: a\n  request_per_minute: 5\n".to_owned(), "request_per_minute"),
             ("tenants:\n- name: a\n  keys: [{key: abc}]\n".to_owned(), "key"),
             (format!("tenants:\n- name: a\n  keys: [{{sha256: {key}}}, {{sha256: {key}}}]\n"), "twice"),

@@ -1,10 +1,10 @@
-//! What a tenant may do, and how much of it is done.
+//! The limits of a tenant, and the tenant's current use of them.
 //!
-//! Requests and tokens per minute are buckets that hold a minute's worth and fill steadily. A request is counted when it
-//! begins; what it takes of the tokens is in [`quota`](super::quota).
+//! Requests and tokens per minute are token buckets that hold a minute's worth. A request is counted when it begins;
+//! [`quota`](super::quota) charges its tokens.
 //!
-//! TenantLimits are of the whole cluster. Routers do not ask each other: each of them grants its equal share
-//! ([`LiveRouters`]), so together they never grant more, and none of them is needed by the others.
+//! Limits apply to the whole cluster. Each router grants an equal share ([`LiveRouters`]) without asking the others, so
+//! that all routers together never grant more than the limit and none depends on another.
 
 use std::sync::{
     Arc,
@@ -18,37 +18,37 @@ use serde::Deserialize;
 use super::{Caller, bucket::Bucket, quota::ExpectedOutput};
 use crate::{api::error::ApiError, options::ConversationRules};
 
-/// TenantLimits of a tenant; absent = none.
+/// The limits of a tenant; absent = none.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct TenantLimits {
-    /// Names of models (not aliases).
+    /// Names of the models (not aliases) that the tenant may use.
     pub models: Option<Vec<String>>,
-    /// Generation requests.
+    /// Generation requests per minute.
     pub requests_per_minute: Option<u32>,
-    /// Prompt and completion tokens.
+    /// Prompt and completion tokens per minute.
     pub tokens_per_minute: Option<u64>,
-    /// Generation requests that run at once.
+    /// Generation requests that may run in parallel.
     pub parallel_requests: Option<u32>,
-    /// Tokens of a prompt.
+    /// Maximum tokens of a prompt.
     pub max_context: Option<u32>,
     /// The most urgent class of its requests.
     pub class: TenantClass,
-    /// Names the cache that its requests use: tenants that name the same one share cached prefixes. Absent: a cache of its own.
+    /// The name of its prefix cache: tenants with the same name share cached prefixes. Absent: a cache of its own.
     pub cache_salt: Option<String>,
-    /// Whether its faulty conversations are refused or repaired; absent: as the router does.
+    /// Whether its faulty conversations are refused or repaired; absent: the router's setting.
     pub conversation: Option<ConversationRules>,
-    /// Whether it may ask for responses of a grammar of its own (`guided_grammar`); absent: it may.
+    /// Whether it may send a grammar of its own (`guided_grammar`); absent: it may.
     pub allow_grammar: Option<bool>,
-    /// Whether it may ask for responses of a regular expression (`guided_regex`); absent: it may.
+    /// Whether it may send a regular expression (`guided_regex`); absent: it may.
     pub allow_regex: Option<bool>,
 }
 
-/// Classes that a tenant's requests may have.
+/// The classes that a tenant's requests may have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TenantClass {
-    /// Any.
+    /// Any class.
     #[default]
     Interactive,
     /// Only batch.
@@ -56,7 +56,7 @@ pub enum TenantClass {
 }
 
 impl TenantLimits {
-    /// A limit of zero, which would let nothing through.
+    /// The name of a limit that is zero and would block every request.
     pub fn wrong(&self) -> Option<&'static str> {
         let zeros = [
             ("requests_per_minute", self.requests_per_minute == Some(0)),
@@ -68,7 +68,7 @@ impl TenantLimits {
     }
 }
 
-/// How many routers live: each grants that share of every limit, and of the retries.
+/// The number of live routers: each grants that share of every limit and of the retry budget.
 #[derive(Clone, Debug)]
 pub struct LiveRouters(Arc<AtomicU32>);
 
@@ -79,36 +79,36 @@ impl Default for LiveRouters {
 }
 
 impl LiveRouters {
-    /// There are that many now, this one included.
+    /// Sets the number of live routers, this one included.
     pub fn set(&self, count: u32) {
         self.0.store(count.max(1), Ordering::Relaxed);
     }
 
-    /// How many there are.
+    /// The number of live routers.
     pub fn count(&self) -> u32 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// A tenant and what it is doing.
+/// A tenant and its current use of its limits.
 #[derive(Debug)]
 pub struct Tenant {
-    /// Unique.
+    /// The unique name of the tenant.
     pub name: String,
-    /// What it may do.
+    /// The tenant's limits.
     pub limits: TenantLimits,
     requests: Option<Bucket>,
     pub(super) tokens: Option<Bucket>,
-    /// What its requests generate.
+    /// The expected output length of its requests.
     pub(super) output: ExpectedOutput,
     running: AtomicU32,
-    /// Memory that bodies of its requests take.
+    /// The memory that bodies of its requests use.
     pub(crate) body_bytes: AtomicU64,
     routers: LiveRouters,
 }
 
 impl Tenant {
-    /// A tenant that has done nothing yet.
+    /// Creates a tenant without any use.
     pub fn new(name: String, limits: TenantLimits, routers: &LiveRouters) -> Self {
         let bucket = |limit: f64| Bucket::new(limit, routers.clone());
         Self {
@@ -123,19 +123,19 @@ impl Tenant {
         }
     }
 
-    /// Who shares cached prefixes with it.
+    /// The salt of its prefix cache.
     pub fn cache_scope(&self) -> CacheScope<'_> {
         self.limits.cache_salt.as_deref().map_or(CacheScope::Tenant(&self.name), CacheScope::Shared)
     }
 
-    /// A request is refused for its tokens: it does not count as a request.
+    /// Returns a request that was refused for its tokens to the bucket: it does not count.
     pub(super) fn forget_request(&self) {
         if let Some(bucket) = &self.requests {
             bucket.give_back(1.0);
         }
     }
 
-    /// `x-ratelimit-*` as OpenAI sends them.
+    /// The headers `x-ratelimit-*`, in OpenAI's form.
     pub fn write_headers(&self, headers: &mut HeaderMap) {
         const NAMES: [[HeaderName; 3]; 2] = [
             [
@@ -163,13 +163,13 @@ impl Tenant {
 }
 
 impl Caller {
-    /// Lets a request begin before its body is read, or says why not (429): its tenant has a slot for it, and neither
-    /// of its buckets is empty. It counts as a request from now on, whatever becomes of it.
+    /// Admits a request before its body is read, or refuses it with a 429. The tenant needs a free parallel request,
+    /// and neither of its buckets may be empty. The request counts from now on, whatever its outcome.
     pub fn begin(&self) -> Result<Slot, ApiError> {
         let tenant = &self.tenant;
         let running = tenant.running.fetch_add(1, Ordering::Relaxed) + 1;
         let slot = Slot(Arc::clone(tenant));
-        // rounded up: a limit below the number of routers lets one request a router through
+        // rounded up: a limit below the number of routers admits one request per router
         if let Some(most) = tenant.limits.parallel_requests
             && running > most.div_ceil(tenant.routers.count())
         {
@@ -191,7 +191,7 @@ impl Caller {
     }
 }
 
-/// One of the requests that a tenant may run at once.
+/// A permit for one of the requests that a tenant may run in parallel.
 #[derive(Debug)]
 pub struct Slot(Arc<Tenant>);
 

@@ -1,12 +1,14 @@
-//! Who may ask for what: API keys, the tenants they belong to, and the tenants' limits.
+//! Access control: API keys, the tenants that own them, and the tenants' limits.
 //!
-//! A key travels in `authorization: Bearer ...` or `x-api-key` and is looked up by its SHA-256, in constant time
-//! ([`keys::Digest`] says what that means); the file holds no secret. In its place stands a token of an OIDC provider
-//! ([`jwt`]), whose tenant is one of the same file. Each request leaves one line ([`audit`]). A request is admitted twice: when its head
-//! has come (the key), and when it is encoded and its real number of tokens is known ([`limits`], [`quota`]). What a
-//! tenant may do is applied to all its requests by its [`policy`]. TenantLimits are the cluster's: each router that lives grants its share.
+//! A key travels in `authorization: Bearer ...` or `x-api-key` and is looked up by its SHA-256 in constant time (see
+//! [`keys::Digest`]), so the key file holds no secret. Instead of a key, a request may carry a token of an OIDC
+//! provider ([`jwt`]), whose claim names a tenant of the key file.
 //!
-//! Without a key file everybody may do everything, as befits a router that listens on loopback.
+//! A request is admitted twice: by its key when its head has arrived, and by its number of tokens when it is encoded
+//! ([`limits`], [`quota`]). A tenant's [`policy`] applies to all its requests. Limits apply to the whole cluster: each
+//! live router grants its share. Each request leaves one record in the audit log ([`audit`]).
+//!
+//! Without a key file every caller has full access, for a router that listens on loopback.
 
 pub mod audit;
 mod bucket;
@@ -33,62 +35,62 @@ use jwt::{JwtError, JwtOptions, Tokens};
 use keys::{Digest, KeyFile, KeyFileError};
 use limits::{LiveRouters, Tenant};
 
-/// How often the key file is looked at.
+/// How often the key file is checked for changes.
 const RELOAD_EVERY: Duration = Duration::from_secs(2);
 
 /// The `router.access` section.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AccessOptions {
-    /// File of tenants and hashed keys, read again when it changes; absent: no key is needed.
+    /// File of tenants and hashed keys, read again if it changes; absent: no key is needed.
     pub keys: Option<PathBuf>,
-    /// Tokens of an OIDC provider, which name tenants of that file; absent: none is taken.
+    /// Tokens of an OIDC provider, which name tenants of that file; absent: no token is accepted.
     pub jwt: Option<JwtOptions>,
-    /// Whether lines of the audit log hold the requests' bodies, prompts and all.
+    /// Whether the audit log holds the requests' bodies, including prompts.
     pub audit_bodies: bool,
-    /// Keys given on the command line, which may do everything.
+    /// Keys given on the command line, which have full access.
     #[serde(skip)]
     pub api_keys: Vec<Digest>,
 }
 
-/// Whose request it is.
+/// The caller of a request.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    /// To whom the key belongs.
+    /// The tenant that owns the key.
     pub tenant: Arc<Tenant>,
     /// The key's name, for the audit log.
     pub key: Arc<str>,
 }
 
 impl Caller {
-    /// Whether it may use the model of that configured name.
+    /// Whether the caller may use the model with that configured name.
     pub fn may_use(&self, model: &str) -> bool {
         self.tenant.limits.models.as_ref().is_none_or(|models| models.iter().any(|name| name == model))
     }
 }
 
-/// What the key file says.
+/// The contents of the key file, indexed by key.
 #[derive(Default)]
 struct Callers {
     keys: HashMap<Digest, Caller>,
     tenants: HashMap<String, Arc<Tenant>>,
 }
 
-/// Nobody can be let in like this.
+/// Why access control cannot be configured.
 #[derive(Debug, thiserror::Error)]
 pub enum AccessError {
-    /// The file of tenants and keys.
+    /// The file of tenants and keys is invalid.
     #[error(transparent)]
     Keys(#[from] KeyFileError),
-    /// The tokens.
+    /// The configuration of OIDC tokens is invalid.
     #[error(transparent)]
     Jwt(#[from] JwtError),
 }
 
-/// Knows the keys.
+/// Authenticates requests.
 pub struct Access {
     options: AccessOptions,
-    /// `None`: everybody may do everything.
+    /// `None`: every caller has full access.
     callers: Option<RwLock<Arc<Callers>>>,
     tokens: Option<Tokens>,
     routers: LiveRouters,
@@ -96,7 +98,7 @@ pub struct Access {
 }
 
 impl Access {
-    /// Reads the key file.
+    /// Reads the key file and the configuration of tokens.
     pub fn open(options: AccessOptions) -> Result<Self, AccessError> {
         let routers = LiveRouters::default();
         let tokens = options.jwt.clone().map(Tokens::open).transpose()?;
@@ -120,12 +122,12 @@ impl Access {
         Ok(Self { options, callers, tokens, routers, reload_requested: Notify::new() })
     }
 
-    /// Whether lines of the audit log hold the requests' bodies.
+    /// Whether the audit log holds the requests' bodies.
     pub fn audits_bodies(&self) -> bool {
         self.options.audit_bodies
     }
 
-    /// Reads the key file now, rather than within the next seconds.
+    /// Reads the key file now instead of at the next check.
     pub fn reload(&self) {
         self.reload_requested.notify_one();
     }
@@ -135,13 +137,13 @@ impl Access {
         self.callers.is_none()
     }
 
-    /// Among how many routers every limit is divided, and what may be placed again.
+    /// The number of live routers, which divides every limit and the retry budget.
     pub fn routers(&self) -> &LiveRouters {
         &self.routers
     }
 
-    /// Whose request this is; `None` where keys are not asked for. Of two credentials one has to be valid; two that are valid
-    /// must be those of one tenant.
+    /// Authenticates a request; `None` if no key is needed. Of two credentials one must be valid; two valid ones must
+    /// belong to the same tenant.
     pub async fn caller(&self, headers: &HeaderMap) -> Result<Option<Caller>, ApiError> {
         let Some(callers) = &self.callers else { return Ok(None) };
         let callers = Arc::clone(&callers.read().unwrap_or_else(PoisonError::into_inner));
@@ -184,7 +186,7 @@ impl Access {
         }
     }
 
-    /// Keeps keys, tenants and the keys of tokens as their sources say, for ever.
+    /// Keeps keys, tenants and the provider's public keys up to date; never returns.
     pub async fn keep_fresh(self: Arc<Self>) {
         let tokens = async {
             if let Some(tokens) = &self.tokens {
@@ -194,7 +196,7 @@ impl Access {
         tokio::join!(self.keep_keys_fresh(), tokens);
     }
 
-    /// Reads the key file again whenever it changes, for ever. A file that can't be read leaves what was.
+    /// Reads the key file again if it changes; never returns. If the file cannot be read, the previous keys stay.
     async fn keep_keys_fresh(&self) {
         let (Some(callers), Some(path)) = (&self.callers, &self.options.keys) else { return };
         let mut seen = tokio::fs::read(path).await.ok();
@@ -208,10 +210,10 @@ impl Access {
             let old = Arc::clone(&callers.read().unwrap_or_else(PoisonError::into_inner));
             match read_callers(&self.options, &old.tenants, &self.routers) {
                 Ok(fresh) => {
-                    tracing::info!(keys = fresh.keys.len(), tenants = fresh.tenants.len(), "api keys were read again");
+                    tracing::info!(keys = fresh.keys.len(), tenants = fresh.tenants.len(), "reloaded api keys");
                     *callers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
                 }
-                Err(error) => tracing::error!(%error, "api keys stay as they were"),
+                Err(error) => tracing::error!(%error, "cannot reload api keys, keeping the previous ones"),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The requests that are open now, for operators: who waits for what, on which group, and since when.
+//! The requests that are open now, for operators: caller, model, group and age.
 
 use std::{
     net::IpAddr,
@@ -20,11 +20,11 @@ pub struct OpenRequests {
 #[derive(Default)]
 struct Lines {
     all: Vec<Weak<AuditLine>>,
-    /// Length at which those that ended are looked for.
+    /// Length of the list at which ended requests are removed.
     sweep_at: usize,
 }
 
-/// What is known of an open request.
+/// The state of an open request.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OpenRequest {
     /// The router's own identifier, as in the header `x-bora-request-id`.
@@ -33,35 +33,35 @@ pub struct OpenRequest {
     pub client_request_id: Option<String>,
     /// The address of the client.
     pub client: Option<IpAddr>,
-    /// Whose it is; none where no key is needed.
+    /// The caller's tenant; none if no key is needed.
     pub tenant: Option<String>,
     /// Method and path.
     pub request: String,
-    /// The model that is asked; none until the body was read.
+    /// The requested model; none until the body is read.
     pub model: Option<String>,
-    /// The group that serves it now; none until one does.
+    /// The group that serves the request now; none before placement.
     pub group: Option<String>,
-    /// Seconds since it came.
+    /// Age in seconds.
     pub age_seconds: f64,
-    /// Tokens of its prompt.
+    /// Tokens of the prompt.
     pub prompt_tokens: u64,
     /// Tokens generated so far.
     pub completion_tokens: u64,
 }
 
 impl OpenRequests {
-    /// One more, until the last clone of its audit is dropped.
+    /// Adds a request, until the last clone of its audit is dropped.
     pub fn add(&self, audit: &Audit) {
         let mut lines = self.lines.lock();
         if lines.all.len() >= lines.sweep_at {
             lines.all.retain(|line| line.strong_count() > 0);
-            // each is looked at a constant number of times on average
+            // amortized: each entry is visited a constant number of times on average
             lines.sweep_at = (2 * lines.all.len()).max(256);
         }
         lines.all.push(Arc::downgrade(&audit.0));
     }
 
-    /// All of them, the oldest first.
+    /// All open requests, the oldest first.
     pub fn list(&self) -> Vec<OpenRequest> {
         let open: Vec<Arc<AuditLine>> = self.lines.lock().all.iter().filter_map(Weak::upgrade).collect();
         let now = Instant::now();

@@ -1,50 +1,50 @@
-//! What a request takes of its tenant's tokens per minute.
+//! The charge of a request against its tenant's tokens per minute.
 //!
-//! Tokens are reserved when the prompt is encoded and settled when the request ends: what was not used goes back. What is
-//! generated beyond the reservation is taken while it is generated, so that later requests see it; the bucket may owe. A
-//! request larger than a minute's worth passes when the bucket is full.
+//! Tokens are reserved when the prompt is encoded and settled when the request ends: the unused part is returned.
+//! Tokens beyond the reservation are charged while they are generated, so that later requests see them; the bucket may
+//! become negative. A request larger than a minute's worth is admitted if the bucket is full.
 //!
-//! - The prompt weighs its tokens, and twice as much with `prompt_logprobs`.
-//! - The output is reserved up to `max_tokens` if the client gave it, and otherwise up to what the tenant's requests
-//!   generated lately ([`ExpectedOutput`]), but never more than the model's window leaves.
-//! - What counts in the end is what the group generated, whether or not the client read it.
-//! - Encoding and counting tokens takes a tenth of them.
+//! - The prompt costs its tokens, and twice as much with `prompt_logprobs`.
+//! - The output is reserved up to `max_tokens` if the client set it, and otherwise up to the recent mean of the
+//!   tenant's
+//!   requests ([`ExpectedOutput`]), but never above the room in the model's context window.
+//! - The final charge is what the group generated, whether or not the client read it.
+//! - Encoding and counting tokens costs a tenth of them.
 
 use std::sync::{Mutex, PoisonError};
 
 use super::{Caller, limits::Slot};
 use crate::api::error::ApiError;
 
-/// How much a prompt token weighs if its logprobs are asked for: no cached block spares it, and the output layer is
-/// computed at every position.
+/// Cost of a prompt token with logprobs: the prefix cache saves nothing, and the output layer runs at every position.
 const PROMPT_LOGPROBS_WEIGHT: f64 = 2.0;
-/// How much a token weighs that is only encoded, decoded or counted.
+/// Cost of a token that is only encoded, decoded or counted.
 const ENCODED_WEIGHT: f64 = 0.1;
-/// Completion tokens that a sequence is expected to have before the tenant has generated any.
+/// Expected completion tokens of a sequence before the tenant has generated any.
 const FIRST_EXPECTED_TOKENS: f64 = 512.0;
 const MIN_EXPECTED_TOKENS: f64 = 16.0;
 const MAX_EXPECTED_TOKENS: f64 = 8192.0;
 /// Weight of the latest request in the mean.
 const MEAN_STEP: f64 = 1.0 / 16.0;
 
-/// A request as far as quotas go.
+/// The quantities of a request that quotas depend on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct QuotaRequest {
-    /// Of all its prompts.
+    /// Tokens of all prompts.
     pub prompt_tokens: u64,
-    /// Of the longest prompt.
+    /// Tokens of the longest prompt.
     pub longest_prompt: u64,
-    /// Whether logprobs of the prompt are asked for.
+    /// Whether logprobs of the prompt are requested.
     pub prompt_logprobs: bool,
-    /// Sequences of all its prompts.
+    /// Sequences over all prompts.
     pub sequences: u64,
-    /// Most completion tokens of all its sequences together.
+    /// Maximum completion tokens of all sequences together.
     pub max_tokens: u64,
-    /// Whether the client named `max_tokens`.
+    /// Whether the client set `max_tokens`.
     pub names_max_tokens: bool,
 }
 
-/// The mean number of tokens that a tenant's sequences generated lately.
+/// The recent mean of completion tokens per sequence of a tenant.
 #[derive(Debug)]
 pub(super) struct ExpectedOutput(Mutex<f64>);
 
@@ -66,7 +66,8 @@ impl ExpectedOutput {
 }
 
 impl Caller {
-    /// Lets a request in that has begun, or says why not (403, 429). What it takes is settled when the permit is dropped.
+    /// Admits the tokens of a request that has begun, or refuses it (403, 429). The charge is settled when the permit
+    /// is dropped.
     pub fn admit(&self, wish: QuotaRequest, slot: Slot) -> Result<Permit, ApiError> {
         let tenant = &self.tenant;
         if let Some(most) = tenant.limits.max_context
@@ -95,7 +96,7 @@ impl Caller {
         Ok(Permit { caller: self.clone(), _slot: slot, reserved, prompt, sequences, completion_tokens: 0 })
     }
 
-    /// Takes what encoding, decoding or counting that many tokens weighs. The bucket may owe.
+    /// Charges the cost of encoding, decoding or counting that many tokens. The bucket may become negative.
     pub fn charge_encoded(&self, tokens: u64) {
         if let Some(bucket) = &self.tenant.tokens {
             bucket.give_back(-(tokens as f64) * ENCODED_WEIGHT);
@@ -103,21 +104,21 @@ impl Caller {
     }
 }
 
-/// A request that was let in.
+/// The reservation of an admitted request.
 #[derive(Debug)]
 pub struct Permit {
     caller: Caller,
     _slot: Slot,
-    /// Taken from the bucket so far.
+    /// Charged to the bucket so far.
     reserved: f64,
-    /// What the prompt weighs.
+    /// The cost of the prompt.
     prompt: f64,
     sequences: f64,
     completion_tokens: u64,
 }
 
 impl Permit {
-    /// A group generated tokens.
+    /// Charges tokens that a group generated.
     pub fn generated(&mut self, tokens: u64) {
         self.completion_tokens += tokens;
         let used = self.used();

@@ -39,7 +39,7 @@ fn with(name: &'static str, value: &str) -> HeaderMap {
 }
 
 #[tokio::test]
-async fn keys_are_known_by_their_hash() {
+async fn finds_keys_by_their_hash() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("keys.yaml");
     let sha: String = {
@@ -73,7 +73,7 @@ async fn keys_are_known_by_their_hash() {
 
 /// Of two credentials one has to be valid; two valid ones must be those of one tenant.
 #[tokio::test]
-async fn one_of_two_credentials_is_enough() {
+async fn accepts_one_valid_credential_of_two() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("keys.yaml");
     let sha256 = |key: &str| {
@@ -104,7 +104,7 @@ async fn one_of_two_credentials_is_enough() {
 }
 
 #[test]
-fn models_and_contexts_are_bounded() {
+fn limits_models_and_context() {
     let caller = caller(TenantLimits { models: Some(vec!["large".into()]), ..TenantLimits::default() });
     let policy = Policy::of(Some(caller));
     assert_eq!(policy.allow("small").unwrap_err().status, StatusCode::FORBIDDEN);
@@ -115,7 +115,7 @@ fn models_and_contexts_are_bounded() {
 }
 
 #[test]
-fn parallel_requests_are_counted_while_they_run() {
+fn counts_parallel_requests_while_they_run() {
     let caller = caller(TenantLimits { parallel_requests: Some(2), ..TenantLimits::default() });
     let first = admit(&caller, wish(1, 0)).unwrap();
     let _second = admit(&caller, wish(1, 0)).unwrap();
@@ -134,7 +134,7 @@ fn is_within(seconds: Option<u32>, most: u32, began: Instant) -> bool {
 }
 
 #[test]
-fn a_minute_s_requests_and_then_no_more() {
+fn rejects_requests_above_the_minute_limit() {
     let began = Instant::now();
     let caller = caller(TenantLimits { requests_per_minute: Some(3), ..TenantLimits::default() });
     for left in (0..3).rev() {
@@ -151,7 +151,7 @@ fn a_minute_s_requests_and_then_no_more() {
 }
 
 #[test]
-fn tokens_are_reserved_and_settled() {
+fn reserves_and_settles_tokens() {
     let caller = caller(TenantLimits { tokens_per_minute: Some(6_000), ..TenantLimits::default() });
     let mut permit = admit(&caller, wish(1_000, 4_000)).unwrap();
     assert_eq!(admit(&caller, wish(2_000, 0)).unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
@@ -169,7 +169,7 @@ fn tokens_are_reserved_and_settled() {
 }
 
 #[test]
-fn each_of_several_routers_grants_its_share() {
+fn grants_an_equal_share_per_router() {
     let limits = TenantLimits { requests_per_minute: Some(3), parallel_requests: Some(5), ..TenantLimits::default() };
     let routers = LiveRouters::default();
     let caller = among(limits, &routers);
@@ -195,7 +195,7 @@ fn left(caller: &Caller) -> f64 {
 }
 
 #[test]
-fn an_output_without_a_bound_is_expected_to_be_what_it_was_lately() {
+fn reserves_the_recent_mean_without_max_tokens() {
     let caller = caller(TenantLimits { tokens_per_minute: Some(1_000), ..TenantLimits::default() });
     let open = |prompt_tokens, window| QuotaRequest { names_max_tokens: false, ..wish(prompt_tokens, window) };
     // as much as a tenant that generated nothing yet is expected to
@@ -217,7 +217,7 @@ fn an_output_without_a_bound_is_expected_to_be_what_it_was_lately() {
 }
 
 #[test]
-fn what_is_generated_beyond_the_reservation_is_taken_at_once() {
+fn charges_tokens_beyond_the_reservation_immediately() {
     let caller = caller(TenantLimits { tokens_per_minute: Some(1_000), ..TenantLimits::default() });
     let mut permit = admit(&caller, wish(10, 20)).unwrap();
     permit.generated(20);
@@ -231,7 +231,7 @@ fn what_is_generated_beyond_the_reservation_is_taken_at_once() {
 }
 
 #[test]
-fn logprobs_of_a_prompt_weigh_and_counting_weighs_little() {
+fn charges_more_for_prompt_logprobs_and_less_for_counting() {
     let caller = caller(TenantLimits { tokens_per_minute: Some(10_000), ..TenantLimits::default() });
     let permit = admit(&caller, QuotaRequest { prompt_logprobs: true, ..wish(1_000, 0) }).unwrap();
     assert!((7_999.0..8_100.0).contains(&left(&caller)), "{}", left(&caller));
@@ -243,14 +243,14 @@ fn logprobs_of_a_prompt_weigh_and_counting_weighs_little() {
 }
 
 #[test]
-fn a_request_counts_when_it_begins() {
+fn counts_a_request_when_it_begins() {
     let caller = caller(TenantLimits { requests_per_minute: Some(2), ..TenantLimits::default() });
     drop((caller.begin().unwrap(), caller.begin().unwrap()));
     assert_eq!(caller.begin().unwrap_err().status, StatusCode::TOO_MANY_REQUESTS);
 }
 
 #[test]
-fn a_batch_tenant_s_requests_are_batch() {
+fn limits_requests_to_the_tenant_s_class() {
     use crate::place::admission::Class;
     let limits = TenantLimits { class: super::limits::TenantClass::Batch, ..TenantLimits::default() };
     assert_eq!(Policy::of(Some(caller(limits))).class(Class::Interactive), Class::Batch);

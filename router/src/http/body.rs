@@ -1,6 +1,7 @@
-//! Request bodies: read within their time, and within the memory that all bodies and those of one tenant may take.
-//! The memory is accounted as the body grows, so that a client that announces much and sends little holds little, and is
-//! given back when the last reference to the body is dropped.
+//! Request bodies, read within a deadline and within the memory limits of all bodies and of one tenant.
+//!
+//! Memory is reserved as the body arrives, so that a client that announces a large body and sends little uses little.
+//! It is released when the last reference to the body is dropped.
 
 use std::{
     sync::{
@@ -27,7 +28,7 @@ use crate::{
     api::error::ApiError,
 };
 
-/// What is set aside for a body before anything of it has come.
+/// Bytes reserved for a body before its first byte arrives.
 const FIRST_BYTES: usize = 256 << 10;
 
 /// Reads bodies.
@@ -39,7 +40,7 @@ pub struct BodyReader {
 }
 
 impl BodyReader {
-    /// With these limits.
+    /// Creates a reader with these limits.
     pub fn new(options: HttpOptions, max_body_bytes: usize, metrics: HttpMetrics, shutdown: Shutdown) -> Self {
         let budget = Arc::new(Budget {
             limit: options.max_body_memory.0,
@@ -50,7 +51,7 @@ impl BodyReader {
         Self { options, max_body_bytes, budget, shutdown }
     }
 
-    /// Reads a JSON body whole, or says why not (400, 408, 413, 415, 429, 503).
+    /// Reads a complete JSON body, or refuses it (400, 408, 413, 415, 429, 503).
     pub async fn read(&self, caller: Option<&Caller>, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
         check_content_type(headers)?;
         let announced = headers
@@ -111,7 +112,7 @@ impl BodyReader {
     }
 }
 
-/// Whether the client has left, rather than sent what is no body.
+/// Whether the client disconnected, as opposed to sending a malformed body.
 fn is_disconnect(error: &(dyn std::error::Error + 'static)) -> bool {
     use std::io::ErrorKind;
     let gone =
@@ -120,7 +121,7 @@ fn is_disconnect(error: &(dyn std::error::Error + 'static)) -> bool {
     causes.filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|cause| gone.contains(&cause.kind()))
 }
 
-/// How fast a body comes.
+/// The deadlines of a body while it arrives.
 struct Pace<'o> {
     options: &'o HttpOptions,
     began: Instant,
@@ -139,7 +140,7 @@ impl<'o> Pace<'o> {
         self.received += bytes as u64;
     }
 
-    /// When the next bytes have to be there.
+    /// When the next bytes are due.
     fn due(&self) -> Instant {
         let pause = self.options.read_timeout();
         let mut due = (self.last + pause).min(self.began + Duration::from_secs_f64(self.options.body_timeout_seconds));
@@ -151,7 +152,7 @@ impl<'o> Pace<'o> {
     }
 }
 
-/// Memory for all bodies.
+/// The memory of all bodies.
 #[derive(Debug)]
 struct Budget {
     limit: u64,
@@ -160,7 +161,7 @@ struct Budget {
     metrics: HttpMetrics,
 }
 
-/// Memory for one body.
+/// The memory of one body.
 #[derive(Debug)]
 struct Reservation {
     budget: Arc<Budget>,
@@ -197,7 +198,7 @@ impl Reservation {
         Ok(())
     }
 
-    /// Bytes that give the memory back when their last reference is dropped.
+    /// Bytes that release their memory when the last reference is dropped.
     fn hold(self, bytes: impl AsRef<[u8]> + Send + 'static) -> Bytes {
         Bytes::from_owner(Held { bytes, _memory: self })
     }
@@ -214,7 +215,7 @@ impl Drop for Reservation {
 }
 
 struct Held<T> {
-    // dropped before its memory is given back
+    // dropped before its memory is released
     bytes: T,
     _memory: Reservation,
 }
@@ -230,7 +231,7 @@ fn take(used: &AtomicU64, more: u64, limit: u64) -> bool {
     used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add).is_ok()
 }
 
-/// Bodies are JSON, and say so: a web page can't say it without the server's consent (CORS).
+/// Checks that the content type is JSON: a web page cannot send it without the server's consent (CORS).
 fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     if let Some(encoding) =
         headers.get(header::CONTENT_ENCODING).filter(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity"))
@@ -287,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_recognized_by_its_name() {
+    fn accepts_json_content_types() {
         for json in [
             "application/json",
             "application/json; charset=utf-8",
@@ -317,7 +318,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_body_has_its_time_as_a_whole_and_between_two_bytes() {
+    async fn times_out_slow_bodies_and_long_pauses() {
         let options = HttpOptions {
             read_timeout_seconds: 10.0,
             body_timeout_seconds: 60.0,
@@ -337,7 +338,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn memory_is_bounded_and_given_back() {
+    async fn bounds_and_releases_memory() {
         let options = HttpOptions { max_body_memory: ByteSize(1 << 20), ..HttpOptions::default() };
         let reader = reader(options);
         let headers = json_headers();
@@ -362,7 +363,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reading_ends_with_the_grace_period() {
+    async fn stops_reading_after_the_grace_period() {
         let reader = reader(HttpOptions::default());
         let shutdown = reader.shutdown.clone();
         let never = Body::from_stream(futures::stream::pending::<std::io::Result<Bytes>>());

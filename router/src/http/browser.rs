@@ -21,10 +21,10 @@ use crate::api::error::ApiError;
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 const SEC_FETCH_MODE: HeaderName = HeaderName::from_static("sec-fetch-mode");
 const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
-/// How long browsers may keep the response to a preflight.
+/// How long browsers may cache the response to a preflight.
 const PREFLIGHT_AGE: Duration = Duration::from_secs(600);
 
-/// Names of hosts: one, those below one (`*.example`), or all (`*`).
+/// A rule for host names: one name, all names below a domain (`*.example`), or all (`*`).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct HostPattern(String);
@@ -52,7 +52,7 @@ impl HostPattern {
     }
 }
 
-/// Refuses what a foreign web page may have caused.
+/// Middleware that rejects requests which a foreign web page may have caused.
 #[derive(Clone)]
 pub struct BrowserGuard(Option<Arc<Allowed>>);
 
@@ -63,12 +63,12 @@ struct Allowed {
 }
 
 impl BrowserGuard {
-    /// Lets everything pass: a key is asked for.
+    /// Creates a guard that accepts every request, for a port that requires a key.
     pub fn off() -> Self {
         Self(None)
     }
 
-    /// For a port that asks for no key.
+    /// Creates the guard of a port that requires no key.
     pub fn new(options: &HttpOptions) -> Self {
         let admin_host = options.admin.as_ref().map(|admin| admin.host.to_ascii_lowercase());
         Self(Some(Arc::new(Allowed {
@@ -108,7 +108,7 @@ impl Allowed {
         self.check_origin(request.method(), headers, host)
     }
 
-    /// A name can be made to resolve to any address by its owner; an address can't.
+    /// The owner of a name can make it resolve to any address; an IP address in `Host` cannot be forged this way.
     fn allows_host(&self, authority: &str, local: Option<IpAddr>) -> bool {
         let host = host_of(authority).to_ascii_lowercase();
         let host = host.strip_suffix('.').unwrap_or(&host);
@@ -152,7 +152,7 @@ impl Allowed {
     }
 }
 
-/// Without its port and brackets.
+/// The host without its port and brackets.
 fn host_of(authority: &str) -> &str {
     let authority = authority.rsplit_once('@').map_or(authority, |(_, authority)| authority);
     if let Some((address, _)) = authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
@@ -161,7 +161,7 @@ fn host_of(authority: &str) -> &str {
     authority.rsplit_once(':').map_or(authority, |(host, _)| host)
 }
 
-/// CORS for the origins that may use the API; none if there are none.
+/// The CORS layer for the allowed origins; none if no origin is allowed.
 pub fn cors(options: &HttpOptions) -> Option<CorsLayer> {
     if options.allowed_origins.is_empty() {
         return None;
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_allowed_one_by_one_and_addresses_as_the_server_has_them() {
+    fn allows_listed_names_and_own_addresses() {
         let local: IpAddr = "127.0.0.1".parse().expect("an address");
         let outer: IpAddr = "10.0.0.7".parse().expect("an address");
         let rules = allowed(&["api.example", "*.bora.svc"], &[]);
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn origins_other_than_the_own_are_refused_unless_they_are_allowed() {
+    fn rejects_foreign_origins_unless_allowed() {
         let rules = allowed(&[], &["https://chat.example", "app://obsidian.md"]);
         for (origin, host, expected) in [
             ("http://localhost:8000", "localhost:8000", true),

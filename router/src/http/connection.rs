@@ -1,5 +1,5 @@
-//! One connection: its requests are handed to the routes one after the other, and it is closed so that the client sees
-//! the last response.
+//! One connection: it passes its requests to the routes one by one, and closes so that the client receives the last
+//! response.
 
 use std::{
     convert::Infallible,
@@ -37,37 +37,37 @@ use super::{
 };
 use crate::{access::audit, request_id::RequestId};
 
-/// Largest head of a request.
+/// Maximum size of a request's head.
 const MAX_HEAD_BYTES: usize = 64 << 10;
-/// How long a connection without a request stays open when the server stops: one may be on its way.
+/// How long an idle connection stays open during shutdown, because a request may be on its way.
 const LAST_REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
-/// When connections run out, those are closed that have had no request for this long.
+/// If connections run out, those that have been idle for this long are closed.
 const MIN_RECLAIMED_IDLE: Duration = Duration::from_secs(1);
-/// How long a client that still sends is listened to, so that it sees the response.
+/// How long a client that still sends is read from, so that it receives the response before the connection closes.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What all connections of a port are given.
+/// What all connections of a port share.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Signal {
-    /// No further requests.
+    /// Set if no further requests are accepted.
     pub(super) stopping: bool,
     /// How often connections ran out.
     pub(super) shortages: u64,
 }
 
-/// What one connection needs.
+/// The parameters of one connection.
 pub(super) struct Connection {
     pub(super) info: ConnectionInfo,
     pub(super) routes: Router,
     pub(super) timeouts: Timeouts,
-    /// Whether it ends after its first response.
+    /// Whether the connection ends after its first response.
     pub(super) only_once: bool,
     pub(super) signal: watch::Receiver<Signal>,
     pub(super) metrics: HttpMetrics,
 }
 
 impl Connection {
-    /// Serves until the client leaves, a deadline passes or the server stops.
+    /// Serves until the client disconnects, a deadline passes or the server stops.
     pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S) {
         let Self { info, routes, timeouts, only_once, mut signal, metrics } = self;
         let exchange = Exchange::new();
@@ -94,7 +94,7 @@ impl Connection {
         };
         let io = TokioIo::new(TimedIo::new(stream, Arc::clone(&exchange), timeouts));
         let mut connection = http1::Builder::new()
-            // the deadlines are those of the bytes
+            // the deadlines are those of the byte stream
             .header_read_timeout(None)
             .max_header_size(MAX_HEAD_BYTES)
             .serve_connection(io, service);
@@ -129,8 +129,8 @@ impl Connection {
     }
 }
 
-/// Sends what is left to say and closes a connection. A client that still sends would lose the response to a reset, so
-/// what it sends is taken for a while.
+/// Flushes and closes a connection. A reset would lose the response of a client that still sends, so its bytes are read
+/// and discarded for a while.
 async fn close<S: AsyncRead + AsyncWrite + Unpin>(
     io: TimedIo<S>,
     has_unread: bool,
@@ -163,11 +163,11 @@ async fn close<S: AsyncRead + AsyncWrite + Unpin>(
         }
         std::io::Result::Ok(())
     };
-    // whatever it is, the client has been given, or is gone
+    // the response has been sent, or the client has disconnected
     let _ = timeout(LINGER_TIMEOUT, closing).await;
 }
 
-/// A request's body that is known to be read to its end, or not.
+/// A request's body that records whether it was read to its end.
 struct RequestBody {
     incoming: Incoming,
     ended: bool,
@@ -201,7 +201,7 @@ impl Drop for RequestBody {
     }
 }
 
-/// A response's body, until whose end the connection is busy.
+/// A response's body; the connection is busy until the body ends.
 struct ResponseBody {
     body: Body,
     _busy: ExchangeGuard,

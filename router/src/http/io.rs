@@ -1,4 +1,4 @@
-//! The bytes of a connection with a deadline for each of its states.
+//! The byte stream of a connection, with a deadline for each of its states.
 
 use std::{
     future::Future as _,
@@ -20,15 +20,15 @@ use tokio::{
 
 use super::{options::Timeouts, refusal};
 
-/// What the bytes of a connection and its requests know of each other.
+/// The state that a connection's byte stream and its requests share.
 #[derive(Debug)]
 pub(super) struct Exchange {
     opened: Instant,
-    /// Requests so far.
+    /// Number of requests so far.
     requests: AtomicU32,
-    /// Whether one of them is not served yet.
+    /// Whether a request is being served.
     busy: AtomicBool,
-    /// Milliseconds from the opening to the end of the last response.
+    /// Milliseconds from the opening of the connection to the end of the last response.
     idle_since: AtomicU64,
     /// Whether the body of a request was left unread: the client may still send it.
     unread: AtomicBool,
@@ -45,7 +45,7 @@ impl Exchange {
         })
     }
 
-    /// A request has come; it is served when the guard is dropped.
+    /// Counts a new request; it ends when the guard is dropped.
     pub(super) fn begin(self: &Arc<Self>) -> ExchangeGuard {
         self.requests.fetch_add(1, Ordering::Relaxed);
         self.busy.store(true, Ordering::Relaxed);
@@ -56,17 +56,17 @@ impl Exchange {
         self.busy.load(Ordering::Relaxed)
     }
 
-    /// The end of the last response.
+    /// Records the end of a response.
     fn idle_since(&self) -> Instant {
         self.opened + Duration::from_millis(self.idle_since.load(Ordering::Relaxed))
     }
 
-    /// How long it has had no request.
+    /// How long the connection has been idle.
     pub(super) fn idle_time(&self) -> Duration {
         if self.is_busy() { Duration::ZERO } else { self.idle_since().elapsed() }
     }
 
-    /// The rest of a body will not be read.
+    /// Records that the rest of a body will not be read.
     pub(super) fn leave_unread(&self) {
         self.unread.store(true, Ordering::Relaxed);
     }
@@ -86,27 +86,27 @@ impl Drop for ExchangeGuard {
     }
 }
 
-/// Why a connection ends before its client wants it to.
+/// Why the server closes a connection before the client does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// Half a head.
+    /// The head is incomplete.
     HeadTimeout,
-    /// A head that hyper refused with this status; its own response, which has no body, was withheld.
+    /// hyper refused the head with this status; its own response, which has no body, was withheld.
     BadHead(StatusCode),
-    /// The client takes nothing.
+    /// The client does not read its response.
     WriteTimeout,
 }
 
-/// A stream whose reads end when a head is late or nothing comes, and whose writes end when nothing is taken. It is
-/// shut down by its owner, not by hyper.
+/// A stream whose reads fail if a head is late, and whose writes fail if the client does not read. Its owner shuts it
+/// down, not hyper.
 pub(super) struct TimedIo<S> {
     pub(super) stream: S,
     pub(super) ended: Option<Ended>,
     exchange: Arc<Exchange>,
     timeouts: Timeouts,
-    /// Never later than the next deadline. Looked at when nothing can be done, and set anew only when it rings.
+    /// Never later than the next deadline. It is checked only if no progress is possible, and reset only when it fires.
     timer: Pin<Box<Sleep>>,
-    /// The request after which the reading side waits.
+    /// The number of requests after which the read side waits.
     after: u32,
     head_begun: bool,
     read_due: Option<Instant>,
@@ -129,7 +129,7 @@ impl<S> TimedIo<S> {
         }
     }
 
-    /// Whether a deadline has passed; otherwise the task is woken then.
+    /// Whether a deadline has passed; if not, the task is woken at the deadline.
     fn is_late(&mut self, due: Instant, cx: &mut Context<'_>) -> bool {
         if self.timer.deadline() > due {
             self.timer.as_mut().reset(due);
@@ -153,7 +153,7 @@ impl<S> TimedIo<S> {
         Poll::Pending
     }
 
-    /// Takes the place of hyper's own response to a head that it can't read.
+    /// Replaces hyper's own response to a head that hyper cannot parse.
     fn withhold(&mut self, bytes: &[u8]) -> bool {
         if self.exchange.is_busy() {
             return false;
@@ -179,7 +179,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for TimedIo<S> {
                 }
                 Poll::Ready(outcome)
             }
-            // the body has deadlines of its own, and a response may take its time; hyper does not read anew when it ends
+            // the body has deadlines of its own, and a response may take long; hyper does not poll reads again when it
+            // ends
             Poll::Pending if this.exchange.is_busy() => {
                 this.is_late(Instant::now() + this.timeouts.idle, cx);
                 Poll::Pending
@@ -191,7 +192,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for TimedIo<S> {
                     *this.read_due.get_or_insert_with(|| if begun { Instant::now() + head } else { idle_since + idle });
                 match (this.is_late(due, cx), this.head_begun) {
                     (false, _) => Poll::Pending,
-                    // as if the client had closed it
+                    // end of file, as if the client had closed the connection
                     (true, false) => Poll::Ready(Ok(())),
                     (true, true) => {
                         this.ended = Some(Ended::HeadTimeout);

@@ -1,6 +1,8 @@
-//! A port: it takes connections until the server stops, as many as there may be. One that is too many is served with
-//! 503 (probes are served as always), and connections without a request make room. Some open files are kept for the
-//! admin port and for the groups, so that a flood of clients is not taken for a broken server.
+//! A port: it accepts up to `max_connections` connections until the server stops.
+//!
+//! A connection above the limit gets a 503 (probes are served as usual), and idle connections are closed to make room.
+//! Some open files are reserved for the admin port and for the groups, so that a flood of clients does not look like a
+//! broken server.
 
 use std::{
     future::Future,
@@ -27,40 +29,40 @@ use super::{
     shutdown::Shutdown,
 };
 
-/// How long those have that are too many, in each of their states.
+/// Deadline of a connection above the limit, in each of its states.
 const SHED_TIMEOUT: Duration = Duration::from_secs(2);
-/// Connections of the admin port.
+/// Maximum connections of the admin port.
 const MAX_ADMIN_CONNECTIONS: usize = 256;
-/// How long responses have to end when the grace period is over.
+/// How long responses have to end after the grace period.
 const CUT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for the connections of the backlog when the server stops.
 const LAST_ACCEPT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Pauses after a connection that could not be accepted: the first and the longest one.
+/// Backoff after a connection could not be accepted: the first and the longest one.
 const ACCEPT_BACKOFF: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(1)];
-/// How often a shortage is logged, and idle connections are closed for it.
+/// How often a shortage is logged, and idle connections are closed because of it.
 const SHORTAGE_LOG_INTERVAL: Duration = Duration::from_secs(10);
 const SHORTAGE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How a port is served.
+/// The configuration of a port.
 pub struct Port {
     /// Its name in the log.
     pub name: &'static str,
     /// TLS, if it has any.
     pub tls: Option<Acceptor>,
-    /// What it serves.
+    /// The routes.
     pub routes: Router,
-    /// What it serves to connections that are too many; without it they wait to be accepted.
+    /// The routes of connections above the limit; without them such connections wait to be accepted.
     pub shed_routes: Option<Router>,
     /// How long a connection may stay in each of its states.
     pub timeouts: Timeouts,
-    /// Connections at once.
+    /// Maximum number of parallel connections.
     pub max_connections: usize,
-    /// Counts them.
+    /// The metrics of the port.
     pub metrics: HttpMetrics,
 }
 
 impl Port {
-    /// One for probes and operators, which keeps room for itself.
+    /// The port for probes and operators, which has reserved open files.
     pub fn admin(routes: Router, timeouts: Timeouts) -> Self {
         let max_connections = (OpenFiles::now().reserved as usize / 2).min(MAX_ADMIN_CONNECTIONS);
         Self {
@@ -74,7 +76,7 @@ impl Port {
         }
     }
 
-    /// Serves connections until `stopped` is ready; then open requests get `grace` to finish, and those that are left
+    /// Serves connections until `stopped` is ready. Then open requests get `grace` to finish, and the remaining ones
     /// end with an error.
     pub async fn serve(
         self,
@@ -115,7 +117,7 @@ impl Port {
     }
 }
 
-/// The state of a port that takes connections.
+/// The state of a port that accepts connections.
 struct Accepting {
     port: Port,
     signal: watch::Sender<Signal>,
@@ -137,7 +139,7 @@ impl Accepting {
         let mut backoff = ACCEPT_BACKOFF[0];
         loop {
             if self.port.shed_routes.is_none() {
-                // never closed; the permit is taken with the connection
+                // never closed; the permit belongs to the connection
                 let _ = self.slots.acquire().await;
             }
             match listener.accept().await {
@@ -146,7 +148,7 @@ impl Accepting {
                     self.take(stream, peer).await;
                 }
                 Err(error) => {
-                    // no open files are left, or the client has left already
+                    // no open files are left, or the client has already disconnected
                     self.short_of(&error.to_string());
                     tokio::time::sleep(backoff).await;
                     backoff = (backoff * 2).min(ACCEPT_BACKOFF[1]);
@@ -190,7 +192,7 @@ impl Accepting {
                 None => connection.serve(stream).await,
                 Some(tls) => match tls.accept(stream).await {
                     Ok(stream) => connection.serve(stream).await,
-                    // anybody can make these: no line of their own in an ordinary log
+                    // any client can cause these errors, so they are logged at debug level only
                     Err(error) => tracing::debug!(%error, "tls: a connection was refused"),
                 },
             }
@@ -199,7 +201,7 @@ impl Accepting {
         });
     }
 
-    /// Counts a shortage, asks connections without a request to make room, and says so, both at most so often.
+    /// Counts a shortage, closes idle connections and logs the shortage; the last two are rate-limited.
     fn short_of(&mut self, what: &str) {
         self.port.metrics.refused(Refusal::Connections);
         let now = Instant::now();
@@ -220,7 +222,7 @@ impl Accepting {
 struct Shortage {
     signalled: Option<Instant>,
     logged: Option<Instant>,
-    /// Since the last line in the log.
+    /// Refused since the last log record.
     refused: u64,
 }
 
@@ -234,7 +236,7 @@ impl Shortage {
     }
 }
 
-/// How many files this process may open, and which part of them connections of the API are kept from.
+/// Maximum open files of this process, and the number above which connections of the API are refused.
 #[derive(Clone, Copy, Debug)]
 struct OpenFiles {
     limit: u64,
@@ -247,7 +249,7 @@ impl OpenFiles {
         Self { limit, reserved: (limit / 8).clamp(32, 1024) }
     }
 
-    /// The system gives each file the lowest free number, so the number reports how many are open at least.
+    /// The system assigns the lowest free descriptor, so the descriptor is a lower bound of the number of open files.
     fn is_reserved(&self, stream: &TcpStream) -> bool {
         stream.as_raw_fd() as u64 >= self.limit.saturating_sub(self.reserved)
     }

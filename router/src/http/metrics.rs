@@ -1,4 +1,4 @@
-//! What the HTTP server counts.
+//! The metrics of the HTTP server.
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -6,20 +6,20 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// Why a connection or a request was refused before its route saw it.
+/// Why a connection or a request was refused before it reached a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// Open files or connections are exhausted.
     Connections,
     /// The head did not arrive in time.
     HeadTimeout,
-    /// The head is no HTTP, or larger than it may be.
+    /// The head is not HTTP, or too large.
     Head,
     /// The body did not arrive in time.
     BodyTimeout,
     /// Memory for bodies is exhausted.
     BodyMemory,
-    /// The client did not take its response.
+    /// The client did not read its response.
     WriteTimeout,
 }
 
@@ -44,30 +44,30 @@ struct ReasonLabels {
     reason: &'static str,
 }
 
-/// The HTTP server's counters.
+/// The metrics of the HTTP server.
 #[derive(Clone, Debug, Default)]
 pub struct HttpMetrics {
     /// Open connections of the API's port.
     pub connections: Gauge,
-    /// Memory that request bodies take.
+    /// Memory of request bodies, in bytes.
     pub body_bytes: Gauge,
     refusals: Family<ReasonLabels, Counter>,
 }
 
 impl HttpMetrics {
-    /// Adds them to a registry.
+    /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register("http_connections", "Open connections of the API's port", self.connections.clone());
         registry.register("http_body_bytes", "Memory that request bodies take", self.body_bytes.clone());
         let help = "Connections and requests refused before their route, by reason";
         registry.register("http_refusals", help, self.refusals.clone());
-        // a counter that is there at zero shows its first increase
+        // a counter that exists at zero shows its first increase
         for reason in Refusal::ALL {
             let _ = self.refusals.get_or_create(&ReasonLabels { reason: reason.name() });
         }
     }
 
-    /// One was refused.
+    /// Counts a refusal.
     pub fn refused(&self, reason: Refusal) {
         self.refusals.get_or_create(&ReasonLabels { reason: reason.name() }).inc();
     }

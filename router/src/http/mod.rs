@@ -1,8 +1,8 @@
 //! The HTTP server below the routes: ports ([`listen`]), connections ([`connection`]) and their bytes ([`io`]), request
-//! bodies ([`body`]), protection from web pages ([`browser`]), and the end of the server ([`shutdown`]).
+//! bodies ([`body`]), protection from web pages ([`browser`]), and the shutdown ([`shutdown`]).
 //!
-//! Every state of a connection has a deadline: the TLS handshake, idle, a head, a body, a response that the client does
-//! not take. Every resource has a bound: connections, open files, memory for bodies. What is refused is served in the
+//! Every state of a connection has a deadline: TLS handshake, idle, head, body, and a response that the client does not
+//! read. Every resource has a bound: connections, open files, memory for bodies. A refused request gets an error in the
 //! form of the API.
 
 pub mod body;
@@ -18,7 +18,7 @@ pub mod shutdown;
 
 use std::net::SocketAddr;
 
-/// Both ends of the connection that a request came by; in its extensions.
+/// Both ends of a request's connection, stored in the request's extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionInfo {
     /// The client, or the proxy in front of it.

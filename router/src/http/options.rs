@@ -1,4 +1,4 @@
-//! The `http` section of the configuration: where the router listens, and what a client may take of it.
+//! The `http` section of the configuration: the listeners, and the limits of connections and bodies.
 
 use std::time::Duration;
 
@@ -13,44 +13,45 @@ use serde::Deserialize;
 use super::browser::HostPattern;
 use crate::options::OptionsError;
 
-/// Where the router listens, and the limits of connections and bodies.
+/// The `http` section.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpOptions {
-    /// A name or an address; loopback unless said otherwise.
+    /// Host name or address to listen on; default loopback.
     pub host: String,
     /// 0 = any free port.
     pub port: u16,
-    /// Where `/health`, `/ready`, `/metrics`, `/groups` and `/version` are served as well, for probes and for
-    /// Prometheus; nowhere else if it is absent.
+    /// Address of the admin port, which serves `/health`, `/ready`, `/metrics`, `/groups` and `/version` for probes and
+    /// Prometheus; absent: no admin port.
     pub admin: Option<HostPort>,
     /// TLS of the API's port; plain text if it is absent. The admin port is always plain.
     pub tls: Option<HttpTls>,
     /// Whether `/metrics` is served on the API's port. Absent: only if there is no admin port and the server listens
     /// on loopback.
     pub metrics: Option<bool>,
-    /// Names under which a server without keys, and the admin port, may be addressed, besides loopback names and the
-    /// listen address: `bora.example`, `*.example`, or `*` for any.
+    /// Host names under which a server without keys, and the admin port, may be addressed, besides loopback names and
+    /// the listen address: `bora.example`, `*.example`, or `*` for any.
     pub allowed_hosts: Vec<HostPattern>,
-    /// Origins whose web pages may use the API (CORS), such as `https://chat.example`; `*` is any. None: none.
+    /// Origins whose web pages may use the API (CORS), such as `https://chat.example`; `*` is any. Empty: none.
     pub allowed_origins: Vec<String>,
-    /// Networks of the proxies whose `Forwarded` and `X-Forwarded-For` name the client in the audit log.
+    /// Networks of the proxies whose `Forwarded` and `X-Forwarded-For` are trusted for the client address in the audit
+    /// log.
     pub trusted_proxies: Vec<IpNet>,
-    /// Connections of the API's port; more are served with 503.
+    /// Maximum connections of the API port; further ones get a 503.
     pub max_connections: usize,
-    /// Seconds that a connection without a request is kept open. Longer than the idle time of a load balancer.
+    /// Seconds that an idle connection is kept open. It should exceed the idle timeout of a load balancer.
     pub keep_alive_seconds: f64,
     /// Seconds that a request's head may take, and that a request's body may pause.
     pub read_timeout_seconds: f64,
-    /// Seconds after which a client that takes none of its response is disconnected.
+    /// Seconds after which a client that does not read its response is disconnected.
     pub write_timeout_seconds: f64,
     /// Seconds that a request's body may take.
     pub body_timeout_seconds: f64,
-    /// Slowest average rate of a request's body, after the first `read_timeout_seconds`; 0 = none.
+    /// Minimum average rate of a request's body in bytes per second, after the first `read_timeout_seconds`; 0 = none.
     pub min_body_bytes_per_second: u64,
-    /// Memory for the bodies of all requests that are read or wait to be encoded; more are served with 503.
+    /// Memory in bytes for the bodies of all requests that are read or wait to be encoded; above it requests get a 503.
     pub max_body_memory: ByteSize,
-    /// The same for one tenant; more are served with 429.
+    /// The same for one tenant; above it requests get a 429.
     pub max_tenant_body_memory: ByteSize,
 }
 
@@ -80,16 +81,16 @@ impl Default for HttpOptions {
 /// How long a connection may stay in each of its states.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// Without a request.
+    /// Idle.
     pub idle: Duration,
-    /// With half a head.
+    /// With an incomplete head.
     pub head: Duration,
-    /// With a client that takes nothing.
+    /// With a client that does not read.
     pub write: Duration,
 }
 
 impl HttpOptions {
-    /// Checks every value; `max_body_bytes` is the largest body.
+    /// Checks every value; `max_body_bytes` is the maximum body.
     pub fn validate(&self, max_body_bytes: usize) -> Result<(), OptionsError> {
         let wrong = |field, expected| Err(OptionsError { section: "http", field, expected });
         let seconds = [
@@ -130,12 +131,12 @@ impl HttpOptions {
         self.allowed_origins.iter().any(|origin| origin == "*")
     }
 
-    /// Whether `/metrics` is on the API's port.
+    /// Whether `/metrics` is served on the API port.
     pub fn has_metrics(&self) -> bool {
         self.metrics.unwrap_or(self.admin.is_none())
     }
 
-    /// Of connections.
+    /// The timeouts of a connection.
     pub fn timeouts(&self) -> Timeouts {
         Timeouts {
             idle: Duration::from_secs_f64(self.keep_alive_seconds),
@@ -144,7 +145,7 @@ impl HttpOptions {
         }
     }
 
-    /// Longest pause of a body.
+    /// Maximum pause of a body.
     pub fn read_timeout(&self) -> Duration {
         Duration::from_secs_f64(self.read_timeout_seconds)
     }
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_value_that_can_not_work() {
+    fn names_the_value_out_of_range() {
         let default = HttpOptions::default;
         assert_eq!(wrong(default()), None);
         assert_eq!(wrong(HttpOptions { keep_alive_seconds: 0.0, ..default() }), Some("keep_alive_seconds"));

@@ -1,12 +1,12 @@
-//! Responses to heads that no route has seen: their path is not known, so the body has the form of OpenAI's errors and
-//! of Anthropic's at once.
+//! Responses to heads that reached no route. Their path is unknown, so the body has the form of OpenAI's errors and of
+//! Anthropic's errors in one object.
 
 use axum::http::StatusCode;
 use serde_json::json;
 
 use crate::{api::error::ApiError, request_id::RequestId};
 
-/// A whole response in bytes, after which the connection ends.
+/// A complete response in bytes, after which the connection closes.
 pub(super) fn response(status: StatusCode, id: &RequestId) -> Vec<u8> {
     let error = ApiError::unreadable_head(status);
     let id = id.own();
@@ -26,7 +26,7 @@ pub(super) fn response(status: StatusCode, id: &RequestId) -> Vec<u8> {
     (head + &body).into_bytes()
 }
 
-/// The status of the bodiless response that hyper writes for a head that it can't read.
+/// The status of the response without a body that hyper writes for a head that it cannot parse.
 pub(super) fn of_hyper(bytes: &[u8]) -> Option<StatusCode> {
     if bytes.len() > 256 || !bytes.starts_with(b"HTTP/1.1 4") {
         return None;
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_bare_responses_of_hyper_are_taken_for_such() {
+    fn recognizes_only_bare_responses_of_hyper() {
         let bare = "HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\
                     date: Mon, 30 Nov 2026 23:00:00 GMT\r\n\r\n";
         assert_eq!(of_hyper(bare.as_bytes()), Some(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE));

@@ -1,4 +1,4 @@
-//! The end of the server in two steps: it stops taking requests, and when the grace period is over, responses that are
+//! The shutdown of the server in two steps: it stops accepting requests, and after the grace period responses that are
 //! not complete end with an error.
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-/// How far the server is on its way down.
+/// The progress of the shutdown.
 #[derive(Clone, Default)]
 pub struct Shutdown(Arc<State>);
 
@@ -25,7 +25,7 @@ struct State {
 }
 
 impl Shutdown {
-    /// No request is welcome from now on; those that run may finish.
+    /// Stops accepting requests; running ones may finish.
     pub fn stop(&self) {
         self.0.stopping.store(true, Ordering::Relaxed);
     }
@@ -35,7 +35,7 @@ impl Shutdown {
         self.0.stopping.load(Ordering::Relaxed)
     }
 
-    /// The grace period is over: what still runs ends with an error now.
+    /// Ends the grace period: running requests end with an error.
     pub fn cut(&self) {
         self.stop();
         self.0.cut.store(true, Ordering::Release);
@@ -49,8 +49,8 @@ impl Shutdown {
     }
 }
 
-/// The end of the grace period, as one request waits for it. A stream polls it with every token, so it takes a lock only
-/// when the task changes.
+/// The end of the grace period, as a future for one request. A stream polls it with every token, so it takes a lock
+/// only if the task changes.
 pub struct Cut {
     state: Arc<State>,
     wakes: Pin<Box<WaitForCancellationFutureOwned>>,
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn wakes_who_waits_once_and_for_all() {
+    async fn wakes_all_waiters() {
         let shutdown = Shutdown::default();
         let mut cut = shutdown.wait_cut();
         let waiting = tokio::spawn(async move { std::future::poll_fn(|cx| cut.poll(cx)).await });
