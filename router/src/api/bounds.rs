@@ -1,5 +1,5 @@
-//! What the values of a request's fields may be: each kind of value knows what bounds it can have, how they are checked,
-//! and how JSON Schema says them. Every refusal names the field and its limit.
+//! The bounds of a request's fields. Each kind of value defines which bounds it can have, how they are checked, and how
+//! JSON Schema expresses them. Every refusal names the field and its limit.
 
 use std::ops::RangeInclusive;
 
@@ -13,12 +13,12 @@ use super::{
 };
 use crate::options::RouterOptions;
 
-/// What bounds depend on besides the field.
+/// The inputs that bounds depend on besides the field.
 #[derive(Clone, Copy, Debug)]
 pub struct FieldBounds<'a> {
-    /// What is asked for.
+    /// The operation of the request.
     pub operation: Operation,
-    /// What the operator set.
+    /// The options of the router.
     pub options: &'a RouterOptions,
 }
 
@@ -26,12 +26,12 @@ pub struct FieldBounds<'a> {
 pub trait Bounded {
     /// Its bounds.
     type Bounds;
-    /// What a value within its bounds is read as.
+    /// The type of a value within its bounds.
     type Checked<'v>
     where
         Self: 'v;
 
-    /// The value, or a refusal that names `field`.
+    /// Returns the value, or a refusal that names `field`.
     fn checked(&self, field: &'static str, bounds: &Self::Bounds) -> Result<Self::Checked<'_>, ApiError>;
 
     /// Adds the bounds to a field's schema.
@@ -44,7 +44,7 @@ fn add<const N: usize>(schema: &mut Schema, keywords: [(&str, Value); N]) {
     }
 }
 
-/// At least `least`, and as much as 32 bits hold.
+/// At least `least`, and at most the maximum of 32 bits.
 pub fn at_least(least: i64) -> RangeInclusive<i64> {
     least..=i64::from(u32::MAX)
 }
@@ -73,12 +73,12 @@ impl Bounded for Integer {
     }
 }
 
-/// What a number may be.
+/// The bounds of a number.
 #[derive(Clone, Debug)]
 pub struct Numbers {
-    /// The least and the most.
+    /// The minimum and the maximum.
     pub range: RangeInclusive<f64>,
-    /// Whether the least itself is too little.
+    /// Whether the minimum is exclusive.
     pub above: bool,
 }
 
@@ -98,7 +98,7 @@ impl Bounded for f64 {
             let message = format!("`{field}` must be between {least} and {most}, got {self}.");
             return Err(ApiError::invalid(field, message));
         }
-        // what 32 bits can't report from it is as good as the least
+        // a value that rounds to the minimum in 32 bits counts as the minimum
         if bounds.above && *self as f32 <= *least as f32 {
             return Err(ApiError::invalid(field, format!("`{field}` must be above {least} and at most {most}.")));
         }
@@ -111,12 +111,12 @@ impl Bounded for f64 {
     }
 }
 
-/// How many texts, and how long each: none is empty.
+/// The bounds of a list of strings: their number and their length. None may be empty.
 #[derive(Clone, Copy, Debug)]
 pub struct Texts {
-    /// Texts.
+    /// Maximum number of strings.
     pub most: usize,
-    /// Bytes of each.
+    /// Maximum bytes of each string.
     pub bytes: usize,
 }
 
@@ -156,7 +156,7 @@ impl Bounded for OneOrMany {
     }
 }
 
-/// Ids: so many at most.
+/// The maximum number of token IDs.
 impl Bounded for Vec<u32> {
     type Bounds = usize;
     type Checked<'v> = &'v [u32];
@@ -173,7 +173,7 @@ impl Bounded for Vec<u32> {
     }
 }
 
-/// A text: of so many bytes.
+/// The maximum bytes of a string.
 impl Bounded for String {
     type Bounds = RangeInclusive<usize>;
     type Checked<'v> = &'v str;
@@ -187,17 +187,17 @@ impl Bounded for String {
     }
 
     fn describe(bounds: &Self::Bounds, schema: &mut Schema) {
-        // a character has a byte at least
+        // a character has at least one byte
         add(schema, [("minLength", json!(bounds.start().min(&1))), ("maxLength", json!(bounds.end()))]);
     }
 }
 
-/// How many biases, and what each may be.
+/// The bounds of `logit_bias`.
 #[derive(Clone, Debug)]
 pub struct Biasing {
-    /// Biases.
+    /// Maximum number of biases.
     pub most: usize,
-    /// Of each.
+    /// The bounds of each bias.
     pub range: RangeInclusive<i32>,
 }
 
@@ -230,12 +230,12 @@ impl Bounded for Biases {
     }
 }
 
-/// Which of its two forms `logprobs` has.
+/// The form of `logprobs`.
 #[derive(Clone, Copy, Debug)]
 pub enum LogprobsForm {
-    /// Whether there are any.
+    /// Chat: whether to return logprobs.
     Flag,
-    /// How many alternatives, at most so many.
+    /// Completions: the number of alternatives, with this maximum.
     Count(u32),
 }
 
@@ -261,7 +261,7 @@ impl Bounded for LogprobsField {
     }
 
     fn describe(form: &LogprobsForm, schema: &mut Schema) {
-        // the schema of both forms makes way for that of one
+        // the schema of the operation's form replaces the schema of both forms
         *schema = Schema::default();
         match form {
             LogprobsForm::Flag => add(schema, [("type", json!(["boolean", "null"]))]),
@@ -272,7 +272,7 @@ impl Bounded for LogprobsField {
     }
 }
 
-/// A list that is too long.
+/// The refusal of a list that is too long.
 pub fn too_many(field: &str, most: usize) -> ApiError {
     ApiError::invalid(field, format!("`{field}` must have at most {most} entries."))
 }

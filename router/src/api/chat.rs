@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions`: the response as one object or as chunks.
+//! `POST /v1/chat/completions`: writes the response as one object or as chunks.
 
 use super::{
     completion::{Choice, Completion},
@@ -12,7 +12,7 @@ use crate::relay::emit::{CallDelta, Finish};
 
 const CHUNK: &str = "chat.completion.chunk";
 
-/// The plain response, complete.
+/// Writes a complete response that is not streamed.
 pub fn object(completion: &Completion) -> serde_json::Result<Vec<u8>> {
     let names = completion.names();
     let params = &completion.params;
@@ -106,7 +106,7 @@ impl EventWriter for ChatWriter {
             token_ids: completion.params.return_token_ids.then_some(delta.token_ids.as_slice()),
         };
         let mut chunk = chunk(completion, [chunk_choice]);
-        // Mistral's client asks for no usage and reads it from the chunk that ends the response
+        // Mistral's client does not ask for usage and reads it from the last chunk of the response
         let last_for_mistral =
             completion.mistral_client() && completion.is_over() && self.finished == completion.choices.len();
         if completion.params.continuous_usage || last_for_mistral {

@@ -1,5 +1,5 @@
-//! The response to one generation request while it comes into being: its sequences, and what each has said
-//! so far. Plain and streamed responses are both made from this.
+//! The running state of one generation request: its sequences and their output so far. Plain and streamed responses are
+//! both written from it.
 
 use std::{
     future::Future,
@@ -36,43 +36,43 @@ use crate::{
 pub struct Choice {
     sequence: Option<Sequence>,
     emitter: Emitter,
-    /// The prompt that it completes.
+    /// The index of its prompt.
     pub prompt: usize,
-    /// What is new (streamed) or everything (plain).
+    /// The output: the new part (streamed) or all of it (plain).
     pub delta: Delta,
-    /// Set when it is over.
+    /// Set when the choice is complete.
     pub finish: Option<Finish>,
-    /// Logprobs of its prompt's positions 1.. as they came.
+    /// Logprobs of its prompt from position 1 on, as received.
     pub prompt_logprobs: Vec<PositionLogprobs>,
-    /// Where the next token of the text begins, for logprobs of completions.
+    /// The text offset of the next token, for logprobs of completions.
     pub text_offset: TextOffset,
     cached_tokens: u32,
-    /// Tokens that its groups generated, as far as they are known.
+    /// Tokens that its groups generated, as far as they are reported.
     generated: u64,
 }
 
 impl Choice {
-    /// What stopped it.
+    /// The stop string or stop token that ended the choice.
     pub fn stop_reason(&self) -> Option<&crate::relay::emit::StopReason> {
         self.emitter.stop_reason()
     }
 }
 
-/// A request that is being served.
+/// A generation request that is being served.
 pub struct Completion {
-    /// Parameters.
+    /// The validated parameters.
     pub params: Params,
-    /// The name that the client used.
+    /// The model name that the client used.
     pub model: String,
     /// OpenAI's `id`.
     pub id: String,
-    /// Seconds since 1970.
+    /// Creation time in seconds since 1970.
     pub created: u64,
-    /// Choices of all prompts, `n` for each.
+    /// The choices of all prompts, `n` for each.
     pub choices: Vec<Choice>,
-    /// Ids of each prompt.
+    /// The token IDs of each prompt.
     pub tasks: Vec<Arc<Task>>,
-    /// Texts of the prompts, where they are echoed.
+    /// The texts of the prompts, if they are echoed.
     pub prompt_texts: Vec<Option<String>>,
     service: Arc<Service>,
     context: RequestContext,
@@ -86,7 +86,7 @@ pub struct Completion {
 }
 
 impl Completion {
-    /// Places every sequence. Nothing has been sent to a group before this is polled.
+    /// Creates the sequences of a request. Nothing is sent to a group before the result is polled.
     pub fn start(
         service: Arc<Service>,
         prepared: Prepared,
@@ -189,7 +189,7 @@ impl Completion {
         Ok(())
     }
 
-    /// Ready when every sequence was accepted by a group, or one failed for good.
+    /// Ready when a group has accepted every sequence, or one sequence has failed permanently.
     pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ApiError>> {
         let mut all = true;
         let mut failed = None;
@@ -213,8 +213,8 @@ impl Completion {
         }
     }
 
-    /// The number of a choice that has something new; `None` when all are over. After an error the response
-    /// is over as well.
+    /// Returns the index of a choice with new output; `None` if all choices are complete. After an error the response
+    /// is complete as well.
     pub fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<usize, ApiError>>> {
         if self.running == 0 {
             return Poll::Ready(None);
@@ -253,7 +253,7 @@ impl Completion {
         Poll::Pending
     }
 
-    /// Runs to the end.
+    /// Runs all sequences to their end.
     pub async fn finish(&mut self) -> Result<(), ApiError> {
         while let Some(step) = std::future::poll_fn(|cx| self.poll_step(cx)).await {
             step?;
@@ -302,7 +302,8 @@ impl Completion {
         }
     }
 
-    /// Ends a sequence. If it still runs, dropping it notifies its group; what that generated and nobody read is counted.
+    /// Ends a sequence. If the sequence still runs, dropping it notifies its group; tokens that were generated but not
+    /// read are counted.
     fn release(&mut self, number: usize) {
         if let Some(mut sequence) = self.choices[number].sequence.take() {
             self.served_by.extend_from_slice(sequence.served_by());
@@ -348,12 +349,12 @@ impl Completion {
         self.running = 0;
     }
 
-    /// Whether all choices are over.
+    /// Whether all choices are complete.
     pub fn is_over(&self) -> bool {
         self.running == 0
     }
 
-    /// Tokens so far.
+    /// The usage so far.
     pub fn usage(&self) -> Usage {
         let prompt_tokens = self.tasks.iter().map(|task| task.ids.len() as u32).sum();
         let completion_tokens = self.choices.iter().map(|choice| choice.emitter.completion_tokens()).sum();
@@ -372,7 +373,7 @@ impl Completion {
         TokenNames { tokenizer: self.params.emit.tokenizer.as_deref(), as_ids: self.params.tokens_as_ids }
     }
 
-    /// The groups that serve it, each once.
+    /// The names of the groups that serve the request, without duplicates.
     pub fn served_by(&self) -> String {
         let mut groups: Vec<&str> = self.served_by.iter().map(String::as_str).collect();
         for sequence in self.choices.iter().filter_map(|choice| choice.sequence.as_ref()) {
@@ -383,30 +384,30 @@ impl Completion {
         groups.join(",")
     }
 
-    /// Why the first sequence was placed where it was, in debug mode.
+    /// The reasons of the first sequence's placement, in debug mode.
     pub fn explanation(&self) -> Option<String> {
         let first = self.choices.first()?.sequence.as_ref()?;
         first.explanation().map(ToString::to_string)
     }
 
-    /// It ends in an error response.
+    /// Records that the request ends with an error response.
     pub fn refused(&mut self, error: ApiError) -> ApiError {
         self.abort();
         self.context.open.responded(error.status.as_u16());
         error
     }
 
-    /// What is known of the request besides its body.
+    /// The context of the request besides its body.
     pub fn context(&mut self) -> &mut RequestContext {
         &mut self.context
     }
 
-    /// Whether the response goes to a client of Mistral's API with no word on how it wants its usage.
+    /// Whether the client uses Mistral's API and did not set `stream_options`.
     pub fn mistral_client(&self) -> bool {
         self.context.client.mistral && !self.params.include_usage
     }
 
-    /// The router.
+    /// The router's state.
     pub fn service(&self) -> &Arc<Service> {
         &self.service
     }
@@ -439,7 +440,7 @@ impl Completion {
                 Failure::Full(_) => {
                     ApiError::overloaded("All groups of this model are full. Please retry later.", retry_after())
                 }
-                // what a group says of itself is for the log
+                // a group's own error message is only for the log
                 Failure::Refused(_) => ApiError::unavailable(
                     "The group that served the request stopped, and no other could take it over.",
                     2,
@@ -469,13 +470,13 @@ impl Completion {
 }
 
 impl Drop for Completion {
-    /// The client may have left.
+    /// the client may have disconnected
     fn drop(&mut self) {
         self.abort();
     }
 }
 
-/// The seeds of one request's choices: far apart, and the first one as the client gave it.
+/// The seeds of a request's choices: far apart, and the first one equal to the client's seed.
 fn seed_of(seed: u64, choice: u32) -> u64 {
     seed.wrapping_add(u64::from(choice).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }

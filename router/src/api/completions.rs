@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: the response as one object or as chunks.
+//! `POST /v1/completions`: writes the response as one object or as chunks.
 
 use super::{
     completion::{Choice, Completion},
@@ -9,7 +9,7 @@ use crate::relay::emit::Finish;
 
 const OBJECT: &str = "text_completion";
 
-/// The plain response, complete. Puts the echoed prompt in front of each text.
+/// Writes a complete response that is not streamed, with the echoed prompt in front of each text.
 pub fn object(completion: &mut Completion) -> serde_json::Result<Vec<u8>> {
     for choice in &mut completion.choices {
         if let Some(echo) = &completion.prompt_texts[choice.prompt] {

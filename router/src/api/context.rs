@@ -1,6 +1,6 @@
-//! A request from its head on: whose it is, under which policy, and what it takes of the tenant's limits.
+//! The context of a request from its head on: its caller, its policy, and its use of the tenant's limits.
 //!
-//! [`RequestContext::enter`] is the only way to one, so every operation passes the tenant's policy and limits. It
+//! [`RequestContext::enter`] is the only constructor, so that every operation passes the tenant's policy and limits. It
 //! is called before the body is read.
 
 use std::sync::Arc;
@@ -26,46 +26,46 @@ use crate::{
     service::Service,
 };
 
-/// Name the conversation of which a request is a turn.
+/// Headers that name the session of a request.
 const SESSION_HEADERS: [HeaderName; 2] =
     [HeaderName::from_static("x-session-id"), HeaderName::from_static("x-affinity")];
 
-/// What is known of a request besides its body.
+/// The context of a request besides its body.
 pub struct RequestContext {
-    /// Its id: the client's own or a new one.
+    /// The identifiers of the request.
     pub request_id: String,
-    /// Whom the response is for.
+    /// The audience of the response.
     pub client: Client,
-    /// W3C trace context that its work is done under: its own span's, or the client's.
+    /// The W3C trace context of the request's work: that of the router's own span, or the client's.
     pub trace: Option<TraceContext>,
-    /// What the client's tracing system adds to it.
+    /// The `tracestate` of the client's tracing system.
     pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
-    /// Who sends it, as a hash of the key that came with it; 0 without one.
+    /// A hash of the key that came with the request, as the sender; 0 without a key.
     pub tenant: u64,
-    /// The name of the conversation that it belongs to, as a hash, where a header gives one.
+    /// A hash of the session's name, if a header gives one.
     pub session: Option<u64>,
-    /// When it came.
+    /// Time of arrival.
     pub arrived: Instant,
-    /// Its line in the audit log.
+    /// The request's record in the audit log.
     pub audit: Audit,
-    /// Counts it.
+    /// The metrics that count the request.
     pub open: OpenRequest,
     policy: Policy,
     hold: Hold,
 }
 
-/// What a request holds of its tenant's limits.
+/// The request's share of its tenant's limits.
 enum Hold {
-    /// Nothing: keys are not asked for.
+    /// None: no key is needed.
     Nothing,
-    /// It has begun.
+    /// The request was admitted and has no charge yet.
     Slot(Slot),
-    /// It generates.
+    /// The request generates, with a reservation of tokens.
     Permit(Permit),
 }
 
 impl RequestContext {
-    /// Lets a request in, or says why not. A refusal is counted.
+    /// Admits a request or refuses it. A refusal is counted.
     pub fn enter(service: &Service, operation: Operation, parts: &Parts) -> Result<Self, ApiError> {
         let arrived = Instant::now();
         let request_id = parts.extensions.get::<RequestId>().cloned().unwrap_or_else(RequestId::random);
@@ -91,12 +91,12 @@ impl RequestContext {
         })
     }
 
-    /// Its tenant's policy.
+    /// The policy of the request's tenant.
     pub fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// Runs `work` on a body in its tenant's turn, where it keeps no stream waiting.
+    /// Runs `work` on a body in the thread pool, in the order that is fair to tenants.
     pub async fn prepare<T: Send + 'static>(
         &self,
         service: &Arc<Service>,
@@ -113,7 +113,7 @@ impl RequestContext {
         service.pool().run(self.tenant, body.len(), work).await?
     }
 
-    /// Asks the tenant's limits, now that the request's tokens are counted.
+    /// Checks the tenant's limits when the request's tokens are counted.
     pub fn admit(&mut self, model: &str, wish: QuotaRequest) -> Result<(), ApiError> {
         self.audit.asks(model, wish.prompt_tokens);
         self.hold = match (std::mem::replace(&mut self.hold, Hold::Nothing), self.policy.caller()) {
@@ -123,7 +123,7 @@ impl RequestContext {
         Ok(())
     }
 
-    /// A group generated tokens for it.
+    /// Charges tokens that a group generated for the request.
     pub fn generated(&mut self, tokens: u64) {
         self.audit.generated(tokens);
         if let Hold::Permit(permit) = &mut self.hold {
@@ -131,20 +131,20 @@ impl RequestContext {
         }
     }
 
-    /// It took tokens to be encoded, decoded or counted, and nothing else.
+    /// Charges tokens that were only encoded, decoded or counted.
     pub fn encoded(&mut self, tokens: u64) {
         if let Some(caller) = self.policy.caller() {
             caller.charge_encoded(tokens);
         }
     }
 
-    /// It ends in an error.
+    /// Records that the request ends with an error.
     pub fn refused(&mut self, error: &ApiError) {
         self.open.responded(error.status.as_u16());
     }
 }
 
-/// Whose request it is, as the layer that checks keys said. Without that layer nobody is let in who would need a key.
+/// The caller that the authentication layer found. Without that layer, a router that requires keys refuses the request.
 fn caller(service: &Service, parts: &Parts) -> Result<Option<Caller>, ApiError> {
     match parts.extensions.get::<Option<Caller>>() {
         Some(caller) => Ok(caller.clone()),
@@ -155,13 +155,13 @@ fn caller(service: &Service, parts: &Parts) -> Result<Option<Caller>, ApiError> 
 
 fn client(headers: &HeaderMap) -> Client {
     let user_agent = headers.get(header::USER_AGENT).and_then(|value| value.to_str().ok());
-    // LangChain's client for Mistral gives the name of its HTTP library and no other sign. Whoever else does so gets
-    // nothing that is wrong: whole tool calls, and usage that was not asked for.
+    // LangChain's client for Mistral sends the name of its HTTP library and no other sign. Another client with that
+    // name gets a valid response too: complete tool calls, and usage that it did not request.
     let mistral = |agent: &str| agent.contains("mistral-client-") || agent.starts_with("python-httpx/");
     Client { mistral: user_agent.is_some_and(mistral) }
 }
 
-/// Who sends a request: the tenant of its key, or whoever holds the key where keys are not asked for.
+/// The sender of a request: the tenant of its key, or the hash of the key if no key is needed.
 fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
     if let Some(caller) = caller {
         return xxhash_rust::xxh3::xxh3_64(caller.tenant.name.as_bytes());
@@ -169,7 +169,7 @@ fn tenant(caller: Option<&Caller>, headers: &HeaderMap) -> u64 {
     headers.get(header::AUTHORIZATION).map_or(0, |value| xxhash_rust::xxh3::xxh3_64(value.as_bytes()))
 }
 
-/// The conversation of which this is a turn, where the client names it.
+/// The session of the request, if the client names it.
 fn session(headers: &HeaderMap) -> Option<u64> {
     SESSION_HEADERS.iter().filter_map(|header| headers.get(header)).find_map(|name| Name::of(name.as_bytes()).0)
 }

@@ -1,10 +1,10 @@
-//! What requests of other APIs become: a chat request, and the way back from its fields to theirs.
+//! Conversion of other APIs' requests to chat requests, and of the errors' field names back.
 //!
-//! `/v1/responses` and `/v1/messages` say in other words what a chat completion says. Their requests are written as
-//! chat messages once ([`Conversion`]), and everything behind is the same: rules, prompt, placement, failover. A rule
-//! that such a message breaks is given by the name that the client knows ([`Conversion::in_words_of_client`]).
+//! Requests of `/v1/responses` and `/v1/messages` are converted to chat messages once ([`Conversion`]), and all later
+//! steps are shared: rules, prompt, placement, failover. An error about such a message names the field of the client's
+//! API ([`Conversion::in_words_of_client`]).
 //!
-//! Texts, arguments and schemas are copied as JSON, unread: what reaches the prompt is what the client wrote.
+//! Texts, arguments and schemas are copied as unparsed JSON, so that the prompt holds exactly what the client wrote.
 
 use std::borrow::Cow;
 
@@ -22,10 +22,10 @@ use super::{
     turns,
 };
 
-/// The code of the error that says that a model takes no images.
+/// The error code of an image for a model that accepts none.
 pub const NO_IMAGES: &str = "unsupported_image";
 
-/// A place in the client's request.
+/// A position in the client's request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// A field of the body: `instructions`, `system`.
@@ -46,37 +46,37 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// A message as a chat request has it.
+/// A message of a chat request.
 #[derive(Debug, Serialize)]
 pub struct ChatMessage<'a> {
     /// `system`, `user`, `assistant` or `tool`.
     pub role: &'static str,
-    /// What it says.
+    /// The content.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<ChatContent<'a>>,
-    /// What it calls.
+    /// The tool calls.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ChatCall<'a>>,
-    /// The call whose result this is.
+    /// The ID of the call whose result this message is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tool_call_id: Option<Cow<'a, str>>,
-    /// Whether the model continues with it.
+    /// Whether the model continues this message.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub prefix: bool,
 }
 
-/// Content of a [`ChatMessage`].
+/// The content of a [`ChatMessage`].
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub enum ChatContent<'a> {
     /// As the client wrote it.
     ChatInput(&'a RawValue),
-    /// Texts and images.
+    /// Text and image parts.
     Parts(Vec<ChatPart<'a>>),
 }
 
 impl ChatContent<'_> {
-    /// Whether it says nothing.
+    /// Whether the content is empty.
     pub fn is_empty(&self) -> bool {
         match self {
             Self::ChatInput(written) => matches!(written.get(), "\"\"" | "null"),
@@ -89,39 +89,39 @@ impl ChatContent<'_> {
 #[derive(Debug, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ChatPart<'a> {
-    /// A text; the value is a JSON string, or whatever the client wrote in its place.
+    /// A text; the value is the client's JSON value, normally a string.
     Text {
         /// The text.
         text: Text<'a>,
     },
     /// An image.
     ImageUrl {
-        /// Where it is.
+        /// The URL of the image.
         image_url: Text<'a>,
     },
 }
 
-/// A JSON value of the client's, or a text of our own.
+/// A JSON value of the client, or a text of the router.
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub enum Text<'a> {
     /// As the client wrote it.
     ChatInput(&'a RawValue),
-    /// Put together here.
+    /// Created by the router.
     Made(String),
 }
 
 impl<'a> ChatPart<'a> {
-    /// A text as the client wrote it; one that is missing is `null`, which the conversation's reader refuses.
+    /// A text as the client wrote it; an absent text becomes `null`, which the conversation parser refuses.
     pub fn text(text: Option<&'a RawValue>) -> Self {
         Self::Text { text: Text::ChatInput(text.unwrap_or(RawValue::NULL)) }
     }
 }
 
-/// A call of a [`ChatMessage`].
+/// A tool call of a [`ChatMessage`].
 #[derive(Debug, Serialize)]
 pub struct ChatCall<'a> {
-    /// Its id.
+    /// The ID of the call.
     pub id: Cow<'a, str>,
     /// The function.
     pub function: ChatFunction<'a>,
@@ -130,13 +130,13 @@ pub struct ChatCall<'a> {
 /// Function and arguments of a [`ChatCall`].
 #[derive(Debug, Serialize)]
 pub struct ChatFunction<'a> {
-    /// Its name.
+    /// The name of the function.
     pub name: Cow<'a, str>,
-    /// An object, or a text that holds one.
+    /// The arguments: an object, or a text that holds one.
     pub arguments: Cow<'a, RawValue>,
 }
 
-/// A tool as a chat request has it.
+/// A tool of a chat request.
 #[derive(Clone, Debug, Serialize)]
 pub struct ChatTool<'a> {
     /// `function`
@@ -148,24 +148,24 @@ pub struct ChatTool<'a> {
 /// The function of a [`ChatTool`].
 #[derive(Clone, Debug, Serialize)]
 pub struct ChatToolFunction<'a> {
-    /// Its name.
+    /// The name of the function.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<Text<'a>>,
-    /// What it is for.
+    /// The description of the function.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<Text<'a>>,
-    /// The schema of its arguments.
+    /// The JSON schema of its arguments.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parameters: Option<Cow<'a, RawValue>>,
-    /// Whether arguments must keep to it in every detail.
+    /// Whether arguments must match the schema exactly.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub strict: Option<bool>,
 }
 
 impl ChatTool<'_> {
-    /// The tool as a text, written as the prompt's list of tools has it. The model's format has one place for tools, in
-    /// front of the first user message: a tool that becomes known later is shown as text where that happens, so that the
-    /// prompt up to there stays what it was.
+    /// The tool as text, written as in the prompt's list of tools. The model's format has one place for tools, in front
+    /// of the first user message. A tool that appears later is shown as text at its position, so that the prompt before
+    /// it does not change.
     pub fn as_text(&self) -> String {
         let written = serde_json::to_string(self).unwrap_or_default();
         let mut text = String::with_capacity(written.len() + 64);
@@ -177,7 +177,7 @@ impl ChatTool<'_> {
     }
 }
 
-/// Reads one entry of a list; an error names its place.
+/// Parses one entry of a list; an error names its position.
 pub fn entry<'a, T: serde::Deserialize<'a>>(written: &'a RawValue, place: Place) -> Result<T, ApiError> {
     cpu_budget::check(Stage::Parse)?;
     serde_json::from_str(written.get()).map_err(|error| {
@@ -187,12 +187,12 @@ pub fn entry<'a, T: serde::Deserialize<'a>>(written: &'a RawValue, place: Place)
     })
 }
 
-/// A field of an entry that must be there.
+/// A required field of an entry.
 pub fn missing(place: Place, name: &str) -> ApiError {
     ApiError::invalid(format!("{place}.{name}"), format!("`{place}.{name}` is required."))
 }
 
-/// An entry of a kind that nobody serves; `what` are such entries.
+/// The refusal of an entry of an unsupported kind; `what` names such entries.
 pub fn unsupported(place: Place, what: &str, kind: Option<&str>) -> ApiError {
     let Some(kind) = kind else { return missing(place, "type") };
     let kind: String = kind.chars().take(64).collect();
@@ -214,7 +214,7 @@ pub fn is_object(written: &RawValue) -> bool {
     written.get().starts_with('{')
 }
 
-/// Refuses what other APIs have and one with a single response has not.
+/// Refuses parameters of the other API that a response with a single choice cannot serve.
 pub fn refuse_foreign(fields: &Body<'_>) -> Result<(), ApiError> {
     let is_above_one = |number: &Option<Integer>| number.is_some_and(|Integer(number)| number != 1);
     for (name, is_there) in [
@@ -230,14 +230,14 @@ pub fn refuse_foreign(fields: &Body<'_>) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Where a chat message comes from.
+/// The source of a chat message in the client's request.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    /// The message itself.
+    /// The position of the message itself.
     pub message: Place,
-    /// Each part of its content, where that was taken apart.
+    /// The position of each content part, if the content was split.
     pub parts: Vec<Place>,
-    /// Each of its calls.
+    /// The position of each tool call.
     pub calls: Vec<Place>,
 }
 
@@ -247,21 +247,21 @@ impl From<Place> for Origin {
     }
 }
 
-/// Field and message of a refusal for a place.
+/// Field and message of a refusal at a position.
 pub type Refusal = fn(Place) -> (String, &'static str);
 
-/// How fields are named in the client's API.
+/// The names of fields in the client's API.
 pub struct Dialect {
-    /// Chat's name of a field of the body, and the client's.
+    /// The name in a chat request of a body field, and the name in the client's API.
     pub fields: &'static [(&'static str, &'static str)],
-    /// What follows a message's, a part's, a call's or a tool's place in a chat request, and in the client's; the first
-    /// that fits counts.
+    /// Suffixes after the position of a message, part, call or tool: in a chat request, and in the client's API. The
+    /// first match is used.
     pub tails: &'static [(&'static str, &'static str)],
-    /// How an image for a model that takes none is refused: field and message for its place.
+    /// The refusal of an image for a model that accepts none: field and message at its position.
     pub no_images: Option<Refusal>,
 }
 
-/// A request on its way to become a chat request.
+/// A conversion to a chat request in progress.
 pub struct Conversion {
     messages: Vec<Box<RawValue>>,
     origins: Vec<Origin>,
@@ -271,7 +271,7 @@ pub struct Conversion {
 }
 
 impl Conversion {
-    /// Messages in the order of their turns, and the tools of the prompt.
+    /// Adds the messages in the order of their turns, and the tools of the prompt.
     pub fn new(
         dialect: &'static Dialect,
         messages: Vec<(ChatMessage<'_>, Origin)>,
@@ -289,14 +289,14 @@ impl Conversion {
         Ok(Self { messages, origins, tools, tool_places, dialect })
     }
 
-    /// The chat request: a body that has the conversation's messages and tools.
+    /// Returns the chat request: a body with the conversation's messages and tools.
     pub fn body<'b>(&'b self, mut fields: Body<'b>) -> Body<'b> {
         fields.messages = Some(Messages::List(self.messages.iter().map(|message| &**message).collect()));
         fields.tools = self.tools.as_deref();
         fields
     }
 
-    /// An error of the chat request, reported by the names of the client's.
+    /// Renames the field of a chat request's error to the client's field.
     pub fn in_words_of_client(&self, mut error: ApiError) -> ApiError {
         let Some(param) = error.param.take() else { return error };
         if let (Some(no_images), Some(NO_IMAGES)) = (self.dialect.no_images, error.code)
@@ -309,7 +309,7 @@ impl Conversion {
         }
         let path = self.path(&param).unwrap_or_else(|| param.clone());
         for (name, own) in self.dialect.fields {
-            // as a whole (`stop` but not `stop_token_ids`), or with what follows it: `messages[3].content`
+            // match the whole name (`stop` but not `stop_token_ids`), or the name with a suffix: `messages[3].content`
             for end in ['`', '[', '.'] {
                 error.message = error.message.replace(&format!("`{name}{end}"), &format!("`{own}{end}"));
             }
@@ -318,7 +318,7 @@ impl Conversion {
         error
     }
 
-    /// Where a part of a chat message comes from.
+    /// The source of a part of a chat message.
     fn place(&self, param: &str) -> Option<Place> {
         let (index, rest) = indexed(param, "messages")?;
         let origin = self.origins.get(index)?;
@@ -326,7 +326,7 @@ impl Conversion {
         origin.parts.get(number).copied()
     }
 
-    /// The client's path of a chat request's path, where the two differ.
+    /// The client's path of a chat request's path, if the two differ.
     fn path(&self, param: &str) -> Option<String> {
         if let Some((index, rest)) = indexed(param, "messages") {
             let Some(origin) = self.origins.get(index) else { return self.field("messages") };
@@ -357,13 +357,13 @@ impl Conversion {
         self.dialect.fields.iter().find(|(chat, _)| *chat == name).map(|(_, own)| (*own).to_owned())
     }
 
-    /// The client's name of a field that a grammar came from.
+    /// The client's name of the field that a grammar came from.
     pub fn own_field(&self, name: &'static str) -> &'static str {
         self.dialect.fields.iter().find(|(chat, _)| *chat == name).map_or(name, |(_, own)| own)
     }
 }
 
-/// `name[7].rest` as 7 and `.rest`.
+/// Splits `name[7].rest` into 7 and `.rest`.
 fn indexed<'p>(path: &'p str, name: &str) -> Option<(usize, &'p str)> {
     let (index, rest) = path.strip_prefix(name)?.strip_prefix('[')?.split_once(']')?;
     Some((index.parse().ok()?, rest))
@@ -380,7 +380,7 @@ mod tests {
     };
 
     #[test]
-    fn a_name_that_begins_like_another_stays() {
+    fn keeps_names_with_a_common_prefix() {
         let conversion = Conversion::new(&DIALECT, Vec::new(), Vec::new()).unwrap();
         let reported = |message: &str| conversion.in_words_of_client(ApiError::invalid("x", message)).message;
         assert_eq!(reported("`max_tokens_per_day` is wrong"), "`max_tokens_per_day` is wrong");
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_are_told_in_the_clients_words() {
+    fn names_the_client_s_fields_in_errors() {
         let message =
             || ChatMessage { role: "user", content: None, tool_calls: vec![], tool_call_id: None, prefix: false };
         let origin = Origin {
@@ -399,7 +399,7 @@ mod tests {
         let messages = vec![(message(), Place::Field("instructions").into()), (message(), origin)];
         let function = ChatToolFunction { name: None, description: None, parameters: None, strict: None };
         let tool = |index| (ChatTool { r#type: "function", function: function.clone() }, Place::Entry("tools", index));
-        // the client's first and third tools are none of the prompt's
+        // the client's first and third tools are not in the prompt
         let conversion = Conversion::new(&DIALECT, messages, vec![tool(1), tool(3)]).unwrap();
         for (chat, own) in [
             ("messages", "input"),

@@ -1,12 +1,10 @@
-//! How a field of a request is declared: once, with its name, the kind of its value, the operations that know it, its
-//! bounds, and what is said of it.
+//! Declarations of request fields: each field is declared once, with its name, kind, operations, bounds and
+//! description.
 //!
-//! [`fields!`] makes three things of a list of such declarations: the struct that a body is read into ([`Fields::read`]), an
-//! accessor for each field with bounds that refuses what is beyond them, and the entries of the description at
-//! `/openapi.json` ([`object`]). So nothing can be read that is not described, nor described that is not read, nor checked
-//! against other limits than those that are given. That is why the description is made by `schemars` and not by
-//! annotations of handlers: what can be derived is a schema of a type, and these schemas depend on the operation and on
-//! what the operator set.
+//! [`fields!`] generates three things from a list of declarations: the struct that a body is parsed into
+//! ([`Fields::read`]), an accessor with bounds for each bounded field, and the schema entries at `/openapi.json`
+//! ([`object`]). Parser, limits and description therefore cannot differ. `schemars` generates the description instead
+//! of annotations of handlers, because these schemas depend on the operation and on the options of the router.
 
 use std::cell::Cell;
 
@@ -16,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::{bounds::FieldBounds, params::Endpoint};
 
-/// What a client can ask for with a body.
+/// An operation that a client requests with a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // the names are those of the routes
 pub enum Operation {
@@ -31,7 +29,7 @@ pub enum Operation {
 }
 
 impl Operation {
-    /// In counters.
+    /// The operation's name in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Chat => "chat",
@@ -45,7 +43,7 @@ impl Operation {
         }
     }
 
-    /// Whether it is served by a group.
+    /// Whether a group serves the operation.
     pub fn generates(self) -> bool {
         matches!(self, Self::Chat | Self::Completions | Self::Responses | Self::Messages)
     }
@@ -62,7 +60,7 @@ impl From<Endpoint> for Operation {
     }
 }
 
-/// The operations that know a field.
+/// The operations that support a field.
 #[derive(Clone, Copy, Debug)]
 pub struct Uses {
     known: &'static [Operation],
@@ -70,58 +68,59 @@ pub struct Uses {
 }
 
 impl Uses {
-    /// These know it.
+    /// These operations support it.
     pub const fn of(known: &'static [Operation]) -> Self {
         Self { known, required: &[] }
     }
 
-    /// These need it.
+    /// These operations require it.
     pub const fn required(mut self, required: &'static [Operation]) -> Self {
         self.required = required;
         self
     }
 
-    /// Whether `operation` knows it.
+    /// Whether `operation` supports it.
     pub fn include(&self, operation: Operation) -> bool {
         self.known.contains(&operation)
     }
 }
 
-/// One field, as it is described.
+/// The description of one field.
 pub struct Declared {
     /// Its name.
     pub name: &'static str,
-    /// Other names of it.
+    /// Its aliases.
     pub aliases: &'static [&'static str],
-    /// What is said of it.
+    /// Its description.
     pub words: &'static str,
-    /// Who knows it.
+    /// The operations that support it.
     pub uses: Uses,
-    /// Its schema, for an operation that needs it (`true`) or takes null as well.
+    /// Its schema, for an operation that requires it (`true`) or also accepts null.
     pub schema: fn(&mut SchemaGenerator, Operation, bool) -> Schema,
     /// Its bounds.
     pub bound: Option<fn(&mut Schema, &FieldBounds<'_>)>,
 }
 
 impl Declared {
-    /// A field with a schema that is the same for all.
+    /// Describes a field whose schema is the same for all operations.
     pub const fn new<T: JsonSchema>(name: &'static str, words: &'static str, uses: Uses) -> Self {
         let schema = |generator: &mut SchemaGenerator, _, required| schema_of::<T>(generator, required);
         Self { name, aliases: &[], words, uses, schema, bound: None }
     }
 }
 
-/// The schema of a value, or of one that may be null.
+/// The schema of a value, or of a value that may be null.
 pub fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator, required: bool) -> Schema {
     if required { generator.subschema_for::<T>() } else { generator.subschema_for::<Option<T>>() }
 }
 
-/// Fields that are read from a body.
+/// Fields that are parsed from a body.
 pub trait Fields<'de>: Default {
     /// Their declarations.
     const DECLARED: &'static [Declared];
 
-    /// Reads the value of `key` if it is one of these fields, and says who knows it; `at` learns its name for the error.
+    /// Parses the value of `key` if it is one of these fields, and returns the operations that support it. `at`
+    /// receives its name for errors.
     fn read<A: MapAccess<'de>>(
         &mut self,
         key: &str,
@@ -130,7 +129,7 @@ pub trait Fields<'de>: Default {
     ) -> Result<Option<Uses>, A::Error>;
 }
 
-/// No fields.
+/// An empty set of fields.
 impl<'de> Fields<'de> for () {
     const DECLARED: &'static [Declared] = &[];
 
@@ -144,7 +143,7 @@ impl<'de> Fields<'de> for () {
     }
 }
 
-/// Reads one value and remembers its name for the error.
+/// Parses one value and stores its name for errors.
 pub fn value<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
     map: &mut A,
     at: &Cell<&'static str>,
@@ -154,7 +153,8 @@ pub fn value<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
     map.next_value()
 }
 
-/// The schema of a body with those of `declared` that its operation knows; of two with one name the first counts.
+/// The schema of a body with the fields of `declared` that its operation supports; the first of two fields with one
+/// name is used.
 pub fn object<'d>(
     declared: impl IntoIterator<Item = &'d Declared>,
     limits: &FieldBounds<'_>,
@@ -174,7 +174,7 @@ pub fn object<'d>(
         if let Some(bound) = field.bound {
             bound(&mut schema, limits);
         }
-        // a schema that is `true` becomes an object by this
+        // turns a schema that is `true` into an object
         let mut words = field.words.trim().to_owned();
         if let Some(alias) = field.aliases.first() {
             words = format!("{words} Also `{alias}`.").trim_start().to_owned();
@@ -193,8 +193,9 @@ pub fn object<'d>(
 
 /// Declares the fields of a body: `name | "alias": kind as schema, uses, within bounds;`.
 ///
-/// The kind is what the value is read as, and the schema (`as`) what it is described as where the kind can't say it; `as {..}`
-/// is an arm for each operation. The bounds are a function of [`FieldBounds`]. What the struct has besides stands in its braces.
+/// The kind is the type that the value is parsed as. The schema (`as`) describes it if the kind cannot; `as {..}` is an
+/// arm for each operation. The bounds are a function of [`FieldBounds`]. Further members of the struct are in its
+/// braces.
 macro_rules! fields {
     (
         $(#[$meta:meta])*

@@ -1,5 +1,5 @@
-//! Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`.
-//! Every error of every layer becomes a response here and nowhere else.
+//! Errors in the form of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`. Errors of all layers are
+//! converted to responses here.
 
 use axum::{
     body::Body,
@@ -9,7 +9,7 @@ use axum::{
 use bora_common::cpu_budget::Stopped;
 use serde::Serialize;
 
-/// A request that took too much of the router's time.
+/// A request that exceeded its CPU time in the router.
 impl From<Stopped> for ApiError {
     fn from(stopped: Stopped) -> Self {
         match stopped {
@@ -21,32 +21,32 @@ impl From<Stopped> for ApiError {
                 error.code = Some("cpu_budget_exceeded");
                 error
             }
-            // nobody sees it
+            // the client has disconnected
             Stopped::Cancelled(_) => Self::internal("The client left."),
         }
     }
 }
 
-/// An error that a client sees.
+/// An error that is sent to a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
-    /// HTTP status, where the headers were not sent yet.
+    /// HTTP status, if the headers were not sent yet.
     pub status: StatusCode,
     /// OpenAI's `type`.
     pub kind: &'static str,
     /// OpenAI's `code`.
     pub code: Option<&'static str>,
-    /// The field of the request that is wrong.
+    /// The invalid field of the request.
     pub param: Option<String>,
-    /// For a person.
+    /// The message for people.
     pub message: String,
     /// Seconds after which a retry may succeed.
     pub retry_after: Option<u32>,
-    /// Whether the same request fails again, whatever its status says.
+    /// Whether a retry of the same request fails again, regardless of the status.
     pub is_final: bool,
 }
 
-/// Notifies the clients of OpenAI and Anthropic whether to send the request again.
+/// Header that tells the clients of OpenAI and Anthropic whether to retry.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 #[derive(Serialize)]
@@ -74,31 +74,31 @@ impl ApiError {
         error
     }
 
-    /// 400 for a body that can't be read at all.
+    /// 400 for a body that cannot be parsed.
     pub fn malformed(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
     }
 
-    /// 400 for a prompt that leaves no room in the model's window.
+    /// 400 for a prompt that leaves no room in the context window.
     pub fn context_length(param: &'static str, message: impl Into<String>) -> Self {
         let mut error = Self::invalid(param, message);
         error.code = Some("context_length_exceeded");
         error
     }
 
-    /// 401 for a request without a key that is known.
+    /// 401 for a request without a valid key.
     pub fn unauthorized(message: &str, code: &'static str) -> Self {
         let mut error = Self::new(StatusCode::UNAUTHORIZED, "authentication_error", message);
         error.code = Some(code);
         error
     }
 
-    /// 403 for what this key may not do.
+    /// 403 for an operation that this key does not permit.
     pub fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "permission_error", message)
     }
 
-    /// 429 for a tenant that does too much.
+    /// 429 for a tenant above one of its limits.
     pub fn rate_limited(message: impl Into<String>, retry_after: u32) -> Self {
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message);
         error.code = Some("rate_limit_exceeded");
@@ -106,7 +106,7 @@ impl ApiError {
         error
     }
 
-    /// 404 for a model that nobody serves.
+    /// 404 for an unknown model.
     pub fn model_not_found(model: &str) -> Self {
         let shown: String = model.chars().take(200).collect();
         let mut error =
@@ -128,7 +128,7 @@ impl ApiError {
         error
     }
 
-    /// 405 for a path that has other methods.
+    /// 405 for a path that supports other methods.
     pub fn no_method(method: &str, path: &str) -> Self {
         let mut error = Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -139,7 +139,7 @@ impl ApiError {
         error
     }
 
-    /// 426 for a path that is asked for a WebSocket.
+    /// 426 for a WebSocket handshake.
     pub fn no_websocket(path: &str) -> Self {
         let message = format!("{path} serves no WebSockets: send the request with POST.");
         let mut error = Self::new(StatusCode::UPGRADE_REQUIRED, "invalid_request_error", message);
@@ -158,7 +158,7 @@ impl ApiError {
         error
     }
 
-    /// 408 for a body that came too slowly.
+    /// 408 for a body that arrived too slowly.
     pub fn body_timeout(received: u64) -> Self {
         let message = format!("The request body did not arrive in time: {received} bytes have come.");
         let mut error = Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message);
@@ -166,13 +166,13 @@ impl ApiError {
         error
     }
 
-    /// 499 for the records alone: the client left before its body was complete.
+    /// 499, only for metrics and logs: the client disconnected before its body was complete.
     pub fn client_gone() -> Self {
         let status = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
         Self::new(status, "invalid_request_error", "The client left before its request was complete.")
     }
 
-    /// For a head that can't be read: 408, 414, 431 or 400.
+    /// The error of a head that cannot be parsed: 408, 414, 431 or 400.
     pub fn unreadable_head(status: StatusCode) -> Self {
         let (code, message) = match status {
             StatusCode::REQUEST_TIMEOUT => ("request_timeout", "The request's head did not arrive in time."),
@@ -188,7 +188,7 @@ impl ApiError {
         error
     }
 
-    /// 415 for a body in another form than the one that is read.
+    /// 415 for an unsupported content type or encoding.
     pub fn unsupported_media_type(header: &str, value: &str, expected: &str) -> Self {
         let shown: String = value.chars().take(100).collect();
         let message = format!("`{header}` must be {expected}, got `{shown}`.");
@@ -197,7 +197,7 @@ impl ApiError {
         error
     }
 
-    /// 403 for a host under which a server without keys is not served.
+    /// 403 for a host name that is not allowed on a server without keys.
     pub fn host_not_allowed(host: &str) -> Self {
         let shown: String = host.chars().take(200).collect();
         let mut error = Self::forbidden(format!(
@@ -217,7 +217,7 @@ impl ApiError {
         error
     }
 
-    /// 503 for a request that the server does not finish because it stops.
+    /// 503 for a request that is aborted because the server stops.
     pub fn shutting_down() -> Self {
         Self::unavailable("The server is shutting down. Please retry.", 1)
     }
@@ -230,7 +230,7 @@ impl ApiError {
         error
     }
 
-    /// 503: no group of the model takes requests now, or the router itself can't.
+    /// 503: no group of the model accepts requests now, or the router itself is overloaded.
     pub fn unavailable(message: impl Into<String>, retry_after: u32) -> Self {
         let mut error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message);
         error.code = Some("unavailable");
@@ -246,12 +246,12 @@ impl ApiError {
         error
     }
 
-    /// 500: something of ours broke.
+    /// 500: an internal error.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
-    /// Whether a retry may mend it.
+    /// Whether a retry may succeed.
     fn may_be_retried(&self) -> bool {
         let may_pass = [StatusCode::REQUEST_TIMEOUT, StatusCode::CONFLICT, StatusCode::TOO_MANY_REQUESTS];
         !self.is_final && (self.status.is_server_error() || may_pass.contains(&self.status))
@@ -281,7 +281,7 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        // for the audit log, and for APIs that say it in another form
+        // for the audit log, and for APIs with another form of errors
         response.extensions_mut().insert(self);
         response
     }

@@ -1,5 +1,4 @@
-//! The kinds of values that fields of requests have: each is read from more forms than one, or says in words of its own
-//! what was expected.
+//! Types of request fields with several accepted forms or with error messages of their own.
 
 use std::{borrow::Cow, collections::BTreeMap, fmt};
 
@@ -11,7 +10,7 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-/// Describes a kind, where it stands, as another one that is written alike.
+/// Describes a type by the schema of another type with the same form.
 macro_rules! described {
     ($kind:ident: $like:ty) => {
         impl JsonSchema for $kind {
@@ -30,17 +29,17 @@ macro_rules! described {
     };
 }
 
-/// `messages`: each as it was written, found in one pass over the body.
+/// `messages`: each message as unparsed JSON, found in one pass over the body.
 #[derive(Debug)]
 pub enum Messages<'de> {
     /// An array.
     List(Vec<&'de RawValue>),
-    /// Something else, of which only the kind is kept: the conversation's reader words the error.
+    /// Another value, of which only the type is kept: the conversation parser creates the error.
     Other(Json<'static>),
 }
 
 impl<'de> Messages<'de> {
-    /// The messages; none if they are no array.
+    /// The messages; none if the value is not an array.
     pub fn list(&self) -> &[&'de RawValue] {
         match self {
             Messages::List(list) => list,
@@ -106,7 +105,7 @@ impl<'de> Deserialize<'de> for Messages<'de> {
     }
 }
 
-/// A key, borrowed from the body where it has no escapes.
+/// A key, borrowed from the body if it has no escapes.
 pub(super) struct Key<'de>(pub(super) Cow<'de, str>);
 
 impl<'de> Deserialize<'de> for Key<'de> {
@@ -131,7 +130,7 @@ impl<'de> Deserialize<'de> for Key<'de> {
     }
 }
 
-/// An integer, also written as `3.0`; of any size, so that its field can say what it may be.
+/// An integer, also in the form `3.0`; of any size, so that its field can name the bounds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Integer(pub i128);
 
@@ -166,12 +165,12 @@ impl<'de> Deserialize<'de> for Integer {
 
 described!(Integer: i64);
 
-/// A name of which only the hash is kept. Values of other kinds name nothing.
+/// A name, of which only the hash is kept. Values of other types count as absent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name(pub Option<u64>);
 
 impl Name {
-    /// The empty text is no name.
+    /// The empty string is not a name.
     pub fn of(text: &[u8]) -> Self {
         Self((!text.is_empty()).then(|| xxhash_rust::xxh3::xxh3_64(text)))
     }
@@ -183,7 +182,7 @@ impl<'de> Deserialize<'de> for Name {
         if !written.starts_with('"') {
             return Ok(Self(None));
         }
-        // what is no text after all (half of a surrogate pair) names nothing either
+        // a string that is not valid text (half of a surrogate pair) counts as absent too
         let text: Option<String> = serde_json::from_str(written).ok();
         Ok(text.map_or(Self(None), |text| Self::of(text.as_bytes())))
     }
@@ -191,7 +190,7 @@ impl<'de> Deserialize<'de> for Name {
 
 described!(Name: String);
 
-/// A text or a list of texts.
+/// One string or a list of strings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OneOrMany(pub Vec<String>);
 
@@ -231,7 +230,7 @@ enum TextOrTexts {
     Texts(Vec<String>),
 }
 
-/// `logprobs`: a flag in chat, a number in completions.
+/// `logprobs`: a boolean in chat, a number in completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[schemars(inline)]
 #[serde(untagged, expecting = "a boolean (chat) or an integer (completions)")]
@@ -242,7 +241,7 @@ pub enum LogprobsField {
     Count(Integer),
 }
 
-/// `priority`: a class by name, or vLLM's number (the higher, the later).
+/// `priority`: a class by name, or vLLM's number (higher is later).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[schemars(rename = "Priority")]
 #[serde(untagged, expecting = "\"interactive\", \"batch\" or an integer")]
@@ -253,7 +252,7 @@ pub enum PriorityField {
     Number(Integer),
 }
 
-/// Classes of requests.
+/// The classes of requests.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "lowercase")]
 #[allow(dead_code)] // the names are read where all of them are known
@@ -265,13 +264,13 @@ enum PriorityClass {
 /// `stream_options`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 pub struct StreamOptions {
-    /// A last chunk with the usage.
+    /// Sends a last chunk with the usage.
     pub include_usage: Option<bool>,
-    /// The usage so far in every chunk (vLLM).
+    /// Sends the usage so far in every chunk (vLLM).
     pub continuous_usage_stats: Option<bool>,
 }
 
-/// `logit_bias`, as it was written.
+/// `logit_bias`, in the order of the body.
 #[derive(Debug)]
 pub struct Biases(pub Vec<(String, f64)>);
 
@@ -299,17 +298,17 @@ impl<'de> Deserialize<'de> for Biases {
     }
 }
 
-/// A text, several, token IDs, or several lists of them.
+/// A prompt: one text, several texts, token IDs, or several lists of token IDs.
 #[derive(Clone, Debug, PartialEq, Eq, JsonSchema)]
 #[schemars(untagged)]
 pub enum Prompt {
     /// One text.
     Text(String),
-    /// Several.
+    /// Several texts.
     Texts(Vec<String>),
     /// One list of token IDs.
     Ids(Vec<u32>),
-    /// Several.
+    /// Several lists of token IDs.
     IdLists(Vec<Vec<u32>>),
 }
 

@@ -1,4 +1,4 @@
-//! The generation endpoints: what they do alike, from the body's first byte to the response.
+//! The generation endpoints: their shared path from the first byte of the body to the response.
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,12 +28,12 @@ use crate::{
     service::Service,
 };
 
-/// Names the groups that serve the request.
+/// Header with the names of the groups that serve the request.
 pub const GROUP_HEADER: HeaderName = HeaderName::from_static("x-bora-group");
-/// Names the reasons of its placement, in debug mode.
+/// Header with the reasons of the placement, in debug mode.
 pub const DECISION_HEADER: HeaderName = HeaderName::from_static("x-bora-decision");
 
-/// How long the headers of a stream wait for a group's word, so that a refusal can still be a status.
+/// How long the headers of a stream wait for a group to accept the request, so that a refusal can still set the status.
 const ACCEPT_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// `POST /v1/chat/completions`
@@ -89,7 +89,7 @@ async fn respond(service: Arc<Service>, endpoint: Endpoint, request: Request<Bod
     outcome.unwrap_or_else(ApiError::into_response)
 }
 
-/// Asks the tenant's limits, now that the request's tokens are counted.
+/// Checks the tenant's limits when the request's tokens are counted.
 fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, ApiError> {
     let choices = u64::from(prepared.params.n);
     let lengths = prepared.prompts.iter().map(|prompt| prompt.encoded.ids.len() as u64);
@@ -106,7 +106,7 @@ fn admit(prepared: Prepared, context: &mut RequestContext) -> Result<Prepared, A
     Ok(prepared)
 }
 
-/// Places the request and answers it, plain or streamed.
+/// Places the request and writes its response, plain or streamed.
 async fn completion(
     service: Arc<Service>,
     endpoint: Endpoint,

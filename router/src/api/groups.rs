@@ -15,28 +15,28 @@ use crate::{
 
 #[derive(Serialize)]
 struct Groups<'a> {
-    /// Name of the cluster: with the record, what a call to a group's leader has to expect.
+    /// Name of the cluster: with the group's record, the identity that a call to its leader expects.
     cluster: &'a str,
-    /// Routers that live, this one included: each grants that share of the tenants' limits.
+    /// Live routers, this one included: each grants that share of the tenants' limits.
     routers: u32,
     groups: Vec<GroupObject>,
 }
 
-/// A group's record with what this router knows better.
+/// A group's record, with this router's own view of the group.
 #[derive(Serialize)]
 struct GroupObject {
     #[serde(flatten)]
     record: GroupRecord,
     /// Whether the registry still lists it.
     announced: bool,
-    /// Whether its event stream to this router lives.
+    /// Whether its event stream to this router is connected.
     watched: bool,
     /// Whether it reports its state: if not, it gets no requests.
     responding: bool,
     load: LoadObject,
 }
 
-/// What the group last reported itself.
+/// The last report of the group.
 #[derive(Serialize)]
 struct LoadObject {
     running: u32,
@@ -48,7 +48,7 @@ struct LoadObject {
     steps: u64,
 }
 
-/// All groups by name whose model the caller may use; on the admin port all.
+/// Lists all groups by name whose model the caller may use; on the admin port all groups.
 pub async fn list(State(service): State<Arc<Service>>, caller: Option<Extension<Option<Caller>>>) -> Response<Body> {
     let view = service.fleet().view();
     let caller = caller.and_then(|Extension(caller)| caller);
@@ -62,7 +62,7 @@ struct Requests {
     requests: Vec<OpenRequest>,
 }
 
-/// The requests that are open now, the oldest first.
+/// Lists the requests that are open now, the oldest first.
 pub async fn requests(State(service): State<Arc<Service>>) -> Response<Body> {
     json(&Requests { requests: service.open_requests().list() })
 }

@@ -1,5 +1,5 @@
-//! `GET /v1/models` and `/v1/models/{id}`, in a form that OpenAI's, vLLM's and Mistral's clients read, and in Anthropic's for
-//! clients that send its version.
+//! `GET /v1/models` and `/v1/models/{id}`, in a form that the clients of OpenAI, vLLM and Mistral parse, and in
+//! Anthropic's form for clients that send its version header.
 
 use std::sync::Arc;
 
@@ -30,14 +30,14 @@ struct ModelObject {
     /// The model behind an alias.
     root: String,
     parent: Option<String>,
-    /// Of its groups, as `device` is: unknown while it has none.
+    /// The context window of its groups, like `device`: unknown if it has no group.
     #[serde(skip_serializing_if = "Option::is_none")]
     max_model_len: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     device: Option<Device>,
     groups: usize,
     ready_groups: usize,
-    // what Mistral's client asks for
+    // the capabilities that Mistral's client requests
     r#type: &'static str,
     name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,7 +55,7 @@ struct Capabilities {
     vision: bool,
 }
 
-/// Anthropic's list: all of it, on one page.
+/// Anthropic's list, complete on one page.
 #[derive(Serialize)]
 struct AnthropicList {
     first_id: Option<String>,
@@ -79,10 +79,10 @@ impl From<ModelObject> for AnthropicModel {
     }
 }
 
-/// Seconds since 1970 as a date and time in UTC.
+/// Formats seconds since 1970 as a date and time in UTC.
 fn rfc3339(seconds: u64) -> String {
     let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    // years begin in March, so that a leap day is their last one
+    // years begin in March, so that a leap day is the last day of its year
     let day = days + 719_468;
     let (era, of_era) = (day / 146_097, day % 146_097);
     let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
@@ -95,12 +95,12 @@ fn rfc3339(seconds: u64) -> String {
     format!("{year:04}-{month:02}-{day_of_month:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
-/// Whether a client speaks Anthropic's API.
+/// Whether a client uses Anthropic's API.
 fn is_anthropics(headers: &HeaderMap) -> bool {
     headers.contains_key("anthropic-version")
 }
 
-/// `GET /v1/models`: those that the caller may use.
+/// Lists the models that the caller may use.
 pub async fn list(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Option<Caller>>,
@@ -108,7 +108,7 @@ pub async fn list(
 ) -> Response<axum::body::Body> {
     let view = service.fleet().view();
     let served = |model: &str| view.model(model).filter(|model| !model.groups.is_empty());
-    // a model whose groups are all scaled away is still offered: a request for it brings them back
+    // a model without groups (scaled to zero) is still listed: a request for it scales it up
     let configured = service.configured_names().map(|(name, model)| describe(&service, name, model, served(model)));
     let others = view.models().filter(|model| service.configured(&model.name).is_none());
     let mut data: Vec<ModelObject> =
@@ -124,7 +124,7 @@ pub async fn list(
     json(&List { object: "list", data })
 }
 
-/// `GET /v1/models/{id}`; token IDs may contain slashes.
+/// Describes one model; its ID may contain slashes.
 pub async fn one(
     State(service): State<Arc<Service>>,
     Extension(caller): Extension<Option<Caller>>,
@@ -146,7 +146,7 @@ pub async fn one(
     if is_anthropics(&headers) { json(&AnthropicModel::from(model)) } else { json(&model) }
 }
 
-/// A model by one of its names; `served` are its groups, if it has any now.
+/// Describes a model by one of its names; `served` are its groups, if any.
 fn describe(service: &Service, name: &str, model: &str, served: Option<&Arc<ModelGroups>>) -> ModelObject {
     let spec = service.spec(model);
     let has_text = spec.tokenizer.is_some();
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn writes_dates_of_every_kind_of_year() {
+    fn formats_dates_of_leap_and_common_years() {
         for (seconds, expected) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),

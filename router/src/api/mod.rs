@@ -1,7 +1,9 @@
-//! The HTTP surface: OpenAI's API with vLLM's additions, and Anthropic's Messages. A request is read ([`request`], by fields that
-//! are declared once: [`declare`]), made
-//! a chat request where it came by another API ([`convert`], [`responses`], [`messages`]), checked ([`params`]), encoded
-//! ([`prepare`]), placed and run ([`response`]), and written as an object or as events ([`chat`], [`completions`], [`sse`]).
+//! The HTTP API: OpenAI's API with vLLM's additions, and Anthropic's Messages.
+//!
+//! The steps of a request: its body is parsed ([`request`], with fields that are declared once: [`declare`]); a request
+//! of another API is converted to a chat request ([`convert`], [`responses`], [`messages`]); its parameters are
+//! validated ([`params`]); its prompt is encoded ([`prepare`]); its sequences are placed and run ([`completion`]); the
+//! result ([`response`]) is written as an object or as events ([`chat`], [`completions`], [`sse`]).
 
 pub mod bounds;
 pub mod chat;

@@ -1,4 +1,4 @@
-//! What a request's parameters may be, and what they become: sampling and stopping for the group, output
+//! Validation of a request's parameters, and their conversion to sampling and stop parameters for the group and output
 //! rules for the emitter. Every refusal names the field and its limit.
 
 use std::{collections::HashMap, sync::Arc};
@@ -21,14 +21,15 @@ use crate::{
     relay::emit::EmitOptions,
 };
 
-/// What calls are written with: a model that is kept from the first must not continue with the others, or half a call is its response.
+/// The control tokens of tool calls. If a bias or a mask bans the first, it must ban the others too; otherwise the
+/// output may hold a partial call.
 const CALL_TOKENS: [&str; 3] = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"];
-/// A bias that no logit outweighs.
+/// A bias that exceeds every logit.
 const FORBIDDEN: f32 = -1_000.0;
-/// OpenAI's default where a completion names no `max_tokens`.
+/// OpenAI's default of `max_tokens` in completions.
 const COMPLETION_MAX_TOKENS: u32 = 16;
 
-/// Which API a request came by: they differ in a few defaults.
+/// The API of a request. The APIs differ in a few defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// `/v1/chat/completions`
@@ -42,7 +43,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// What token IDs of responses begin with.
+    /// The prefix of the IDs of responses.
     pub fn id_prefix(self) -> &'static str {
         match self {
             Self::Chat => "chatcmpl-",
@@ -58,76 +59,76 @@ impl Endpoint {
     }
 }
 
-/// A request's parameters, checked.
+/// The validated parameters of a request.
 pub struct Params {
-    /// Response with events.
+    /// Whether the response is streamed.
     pub stream: bool,
     /// Usage in a last chunk of its own.
     pub include_usage: bool,
     /// Usage so far in every chunk.
     pub continuous_usage: bool,
-    /// Sequences for each prompt.
+    /// Number of sequences per prompt.
     pub n: u32,
-    /// For the group; the seed is the first sequence's.
+    /// Sampling parameters for the group; the seed is that of the first sequence.
     pub sampling: Sampling,
-    /// The first sequence's seed; the others' are derived.
+    /// The seed of the first sequence; the other seeds are derived from it.
     pub seed: u64,
-    /// As asked for; `None` = the default of the endpoint.
+    /// The requested `max_tokens`; `None` = the default of the endpoint.
     pub max_tokens: Option<u32>,
-    /// No end before that many.
+    /// Minimum number of tokens before the end.
     pub min_tokens: u32,
-    /// Whether the end-of-sequence id is an id like any other.
+    /// Whether the end-of-sequence token is treated as an ordinary token.
     pub ignore_eos: bool,
-    /// Ids that end a sequence besides.
+    /// Additional token IDs that end a sequence.
     pub stop_token_ids: Vec<u32>,
-    /// For the group.
+    /// Number of logprobs requested from the group.
     pub logprobs: Option<Logprobs>,
-    /// Alternatives that the client sees.
+    /// Alternatives per output token that the client gets.
     pub top_logprobs: Option<u32>,
-    /// Alternatives at prompt positions that the client sees.
+    /// Alternatives per prompt position that the client gets.
     pub prompt_logprobs: Option<u32>,
-    /// The prompt comes back in front of the response.
+    /// Whether the prompt is echoed in front of the output.
     pub echo: bool,
-    /// `max_tokens: 0`, with `echo` or in Messages: nothing is generated, at most the prompt comes back.
+    /// `max_tokens: 0`, with `echo` or in Messages: nothing is generated; at most the prompt is returned.
     pub echo_only: bool,
-    /// Ids come back, of prompt and response.
+    /// Whether the token IDs of prompt and output are returned.
     pub return_token_ids: bool,
-    /// Logprobs name tokens as `token_id:7`.
+    /// Whether logprobs name tokens as `token_id:7`.
     pub tokens_as_ids: bool,
-    /// The name of the conversation or, failing that, of who has it, as a hash.
+    /// A hash of the session's name, or else of the sender.
     pub session: Option<u64>,
-    /// What the response has to look like.
+    /// The structured output.
     pub structure: Option<Structure>,
-    /// How urgent it is.
+    /// The class of the request.
     pub class: Class,
-    /// For the emitter.
+    /// Output rules for the emitter.
     pub emit: Arc<EmitOptions>,
 }
 
-/// Whom the response is for, as far as the form of the response depends on it.
+/// The audience of a response, as far as the form of the response depends on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Client {
-    /// Clients of Mistral's API ask for no usage and need it, and can't read a tool call in chunks.
+    /// Clients of Mistral's API need usage without requesting it, and cannot parse a tool call in chunks.
     pub mistral: bool,
 }
 
 impl Params {
-    /// The beginning of an output's text.
+    /// The start state of an output's text.
     pub fn text_offset(&self) -> TextOffset {
         TextOffset::new(self.emit.tokenizer.as_ref(), self.emit.skip_special)
     }
 }
 
-/// What the form of an output depends on besides the request's body.
+/// The inputs besides the body that the form of an output depends on.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OutputForm {
-    /// Whom it is for.
+    /// The audience of the response.
     pub client: Client,
-    /// The names that calls may have in the history.
+    /// The function names that calls in the history may have.
     pub function_names: FunctionNames,
 }
 
-/// Refuses what would change the response and is not served.
+/// Refuses unsupported fields that would change the response.
 pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
     if let Some((refused, _)) = body.refused.iter().find(|(refused, value)| !refused.harmless.includes(value)) {
         return Err(refused.error());
@@ -142,7 +143,7 @@ pub fn refuse_unserved(body: &Body<'_>) -> Result<(), ApiError> {
     }
 }
 
-/// Checks everything but the prompt.
+/// Validates everything except the prompt.
 pub fn check(
     body: &Body<'_>,
     endpoint: Endpoint,
@@ -199,7 +200,7 @@ pub fn check(
     if echo && top_logprobs.is_some() && stream {
         return Err(ApiError::invalid("echo", "`echo` with `logprobs` is not available when `stream` is true."));
     }
-    // vLLM gives the echoed prompt logprobs as well
+    // vLLM returns logprobs of the echoed prompt as well
     let prompt_top = prompt_logprobs.max(top_logprobs.filter(|_| echo));
     let logprobs =
         (top_logprobs.is_some() || prompt_top.is_some()).then_some(Logprobs { top: top_logprobs, prompt_top });
@@ -212,7 +213,7 @@ pub fn check(
         ));
     }
     let (mut sampling, seed) = sampling(body, limits, model, spec)?;
-    // without tools a call could only be glued to the text
+    // without tools, a call could only be appended to the text
     if endpoint.is_conversation() && matches!(choice, ToolChoice::Forbidden | ToolChoice::NoTools) {
         let special = |name: &&str| spec.tokenizer.as_ref()?.special_id(name);
         sampling.logit_bias.extend(CALL_TOKENS.iter().filter_map(special).map(|id| (id, FORBIDDEN)));
@@ -231,7 +232,7 @@ pub fn check(
         drops_calls: endpoint.is_conversation()
             && matches!(choice, ToolChoice::Forbidden | ToolChoice::NoTools)
             && body.skip_special_tokens.unwrap_or(true),
-        // in Messages arguments are an object, or what stands for them: that is known at their end
+        // in Messages, arguments are an object or its substitute, which is known only at their end
         whole_calls: form.client.mistral || endpoint == Endpoint::Messages,
         function_names: form.function_names,
         only_one_call: body.parallel_tool_calls == Some(false),
@@ -267,12 +268,12 @@ pub fn check(
     })
 }
 
-/// The bound of a sequence's output, once its prompt's length is known.
+/// The maximum tokens of a sequence's output, given the length of its prompt.
 pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, window: u32) -> Result<u32, ApiError> {
     let prompt_field = if endpoint.is_conversation() { "messages" } else { "prompt" };
     let room = (window as usize).saturating_sub(prompt_tokens) as u32;
     if room == 0 && endpoint == Endpoint::Messages {
-        // the words by which Anthropic's clients know that they have to shorten the conversation
+        // the text by which Anthropic's clients detect that they must shorten the conversation
         let most = window.saturating_sub(1);
         let message = format!("prompt is too long: {prompt_tokens} tokens > {most} maximum");
         return Err(ApiError::context_length(prompt_field, message));
@@ -311,7 +312,7 @@ pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, w
     Ok(bound)
 }
 
-/// Refuses token IDs that the model does not have.
+/// Refuses token IDs outside the model's vocabulary.
 pub fn check_ids(field: &str, ids: &[u32], vocabulary_size: u32) -> Result<(), ApiError> {
     match ids.iter().find(|id| **id >= vocabulary_size) {
         Some(id) => Err(no_such_id(field, *id, vocabulary_size)),
@@ -326,7 +327,7 @@ fn sampling(
     spec: &ModelSpec,
 ) -> Result<(Sampling, u64), ApiError> {
     let defaults = &spec.defaults;
-    // any 64 bits are a seed
+    // a seed may be any 64 bits
     let seed = body.seed(limits)?.map_or_else(rand::random, |seed| seed as u64);
     let top_k = body.top_k(limits)?.map(|top_k| top_k.max(0) as u32);
     let sampling = Sampling {
@@ -371,7 +372,7 @@ fn no_such_id(field: &str, id: u32, vocabulary_size: u32) -> ApiError {
     )
 }
 
-/// What `/tokenize` is asked for.
+/// The input of `/tokenize`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenizeTarget {
     /// A conversation.
@@ -393,7 +394,7 @@ fn class(body: &Body<'_>) -> Result<Class, ApiError> {
     }
 }
 
-/// Exactly one of `messages` and `prompt` must be there.
+/// Requires exactly one of `messages` and `prompt`.
 pub fn tokenize_target(body: &Body<'_>) -> Result<TokenizeTarget, ApiError> {
     match (&body.messages, &body.prompt) {
         (Some(_), None) => Ok(TokenizeTarget::Messages),

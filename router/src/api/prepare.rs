@@ -1,5 +1,5 @@
-//! From a body's bytes to prompts that can be placed: read, check, encode, hash. Runs where the body's size
-//! says (see `encode::pool`), so nothing here waits.
+//! Preparation of a request: parses, validates, encodes and hashes a body into prompts that can be placed. It runs on a
+//! thread that the body's size determines (see `encode::pool`), so nothing here waits.
 
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ use crate::{
     service::Service,
 };
 
-/// How a response is written, with what it repeats of its request.
+/// How a response is written, with the parts of its request that it repeats.
 #[derive(Default)]
 pub enum Form {
     /// A chat completion.
@@ -47,37 +47,37 @@ pub enum Form {
     Messages,
 }
 
-/// A request that is ready to be placed.
+/// A request that is ready for placement.
 pub struct Prepared {
     /// How its response is written.
     pub form: Form,
-    /// The name that the client used; it comes back in the response.
+    /// The model name that the client used, repeated in the response.
     pub model: String,
-    /// The groups' name of it.
+    /// The name of the model in the fleet.
     pub served_model: String,
-    /// Parameters, checked.
+    /// The validated parameters.
     pub params: Params,
-    /// Separates its cached prefixes from those of others.
+    /// The salt of its prefix cache.
     pub cache_salt: CacheSalt,
-    /// At least one.
+    /// The prompts; at least one.
     pub prompts: Vec<PreparedPrompt>,
 }
 
 /// One prompt.
 pub struct PreparedPrompt {
-    /// Ids, images and blocks.
+    /// Token IDs, images and blocks.
     pub encoded: EncodedPrompt,
-    /// Most token IDs that it generates.
+    /// Maximum number of tokens to generate.
     pub output_bound: u32,
-    /// Its text, where it is to be echoed.
+    /// The text, if it is echoed.
     pub text: Option<String>,
 }
 
-/// A model that the tenant's policy lets a request use. There is no prompt without one.
+/// A model that the tenant's policy permits. A prompt cannot be encoded without it.
 pub struct AllowedModel {
-    /// The name that the request gives.
+    /// The name in the request.
     pub name: String,
-    /// Its groups.
+    /// The name of its groups' model.
     pub groups: Arc<ModelGroups>,
     /// Its tokenizer and defaults.
     pub spec: Arc<ModelSpec>,
@@ -85,7 +85,7 @@ pub struct AllowedModel {
 }
 
 impl AllowedModel {
-    /// A model by the name that a request gives, or the only one there is.
+    /// Finds a model by the name in a request, or the only model if the request names none.
     pub fn resolve(service: &Service, policy: &Policy, name: Option<&str>) -> Result<Self, ApiError> {
         let view = service.fleet().view();
         let allowed = |name: &str, groups: &Arc<ModelGroups>| {
@@ -97,7 +97,7 @@ impl AllowedModel {
             let mut models = view.models();
             return match (models.next(), models.next()) {
                 (Some(only), None) => allowed(&only.name, only),
-                // no group is known yet, or any more
+                // no group is announced, or none any more
                 (None, _) if let Some(only) = service.only_configured() => {
                     policy.allow(only)?;
                     service.metrics().unserved(only);
@@ -106,7 +106,7 @@ impl AllowedModel {
                 _ => Err(ApiError::invalid("model", "`model` is required.")),
             };
         };
-        // what is configured goes before what groups call themselves
+        // configured names take precedence over the names that groups announce
         let configured = service.configured(name);
         let served = view.model(configured.unwrap_or(name)).filter(|model| model.is_expected());
         match (served, configured) {
@@ -120,13 +120,13 @@ impl AllowedModel {
         }
     }
 
-    /// What separates the cached prefixes of a request that adds `requested`.
+    /// The salt of a request that adds `requested`.
     fn cache_salt(&self, service: &Service, requested: Option<&str>) -> CacheSalt {
         self.policy.cache_salt(service, requested)
     }
 }
 
-/// Reads, checks, encodes and hashes a generation request.
+/// Parses, validates, encodes and hashes a generation request.
 pub fn prepare(
     service: &Service,
     policy: &Policy,
@@ -150,17 +150,17 @@ pub fn prepare(
     }
 }
 
-/// The rules that a request's conversation is bound by.
+/// The rules for a request's conversation.
 #[derive(Clone, Copy)]
 pub struct Rules {
-    /// What becomes of a conversation that breaks them.
+    /// Whether a conversation that breaks the rules is refused or repaired.
     conversation: ConversationRules,
-    /// Which names functions may have.
+    /// The function names that are allowed.
     function_names: FunctionNames,
 }
 
 impl Rules {
-    /// The rules of the operator or of the caller's tenant, for one API.
+    /// The rules of the router or of the caller's tenant, for one API.
     pub fn of(service: &Service, policy: &Policy, operation: Operation) -> Self {
         let conversation = policy.conversation_rules(service);
         let function_names = match (conversation, operation) {
@@ -172,7 +172,7 @@ impl Rules {
     }
 }
 
-/// What is known of a request besides its body.
+/// The context of a request besides its body.
 #[derive(Clone, Copy)]
 struct Asked<'a> {
     service: &'a Service,
@@ -182,7 +182,7 @@ struct Asked<'a> {
 }
 
 impl Asked<'_> {
-    /// A request of another API, as the chat request that it became.
+    /// A request of another API, converted to a chat request.
     fn prepare_converted(self, conversion: &Conversion, fields: Body<'_>, form: Form) -> Result<Prepared, ApiError> {
         let prepared = self.prepare(conversion.body(fields), form);
         let mut prepared = prepared.map_err(|error| conversion.in_words_of_client(error))?;
@@ -230,7 +230,7 @@ impl Asked<'_> {
     }
 }
 
-/// The prompt of messages and tools.
+/// Encodes the prompt of messages and tools.
 pub fn chat_prompt(
     service: &Service,
     model: &AllowedModel,
@@ -252,7 +252,7 @@ pub fn chat_prompt(
             "This model is served without a tokenizer: use /v1/completions with token ids.",
         ));
     };
-    // `tool_choice` does not change the prompt: the reference declares the tools whatever it says
+    // `tool_choice` does not change the prompt: the reference declares the tools for every value
     let written = ChatInput {
         model: &model.groups.name,
         messages: messages.list(),
@@ -277,14 +277,14 @@ pub fn chat_prompt(
     Ok(encode::conversation(tokenizer, &messages, &written)?)
 }
 
-/// A conversation that was not what it should be.
+/// A conversation that broke the rules.
 struct RepairedConversation {
     messages: Vec<Box<RawValue>>,
     repaired: Repaired,
 }
 
 impl RepairedConversation {
-    /// `None` where there is nothing to repair.
+    /// `None` if the fault cannot be repaired.
     fn of(written: &ChatInput<'_>) -> Option<Self> {
         let texts: Vec<&str> = written.messages.iter().map(|message| message.get()).collect();
         let repaired = repair(&texts, written.continue_final_message).ok()?;
@@ -299,7 +299,7 @@ impl RepairedConversation {
         Some(Self { messages, repaired })
     }
 
-    /// Its prompt; an error names the message as the client wrote it.
+    /// Encodes its prompt; an error names the client's message.
     fn encode(
         &self,
         service: &Service,
@@ -374,7 +374,7 @@ fn completion_prompts(
     }
 }
 
-/// The token IDs of a plain text.
+/// Encodes a plain text.
 pub fn text_ids(text: &str, model: &AllowedModel, special: bool) -> Result<Vec<u32>, ApiError> {
     let Some(tokenizer) = &model.spec.tokenizer else {
         return Err(ApiError::invalid("prompt", "This model is served without a tokenizer: give token ids."));
@@ -386,7 +386,7 @@ pub fn text_ids(text: &str, model: &AllowedModel, special: bool) -> Result<Vec<u
     Ok(token_ids)
 }
 
-/// The text of a prompt of token IDs, if it is to be echoed.
+/// Decodes a prompt of token IDs, if it is echoed.
 fn check_id_prompt(token_ids: &[u32], model: &AllowedModel, params: &Params) -> Result<Option<String>, ApiError> {
     if token_ids.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));

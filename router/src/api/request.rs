@@ -1,10 +1,10 @@
-//! The body of a generation or tokenize request, read once and typed from the bytes.
+//! The body of a generation or tokenize request, parsed once into typed fields.
 //!
-//! One struct serves all endpoints: they share nearly every field. What only one of them has, or means something else
-//! by, is read in the same pass into fields of its own. Every field may be absent or `null`.
-//! A field of a wrong type is an error that names it; a field that the operation does not know is counted and ignored.
-//! Bounds are declared here and checked when a value is asked for ([`params`](super::params)). Messages and tools stay
-//! as they came, because their numbers and keys go into the prompt exactly as they were written.
+//! One struct serves all endpoints, because they share nearly every field. Fields that only one endpoint has, or
+//! interprets differently, are parsed in the same pass into a struct of their own. Every field may be absent or `null`.
+//! A field of a wrong type is an error that names the field; a field that the operation does not support is counted and
+//! ignored. Bounds are declared here and checked when a value is accessed ([`params`](super::params)). Messages and
+//! tools stay unparsed, because their numbers and keys go into the prompt exactly as the client wrote them.
 
 use std::{cell::Cell, fmt, marker::PhantomData};
 
@@ -28,16 +28,16 @@ use crate::openapi::requests;
 
 const EVERYWHERE: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages, CountTokens, Tokenize, Detokenize]);
 const GENERATION: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages]);
-/// Where what can't be served is refused by name.
+/// The field names of unsupported features, which are refused by name.
 const REFUSING: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages, Tokenize]);
 const OWN_WORDS: Uses = Uses::of(&[Chat, Completions]);
 
-/// Longest stop string in bytes; text of this length may be held back.
+/// Maximum bytes of a stop string; text of this length may be held back.
 const MAX_STOP_BYTES: usize = 1024;
 const MAX_CACHE_SALT_BYTES: usize = 256;
 const MAX_BIASES: usize = 1024;
 
-/// How many stop strings there may be, and how long.
+/// The maximum number and length of stop strings.
 pub fn stops(limits: &FieldBounds<'_>) -> Texts {
     Texts { most: limits.options.max_stop_strings, bytes: MAX_STOP_BYTES }
 }
@@ -50,28 +50,28 @@ fn alternatives(limits: &FieldBounds<'_>) -> std::ops::RangeInclusive<i64> {
     0..=i64::from(limits.options.max_logprobs)
 }
 
-/// Nothing is generated only if a completion echoes its prompt or a message fills the cache.
+/// The minimum of `max_tokens`: 0 only if a completion echoes its prompt or a message fills the cache.
 fn output_tokens(limits: &FieldBounds<'_>) -> std::ops::RangeInclusive<i64> {
     at_least(if matches!(limits.operation, Completions | AgentMessages) { 0 } else { 1 })
 }
 
 fields! {
-    /// All fields that mean something to Bora.
+    /// All fields that Bora supports.
     #[allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
     pub struct Body<'de> {
-        /// Fields that ask for a form of the response, in the order they came.
+        /// Fields that request a structured output, in the order of the body.
         pub structured: Vec<(&'static str, Value)>,
-        /// Fields that would change the response and are not served, in the order they came.
+        /// Unsupported fields that would change the response, in the order of the body.
         pub refused: Vec<(&'static Refused, Value)>,
-        /// Fields that were ignored because the operation does not know them.
+        /// Fields that were ignored because the operation does not support them.
         pub unknown: u32,
-        /// Tools that were left out because a server would have to run them.
+        /// Number of tools that were left out because a server would have to run them.
         pub left_out: u32,
-        /// Whether the conversation itself shows tools beside `tools`.
+        /// Whether the conversation itself defines tools besides `tools`.
         pub late_tools: bool,
     }
 
-    /// May be absent where one model is served.
+    /// Optional if exactly one model is served.
     model: String, EVERYWHERE;
     messages: Messages<'de> as {
         AgentMessages | CountTokens => requests::OneOrMore<messages::request::Message<'static>>,
@@ -79,23 +79,23 @@ fields! {
     }, Uses::of(&[Chat, AgentMessages, CountTokens, Tokenize]).required(&[Chat, AgentMessages, CountTokens]);
     tools: &'de RawValue as Vec<requests::Tool>, Uses::of(&[Chat, Tokenize]);
     tool_choice: Value as requests::ToolChoice, Uses::of(&[Chat]);
-    /// `false`: one call at most.
+    /// `false`: at most one call.
     parallel_tool_calls: bool, Uses::of(&[Chat, Responses, AgentMessages]);
     prompt: Prompt as { Tokenize => String, _ => Prompt, },
         Uses::of(&[Completions, Tokenize]).required(&[Completions]);
-    /// Only the empty one.
+    /// Must be empty.
     suffix: Value as String, Uses::of(&[Completions]);
     tokens: Vec<u32>, Uses::of(&[Detokenize]).required(&[Detokenize]);
     stream: bool, GENERATION;
     stream_options: StreamOptions, OWN_WORDS;
     temperature: f64, GENERATION, within |_| (0.0..=2.0).into();
     top_p: f64, GENERATION, within |_| Numbers { range: 0.0..=1.0, above: true };
-    /// -1 and 0: all.
+    /// -1 and 0: no limit.
     top_k: Integer, GENERATION, within |_| at_least(-1);
     min_p: f64, GENERATION, within |_| (0.0..=1.0).into();
-    /// Most tokens that are generated; cut to the room that a conversation leaves.
+    /// Maximum number of tokens to generate; reduced to the room that a conversation leaves.
     max_tokens: Integer, GENERATION.required(&[AgentMessages]), within output_tokens;
-    /// Goes before `max_tokens`.
+    /// Takes precedence over `max_tokens`.
     max_completion_tokens: Integer, GENERATION, within output_tokens;
     min_tokens: Integer, GENERATION, within |_| at_least(0);
     stop: OneOrMany, GENERATION, within stops;
@@ -104,45 +104,45 @@ fields! {
     ignore_eos: bool, GENERATION;
     seed | "random_seed": Integer, GENERATION, within |_| i64::MIN..=i64::MAX;
     n: Integer, OWN_WORDS, within choices;
-    /// Only `n` itself.
+    /// Must equal `n`.
     best_of: Integer, OWN_WORDS, within choices;
-    /// Only `false`.
+    /// Must be `false`.
     use_beam_search: bool, REFUSING;
     presence_penalty: f64, GENERATION, within |_| (-2.0..=2.0).into();
     frequency_penalty: f64, GENERATION, within |_| (-2.0..=2.0).into();
     repetition_penalty: f64, GENERATION, within |_| (0.01..=10.0).into();
-    /// From token IDs to what is added to their logits.
+    /// Maps token IDs to biases that are added to their logits.
     logit_bias: Biases, GENERATION, within |_| Biasing { most: MAX_BIASES, range: -100..=100 };
-    /// Whether there are any (chat), or how many alternatives (completions).
+    /// Whether to return logprobs (chat), or the number of alternatives (completions).
     logprobs: LogprobsField, OWN_WORDS, within |limits| match limits.operation {
         Completions => LogprobsForm::Count(limits.options.max_logprobs),
         _ => LogprobsForm::Flag,
     };
     top_logprobs: Integer, Uses::of(&[Chat, Responses]), within alternatives;
     prompt_logprobs: Integer, OWN_WORDS, within alternatives;
-    /// The prompt comes back in front of the response.
+    /// Returns the prompt in front of the output.
     echo: bool, Uses::of(&[Completions]);
     skip_special_tokens: bool, GENERATION;
     return_token_ids: bool, OWN_WORDS;
     return_tokens_as_token_ids: bool, Uses::of(&[Chat, Completions, Responses]);
     return_token_strs: bool, Uses::of(&[Tokenize]);
     add_generation_prompt: bool, Uses::of(&[Chat, Tokenize]);
-    /// The model continues with the last message, which is the assistant's.
+    /// The model continues the last message, which must be the assistant's.
     continue_final_message: bool, Uses::of(&[Chat, Tokenize]);
     add_special_tokens: bool, Uses::of(&[Completions, Tokenize]);
-    /// Separates cached prefixes.
+    /// Separates prefix caches.
     cache_salt: String, GENERATION, within |_| 1..=MAX_CACHE_SALT_BYTES;
-    /// Taken, without effect: this model does not reason.
+    /// Accepted without effect: this model does not reason.
     reasoning_effort: String, REFUSING;
-    /// Names the conversation, as a hint for its placement.
+    /// Names the session, as a hint for placement.
     prompt_cache_key: Name, GENERATION;
-    /// Names the conversation, as a hint for its placement, where `prompt_cache_key` does not.
+    /// Names the session, as a hint for placement, if `prompt_cache_key` does not.
     user: Name, GENERATION;
     /// `interactive`, `batch`, or a number: above 0 is batch.
     priority: PriorityField, GENERATION;
 }
 
-/// Fields that say what a response has to look like.
+/// Fields that request a structured output.
 const STRUCTURED: [Declared; 6] = [
     Declared::new::<requests::ResponseFormat>("response_format", "", GENERATION),
     Declared::new::<Map<String, Value>>("guided_json", "A JSON schema that the answer keeps (vLLM's).", GENERATION),
@@ -156,32 +156,32 @@ const STRUCTURED: [Declared; 6] = [
     ),
 ];
 
-/// A field that asks for something which silence would not do justice to.
+/// An unsupported field that must not be ignored silently, because it would change the response.
 #[derive(Debug)]
 pub struct Refused {
     /// Its name.
     pub name: &'static str,
-    /// What it may be all the same.
+    /// The values that are allowed because they have no effect.
     pub harmless: Harmless,
-    /// What follows its name in the refusal.
+    /// The text after the field's name in the refusal.
     pub reason: &'static str,
 }
 
-/// Values that ask for nothing.
+/// Values without effect.
 #[derive(Debug)]
 pub enum Harmless {
-    /// None but null.
+    /// Only null.
     Null,
-    /// One of these texts.
+    /// One of these strings.
     Texts(&'static [&'static str]),
-    /// A list of nothing.
+    /// An empty list.
     EmptyList,
-    /// A list of nothing but this.
+    /// A list with no other entry than this.
     ListOf(&'static str),
 }
 
 impl Harmless {
-    /// Whether `value` asks for nothing.
+    /// Whether `value` has no effect.
     pub fn includes(&self, value: &Value) -> bool {
         match self {
             Self::Null => value.is_null(),
@@ -214,7 +214,7 @@ impl Refused {
         self
     }
 
-    /// The refusal.
+    /// The refusal of the field.
     pub fn error(&self) -> ApiError {
         ApiError::invalid(self.name, format!("`{}`{}", self.name, self.reason))
     }
@@ -239,7 +239,7 @@ static REFUSED: [Refused; 13] = [
     Refused::new("prompt_embeds", Harmless::Null),
 ];
 
-/// Fields that are known and mean nothing here.
+/// Fields that are known and have no effect.
 const WITHOUT_MEANING: [&str; 12] = [
     "verbosity",
     "metadata",
@@ -282,12 +282,12 @@ pub fn describe(limits: &FieldBounds<'_>, generator: &mut SchemaGenerator) -> Sc
 }
 
 impl<'de> Body<'de> {
-    /// Reads a body.
+    /// Parses a body.
     pub fn parse(bytes: &'de [u8], operation: Operation) -> Result<Self, ApiError> {
         Self::parse_with::<()>(bytes, operation).map(|(body, ())| body)
     }
 
-    /// Reads a body and the fields that only its operation has, or means something else by.
+    /// Parses a body, and the fields that only its operation has or that it interprets differently.
     pub fn parse_with<Own: Fields<'de>>(bytes: &'de [u8], operation: Operation) -> Result<(Self, Own), ApiError> {
         let field = Cell::new("");
         let mut deserializer = serde_json::Deserializer::from_slice(bytes);
@@ -308,7 +308,7 @@ impl<'de> Body<'de> {
         })
     }
 
-    /// Reads a field that has no member of its own, and says who knows it.
+    /// Parses a field without a member of its own, and returns the operations that support it.
     fn read_other<A: MapAccess<'de>>(
         &mut self,
         key: &str,
@@ -331,7 +331,7 @@ impl<'de> Body<'de> {
     }
 }
 
-/// A reason that names no type of Rust's.
+/// Returns serde's reason without the name of a Rust type.
 fn in_words(reason: &str) -> String {
     const TYPES: [(&str, &str); 4] = [
         ("u32", "an integer between 0 and 4294967295"),
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn null_is_absent_and_unknown_fields_are_counted() {
+    fn ignores_null_and_counts_unknown_fields() {
         let body = Body::parse(
             br#"{"model":"m","temperature":null,"max_tokens":3.0,"x":{"y":[1]},"user":"u","seed":-1}"#,
             Chat,
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_type_names_its_field() {
+    fn names_the_field_of_a_wrong_type() {
         for (body, param) in [
             (r#"{"temperature":"hot"}"#, "temperature"),
             (r#"{"model":7}"#, "model"),
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_object_names_no_field() {
+    fn names_no_field_for_bodies_that_are_not_objects() {
         for body in ["", "[]", "3", "{", r#"{"model":"m"} x"#, r#"{"a":tru}"#, "{\"model\":\"\u{1}\"}"] {
             let (param, message) = error(body);
             assert_eq!(param, None, "{body}: {message}");
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn prompts_have_four_forms() {
+    fn accepts_four_forms_of_prompts() {
         let prompt = |text: &str| {
             let body = format!(r#"{{"prompt":{text}}}"#);
             Body::parse(body.as_bytes(), Chat).expect(text).prompt

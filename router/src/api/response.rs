@@ -1,5 +1,5 @@
-//! What goes over the wire to clients: OpenAI's objects with vLLM's additional fields, borrowed from where
-//! they are made and written straight into the output buffer.
+//! The response objects that are sent to clients: OpenAI's objects with vLLM's additional fields. They borrow their
+//! contents and are serialized directly into the output buffer.
 
 #![allow(missing_docs)] // of fields: they are OpenAI's and vLLM's own
 
@@ -16,26 +16,26 @@ use crate::{
     relay::emit::{CallDelta, StopReason},
 };
 
-/// JSON has no infinity: OpenAI and vLLM write this.
+/// JSON has no infinity: OpenAI and vLLM write this value.
 const MIN_LOGPROB: f32 = -9999.0;
 
 /// `usage`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
-    /// Ids of the prompts, each prompt once.
+    /// Tokens of the prompts, each prompt counted once.
     pub prompt_tokens: u32,
-    /// Both.
+    /// The sum of both.
     pub total_tokens: u32,
-    /// Generated token IDs of all choices.
+    /// Generated tokens of all choices.
     pub completion_tokens: u32,
-    /// What of the prompt was found in a cache.
+    /// Details of the prompt tokens.
     pub prompt_tokens_details: PromptTokensDetails,
 }
 
 /// Part of [`Usage`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct PromptTokensDetails {
-    /// Ids found in the group's prefix cache.
+    /// Tokens found in the group's prefix cache.
     pub cached_tokens: u32,
 }
 
@@ -48,7 +48,7 @@ pub struct ChatObject<'a, C> {
     pub created: u64,
     pub model: &'a str,
     pub choices: C,
-    /// Not in every chunk of a stream.
+    /// Absent in some chunks of a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(required)]
     pub usage: Option<Usage>,
@@ -98,7 +98,7 @@ pub struct ChatChunkChoice<'a> {
     pub token_ids: Option<&'a [u32]>,
 }
 
-/// What a chunk adds.
+/// The new part of a message.
 #[derive(Default, Serialize)]
 pub struct ChatDelta<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,7 +109,7 @@ pub struct ChatDelta<'a> {
     pub tool_calls: Option<Vec<ToolCallObject<'a>>>,
 }
 
-/// A tool call, or a chunk of one: then it has an index, and a head in its first chunk only.
+/// A tool call, or a chunk of one. A chunk has an index; only the first chunk has the ID and the name.
 #[derive(Serialize, JsonSchema)]
 #[schemars(rename = "MadeCall")]
 pub struct ToolCallObject<'a> {
@@ -156,7 +156,7 @@ pub struct CompletionObject<'a, C> {
     pub created: u64,
     pub model: &'a str,
     pub choices: C,
-    /// Not in every chunk of a stream.
+    /// Absent in some chunks of a stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(required)]
     pub usage: Option<Usage>,
@@ -191,7 +191,7 @@ pub struct TokenNames<'a> {
 }
 
 impl<'a> TokenNames<'a> {
-    /// The token's text (U+FFFD for bytes that are no characters), or `token_id:7`.
+    /// The token's text (U+FFFD for bytes that are not valid UTF-8), or `token_id:7`.
     pub fn name(&self, id: u32) -> Cow<'a, str> {
         let Some(tokenizer) = self.tokenizer.filter(|_| !self.as_ids) else {
             return Cow::Owned(format!("token_id:{id}"));
@@ -231,7 +231,7 @@ pub struct ChatLogprob<'a> {
 }
 
 impl<'a> ChatLogprobs<'a> {
-    /// With at most `top` alternatives at each position.
+    /// Converts logprobs, with at most `top` alternatives at each position.
     pub fn new(positions: &[PositionLogprobs], top: u32, names: TokenNames<'a>) -> Self {
         let content = positions
             .iter()
@@ -267,14 +267,14 @@ pub struct CompletionLogprobs<'a> {
 }
 
 impl<'a> CompletionLogprobs<'a> {
-    /// A first prompt token: nothing is known of it but itself.
+    /// Adds the first token of a prompt, which has no logprob.
     pub fn push_unknown(&mut self, id: u32, offset: &mut TextOffset, names: TokenNames<'a>) {
         self.push_token(id, offset, names);
         self.token_logprobs.push(None);
         self.top_logprobs.push(None);
     }
 
-    /// One position; `offset` continues over chunks.
+    /// Adds one position; `offset` continues over chunks.
     pub fn push(&mut self, position: &PositionLogprobs, top: u32, offset: &mut TextOffset, names: TokenNames<'a>) {
         let Some(chosen) = &position.chosen else {
             return;
@@ -295,14 +295,14 @@ impl<'a> CompletionLogprobs<'a> {
         self.tokens.push(names.name(id));
     }
 
-    /// Nothing begins behind the end of a text that a stop string cut.
+    /// Removes tokens that begin after the end of a text that a stop string truncated.
     pub fn clamp_offsets(&mut self, text: &str) {
         let characters = text.chars().count();
         self.text_offset.iter_mut().for_each(|offset| *offset = (*offset).min(characters));
     }
 }
 
-/// Where in a text the next token begins. A token that begins within a character begins where that character does.
+/// The text offset of the next token. A token that begins within a character has the offset of that character.
 #[derive(Default)]
 pub struct TextOffset {
     characters: usize,
@@ -310,13 +310,13 @@ pub struct TextOffset {
 }
 
 impl TextOffset {
-    /// At the beginning of a text in which special tokens are left out, or not.
+    /// The start of a text, with or without special tokens.
     pub fn new(tokenizer: Option<&Arc<Tokenizer>>, skip_special: bool) -> Self {
         let decoder = tokenizer.map(|tokenizer| IncrementalDecoder::new(Arc::clone(tokenizer), skip_special));
         Self { characters: 0, decoder }
     }
 
-    /// At the same place, in a text that is decoded on its own.
+    /// The same offset in a text that is decoded separately.
     pub fn followed_by(mut self, next: Self) -> Self {
         let rest = self.decoder.as_mut().map(IncrementalDecoder::finish).unwrap_or_default();
         Self { characters: self.characters + rest.chars().count() + next.characters, decoder: next.decoder }
@@ -329,7 +329,7 @@ impl TextOffset {
     }
 }
 
-/// Alternatives by name. Two token IDs of one name: the likelier one counts.
+/// Alternatives by name. If two token IDs have the same name, the likelier one is kept.
 struct TopLogprobs<'a>(Vec<(Cow<'a, str>, f32)>);
 
 impl Serialize for TopLogprobs<'_> {
@@ -344,14 +344,14 @@ impl Serialize for TopLogprobs<'_> {
     }
 }
 
-/// As [`PromptLogprobList`] is described: its names are token IDs.
+/// The schema of [`PromptLogprobList`]: its keys are token IDs.
 type DescribedPromptLogprobs = Vec<Option<BTreeMap<String, PromptToken<'static>>>>;
 
 /// vLLM's `prompt_logprobs`: `null` for the first token, then `{id: {logprob, rank, decoded_token}}`.
 pub struct PromptLogprobList<'a> {
-    /// Positions 1.. of the prompt.
+    /// Logprobs from position 1 of the prompt on.
     pub positions: &'a [PositionLogprobs],
-    /// Alternatives asked for.
+    /// Number of alternatives requested.
     pub top: u32,
     /// How tokens are named.
     pub names: TokenNames<'a>,

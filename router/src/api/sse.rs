@@ -1,5 +1,5 @@
-//! Responses as server-sent events: what is new as it comes, a sign of life in every long silence, and at the end what the
-//! API says there. A response that breaks never ends as one that is complete.
+//! Responses as server-sent events: new output as it arrives, a comment or ping after each interval of silence, and the
+//! API's final events. A response that breaks never ends like a complete one.
 
 use std::{
     convert::Infallible,
@@ -20,33 +20,33 @@ use tokio::time::{Instant, Sleep};
 
 use super::{completion::Completion, error::ApiError};
 
-/// What is ready at once goes out in one write of about this size.
+/// Size in bytes up to which available output is combined into one write.
 const WRITE_BYTES: usize = 16 << 10;
 const COMMENT: &[u8] = b": keep-alive\n\n";
 const DONE: &[u8] = b"data: [DONE]\n\n";
 
 /// How one API writes its chunks.
 pub trait EventWriter: Send + Unpin + 'static {
-    /// What is sent in silence.
+    /// The event that is sent in silence.
     const SIGN_OF_LIFE: &'static [u8] = COMMENT;
-    /// What can be said before any group said anything.
+    /// Writes the events that do not depend on any group.
     fn begin(&mut self, completion: &mut Completion, out: &mut Vec<u8>);
-    /// Choice `number` has something new.
+    /// Writes the new output of choice `number`.
     fn progress(&mut self, completion: &mut Completion, number: usize, out: &mut Vec<u8>);
-    /// All choices are over.
+    /// Writes the end after all choices are complete.
     fn end(&mut self, completion: &mut Completion, out: &mut Vec<u8>);
-    /// The response ends here, unfinished.
+    /// Writes the end of a response that is incomplete.
     fn failed(&mut self, _answer: &mut Completion, error: &ApiError, out: &mut Vec<u8>) {
         write_error(error, out);
     }
 }
 
-/// Appends what OpenAI's older APIs send last.
+/// Appends the final event of OpenAI's older APIs.
 pub fn write_done(out: &mut Vec<u8>) {
     out.extend_from_slice(DONE);
 }
 
-/// Appends one event that has a name.
+/// Appends one event with a name.
 pub fn write_named_event(name: &str, value: &impl Serialize, out: &mut Vec<u8>) {
     let start = out.len();
     out.extend_from_slice(b"event: ");
@@ -64,7 +64,7 @@ pub fn write_event(value: &impl Serialize, out: &mut Vec<u8>) {
     let start = out.len();
     out.extend_from_slice(b"data: ");
     if let Err(error) = serde_json::to_writer(&mut *out, value) {
-        // only a map with keys that are no strings could cause it
+        // only a map with keys that are not strings could cause an error
         tracing::error!(%error, "a chunk could not be written");
         out.truncate(start);
         return;
@@ -107,7 +107,7 @@ impl<W: EventWriter> Stream for Events<W> {
                 Poll::Pending => break,
                 Poll::Ready(Some(Ok(number))) => writer.progress(completion, number, out),
                 Poll::Ready(Some(Err(error))) => {
-                    // a refusal's message may repeat what the request holds
+                    // a refusal's message may repeat contents of the request
                     let reason = error.status.is_server_error().then_some(error.message.as_str());
                     let status = error.status.as_u16();
                     tracing::warn!(
@@ -137,7 +137,7 @@ impl<W: EventWriter> Stream for Events<W> {
     }
 }
 
-/// Adds a sign of life to a stream whenever it was silent for an interval.
+/// Adds a keep-alive event to a stream after each interval of silence.
 struct Heartbeat<S> {
     events: S,
     sign: &'static [u8],
@@ -161,7 +161,7 @@ impl<S: Stream<Item = Bytes> + Unpin> Stream for Heartbeat<S> {
             self.last = Instant::now();
             return Poll::Ready(event.map(Ok));
         }
-        // the timer is only looked at in silence, and set anew only when it rings
+        // the timer is polled only in silence, and reset only when it fires
         while self.timer.as_mut().poll(cx).is_ready() {
             let now = Instant::now();
             let due = self.last + self.interval;
@@ -178,7 +178,7 @@ impl<S: Stream<Item = Bytes> + Unpin> Stream for Heartbeat<S> {
     }
 }
 
-/// The streamed response; its headers go out at once.
+/// Starts the streamed response; its headers are sent immediately.
 pub fn respond<W: EventWriter>(completion: Completion, writer: W) -> Response<Body> {
     let interval = completion.service().options().heartbeat();
     let events = Events { completion, writer, out: Vec::with_capacity(1024), phase: Phase::Begin };
@@ -186,7 +186,7 @@ pub fn respond<W: EventWriter>(completion: Completion, writer: W) -> Response<Bo
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    // proxies are not to collect it
+    // proxies must not buffer the stream
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
 }
@@ -198,7 +198,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn silence_is_broken_by_comments_and_nothing_else_is_changed() {
+    async fn adds_comments_only_in_silence() {
         let (sender, receiver) = tokio::sync::mpsc::channel(8);
         let events = tokio_stream::wrappers::ReceiverStream::new(receiver);
         let mut stream = Heartbeat::new(events, COMMENT, Duration::from_secs(10));

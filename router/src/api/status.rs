@@ -36,12 +36,12 @@ pub fn json(value: &impl Serialize) -> Response<Body> {
     }
 }
 
-/// The process lives.
+/// Reports that the process is alive.
 pub async fn health() -> Response<Body> {
     Response::new(Body::empty())
 }
 
-/// At least one group takes requests, and the server does not stop.
+/// Reports whether at least one group accepts requests and the server is not stopping.
 pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
     if service.shutdown().is_stopping() {
         return ApiError::shutting_down().into_response();
@@ -53,7 +53,7 @@ pub async fn ready(State(service): State<Arc<Service>>) -> Response<Body> {
     json(&Ready { status: "ready", ready_groups })
 }
 
-/// Prometheus.
+/// The metrics for Prometheus.
 pub async fn metrics(State(service): State<Arc<Service>>) -> Response<Body> {
     let mut response = Response::new(Body::from(service.metrics_text()));
     let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
@@ -61,7 +61,7 @@ pub async fn metrics(State(service): State<Arc<Service>>) -> Response<Body> {
     response
 }
 
-/// The release.
+/// The release version.
 pub async fn version() -> Response<Body> {
     json(&Version { version: env!("CARGO_PKG_VERSION") })
 }

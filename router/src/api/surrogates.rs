@@ -1,8 +1,8 @@
 //! Halves of surrogate pairs in a JSON body.
 //!
-//! JavaScript's strings are UTF-16: an agent that cuts one may cut a character in two, and `JSON.stringify` writes what is
-//! left as an escape (`"\ud83d"`). The reference reads it as U+FFFD, `serde_json` refuses the whole body. So it is
-//! replaced before anything is read, by an escape of the same length.
+//! JavaScript strings are UTF-16: an agent that truncates a string may split a character, and `JSON.stringify` writes
+//! the remaining half as an escape (`"\ud83d"`). The reference reads the half as U+FFFD, but `serde_json` rejects the
+//! whole body. The escape is therefore replaced before parsing by an escape of the same length.
 
 use std::borrow::Cow;
 
@@ -12,7 +12,7 @@ use memchr::memmem;
 const ESCAPE: usize = r"\uFFFD".len();
 const REPLACEMENT: &[u8] = br"\uFFFD";
 
-/// The body with U+FFFD in place of each half of a pair. It is copied only if there is one.
+/// Returns the body with U+FFFD in place of each unpaired half. The body is copied only if it has one.
 pub fn replace_halves(body: &[u8]) -> Cow<'_, [u8]> {
     let mut replaced = Cow::Borrowed(body);
     let mut second_of_pair = None;
@@ -39,12 +39,12 @@ pub fn replace_halves_of_text(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Whether the backslash at this place is the character that another one escapes.
+/// Whether another backslash escapes the backslash at this index.
 fn is_escaped(body: &[u8], at: usize) -> bool {
     body[..at].iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1
 }
 
-/// The number in the `\uXXXX` at this place, if there is one.
+/// The code unit of the `\uXXXX` at this index, if there is one.
 fn code_unit(body: &[u8], at: usize) -> Option<u32> {
     let digits = body.get(at..at + ESCAPE)?.strip_prefix(br"\u")?;
     digits.iter().try_fold(0, |sum, digit| Some(sum * 16 + char::from(*digit).to_digit(16)?))
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn halves_become_replacement_characters_and_nothing_else_changes() {
+    fn replaces_only_unpaired_halves() {
         for (written, read) in [
             (r#""\ud83d""#, "\u{fffd}"),
             (r#""\ude00 a""#, "\u{fffd} a"),
@@ -73,21 +73,21 @@ mod tests {
         ] {
             let replaced = replace_halves_of_text(written);
             assert_eq!(serde_json::from_str::<String>(&replaced).expect(written), read);
-            // as the conversation's own reader has it
+            // like the conversation parser
             assert_eq!(Json::parse(written).expect(written).as_str(), Some(read));
             assert_eq!(matches!(replaced, Cow::Owned(_)), read.contains('\u{fffd}'), "{written}");
         }
     }
 
-    /// What is no JSON stays what it is, also where an escape is cut off.
+    /// Text that is not valid JSON stays unchanged, even if an escape is truncated.
     #[test]
-    fn broken_escapes_are_left_alone() {
+    fn keeps_broken_escapes() {
         for body in [&br"\u"[..], br"\ud8", br"\ud83", br"\ud8zz", b"\\u\xff\xff\xff\xff", br"\\\\"] {
             assert_eq!(&*replace_halves(body), body);
         }
     }
 
-    /// A run of backslashes is counted once for each escape that ends it.
+    /// A run of backslashes is counted once for each escape at its end.
     #[test]
     fn long_runs_of_backslashes_take_linear_time() {
         let body = [br"\".repeat(8 << 20), br"ud83d".to_vec()].concat();

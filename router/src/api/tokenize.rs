@@ -1,4 +1,4 @@
-//! `POST /tokenize` and `/detokenize`, as in vLLM: the token IDs of a conversation or a text, and back.
+//! `POST /tokenize` and `/detokenize`, as in vLLM: encode a conversation or a text, and decode token IDs.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{access::policy::Policy, service::Service};
 
-/// What `/tokenize` responds.
+/// The response of `/tokenize`.
 #[derive(Serialize)]
 pub struct Tokenized {
     count: usize,
@@ -33,7 +33,7 @@ pub struct Tokenized {
     token_strs: Option<Vec<String>>,
 }
 
-/// What `/detokenize` responds.
+/// The response of `/detokenize`.
 #[derive(Serialize)]
 pub struct Detokenized {
     prompt: String,
@@ -49,18 +49,18 @@ pub async fn detokenize(State(service): State<Arc<Service>>, request: Request<Bo
     run(service, Operation::Detokenize, request, detokenize_body).await
 }
 
-/// What an operation makes of a body, and how many tokens that took.
+/// The result of an operation, and the number of its tokens.
 pub struct Metered<T> {
-    /// What the client gets.
+    /// The response.
     pub value: T,
-    /// Tokens that were encoded, decoded or counted.
+    /// Number of tokens that were encoded, decoded or counted.
     pub tokens: usize,
 }
 
-/// Makes a response of a body's bytes.
+/// Computes a response from the bytes of a body.
 type Work<T> = fn(&Service, &Policy, &[u8]) -> Result<Metered<T>, ApiError>;
 
-/// Reads a body, does the work where it keeps nobody waiting, and responds with what comes of it.
+/// Reads a body, runs the operation in the thread pool, and returns its response.
 pub async fn run<T: Serialize + Send + 'static>(
     service: Arc<Service>,
     operation: Operation,
@@ -90,7 +90,7 @@ pub async fn run<T: Serialize + Send + 'static>(
     response
 }
 
-/// The token IDs of a conversation or a text.
+/// Encodes a conversation or a text.
 pub fn tokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result<Metered<Tokenized>, ApiError> {
     let body = Fields::parse(bytes, Operation::Tokenize)?;
     params::refuse_unserved(&body)?;
@@ -100,7 +100,7 @@ pub fn tokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result
     let tokens = match params::tokenize_target(&body)? {
         TokenizeTarget::Messages => {
             let rules = Rules::of(service, policy, Operation::Tokenize);
-            // images have token IDs whether or not the model's groups can look at them
+            // images have token IDs, whether or not the model's groups support images
             let prompt = chat_prompt(service, &model, &body, true, rules)?;
             let mut ids: Vec<u32> = prompt.ids.iter().collect();
             if body.add_special_tokens == Some(true)
@@ -117,7 +117,7 @@ pub fn tokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result
                 return Err(ApiError::invalid("prompt", "`prompt` must be a string here."));
             };
             match &spec.tokenizer {
-                // an empty text has token IDs, even if they are none
+                // an empty text has an empty list of token IDs
                 Some(_) if text.is_empty() && !special => Vec::new(),
                 _ => text_ids(&text, &model, special)?,
             }
@@ -133,7 +133,7 @@ pub fn tokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result
     Ok(Metered { tokens: tokenized.count, value: tokenized })
 }
 
-/// The text of token IDs.
+/// Decodes token IDs.
 pub fn detokenize_body(service: &Service, policy: &Policy, bytes: &[u8]) -> Result<Metered<Detokenized>, ApiError> {
     let body = Fields::parse(bytes, Operation::Detokenize)?;
     let model = AllowedModel::resolve(service, policy, body.model.as_deref())?;

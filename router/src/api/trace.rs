@@ -1,5 +1,5 @@
-//! The span of a request, with OpenTelemetry's attributes for generative AI, and the one of its encoding. Requests
-//! that are not traced (most of them) cost a look at one header.
+//! The spans of a request and of its encoding, with OpenTelemetry's attributes for generative AI. A request that is not
+//! traced, like most requests, costs one header look-up.
 
 use axum::http::{HeaderMap, Uri};
 use bora_common::telemetry::{Span, TraceContext, trace};
@@ -7,7 +7,7 @@ use bora_common::telemetry::{Span, TraceContext, trace};
 use super::{context::RequestContext, error::ApiError, prepare::Prepared};
 use crate::{metrics::OpenRequest, request_id::RequestId};
 
-/// The request arrived: decides whether it is traced. Returns what its work is done under.
+/// Starts the span of a request that is traced. Returns the trace context of the request's work.
 pub(super) fn arrive(headers: &HeaderMap, uri: &Uri, id: &RequestId, open: &mut OpenRequest) -> Option<TraceContext> {
     let traceparent = headers.get("traceparent").and_then(|value| value.to_str().ok());
     let trace::Arrival { context, mut span } = trace::arrive(traceparent, "request");
@@ -23,7 +23,7 @@ pub(super) fn arrive(headers: &HeaderMap, uri: &Uri, id: &RequestId, open: &mut 
     context
 }
 
-/// The request was read and encoded, or refused.
+/// Ends the span of the encoding, after success or a refusal.
 pub(super) fn prepared(
     prepared: &Result<Prepared, ApiError>,
     operation: &'static str,

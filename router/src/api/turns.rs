@@ -1,25 +1,26 @@
-//! The turns of a conversation that came by another API, in the order that the model's format has.
+//! The order of messages that another API's conversation has in the model's format.
 //!
-//! Responses and Messages allow what chat's rules do not: neighbouring assistant messages that call tools, messages between
-//! calls and their results, instructions anywhere. A *turn* is one response of the assistant and all that follows up to the
-//! next one. In a turn the response comes first, and its last message makes all of its calls; then come the results, then
-//! everything else; instructions right behind a response or a result are a user message, because the format has no other
-//! place for them. What a turn becomes depends on that turn alone, so a conversation that grows keeps its beginning.
+//! Responses and Messages allow sequences that chat's rules refuse: adjacent assistant messages with tool calls,
+//! messages between calls and their results, instructions anywhere. A *turn* is one reply of the assistant
+//! and everything up to its next reply. Within it the reply comes first, and its last message has all of its calls; the
+//! results follow, then all other messages. Instructions directly after a reply or a result become a user message,
+//! because the format has no other place for them. The output of a turn depends on that turn alone, so a
+//! growing conversation keeps its beginning.
 
 use std::collections::HashMap;
 
 use super::convert::{ChatContent, ChatMessage, Origin};
 
-/// A message and where it comes from.
+/// A message and its position in the client's request.
 pub type Entry<'a> = (ChatMessage<'a>, Origin);
 
-/// A response and what follows it.
+/// A reply and the messages after it.
 #[derive(Default)]
 struct Turn<'a> {
     completion: Vec<Entry<'a>>,
     results: Vec<Entry<'a>>,
     others: Vec<Entry<'a>>,
-    /// The place of the last result that answers a call of this turn.
+    /// The position of the last result for a call of this reply.
     last_result: usize,
 }
 
@@ -44,7 +45,7 @@ impl<'a> Turn<'a> {
     }
 }
 
-/// Messages in the order of their turns.
+/// Orders messages by turn.
 pub fn order(messages: Vec<Entry<'_>>) -> Vec<Entry<'_>> {
     let last_results = last_results(&messages);
     let mut ordered = Vec::with_capacity(messages.len());
@@ -58,7 +59,7 @@ pub fn order(messages: Vec<Entry<'_>>) -> Vec<Entry<'_>> {
                 turn.last_result = turn.last_result.max(last_result);
                 turn.completion.push(entry);
             }
-            // nothing precedes the first response that it could be sorted by
+            // no reply precedes these messages
             _ if turn.completion.is_empty() => ordered.push(entry),
             "tool" => turn.results.push(entry),
             _ => turn.others.push(entry),
@@ -68,7 +69,7 @@ pub fn order(messages: Vec<Entry<'_>>) -> Vec<Entry<'_>> {
     ordered
 }
 
-/// For each message the place of the last result that responses one of its calls, or 0.
+/// For each message, the position of the last result for one of its calls, or 0.
 fn last_results(messages: &[Entry<'_>]) -> Vec<usize> {
     let mut last = vec![0; messages.len()];
     let mut open: HashMap<&str, usize> = HashMap::new();
@@ -83,7 +84,7 @@ fn last_results(messages: &[Entry<'_>]) -> Vec<usize> {
     last
 }
 
-/// All calls of a response are made by its last message. A message of which nothing is left is dropped.
+/// Moves all calls of a reply to its last message. A message that becomes empty is dropped.
 fn join_calls(completion: &mut Vec<Entry<'_>>) {
     let Some((last, before)) = completion.split_last_mut() else { return };
     if before.iter().all(|(message, _)| message.tool_calls.is_empty()) {
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn orders_turns_as_the_format_has_them() {
+    fn orders_turns_for_the_model_s_format() {
         for (conversation, expected) in [
             (&["system s", "user a", "system b"][..], &["system\"s\"", "user\"a\"", "system\"b\""][..]),
             (
@@ -184,9 +185,9 @@ mod tests {
         }
     }
 
-    /// Wherever an agent may send a request, its conversation is the beginning of what it sends later.
+    /// At each point at which an agent may send a request, its prompt is a prefix of its later prompts.
     #[test]
-    fn what_was_sent_stays_what_it_was() {
+    fn keeps_the_beginning_of_a_growing_conversation() {
         let conversation = [
             "user a",
             "call 0",
