@@ -88,7 +88,7 @@ pub struct RouterOptions {
     pub debug: bool,
     /// Keys, tenants and tokens.
     pub access: AccessOptions,
-    /// The listeners (`http` of the file).
+    /// Name of the cluster (`cluster` of the file), which groups must belong to.
     #[serde(skip)]
     pub http: HttpOptions,
     /// Name of the cluster (`cluster` of the file). Groups of other clusters are ignored.

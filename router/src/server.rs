@@ -97,19 +97,19 @@ pub fn admin_routes(service: Arc<Service>) -> Router {
 fn api() -> Vec<Route<Arc<Service>>> {
     vec![
         Route::post("/v1/chat/completions", generate::chat)
-            .says("generation", "An answer to a conversation; streamed as chunks where `stream` is true.")
+            .says("generation", "A reply to a conversation; streamed as chunks if `stream` is true.")
             .takes(Operation::Chat)
             .returns::<ChatObject<'static, Vec<ChatChoice<'static>>>>()
             .returns_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/completions", generate::completions)
-            .says("generation", "The continuation of a text or of token ids.")
+            .says("generation", "A completion of a text or of token IDs.")
             .takes(Operation::Completions)
             .returns::<CompletionObject<'static, Vec<CompletionChoice<'static>>>>()
             .returns_text("text/event-stream")
             .errors(REQUEST_ERRORS),
         Route::post("/v1/responses", generate::responses)
-            .says("generation", "OpenAI's Responses, without memory; streamed as typed events.")
+            .says("generation", "OpenAI's Responses without stored state; streamed as typed events on request.")
             .takes(Operation::Responses)
             .returns::<responses_api::output::ResponseObject<'static>>()
             .returns_text("text/event-stream")
@@ -120,7 +120,7 @@ fn api() -> Vec<Route<Arc<Service>>> {
             .returns::<responses_api::count::InputTokens>()
             .errors(REQUEST_ERRORS),
         Route::post("/v1/messages", generate::messages)
-            .says("generation", "Anthropic's Messages; streamed as typed events.")
+            .says("generation", "Anthropic's Messages; streamed as typed events on request.")
             .takes(Operation::Messages)
             .returns::<messages::output::MessageObject<'static>>()
             .returns_text("text/event-stream")
@@ -141,12 +141,12 @@ fn api() -> Vec<Route<Arc<Service>>> {
             .returns::<responses::Model>()
             .errors(&[401, 403, 404, 503]),
         Route::post("/tokenize", tokenize::tokenize)
-            .says("tokens", "The ids of a conversation or a text; also at /v1/tokenize.")
+            .says("tokens", "The token IDs of a conversation or a text; also at /v1/tokenize.")
             .takes(Operation::Tokenize)
             .returns::<responses::Tokenized>()
             .errors(REQUEST_ERRORS),
         Route::post("/detokenize", tokenize::detokenize)
-            .says("tokens", "The text of ids; also at /v1/detokenize.")
+            .says("tokens", "The text of token IDs; also at /v1/detokenize.")
             .takes(Operation::Detokenize)
             .returns::<responses::Detokenized>()
             .errors(REQUEST_ERRORS),
@@ -156,30 +156,30 @@ fn api() -> Vec<Route<Arc<Service>>> {
 
 fn groups() -> Route<Arc<Service>> {
     Route::get("/groups", groups::list)
-        .says("operation", "The fleet as this router sees it.")
+        .says("operation", "The fleet in this router's view.")
         .returns::<responses::Groups>()
         .errors(KEY_ERRORS)
 }
 
 fn requests() -> Route<Arc<Service>> {
     Route::get("/requests", groups::requests)
-        .says("operation", "The requests that are open now; on the admin port alone.")
+        .says("operation", "The requests that are open now; on the admin port only.")
         .returns::<responses::OpenRequests>()
         .keyless()
 }
 
 fn metrics() -> Route<Arc<Service>> {
     Route::get("/metrics", status::metrics)
-        .says("operation", "Metrics for Prometheus; on the admin port alone where there is one.")
+        .says("operation", "Metrics for Prometheus; only on the admin port if there is one.")
         .returns_text("application/openmetrics-text; version=1.0.0; charset=utf-8")
         .keyless()
 }
 
 fn probes() -> Vec<Route<Arc<Service>>> {
     vec![
-        Route::get("/health", status::health).says("operation", "The process lives; also at /ping.").keyless(),
+        Route::get("/health", status::health).says("operation", "The process is alive; also at /ping.").keyless(),
         Route::get("/ready", status::ready)
-            .says("operation", "At least one group takes requests.")
+            .says("operation", "At least one group accepts requests.")
             .returns::<responses::Ready>()
             .errors(&[503])
             .keyless(),

@@ -57,13 +57,13 @@ impl Service {
         let limits = models.iter().map(|(name, spec)| (name.clone(), spec.limits.clone())).collect();
         let fleet = Fleet::of_models(options.clone(), &keys, limits);
         let violations = fleet.violations.clone();
-        let help = "Messages of groups that broke the protocol, by what is wrong with them";
+        let help = "Messages of groups that violate the protocol, by violation";
         metrics.register(|registry| registry.register("protocol_violations", help, violations));
         let http_metrics = HttpMetrics::default();
         metrics.register(|registry| http_metrics.register(registry));
         let shutdown = Shutdown::default();
         let mismatches = fleet.identity_mismatches.clone();
-        let help = "Calls that reached another server than the group that was meant, by what differed";
+        let help = "Calls that reached another server than the intended group, by the field that differs";
         metrics.register(|registry| registry.register("identity_mismatches", help, mismatches));
         let relay = Relay {
             admission: Arc::new(Admission::new(Arc::clone(&fleet.room), options.max_waiting)),

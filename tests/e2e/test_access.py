@@ -140,7 +140,7 @@ def test_the_key_file_is_read_again(guarded):
     # a broken file changes nothing
     guarded.key_path.write_text("tenants: 7\n")
     wait_until("the broken file was seen", lambda: "expected a sequence" in process.log(), every=0.3)
-    assert "api keys stay as they were" in process.log()
+    assert "cannot reload api keys, keeping the previous ones" in process.log()
     assert ask(guarded, "new-key")[0] == 200 and ask(guarded, "free-key")[0] == 200
     # a key that is taken out is refused
     guarded.key_path.write_text(key_file(TENANTS))

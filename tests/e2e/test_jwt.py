@@ -186,7 +186,7 @@ def test_keys_out_of_a_file(cluster, provider, tmp_path):
     wait_until("the file was read again", lambda: ask(process.url, token)[0] == 200, every=0.3)
     assert ask(process.url, provider.token())[0] == 401
     file.write_text("{}")
-    wait_until("the broken file was seen", lambda: "keys for tokens stay as they were" in process.log(), every=0.3)
+    wait_until("the broken file was seen", lambda: "cannot use new keys for tokens, keeping the previous ones" in process.log(), every=0.3)
     assert ask(process.url, token)[0] == 200, "a file that can't be used changes nothing"
     process.stop()
     cluster.processes.remove(process)

@@ -87,7 +87,7 @@ impl fmt::Debug for Digest {
 impl<'de> Deserialize<'de> for Digest {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        Self::parse(text.trim()).ok_or_else(|| serde::de::Error::custom("sha256: 64 hexadecimal digits are expected"))
+        Self::parse(text.trim()).ok_or_else(|| serde::de::Error::custom("sha256: expected 64 hexadecimal digits"))
     }
 }
 
@@ -163,7 +163,7 @@ impl KeyFile {
             }
             for key in &tenant.keys {
                 if !keys.insert(key.sha256) {
-                    return Err(format!("tenant `{}`: the key {:?} stands there twice", tenant.name, key.sha256));
+                    return Err(format!("tenant `{}`: the key {:?} occurs twice", tenant.name, key.sha256));
                 }
             }
         }

@@ -115,7 +115,7 @@ impl Access {
                 );
             }
             if let Some(name) = jwt.default_tenant.as_ref().filter(|name| !callers.tenants.contains_key(*name)) {
-                return wrong("default_tenant", format!("`{name}` is no tenant of the file router.access.keys"));
+                return wrong("default_tenant", format!("`{name}` is not a tenant of the file router.access.keys"));
             }
         }
         let callers = Some(RwLock::new(Arc::new(callers)));
@@ -178,7 +178,7 @@ impl Access {
                     (None, Some(name)) => callers.tenants.get(name),
                     (named, _) => named,
                 };
-                let unknown = || ApiError::forbidden("The token is good, but it names no tenant that is known here.");
+                let unknown = || ApiError::forbidden("The token is valid, but it names no known tenant.");
                 let tenant = Arc::clone(tenant.ok_or_else(unknown)?);
                 Ok(Caller { tenant, key: identity.subject })
             }

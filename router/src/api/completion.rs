@@ -166,7 +166,7 @@ impl Completion {
             if choice > 0
                 && let Some(logprobs) = &mut prompt_logprobs
             {
-                logprobs.prompt_top = None; // they are the same for all
+                logprobs.prompt_top = None; // equal for all choices
             }
             let seed = seed_of(params.seed, choice);
             let sequence = Sequence::place(self.service.relay(), Arc::clone(&task), stream_id, seed, prompt_logprobs)
@@ -402,7 +402,7 @@ impl Completion {
         &mut self.context
     }
 
-    /// Whether the client uses Mistral's API and did not set `stream_options`.
+    /// Whether the client uses Mistral's API and did not request usage.
     pub fn mistral_client(&self) -> bool {
         self.context.client.mistral && !self.params.include_usage
     }

@@ -1,4 +1,4 @@
-//! `GET /groups`: the fleet as this router sees it, for operators and tools.
+//! `GET /groups`: the fleet in this router's view, for operators and tools.
 
 use std::sync::Arc;
 

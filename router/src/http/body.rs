@@ -88,7 +88,7 @@ impl BodyReader {
             let Some(frame) = frame else { break };
             let frame = frame.map_err(|error| match is_disconnect(&error) {
                 true => ApiError::client_gone(),
-                false => ApiError::malformed("The request body did not arrive whole."),
+                false => ApiError::malformed("The request body is incomplete."),
             })?;
             let Ok(data) = frame.into_data() else { continue };
             pace.receive(data.len());

@@ -37,7 +37,7 @@ impl TryFrom<String> for HostPattern {
         let is_name = !name.is_empty() && !name.contains(['/', '*', '@', ' ']);
         let has_port = name.parse::<IpAddr>().is_err() && name.contains(':');
         if text != "*" && (!is_name || has_port) {
-            return Err(format!("`{text}` is no host: expected a name without a port, `*.example` or `*`"));
+            return Err(format!("`{text}` is not a host: expected a name without a port, `*.example` or `*`"));
         }
         Ok(Self(text.to_ascii_lowercase()))
     }

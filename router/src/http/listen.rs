@@ -106,10 +106,7 @@ impl Port {
         signal.send_modify(|signal| signal.stopping = true);
         tracing::info!(connections = connections.get(), "no new connections, finishing open requests");
         if tokio::time::timeout(grace, signal.closed()).await.is_err() {
-            tracing::warn!(
-                connections = connections.get(),
-                "open responses end with an error: the grace period is over"
-            );
+            tracing::warn!(connections = connections.get(), "the grace period is over, aborting open responses");
             shutdown.cut();
             let _ = tokio::time::timeout(CUT_TIMEOUT, signal.closed()).await;
         }

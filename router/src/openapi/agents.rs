@@ -1,13 +1,15 @@
-//! What stands in fields of OpenAI's Responses and Anthropic's Messages. The fields are declared where they are read, and responses are
-//! derived from what is written ([`crate::api::responses`], [`crate::api::messages`]); but an entry of a conversation is read by one
-//! structure whatever its kind, so that a refusal can name the field: here stands which of its fields belong together.
+//! Schemas of the items and blocks of OpenAI's Responses and Anthropic's Messages.
+//!
+//! The fields of the bodies are declared where they are parsed, and response schemas are derived from the serialized
+//! types ([`crate::api::responses`], [`crate::api::messages`]). An entry of a conversation is parsed by one struct for
+//! all kinds, so that a refusal can name the field; the types here say which fields belong together.
 
 #![allow(missing_docs)] // the names are OpenAI's and Anthropic's; what needs words has them
 
 use schemars::JsonSchema;
 use serde_json::{Map, Value};
 
-/// A text of the user's, or the items of a conversation.
+/// The user's text, or the items of the conversation.
 #[derive(JsonSchema)]
 #[serde(untagged)]
 pub enum ResponsesInput {
@@ -15,7 +17,7 @@ pub enum ResponsesInput {
     Items(Vec<InputItem>),
 }
 
-/// A message, a call, what a call returned, or more tools. Reasoning and calls of tools that others run are left out.
+/// A message, a call, a call's result, or more tools. Reasoning and calls of tools that other servers run are left out.
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum InputItem {
@@ -27,7 +29,7 @@ pub enum InputItem {
     AdditionalTools { tools: Vec<Map<String, Value>> },
 }
 
-/// Who speaks.
+/// The role of a message.
 #[derive(JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum InputRole {
@@ -63,7 +65,7 @@ pub enum ResponsesChoice {
     Named(#[schemars(with = "Map<String, Value>")] Map<String, Value>),
 }
 
-/// Who speaks.
+/// The role of a message.
 #[derive(JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AgentRole {
@@ -80,7 +82,7 @@ pub enum AgentContent {
     Blocks(Vec<AgentBlock>),
 }
 
-/// A block of a message.
+/// A content block of a message.
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum AgentBlock {
@@ -100,7 +102,7 @@ pub enum AgentDocument {
     Content { content: String },
 }
 
-/// Where an image is.
+/// The source of an image.
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum AgentImage {

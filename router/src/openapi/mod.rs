@@ -1,9 +1,9 @@
-//! `GET /openapi.json`: what the API takes and responses, for people and for tools.
+//! `GET /openapi.json`: the description of the API.
 //!
-//! A [`Route`] is what serves a path and what is said of it, in one: nothing is served without a description. Fields of
-//! requests are described by the declarations that they are read and bounded by ([`crate::api::declare`]), with the limits
-//! that this router has; generated responses by the types that are written; the rest by the types of [`responses`]. What stands in
-//! messages, tools and forms of responses is described by hand ([`requests`], [`agents`]); `tests/e2e/test_openapi.py` asks the real
+//! A [`Route`] combines a handler with its description, so that no path is served without one. Request fields are
+//! described by their declarations ([`crate::api::declare`]) with the limits of this router, generated responses by the
+//! types that are serialized, and other responses by the types of [`responses`]. Messages, tools and output formats are
+//! described by hand ([`requests`], [`agents`]); `tests/e2e/test_openapi.py` compares the description with the real
 //! server.
 
 pub mod agents;
@@ -28,7 +28,7 @@ use crate::{
 
 type Describe = fn(&mut SchemaGenerator) -> Schema;
 
-/// A path, what serves it, and what is said of it.
+/// A path with its handler and its description.
 pub struct Route<S> {
     path: &'static str,
     method: &'static str,
@@ -47,9 +47,9 @@ struct Completion {
     schema: Option<Describe>,
 }
 
-/// What a request for a response of a model may be refused with.
+/// Error statuses of a request that a group serves.
 pub const REQUEST_ERRORS: &[u16] = &[400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504];
-/// What a request that only looks may be refused with.
+/// Error statuses of a request that only needs a key.
 pub const KEY_ERRORS: &[u16] = &[401, 403, 503];
 
 impl<S: Clone + Send + Sync + 'static> Route<S> {
@@ -80,44 +80,44 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
         }
     }
 
-    /// In one sentence.
+    /// Sets the tag and a summary of one sentence.
     pub fn says(mut self, tag: &'static str, summary: &'static str) -> Self {
         (self.tag, self.summary) = (tag, summary);
         self
     }
 
-    /// The body.
+    /// Sets the operation that defines the body.
     pub fn takes(mut self, operation: Operation) -> Self {
         self.takes = Some(operation);
         self
     }
 
-    /// The response.
+    /// Sets the type of the response.
     pub fn returns<T: JsonSchema>(mut self) -> Self {
         self.completions
             .push(Completion { kind: "application/json", schema: Some(|generator| generator.subschema_for::<T>()) });
         self
     }
 
-    /// A response, or another one, that is text.
+    /// Adds a response with a text type.
     pub fn returns_text(mut self, kind: &'static str) -> Self {
         self.completions.push(Completion { kind, schema: Some(|generator| generator.subschema_for::<String>()) });
         self
     }
 
-    /// Statuses of refusals.
+    /// Sets the error statuses.
     pub fn errors(mut self, errors: &'static [u16]) -> Self {
         self.errors = errors;
         self
     }
 
-    /// The form of refusals, where it is not OpenAI's.
+    /// Sets the form of errors, if it is not OpenAI's.
     pub fn errors_as<T: JsonSchema>(mut self) -> Self {
         self.error = |generator| generator.subschema_for::<T>();
         self
     }
 
-    /// Needs no key.
+    /// Marks a route that needs no key.
     pub fn keyless(mut self) -> Self {
         self.keyless = true;
         self
@@ -126,7 +126,7 @@ impl<S: Clone + Send + Sync + 'static> Route<S> {
 
 const SCHEMAS: &str = "/components/schemas";
 
-/// What is described so far.
+/// The description of the routes so far.
 pub struct Document {
     paths: Map<String, Value>,
     requests: SchemaGenerator,
@@ -135,7 +135,7 @@ pub struct Document {
 }
 
 impl Document {
-    /// Nothing yet, of a router with these limits.
+    /// Creates an empty description for a router with these limits.
     pub fn new(options: RouterOptions) -> Self {
         let settings = || {
             let mut settings = SchemaSettings::draft2020_12();
@@ -151,7 +151,7 @@ impl Document {
         }
     }
 
-    /// A router of these routes, which are described from now on.
+    /// Adds these routes to the description, and returns a router that serves them.
     pub fn serve<S: Clone + Send + Sync + 'static>(&mut self, routes: Vec<Route<S>>) -> Router<S> {
         routes.into_iter().fold(Router::new(), |router, route| {
             self.describe(&route);
@@ -195,7 +195,7 @@ impl Document {
         if route.keyless {
             operation["security"] = json!([]);
         }
-        // the router's form of a path that may have slashes
+        // axum's form of a path parameter that may have slashes
         let path = route.path.replace("{*", "{");
         if path.contains("{id}") {
             operation["parameters"] = json!([{
@@ -207,7 +207,7 @@ impl Document {
         item[route.method] = operation;
     }
 
-    /// The schema of a body, among the others and by its name.
+    /// Adds the schema of a body under its name.
     fn body(&mut self, operation: Operation) -> Schema {
         let name = format!("{operation:?}Request");
         let limits = FieldBounds { operation, options: &self.options };
@@ -217,7 +217,7 @@ impl Document {
         reference
     }
 
-    /// The whole document.
+    /// Returns the whole document.
     pub fn finish(mut self) -> Value {
         let mut schemas = self.requests.take_definitions(true);
         schemas.extend(self.completions.take_definitions(true));
@@ -253,7 +253,7 @@ impl Document {
     }
 }
 
-/// The route of the document.
+/// The route of the document itself.
 pub fn route<S: Clone + Send + Sync + 'static>(document: Document) -> Router<S> {
     let document = Arc::new(document.finish());
     Router::new().route(

@@ -1,5 +1,5 @@
-//! What stands in fields of requests and is read where it is used: messages and tools by the conversation's reader, forms of responses
-//! by [`crate::api::structured`]. The fields themselves are declared where they are read: [`crate::api::request`].
+//! Schemas of request fields that are parsed where they are used: messages and tools by the conversation parser, output
+//! formats by [`crate::api::structured`]. The fields themselves are declared in [`crate::api::request`].
 
 #![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
 
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 #[schemars(inline)]
 pub struct OneOrMore<T>(#[schemars(length(min = 1))] pub Vec<T>);
 
-/// The form of the response.
+/// The format of the output.
 #[derive(JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ResponseFormat {
@@ -26,7 +26,7 @@ pub struct NamedSchema {
     pub name: Option<String>,
     #[schemars(with = "Map<String, Value>")]
     pub schema: Value,
-    /// Refuses keywords that can't be kept.
+    /// Rejects schemas with unsupported keywords.
     pub strict: Option<bool>,
 }
 
@@ -35,16 +35,16 @@ pub struct NamedSchema {
 pub struct Message {
     pub role: Role,
     pub content: Option<Content>,
-    /// The assistant's.
+    /// Tool calls; only in assistant messages.
     pub tool_calls: Option<Vec<ToolCall>>,
-    /// Of a tool's response.
+    /// The call's ID; only in tool messages.
     pub tool_call_id: Option<String>,
     pub name: Option<String>,
-    /// The model continues with this message (Mistral's).
+    /// Continues this message instead of a new one (Mistral).
     pub prefix: Option<bool>,
 }
 
-/// Who speaks.
+/// The role of a message.
 #[derive(JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -71,7 +71,7 @@ pub enum Chunk {
     ImageUrl { image_url: ImageUrl },
 }
 
-/// Where an image is.
+/// The URL of an image.
 #[derive(JsonSchema)]
 #[serde(untagged)]
 pub enum ImageUrl {
@@ -79,7 +79,7 @@ pub enum ImageUrl {
     Object { url: String },
 }
 
-/// A call that was made.
+/// A call that the model made.
 #[derive(JsonSchema)]
 pub struct ToolCall {
     pub id: String,
@@ -121,7 +121,7 @@ pub struct Function {
     pub strict: Option<bool>,
 }
 
-/// Whether and what the model calls.
+/// Whether the model calls a tool, and which one.
 #[derive(JsonSchema)]
 #[serde(untagged)]
 pub enum ToolChoice {

@@ -1,4 +1,4 @@
-//! Responses, as the document describes them, that are not described by the types that are written ([`crate::api::response`]).
+//! Response schemas that are not derived from serialized types ([`crate::api::response`]).
 
 #![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
 
@@ -14,16 +14,16 @@ pub struct ErrorObject {
 /// Part of [`ErrorObject`].
 #[derive(JsonSchema)]
 pub struct ErrorFields {
-    /// For a person.
+    /// The message for people.
     pub message: String,
-    /// Of error.
+    /// The type of the error.
     pub r#type: String,
-    /// The field at fault.
+    /// The invalid field.
     pub param: Option<String>,
     pub code: Option<String>,
 }
 
-/// Why a response is over.
+/// Why an output ended.
 #[derive(JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
@@ -32,7 +32,7 @@ pub enum FinishReason {
     ToolCalls,
 }
 
-/// A stop string, or the id of a stop token.
+/// A stop string, or the ID of a stop token.
 #[derive(JsonSchema)]
 #[serde(untagged)]
 pub enum StopReason {
@@ -73,7 +73,7 @@ pub struct Model {
     pub capabilities: Capabilities,
 }
 
-/// What a group computes on; a fake one only pretends.
+/// The device of a group; `fake` generates no real output.
 #[derive(JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceKind {
@@ -82,7 +82,7 @@ pub enum DeviceKind {
     Fake,
 }
 
-/// What a model can do, in Mistral's words.
+/// The capabilities of a model, in Mistral's terms.
 #[derive(JsonSchema)]
 pub struct Capabilities {
     pub completion_chat: bool,
@@ -107,12 +107,12 @@ pub struct Detokenized {
     pub prompt: String,
 }
 
-/// The fleet as this router sees it.
+/// The fleet in this router's view.
 #[derive(JsonSchema)]
 pub struct Groups {
     /// Name of the cluster.
     pub cluster: String,
-    /// Routers that live, this one included.
+    /// Live routers, this one included.
     pub routers: u32,
     pub groups: Vec<Group>,
 }
@@ -136,7 +136,7 @@ pub struct OpenRequest {
     /// Method and path.
     pub request: String,
     pub model: Option<String>,
-    /// The group that serves it now.
+    /// The group that serves the request now.
     pub group: Option<String>,
     pub age_seconds: f64,
     pub prompt_tokens: u64,
@@ -148,7 +148,7 @@ pub struct OpenRequest {
 #[derive(JsonSchema)]
 pub struct Group {
     pub group: String,
-    /// Changes with every start.
+    /// The start of the group; changes with every start.
     pub epoch: u64,
     pub endpoint: String,
     pub model: String,
@@ -170,18 +170,18 @@ pub struct Group {
     #[schemars(with = "State")]
     pub state: GroupState,
     pub version: String,
-    /// Contract that its worker speaks.
+    /// Contract version of its worker.
     pub contract: u32,
     /// Whether the registry still lists it.
     pub announced: bool,
-    /// Whether its event stream to this router lives.
+    /// Whether its event stream to this router is connected.
     pub watched: bool,
     /// Whether it reports its state: if not, it gets no requests.
     pub responding: bool,
     pub load: Load,
 }
 
-/// Whether a group takes requests.
+/// Whether a group accepts requests.
 #[derive(JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
@@ -206,7 +206,7 @@ pub struct Speed {
     pub decode_step_seconds: f64,
 }
 
-/// What a group last reported itself.
+/// The last report of a group.
 #[derive(JsonSchema)]
 pub struct Load {
     pub running: u32,
@@ -218,14 +218,14 @@ pub struct Load {
     pub steps: u64,
 }
 
-/// At least one group takes requests.
+/// Whether at least one group accepts requests.
 #[derive(JsonSchema)]
 pub struct Ready {
     pub status: String,
     pub ready_groups: usize,
 }
 
-/// The release.
+/// The release version.
 #[derive(JsonSchema)]
 pub struct Version {
     pub version: String,

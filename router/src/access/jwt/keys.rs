@@ -1,7 +1,7 @@
-//! The provider's public keys (a JSON Web Key Set): out of a file or fetched from a URL, again and again.
+//! The provider's public keys (a JSON Web Key Set), read from a file or fetched from a URL at regular intervals.
 //!
-//! Keys that were fetched once stay in use while the provider is away. A token whose key is unknown asks for a fetch,
-//! which happens at most every ten seconds, however many such tokens come.
+//! Keys stay in use while the provider is unreachable. A token with an unknown key triggers a fetch, at most once in
+//! ten seconds for all such tokens together.
 
 use std::{
     path::PathBuf,
@@ -26,36 +26,36 @@ use tokio::{
 
 use super::{JwtAlgorithm, JwtError, JwtOptions, verify::PublicKey};
 
-/// Largest key set and discovery document.
+/// Maximum bytes of a key set and of a discovery document.
 const MAX_BODY_BYTES: usize = 1 << 20;
-/// Most keys of a set.
+/// Maximum number of keys in a set.
 const MAX_KEYS: usize = 256;
-/// Longest fetch.
+/// Timeout of a fetch.
 const FETCH_WITHIN: Duration = Duration::from_secs(5);
-/// Shortest time between two fetches.
+/// Minimum interval between two fetches.
 const FETCH_EVERY: Duration = Duration::from_secs(10);
-/// How long a request waits for a fetch that it asked for.
+/// How long a request waits for a fetch that it triggered.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(6);
-/// How often a file is looked at.
+/// How often a file is checked for changes.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Where keys come from.
+/// The source of keys.
 pub enum KeySource {
     /// A file.
     File(PathBuf),
-    /// A URL: of the keys, or of a document that names it.
+    /// A URL of the keys, or of a discovery document that names it.
     Url {
-        /// Where.
+        /// The URL.
         url: Uri,
-        /// Whether it is the issuer's discovery document, and the issuer.
+        /// The expected issuer, if the URL is that of a discovery document.
         discover: Option<String>,
-        /// How its certificate is checked.
+        /// The TLS configuration that checks the server's certificate.
         tls: HttpsConnector,
     },
 }
 
 impl KeySource {
-    /// As the options say.
+    /// Determines the source from the options.
     pub fn of(options: &JwtOptions) -> Result<Self, JwtError> {
         let wrong = |field, reason: String| JwtError { field, reason };
         if let Some(path) = &options.jwks_file {
@@ -74,7 +74,7 @@ impl KeySource {
         let url = parse_url(&text).map_err(|reason| wrong(field, reason))?;
         check_scheme(&options.issuer, &url).map_err(|reason| wrong(field, reason))?;
         if url.scheme_str() == Some("http") && !is_loopback(&url) {
-            tracing::warn!(%url, "keys for tokens are fetched without TLS: whoever is on the way can let anybody in");
+            tracing::warn!(%url, "keys for tokens are fetched without TLS: a man in the middle can forge tokens");
         }
         let tls = HttpsConnector::new(options.jwks_ca_file.as_deref())
             .map_err(|error| wrong("jwks_ca_file", error.to_string()))?;
@@ -94,7 +94,7 @@ impl KeySource {
                 let document: Discovery = serde_json::from_slice(&fetch(url, tls).await?)
                     .map_err(|error| format!("{url}: not a discovery document: {error}"))?;
                 if document.issuer != *issuer {
-                    return Err(format!("{url}: it is the document of another issuer, `{}`", document.issuer));
+                    return Err(format!("{url}: the document is that of another issuer, `{}`", document.issuer));
                 }
                 let keys = parse_url(&document.jwks_uri)?;
                 check_scheme(issuer, &keys)?;
@@ -104,7 +104,7 @@ impl KeySource {
     }
 }
 
-/// An issuer that is reached by https must not have its keys replaced by whoever is on the way.
+/// Refuses keys over plain HTTP if the issuer uses https: a man in the middle could replace them.
 fn check_scheme(issuer: &str, url: &Uri) -> Result<(), String> {
     if issuer.starts_with("https://") && url.scheme_str() == Some("http") && !is_loopback(url) {
         return Err(format!("`{url}`: the issuer is an https URL: expected https for its keys too"));
@@ -115,30 +115,30 @@ fn check_scheme(issuer: &str, url: &Uri) -> Result<(), String> {
 /// The keys of one fetch.
 pub struct KeySet {
     keys: Vec<PublicKey>,
-    /// Counted up whenever the keys change.
+    /// Increases whenever the keys change.
     pub generation: u64,
 }
 
 impl KeySet {
-    /// Keys that may have made a signature: those of that id, or, for a token that names none, all of its algorithm.
+    /// The candidate keys for a signature: those with that ID or, for a token without an ID, all keys of its algorithm.
     pub(super) fn matching(&self, id: Option<&str>, algorithm: JwtAlgorithm) -> impl Iterator<Item = &PublicKey> {
         let of_id = move |key: &&PublicKey| id.is_none() || key.id.as_deref() == id;
         self.keys.iter().filter(of_id).filter(move |key| key.fits(algorithm))
     }
 }
 
-/// The keys, kept fresh.
+/// The keys, kept up to date.
 pub struct KeyStore {
     source: KeySource,
     refresh: Duration,
     current: RwLock<Option<Arc<KeySet>>>,
     wanted: Notify,
-    /// When the last fetch ended; `None` before the first.
+    /// The end of the last fetch; `None` before the first.
     fetched: watch::Sender<Option<Instant>>,
 }
 
 impl KeyStore {
-    /// Reads a file at once: one that can't be read is an error of the configuration.
+    /// Creates the store. It reads a file immediately; a file that cannot be read is a configuration error.
     pub fn open(source: KeySource, refresh_seconds: f64) -> Result<Self, JwtError> {
         let store = Self {
             refresh: Duration::from_secs_f64(refresh_seconds),
@@ -155,17 +155,17 @@ impl KeyStore {
         Ok(store)
     }
 
-    /// The keys; `None` while none were fetched.
+    /// The keys; `None` before the first fetch.
     pub fn current(&self) -> Option<Arc<KeySet>> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Of the keys; 0 while there are none.
+    /// The version of the keys; 0 before the first fetch.
     pub fn generation(&self) -> u64 {
         self.current.read().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, |keys| keys.generation)
     }
 
-    /// Asks for a fetch and waits for it; `false` at once where the last one is too young.
+    /// Triggers a fetch and waits for it; returns `false` immediately if the last fetch is too recent.
     pub async fn refreshed(&self) -> bool {
         let mut fetched = self.fetched.subscribe();
         let last = *fetched.borrow_and_update();
@@ -176,7 +176,7 @@ impl KeyStore {
         matches!(timeout(REQUEST_TIMEOUT, fetched.changed()).await, Ok(Ok(())))
     }
 
-    /// Fetches keys, for ever: regularly, soon after a failure, and when asked.
+    /// Fetches keys at regular intervals, soon after a failure, and on request; never returns.
     pub async fn keep_fresh(&self) {
         let mut seen = None;
         loop {
@@ -185,15 +185,17 @@ impl KeyStore {
             if seen.as_ref() != Some(&outcome) {
                 match &outcome {
                     Ok(bytes) => match self.put(bytes) {
-                        Ok(keys) => tracing::info!(keys, "keys for tokens were read"),
-                        Err(reason) => tracing::error!(reason, "keys for tokens stay as they were"),
+                        Ok(keys) => tracing::info!(keys, "loaded keys for tokens"),
+                        Err(reason) => {
+                            tracing::error!(reason, "cannot use new keys for tokens, keeping the previous ones")
+                        }
                     },
-                    Err(reason) => tracing::error!(reason, "keys for tokens can't be read"),
+                    Err(reason) => tracing::error!(reason, "cannot read keys for tokens"),
                 }
                 seen = Some(outcome);
             }
             self.fetched.send_replace(Some(Instant::now()));
-            // who asked while this fetch ran has been served by it
+            // this fetch also serves the requests that arrived while it ran
             let _ = self.wanted.notified().now_or_never();
             if matches!(self.source, KeySource::File(_)) {
                 tokio::time::sleep(POLL_INTERVAL).await;
@@ -211,7 +213,7 @@ impl KeyStore {
         }
     }
 
-    /// Takes the keys that can be used; returns how many.
+    /// Replaces the keys with the usable keys of a set; returns their number.
     fn put(&self, bytes: &[u8]) -> Result<usize, String> {
         #[derive(Deserialize)]
         struct Set {
@@ -220,7 +222,7 @@ impl KeyStore {
         let set: Set = serde_json::from_slice(bytes).map_err(|error| format!("not a JSON Web Key Set: {error}"))?;
         let keys: Vec<PublicKey> = set.keys.into_iter().take(MAX_KEYS).filter_map(PublicKey::of_jwk).collect();
         if keys.is_empty() {
-            return Err("none of its keys can be used: RSA, EC (P-256, P-384) or Ed25519 is expected".into());
+            return Err("none of its keys is supported: expected RSA, EC (P-256, P-384) or Ed25519".into());
         }
         let count = keys.len();
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
@@ -231,7 +233,7 @@ impl KeyStore {
 }
 
 fn parse_url(text: &str) -> Result<Uri, String> {
-    let url: Uri = text.parse().map_err(|error| format!("`{text}` is no URL: {error}"))?;
+    let url: Uri = text.parse().map_err(|error| format!("`{text}` is not a URL: {error}"))?;
     match (url.scheme_str(), url.host()) {
         (Some("http" | "https"), Some(_)) => Ok(url),
         _ => Err(format!("`{text}`: expected https://host/path")),
@@ -248,7 +250,7 @@ fn host_of(url: &Uri) -> &str {
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 
-/// Gets a small document.
+/// Fetches a small document.
 async fn fetch(url: &Uri, tls: &HttpsConnector) -> Result<Vec<u8>, String> {
     let fetching = async {
         let host = host_of(url);
@@ -262,14 +264,14 @@ async fn fetch(url: &Uri, tls: &HttpsConnector) -> Result<Vec<u8>, String> {
     };
     match timeout(FETCH_WITHIN, fetching).await {
         Ok(outcome) => outcome.map_err(|reason| format!("{url}: {reason}")),
-        Err(_) => Err(format!("{url}: no answer within {FETCH_WITHIN:?}")),
+        Err(_) => Err(format!("{url}: no response within {FETCH_WITHIN:?}")),
     }
 }
 
 async fn get(url: &Uri, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Result<Vec<u8>, String> {
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
-    // ends with the sender
+    // the task ends with the sender
     let connection = tokio::spawn(connection);
     let authority = url.authority().map_or("", |authority| authority.as_str());
     let path = url.path_and_query().map_or("/", |path| path.as_str());
@@ -280,7 +282,7 @@ async fn get(url: &Uri, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'st
         .map_err(|error| error.to_string())?;
     let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
     if !response.status().is_success() {
-        return Err(format!("answered with {}", response.status()));
+        return Err(format!("unexpected status {}", response.status()));
     }
     let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(|error| error.to_string())?;
     connection.abort();

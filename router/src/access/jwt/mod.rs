@@ -1,9 +1,9 @@
 //! Tokens of an OIDC provider: `Authorization: Bearer` with a JWT that the provider signed.
 //!
-//! A token is checked with the provider's public keys ([`keys`]): signature by an algorithm of the allow-list (none of
-//! which is symmetric, so that a public key is never a secret), issuer, audience, `exp` and `nbf`. One of its claims
-//! names a tenant of the key file; the tenant's limits are the same as for its API keys. A token that was found good is
-//! remembered until it expires, so that the signature is paid for once.
+//! A token is verified with the provider's public keys ([`keys`]): its signature, by an algorithm of the allow-list
+//! (none of which is symmetric, so that a public key is never used as a secret), issuer, audience, `exp` and `nbf`. One
+//! of its claims names a tenant of the key file; the tenant's limits are the same as for its API keys. A valid token is
+//! cached until it expires, so that its signature is verified once.
 
 pub mod keys;
 mod verify;
@@ -24,44 +24,45 @@ use self::{
 use super::keys::Digest;
 use crate::api::error::ApiError;
 
-/// Longest token; those of providers have a few hundred to a few thousand characters.
+/// Maximum bytes of a token; tokens of common providers have a few hundred to a few thousand.
 const MAX_TOKEN_BYTES: usize = 16 << 10;
-/// Tokens that are remembered.
+/// Maximum number of cached tokens.
 const MAX_REMEMBERED: usize = 16_384;
-/// Characters of a subject that stand in the audit log.
+/// Maximum characters of a subject in the audit log.
 const MAX_SUBJECT: usize = 128;
 
 /// The `router.access.jwt` section.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JwtOptions {
-    /// What `iss` must be. Without `jwks_url` and `jwks_file` its discovery document says where the keys are.
+    /// The required `iss`. Without `jwks_url` and `jwks_file`, the issuer's discovery document names the URL of the
+    /// keys.
     pub issuer: String,
-    /// One of these must be in `aud`.
+    /// The accepted audiences; `aud` must hold one of them.
     pub audience: Vec<String>,
-    /// Where the provider's keys are fetched from.
+    /// URL of the provider's keys.
     #[serde(default)]
     pub jwks_url: Option<String>,
-    /// A file of keys, read again when it changes, in place of a URL.
+    /// File of keys, read again if it changes; an alternative to the URL.
     #[serde(default)]
     pub jwks_file: Option<PathBuf>,
-    /// PEM file of the authorities that the URL's certificate is checked against; the system's where it is absent.
+    /// PEM file of the authorities for the URL's certificate; absent: those of the system.
     #[serde(default)]
     pub jwks_ca_file: Option<PathBuf>,
-    /// How often keys are fetched. A token with an unknown key causes one more fetch, at most every ten seconds.
+    /// Interval of fetches in seconds. A token with an unknown key triggers one more fetch, at most every ten seconds.
     #[serde(default = "default_refresh")]
     pub refresh_seconds: f64,
     /// Signature algorithms that are accepted.
     #[serde(default = "default_algorithms")]
     pub algorithms: Vec<JwtAlgorithm>,
-    /// How far the provider's clock and ours may be apart.
+    /// Maximum difference in seconds between the provider's clock and the router's.
     #[serde(default = "default_skew")]
     pub clock_skew_seconds: u64,
-    /// The claim that names the tenant: a string, or a list of which the first known name counts. One that begins with
-    /// `/` is a JSON pointer, for example `/realm_access/roles`.
+    /// The claim that names the tenant: a string, or a list whose first known name is used. A name that begins with `/`
+    /// is a JSON pointer, for example `/realm_access/roles`.
     #[serde(default = "default_claim")]
     pub tenant_claim: String,
-    /// The tenant of tokens whose claim is absent or names none that is known; they are refused where it is absent.
+    /// The tenant of tokens whose claim is absent or names no known tenant; without a default such tokens are refused.
     #[serde(default)]
     pub default_tenant: Option<String>,
 }
@@ -82,7 +83,7 @@ fn default_claim() -> String {
     "tenant".into()
 }
 
-/// Algorithms that can be allowed: none of them symmetric.
+/// The algorithms that can be allowed; none is symmetric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)] // the names are RFC 7518's and RFC 8037's
 pub enum JwtAlgorithm {
@@ -105,28 +106,28 @@ impl JwtAlgorithm {
     }
 }
 
-/// The section can't be used.
+/// Why the section cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("router.access.jwt.{field}: {reason}")]
 pub struct JwtError {
     /// The key.
     pub field: &'static str,
-    /// What is wrong with it.
+    /// What is wrong with the key's value.
     pub reason: String,
 }
 
-/// What a good token says.
+/// The contents of a valid token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Identity {
     /// `sub`, for the audit log.
     pub subject: Arc<str>,
-    /// Names that the claim gives, the first known one counts.
+    /// The names in the tenant claim; the first known name is used.
     pub tenants: Arc<[String]>,
-    /// Seconds since 1970 after which it is not good any more, skew included.
+    /// Expiry in seconds since 1970, clock skew included.
     until: u64,
 }
 
-/// Knows which tokens are good.
+/// Verifies tokens.
 pub struct Tokens {
     options: JwtOptions,
     keys: KeyStore,
@@ -135,20 +136,20 @@ pub struct Tokens {
 
 #[derive(Default)]
 struct Remembered {
-    /// Of the keys that they were checked with.
+    /// The version of the keys that verified the cached tokens.
     generation: u64,
     identities: HashMap<Digest, Identity>,
 }
 
 impl Tokens {
-    /// Reads a file of keys; those behind a URL are fetched by [`Tokens::keep_fresh`].
+    /// Creates the verifier. It reads a file of keys; [`Tokens::keep_fresh`] fetches keys from a URL.
     pub fn open(options: JwtOptions) -> Result<Self, JwtError> {
         let wrong = |field, reason: &str| Err(JwtError { field, reason: reason.into() });
         if options.issuer.is_empty() {
             return wrong("issuer", "expected the provider's issuer");
         }
         if options.audience.is_empty() || options.audience.iter().any(String::is_empty) {
-            return wrong("audience", "expected at least one: without it, tokens meant for others would be taken");
+            return wrong("audience", "expected at least one: without it, tokens for other services would be accepted");
         }
         if options.algorithms.is_empty() {
             return wrong("algorithms", "expected at least one");
@@ -167,22 +168,22 @@ impl Tokens {
         Ok(Self { options, keys, remembered: Mutex::default() })
     }
 
-    /// What it is configured with.
+    /// The options of the section.
     pub fn options(&self) -> &JwtOptions {
         &self.options
     }
 
-    /// Fetches keys, for ever.
+    /// Fetches keys at regular intervals; never returns.
     pub async fn keep_fresh(&self) {
         self.keys.keep_fresh().await;
     }
 
-    /// Whether a bearer has the form of a token.
+    /// Whether a bearer credential has the form of a token.
     pub fn looks_like(bearer: &str) -> bool {
         bearer.starts_with("eyJ") && bearer.bytes().filter(|byte| *byte == b'.').count() == 2
     }
 
-    /// Whose token this is, or why it is refused.
+    /// Verifies a token; returns its claims or the refusal.
     pub async fn check(&self, token: &str) -> Result<Identity, ApiError> {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(refused("it is too long"));
@@ -192,7 +193,7 @@ impl Tokens {
             return Ok(known);
         }
         let identity = match self.verify(token) {
-            // its key may be a new one
+            // the key may be new
             Err(Refusal::UnknownKey | Refusal::NoKeys) if self.keys.refreshed().await => self.verify(token),
             other => other,
         };
@@ -213,7 +214,7 @@ impl Tokens {
         let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
         let generation = self.keys.generation();
         if remembered.generation != generation {
-            // what was signed with a key that is withdrawn is checked again
+            // tokens of a withdrawn key are verified again
             *remembered = Remembered { generation, identities: HashMap::new() };
             return None;
         }
@@ -265,7 +266,7 @@ impl Tokens {
     }
 }
 
-/// A claim by its name or, with a `/` before it, its place.
+/// A claim by its name or, with a leading `/`, by a JSON pointer.
 fn claim<'a>(claims: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     let Some(place) = name.strip_prefix('/') else { return claims.get(name) };
     let mut names = place.split('/');

@@ -1,5 +1,5 @@
-//! One token (RFC 7515 and 7519, compact form): its parts, its signature, its claims. Signatures are ring's, which TLS
-//! brings; what a library of tokens would add to that is this file.
+//! Verification of one token (RFC 7515 and 7519, compact form): its parts, its signature, its claims. The signatures
+//! use ring, which TLS already depends on; a JWT library would replace only this file.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,18 +14,18 @@ use serde_json::{Map, Value};
 
 use super::{JwtAlgorithm, JwtOptions};
 
-/// Why a token is not good.
+/// Why a token is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// No key was ever read.
+    /// No keys are loaded yet.
     NoKeys,
-    /// Its key is not among those that are known.
+    /// Its key is unknown.
     UnknownKey,
-    /// What a client may know of it.
+    /// The reason, which the client may see.
     Bad(&'static str),
 }
 
-/// The head of a token.
+/// The header of a token.
 #[derive(Deserialize)]
 struct Header {
     alg: String,
@@ -33,11 +33,11 @@ struct Header {
     crit: Option<Value>,
 }
 
-/// A token that was taken apart and not judged yet.
+/// A token that is parsed and not verified yet.
 pub(super) struct Token<'a> {
-    /// How it says that it is signed; one of those that are allowed.
+    /// Its algorithm, one of the allowed ones.
     pub(super) algorithm: JwtAlgorithm,
-    /// The id of its key.
+    /// The ID of its key.
     pub(super) key_id: Option<String>,
     signed: &'a str,
     payload: &'a str,
@@ -45,40 +45,40 @@ pub(super) struct Token<'a> {
 }
 
 impl<'a> Token<'a> {
-    /// Reads the header, and refuses algorithms that are not in the list (`none` is never in it).
+    /// Parses a token, and refuses algorithms that are not in the list (`none` is never in it).
     pub(super) fn read(token: &'a str, allowed: &[JwtAlgorithm]) -> Result<Self, Refusal> {
-        let (signed, signature) = token.rsplit_once('.').ok_or(Refusal::Bad("it has not three parts"))?;
-        let (header, payload) = signed.split_once('.').ok_or(Refusal::Bad("it has not three parts"))?;
+        let (signed, signature) = token.rsplit_once('.').ok_or(Refusal::Bad("it does not have three parts"))?;
+        let (header, payload) = signed.split_once('.').ok_or(Refusal::Bad("it does not have three parts"))?;
         if payload.contains('.') {
-            return Err(Refusal::Bad("it has not three parts"));
+            return Err(Refusal::Bad("it does not have three parts"));
         }
         let header: Header = decode(header)
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-            .ok_or(Refusal::Bad("its header can't be read"))?;
+            .ok_or(Refusal::Bad("its header cannot be parsed"))?;
         let algorithm = JwtAlgorithm::of(&header.alg)
             .filter(|algorithm| allowed.contains(algorithm))
             .ok_or(Refusal::Bad("its algorithm is not allowed"))?;
         if header.crit.is_some() {
             return Err(Refusal::Bad("it has critical extensions"));
         }
-        let signature = decode(signature).ok_or(Refusal::Bad("its signature can't be read"))?;
+        let signature = decode(signature).ok_or(Refusal::Bad("its signature cannot be decoded"))?;
         Ok(Self { algorithm, key_id: header.kid, signed, payload, signature })
     }
 
-    /// Its claims, if this key signed it and they are good for us now.
+    /// Returns its claims if this key signed it and the claims are valid now.
     pub(super) fn claims(&self, key: &PublicKey, options: &JwtOptions) -> Result<Map<String, Value>, Refusal> {
         if !key.verify(self.algorithm, self.signed.as_bytes(), &self.signature) {
-            return Err(Refusal::Bad("its signature is wrong"));
+            return Err(Refusal::Bad("its signature is invalid"));
         }
         let claims: Map<String, Value> = decode(self.payload)
             .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-            .ok_or(Refusal::Bad("its claims can't be read"))?;
+            .ok_or(Refusal::Bad("its claims cannot be parsed"))?;
         judge(&claims, options, now())?;
         Ok(claims)
     }
 }
 
-/// Whether claims are good at a time.
+/// Checks the claims at a time.
 fn judge(claims: &Map<String, Value>, options: &JwtOptions, now: u64) -> Result<(), Refusal> {
     let bad = |words| Err(Refusal::Bad(words));
     let skew = options.clock_skew_seconds as f64;
@@ -87,13 +87,13 @@ fn judge(claims: &Map<String, Value>, options: &JwtOptions, now: u64) -> Result<
         None => return bad("it lacks `exp`"),
         Some(Value::Number(expires)) if expires.as_f64().is_some_and(|expires| now < expires + skew) => {}
         Some(Value::Number(_)) => return bad("it has expired"),
-        Some(_) => return bad("`exp` is no time"),
+        Some(_) => return bad("`exp` is not a time"),
     }
     match claims.get("nbf") {
         None => {}
         Some(Value::Number(begins)) if begins.as_f64().is_some_and(|begins| begins <= now + skew) => {}
         Some(Value::Number(_)) => return bad("it is not valid yet"),
-        Some(_) => return bad("`nbf` is no time"),
+        Some(_) => return bad("`nbf` is not a time"),
     }
     match claims.get("iss") {
         None => return bad("it lacks `iss`"),
@@ -109,7 +109,7 @@ fn judge(claims: &Map<String, Value>, options: &JwtOptions, now: u64) -> Result<
     }
 }
 
-/// Seconds since 1970.
+/// The current time in seconds since 1970.
 pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
@@ -118,7 +118,7 @@ fn decode(part: &str) -> Option<Vec<u8>> {
     URL_SAFE_NO_PAD.decode(part).ok()
 }
 
-/// A key of a JSON Web Key Set (RFC 7517, 7518 and 8037), as far as it matters here.
+/// A key of a JSON Web Key Set (RFC 7517, 7518 and 8037), with the fields that are used here.
 #[derive(Deserialize)]
 struct Jwk {
     kty: String,
@@ -132,10 +132,10 @@ struct Jwk {
     y: Option<String>,
 }
 
-/// A public key and what it may be used for.
+/// A public key and its permitted algorithms.
 pub(super) struct PublicKey {
     pub(super) id: Option<String>,
-    /// The one algorithm that its `alg` allows.
+    /// The single algorithm that its `alg` permits.
     only: Option<JwtAlgorithm>,
     kind: Kind,
 }
@@ -145,20 +145,20 @@ enum Kind {
         n: Vec<u8>,
         e: Vec<u8>,
     },
-    /// A point that is not compressed.
+    /// The format byte of an uncompressed point.
     P256(Vec<u8>),
     P384(Vec<u8>),
     Ed25519(Vec<u8>),
 }
 
 impl PublicKey {
-    /// A key for signatures, of a kind that is known; never a symmetric one.
+    /// Converts a signature key of a supported type; symmetric keys are never supported.
     pub(super) fn of_jwk(jwk: Value) -> Option<Self> {
         let jwk: Jwk = serde_json::from_value(jwk).ok()?;
         if jwk.r#use.as_deref().is_some_and(|purpose| purpose != "sig") {
             return None;
         }
-        // an `alg` that is not known here makes the key one that is not for us
+        // a key with an unsupported `alg` is left out
         let only = match &jwk.alg {
             Some(name) => Some(JwtAlgorithm::of(name)?),
             None => None,
@@ -174,7 +174,7 @@ impl PublicKey {
         Some(Self { id: jwk.kid, only, kind })
     }
 
-    /// Whether it may have made signatures of an algorithm.
+    /// Whether the key can verify signatures of an algorithm.
     pub(super) fn fits(&self, algorithm: JwtAlgorithm) -> bool {
         let kind = match self.kind {
             Kind::Rsa { .. } => rsa(algorithm).is_some(),
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn claims_are_judged_one_by_one() {
+    fn checks_each_claim() {
         let good = json!({"iss": "i", "aud": "b", "exp": 1000, "nbf": 900.5});
         let changed = |field: &str, value: Value| {
             let mut claims = good.as_object().unwrap().clone();
@@ -253,10 +253,10 @@ mod tests {
             ("exp", Value::Null, "lacks `exp`"),
             ("exp", json!(940), "expired"),
             ("exp", json!(-1), "expired"),
-            ("exp", json!("2000"), "no time"),
-            ("exp", json!([2000]), "no time"),
+            ("exp", json!("2000"), "not a time"),
+            ("exp", json!([2000]), "not a time"),
             ("nbf", json!(961), "not valid yet"),
-            ("nbf", json!("1"), "no time"),
+            ("nbf", json!("1"), "not a time"),
             ("iss", Value::Null, "lacks `iss`"),
             ("iss", json!("j"), "issuer"),
             ("iss", json!(["i"]), "issuer"),
@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_are_not_for_signatures_of_a_known_kind_are_left_out() {
+    fn ignores_unsupported_keys() {
         let rsa = json!({"kty": "RSA", "n": "AQAB", "e": "AQAB", "kid": "k"});
         let with = |field: &str, value: Value| {
             let mut jwk = rsa.clone();

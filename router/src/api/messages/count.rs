@@ -1,4 +1,4 @@
-//! `POST /v1/messages/count_tokens`: how long a prompt would be.
+//! `POST /v1/messages/count_tokens`: counts the tokens of a prompt.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ use crate::{
 /// The response.
 #[derive(Serialize, JsonSchema)]
 pub struct TokenCount {
-    /// Ids of the whole prompt: system, tools, messages.
+    /// Tokens of the whole prompt: system, tools, messages.
     pub input_tokens: usize,
 }
 

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::{api::error::ApiError, request_id::RequestId};
 
-/// Where Anthropic's clients look for the id of a request.
+/// The header in which Anthropic's clients read a request's ID.
 const REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
 /// Anthropic's form of an error.
@@ -23,7 +23,7 @@ pub struct Envelope<'a> {
     request_id: &'a str,
 }
 
-/// What went wrong.
+/// Type and message of an error.
 #[derive(Serialize, JsonSchema)]
 #[schemars(rename = "MessagesErrorFields")]
 struct Fields<'a> {
@@ -59,7 +59,7 @@ pub fn error_json(error: &ApiError, request_id: &str) -> Vec<u8> {
     serde_json::to_vec(&envelope).unwrap_or_else(|_| br#"{"type":"error"}"#.to_vec())
 }
 
-/// Whatever is refused below `/v1/messages` has Anthropic's form, wherever it is refused.
+/// Converts every error response below `/v1/messages` to Anthropic's form, whichever layer refused the request.
 pub async fn in_anthropics_form(request: Request, next: Next) -> Response<Body> {
     if !is_below(request.uri().path()) {
         return next.run(request).await;
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_message_names_the_field() {
+    fn names_the_field_in_the_message() {
         let error = ApiError::invalid("messages[1].role", "it can not be");
         let json: serde_json::Value = serde_json::from_slice(&error_json(&error, "r")).unwrap();
         let expected = serde_json::json!({"type": "error", "request_id": "r",

@@ -1,7 +1,7 @@
 //! `POST /v1/messages` and `/v1/messages/count_tokens`, Anthropic's Messages API.
 //!
-//! A request becomes a chat request ([`request`]), and the response is written as content blocks ([`output`]), whole or as
-//! events ([`stream`]). Whatever is refused on these paths has Anthropic's form ([`error`]).
+//! A request is converted to a chat request ([`request`]), and the response is written as content blocks ([`output`]),
+//! complete or as events ([`stream`]). Every error on these paths has Anthropic's form ([`error`]).
 
 pub mod count;
 pub mod error;

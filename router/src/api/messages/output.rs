@@ -1,4 +1,4 @@
-//! The response as a message: blocks of text and of tool use.
+//! The response as a message with blocks of text and of tool use.
 
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -12,28 +12,28 @@ use crate::{
     relay::emit::{CallDelta, Finish, Part, StopReason},
 };
 
-/// A message of the assistant's.
+/// A message of the assistant.
 #[derive(Serialize, JsonSchema)]
 pub struct MessageObject<'a> {
-    /// Of the message.
+    /// The ID of the message.
     pub id: &'a str,
     /// `message`
     pub r#type: &'static str,
     /// `assistant`
     pub role: &'static str,
-    /// The name that the client used.
+    /// The model name that the client used.
     pub model: &'a str,
-    /// What it says and calls.
+    /// The content blocks.
     pub content: Vec<ContentBlock<'a>>,
-    /// Why it ended; `null` while it has not.
+    /// The stop reason; `null` while the message is incomplete.
     pub stop_reason: Option<&'static str>,
-    /// The one of `stop_sequences` that ended it.
+    /// The entry of `stop_sequences` that ended the message.
     pub stop_sequence: Option<&'a str>,
-    /// Tokens.
+    /// The usage in tokens.
     pub usage: MessageUsage,
 }
 
-/// A block of a message.
+/// A content block of a message.
 #[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ContentBlock<'a> {
@@ -42,33 +42,33 @@ pub enum ContentBlock<'a> {
         /// The text.
         text: &'a str,
     },
-    /// A call.
+    /// A tool call.
     ToolUse {
-        /// Names it in its result.
+        /// The ID that the call's result repeats.
         id: String,
-        /// The tool.
+        /// The name of the tool.
         name: &'a str,
-        /// Its arguments.
+        /// The arguments.
         #[schemars(with = "Map<String, Value>")]
         input: Box<RawValue>,
     },
 }
 
-/// `usage`: what was read from the cache is not part of `input_tokens`.
+/// `usage`: tokens that were found in the cache are not part of `input_tokens`.
 #[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct MessageUsage {
-    /// Ids of the prompt that were computed.
+    /// Prompt tokens that were computed.
     pub input_tokens: u32,
-    /// Writing to the cache costs nothing.
+    /// Always 0: writing to the cache is free.
     pub cache_creation_input_tokens: u32,
-    /// Ids of the prompt found in the group's prefix cache.
+    /// Prompt tokens found in the group's prefix cache.
     pub cache_read_input_tokens: u32,
-    /// Ids generated.
+    /// Generated tokens.
     pub output_tokens: u32,
 }
 
 impl MessageUsage {
-    /// So far.
+    /// The usage so far.
     pub fn of(completion: &Completion) -> Self {
         let usage = completion.usage();
         let cached = usage.prompt_tokens_details.cached_tokens;
@@ -81,8 +81,8 @@ impl MessageUsage {
     }
 }
 
-/// The arguments of a call. What is no JSON object (cut off, `NaN`, or whatever the model wrote) is given as
-/// `{"INVALID_JSON": "what was written"}`, the form that Anthropic's documentation has for it.
+/// The arguments of a call. Arguments that are not a JSON object (truncated, `NaN`, or other text of the model) become
+/// `{"INVALID_JSON": "the text"}`, the form in Anthropic's documentation.
 pub fn input(call: &CallDelta) -> Box<RawValue> {
     let is_object = call.is_complete && call.arguments.starts_with('{');
     let object = is_object.then(|| RawValue::from_string(call.arguments.clone()).ok()).flatten();
@@ -90,7 +90,7 @@ pub fn input(call: &CallDelta) -> Box<RawValue> {
     object.or_else(wrapped).unwrap_or_else(empty)
 }
 
-/// The field of an input that stands for arguments that are no object.
+/// The field of an input that holds arguments which are not an object.
 pub const INVALID_JSON: &str = "INVALID_JSON";
 
 /// An object without fields.
@@ -98,7 +98,7 @@ pub fn empty() -> Box<RawValue> {
     RawValue::from_string("{}".to_owned()).unwrap_or_else(|_| RawValue::NULL.to_owned())
 }
 
-/// Why a response ended, in Anthropic's words.
+/// The stop reason in Anthropic's terms.
 pub fn stop_reason(choice: &Choice) -> (Option<&'static str>, Option<&str>) {
     let sequence = match choice.stop_reason() {
         Some(StopReason::Text(text)) => Some(text.as_str()),
@@ -114,7 +114,7 @@ pub fn stop_reason(choice: &Choice) -> (Option<&'static str>, Option<&str>) {
 }
 
 impl<'a> MessageObject<'a> {
-    /// The message as it is now, with this content.
+    /// The current message with this content.
     pub fn new(completion: &'a Completion, content: Vec<ContentBlock<'a>>) -> Self {
         let (mut stop_reason, stop_sequence) = stop_reason(&completion.choices[0]);
         if completion.params.echo_only {
@@ -133,13 +133,13 @@ impl<'a> MessageObject<'a> {
     }
 }
 
-/// A call as a block.
+/// Converts a call to a block.
 pub fn tool_use(call: &CallDelta, input: Box<RawValue>) -> ContentBlock<'_> {
     let (id, name) = call.start.as_ref().map_or(("", ""), |start| (&start.id, &start.name));
     ContentBlock::ToolUse { id: format!("toolu_{id}"), name, input }
 }
 
-/// The plain response, complete.
+/// Writes a complete response that is not streamed.
 pub fn object(completion: &Completion) -> serde_json::Result<Vec<u8>> {
     let delta = &completion.choices[0].delta;
     let block = |part| match part {
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn input_is_always_an_object() {
+    fn converts_every_input_to_an_object() {
         for (arguments, is_complete, expected) in [
             (r#"{"a": 1.50}"#, true, r#"{"a": 1.50}"#),
             (r#"{"a": NaN}"#, true, r#"{"INVALID_JSON":"{\"a\": NaN}"}"#),

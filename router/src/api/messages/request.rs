@@ -1,10 +1,9 @@
-//! The body of `POST /v1/messages`, and the chat request that it becomes.
+//! The body of `POST /v1/messages`, and its conversion to a chat request.
 //!
-//! A user's message may hold results of tools: they come first, as the model saw it in training, and what else the
-//! message says follows; images that tools returned are shown there too, because the model looks at images in a
-//! user's message only. Neighbouring messages of one role are one turn, and a system message may stand anywhere
-//! ([`turns`](crate::api::turns)). A last message of the assistant's is continued. Thinking is left out: this model does not
-//! think.
+//! A user message may hold tool results: they come first, as in the model's training data, and the rest of the message
+//! follows. Images that tools returned become part of the user message, because the model supports images only there.
+//! Adjacent messages of one role form one turn, and a system message may be anywhere ([`turns`](crate::api::turns)). A
+//! last message of the assistant is continued. Thinking blocks are left out, because this model does not think.
 
 use std::{borrow::Cow, collections::HashMap};
 
@@ -40,12 +39,12 @@ const DIALECT: Dialect = Dialect {
     no_images: Some(no_images),
 };
 
-/// The words by which Anthropic's clients know that they have to take images out of the conversation.
+/// The text by which Anthropic's clients detect that they must remove images from the conversation.
 fn no_images(place: Place) -> (String, &'static str) {
     (format!("{}.image", with_dots(place)), "this model does not support image input")
 }
 
-/// A place as Anthropic's own server writes it: `messages.3.content.0`.
+/// A position in the notation of Anthropic's server: `messages.3.content.0`.
 fn with_dots(place: Place) -> String {
     place.to_string().replace('[', ".").replace(']', "")
 }
@@ -53,26 +52,27 @@ fn with_dots(place: Place) -> String {
 const USES: Uses = Uses::of(&[Operation::Messages, Operation::CountTokens]);
 
 fields! {
-    /// The fields that only this API has, or means something else by.
+    /// The fields that only this API has, or that it interprets differently.
     pub struct MessagesRequest<'a> {}
 
-    /// Instructions in front of the messages: a text, or blocks of text.
+    /// Instructions in front of the messages: a text, or text blocks.
     system: &'a RawValue as agents::AgentContent, USES;
-    /// Tools that may be called. Those that a server runs are left out, and deferred ones until they are referred to.
+    /// Tools that may be called. Tools that a server runs are left out; deferred tools are left out until a message
+    /// refers to them.
     tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
-    /// Whether and which.
+    /// Whether a tool is called, and which one.
     tool_choice: ToolChoice, USES;
-    /// Texts that end the response.
+    /// Stop strings.
     stop_sequences: Vec<String>, USES, within stops;
-    /// The form of the response.
+    /// The format of the output.
     output_config: OutputConfig, USES;
-    /// The form of the response, under its older name.
+    /// The format of the output, under its older name.
     output_format: Value as Map<String, Value>, USES;
     /// Ignored: this model does not think.
     thinking: IgnoredAny as Map<String, Value>, USES;
     /// Ignored: every prompt is cached.
     cache_control: IgnoredAny as Map<String, Value>, USES;
-    /// Ignored: nothing is taken out of a conversation.
+    /// Ignored: nothing is removed from a conversation.
     context_management: IgnoredAny as Map<String, Value>, USES;
     /// Refused unless it is empty.
     mcp_servers: Vec<IgnoredAny> as [(); 0], USES;
@@ -87,9 +87,9 @@ pub struct ToolChoice {
     /// `auto`, `any`, `tool` or `none`.
     #[schemars(with = "agents::AgentMode")]
     pub r#type: String,
-    /// Of the tool that must be called.
+    /// The name of the tool that must be called.
     pub name: Option<String>,
-    /// One call at most.
+    /// At most one call.
     pub disable_parallel_tool_use: Option<bool>,
 }
 
@@ -99,7 +99,7 @@ pub struct OutputConfig {
     /// `{"type": "json_schema", "schema": {...}}`
     #[schemars(with = "Option<Map<String, Value>>")]
     pub format: Option<Value>,
-    /// Taken, without effect: this model does not think.
+    /// Accepted without effect: this model does not think.
     pub effort: Option<String>,
 }
 
@@ -114,7 +114,7 @@ pub struct Message<'a> {
     content: Option<&'a RawValue>,
 }
 
-/// One of the blocks of a message's content; its fields are read when its kind is known.
+/// A content block of a message; its fields are parsed when its kind is known.
 #[derive(Debug, Deserialize)]
 struct Block<'a> {
     r#type: Option<Cow<'a, str>>,
@@ -138,7 +138,7 @@ struct Block<'a> {
     is_error: Option<&'a RawValue>,
 }
 
-/// Where an image or a document is.
+/// The source of an image or a document.
 #[derive(Debug, Deserialize)]
 struct Source<'a> {
     r#type: Option<Cow<'a, str>>,
@@ -154,7 +154,7 @@ struct Source<'a> {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[schemars(rename = "AgentTool")]
 struct Tool<'a> {
-    /// `custom`, or absent; others are left out.
+    /// `custom`, or absent; other tools are left out.
     #[allow(dead_code)] // it is read before
     r#type: Option<Cow<'a, str>>,
     #[serde(borrow)]
@@ -168,11 +168,11 @@ struct Tool<'a> {
     #[schemars(required, with = "Map<String, Value>")]
     input_schema: Option<&'a RawValue>,
     strict: Option<bool>,
-    /// Whether it is shown only when a `tool_reference` names it.
+    /// Whether the tool is shown only if a `tool_reference` names it.
     defer_loading: Option<bool>,
 }
 
-/// One of `tools`: what kind it is.
+/// The kind of an entry of `tools`.
 #[derive(Deserialize)]
 struct ToolKind<'a> {
     r#type: Option<Cow<'a, str>>,
@@ -181,10 +181,11 @@ struct ToolKind<'a> {
 
 const MESSAGES: &str = "messages";
 const NO_ARGUMENTS: &str = "{}";
-/// Claude Code puts a line with a number that is another one in each request in front of its instructions.
+/// The prefix of a line that Claude Code puts in front of its instructions. The line has a number that differs in each
+/// request.
 const BILLING: &str = "x-anthropic-billing-header";
 
-/// Reads a request: its conversation and its other fields. Counting tokens needs no `max_tokens`.
+/// Parses a request: its conversation and its other fields. Counting tokens needs no `max_tokens`.
 pub fn read<'b>(
     bytes: &'b [u8],
     operation: Operation,
@@ -276,13 +277,13 @@ fn response_format(format: &Value) -> Result<Value, ApiError> {
     }
 }
 
-/// A request's conversation while it is read.
+/// The conversation of a request while it is parsed.
 #[derive(Default)]
 struct Draft<'a> {
     messages: Vec<(ChatMessage<'a>, Origin)>,
     /// The tools of the prompt.
     tools: Vec<(ChatTool<'a>, Place)>,
-    /// Tools that are shown where they are first referred to, by name.
+    /// Tools that are shown at the first reference to them, by name.
     deferred: HashMap<String, ChatTool<'a>>,
     has_late_tools: bool,
 }
@@ -292,7 +293,7 @@ fn message<'a>(role: &'static str, content: ChatContent<'a>) -> ChatMessage<'a> 
 }
 
 impl<'a> Draft<'a> {
-    /// Reads the tools; returns how many are left out. The one that must be called is shown in any case.
+    /// Parses the tools; returns how many are left out. The tool that must be called is always included.
     fn read_tools(&mut self, written: &[&'a RawValue], forced: Option<&str>) -> Result<u32, ApiError> {
         let mut left_out = 0;
         for (index, written) in written.iter().enumerate() {
@@ -320,7 +321,7 @@ impl<'a> Draft<'a> {
         Ok(left_out)
     }
 
-    /// What a reference to a tool shows: its definition where it is referred to for the first time, else its name.
+    /// The text for a reference to a tool: its definition at the first reference, then its name.
     fn reference(&mut self, block: &Block<'a>, place: Place) -> Result<ChatPart<'a>, ApiError> {
         let name: String = entry(block.tool_name.ok_or_else(|| missing(place, "tool_name"))?, place)?;
         Ok(text(match self.deferred.remove(&name) {
@@ -405,7 +406,7 @@ fn is_billing(text: &RawValue) -> bool {
     text.get().strip_prefix('"').is_some_and(|text| text.starts_with(BILLING))
 }
 
-/// The blocks of one message.
+/// The content blocks of one message.
 struct Blocks<'a> {
     parts: Vec<ChatPart<'a>>,
     calls: Vec<ChatCall<'a>>,
@@ -509,7 +510,7 @@ impl<'a> Blocks<'a> {
     }
 }
 
-/// The arguments of a call. What stands for arguments that were no object is what the model wrote.
+/// The arguments of a call. The substitute for arguments that were not an object becomes the model's original text.
 fn arguments<'a>(input: Option<&'a RawValue>, place: Place) -> Result<Cow<'a, RawValue>, ApiError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -518,7 +519,7 @@ fn arguments<'a>(input: Option<&'a RawValue>, place: Place) -> Result<Cow<'a, Ra
         written: &'a RawValue,
     }
     let Some(input) = input else { return Ok(Cow::Borrowed(entry(no_arguments(), place)?)) };
-    // the chat API takes arguments as a text, this one does not
+    // the chat API accepts arguments as text, this API does not
     if !is_object(input) {
         let message = format!("`{place}.input` must be an object.");
         return Err(ApiError::invalid(format!("{place}.input"), message));
@@ -536,7 +537,7 @@ fn text<'a>(text: String) -> ChatPart<'a> {
     ChatPart::Text { text: Text::Made(text) }
 }
 
-/// The model's format has no mark for a call that failed: its result says so.
+/// The model's format has no marker for a failed call, so the text of its result says it.
 fn as_error(text: String) -> String {
     if text.starts_with("Error") { text } else { format!("Error: {text}") }
 }
@@ -558,8 +559,8 @@ fn image<'a>(source: Option<&RawValue>, place: Place) -> Result<ChatPart<'a>, Ap
     Ok(ChatPart::ImageUrl { image_url: Text::Made(url) })
 }
 
-/// The text of a document that is one. Others are refused in the words by which Anthropic's clients know that they have to
-/// take it out of the conversation.
+/// The text of a text document. Other documents are refused with the text by which Anthropic's clients detect that they
+/// must remove the document from the conversation.
 fn document<'a>(source: Option<&'a RawValue>, place: Place) -> Result<Vec<ChatPart<'a>>, ApiError> {
     let refused = || {
         let param = format!("{}.document", with_dots(place));

@@ -1,4 +1,4 @@
-//! The response as events: the message begins, its blocks begin, grow and end, the message ends.
+//! The response as events: start of the message; start, deltas and end of each block; end of the message.
 
 use serde::Serialize;
 
@@ -44,7 +44,7 @@ impl Event<'_> {
     }
 }
 
-/// What a block grows by.
+/// The new part of a block.
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum BlockDelta<'a> {
@@ -52,14 +52,14 @@ enum BlockDelta<'a> {
     InputJsonDelta { partial_json: &'a str },
 }
 
-/// Why the message ended.
+/// Stop reason and stop string of the message.
 #[derive(Serialize)]
 struct MessageEnd<'a> {
     stop_reason: Option<&'static str>,
     stop_sequence: Option<&'a str>,
 }
 
-/// The block that may grow.
+/// The kind of the open block.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Open {
     None,
@@ -71,17 +71,17 @@ enum Open {
 pub struct MessagesWriter {
     begun: bool,
     open: Open,
-    /// Blocks so far.
+    /// Number of blocks so far.
     blocks: usize,
 }
 
 impl MessagesWriter {
-    /// For one message.
+    /// Creates the writer of one message.
     pub fn new() -> Self {
         Self { begun: false, open: Open::None, blocks: 0 }
     }
 
-    /// The message begins when the group has said what it found in its cache.
+    /// Starts the message as soon as the group has reported the cached tokens.
     fn begin_message(&mut self, completion: &Completion, out: &mut Vec<u8>) {
         if !std::mem::replace(&mut self.begun, true) {
             let message =
@@ -133,7 +133,7 @@ impl EventWriter for MessagesWriter {
         for part in choice.delta.parts() {
             match part {
                 Part::Text(text) => self.add_text(text, out),
-                // a call comes whole
+                // a call arrives complete
                 Part::Call(call) => {
                     self.begin_block(Open::ToolUse, tool_use(call, empty()), out);
                     self.grow(BlockDelta::InputJsonDelta { partial_json: input(call).get() }, out);

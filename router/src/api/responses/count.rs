@@ -1,4 +1,4 @@
-//! `POST /v1/responses/input_tokens`: how long a prompt would be.
+//! `POST /v1/responses/input_tokens`: counts the tokens of a prompt.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ use crate::{
 pub struct InputTokens {
     /// `response.input_tokens`
     object: &'static str,
-    /// Of the whole prompt: instructions, tools, input.
+    /// Tokens of the whole prompt: instructions, tools, input.
     input_tokens: usize,
 }
 

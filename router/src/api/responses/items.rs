@@ -1,5 +1,5 @@
-//! The items of a response while it comes into being: what is generated is added to them, and each addition is a list of
-//! changes. A stream writes them as events, a plain response only keeps the items: both hold the same.
+//! The items of a response while it is generated. Each addition of output returns a list of changes: a stream writes
+//! the changes as events, and a plain response only keeps the items, so both have the same contents.
 
 use bora_common::conversation::Json;
 use bora_proto::v1::PositionLogprobs;
@@ -17,26 +17,26 @@ use crate::{
 pub struct Item {
     id: String,
     status: Status,
-    /// What it says.
+    /// Type and content of the item.
     pub content: Content,
 }
 
-/// What an item says.
+/// The content of an item.
 pub enum Content {
-    /// Text.
+    /// A message.
     Message {
-        /// So far.
+        /// The text so far.
         text: String,
-        /// Of its tokens, if wanted.
+        /// Logprobs of its tokens, if requested.
         logprobs: Vec<PositionLogprobs>,
     },
-    /// A call.
+    /// A tool call.
     Call {
-        /// Its id as a call.
+        /// Its ID as a call.
         call_id: String,
-        /// The tool, as the client declared it.
+        /// The name of the tool in the client's declaration.
         tool: ToolName,
-        /// JSON so far.
+        /// The arguments so far, as JSON text.
         arguments: String,
     },
 }
@@ -47,7 +47,7 @@ impl Item {
         Self { id: format!("msg_{}_{number}", bare(response)), status: Status::InProgress, content }
     }
 
-    /// `None` for a chunk that begins no call.
+    /// Creates a call; `None` for a chunk that does not start a call.
     fn call(response: &str, number: usize, chunk: &CallDelta, names: &ToolNames) -> Option<Self> {
         let start = chunk.start.as_ref()?;
         let tool = names.resolve(&start.name);
@@ -57,12 +57,12 @@ impl Item {
         Some(Self { id, status: Status::InProgress, content })
     }
 
-    /// Its id.
+    /// Its ID as an item.
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// As the client sees it when it begins.
+    /// The client's view of the item when it starts.
     pub fn begun<'a>(&'a self, completion: &'a Completion) -> ItemObject<'a> {
         let mut object = self.object_with(Status::InProgress, completion);
         if let ItemObject::FunctionCall { arguments, .. } = &mut object {
@@ -71,7 +71,7 @@ impl Item {
         object
     }
 
-    /// As the client sees it now.
+    /// The client's view of the item now.
     pub fn object<'a>(&'a self, completion: &'a Completion) -> ItemObject<'a> {
         self.object_with(self.status, completion)
     }
@@ -102,26 +102,26 @@ impl Item {
     }
 }
 
-/// What the model gave a custom tool: the one argument that its function has, or whatever was written in its place.
+/// The input of a custom tool: the argument of its function, or the raw text if the model wrote other arguments.
 pub fn input_of(arguments: &str) -> String {
     let input = Json::parse(arguments).ok().and_then(|json| Some(json.get(INPUT)?.as_str()?.to_owned()));
     input.unwrap_or_else(|| arguments.to_owned())
 }
 
-/// The id of a response without its prefix.
+/// The ID of a response without its prefix.
 fn bare(response: &str) -> &str {
     response.strip_prefix("resp_").unwrap_or(response)
 }
 
-/// A change of the items; each number is an item's.
+/// A change of the items; each number is the index of an item.
 pub enum Change {
     /// A new item.
     Added(usize),
-    /// A message has more text.
+    /// Text was appended to a message.
     Text(usize, String, Vec<PositionLogprobs>),
-    /// A function's call has more arguments.
+    /// Arguments were appended to a function call.
     Arguments(usize, String),
-    /// Nothing is added to it any more.
+    /// The item is complete.
     Done(usize),
 }
 
@@ -129,25 +129,25 @@ pub enum Change {
 #[derive(Default)]
 pub struct Items {
     list: Vec<Item>,
-    /// Whether the last item may grow.
+    /// Whether the last item is open.
     is_open: bool,
-    /// Of tokens whose text has not come yet.
+    /// Logprobs of tokens whose text has not arrived yet.
     logprobs: Vec<PositionLogprobs>,
 }
 
 impl Items {
-    /// An item by its number.
+    /// The item with an index.
     pub fn get(&self, number: usize) -> Option<&Item> {
         self.list.get(number)
     }
 
-    /// All of them as the client sees them. One that is still open was cut off.
+    /// The client's view of all items. An item that is still open was cut off.
     pub fn objects<'a>(&'a self, completion: &'a Completion) -> Vec<ItemObject<'a>> {
         let status = |item: &Item| if item.status == Status::InProgress { Status::Incomplete } else { item.status };
         self.list.iter().map(|item| item.object_with(status(item), completion)).collect()
     }
 
-    /// Adds what was generated. `finish`: nothing follows it.
+    /// Adds generated output. `finish`: it is the last output.
     pub fn take(
         &mut self,
         delta: &mut Delta,
@@ -191,7 +191,7 @@ impl Items {
                 logprobs.append(&mut self.logprobs);
             }
         }
-        // those of a call's tokens have no place
+        // logprobs of a call's tokens have no field
         self.logprobs.clear();
         changes.push(Change::Done(number));
     }
@@ -219,7 +219,7 @@ impl Items {
             && !chunk.arguments.is_empty()
         {
             arguments.push_str(&chunk.arguments);
-            // a custom tool's input is known when it is complete
+            // the input of a custom tool is known when the call is complete
             if !tool.is_custom {
                 changes.push(Change::Arguments(number, chunk.arguments.clone()));
             }

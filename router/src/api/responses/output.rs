@@ -1,4 +1,4 @@
-//! The response as a response object: a list of items, each a message or a call, and what the request asked for.
+//! The response object: a list of items, each a message or a call, and the repeated parameters of the request.
 
 use bora_proto::v1::PositionLogprobs;
 use schemars::JsonSchema;
@@ -23,17 +23,17 @@ use crate::{
 #[serde(rename_all = "snake_case")]
 #[schemars(rename = "ResponseStatus")]
 pub enum Status {
-    /// More will come.
+    /// In progress.
     InProgress,
-    /// It came to its end.
+    /// Complete.
     Completed,
-    /// It was cut off.
+    /// Cut off.
     Incomplete,
-    /// It broke.
+    /// Failed.
     Failed,
 }
 
-/// Logprobs as chat has them; none if none were asked for.
+/// Logprobs in the form of chat; empty if none were requested.
 pub fn logprobs_of<'a>(positions: &[PositionLogprobs], completion: &'a Completion) -> Vec<ChatLogprob<'a>> {
     match completion.params.top_logprobs {
         Some(top) => ChatLogprobs::new(positions, top, completion.names()).content,
@@ -41,52 +41,52 @@ pub fn logprobs_of<'a>(positions: &[PositionLogprobs], completion: &'a Completio
     }
 }
 
-/// An item as the client sees it.
+/// The client's view of an item.
 #[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 #[schemars(rename = "OutputItem")]
 pub enum ItemObject<'a> {
-    /// Text.
+    /// A message.
     Message {
         /// Its id.
         id: &'a str,
-        /// Whether it is over.
+        /// The status of the item.
         status: Status,
         /// `assistant`
         role: &'static str,
-        /// One part, or none while it begins.
+        /// One part; empty when the item starts.
         content: Vec<TextPart<'a>>,
     },
-    /// A call.
+    /// A function call.
     FunctionCall {
         /// Its id as an item.
         id: &'a str,
-        /// Whether it is over.
+        /// The status of the item.
         status: Status,
-        /// Names it in its result.
+        /// The ID that the call's result repeats.
         call_id: &'a str,
-        /// The function.
+        /// The name of the function.
         name: &'a str,
-        /// The namespace that the function was declared in.
+        /// The namespace of the function's declaration.
         #[serde(skip_serializing_if = "Option::is_none")]
         namespace: Option<&'a str>,
-        /// JSON.
+        /// The arguments as JSON text.
         arguments: &'a str,
     },
     /// A call of a custom tool.
     CustomToolCall {
         /// Its id as an item.
         id: &'a str,
-        /// Whether it is over.
+        /// The status of the item.
         status: Status,
-        /// Names it in its result.
+        /// The ID that the call's result repeats.
         call_id: &'a str,
-        /// The tool.
+        /// The name of the tool.
         name: &'a str,
-        /// The namespace that the tool was declared in.
+        /// The namespace of the tool's declaration.
         #[serde(skip_serializing_if = "Option::is_none")]
         namespace: Option<&'a str>,
-        /// A text.
+        /// The input text.
         input: String,
     },
 }
@@ -99,14 +99,14 @@ pub struct TextPart<'a> {
     pub r#type: &'static str,
     /// The text.
     pub text: &'a str,
-    /// None.
+    /// Always empty.
     pub annotations: [Value; 0],
-    /// Of its tokens, if wanted.
+    /// Logprobs of its tokens, if requested.
     pub logprobs: Vec<ChatLogprob<'a>>,
 }
 
 impl TextPart<'_> {
-    /// Of a message that begins.
+    /// The empty content of a message that starts.
     pub fn empty() -> Self {
         Self { r#type: "output_text", text: "", annotations: [], logprobs: Vec::new() }
     }
@@ -122,7 +122,7 @@ pub struct ResponseObject<'a> {
     background: bool,
     error: Option<ResponseError<'a>>,
     incomplete_details: Option<IncompleteDetails>,
-    /// As it came.
+    /// As in the request.
     #[schemars(with = "Option<Value>")]
     instructions: Option<&'a RawValue>,
     max_output_tokens: Option<i64>,
@@ -166,36 +166,36 @@ pub struct IncompleteDetails {
 /// `usage`.
 #[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct ResponseUsage {
-    /// Ids of the prompt.
+    /// Tokens of the prompt.
     pub input_tokens: u32,
-    /// What of them was known.
+    /// Details of the prompt tokens.
     pub input_tokens_details: InputTokensDetails,
-    /// Ids generated.
+    /// Generated tokens.
     pub output_tokens: u32,
-    /// What of them was reasoning: nothing.
+    /// Details of the generated tokens.
     pub output_tokens_details: OutputTokensDetails,
-    /// Both.
+    /// The sum of both.
     pub total_tokens: u32,
 }
 
 /// Part of [`ResponseUsage`].
 #[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct InputTokensDetails {
-    /// Ids found in the group's prefix cache.
+    /// Tokens found in the group's prefix cache.
     pub cached_tokens: u32,
-    /// Writing to the cache costs nothing.
+    /// Always 0: writing to the cache is free.
     pub cache_write_tokens: u32,
 }
 
 /// Part of [`ResponseUsage`].
 #[derive(Clone, Copy, Serialize, JsonSchema)]
 pub struct OutputTokensDetails {
-    /// None.
+    /// Always 0: this model does not reason.
     pub reasoning_tokens: u32,
 }
 
 impl<'a> ResponseObject<'a> {
-    /// The response as it is now, with these items. Only one that is over has a usage.
+    /// The current response with these items. It has a usage only if it is complete.
     pub fn new(
         completion: &'a Completion,
         echo: &'a Echo,
@@ -269,7 +269,7 @@ pub async fn collect(completion: &mut Completion, echo: &Echo) -> Result<Items, 
     Ok(items)
 }
 
-/// The plain response, complete.
+/// Writes a complete response that is not streamed.
 pub fn object(completion: &Completion, echo: &Echo, items: &Items) -> serde_json::Result<Vec<u8>> {
     let status = final_status(&completion.choices[0]);
     serde_json::to_vec(&ResponseObject::new(completion, echo, status, items.objects(completion), None))

@@ -1,9 +1,9 @@
-//! The body of `POST /v1/responses`, and the chat request that it becomes.
+//! The body of `POST /v1/responses`, and its conversion to a chat request.
 //!
-//! `instructions` is a system message in front. Items follow each other as messages, whose turns are put in order
-//! ([`turns`](crate::api::turns)). Reasoning is left out (this model has none to continue with), and so are the calls of tools that
-//! a server runs. What needs a memory of ours is refused by name: `previous_response_id`, `conversation`, `background`,
-//! `prompt`, references to items.
+//! `instructions` becomes a system message at the front. Items become messages in the order of their turns
+//! ([`turns`](crate::api::turns)). Reasoning is left out, because this model has none to continue, and so are calls of
+//! tools that a server runs. Fields that need stored state are refused by name: `previous_response_id`, `conversation`,
+//! `background`, `prompt`, references to items.
 
 use std::{
     borrow::Cow,
@@ -54,40 +54,40 @@ const DIALECT: Dialect = Dialect {
 const USES: Uses = Uses::of(&[Operation::Responses]);
 
 fields! {
-    /// The fields that only this API has, or means something else by.
+    /// The fields that only this API has, or that it interprets differently.
     pub struct ResponsesRequest<'a> {}
 
-    /// A text of the user's, or the items of the conversation.
+    /// The user's text, or the items of the conversation.
     input: Input<'a> as agents::ResponsesInput, USES.required(&[Operation::Responses]);
     /// A system message in front of the input.
     instructions: &'a RawValue as String, USES;
-    /// Most tokens that are generated; cut at the room left in the model's window.
+    /// Maximum number of tokens to generate; reduced to the room in the context window.
     max_output_tokens: Integer, USES, within |_| at_least(1);
-    /// The form of the text.
+    /// The format of the text.
     text: TextOptions, USES;
-    /// Functions, namespaces of functions and custom tools that may be called; others are left out.
+    /// Functions, namespaces of functions and custom tools that may be called; other tools are left out.
     tools: Vec<&'a RawValue> as Vec<Tool<'static>>, USES;
-    /// Whether and which.
+    /// Whether a tool is called, and which one.
     tool_choice: Value as agents::ResponsesChoice, USES;
-    /// What else the response is to hold: `message.output_text.logprobs`.
+    /// Additional contents of the response: `message.output_text.logprobs`.
     include: Vec<String>, USES;
-    /// Its effort is taken, without effect: this model does not reason.
+    /// The effort is accepted without effect: this model does not reason.
     reasoning: Reasoning, USES;
-    /// Comes back in the response.
+    /// Repeated in the response.
     metadata: Map<String, Value>, USES;
-    /// Comes back in the response.
+    /// Repeated in the response.
     user: String, USES;
-    /// Comes back in the response.
+    /// Repeated in the response.
     prompt_cache_key: String, USES;
-    /// Comes back in the response.
+    /// Repeated in the response.
     safety_identifier: String, USES;
-    /// Comes back in the response: it counts the calls of tools that a server runs, and this one runs none.
+    /// Repeated in the response. It limits calls of tools that a server runs, and this server runs none.
     max_tool_calls: Integer, USES;
-    /// Nothing is kept, whatever it says.
+    /// Without effect: no response is stored.
     store: bool, USES;
-    /// Nothing is cut off, whatever it says.
+    /// Without effect: the input is never truncated.
     truncation: String, USES;
-    /// Only `false`: nothing is kept.
+    /// Must be `false`: no response is stored.
     background: bool, USES;
     /// Refused.
     previous_response_id: Value as (), USES;
@@ -95,18 +95,18 @@ fields! {
     conversation: Value as (), USES;
     /// Refused.
     prompt: Value as (), USES;
-    /// Refused: the field is `input`.
+    /// Refused: the field of this API is `input`.
     messages: IgnoredAny as (), USES;
-    /// Says nothing that matters here.
+    /// Without effect.
     stream_options: IgnoredAny as Map<String, Value>, USES;
 }
 
 /// `input`.
 #[derive(Debug)]
 pub enum Input<'a> {
-    /// What the user says.
+    /// The user's text.
     Text(String),
-    /// The conversation.
+    /// The items of the conversation.
     Items(Vec<&'a RawValue>),
 }
 
@@ -142,7 +142,7 @@ pub struct TextOptions {
     /// `{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "name", "schema", "strict"}`.
     #[schemars(with = "Option<Map<String, Value>>")]
     pub format: Option<Value>,
-    /// Comes back in the response.
+    /// Repeated in the response.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verbosity: Option<String>,
 }
@@ -154,7 +154,7 @@ pub struct Reasoning {
     pub effort: Option<String>,
 }
 
-/// One of the items of `input`: what kind it is.
+/// The kind of an item of `input`.
 #[derive(Debug, Deserialize)]
 struct ItemKind<'a> {
     r#type: Option<Cow<'a, str>>,
@@ -180,7 +180,7 @@ struct Item<'a> {
     tools: Option<Vec<&'a RawValue>>,
 }
 
-/// One of the parts of an item's content.
+/// A content part of an item.
 #[derive(Debug, Deserialize)]
 struct Part<'a> {
     r#type: Option<Cow<'a, str>>,
@@ -192,36 +192,36 @@ struct Part<'a> {
     image_url: Option<&'a RawValue>,
 }
 
-/// What of a request comes back in its response.
+/// The parameters of a request that its response repeats.
 #[derive(Debug, Default)]
 pub struct Echo {
-    /// As it came.
+    /// As in the request.
     pub instructions: Option<Box<RawValue>>,
-    /// As they came.
+    /// As in the request.
     pub tools: Vec<Box<RawValue>>,
-    /// How the client names them.
+    /// The names that the client uses for the tools.
     pub names: ToolNames,
-    /// As it came, or `auto`.
+    /// As in the request; default `auto`.
     pub tool_choice: Value,
-    /// As it came, or true.
+    /// As in the request; default true.
     pub parallel_tool_calls: bool,
-    /// With its default.
+    /// As in the request, with its default.
     pub text: TextOptions,
-    /// As it came, or empty.
+    /// As in the request; default empty.
     pub metadata: Map<String, Value>,
-    /// As it came.
+    /// As in the request.
     pub user: Option<String>,
-    /// As it came.
+    /// As in the request.
     pub prompt_cache_key: Option<String>,
-    /// As it came.
+    /// As in the request.
     pub safety_identifier: Option<String>,
-    /// As it came.
+    /// As in the request.
     pub max_output_tokens: Option<i64>,
-    /// As it came.
+    /// As in the request.
     pub max_tool_calls: Option<i64>,
 }
 
-/// Reads a request: its conversation, its other fields, and what comes back.
+/// Parses a request: its conversation, its other fields, and the parameters that the response repeats.
 pub fn read<'b>(bytes: &'b [u8], options: &RouterOptions) -> Result<(Conversion, Body<'b>, Echo), ApiError> {
     let limits = FieldBounds { operation: Operation::Responses, options };
     let (mut fields, mut request) = Body::parse_with::<ResponsesRequest<'_>>(bytes, limits.operation)?;
@@ -307,7 +307,7 @@ fn message<'a>(role: &'static str, content: Option<ChatContent<'a>>) -> ChatMess
     ChatMessage { role, content, tool_calls: Vec::new(), tool_call_id: None, prefix: false }
 }
 
-/// Chat has the schema one level deeper.
+/// Converts a format to chat's form, which has the schema one level deeper.
 fn response_format(mut format: Value) -> Value {
     let is_schema = format.get("type").and_then(Value::as_str) == Some("json_schema");
     match format.as_object_mut() {
@@ -319,15 +319,15 @@ fn response_format(mut format: Value) -> Value {
     }
 }
 
-/// Reads items as messages.
+/// Converts items to messages.
 struct Items<'a> {
     messages: Vec<(ChatMessage<'a>, Origin)>,
     tools: Tools,
     /// The tools in front of the first user message.
     declared: Vec<(ChatTool<'a>, Place)>,
-    /// Whether tools became known behind it.
+    /// Whether a later item defined tools.
     has_late_tools: bool,
-    /// Calls that were left out, whose results are as well.
+    /// IDs of calls that were left out; their results are left out too.
     left_out: HashSet<String>,
 }
 
@@ -398,7 +398,7 @@ impl<'a> Items<'a> {
         Ok(())
     }
 
-    /// A call of a function, or of a custom tool, whose one argument is its input.
+    /// Adds a call of a function, or of a custom tool, whose single argument is its input.
     fn call(&mut self, item: Item<'a>, place: Place) -> Result<(), ApiError> {
         let name = item.name.ok_or_else(|| missing(place, "name"))?;
         let arguments = match (item.arguments, item.input) {
@@ -419,7 +419,7 @@ impl<'a> Items<'a> {
         Ok(())
     }
 
-    /// Images that a tool returned are shown by the user: the model looks at images in a user's message only.
+    /// Moves images that a tool returned to a user message: the model supports images only there.
     fn result(&mut self, item: Item<'a>, index: u32) -> Result<(), ApiError> {
         let place = Place::Entry(INPUT_ITEMS, index);
         let call_id = item.call_id.ok_or_else(|| missing(place, "call_id"))?;
@@ -456,7 +456,7 @@ impl<'a> Items<'a> {
         Ok(())
     }
 
-    /// In front of the first user message they are among the request's tools; later they are shown as text.
+    /// Adds tools: before the first user message to the request's tools, later as text.
     fn additional_tools(&mut self, item: Item<'a>, index: u32) -> Result<(), ApiError> {
         let place = Place::Entry(INPUT_ITEMS, index);
         let written = item.tools.ok_or_else(|| missing(place, "tools"))?;
@@ -472,13 +472,13 @@ impl<'a> Items<'a> {
     }
 }
 
-/// Items that say nothing to this model: reasoning, and calls that a server or another client's tool ran.
+/// Item types that are left out: reasoning, and calls that a server or another client's tool ran.
 fn is_left_out(kind: &str) -> bool {
     let kinds = ["reasoning", "compaction", "tool_search_output", "mcp_list_tools", "mcp_approval_request"];
     kinds.contains(&kind) || ["_call", "_call_output", "_approval_response"].iter().any(|end| kind.ends_with(end))
 }
 
-/// The parts of an item's content or output, with their places.
+/// The parts of an item's content or output, with their positions.
 fn parts<'a>(written: &'a RawValue, index: u32, list: &'static str) -> Result<Vec<(ChatPart<'a>, Place)>, ApiError> {
     let written: Vec<&'a RawValue> = entry(written, Place::Entry(INPUT_ITEMS, index))?;
     let part = |(number, written): (usize, &'a RawValue)| {

@@ -1,5 +1,5 @@
-//! The response as typed events, each with its number: the response begins, items are added, grow and are done, the
-//! response is over.
+//! The response as typed and numbered events: start of the response; start, deltas and end of each item; end of the
+//! response.
 
 use serde::Serialize;
 
@@ -15,7 +15,7 @@ use crate::api::{
     sse::{EventWriter, write_named_event},
 };
 
-/// What every event has.
+/// The fields of every event.
 #[derive(Serialize)]
 struct Numbered<T> {
     r#type: &'static str,
@@ -98,7 +98,7 @@ pub struct ResponsesWriter {
     events: Numbers,
 }
 
-/// Numbers events as they are written.
+/// Numbers and writes events.
 #[derive(Default)]
 struct Numbers {
     next: u64,
@@ -112,7 +112,7 @@ impl Numbers {
 }
 
 impl ResponsesWriter {
-    /// For one response.
+    /// Creates the writer of one response.
     pub fn new(echo: Box<Echo>) -> Self {
         Self { echo, items: Items::default(), events: Numbers::default() }
     }
@@ -153,7 +153,7 @@ impl ResponsesWriter {
     }
 }
 
-/// The events by which an item begins.
+/// Writes the events that start an item.
 fn added(events: &mut Numbers, item: &Item, output_index: usize, completion: &Completion, out: &mut Vec<u8>) {
     events.write("response.output_item.added", ItemEvent { output_index, item: item.begun(completion) }, out);
     if matches!(item.content, Content::Message { .. }) {
@@ -163,7 +163,7 @@ fn added(events: &mut Numbers, item: &Item, output_index: usize, completion: &Co
     }
 }
 
-/// The events by which an item ends.
+/// Writes the events that end an item.
 fn done(events: &mut Numbers, item: &Item, output_index: usize, completion: &Completion, out: &mut Vec<u8>) {
     let item_id = item.id();
     match &item.content {

@@ -1,9 +1,10 @@
-//! The tools of a response's request: what of them the model is shown, and how its calls are named to the client.
+//! The tools of a request to `/v1/responses`: their form in the prompt, and the names of their calls in the response.
 //!
 //! - A *function* is a function.
-//! - The functions of a *namespace* are functions named `namespace__function`; calls of them come back in the two parts.
-//! - A *custom* tool takes a text. It is a function with one argument, which holds the text.
-//! - All others are run by OpenAI's servers (`web_search`, ...). This one runs none: they are left out.
+//! - The functions of a *namespace* are functions named `namespace__function`; their calls are returned with both
+//!   parts.
+//! - A *custom* tool accepts a text. It is a function with one argument, which holds the text.
+//! - All other tools run on OpenAI's servers (`web_search`, ...). They are left out.
 
 use std::{borrow::Cow, collections::HashMap};
 
@@ -19,12 +20,12 @@ use crate::api::{
     error::ApiError,
 };
 
-/// The one argument of a custom tool.
+/// The single argument of a custom tool.
 pub const INPUT: &str = "input";
-/// Longest name of a function.
+/// Maximum length of a function's name.
 const MAX_NAME_BYTES: usize = 128;
 
-/// One of `tools`: a function, a namespace of functions or a custom tool; others are left out.
+/// One of `tools`: a function, a namespace of functions or a custom tool; other tools are left out.
 #[derive(Debug, Deserialize, JsonSchema)]
 #[schemars(rename = "ResponsesTool")]
 pub struct Tool<'a> {
@@ -48,7 +49,7 @@ pub struct Tool<'a> {
     #[serde(borrow)]
     #[schemars(with = "Option<Vec<Map<String, Value>>>")]
     tools: Option<&'a RawValue>,
-    /// What the text of a custom tool must look like.
+    /// The format of a custom tool's text.
     #[serde(borrow)]
     #[schemars(with = "Option<Map<String, Value>>")]
     format: Option<&'a RawValue>,
@@ -62,18 +63,18 @@ struct Format {
     definition: Option<String>,
 }
 
-/// How the client names a tool.
+/// The client's name of a tool.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ToolName {
-    /// Where it is declared.
+    /// The namespace of its declaration.
     pub namespace: Option<String>,
-    /// Its name there.
+    /// Its name in that declaration.
     pub name: String,
-    /// Whether it takes a text instead of arguments.
+    /// Whether it accepts a text instead of arguments.
     pub is_custom: bool,
 }
 
-/// The tools whose names in the prompt are not all that the client has to know.
+/// The tools whose name in the prompt differs from the client's name.
 #[derive(Debug, Default)]
 pub struct ToolNames(HashMap<String, ToolName>);
 
@@ -83,7 +84,7 @@ impl ToolNames {
         self.0.get(name).cloned().unwrap_or_else(|| ToolName { name: name.to_owned(), ..ToolName::default() })
     }
 
-    /// The name that the model knows a tool by.
+    /// The name of a tool in the prompt.
     pub fn in_prompt<'n>(&self, namespace: Option<&str>, name: &'n str) -> Cow<'n, str> {
         let Some(namespace) = namespace.filter(|namespace| !namespace.is_empty()) else { return Cow::Borrowed(name) };
         let joined = joined(namespace, name);
@@ -95,7 +96,7 @@ impl ToolNames {
         Cow::Owned(declared.map_or(joined, |(in_prompt, _)| in_prompt.clone()))
     }
 
-    /// Remembers a tool. Returns the name that the model knows it by: another one if that is taken.
+    /// Stores a tool. Returns its name in the prompt: a different one if the name is already used.
     fn add(&mut self, tool: ToolName) -> String {
         let first = tool.namespace.as_deref().map_or_else(|| tool.name.clone(), |space| joined(space, &tool.name));
         let mut in_prompt = first.clone();
@@ -113,7 +114,7 @@ fn joined(namespace: &str, name: &str) -> String {
     shortened(format!("{namespace}__{name}"))
 }
 
-/// A name that is too long keeps its beginning and gets a hash of all of it.
+/// Shortens a name that is too long: its beginning is kept, and a hash of the whole name is appended.
 fn shortened(name: String) -> String {
     if name.len() <= MAX_NAME_BYTES {
         return name;
@@ -124,17 +125,17 @@ fn shortened(name: String) -> String {
     format!("{}{hash}", &name[..end])
 }
 
-/// Reads tools.
+/// The tools of a request while they are parsed.
 #[derive(Default)]
 pub struct Tools {
     /// Their names.
     pub names: ToolNames,
-    /// Tools that were left out.
+    /// Number of tools that were left out.
     pub left_out: u32,
 }
 
 impl Tools {
-    /// Reads a list; `place` is that of its entries.
+    /// Parses a list of tools; `place` is the position of its entries.
     pub fn read<'a>(
         &mut self,
         written: &[&'a RawValue],
@@ -199,7 +200,7 @@ impl Tools {
     }
 }
 
-/// A custom tool as a function of one argument.
+/// Converts a custom tool to a function with one argument.
 fn custom<'a>(tool: &Tool<'a>, name: Option<Text<'a>>, place: Place) -> Result<ChatToolFunction<'a>, ApiError> {
     let mut description: String =
         tool.description.map(|written| entry(written, place)).transpose()?.unwrap_or_default();
@@ -225,11 +226,11 @@ fn custom<'a>(tool: &Tool<'a>, name: Option<Text<'a>>, place: Place) -> Result<C
     })
 }
 
-/// `tool_choice` as a chat request has it.
+/// Converts `tool_choice` to chat's form.
 pub fn tool_choice(choice: Value, names: &ToolNames) -> Result<Value, ApiError> {
     let kind = choice.get("type").and_then(Value::as_str);
     match kind {
-        // chat's own form
+        // already in chat's form
         Some("function") if choice.get("function").is_some() => Ok(choice),
         Some("function" | "custom") => Ok(named(&choice, names)),
         Some("allowed_tools") if choice.get("allowed_tools").is_none() => {
@@ -247,7 +248,7 @@ pub fn tool_choice(choice: Value, names: &ToolNames) -> Result<Value, ApiError> 
     }
 }
 
-/// An object that names a tool, one level deeper as chat has it.
+/// Converts an object that names a tool to chat's form, which is one level deeper.
 fn named(choice: &Value, names: &ToolNames) -> Value {
     let text = |key: &str| choice.get(key).and_then(Value::as_str);
     let name = match (text("type"), text("name")) {
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn names_in_the_prompt_lead_back_to_the_tool() {
+    fn maps_names_in_the_prompt_to_tools() {
         let long = "n".repeat(100);
         let (tools, read) = read(&json!([
             {"type": "function", "name": "f"}, in_namespace("mcp__a", "f"), in_namespace("a", "b__c"),
@@ -308,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn choices_name_what_the_prompt_names() {
+    fn converts_choices_to_names_in_the_prompt() {
         let (tools, _) = read(&json!([in_namespace("mcp__a", "f"), {"type": "custom", "name": "p"}]));
         let chosen = |choice: Value| tool_choice(choice, &tools.names);
         let function = |name: &str| json!({"type": "function", "function": {"name": name}});

@@ -1,9 +1,9 @@
-//! What a response has to look like: `response_format`, vLLM's `guided_*` and `structured_outputs`, and
-//! `tool_choice`, made into one grammar for the group.
+//! Structured outputs: `response_format`, vLLM's `guided_*` and `structured_outputs`, and `tool_choice`, compiled into
+//! one grammar for the group.
 //!
-//! A forced call is written in the model's own format, `[TOOL_CALLS]name[ARGS]{...}`, with the special tokens
-//! as token IDs, so that no text can pass for one. The group compiles the grammar and refuses what it can't; such a
-//! refusal names the field that the grammar came from ([`Structure::field`]).
+//! A forced call is written in the model's own format, `[TOOL_CALLS]name[ARGS]{...}`, with the special tokens as token
+//! IDs, so that no text can imitate them. The group compiles the grammar and refuses an unsupported one; the refusal
+//! names the field that the grammar came from ([`Structure::field`]).
 
 mod pattern;
 mod schema;
@@ -20,40 +20,40 @@ use serde_json::Value;
 use super::{error::ApiError, params::Endpoint, request::Body, surrogates::replace_halves_of_text};
 use crate::{access::limits::TenantLimits, models::ModelSpec};
 
-/// Bytes of a grammar; as in the worker.
+/// Maximum bytes of a grammar, equal to the worker's limit.
 const MAX_GRAMMAR_BYTES: usize = 256 * 1024;
-/// The schema of any object.
+/// The schema that accepts any object.
 const ANY_OBJECT: &str =
     r#"{"type":"object","x-guidance":{"whitespace_pattern":"[\\x20\\x0A\\x0D\\x09]{1,64}","lenient":true}}"#;
-/// Texts of `guided_choice`.
+/// Maximum number of choices of `guided_choice`.
 const MAX_CHOICES: usize = 4_096;
 
-/// What a response has to look like.
+/// A structured output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Structure {
-    /// For the group.
+    /// The grammar for the group.
     pub grammar: Grammar,
-    /// The field of the request that asked for it.
+    /// The field of the request that requested it.
     pub field: &'static str,
 }
 
-/// What `tool_choice` says about the tools.
+/// The rule of `tool_choice` for tool calls.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ToolChoice {
-    /// There are no tools.
+    /// The request has no tools.
     NoTools,
-    /// These may be called, or not; all tools where it is `None`.
+    /// These tools may be called; all tools if `None`.
     Auto(Option<Vec<String>>),
-    /// They are in the prompt, and must not be called.
+    /// Tools are in the prompt, but calls are not allowed.
     Forbidden,
-    /// One of these must be called; of all tools where it is `None`. The flag allows several calls.
+    /// One of these tools must be called; of all tools if `None`. The flag allows several calls.
     Forced(Option<Vec<String>>, bool),
 }
 
 impl ToolChoice {
-    /// Reads `tool_choice`, `parallel_tool_calls` and whether there are tools.
+    /// Parses `tool_choice` and `parallel_tool_calls`, given whether there are tools.
     pub fn of(body: &Body<'_>) -> Result<Self, ApiError> {
-        // what is in them is the conversation's business
+        // the conversation parser validates their contents
         let tools = body.late_tools || body.tools.is_some_and(|tools| !is_empty_array(tools.get()));
         let several = body.parallel_tool_calls != Some(false);
         let choice = match &body.tool_choice {
@@ -61,7 +61,7 @@ impl ToolChoice {
             Some(Value::String(choice)) => match choice.as_str() {
                 "auto" => Self::Auto(None),
                 "none" => Self::Forbidden,
-                // "any" is Mistral's word for it
+                // "any" is Mistral's name
                 "required" | "any" => Self::Forced(None, several),
                 _ => return Err(unknown_choice()),
             },
@@ -120,7 +120,7 @@ fn is_empty_array(json: &str) -> bool {
     json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).is_some_and(|inside| inside.trim().is_empty())
 }
 
-/// The grammar of a response; `None` where anything will do.
+/// The grammar of an output; `None` if any output is allowed.
 pub fn structure(
     body: &Body<'_>,
     endpoint: Endpoint,
@@ -143,14 +143,14 @@ pub fn structure(
                 let grammar = lark(format!("start: {}\n{}", calls.start, calls.rules));
                 Some(Structure { grammar, field: "tool_choice" })
             }
-            // a response in the wanted form, or calls
+            // an output in the requested form, or tool calls
             (ToolChoice::Auto(names), Some(Structure { grammar, field })) if grammar.kind() == Kind::JsonSchema => {
                 let calls = calls(body, names.as_deref(), body.parallel_tool_calls != Some(false), spec)?;
                 let source = &grammar.source;
                 let source = format!("start: answer | {}\nanswer: %json {source}\n{}", calls.start, calls.rules);
                 Some(Structure { grammar: lark(source), field })
             }
-            // any text, and then calls of some of the tools
+            // any text, followed by calls of some of the tools
             (ToolChoice::Auto(Some(names)), None) => {
                 let calls = calls(body, Some(names), body.parallel_tool_calls != Some(false), spec)?;
                 let source = format!("start: text? ({})?\ntext: /(?s:.+)/\n{}", calls.start, calls.rules);
@@ -172,7 +172,7 @@ pub fn structure(
     Ok(wanted)
 }
 
-/// Refuses forms that the tenant may not ask for.
+/// Refuses forms that the tenant's policy does not permit.
 pub fn check_allowed(body: &Body<'_>, limits: &TenantLimits) -> Result<(), ApiError> {
     let forbidden = |what: &str| match what {
         "grammar" => limits.allow_grammar == Some(false),
@@ -198,7 +198,7 @@ pub fn check_allowed(body: &Body<'_>, limits: &TenantLimits) -> Result<(), ApiEr
     Ok(())
 }
 
-/// What one field asks for; `None` where it asks for nothing.
+/// The form that one field requests; `None` if it requests none.
 fn asked_for(field: &'static str, value: &Value) -> Result<Option<Grammar>, ApiError> {
     let wrong = |what: &str| ApiError::invalid(field, format!("`{field}` must be {what}."));
     match field {
@@ -246,7 +246,7 @@ fn response_format(value: &Value) -> Result<Option<Grammar>, ApiError> {
         },
         Some("json_schema") => {
             let format = value.get("json_schema").unwrap_or(&Value::Null);
-            // Mistral's name for it
+            // Mistral's name
             let schema = format.get("schema").or_else(|| format.get("schema_definition"));
             let schema =
                 schema.ok_or_else(|| ApiError::invalid(FIELD, "`response_format.json_schema.schema` is required."))?;
@@ -275,7 +275,7 @@ fn any_object() -> Grammar {
     Grammar { kind: Kind::JsonSchema.into(), source: ANY_OBJECT.into() }
 }
 
-/// A schema, given as such or as its text.
+/// Parses a schema, given as JSON or as text that holds JSON.
 fn json_schema(field: &'static str, value: &Value, strict: bool) -> Result<Grammar, ApiError> {
     let parsed;
     let schema = match value {
@@ -306,18 +306,18 @@ fn choices(field: &'static str, value: &Value) -> Result<Grammar, ApiError> {
     Ok(lark(source))
 }
 
-/// A text as Lark writes it: a JSON string.
+/// Quotes a text for Lark: a JSON string.
 fn literal(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// Calls as a part of a Lark grammar.
+/// Tool calls as a part of a Lark grammar.
 struct Calls {
     start: &'static str,
     rules: String,
 }
 
-/// One call or several of the named tools (of all where none are named).
+/// One call or several of the named tools (of all tools if none are named).
 fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelSpec) -> Result<Calls, ApiError> {
     let special = |name: &str| spec.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_id(name));
     let (Some(begin), Some(arguments)) = (special("[TOOL_CALLS]"), special("[ARGS]")) else {
@@ -326,7 +326,7 @@ fn calls(body: &Body<'_>, names: Option<&[String]>, several: bool, spec: &ModelS
             "This model's tokenizer has no tool calls: they can't be forced.",
         ));
     };
-    // as the conversation reads them: half of a surrogate pair is a character that can't be shown
+    // like the conversation parser: an unpaired surrogate becomes U+FFFD
     let tools = match body.tools.map(|tools| Json::parse(tools.get()).map(|tools| tools.to_value())) {
         None => Vec::new(),
         Some(Ok(Value::Array(tools))) => tools,
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn forced_calls_are_spelled_with_ids() {
+    fn writes_forced_calls_with_token_ids() {
         let forced = read(&json!({"tools": tools(), "tool_choice": "required"})).unwrap().unwrap();
         assert_eq!(forced.field, "tool_choice");
         assert!(
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_in_json_may_still_be_calls() {
+    fn allows_calls_besides_a_json_output() {
         let format = json!({"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}});
         let plain = read(&json!({"response_format": format})).unwrap().unwrap();
         assert_eq!((plain.grammar.kind(), plain.field), (Kind::JsonSchema, "response_format"));
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_is_refused_by_name() {
+    fn names_unsupported_combinations() {
         for (body, field) in [
             (json!({"tool_choice": "required"}), "tool_choice"),
             (json!({"tool_choice": "perhaps", "tools": tools()}), "tool_choice"),
@@ -482,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_json_object_may_have_a_schema() {
+    fn accepts_a_schema_for_json_objects() {
         let form = json!({"response_format": {"type": "json_object", "schema": {"properties": {"a": {"const": 1}}}}});
         let form = read(&form).unwrap().unwrap().grammar;
         assert!(form.kind() == Kind::JsonSchema && form.source.contains(r#""const":1"#), "{}", form.source);
@@ -493,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_matter_only_where_a_form_is_forced() {
+    fn rejects_patterns_only_if_a_form_is_forced() {
         let tools = |strict: bool| {
             json!([{"type": "function", "function": {"name": "pay", "description": "cut \u{fffd}", "strict": strict,
                 "parameters": {"type": "object", "properties": {"x": {"type": "string", "pattern": "^(?!a)b"}}}}}])
@@ -510,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn half_of_a_surrogate_pair_in_a_forced_tool_is_read() {
+    fn accepts_unpaired_surrogates_in_forced_tools() {
         let body = br#"{"tool_choice":"required","tools":[{"type":"function","function":{"name":"f","description":"cut \ud83d"}}]}"#;
         let body = Body::parse(body, crate::api::declare::Operation::Chat).unwrap();
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tokenizers/tekken-v13-8k.json");
@@ -521,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn tenants_may_be_kept_from_grammars_and_regular_expressions() {
+    fn rejects_forms_that_the_tenant_may_not_use() {
         let limits = TenantLimits { allow_grammar: Some(false), allow_regex: Some(false), ..TenantLimits::default() };
         for (body, field) in [
             (json!({"guided_grammar": "start: \"a\""}), "guided_grammar"),
@@ -544,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn vllm_s_fields_are_understood() {
+    fn accepts_vllm_s_fields() {
         for (body, kind) in [
             (json!({"guided_json": {"type": "integer"}}), Kind::JsonSchema),
             (json!({"guided_json": "{\"type\": \"integer\"}"}), Kind::JsonSchema),

@@ -1,9 +1,9 @@
-//! Regular expressions of JSON schemas, as groups match them.
+//! Translation of the regular expressions of JSON schemas to Rust's dialect, which groups compile.
 //!
-//! Schemas are written in ECMA's dialect, or in what their authors' tools take: Python's, or JavaScript's without its `u` flag.
-//! The same characters mean other things in Rust's dialect (`&&`, `--`, `~~` and `[` in a class are operators, `\d` is every digit of
-//! Unicode), so a pattern is read here and written anew. What a group can't match (look-around, back references, word boundaries)
-//! has no translation.
+//! Schemas use ECMA's dialect, or that of their authors' tools: Python's, or JavaScript's without the `u` flag. Some
+//! characters differ in Rust's dialect (`&&`, `--`, `~~` and `[` in a class are operators, `\d` is every digit of
+//! Unicode), so a pattern is parsed here and written again. Features that a group cannot match (look-around, back
+//! references, word boundaries) have no translation.
 
 use std::fmt::Write as _;
 use std::iter::Peekable;
@@ -14,9 +14,9 @@ use regex_syntax::hir::{Hir, HirKind, Look};
 const DIGIT: &str = "0-9";
 const WORD: &str = "0-9A-Za-z_";
 const SPACE: &str = r"\x{9}-\x{d}\x{20}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}\x{feff}";
-/// What ECMA's dot does not match.
+/// The characters that ECMA's dot does not match.
 const LINE_ENDS: &str = r"\x{a}\x{d}\x{2028}\x{2029}";
-/// Bytes of a pattern that is looked at.
+/// Maximum bytes of a pattern.
 const MAX_BYTES: usize = 8 * 1024;
 
 /// Why a pattern has no translation.
@@ -37,15 +37,15 @@ pub(super) enum Untranslatable {
     /// `(?>` or a quantifier followed by `+`.
     #[error("it has an atomic group or a possessive quantifier")]
     Atomic,
-    /// Nothing that can be read as a pattern.
+    /// The pattern is malformed.
     #[error("it is no regular expression of this dialect")]
     Malformed,
-    /// More than is looked at.
+    /// The pattern is too long.
     #[error("it has more than {MAX_BYTES} bytes")]
     TooLong,
 }
 
-/// The pattern in Rust's dialect.
+/// Translates a pattern to Rust's dialect.
 pub(super) fn translate(pattern: &str) -> Result<String, Untranslatable> {
     if pattern.len() > MAX_BYTES {
         return Err(Untranslatable::TooLong);
@@ -62,7 +62,7 @@ pub(super) fn translate(pattern: &str) -> Result<String, Untranslatable> {
     Ok(translation.text)
 }
 
-/// Groups that can be referred to by number.
+/// Number of capture groups that a back reference may name.
 fn groups(pattern: &str) -> u32 {
     let (mut escaped, mut in_class, mut groups) = (false, false, 0);
     for (index, character) in pattern.char_indices() {
@@ -83,7 +83,7 @@ fn groups(pattern: &str) -> u32 {
     groups
 }
 
-/// Groups match anchors at the outer ends only.
+/// Groups of workers support anchors at the outer ends of a pattern only.
 fn check_anchors(parsed: &Hir) -> Result<(), Untranslatable> {
     let mut rest = vec![(parsed, true, true)];
     while let Some((part, at_start, at_end)) = rest.pop() {
@@ -112,12 +112,12 @@ fn check_anchors(parsed: &Hir) -> Result<(), Untranslatable> {
     Ok(())
 }
 
-/// What an escape stands for.
+/// The meaning of an escape.
 enum Escape {
     Character(char),
-    /// Members of a class, and whether they are those that it does not have.
+    /// Members of a class, and whether the class is negated.
     Class(&'static str, bool),
-    /// `\p{..}`, as it is written.
+    /// `\p{..}`, unchanged.
     Property(String),
     Start,
     End,
@@ -127,7 +127,7 @@ struct Translation<'a> {
     rest: Peekable<Chars<'a>>,
     text: String,
     groups: u32,
-    /// Flags may say what a dot is.
+    /// Flags may change the meaning of a dot.
     keeps_dots: bool,
 }
 
@@ -170,7 +170,7 @@ impl Translation<'_> {
         let _ = write!(self.text, "[{}{members}]", if negated { "^" } else { "" });
     }
 
-    /// What follows a quantifier.
+    /// Parses the suffix of a quantifier.
     fn mode(&mut self) -> Result<(), Untranslatable> {
         match self.rest.peek() {
             Some('+') => Err(Untranslatable::Atomic),
@@ -183,7 +183,7 @@ impl Translation<'_> {
         }
     }
 
-    /// A quantifier in braces, or braces.
+    /// Parses a quantifier in braces, or literal braces.
     fn braces(&mut self) -> Result<(), Untranslatable> {
         let inside: String = self.rest.clone().take_while(|character| *character != '}').collect();
         let closed = self.rest.clone().nth(inside.chars().count()) == Some('}');
@@ -205,7 +205,8 @@ impl Translation<'_> {
         self.mode()
     }
 
-    /// What follows an opening parenthesis. Groups lose their numbers and names: nothing refers to them.
+    /// Parses the text after an opening parenthesis. Capture groups lose their numbers and names, because nothing
+    /// refers to them.
     fn group(&mut self) -> Result<(), Untranslatable> {
         if self.rest.peek() != Some(&'?') {
             self.text.push_str("(?:");
@@ -236,7 +237,7 @@ impl Translation<'_> {
         self.flags()
     }
 
-    /// `(?i)`, `(?s-x:` and the like. Python's flags for kinds of text say nothing here.
+    /// Parses `(?i)`, `(?s-x:` and the like. Python's flags for kinds of text have no effect.
     fn flags(&mut self) -> Result<(), Untranslatable> {
         let mut flags = String::new();
         for character in self.rest.by_ref() {
@@ -260,14 +261,14 @@ impl Translation<'_> {
         Err(Untranslatable::Malformed)
     }
 
-    /// A class; its opening bracket is read.
+    /// Parses a class after its opening bracket.
     fn class(&mut self) -> Result<(), Untranslatable> {
         let negated = self.rest.next_if_eq(&'^').is_some();
         let mut members = String::new();
         let closes_later = self.rest.clone().skip(1).any(|character| character == ']');
         if self.rest.peek() == Some(&']') {
             if !closes_later {
-                // ECMA's empty class, and its opposite
+                // ECMA's empty class, and its complement
                 self.rest.next();
                 self.text.push_str(if negated { r"[\x{0}-\x{10ffff}]" } else { r"[^\x{0}-\x{10ffff}]" });
                 return Ok(());
@@ -281,7 +282,7 @@ impl Translation<'_> {
                 break;
             }
             let Some(first) = self.member(character, &mut members)? else { continue };
-            // a range, unless a class of its own or the end follows
+            // a range, unless a nested class or the end follows
             let mut ahead = self.rest.clone();
             if ahead.next() != Some('-') || matches!(ahead.peek(), Some(']') | None) {
                 push_character(&mut members, first);
@@ -306,7 +307,7 @@ impl Translation<'_> {
         Ok(())
     }
 
-    /// A member that is one character; others are written at once.
+    /// Returns a member that is one character; other members are written directly.
     fn member(&mut self, character: char, members: &mut String) -> Result<Option<char>, Untranslatable> {
         if character != '\\' {
             return Ok(Some(character));
@@ -323,7 +324,7 @@ impl Translation<'_> {
         Ok(None)
     }
 
-    /// What a backslash begins.
+    /// Parses an escape after its backslash.
     fn escape(&mut self, in_class: bool) -> Result<Escape, Untranslatable> {
         let character = self.rest.next().ok_or(Untranslatable::Malformed)?;
         Ok(Escape::Character(match character {
@@ -360,7 +361,7 @@ impl Translation<'_> {
         }))
     }
 
-    /// A character by so many hexadecimal digits, if they are there.
+    /// Parses a character of a given number of hexadecimal digits, if they are present.
     fn code_point(&mut self, digits: usize) -> Option<char> {
         char::from_u32(self.hexadecimal(digits)?)
     }
@@ -374,7 +375,7 @@ impl Translation<'_> {
         u32::from_str_radix(&text, 16).ok()
     }
 
-    /// `\uXXXX`, two of which may be halves of a pair, or `\u{X}`.
+    /// Parses `\uXXXX`, two of which may form a surrogate pair, or `\u{X}`.
     fn unicode(&mut self) -> Result<char, Untranslatable> {
         if self.rest.peek() == Some(&'{') {
             let digits: String = self.rest.clone().skip(1).take_while(|character| *character != '}').collect();
@@ -395,11 +396,11 @@ impl Translation<'_> {
                 return Ok(character);
             }
         }
-        // half a pair is no character, and never in a text
+        // an unpaired surrogate is not a character, and never occurs in a text
         Err(Untranslatable::Malformed)
     }
 
-    /// A reference to a group, or a character by its octal digits.
+    /// Parses a back reference, or a character given by its octal digits.
     fn number(&mut self, first: char, in_class: bool) -> Result<Escape, Untranslatable> {
         let digit = |character: char| character.to_digit(8);
         let number = first.to_digit(10).unwrap_or(0);
@@ -427,7 +428,7 @@ fn push_character(members: &mut String, character: char) {
 mod tests {
     use super::*;
 
-    /// Whether the pattern, anchored at both ends, matches the text.
+    /// Whether the pattern matches the whole text.
     fn matches(pattern: &str, text: &str) -> bool {
         let translated = translate(pattern).unwrap_or_else(|error| panic!("{pattern}: {error}"));
         let regex = regex::Regex::new(&format!("^(?:{translated})$")).expect(&translated);
@@ -435,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn operators_of_rust_s_classes_are_literals() {
+    fn escapes_operators_of_rust_s_classes() {
         for (pattern, good, bad) in [
             ("[a-z&&]+", vec!["a&z", "&&"], vec!["-", "A"]),
             ("[a-z&&[aeiou]]", vec!["b]", "&]", "[]"], vec!["b", "a"]),
@@ -464,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_and_escapes_are_those_of_ecma() {
+    fn translates_ecma_classes_and_escapes() {
         for (pattern, good, bad) in [
             (r"\d", "7", "\u{667}"),
             (r"\w", "a", "\u{e9}"),
@@ -496,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn what_groups_can_not_match_has_no_translation() {
+    fn rejects_unsupported_features() {
         for (pattern, reason) in [
             (r"^(?!\.)[a-z]+$", Untranslatable::LookAround),
             ("(?<=a)b", Untranslatable::LookAround),
@@ -527,7 +528,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_comes_in_makes_it_panic() {
+    fn never_panics() {
         let signs = [
             "\\",
             "[",

@@ -1,34 +1,36 @@
-//! JSON schemas as groups keep them: patterns in their dialect, numbers that their compiler reads exactly.
+//! JSON schemas in the form that groups compile: patterns in their dialect, and numbers that their compiler reads
+//! exactly.
 
 use serde_json::{Map, Value, json};
 
 use super::pattern::{self, Untranslatable};
 
-/// White space between the parts of a JSON text: enough for any indentation, too little to fill the window.
+/// Maximum white space between the parts of a JSON text: enough for any indentation, too little to fill the context
+/// window.
 const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,64}";
-/// Integers up to this are doubles.
+/// Integers up to this are exact as doubles.
 const MAX_EXACT: i128 = 1 << 53;
-/// The largest double below 2^63: the compiler's integers end there.
+/// The largest double below 2^63, the limit of the compiler's integers.
 const MAX_INTEGER: f64 = 9_223_372_036_854_774_784.0;
-/// From here on the compiler needs both bounds.
+/// From this value on the compiler needs both bounds.
 const MAX_OPEN: f64 = 999_999_999_999_999_872.0;
-/// Members that hold no schemas.
+/// Keywords whose values hold no schemas.
 const DATA: [&str; 5] = ["const", "enum", "default", "example", "examples"];
-/// Members whose members are schemas.
+/// Keywords whose values are maps of schemas.
 const MAPS: [&str; 5] = ["properties", "patternProperties", "$defs", "definitions", "dependentSchemas"];
 
-/// A part of a schema that can't be kept.
+/// A part of a schema that is not supported.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{place}` can't be kept: {reason}")]
 pub(super) struct Unkept {
     /// A JSON pointer to it.
     pub place: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
-/// The schema as a group takes it. Where it is not strict, what can't be kept is left out; strict, it is an error.
-/// With `refuses_malformed`, a pattern that is no regular expression is an error in any case.
+/// Converts a schema for a group. If it is not strict, unsupported parts are left out; if it is strict, they are
+/// errors. With `refuses_malformed`, a malformed regular expression is always an error.
 pub(super) fn for_group(schema: &Value, strict: bool, refuses_malformed: bool) -> Result<String, Unkept> {
     let mut schema = schema.clone();
     Rewriting { strict, refuses_malformed, depth: 0, place: String::new() }.schema(&mut schema)?;
@@ -38,14 +40,14 @@ pub(super) fn for_group(schema: &Value, strict: bool, refuses_malformed: bool) -
     Ok(schema.to_string())
 }
 
-/// Schemas within schemas; groups take fewer.
+/// Maximum depth of a schema; the limit of groups is lower.
 const MAX_DEPTH: usize = 200;
 
 struct Rewriting {
     strict: bool,
     refuses_malformed: bool,
     depth: usize,
-    /// The JSON pointer to where it is.
+    /// The JSON pointer to the current position.
     place: String,
 }
 
@@ -90,7 +92,7 @@ impl Rewriting {
         outcome
     }
 
-    /// An error where the schema is strict.
+    /// Returns an error if the schema is strict.
     fn unkept(&mut self, key: &str, reason: String) -> Result<(), Unkept> {
         if !self.strict {
             return Ok(());
@@ -98,7 +100,7 @@ impl Rewriting {
         Err(self.at(key, |below| Unkept { place: below.shown(), reason }))
     }
 
-    /// An error if the schema is strict, or if the pattern is no regular expression and such patterns are refused.
+    /// Returns an error if the schema is strict, or if the pattern is malformed and malformed patterns are refused.
     fn untranslatable(&mut self, key: &str, reason: &Untranslatable) -> Result<(), Unkept> {
         let is_refused = self.refuses_malformed && *reason == Untranslatable::Malformed;
         if is_refused {
@@ -139,7 +141,7 @@ impl Rewriting {
             }
         }
         if left_out {
-            // what the pattern would have let in is not to be shut out
+            // text that the pattern would have allowed must stay allowed
             object.shift_remove("additionalProperties");
         }
         if translated.is_empty() {
@@ -150,7 +152,7 @@ impl Rewriting {
         Ok(())
     }
 
-    /// The compiler reads bounds as doubles: one that is none is moved inwards to the next that is.
+    /// The compiler reads bounds as doubles: a bound that is not a double is moved inwards to the next double.
     fn bounds(&mut self, object: &mut Map<String, Value>) -> Result<(), Unkept> {
         let is_integer = object.get("type").and_then(Value::as_str) == Some("integer");
         for (key, upwards) in
@@ -192,7 +194,8 @@ impl Rewriting {
         Ok(())
     }
 
-    /// Constants are read as doubles as well. One that is none can't be written; others of an `enum` stay.
+    /// The compiler reads constants as doubles too. A constant that is not a double cannot be generated; the other
+    /// values of an `enum` stay.
     fn constants(&mut self, object: &mut Map<String, Value>) -> Result<(), Unkept> {
         const REASON: &str = "a number in it is no double";
         if object.get("const").is_some_and(|constant| !is_exact(constant)) {
@@ -209,7 +212,7 @@ impl Rewriting {
     }
 }
 
-/// The double nearest to an integer that is not below it, or not above it.
+/// The nearest double to an integer that is not below it, or not above it.
 fn next_double(exact: i128, upwards: bool) -> f64 {
     let nearest = exact as f64;
     match (nearest as i128).cmp(&exact) {
@@ -219,7 +222,7 @@ fn next_double(exact: i128, upwards: bool) -> f64 {
     }
 }
 
-/// Whether the compiler writes every number in it as it is.
+/// Whether the compiler writes every number in the value unchanged.
 fn is_exact(value: &Value) -> bool {
     match value {
         Value::Number(number) => {
@@ -250,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_are_translated_wherever_schemas_stand() {
+    fn translates_patterns_in_all_subschemas() {
         let schema = json!({"properties": {"pattern": {"pattern": r"^\d$"}}, "anyOf": [{"items": [{"pattern": "[&&]"}]}],
             "patternProperties": {r"^\w$": {"pattern": "a"}}, "enum": [{"pattern": r"\d"}], "default": {"pattern": "("}});
         let kept = kept(&schema);
@@ -261,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns_that_can_not_be_kept_are_left_out_or_named() {
+    fn drops_or_names_unsupported_patterns() {
         let schema = json!({"properties": {"a/b": {"type": "string", "pattern": "(?=a)", "maxLength": 3}}});
         assert_eq!(kept(&schema), json!({"properties": {"a/b": {"type": "string", "maxLength": 3}}}));
         assert_eq!(refused(&schema), ("/properties/a~1b/pattern".into(), "it looks around".into()));
@@ -275,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_that_are_no_doubles_are_moved_inwards() {
+    fn moves_inexact_bounds_inwards() {
         let schema =
             json!({"type": "integer", "minimum": 9_007_199_254_740_993_i64, "maximum": 9_007_199_254_740_999_i64});
         let bounds = kept(&schema);
@@ -302,7 +305,7 @@ mod tests {
         assert_eq!(kept(&small), small);
     }
 
-    /// Odd schemas: keywords of any type in any place.
+    /// Unusual schemas: keywords of any type at any position.
     fn odd(random: &mut impl FnMut(usize) -> usize, depth: usize) -> Value {
         const KEYS: [&str; 17] = [
             "type",
@@ -358,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_schemas_are_kept_as_far_as_they_can_be() {
+    fn keeps_supported_parts_of_unusual_schemas() {
         let mut state = 11_u64;
         let mut random = |bound: usize| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -379,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn constants_that_are_no_doubles_are_left_out_or_named() {
+    fn drops_or_names_inexact_constants() {
         let schema = json!({"properties": {"id": {"type": "integer", "enum": [1, 9_007_199_254_740_993_i64]}}});
         assert_eq!(kept(&schema), json!({"properties": {"id": {"type": "integer"}}}));
         assert_eq!(refused(&schema).0, "/properties/id/enum");
