@@ -50,7 +50,7 @@ impl Bucket {
     }
 
     pub(super) fn exhausted(&self, what: &str) -> String {
-        format!("The limit of {} {what} a minute is reached.", self.limit)
+        format!("The limit of {} {what} per minute is reached.", self.limit)
     }
 
     /// The level may be negative: later refills pay the debt.

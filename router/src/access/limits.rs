@@ -173,7 +173,7 @@ impl Caller {
         if let Some(most) = tenant.limits.parallel_requests
             && running > most.div_ceil(tenant.routers.count())
         {
-            let message = format!("This API key's tenant may run {most} requests at once.");
+            let message = format!("This API key's tenant may run {most} requests in parallel.");
             return Err(ApiError::rate_limited(message, 1));
         }
         if let Some(bucket) = &tenant.requests

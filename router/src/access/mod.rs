@@ -182,7 +182,7 @@ impl Access {
                 let tenant = Arc::clone(tenant.ok_or_else(unknown)?);
                 Ok(Caller { tenant, key: identity.subject })
             }
-            _ => Err(ApiError::unauthorized("The API key is not known.", "invalid_api_key")),
+            _ => Err(ApiError::unauthorized("The API key is unknown.", "invalid_api_key")),
         }
     }
 

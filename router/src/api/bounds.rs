@@ -213,7 +213,7 @@ impl Bounded for Biases {
         let checked = |(key, bias): &(String, f64)| {
             let id: u32 = key.parse().map_err(|_| {
                 let shown: String = key.chars().take(40).collect();
-                ApiError::invalid(field, format!("`{field}`: the key `{shown}` is not a token id."))
+                ApiError::invalid(field, format!("`{field}`: the key `{shown}` is not a token ID."))
             })?;
             if !(f64::from(*least)..=f64::from(*most)).contains(bias) {
                 let message = format!("`{field}`: a bias must be between {least} and {most}.");

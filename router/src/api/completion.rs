@@ -235,7 +235,7 @@ impl Completion {
                     Ok(number)
                 }
                 Some(Err(error)) => Err(self.sequence_failed(error)),
-                None => Err(ApiError::internal("a sequence ended without an end")),
+                None => Err(ApiError::internal("a sequence ended without a finish reason")),
             };
             if outcome.is_err() {
                 self.abort();
@@ -424,15 +424,14 @@ impl Completion {
             }
             SequenceError::NoGroup(reason) => ApiError::unavailable(format!("{reason}."), 2),
             SequenceError::Poison { deaths } => {
-                let message =
-                    format!("{deaths} groups that took the request failed while it ran; it is not tried again.");
+                let message = format!("{deaths} groups failed while they ran this request; it is not retried.");
                 ApiError { is_final: true, ..ApiError::internal(message) }
             }
             SequenceError::GrammarPoisonPill => {
                 let field = self.params.structure.as_ref().map_or("grammar", |structure| structure.field);
                 let message = format!(
                     "The group that took the request failed while it compiled the form that `{field}` asks for; \
-                     the request is not tried again."
+                     the request is not retried."
                 );
                 ApiError { is_final: true, ..ApiError::internal(message) }
             }
@@ -459,7 +458,7 @@ impl Completion {
                 Failure::Invalid(reason) => match &self.params.structure {
                     Some(structure) if reason.starts_with("grammar: ") => ApiError::invalid(
                         structure.field,
-                        format!("`{}` is invalid, or beyond the limits of what can be compiled.", structure.field),
+                        format!("`{}` is invalid or exceeds the limits of the grammar compiler.", structure.field),
                     ),
                     _ => ApiError::malformed("The groups of this model cannot run the request."),
                 },

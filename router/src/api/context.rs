@@ -149,7 +149,7 @@ fn caller(service: &Service, parts: &Parts) -> Result<Option<Caller>, ApiError> 
     match parts.extensions.get::<Option<Caller>>() {
         Some(caller) => Ok(caller.clone()),
         None if service.access().is_open() => Ok(None),
-        None => Err(ApiError::internal("The request's API key was not checked.")),
+        None => Err(ApiError::internal("The request was not authenticated.")),
     }
 }
 

@@ -22,7 +22,7 @@ impl From<Stopped> for ApiError {
                 error
             }
             // the client has disconnected
-            Stopped::Cancelled(_) => Self::internal("The client left."),
+            Stopped::Cancelled(_) => Self::internal("The client disconnected."),
         }
     }
 }
@@ -141,7 +141,7 @@ impl ApiError {
 
     /// 426 for a WebSocket handshake.
     pub fn no_websocket(path: &str) -> Self {
-        let message = format!("{path} serves no WebSockets: send the request with POST.");
+        let message = format!("{path} does not support WebSockets: send the request with POST.");
         let mut error = Self::new(StatusCode::UPGRADE_REQUIRED, "invalid_request_error", message);
         error.code = Some("no_websocket");
         error
@@ -160,7 +160,7 @@ impl ApiError {
 
     /// 408 for a body that arrived too slowly.
     pub fn body_timeout(received: u64) -> Self {
-        let message = format!("The request body did not arrive in time: {received} bytes have come.");
+        let message = format!("The request body did not arrive in time: {received} bytes were received.");
         let mut error = Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message);
         error.code = Some("request_timeout");
         error
@@ -169,7 +169,7 @@ impl ApiError {
     /// 499, only for metrics and logs: the client disconnected before its body was complete.
     pub fn client_gone() -> Self {
         let status = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
-        Self::new(status, "invalid_request_error", "The client left before its request was complete.")
+        Self::new(status, "invalid_request_error", "The client disconnected before its request was complete.")
     }
 
     /// The error of a head that cannot be parsed: 408, 414, 431 or 400.

@@ -283,7 +283,7 @@ impl<'de> Deserialize<'de> for Biases {
             type Value = Biases;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object from token ids to numbers")
+                f.write_str("an object from token IDs to numbers")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Biases, A::Error> {
@@ -325,7 +325,7 @@ impl<'de> Deserialize<'de> for PromptElement {
             type Value = PromptElement;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string, a token id or an array of token ids")
+                f.write_str("a string, a token ID or an array of token IDs")
             }
 
             fn visit_str<E>(self, text: &str) -> Result<PromptElement, E> {
@@ -360,7 +360,7 @@ impl<'de> Deserialize<'de> for Prompt {
             type Value = Prompt;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a string, an array of strings, an array of token ids or an array of such arrays")
+                f.write_str("a string, an array of strings, an array of token IDs or an array of such arrays")
             }
 
             fn visit_str<E>(self, text: &str) -> Result<Prompt, E> {
@@ -372,7 +372,7 @@ impl<'de> Deserialize<'de> for Prompt {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Prompt, A::Error> {
-                let mixed = || A::Error::custom("texts, token ids and arrays of token ids can't be mixed");
+                let mixed = || A::Error::custom("texts, token IDs and arrays of token IDs can't be mixed");
                 match seq.next_element()? {
                     None => Err(A::Error::custom("an empty array holds no prompt")),
                     Some(PromptElement::Text(first)) => {

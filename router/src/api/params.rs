@@ -306,7 +306,7 @@ pub fn output_bound(params: &Params, endpoint: Endpoint, prompt_tokens: usize, w
     if params.min_tokens > bound {
         return Err(ApiError::invalid(
             "min_tokens",
-            format!("`min_tokens` is {}, but there is room for {bound} tokens only.", params.min_tokens),
+            format!("`min_tokens` is {}, but there is only room for {bound} tokens.", params.min_tokens),
         ));
     }
     Ok(bound)
@@ -368,7 +368,7 @@ fn top_logprobs(body: &Body<'_>, limits: &FieldBounds<'_>) -> Result<Option<u32>
 fn no_such_id(field: &str, id: u32, vocabulary_size: u32) -> ApiError {
     ApiError::invalid(
         field,
-        format!("`{field}`: {id} is not a token id of this model (ids are below {vocabulary_size})."),
+        format!("`{field}`: {id} is not a token ID of this model (token IDs are below {vocabulary_size})."),
     )
 }
 
@@ -399,7 +399,7 @@ pub fn tokenize_target(body: &Body<'_>) -> Result<TokenizeTarget, ApiError> {
     match (&body.messages, &body.prompt) {
         (Some(_), None) => Ok(TokenizeTarget::Messages),
         (None, Some(_)) => Ok(TokenizeTarget::Prompt),
-        (Some(_), Some(_)) => Err(ApiError::invalid("prompt", "`prompt` and `messages` can't both be there.")),
+        (Some(_), Some(_)) => Err(ApiError::invalid("prompt", "`prompt` and `messages` exclude each other.")),
         (None, None) => Err(ApiError::invalid("prompt", "`prompt` or `messages` is required.")),
     }
 }

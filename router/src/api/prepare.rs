@@ -249,7 +249,7 @@ pub fn chat_prompt(
     let Some(tokenizer) = &model.spec.tokenizer else {
         return Err(ApiError::invalid(
             "messages",
-            "This model is served without a tokenizer: use /v1/completions with token ids.",
+            "This model is served without a tokenizer: use /v1/completions with token IDs.",
         ));
     };
     // `tool_choice` does not change the prompt: the reference declares the tools for every value
@@ -377,7 +377,7 @@ fn completion_prompts(
 /// Encodes a plain text.
 pub fn text_ids(text: &str, model: &AllowedModel, special: bool) -> Result<Vec<u32>, ApiError> {
     let Some(tokenizer) = &model.spec.tokenizer else {
-        return Err(ApiError::invalid("prompt", "This model is served without a tokenizer: give token ids."));
+        return Err(ApiError::invalid("prompt", "This model is served without a tokenizer: send token IDs."));
     };
     let token_ids = encode::text(tokenizer, text, special)?;
     if token_ids.is_empty() {

@@ -65,7 +65,7 @@ pub fn write_event(value: &impl Serialize, out: &mut Vec<u8>) {
     out.extend_from_slice(b"data: ");
     if let Err(error) = serde_json::to_writer(&mut *out, value) {
         // only a map with keys that are not strings could cause an error
-        tracing::error!(%error, "a chunk could not be written");
+        tracing::error!(%error, "failed to serialize a chunk");
         out.truncate(start);
         return;
     }

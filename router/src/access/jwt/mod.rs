@@ -202,9 +202,7 @@ impl Tokens {
                 self.remember(generation, digest, &identity);
                 Ok(identity)
             }
-            Err(Refusal::NoKeys) => {
-                Err(ApiError::unavailable("The keys that tokens are checked with are not there yet.", 5))
-            }
+            Err(Refusal::NoKeys) => Err(ApiError::unavailable("The keys for tokens are not loaded yet.", 5)),
             Err(Refusal::UnknownKey) => Err(refused("its key is not one of the provider's")),
             Err(Refusal::Bad(reason)) => Err(refused(reason)),
         }

@@ -131,7 +131,7 @@ pub fn structure(
     for (field, value) in &body.structured {
         let Some(grammar) = asked_for(field, value)? else { continue };
         if let Some(other) = &wanted {
-            let message = format!("`{field}` and `{}` can't both be there.", other.field);
+            let message = format!("`{field}` and `{}` exclude each other.", other.field);
             return Err(ApiError::invalid(*field, message));
         }
         wanted = Some(Structure { grammar, field });

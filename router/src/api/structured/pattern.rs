@@ -23,13 +23,13 @@ const MAX_BYTES: usize = 8 * 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Untranslatable {
     /// `(?=`, `(?!`, `(?<=` or `(?<!`.
-    #[error("it looks around")]
+    #[error("it has a look-around")]
     LookAround,
     /// `\1`, `\k<name>` or `(?P=name)`.
-    #[error("it refers back to a group")]
+    #[error("it has a back reference")]
     BackReference,
     /// `\b` or `\B`.
-    #[error("it asks for the boundary of a word")]
+    #[error("it has a word boundary")]
     WordBoundary,
     /// `^` or `$` in the middle.
     #[error("it has an anchor that is not at its beginning or end")]
@@ -38,7 +38,7 @@ pub(super) enum Untranslatable {
     #[error("it has an atomic group or a possessive quantifier")]
     Atomic,
     /// The pattern is malformed.
-    #[error("it is no regular expression of this dialect")]
+    #[error("it is not a valid regular expression")]
     Malformed,
     /// The pattern is too long.
     #[error("it has more than {MAX_BYTES} bytes")]
