@@ -74,8 +74,9 @@ pub enum RouterError {
 }
 
 impl Router {
-    /// Creates a router for `models` in the cluster of `keys`, and starts to follow `changes`, a registry's watch. It must
-    /// be called within a tokio runtime. It fails if the options, the key file or the OIDC configuration are invalid.
+    /// Creates a router for `models` in the cluster of `keys`, and starts to follow `changes`, a registry's watch. It
+    /// must be called within a tokio runtime. It fails if the options, the key file or the OIDC configuration are
+    /// invalid.
     pub fn new(
         options: RouterOptions,
         keys: ClusterKeys,

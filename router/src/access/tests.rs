@@ -250,7 +250,7 @@ fn counts_a_request_when_it_begins() {
 }
 
 #[test]
-fn limits_requests_to_the_tenant_s_class() {
+fn limits_requests_to_the_class_of_the_tenant() {
     use crate::place::admission::Class;
     let limits = TenantLimits { class: super::limits::TenantClass::Batch, ..TenantLimits::default() };
     assert_eq!(Policy::of(Some(caller(limits))).class(Class::Interactive), Class::Batch);

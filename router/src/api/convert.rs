@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn names_the_client_s_fields_in_errors() {
+    fn names_fields_of_the_client_in_errors() {
         let message =
             || ChatMessage { role: "user", content: None, tool_calls: vec![], tool_call_id: None, prefix: false };
         let origin = Origin {

@@ -255,7 +255,7 @@ pub enum PriorityField {
 /// The classes of requests.
 #[derive(JsonSchema)]
 #[schemars(rename_all = "lowercase")]
-#[allow(dead_code)] // the names are read where all of them are known
+#[allow(dead_code)] // only the schema uses the variants
 enum PriorityClass {
     Interactive,
     Batch,

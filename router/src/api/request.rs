@@ -57,7 +57,7 @@ fn output_tokens(limits: &FieldBounds<'_>) -> std::ops::RangeInclusive<i64> {
 
 fields! {
     /// All fields that Bora supports.
-    #[allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
+    #[allow(missing_docs)] // the names are OpenAI's and vLLM's; those that need an explanation have a comment
     pub struct Body<'de> {
         /// Fields that request a structured output, in the order of the body.
         pub structured: Vec<(&'static str, Value)>,

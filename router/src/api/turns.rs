@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn orders_turns_for_the_model_s_format() {
+    fn orders_turns_for_the_model_format() {
         for (conversation, expected) in [
             (&["system s", "user a", "system b"][..], &["system\"s\"", "user\"a\"", "system\"b\""][..]),
             (

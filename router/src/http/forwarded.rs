@@ -76,7 +76,7 @@ mod tests {
             ("10.0.0.1", vec![], "10.0.0.1"),
             ("::ffff:10.0.0.1", vec![(X_FORWARDED_FOR, "198.51.100.1")], "198.51.100.1"),
             ("10.0.0.1", vec![(X_FORWARDED_FOR, "198.51.100.1")], "198.51.100.1"),
-            // what the client itself wrote stands before what the proxy added
+            // entries of the client itself precede the entry that the proxy added
             ("10.0.0.1", vec![(X_FORWARDED_FOR, "1.1.1.1, 198.51.100.1")], "198.51.100.1"),
             ("10.0.0.1", vec![(X_FORWARDED_FOR, "1.1.1.1, 198.51.100.1, 10.0.0.2")], "198.51.100.1"),
             ("10.0.0.1", vec![(X_FORWARDED_FOR, "1.1.1.1"), (X_FORWARDED_FOR, "198.51.100.1:80")], "198.51.100.1"),

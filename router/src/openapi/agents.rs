@@ -4,7 +4,7 @@
 //! types ([`crate::api::responses`], [`crate::api::messages`]). An entry of a conversation is parsed by one struct for
 //! all kinds, so that a refusal can name the field; the types here say which fields belong together.
 
-#![allow(missing_docs)] // the names are OpenAI's and Anthropic's; what needs words has them
+#![allow(missing_docs)] // the names are OpenAI's and Anthropic's; those that need an explanation have a comment
 
 use schemars::JsonSchema;
 use serde_json::{Map, Value};

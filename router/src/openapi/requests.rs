@@ -1,7 +1,7 @@
 //! Schemas of request fields that are parsed where they are used: messages and tools by the conversation parser, output
 //! formats by [`crate::api::structured`]. The fields themselves are declared in [`crate::api::request`].
 
-#![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
+#![allow(missing_docs)] // the names are OpenAI's and vLLM's; those that need an explanation have a comment
 
 use schemars::JsonSchema;
 use serde_json::{Map, Value};

@@ -1,6 +1,6 @@
 //! Response schemas that are not derived from serialized types ([`crate::api::response`]).
 
-#![allow(missing_docs)] // the names are OpenAI's and vLLM's; what needs words has them
+#![allow(missing_docs)] // the names are OpenAI's and vLLM's; those that need an explanation have a comment
 
 use bora_common::registry::{Device, GroupState};
 use schemars::JsonSchema;

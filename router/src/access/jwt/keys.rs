@@ -206,7 +206,7 @@ impl KeyStore {
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.wanted.notified() => {
-                    // where someone looked at the time of the last fetch just before it ended
+                    // if a waiter read the time of the last fetch just before this fetch ended
                     tokio::time::sleep_until(began + FETCH_EVERY.min(pause)).await;
                 }
             }

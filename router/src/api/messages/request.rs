@@ -537,7 +537,7 @@ fn text<'a>(text: String) -> ChatPart<'a> {
     ChatPart::Text { text: Text::Made(text) }
 }
 
-/// The model's format has no marker for a failed call, so the text of its result says it.
+/// The model's format has no marker for a failed call, so the text of its result begins with "Error".
 fn as_error(text: String) -> String {
     if text.starts_with("Error") { text } else { format!("Error: {text}") }
 }

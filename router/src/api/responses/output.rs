@@ -48,7 +48,7 @@ pub fn logprobs_of<'a>(positions: &[PositionLogprobs], completion: &'a Completio
 pub enum ItemObject<'a> {
     /// A message.
     Message {
-        /// Its id.
+        /// Its ID.
         id: &'a str,
         /// The status of the item.
         status: Status,
@@ -59,7 +59,7 @@ pub enum ItemObject<'a> {
     },
     /// A function call.
     FunctionCall {
-        /// Its id as an item.
+        /// Its ID as an item.
         id: &'a str,
         /// The status of the item.
         status: Status,
@@ -75,7 +75,7 @@ pub enum ItemObject<'a> {
     },
     /// A call of a custom tool.
     CustomToolCall {
-        /// Its id as an item.
+        /// Its ID as an item.
         id: &'a str,
         /// The status of the item.
         status: Status,

@@ -544,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn accepts_vllm_s_fields() {
+    fn accepts_fields_of_vllm() {
         for (body, kind) in [
             (json!({"guided_json": {"type": "integer"}}), Kind::JsonSchema),
             (json!({"guided_json": "{\"type\": \"integer\"}"}), Kind::JsonSchema),

@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn escapes_operators_of_rust_s_classes() {
+    fn escapes_operators_of_rust_classes() {
         for (pattern, good, bad) in [
             ("[a-z&&]+", vec!["a&z", "&&"], vec!["-", "A"]),
             ("[a-z&&[aeiou]]", vec!["b]", "&]", "[]"], vec!["b", "a"]),
