@@ -15,7 +15,16 @@
 //! | [`place`] | policy: which group gets a sequence, admission, the prefix index |
 //! | [`fleet`] | state: the groups, their event streams, validation of what they send |
 //!
-//! [`service`] is what all requests share. [`metrics`] are exported at `/metrics`; [`console`] is a page for people.
+//! The modules beside that path:
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`service`] | the state that all requests share |
+//! | [`options`] | the `router` section of the configuration |
+//! | [`models`] | the configured models: tokenizer, aliases, limits, default sampling |
+//! | `fairness` | equal shares of a full queue for all tenants, in [`encode`] and [`place`] |
+//! | [`metrics`] | metrics of this process, exported at `/metrics` |
+//! | [`console`] | a web page for people |
 #![forbid(unsafe_code)]
 
 pub mod access;
