@@ -1,11 +1,12 @@
-# just TASK; each is one line that works without just, too.
+# Shortcuts for scripts: just TASK. The commands also work without just.
 
 # formats everything
 fmt:
     cargo fmt --all
 
-# lints as CI does
+# all lints of CI
 lint:
+    scripts/test lint
     cargo clippy --workspace --all-targets --locked -- -D warnings
 
 # unit and integration tests
@@ -16,7 +17,7 @@ test:
 e2e:
     scripts/test e2e
 
-# everything CI runs
+# all checks of CI
 ci:
     .ci/run
 
@@ -24,7 +25,7 @@ ci:
 docs:
     scripts/docs build
 
-# the whole cluster on this machine
+# a whole cluster on this machine
 quickstart:
     scripts/quickstart
 
