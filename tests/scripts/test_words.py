@@ -35,5 +35,21 @@ def test_accepts_ordinary_senses(path, line):
     assert rejected(path, line) == []
 
 
+@pytest.mark.parametrize("line", [
+    "half an answer", "the router is told", "prompt ids", "[128 numbers][128 tokens]", "20 us above its floor", "a group with a surplus",
+    "it waits in line", "the routers' line", "the id drawn last", "nobody reads it", "the stream goes on", "every request is held to the limits",
+])
+def test_counts_words_that_are_not_enforced_yet(line):
+    assert list(words.findings("worker/src/a.rs", line, words.PENDING))
+
+
+@pytest.mark.parametrize("line", [
+    "one log line", "head-of-line blocking", "line.strip()", "SHA256SUMS", "shape.iter().product::<usize>()", "rows.floor()", "request ids: Vec<String>",
+    "the server answers with 503", "draws the chart", "withdrawn", "type Formatter", "HOME=/root", "nvidia.com/gpu.product", "ALMOST_EQUAL",
+])
+def test_accepts_ordinary_senses_of_pending_words(line):
+    assert not list(words.findings("docs/a.md", line, words.WORDS + words.PENDING))
+
+
 def test_every_exception_has_a_reason():
     assert len(words.ALLOWED) <= 30 and all(reason for _, _, reason in words.ALLOWED)
