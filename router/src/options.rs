@@ -88,10 +88,10 @@ pub struct RouterOptions {
     pub debug: bool,
     /// Keys, tenants and tokens.
     pub access: AccessOptions,
-    /// Name of the cluster (`cluster` of the file), which groups must belong to.
+    /// The listeners (`http` of the file).
     #[serde(skip)]
     pub http: HttpOptions,
-    /// Name of the cluster (`cluster` of the file). Groups of other clusters are ignored.
+    /// Name of the cluster (`cluster` of the file), which groups must belong to.
     #[serde(skip)]
     pub cluster: String,
     /// Refuse groups on other hosts, because gRPC is plain text and `grpc.insecure` is not set.

@@ -63,7 +63,7 @@ impl Bucket {
         self.filled().0
     }
 
-    /// The capacity: this router's share of a minute.
+    /// The refill per minute: this router's share, however small.
     fn rate(&self) -> f64 {
         self.limit / f64::from(self.routers.count())
     }

@@ -128,7 +128,7 @@ impl Tenant {
         self.limits.cache_salt.as_deref().map_or(CacheScope::Tenant(&self.name), CacheScope::Shared)
     }
 
-    /// Returns a request that was refused for its tokens to the bucket: it does not count.
+    /// Gives back the charge of a request that was refused for its tokens, so that it does not count.
     pub(super) fn forget_request(&self) {
         if let Some(bucket) = &self.requests {
             bucket.give_back(1.0);

@@ -69,7 +69,7 @@ impl Caller {
     }
 }
 
-/// The contents of the key file, indexed by key.
+/// The contents of the key file: callers by the digest of their key, tenants by name.
 #[derive(Default)]
 struct Callers {
     keys: HashMap<Digest, Caller>,

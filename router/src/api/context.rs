@@ -40,7 +40,7 @@ pub struct RequestContext {
     pub trace: Option<TraceContext>,
     /// The `tracestate` of the client's tracing system.
     pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
-    /// A hash of the key that came with the request, as the sender; 0 without a key.
+    /// A hash of the sender: of its tenant, or of the key if no key is needed; 0 without a key.
     pub tenant: u64,
     /// A hash of the session's name, if a header gives one.
     pub session: Option<u64>,

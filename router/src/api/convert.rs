@@ -187,7 +187,7 @@ pub fn entry<'a, T: serde::Deserialize<'a>>(written: &'a RawValue, place: Place)
     })
 }
 
-/// A required field of an entry.
+/// The refusal of an entry without a required field.
 pub fn missing(place: Place, name: &str) -> ApiError {
     ApiError::invalid(format!("{place}.{name}"), format!("`{place}.{name}` is required."))
 }
@@ -214,7 +214,7 @@ pub fn is_object(written: &RawValue) -> bool {
     written.get().starts_with('{')
 }
 
-/// Refuses parameters of the other API that a response with a single choice cannot serve.
+/// Refuses fields of the chat API that an API with a single output per request does not have.
 pub fn refuse_foreign(fields: &Body<'_>) -> Result<(), ApiError> {
     let is_above_one = |number: &Option<Integer>| number.is_some_and(|Integer(number)| number != 1);
     for (name, is_there) in [

@@ -37,7 +37,7 @@ struct ModelObject {
     device: Option<Device>,
     groups: usize,
     ready_groups: usize,
-    // the capabilities that Mistral's client requests
+    // fields that Mistral's client reads
     r#type: &'static str,
     name: String,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -24,7 +24,7 @@ use crate::{
 /// The control tokens of tool calls. If a bias or a mask bans the first, it must ban the others too; otherwise the
 /// output may hold a partial call.
 const CALL_TOKENS: [&str; 3] = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"];
-/// A bias that exceeds every logit.
+/// A bias that bans a token: no logit outweighs it.
 const FORBIDDEN: f32 = -1_000.0;
 /// OpenAI's default of `max_tokens` in completions.
 const COMPLETION_MAX_TOKENS: u32 = 16;

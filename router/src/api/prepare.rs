@@ -77,7 +77,7 @@ pub struct PreparedPrompt {
 pub struct AllowedModel {
     /// The name in the request.
     pub name: String,
-    /// The name of its groups' model.
+    /// The groups of the model.
     pub groups: Arc<ModelGroups>,
     /// Its tokenizer and defaults.
     pub spec: Arc<ModelSpec>,
@@ -277,7 +277,7 @@ pub fn chat_prompt(
     Ok(encode::conversation(tokenizer, &messages, &written)?)
 }
 
-/// A conversation that broke the rules.
+/// A conversation that broke the rules, after its repair.
 struct RepairedConversation {
     messages: Vec<Box<RawValue>>,
     repaired: Repaired,
@@ -386,7 +386,7 @@ pub fn text_ids(text: &str, model: &AllowedModel, special: bool) -> Result<Vec<u
     Ok(token_ids)
 }
 
-/// Decodes a prompt of token IDs, if it is echoed.
+/// Validates a prompt of token IDs; returns its text if the prompt is echoed.
 fn check_id_prompt(token_ids: &[u32], model: &AllowedModel, params: &Params) -> Result<Option<String>, ApiError> {
     if token_ids.is_empty() {
         return Err(ApiError::invalid("prompt", "`prompt` must not be empty."));

@@ -28,7 +28,7 @@ use crate::openapi::requests;
 
 const EVERYWHERE: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages, CountTokens, Tokenize, Detokenize]);
 const GENERATION: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages]);
-/// The field names of unsupported features, which are refused by name.
+/// The operations that refuse unsupported fields by name.
 const REFUSING: Uses = Uses::of(&[Chat, Completions, Responses, AgentMessages, Tokenize]);
 const OWN_WORDS: Uses = Uses::of(&[Chat, Completions]);
 

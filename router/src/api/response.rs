@@ -295,7 +295,7 @@ impl<'a> CompletionLogprobs<'a> {
         self.tokens.push(names.name(id));
     }
 
-    /// Removes tokens that begin after the end of a text that a stop string truncated.
+    /// Limits offsets to the end of `text`, which a stop string may have truncated.
     pub fn clamp_offsets(&mut self, text: &str) {
         let characters = text.chars().count();
         self.text_offset.iter_mut().for_each(|offset| *offset = (*offset).min(characters));
@@ -316,7 +316,7 @@ impl TextOffset {
         Self { characters: 0, decoder }
     }
 
-    /// The same offset in a text that is decoded separately.
+    /// The offset `next` of a separately decoded text that follows this one.
     pub fn followed_by(mut self, next: Self) -> Self {
         let rest = self.decoder.as_mut().map(IncrementalDecoder::finish).unwrap_or_default();
         Self { characters: self.characters + rest.chars().count() + next.characters, decoder: next.decoder }

@@ -56,7 +56,7 @@ impl Exchange {
         self.busy.load(Ordering::Relaxed)
     }
 
-    /// Records the end of a response.
+    /// The time at which the last response ended.
     fn idle_since(&self) -> Instant {
         self.opened + Duration::from_millis(self.idle_since.load(Ordering::Relaxed))
     }
@@ -106,7 +106,7 @@ pub(super) struct TimedIo<S> {
     timeouts: Timeouts,
     /// Never later than the next deadline. It is checked only if no progress is possible, and reset only when it fires.
     timer: Pin<Box<Sleep>>,
-    /// The number of requests after which the read side waits.
+    /// The number of requests when the read side began to wait; a new number resets its deadline.
     after: u32,
     head_begun: bool,
     read_due: Option<Instant>,

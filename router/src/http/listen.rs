@@ -92,7 +92,8 @@ impl Port {
             () = stopped => {}
         }
         shutdown.stop();
-        // Connections of the backlog would be reset. A flood of clients, or a lack of open files, must not delay the end.
+        // Connections of the backlog would be reset. A flood of clients, or a lack of open files, must not delay the
+        // end.
         let last_accept = Instant::now() + LAST_ACCEPT_TIMEOUT;
         while Instant::now() < last_accept {
             match tokio::time::timeout(Duration::ZERO, listener.accept()).await {

@@ -47,7 +47,7 @@ struct Completion {
     schema: Option<Describe>,
 }
 
-/// Error statuses of a request that a group serves.
+/// Error statuses of a request with a body.
 pub const REQUEST_ERRORS: &[u16] = &[400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504];
 /// Error statuses of a request that only needs a key.
 pub const KEY_ERRORS: &[u16] = &[401, 403, 503];

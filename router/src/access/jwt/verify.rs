@@ -145,7 +145,7 @@ enum Kind {
         n: Vec<u8>,
         e: Vec<u8>,
     },
-    /// The format byte of an uncompressed point.
+    /// An uncompressed point.
     P256(Vec<u8>),
     P384(Vec<u8>),
     Ed25519(Vec<u8>),

@@ -419,7 +419,7 @@ impl<'a> Items<'a> {
         Ok(())
     }
 
-    /// Moves images that a tool returned to a user message: the model supports images only there.
+    /// Adds the result of a call. Its images become a user message, because the model supports images only there.
     fn result(&mut self, item: Item<'a>, index: u32) -> Result<(), ApiError> {
         let place = Place::Entry(INPUT_ITEMS, index);
         let call_id = item.call_id.ok_or_else(|| missing(place, "call_id"))?;
