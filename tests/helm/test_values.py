@@ -422,9 +422,9 @@ def test_the_question_of_helm_test_has_a_key_where_one_is_needed(tmp_path):
     for router in (keys, jwt):
         assert "Set test.apiKey.secret" in notes(router=router)
         assert "test.apiKey" not in notes(router=router, test={"apiKey": {"secret": "question"}})
-        assert "asks for no key" not in notes(router={**router, "service": {"type": "LoadBalancer"}})
+        assert "requires no key" not in notes(router={**router, "service": {"type": "LoadBalancer"}})
     assert "test.apiKey" not in notes()
-    assert "asks for no key" in notes(router={"service": {"type": "LoadBalancer"}})
+    assert "requires no key" in notes(router={"service": {"type": "LoadBalancer"}})
 
 
 def test_keda_is_told_nothing_that_its_webhook_warns_of():
