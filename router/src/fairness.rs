@@ -1,9 +1,9 @@
-//! How tenants share a bounded queue.
+//! The shares of tenants in a bounded queue.
 //!
-//! A queue with room takes everybody's entries. In a full one each tenant that waits has an equal share: who holds less
-//! gets in, and the newest entry of who holds most makes room for it.
+//! A queue with room accepts every entry. In a full queue each waiting tenant has an equal share. A tenant below its
+//! share gets in and displaces the newest entry of the tenant that holds the most.
 
-/// Entries of a full queue that each of `tenants` may hold.
+/// Returns the number of entries of a full queue that each of `tenants` may hold.
 pub(crate) fn share(capacity: usize, tenants: usize) -> usize {
     (capacity / tenants.max(1)).max(1)
 }

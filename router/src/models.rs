@@ -1,4 +1,4 @@
-//! What the router knows of a model besides the groups that serve it: its tokenizer and its defaults.
+//! The router's configuration of a model, independent of its groups: tokenizer, limits and defaults.
 
 use std::sync::Arc;
 
@@ -8,24 +8,24 @@ use serde_json::Value;
 
 use crate::fleet::validate::record::ModelLimits;
 
-/// Sampling values that a request takes where it names none (`generation_config.json`).
+/// Default sampling parameters of requests that set none (`generation_config.json`).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DefaultSampling {
-    /// 1 where absent.
+    /// 1 if absent.
     pub temperature: Option<f32>,
-    /// 1 where absent.
+    /// 1 if absent.
     pub top_p: Option<f32>,
-    /// 0 (off) where absent.
+    /// 0 (off) if absent.
     pub top_k: Option<u32>,
-    /// 0 (off) where absent.
+    /// 0 (off) if absent.
     pub min_p: Option<f32>,
-    /// 1 (off) where absent.
+    /// 1 (off) if absent.
     pub repetition_penalty: Option<f32>,
 }
 
 impl DefaultSampling {
-    /// Takes over what a `generation_config.json` says, as vLLM does. Values out of range are left out.
+    /// Reads the defaults of a `generation_config.json`, as vLLM does. Values out of range are ignored.
     pub fn from_generation_config(config: &Value) -> Self {
         let number = |name: &str, least: f64, most: f64| {
             let value = config.get(name)?.as_f64()?;
@@ -41,7 +41,7 @@ impl DefaultSampling {
     }
 }
 
-/// The token IDs that `generation_config.json` (or `config.json`) names as ends of a sequence.
+/// The end-of-sequence token IDs of `generation_config.json` or `config.json`.
 pub fn end_ids_of_config(config: &Value) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match config.get("eos_token_id") {
@@ -54,26 +54,26 @@ pub fn end_ids_of_config(config: &Value) -> Vec<u32> {
 /// A model that this router may serve.
 #[derive(Clone, Default)]
 pub struct ModelSpec {
-    /// None: token IDs in, token IDs out (`--skip-tokenizer-init`).
+    /// The tokenizer. If `None`, requests and responses contain token IDs (`--skip-tokenizer-init`).
     pub tokenizer: Option<Arc<Tokenizer>>,
-    /// Other names that requests may use.
+    /// Aliases of the model.
     pub aliases: Vec<String>,
-    /// What its groups may say of it: they can narrow these limits.
+    /// Limits of the model. Groups may narrow them.
     pub limits: ModelLimits,
-    /// Defaults of sampling.
+    /// Default sampling parameters.
     pub defaults: DefaultSampling,
-    /// Ids that end a sequence.
+    /// Token IDs that end a sequence.
     pub end_ids: Vec<u32>,
 }
 
 impl ModelSpec {
-    /// A model with a tokenizer: its end-of-sequence id is known.
+    /// Creates a model with a tokenizer, which defines the end-of-sequence token.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
         let end_ids = vec![tokenizer.eos_id()];
         Self { tokenizer: Some(tokenizer), end_ids, ..Self::default() }
     }
 
-    /// Adds what the checkpoint's `generation_config.json` says.
+    /// Adds the defaults of the checkpoint's `generation_config.json`.
     pub fn with_generation_config(mut self, config: &Value) -> Self {
         self.defaults = DefaultSampling::from_generation_config(config);
         for id in end_ids_of_config(config) {

@@ -1,6 +1,8 @@
-//! The console: a page that shows the fleet and talks to a model, embedded in the binary. It asks this router for
-//! everything and nobody else for anything: no build step, no outside resource, and a policy that forbids both.
-//! The page itself needs no key; what it asks for does, and it asks its user for one.
+//! The console: a page, embedded in the binary, that shows the fleet and chats with a model.
+//!
+//! The page sends requests only to this router. It has no build step and no external resources, and its content
+//! security policy forbids external resources. The page itself needs no API key. Its requests do, and it asks the user
+//! for one.
 
 use axum::{
     Router,
@@ -14,7 +16,7 @@ const POLICY: HeaderValue = HeaderValue::from_static(
      form-action 'none'; frame-ancestors 'none'",
 );
 
-/// The page and what it is made of.
+/// Routes of the page and its assets.
 pub fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/", get(async || file("text/html; charset=utf-8", include_str!("index.html"))))
@@ -30,7 +32,7 @@ fn file(kind: &'static str, text: &'static str) -> Response<Body> {
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.insert(HeaderName::from_static("cross-origin-opener-policy"), HeaderValue::from_static("same-origin"));
-    // a new release brings a new page
+    // a new release may change the page
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     response
 }

@@ -1,5 +1,6 @@
-//! Requests to prompts: messages or texts become token IDs and block hashes, on threads of their own
-//! ([`pool`]), and what was seen before is not encoded again ([`cache`]).
+//! Encoding of requests into prompts: token IDs, images and block hashes.
+//!
+//! Messages and texts are encoded on a thread pool ([`pool`]). Encoded prefixes are cached ([`cache`]).
 
 pub mod cache;
 mod generations;
@@ -20,28 +21,28 @@ use bytes::Bytes;
 use cache::ChatInput;
 use wire::PackedIds;
 
-/// A prompt in the form that goes to a group.
+/// An encoded prompt, as it is sent to a group.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EncodedPrompt {
-    /// Ids, packed.
+    /// Token IDs, packed.
     pub ids: PackedIds,
-    /// Images and where their placeholders stand.
+    /// Images and the positions of their placeholders.
     pub images: Vec<Image>,
-    /// The hashes of its full blocks.
+    /// Hashes of its full blocks.
     pub hashes: Vec<BlockHash>,
-    /// Ids that were known before.
+    /// Number of tokens that came from the cache.
     pub reused_tokens: usize,
 }
 
 impl EncodedPrompt {
-    /// Names the blocks of a prompt that is not known from before.
+    /// Hashes the blocks of a prompt that is not cached.
     pub fn new(token_ids: &[u32], images: Vec<Image>, keys: &ClusterKeys, salt: CacheSalt) -> Self {
         let hashes = hash_blocks(keys, salt.as_ref(), &image_spans(&images), token_ids);
         Self { ids: PackedIds::of(token_ids), images, hashes, reused_tokens: 0 }
     }
 }
 
-/// Where images stand, for the hash chain.
+/// Positions of the images, for the hash chain.
 fn image_spans(images: &[Image]) -> Vec<ImageSpan> {
     let span = |image: &Image| {
         let mut hash = [0; 16];
@@ -52,29 +53,29 @@ fn image_spans(images: &[Image]) -> Vec<ImageSpan> {
     images.iter().map(span).collect()
 }
 
-/// Why messages have no prompt.
+/// The reason why messages cannot be encoded.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
-    /// A field is no JSON that Python would read.
+    /// A field is not JSON that Python accepts.
     #[error("{field}: {error}")]
     Json {
         /// `messages` or `tools`.
         field: &'static str,
-        /// Where.
+        /// The position and cause of the error.
         error: JsonError,
     },
-    /// A rule of conversations is broken.
+    /// The conversation breaks a rule of the template.
     #[error(transparent)]
     Conversation(#[from] ConversationError),
-    /// The model takes no images.
+    /// The model does not accept images.
     #[error("this model does not take images")]
     NoImages {
-        /// The field.
+        /// Name of the field.
         param: String,
     },
 }
 
-/// Messages and tools, in the model's own layout, all of it read and judged.
+/// Parses, validates and encodes messages and tools with the model's chat template.
 pub fn conversation(
     tokenizer: &Tokenizer,
     messages: &Json<'_>,
@@ -96,9 +97,9 @@ pub fn conversation(
     Ok(EncodedPrompt::new(&encoded.token_ids, images, written.keys, written.salt))
 }
 
-/// An image as groups take it; `begin` is where the token IDs that its offset counts from stand in the prompt.
+/// Converts an image to the wire format. `begin` is the prompt position that its offset counts from.
 fn shown_image(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image {
-    // its size was read from the same URL a moment ago
+    // the size of the image was parsed from the same URL before
     let data = Bytes::from(data_url_bytes(&image.source.url).unwrap_or_default());
     Image {
         hash: keys.image_hash(&data).to_le_bytes().to_vec(),
@@ -108,7 +109,7 @@ fn shown_image(image: &EncodedImage, begin: usize, keys: &ClusterKeys) -> Image 
     }
 }
 
-/// The token IDs of a plain text, after the id that begins a prompt if `special` token IDs are wanted.
+/// Encodes a plain text. If `special` is set, the token that begins a prompt comes first.
 pub fn text(tokenizer: &Tokenizer, text: &str, special: bool) -> Result<Vec<u32>, Stopped> {
     let mut token_ids = Vec::with_capacity(text.len() / 3 + 1);
     if special {

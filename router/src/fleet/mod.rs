@@ -1,6 +1,12 @@
-//! The groups as this router sees them: which are alive ([`view`]), which of them serve a model
-//! ([`models`]), whose a name is ([`names`]), what they report ([`watch`]) and whether that can be true ([`validate`]), whether they respond
-//! ([`health`]) and what Prometheus is shown of them ([`gauges`]).
+//! The groups of the fleet as this router sees them.
+//!
+//! - [`view`]: the groups that are alive.
+//! - [`models`]: the groups that serve each model.
+//! - [`names`]: the group that owns each name.
+//! - [`watch`]: the reports of the groups.
+//! - [`validate`]: the checks of records, reports and streams against the contract.
+//! - [`health`]: the circuit breaker of each group.
+//! - [`gauges`]: the Prometheus gauges of each group.
 
 pub mod gauges;
 pub mod health;

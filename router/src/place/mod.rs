@@ -1,7 +1,11 @@
-//! Where a request goes and when: who holds its prefix ([`index`]), what is booked on each group ([`load_tracker`]),
-//! which one would respond soonest ([`choose`]), when a
-//! conversation leaves a group that was given too much ([`level`]), where its session is at home ([`sessions`]), and who waits while none
-//! can start it ([`admission`]).
+//! Placement: the choice of a group for each request, and the time at which the request starts.
+//!
+//! - [`index`]: the groups that hold each block of a prefix.
+//! - [`load_tracker`]: the load of each group and the work assigned to it.
+//! - [`choose`]: the choice of the group with the shortest predicted time to first token.
+//! - [`rebalance`]: the migration of conversations away from a group with more than its share of work.
+//! - [`sessions`]: the affine group of each session.
+//! - [`admission`]: the queue of requests that no group can start yet.
 
 pub mod admission;
 pub mod choose;
@@ -11,6 +15,6 @@ pub mod rebalance;
 pub mod sessions;
 mod table;
 
-/// A group's bit in the index; reused after the group is gone.
+/// A group's bit in the index. It is reused after the group has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Slot(pub u32);

@@ -1,5 +1,7 @@
-//! The groups that a sequence was tried on in vain. Those that failed it are avoided until it has no time left to wait
-//! for others. One that was full has not failed: it is as good as any as soon as it reports room.
+//! The groups on which a sequence was tried without success.
+//!
+//! A group that failed is avoided until the sequence has no time left to wait for another group. A full group has not
+//! failed: it is eligible again as soon as it reports room.
 
 use std::sync::Arc;
 
@@ -9,19 +11,19 @@ use crate::{
     place::{Slot, admission::Class},
 };
 
-/// What became of the groups of one sequence.
+/// The failed and full groups of one sequence.
 #[derive(Default)]
 pub(super) struct Tried {
     failed: Vec<Arc<Link>>,
     full: Vec<Full>,
 }
 
-/// A group that refused for want of room.
+/// A group that refused the sequence because it was full.
 struct Full {
     link: Arc<Link>,
-    /// How many reports of it had come: it was full whatever they say.
+    /// Number of load reports received before the refusal. They do not count as a report of room.
     reports: u64,
-    /// The most sequences that it reported, in the last of these and since.
+    /// Maximum number of sequences in the last of these reports and in later ones.
     sequences: u32,
 }
 
@@ -30,8 +32,9 @@ impl Full {
         Self { reports: link.load_tracker.reports(), sequences: reported_sequences(&link), link }
     }
 
-    /// Whether it has reported room since: a place for one that starts at once, or fewer that run and wait than it had.
-    /// What is on its way there counts as if it were there, so that no more ask than have room.
+    /// Whether the group has reported room since the refusal: it can start a sequence without a wait, or it has fewer
+    /// running and waiting sequences than before. Assigned work counts too, so that no more sequences are sent than
+    /// have room.
     fn is_over(&mut self, group: &Group) -> bool {
         self.sequences = self.sequences.max(reported_sequences(&self.link));
         let has_fewer = self.link.load_tracker.busy().sequences < self.sequences;
@@ -39,14 +42,14 @@ impl Full {
     }
 }
 
-/// Those that run and wait there as the group reports it.
+/// Number of running and waiting sequences in the last report of the group.
 fn reported_sequences(link: &Link) -> u32 {
-    let update = link.load_tracker.reported();
-    update.running.saturating_add(update.waiting)
+    let report = link.load_tracker.reported();
+    report.running.saturating_add(report.waiting)
 }
 
 impl Tried {
-    /// A group did not continue with it.
+    /// Records that a group failed the sequence.
     pub(super) fn add(&mut self, link: Arc<Link>, failure: &Failure) {
         self.full.retain(|full| full.link.slot != link.slot);
         match failure {
@@ -55,20 +58,20 @@ impl Tried {
         }
     }
 
-    /// A group took it: what was full before is not worth knowing when it looks for one again.
+    /// A group accepted the sequence. The groups that were full are eligible again if it needs another group.
     pub(super) fn accepted(&mut self) {
         self.full.clear();
     }
 
-    /// All of them.
+    /// All groups that are avoided.
     pub(super) fn slots(&self) -> Vec<Slot> {
         self.failed.iter().chain(self.full.iter().map(|full| &full.link)).map(|link| link.slot).collect()
     }
 
-    /// Those that are left when the ones are forgotten that have reported room.
+    /// Removes the full groups that have reported room and returns the remaining groups.
     pub(super) fn slots_without_room(&mut self, view: &View) -> Vec<Slot> {
         self.full.retain_mut(|full| {
-            // one that is gone is not asked anyway
+            // a group that left the fleet is not a candidate
             let group = view.groups().find(|group| group.link.slot == full.link.slot);
             !group.is_some_and(|group| full.is_over(group))
         });

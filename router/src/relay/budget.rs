@@ -1,7 +1,8 @@
-//! How often sequences may be placed again: every new one earns its tenant and the fleet one retry, up to a
-//! bound. A group that dies with hundreds of streams is paid for from what was saved; a fleet that fails all
-//! over does not get every request several times. The bounds are those of all routers together: each has its
-//! share of them, as many as live.
+//! The retry budget: limits how often sequences are placed again.
+//!
+//! Every new sequence earns its tenant and the fleet one retry, up to a bound. The saved retries cover the crash of a
+//! group with hundreds of streams. The bound prevents a failing fleet from receiving every request several times. The
+//! bounds apply to all routers together: each live router has an equal share.
 
 use std::collections::HashMap;
 
@@ -9,10 +10,10 @@ use parking_lot::Mutex;
 
 use crate::access::limits::LiveRouters;
 
-/// Tenants that are remembered; those with a full account are the first to go.
+/// Maximum number of tenants with taken retries. If it is reached, other tenants get no retry.
 const MAX_TENANTS: usize = 4096;
 
-/// The accounts.
+/// The retry accounts of the fleet and of the tenants.
 pub struct RetryBudget {
     state: Mutex<State>,
     of_tenant: u32,
@@ -20,41 +21,41 @@ pub struct RetryBudget {
     routers: LiveRouters,
 }
 
-/// What was taken and not earned since: so it holds whatever the share becomes.
+/// Retries that were taken and not earned again. The count stays valid if the share changes.
 #[derive(Default)]
 struct State {
     fleet: u32,
-    /// Those that have taken something.
+    /// Tenants that have taken a retry.
     tenants: HashMap<u64, u32>,
 }
 
 impl RetryBudget {
-    /// Full accounts of that many retries, divided among the routers.
+    /// Creates full accounts of these bounds, divided among the routers.
     pub fn new(of_tenant: u32, of_fleet: u32, routers: LiveRouters) -> Self {
         Self { state: Mutex::default(), of_tenant, of_fleet, routers }
     }
 
-    /// This router's part of a bound; at least one, unless there are to be no retries at all.
+    /// This router's share of a bound: at least one, unless the bound is 0.
     fn share(&self, bound: u32) -> u32 {
         (bound / self.routers.count()).max(bound.min(1))
     }
 
-    /// A new sequence.
+    /// Credits one retry for a new sequence.
     pub fn earn(&self, tenant: u64) {
         let (of_tenant, of_fleet) = (self.share(self.of_tenant), self.share(self.of_fleet));
-        // an account is never emptier than empty, though the share has become smaller
+        // the share may have shrunk below what was taken
         let after = |taken: u32, share: u32| taken.min(share).saturating_sub(1);
         let mut state = self.state.lock();
         state.fleet = after(state.fleet, of_fleet);
         if let Some(taken) = state.tenants.get_mut(&tenant) {
             *taken = after(*taken, of_tenant);
             if *taken == 0 {
-                state.tenants.remove(&tenant); // full: as if never seen
+                state.tenants.remove(&tenant); // a full account is the default
             }
         }
     }
 
-    /// Takes a retry; false if none is left.
+    /// Takes a retry. Returns false if none is left.
     pub fn take(&self, tenant: u64) -> bool {
         let mut state = self.state.lock();
         let taken = state.tenants.get(&tenant).copied();
@@ -88,7 +89,7 @@ mod tests {
         assert_eq!((0..10).filter(|_| budget.take(2)).count(), 1, "one earned, and two of the fleet were left");
     }
 
-    /// How many retries a tenant gets now, if it takes all that it can.
+    /// Takes all retries that a tenant can get now and returns their number.
     fn left(budget: &RetryBudget, tenant: u64) -> usize {
         (0..100).filter(|_| budget.take(tenant)).count()
     }

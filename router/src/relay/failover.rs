@@ -1,11 +1,12 @@
-//! One sequence, from its placement to its end, whatever happens to the groups under it.
+//! One sequence, from its placement to its end, across failures of its groups.
 //!
-//! The token IDs generated so far are kept. When a group dies, drains or refuses, the sequence is placed again as
-//! prompt + those token IDs on another group, which continues where the first one stopped (sampling depends on seed
-//! and position alone): the client sees a pause, never an error and never a token twice. A request under
-//! whose sequences `max_attempts` groups died is taken for the cause and given no other. Groups that drain or
-//! refuse do not count: a long stream may outlive many of them. A request whose group died before its grammar had compiled is
-//! given no other at all.
+//! The generated tokens are kept. If a group crashes, drains or refuses, the sequence is placed on another group with
+//! the prompt and those tokens, and continues from there. Sampling depends only on seed and position, so the client
+//! sees a pause but no error and no repeated token.
+//!
+//! After `max_attempts` group crashes the request is treated as a poison pill and is not retried. Groups that drain or
+//! refuse do not count, because a long stream may outlive many of them. If a group crashes before the request's grammar
+//! has compiled, the request is not retried at all.
 
 use std::{
     future::Future,
@@ -53,64 +54,65 @@ use crate::{
     },
 };
 
-/// Groups that a sequence is tried on in all, those included that only drained or refused.
+/// Maximum number of groups that a sequence is tried on, including groups that only drained or refused.
 const MAX_ATTEMPTS: u32 = 32;
-/// Of a bound on the response, what counts as work asked for: most responses end long before theirs.
+/// Maximum number of output tokens that count as requested work. Most outputs end long before `max_tokens`.
 const MAX_EXPECTED_TOKENS: u32 = 1024;
-/// How often a sequence without a group looks for one.
+/// Interval at which a sequence without a group looks for one.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// A group reports each second that it lives. One that is silent for so long does not serve the client that leaves now.
+/// Silence after which a client that leaves counts against the group. A live group reports every second.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(3);
-/// A group accepts a call at once, however long it is queued then: one that has not within this time does not serve.
+/// Time without acceptance after which a client that leaves counts against the group. A live group accepts a call
+/// without delay, even if it queues the sequence.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A prompt and how it continues: what all `n` sequences of it share.
+/// A prompt and its parameters, which all its `n` sequences share.
 pub struct Task {
-    /// Of the HTTP request.
+    /// ID of the HTTP request.
     pub request_id: String,
-    /// The model's name.
+    /// Name of the model.
     pub model: String,
-    /// The prompt, as it goes to a group.
+    /// The prompt, as it is sent to a group.
     pub ids: PackedIds,
     /// Its images, in the order of their offsets.
     pub images: Vec<Image>,
     /// The hashes of its full blocks.
     pub hashes: Arc<[BlockHash]>,
-    /// The conversation that it belongs to, where the client says so.
+    /// The session, if the client names one.
     pub session: Option<u64>,
-    /// How urgent it is.
+    /// Class: interactive or batch.
     pub class: Class,
-    /// Who asks.
+    /// The tenant.
     pub tenant: u64,
-    /// How token IDs are sampled; each sequence has a seed of its own.
+    /// Sampling parameters. Each sequence has its own seed.
     pub sampling: Sampling,
-    /// When it ends.
+    /// Stop conditions.
     pub stopping: Stopping,
-    /// Ids that end it: end of sequence (unless ignored) and `stop_token_ids`.
+    /// Token IDs that end it: end of sequence (unless ignored) and `stop_token_ids`.
     pub end_ids: Vec<u32>,
-    /// What the generated text must match.
+    /// Grammar of the structured output.
     pub grammar: Option<Grammar>,
-    /// Separates the caches of tenants.
+    /// Salt of the prefix cache.
     pub cache_salt: Bytes,
-    /// When it is given up.
+    /// Deadline.
     pub deadline: Instant,
-    /// Groups that died under the request, be it under sequences of its other prompts.
+    /// Groups that crashed under the request, including under sequences of its other prompts.
     pub deaths: Arc<Deaths>,
-    /// What its calls are made under: the request's span, or the client's context.
+    /// Parent of the spans of its calls: the request's span, or the client's trace context.
     pub trace: Option<TraceContext>,
-    /// What the client's tracing system adds to it, handed on as it came.
+    /// The client's `tracestate`, forwarded unchanged.
     pub tracestate: Option<tonic::metadata::AsciiMetadataValue>,
 }
 
-/// What a sequence reports, in this order.
+/// The events of a sequence, in this order.
 #[derive(Debug)]
 pub enum Event {
-    /// It left the queue. Once.
+    /// The sequence left the queue. Sent once.
     Started {
         /// Prompt tokens found in the group's cache.
         cached_tokens: u32,
     },
-    /// Logprobs of prompt positions, each once.
+    /// Logprobs of prompt positions, each sent once.
     PromptLogprobs(PromptLogprobs),
     /// Generated token IDs.
     Tokens(Tokens),
@@ -118,33 +120,33 @@ pub enum Event {
     Finished(Finished),
 }
 
-/// Why a sequence failed for good.
+/// The reason why a sequence failed finally.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SequenceError {
-    /// No group could be found, at first or after the failure of another.
+    /// No group was found, at first or after the failure of another group.
     #[error("{0}")]
     NoGroup(NoGroup),
-    /// So many groups died that the request is taken for the cause.
+    /// `max_attempts` groups crashed: the request is treated as a poison pill.
     #[error("the groups that took the request died ({deaths} of them)")]
     Poison {
-        /// Groups that died under the request.
+        /// Number of groups that crashed under the request.
         deaths: u32,
     },
-    /// The group died while it compiled the request's grammar, which is taken for the cause.
+    /// The group crashed while it compiled the request's grammar. The grammar is treated as the cause.
     #[error("the group that compiled the request's grammar died")]
     GrammarPoisonPill,
-    /// The last group's failure, where no other could continue.
+    /// The failure of the last group, if no other group could continue.
     #[error("{failure} (after {attempts} attempts)")]
     Failed {
-        /// What it was.
+        /// The failure.
         failure: Failure,
-        /// Groups tried.
+        /// Number of groups tried.
         attempts: u32,
     },
 }
 
 enum Phase {
-    /// No group can start it now.
+    /// No group can start the sequence now.
     Queued {
         placed: oneshot::Receiver<Result<Placement, NoGroup>>,
         since: Instant,
@@ -153,9 +155,9 @@ enum Phase {
         booking: Booking,
         opening: Pin<Box<dyn Future<Output = Result<Streaming<GenerateEvent>, Status>> + Send>>,
         since: Instant,
-        /// What it may send.
+        /// Limits of what the group may send.
         bounds: StreamBounds,
-        /// What it goes back to where the group is full.
+        /// The wait that the sequence resumes if the group is full.
         waited: Option<Wait>,
     },
     Streaming {
@@ -168,25 +170,25 @@ enum Phase {
         poll_again: Pin<Box<Sleep>>,
         wait: Wait,
     },
-    /// Everything was generated, only the last word was lost.
+    /// All tokens were generated. Only the final event was lost.
     Ended(Finished),
     Done,
 }
 
-/// It has lost its group, and no other can continue with it now.
+/// The sequence has lost its group, and no other group can continue it now.
 struct Wait {
     until: Instant,
-    /// What it ends with, if none can until then.
+    /// The error it ends with, if no group can continue it in time.
     failure: Failure,
 }
 
-/// What sequences need of the router.
+/// The parts of the router that sequences use.
 pub struct Relay {
     /// The groups.
     pub fleet: Arc<Fleet>,
-    /// Who waits for one of them.
+    /// The queue of requests that wait for a group.
     pub admission: Arc<Admission>,
-    /// How often sequences may be placed again.
+    /// The retry budget.
     pub retries: RetryBudget,
     /// Limits.
     pub options: RouterOptions,
@@ -203,15 +205,15 @@ pub struct Sequence {
     logprobs: Option<Logprobs>,
     generated: Vec<u32>,
     prompt_logprobs_until: u32,
-    /// A group took it, and the client may know.
+    /// Whether a group has accepted the sequence and the client may be notified.
     accepted: bool,
-    /// A group compiled its grammar, or it has none.
+    /// Whether a group has compiled its grammar, or it has none.
     compiled: bool,
-    /// An event that came before anybody asked.
+    /// An event that arrived before the caller polled.
     early: Option<Event>,
     started: bool,
     attempts: u32,
-    /// Groups that could not be reached, or broke the contract: nothing that it is the cause of.
+    /// Number of groups that were unreachable or violated the contract. The request is not the cause of these failures.
     unreached: u32,
     tried: Tried,
     served_by: Vec<String>,
@@ -223,7 +225,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Places a sequence. Its load is booked when this returns; nothing is sent before it is polled.
+    /// Places a sequence. Its load is assigned on return. Nothing is sent before the sequence is polled.
     pub fn place(
         relay: Arc<Relay>,
         task: Arc<Task>,
@@ -257,8 +259,8 @@ impl Sequence {
         Ok(sequence)
     }
 
-    /// At once, if nobody is queued and a group can start it. Else it is queued, also if no group is ready but one is
-    /// expected.
+    /// Opens a stream if the queue is empty and a group can start the sequence now. Otherwise queues the sequence, also
+    /// if no group is ready but one is expected.
     fn place_first(&mut self) -> Result<(), NoGroup> {
         let class = self.task.class;
         let options = &self.relay.options;
@@ -301,7 +303,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// Whether a group of the model is expected, and requests wait for it.
+    /// Whether a group of the model is expected and requests wait for it.
     fn awaits_group(&self) -> bool {
         let is_expected = self.relay.fleet.view().model(&self.task.model).is_some_and(|model| model.is_expected());
         is_expected && !self.relay.options.wait_for_group().is_zero()
@@ -316,7 +318,7 @@ impl Sequence {
         self.relay.options.debug || self.watch.is_traced() || tracing::enabled!(tracing::Level::DEBUG)
     }
 
-    /// The groups that served it, the first one first.
+    /// The groups that served the sequence, in order.
     pub fn served_by(&self) -> &[String] {
         &self.served_by
     }
@@ -326,8 +328,8 @@ impl Sequence {
         self.explanation.as_deref()
     }
 
-    /// Tokens that its group has generated and nobody has read, as far as they have arrived. They are read now: the
-    /// sequence is about to be dropped.
+    /// Counts the generated tokens that have arrived and were not read. The call consumes them, so call it only before
+    /// the sequence is dropped.
     pub fn unread_tokens(&mut self) -> u64 {
         let Phase::Streaming { events, .. } = &mut self.phase else { return 0 };
         let left = (self.task.stopping.max_tokens as usize).saturating_sub(self.generated.len());
@@ -343,12 +345,12 @@ impl Sequence {
                 _ => {}
             }
         }
-        // a group whose stream stands still has more, and nobody will hear of it: it counts as all that it may generate
+        // a full window hides further tokens, so the group counts as having generated all remaining tokens
         let stands_still = bytes >= (stream::STREAM_WINDOW / 2) as usize;
         if stands_still { left as u64 } else { unread.min(left) as u64 }
     }
 
-    /// Ready when a group accepted it and compiled its grammar (or it failed: then the next event says so).
+    /// Ready if a group has accepted the sequence and compiled its grammar, or if the sequence has ended or failed.
     pub fn poll_accepted(&mut self, cx: &mut Context<'_>) -> Poll<Option<SequenceError>> {
         loop {
             match &mut self.phase {
@@ -368,7 +370,7 @@ impl Sequence {
         }
     }
 
-    /// The next event; `None` after the end.
+    /// Returns the next event, or `None` after the end.
     pub fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, SequenceError>>> {
         if let Some(event) = self.early.take() {
             return Poll::Ready(Some(Ok(event)));
@@ -395,7 +397,7 @@ impl Sequence {
         }
     }
 
-    /// What the group that has it says next, if that is anything to report.
+    /// Polls the stream of the current group. `None` is an event that the client does not see.
     fn poll_stream(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Event>, SequenceError>> {
         let Phase::Streaming { events, check, .. } = &mut self.phase else { return Poll::Ready(Ok(None)) };
         Poll::Ready(match ready!(Pin::new(&mut **events).poll_next(cx)) {
@@ -408,7 +410,7 @@ impl Sequence {
         })
     }
 
-    /// Continues with opening, or with looking for a group.
+    /// Continues to open a stream or to look for a group.
     fn poll_phase(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), SequenceError>> {
         match std::mem::replace(&mut self.phase, Phase::Done) {
             Phase::Queued { mut placed, since } => match Pin::new(&mut placed).poll(cx) {
@@ -447,7 +449,7 @@ impl Sequence {
                     self.leave(booking, &failure);
                     Poll::Ready(match (waited, &failure) {
                         (Some(wait), Failure::Full(_)) => {
-                            // it has paid for a group and still has none; its time bounds how often it asks
+                            // the retry is already paid for; the end of the wait bounds the number of calls
                             self.attempts -= 1;
                             self.wait(wait);
                             Ok(())
@@ -462,7 +464,7 @@ impl Sequence {
                     return Poll::Pending;
                 }
                 if Instant::now() >= wait.until {
-                    // the last look
+                    // the last attempt
                     let placement = self.find_group(&[], None).map_err(|_| self.given_up(wait.failure))?;
                     self.open(placement, None);
                     return Poll::Ready(Ok(()));
@@ -491,7 +493,7 @@ impl Sequence {
             booking.link().breaker.succeeded();
         }
         booking.link().heard();
-        // whatever it says, its grammar is behind it
+        // any event proves that the grammar has compiled
         self.compiled = true;
         match event.event {
             Some(Sent::Compiled(GrammarCompiled {})) => Ok(None),
@@ -501,7 +503,7 @@ impl Sequence {
                 Ok(first.then_some(Event::Started { cached_tokens: started.cached_tokens }))
             }
             Some(Sent::PromptLogprobs(mut part)) => {
-                // a second group begins them anew
+                // another group sends them from the first position again
                 let known = self.prompt_logprobs_until.saturating_sub(part.start) as usize;
                 let part_length = part.positions.len();
                 if self.prompt_logprobs_until > 0 && known >= part_length {
@@ -529,18 +531,18 @@ impl Sequence {
                 self.watch.finished(&finished);
                 Ok(Some(Event::Finished(finished)))
             }
-            None => Ok(None), // a kind of event that a newer worker sends
+            None => Ok(None), // an event type of a newer worker
         }
     }
 
-    /// The present group failed: notes it, and continues elsewhere if that can help.
+    /// Records the failure of the current group and continues on another group if that can help.
     fn failed(&mut self, failure: Failure) -> Result<(), SequenceError> {
         let is_lost = matches!(failure, Failure::Lost(_));
         if let Phase::Streaming { booking, .. } = std::mem::replace(&mut self.phase, Phase::Done) {
             if is_lost {
                 self.task.deaths.add(booking.link());
             }
-            // one that every group responds with nonsense does not go through all of them
+            // bounds the attempts of a request that makes every group violate the contract
             self.unreached += u32::from(matches!(failure, Failure::Violation(_)));
             self.leave(booking, &failure);
         }
@@ -556,7 +558,7 @@ impl Sequence {
         self.go_on_elsewhere(failure)
     }
 
-    /// Gives a group back that failed, and remembers how.
+    /// Releases a group that failed and records the failure.
     fn leave(&mut self, booking: Booking, failure: &Failure) {
         self.watch.failed(failure, self.generated.len());
         match failure {
@@ -565,7 +567,7 @@ impl Sequence {
                 self.relay.fleet.violated(&booking.link().group, violation);
                 booking.link().breaker.violated();
             }
-            // no fault of the group; but if this was a probe, another request is to be one
+            // not a fault of the group; if this call was a probe, the next request probes again
             Failure::Full(_) | Failure::Refused(_) | Failure::TimedOut | Failure::Invalid(_) | Failure::Sequence(_) => {
                 booking.link().breaker.undecided();
             }
@@ -579,13 +581,13 @@ impl Sequence {
             failure = failure.kind(),
             "sequence failed on a group"
         );
-        // may repeat a part of the request
+        // the text may contain a part of the request
         tracing::debug!(request_id = self.stream_id, %failure, "reason of the failure, in the group's words");
         self.tried.add(Arc::clone(booking.link()), failure);
     }
 
     fn go_on_elsewhere(&mut self, failure: Failure) -> Result<(), SequenceError> {
-        // before everything else: a response that is complete needs no group, so no retry, and is no error
+        // checked first: a complete output needs no group and no retry, and is not an error
         if let Some(finished) = self.already_finished() {
             self.phase = finished;
             return Ok(());
@@ -617,9 +619,9 @@ impl Sequence {
         match self.find_group(&self.tried.slots(), None) {
             Ok(placement) => self.open(placement, None),
             Err(_) => {
-                // The group drains or loads and no other one exists: its next start may be near.
+                // The group drains or loads and no other group exists. Its next start may be near.
                 let awaits_group = !matches!(failure, Failure::Full(_)) && self.awaits_group();
-                // No group accepted the request yet, and no group has room: the client retries later.
+                // No group has accepted the request, and no group has room. The client retries later.
                 if !self.accepted && !awaits_group && !matches!(failure, Failure::Lost(_)) {
                     return Err(self.given_up(failure));
                 }
@@ -636,7 +638,7 @@ impl Sequence {
         SequenceError::Failed { failure, attempts: self.attempts }
     }
 
-    /// The group died between the last id and the word that it was the last.
+    /// Returns the end of an output that was complete before its group failed. Only the final event was lost.
     fn already_finished(&self) -> Option<Phase> {
         let last = self.generated.last()?;
         let enough = self.generated.len() as u32 >= self.task.stopping.min_tokens;
@@ -705,7 +707,7 @@ impl Sequence {
         self.phase = Phase::Opening { booking, opening: Box::pin(opening), since: Instant::now(), bounds, waited };
     }
 
-    /// What the group may send in response to this message.
+    /// Limits of what the group may send in response to this message.
     fn bounds(&self, group: &Group, message: &Outgoing) -> StreamBounds {
         let logprobs = message.request.logprobs.unwrap_or_default();
         StreamBounds {
@@ -724,11 +726,11 @@ impl Sequence {
         if !self.generated.is_empty()
             && let Some(logprobs) = &mut logprobs
         {
-            logprobs.prompt_top = None; // they came before the first id
+            logprobs.prompt_top = None; // they came before the first token
         }
         let request = GenerateRequest {
             request_id: self.stream_id.clone(),
-            token_ids: Vec::new(), // packed beside it
+            token_ids: Vec::new(), // packed in a separate field
             generated_len: self.generated.len() as u32,
             images: self.task.images.clone(),
             sampling: Some(Sampling { seed: self.seed, ..self.task.sampling.clone() }),
@@ -745,7 +747,7 @@ impl Sequence {
     }
 }
 
-/// A client that leaves before its group sent anything says something of the group, too.
+/// If a client leaves before its group has sent anything, a silent group counts as failed.
 impl Drop for Sequence {
     fn drop(&mut self) {
         let (booking, accepts_too_late) = match &self.phase {

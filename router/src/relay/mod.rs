@@ -1,6 +1,9 @@
-//! The streams between client and group: one upstream call ([`stream`]), the sequence that survives the
-//! death of its group ([`resume`], as often as [`budget`] and [`deaths`] allow), and what its token IDs mean to the client
-//! ([`emit`]).
+//! The streams between client and group.
+//!
+//! - [`stream`]: one upstream call.
+//! - [`failover`]: a sequence that continues on another group after a failure.
+//! - [`budget`] and [`crash_tracker`]: the limits of retries.
+//! - [`emit`]: the conversion of tokens to the client's events.
 
 mod attempts;
 pub mod budget;

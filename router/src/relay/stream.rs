@@ -1,4 +1,5 @@
-//! One upstream call: connections to a group, the stream of a sequence, and what a failure of it means.
+//! One upstream call: the connections to a group, the stream of a sequence, and the classification of its failures.
+//!
 //! Dropping the stream resets it, which aborts the sequence on every rank.
 
 use std::{
@@ -26,14 +27,14 @@ use crate::{
     options::RouterOptions,
 };
 
-/// Bytes of a sequence's events that a group may send before they are read.
+/// Flow-control window per sequence, in bytes.
 pub(super) const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
-/// Makes of an endpoint a channel that connects when it is first used.
+/// Creates a channel that connects on first use.
 pub type Dial = Box<dyn Fn(&Endpoint) -> Channel + Send + Sync>;
 
-/// Connects over TCP, with TLS where the options have it; within the process where they say so.
+/// Connects over TCP, with TLS if it is configured, or within the process if `in_process` is set.
 pub fn dial_tcp(options: &RouterOptions) -> Dial {
     if let Some(local) = options.in_process.clone() {
         return Box::new(move |endpoint| local.channel(endpoint));
@@ -42,14 +43,14 @@ pub fn dial_tcp(options: &RouterOptions) -> Dial {
     Box::new(move |endpoint| tls::channel(endpoint, tls.as_ref()))
 }
 
-/// Connections to one group's leader, made when first used and made again when they break.
+/// Connections to the leader of a group. They open on first use and reopen after a failure.
 pub struct Channels {
     channels: Vec<Channel>,
     next: AtomicUsize,
 }
 
 impl Channels {
-    /// Prepares connections to `host:port`; makes none yet.
+    /// Prepares connections to `host:port` without opening them.
     pub fn new(endpoint: &str, options: &RouterOptions, dial: &Dial) -> Result<Self, tonic::transport::Error> {
         let endpoint = Endpoint::from_shared(format!("http://{endpoint}"))?
             .tcp_nodelay(true)
@@ -63,46 +64,46 @@ impl Channels {
         Ok(Self { channels, next: AtomicUsize::new(0) })
     }
 
-    /// One of the connections, in turn.
+    /// Returns the next connection, round robin.
     pub fn channel(&self) -> Channel {
-        let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        self.channels[turn % self.channels.len()].clone()
+        let index = self.next.fetch_add(1, Ordering::Relaxed);
+        self.channels[index % self.channels.len()].clone()
     }
 
-    /// A client on one of them that takes messages of so many bytes.
+    /// Returns a client on the next connection with this limit of the message size, in bytes.
     pub fn client(&self, max_message_bytes: usize) -> InferenceClient<Channel> {
         InferenceClient::new(self.channel()).max_decoding_message_size(max_message_bytes)
     }
 }
 
-/// Why an upstream call failed, and with it what may be done about it.
+/// The reason why an upstream call failed. It determines whether a retry can help.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {
-    /// Its queue is full: try elsewhere.
+    /// The queue of the group is full: retry on another group.
     #[error("the group is full: {0}")]
     Full(String),
-    /// It loads, drains or lost a rank: try elsewhere.
+    /// The group loads, drains or lost a rank: retry on another group.
     #[error("the group takes no requests: {0}")]
     Refused(String),
-    /// The connection failed or broke: try elsewhere, and stay away from it for a while.
+    /// The connection failed: retry on another group, and open the circuit breaker.
     #[error("the group is lost: {0}")]
     Lost(String),
     /// The deadline passed.
     #[error("the deadline passed")]
     TimedOut,
-    /// The request can never run there: the client's fault, or ours.
+    /// The request is invalid: a fault of the client or of the router.
     #[error("{0}")]
     Invalid(String),
-    /// This sequence alone failed; it would fail elsewhere as well.
+    /// Only this sequence failed. It would fail on any group.
     #[error("{0}")]
     Sequence(String),
-    /// What it sent breaks the contract: try elsewhere, and stay away from it.
+    /// The group violated the contract: retry on another group, and avoid this group.
     #[error(transparent)]
     Violation(#[from] Violation),
 }
 
 impl Failure {
-    /// Its kind in a word, for traces.
+    /// Name of the variant, for traces.
     pub fn kind(&self) -> &'static str {
         match self {
             Failure::Full(_) => "full",
@@ -115,7 +116,8 @@ impl Failure {
         }
     }
 
-    /// Why a stream that had begun ended. A group does not send `OUT_OF_RANGE` then: the message was too large.
+    /// Classifies the status that ended an open stream. A group never sends `OUT_OF_RANGE` at that time, so this code
+    /// means that a message exceeded the size limit.
     pub fn of_stream(status: &Status) -> Self {
         match status.code() {
             Code::OutOfRange => Violation::new(ViolationKind::TooLarge, "an event is too large for its request").into(),
@@ -129,9 +131,9 @@ impl From<&Status> for Failure {
         if let Some(violation) = status.source().and_then(|source| source.downcast_ref::<Violation>()) {
             return Failure::Violation(violation.clone());
         }
-        // the group's own text: for logs and traces, never for clients
+        // the group's message: for logs and traces, never for clients
         let message = clip(status.message());
-        // A status that came over the wire has no source; one that reports a broken connection has.
+        // A status received from the group has no source. A status that reports a broken connection has one.
         let of_the_connection = status.source().is_some();
         if let Some(part) = identity::mismatch_of(status) {
             return Failure::Refused(format!("another server is at its address: {part} differs"));
@@ -142,14 +144,15 @@ impl From<&Status> for Failure {
             Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition => Failure::Invalid(message),
             _ if of_the_connection => Failure::Lost(message),
             Code::Unavailable | Code::Aborted | Code::Cancelled => Failure::Refused(message),
-            // a handler that vanished without a status
+            // the handler ended without a status
             Code::Unknown => Failure::Lost(message),
             _ => Failure::Sequence(message),
         }
     }
 }
 
-/// Starts a sequence. The group's deadline is what is left of the request's. An event may have so many bytes.
+/// Starts a sequence. `time_left` is the remaining time of the request, and the group uses it as the deadline.
+/// `max_event_bytes` bounds the size of an event.
 pub async fn open(
     channel: Channel,
     expected: Expected,
