@@ -330,7 +330,7 @@ async fn a_request_of_several_choices_is_given_three_groups_too() {
     let body = json!({"model": MODEL, "prompt": prompt, "n": 2, "max_tokens": 9});
     let completion = harness.request("POST", "/v1/completions", &[("x-request-id", "kills")], body.to_string()).await;
     assert_eq!(completion.status, 500, "{}", completion.text);
-    assert!(completion.text.contains("3 groups that took the request failed"), "{}", completion.text);
+    assert!(completion.text.contains("3 groups failed while they ran this request"), "{}", completion.text);
     let seen: Vec<String> = harness.groups.iter().flat_map(Group::seen).map(|request| request.request_id).collect();
     assert_eq!(seen.iter().filter(|id| *id == "kills-1").count(), 1, "it got no second group: {seen:?}");
     assert_eq!(seen.len(), 4, "{seen:?}");
