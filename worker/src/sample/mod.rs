@@ -2,7 +2,7 @@
 //!
 //! # The recipe
 //!
-//! AssignedWork the raw logits `l[0..V]` of one position (f32), the sequence's [`SamplingParams`], the token IDs of its
+//! Given the raw logits `l[0..V]` of one position (f32), the sequence's [`SamplingParams`], the token IDs of its
 //! prompt and the token IDs that it generated so far:
 //!
 //! 1. **Check.** A NaN or `+inf` anywhere, or no finite logit at all, is a

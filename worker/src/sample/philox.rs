@@ -25,7 +25,7 @@ pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 mod tests {
     use super::philox4x32_10;
 
-    /// The known responses published with the authors' Random123 library (kat_vectors).
+    /// The known-answer test vectors published with the authors' Random123 library (kat_vectors).
     #[test]
     fn gives_the_published_answers() {
         assert_eq!(philox4x32_10([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);

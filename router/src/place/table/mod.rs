@@ -34,7 +34,7 @@ const CHUNK: usize = 4096;
 /// A slot of the map without an entry, which once had one.
 const REMOVED: u64 = u64::MAX;
 
-/// ChatInput in this order: key 0, bits, key. Read in this order: key, bits, key. So bits are those of the key, unless
+/// Written in this order: key 0, bits, key. Read in this order: key, bits, key. So bits are those of the key, unless
 /// the entry was given to another block and back between the two looks: that costs one placement at most.
 #[derive(Default)]
 struct Entry {

@@ -1,7 +1,7 @@
 //! Finding NVIDIA's libraries, none of which is linked: a machine without them runs everything else.
 //!
 //! cudarc opens libraries by their bare names when they are first used, and panics where it finds none. The
-//! loader responds with a library of that name that is already loaded, so loading the right file first, by
+//! loader returns a library of that name that is already loaded, so loading the right file first, by
 //! its path where need be, is enough, and a missing one is an error instead of a panic.
 
 use std::path::{Path, PathBuf};

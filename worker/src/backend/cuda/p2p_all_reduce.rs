@@ -1,4 +1,4 @@
-//! AllReduceKind over the GPUs of one host through each other's memory: for few rows faster than NCCL, and in one kernel with
+//! All-reduce over the GPUs of one host through each other's memory: for few rows faster than NCCL, and in one kernel with
 //! the residual addition, the norm and the quantisation behind it (`peer_add_norm` in norm.cu).
 //!
 //! Each rank has an inbox that the others write to. Ranks of one process reach it by its address, ranks of several

@@ -36,7 +36,7 @@ struct TensorMap([u64; 16]);
 
 /// What the kernels keep between their blocks, and where they are the faster ones.
 pub(super) struct Wide {
-    /// AllReduceKind of tiles that two blocks share: [multiprocessors][128][128].
+    /// Partial sums of tiles that two blocks share: [multiprocessors][128][128].
     partial: Buffer,
     /// Blocks that have left theirs: zero between GEMMs.
     finished: Buffer,

@@ -63,7 +63,7 @@ pub(super) struct StepShape {
     pub(super) decode_items: usize,
     /// Pairs of a row and a query head that shares the KV head in the largest of these items.
     pub(super) tile_rows: usize,
-    /// PlacementRequest rows of logits, filled up likewise.
+    /// Requested rows of logits, filled up likewise.
     pub(super) logit_rows: usize,
 }
 
