@@ -40,8 +40,19 @@ def check(text, directory):
         secret.touch(mode=0o600)
         secret.write_text(SECRET)
     text = text.replace("/etc/bora/cluster-secret/secret", str(secret))
+    if "/etc/bora/grpc-tls" in text:
+        cluster = yaml.load(text, Loader)["cluster"]
+        certificate(directory, ",".join(f"DNS:{role}.{cluster}.bora.internal" for role in ("router", "worker")))
+        text = text.replace("/etc/bora/grpc-tls", str(directory))
+    for path, content in (("/etc/bora/etcd-password/password", "p"), ("/etc/bora/keys/keys.yaml", "tenants: []\n")):
+        if path in text:
+            here = directory / path.rsplit("/", 1)[1]
+            here.write_text(content)
+            text = text.replace(path, str(here))
     file.write_text(text)
-    return run(BORA, "check", "--config", file)
+    # as the pod's command line does
+    advertise = ["--advertise", "worker-0:9000"] if "\n  listen:" in text else []
+    return run(BORA, "check", "--config", file, *advertise)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -75,13 +86,11 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
         "grpc": {"tls": {"source": "existing", "existing": {"router": "g", "worker": "g"}}},
     }
     options["router"].update(tls={"secret": "h"}, keys={"secret": "k"})
-    certificate(tmp_path)
     (tmp_path / "v.json").write_text(json.dumps(options))
     documents = parse(render_text([tmp_path / "v.json"]))
     for name in ("bora-router", "bora-demo"):
         text = named(documents, "ConfigMap", name)["data"]["bora.yaml"]
-        for part in ("http-tls", "grpc-tls"):
-            text = text.replace(f"/etc/bora/{part}", str(tmp_path))
+        text = text.replace("/etc/bora/http-tls", str(tmp_path))
         text = text.replace('tokenizer: "/models/demo/tekken.json"', f'tokenizer: "{TOKENIZER}"')
         outcome = check(localized(text, tmp_path), tmp_path)
         assert outcome.returncode == 0, outcome.stderr + text
@@ -91,7 +100,7 @@ def test_every_value_that_reaches_the_configuration_is_accepted(tmp_path):
     assert "certificate_file: /etc/bora/etcd-tls/tls.crt" in text and 'listen: "[::]:9000"' in text
 
 
-def certificate(directory, names="DNS:worker.llm.bora.bora.internal,DNS:router.llm.bora.bora.internal"):
+def certificate(directory, names):
     """ca.crt, tls.crt and tls.key: one that signed itself, with the roles of a router and of a worker."""
     made = run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=bora-worker", "-days", "2",
                "-addext", f"subjectAltName={names}",

@@ -112,7 +112,12 @@ def test_the_demo_image_holds_the_whole_model(tmp_path):
                 assert target.startswith(place)
                 shutil.copy(ROOT / source, tmp_path / name)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "tests/fixtures/bora-demo/fp8").iterdir()}
-    (tmp_path / "bora.yaml").write_text(f"models: [{{name: demo, path: {tmp_path}}}]\n")
+    secret = tmp_path / "cluster-secret"
+    secret.touch(mode=0o600)
+    secret.write_text("0123456789abcdef0123456789abcdef")
+    config = {"models": [{"name": "demo", "path": str(tmp_path)}], "registry": {"kind": "static", "endpoints": ["127.0.0.1:9000"]},
+              "cluster_secret_file": str(secret)}
+    (tmp_path / "bora.yaml").write_text(json.dumps(config))
     outcome = run(BORA, "check", "--config", tmp_path / "bora.yaml")
     assert outcome.returncode == 0, outcome.stderr
 
@@ -177,7 +182,8 @@ def test_compose_runs_what_the_binary_knows(tmp_path):
     assert "cluster-secret" in services["router"]["secrets"] and "cluster-secret" in services["worker"]["secrets"]
     text = text.replace("/run/secrets/cluster-secret", str(secret))
     (tmp_path / "bora.yaml").write_text(text.replace("path: /model", f"path: {model}"))
-    outcome = run(BORA, "check", "--config", tmp_path / "bora.yaml")
+    (advertise,) = [word for word in services["worker"]["command"] if word.startswith("--advertise")]
+    outcome = run(BORA, "check", "--config", tmp_path / "bora.yaml", advertise)
     assert outcome.returncode == 0, outcome.stderr
     drain = yaml.load(text, Loader)["worker"]["drain_seconds"]
     assert int(services["worker"]["stop_grace_period"].removesuffix("s")) > drain

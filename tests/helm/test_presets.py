@@ -133,6 +133,8 @@ SKIPPED = {
     "CKV_K8S_11": "a CPU limit throttles streams; memory is limited",
     "CKV_K8S_15": "IfNotPresent: the tags of releases do not move",
     "CKV_K8S_35": "the tools that download read a token or keys from their environment",
+    "CKV_K8S_38": "only for the job that keeps replicas through a rollback, which asks the API server",
+    "CKV2_K8S_6": "as CKV_K8S_38: the address of the API server is the cluster's to know",
     "CKV_K8S_43": "digests are the installer's to set (image.*.digest)",
 }
 

@@ -103,6 +103,7 @@ FITTING = {
     "download.extraVolumeMounts": {"extraVolumeMounts": [{"name": "n", "mountPath": "/n"}]},
     "router.extraEnv": {"extraEnv": [{"name": "A", "value": "b"}]},
     "router.options": {"options": {"debug": True}},
+    "router.http": {"http": {"max_connections": 100}},
     "workers.schedule": {"schedule": {"max_num_seqs": 7}},
     "workers.kvCache.memory": {"memory": "3GiB"},
     "etcd.builtin.compactionRetention": {"compactionRetention": "3h"},
@@ -284,7 +285,7 @@ def test_schema_and_values_name_the_same():
     def names(node, path=()):
         if "$ref" in node:
             node = schema()["$defs"][node["$ref"].rsplit("/", 1)[1]]
-        if "properties" in node and not (path and ".".join(path) in ("router.options", "workers.schedule", "models") or path and path[-1] == "resources"):
+        if "properties" in node and not (path and ".".join(path) in ("router.options", "router.http", "workers.schedule", "models") or path and path[-1] == "resources"):
             assert node["additionalProperties"] is False, path
             for key, child in node["properties"].items():
                 yield from names(child, (*path, key))

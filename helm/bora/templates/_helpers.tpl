@@ -146,10 +146,9 @@ tls:
 {{- default (printf "%s-cluster-secret" (include "bora.fullname" .)) .Values.clusterSecret.existing -}}
 {{- end -}}
 
-{{/* With a group of the pod's own, 0400 is enough: the kubelet lets that group read it. */}}
 {{- define "bora.clusterSecretVolume" -}}
 - name: cluster-secret
-  secret: {secretName: {{ include "bora.clusterSecret" . }}, defaultMode: {{ include "bora.secretMode" . | replace "0440" "0400" }}}
+  secret: {secretName: {{ include "bora.clusterSecret" . }}, defaultMode: {{ include "bora.secretMode" . }}}
 {{- end -}}
 
 {{- define "bora.clusterSecretMount" -}}
