@@ -13,7 +13,7 @@ import time
 import pytest
 
 from certificates import Authority
-from cluster import BORA, Cluster, free_port, wait_until
+from cluster import BORA, FIXTURES, TOKENIZER_8K, Cluster, free_port, wait_until
 from test_access import key_file
 
 REQUEST = {"model": "tiny", "prompt": [1000, 1001, 1002], "max_tokens": 3}
@@ -21,11 +21,13 @@ REQUEST = {"model": "tiny", "prompt": [1000, 1001, 1002], "max_tokens": 3}
 
 @pytest.fixture(scope="module")
 def fleet():
-    with Cluster() as cluster:
+    # groups of one model have the same weights, and a fake has none
+    models = [{"name": name, "path": str(FIXTURES / "tiny_text"), "tokenizer": str(TOKENIZER_8K)} for name in ("tiny", "pretended")]
+    with Cluster(models=models) as cluster:
         cluster.start_etcd()
         cluster.start_router()
-        cluster.start_worker("pair", size=2)
-        cluster.start_worker("pretender", device="fake", max_model_len=4096)
+        cluster.start_worker("pair", model="tiny", size=2)
+        cluster.start_worker("pretender", model="pretended", device="fake", max_model_len=4096)
         cluster.wait_ready(2)
         cluster.address = cluster.router_url.removeprefix("http://")
         yield cluster
