@@ -88,7 +88,7 @@ def test_the_page_is_static_and_its_policy_strict(guarded):
 
 def test_a_wrong_key_is_told_and_a_good_one_opens(guarded, browser):
     browser.sign_in(guarded.router_url, "wrong")
-    assert "not known" in browser.one("#problem", text="key").text
+    assert "unknown" in browser.one("#problem", text="key").text
     assert not browser.find(".group")
     browser.one("#key").send_keys(KEY, "\n")
     group = browser.one(".group", text="local")
