@@ -53,7 +53,13 @@ class Pods:
         self.ports[9002] = free_port()  # each pod has its own address, here each process its own port
         config = self.directory / f"{name}.yaml"
         config_map = next(volume["configMap"]["name"] for volume in spec["volumes"] if volume["name"] == "config")
-        config.write_text(self.local(named(self.documents, "ConfigMap", config_map)["data"]["bora.yaml"]))
+        text = self.local(named(self.documents, "ConfigMap", config_map)["data"]["bora.yaml"])
+        certificates = self.directory / f"{name}-grpc-tls"
+        for secret in [volume["secret"]["secretName"] for volume in spec["volumes"] if volume["name"] == "grpc-tls"]:
+            certificates.mkdir(exist_ok=True)
+            for key, value in named(self.documents, "Secret", secret)["data"].items():
+                (certificates / key).write_bytes(base64.b64decode(value))
+        config.write_text(text.replace("/etc/bora/grpc-tls", str(certificates)))
         environment = {}
         for variable in container.get("env", []):
             source = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath")
