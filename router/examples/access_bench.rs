@@ -112,7 +112,7 @@ async fn request(access: &Access, headers: &HeaderMap) {
         client: None,
         with_body: false,
     });
-    audit.is_api_request();
+    audit.mark_api_request();
     let caller = access.caller(headers).await.expect("known").expect("keys are asked for");
     audit.of(&caller);
     let tenant = Arc::clone(&caller.tenant);

@@ -64,7 +64,8 @@ pub struct RouterOptions {
     /// or does not respond, or the last one left within the last ten minutes. 0 = such a request gets a 503 without
     /// waiting.
     pub wait_for_group_seconds: f64,
-    /// Seconds that a broken stream waits for a group that can continue the sequence.
+    /// Seconds that a broken stream waits for a group that can continue the sequence; `wait_for_group_seconds` if that is
+    /// longer and a group of the model is expected.
     pub failover_wait_seconds: f64,
     /// HTTP/2 connections to each group.
     pub connections_per_group: usize,

@@ -233,7 +233,7 @@ async fn with_audit(State(service): State<Arc<Service>>, mut request: Request, n
 async fn with_caller(State(service): State<Arc<Service>>, mut request: Request, next: Next) -> Response<Body> {
     let audit = request.extensions().get::<Audit>().cloned().unwrap_or_default();
     service.open_requests().add(&audit);
-    audit.is_api_request();
+    audit.mark_api_request();
     match service.access().caller(request.headers()).await {
         Ok(caller) => {
             if let Some(caller) = &caller {

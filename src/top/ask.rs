@@ -202,7 +202,7 @@ async fn ranks(cluster: &str, groups: &[Group]) -> BTreeMap<String, Vec<RankStat
         let asked = tokio::time::timeout(LEADER_TIMEOUT, status(cluster, &group.record)).await;
         (group.record.group.clone(), asked)
     }));
-    let known = responses.await.into_iter().filter_map(|(group, completion)| Some((group, completion.ok()?.ok()?)));
+    let known = responses.await.into_iter().filter_map(|(group, response)| Some((group, response.ok()?.ok()?)));
     known.collect()
 }
 

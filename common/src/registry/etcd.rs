@@ -325,8 +325,8 @@ fn encode_segment(name: &str) -> String {
     name.replace('%', "%25").replace('/', "%2F")
 }
 
-async fn within<T>(completion: impl Future<Output = Result<T, etcd_client::Error>>) -> StoreResult<T> {
-    match timeout(REQUEST_TIMEOUT, completion).await {
+async fn within<T>(request: impl Future<Output = Result<T, etcd_client::Error>>) -> StoreResult<T> {
+    match timeout(REQUEST_TIMEOUT, request).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(format!("no answer within {REQUEST_TIMEOUT:?}")),

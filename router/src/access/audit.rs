@@ -75,7 +75,7 @@ impl Audit {
     }
 
     /// Marks the request as one that reached a route of the API.
-    pub fn is_api_request(&self) {
+    pub fn mark_api_request(&self) {
         self.0.is_api.store(true, Ordering::Relaxed);
     }
 

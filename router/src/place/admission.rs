@@ -116,7 +116,7 @@ pub struct Queue {
 
 struct Waiter {
     ask: QueuedRequest,
-    completion: oneshot::Sender<Result<Placement, NoGroup>>,
+    result: oneshot::Sender<Result<Placement, NoGroup>>,
 }
 
 #[derive(Default)]
@@ -168,7 +168,7 @@ impl Admission {
     /// Stands in line; the response comes when a group can start the request, its time is over, or it has to make room
     /// for another one in a full queue.
     pub fn wait(&self, ask: QueuedRequest) -> Result<oneshot::Receiver<Result<Placement, NoGroup>>, NoGroup> {
-        let (completion, placed) = oneshot::channel();
+        let (result, placed) = oneshot::channel();
         let mut state = self.state.lock();
         let mut displaced = None;
         if state.waiting >= self.max_waiting {
@@ -185,10 +185,10 @@ impl Admission {
         let now = state.now;
         let tenant = state.tenants.entry(ask.tenant).or_default();
         tenant.done_at = tenant.done_at.max(now);
-        tenant.waiting[ask.class as usize].push_back(Waiter { ask, completion });
+        tenant.waiting[ask.class as usize].push_back(Waiter { ask, result });
         drop(state);
         if let Some(waiter) = displaced {
-            let _ = waiter.completion.send(Err(NoGroup::Displaced));
+            let _ = waiter.result.send(Err(NoGroup::Displaced));
         }
         // room may have come between the caller's look and this
         self.room.changed.notify_one();
@@ -285,7 +285,7 @@ impl State {
     fn drop_what_is_over(&mut self) {
         let now = Instant::now();
         for queue in self.tenants.values_mut().flat_map(|tenant| &mut tenant.waiting) {
-            let over = |waiter: &Waiter| waiter.completion.is_closed() || waiter.ask.until <= now;
+            let over = |waiter: &Waiter| waiter.result.is_closed() || waiter.ask.until <= now;
             if !queue.iter().any(over) {
                 continue;
             }
@@ -293,7 +293,7 @@ impl State {
             queue.extend(stay);
             for waiter in gone {
                 // a client that left does not hear it
-                let _ = waiter.completion.send(Err(NoGroup::WaitedTooLong));
+                let _ = waiter.result.send(Err(NoGroup::WaitedTooLong));
             }
         }
     }
@@ -332,7 +332,7 @@ impl State {
             self.now = self.now.max(tenant.done_at);
             tenant.done_at = self.now + waiter.ask.cost;
             // a client that left in this moment: the booking is given back as the placement is dropped
-            let _ = waiter.completion.send(outcome);
+            let _ = waiter.result.send(outcome);
         }
     }
 }

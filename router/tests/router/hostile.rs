@@ -324,6 +324,23 @@ async fn requests_wait_for_a_group_that_is_expected() {
     }
 }
 
+/// The router sees the group as ready while the group already drains: the request waits for the next start.
+#[tokio::test]
+async fn a_refused_request_waits_for_the_next_start_of_its_group() {
+    let wait = bora_router::RouterOptions { wait_for_group_seconds: 60.0, ..options() };
+    let draining = Group::start("a", |_| Err(Status::unavailable("the group is draining")));
+    let harness = Arc::new(Harness::with(wait, ModelSpec::new(tokenizer()), vec![draining]).await);
+    let request = {
+        let harness = Arc::clone(&harness);
+        tokio::spawn(async move { harness.post(COMPLETIONS, body()).await })
+    };
+    harness.until("the group refused it", |harness| !harness.groups[0].seen().is_empty()).await;
+    let next = good_as("a", 2, "none");
+    put(&harness, next.record()).await;
+    let response = request.await.expect("no panic");
+    assert_eq!(response.status, 200, "{}", response.text);
+}
+
 /// No longer than the time that is set, and not at all for a model that never had a group.
 #[tokio::test]
 async fn a_wait_for_a_group_has_an_end() {

@@ -335,7 +335,7 @@ impl FakeRunner {
         let ids = match &work.tokens {
             Tokens::Ids(ids) => ids.as_slice(),
             Tokens::Sampled => {
-                sampled = [sequence.last.ok_or_else(|| format!("slot {slot} has drawn nothing yet"))?];
+                sampled = [sequence.last.ok_or_else(|| format!("slot {slot} has sampled nothing yet"))?];
                 &sampled
             }
         };

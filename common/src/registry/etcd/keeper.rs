@@ -165,7 +165,7 @@ impl<'a> Keeper<'a> {
                 _ = beat.tick() => {
                     within(keeper.keep_alive()).await?;
                     match within(responses.message()).await? {
-                        Some(completion) if completion.ttl() > 0 => {}
+                        Some(response) if response.ttl() > 0 => {}
                         _ => return Err(Lost::Store("the lease has expired".into())),
                     }
                 }

@@ -154,8 +154,8 @@ impl Sampler {
         let sampler = Self {
             vocabulary,
             samplers: Buffer::new(slots * size_of::<SlotSampler>(), "the samplers")?,
-            last_sampled: Buffer::new(slots * 4, "the ids drawn last")?,
-            generated: Buffer::new(slots * 4, "the counts of ids drawn")?,
+            last_sampled: Buffer::new(slots * 4, "the tokens sampled last")?,
+            generated: Buffer::new(slots * 4, "the counts of sampled tokens")?,
             requests: Buffer::new(rows * size_of::<Request>(), "the sampler's requests")?,
             responses: Buffer::new(rows * size_of::<Response>(), "the sampler's answers")?,
             masks: None,
